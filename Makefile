@@ -1,0 +1,46 @@
+# MiniCLIP. `make help` lists what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format docs clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed  ## train on the built-in scenes and show what was made (a few minutes, no network)
+	$(BIN)/python train_miniclip.py --output_dir runs/demo --overwrite_output_dir true
+	@echo "Look at runs/demo/retrieval.png and runs/demo/curves.png; the model is runs/demo/export"
+
+test: $(VENV)/.installed-dev  ## run the test suite
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/.installed-dev  ## run the slow tests (minutes)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## let ruff format the code and order the imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev  ## write the generated part of configuration/README.md
+	$(BIN)/python -m modeling_miniclip.arguments
+
+clean:  ## delete environments, runs and builds
+	rm -rf $(VENV) .venv-wheel runs dist build .mypy_cache .ruff_cache

@@ -1,0 +1,222 @@
+"""From rows to batches: which rows make a step, which caption is drawn, how an image is augmented, how it is collated.
+
+Everything random depends on the seed, the epoch and the row alone, never on the process, the worker or the batch, so
+that any number of processes trains on the same global batches.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from .errors import DataError, UsageError
+from .processing_miniclip import MiniClipProcessor, to_rgb
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# What a recipe that names no augmentation gets: mild, for captions name colours and places in the picture.
+DEFAULT_AUGMENTATION: list[dict[str, Any]] = [
+    {"name": "RandomResizedCrop", "scale": [0.6, 1.0], "ratio": [0.8, 1.25]},
+    {"name": "HorizontalFlip", "p": 0.5},
+    {"name": "ColorJitter", "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02, "p": 0.5},
+]
+
+
+def build_augmentation(transforms: list[dict[str, Any]], image_size: tuple[int, int]) -> Any:
+    """An albumentations pipeline for training images.
+
+    Args:
+        transforms: one dictionary a transform: `name` of an albumentations class and its arguments. A transform that
+            takes a `size` and names none gets `image_size`.
+        image_size: `(height, width)` in pixels that every image has afterwards.
+
+    Returns:
+        `albumentations.Compose`, ending in a resize to `image_size`; None for an empty list.
+
+    Raises:
+        UsageError: no such transform, or arguments that it does not take.
+    """
+    if not transforms:
+        return None
+    import difflib
+    import inspect
+
+    import albumentations
+
+    steps = []
+    for transform in transforms:
+        arguments = dict(transform)
+        name = arguments.pop("name", None)
+        cls = getattr(albumentations, str(name), None)
+        if not isinstance(cls, type) or not issubclass(cls, albumentations.BasicTransform):
+            near = difflib.get_close_matches(str(name), dir(albumentations), n=1)
+            raise UsageError(
+                f"augmentation: albumentations has no transform {name!r}" + (f"; {near[0]}?" if near else "")
+            )
+        accepted = inspect.signature(cls).parameters
+        unknown = set(arguments) - set(accepted)
+        if unknown:
+            raise UsageError(
+                f"augmentation: {name} takes no {', '.join(sorted(unknown))}; it takes {', '.join(accepted)}"
+            )
+        if "size" in accepted:
+            arguments.setdefault("size", image_size)
+        try:
+            steps.append(cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}))
+        except ValueError as error:
+            raise UsageError(f"augmentation: {name}: {error}") from error
+    steps.append(albumentations.Resize(*image_size))  # does nothing to an image of that size
+    return albumentations.Compose(steps)
+
+
+# A row i that only keeps a process busy has the image id FILLER - i, which is negative.
+FILLER = -1
+
+
+class CaptionRows(TorchDataset):
+    """Rows of a split, ready to be collated; an item is asked for by `(epoch, index)`.
+
+    Args:
+        split: rows `{image, image_id, captions}`.
+        processor: gives an image that is not augmented its resize and crop.
+        augmentation: of [`build_augmentation`], or None.
+        captions_per_image: how many captions are drawn per image and epoch; None takes all of them.
+        seed: of the draws and of the augmentation.
+        vision_features: `[n, width]` pooled features of the frozen image tower, instead of the images.
+        text_features: one `[captions, width]` tensor an image, of the frozen text tower, instead of the texts.
+    """
+
+    def __init__(
+        self,
+        split: "Dataset",
+        processor: MiniClipProcessor,
+        augmentation: Any = None,
+        captions_per_image: int | None = None,
+        seed: int = 0,
+        vision_features: Tensor | None = None,
+        text_features: list[Tensor] | None = None,
+    ):
+        self.images = split.select_columns(["image"])
+        self.image_ids: list[str] = list(split["image_id"])
+        self.captions: list[list[str]] = list(split["captions"])
+        self.processor = processor
+        self.augmentation = augmentation
+        self.captions_per_image = captions_per_image
+        self.seed = seed
+        self.vision_features = vision_features
+        self.text_features = text_features
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, image_id = key
+        index = image_id if image_id >= 0 else FILLER - image_id
+        rng = np.random.default_rng([self.seed, epoch, index])
+        chosen = self._draw(len(self.captions[index]), rng)
+        row: dict[str, Any] = {"image_id": image_id, "captions": [self.captions[index][i] for i in chosen]}
+        if self.vision_features is not None:
+            row["vision_features"] = self.vision_features[index]  # [width]
+        else:
+            row["pixels"] = self._pixels(index, rng)  # [3, H, W] uint8
+        if self.text_features is not None:
+            row["text_features"] = self.text_features[index][torch.from_numpy(chosen)]  # [K, width]
+        return row
+
+    def _draw(self, available: int, rng: np.random.Generator) -> np.ndarray:
+        if self.captions_per_image is None or self.captions_per_image >= available:
+            return np.arange(available)
+        return rng.choice(available, size=self.captions_per_image, replace=False)
+
+    def _pixels(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        try:
+            image = to_rgb(self.images[index]["image"])
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"image {self.image_ids[index]!r} cannot be decoded: {error}") from error
+        if self.augmentation is None:
+            return self.processor.crop(image)
+        self.augmentation.set_random_seed(int(rng.integers(2**31)))
+        return self.augmentation(image=np.asarray(image))["image"].transpose(2, 0, 1)
+
+
+class GlobalBatches(Sampler[list[tuple[int, int]]]):
+    """This process's share of each global batch, as `(epoch, index)` keys of [`CaptionRows`].
+
+    A global batch depends on seed and epoch only; process r of n takes its rows r, r + n, r + 2n, ... A process whose
+    share of a short last batch is empty gets the batch's first row again, under the negative image id `FILLER - row`,
+    which the loss leaves out.
+
+    Args:
+        num_rows: rows of the split.
+        batch_size: rows a global batch; the last one may be smaller.
+        shuffle: draw a new order each epoch; otherwise the order of the split.
+        seed: of the order.
+        rank, world_size: this process among all.
+    """
+
+    def __init__(
+        self, num_rows: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+    ):
+        self.num_rows, self.batch_size, self.shuffle, self.seed = num_rows, batch_size, shuffle, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self.first_batch = 0  # set to resume within an epoch
+
+    def __len__(self) -> int:
+        return -(-self.num_rows // self.batch_size) - self.first_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.arange(self.num_rows)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_rows)
+        for start in range(self.first_batch * self.batch_size, self.num_rows, self.batch_size):
+            batch = order[start : start + self.batch_size]
+            share = [(self.epoch, int(i)) for i in batch[self.rank :: self.world_size]]
+            yield share or [(self.epoch, FILLER - int(batch[0]))]
+
+
+class Collator:
+    """Rows of [`CaptionRows`] to the tensors of a step.
+
+    Returns from a call:
+        `pixel_values` `[B, 3, H, W]` uint8 (normalised on the device by `MiniClipProcessor.normalize`) or
+        `vision_pooler_output` `[B, width]`; `input_ids`, `attention_mask` `[N, L]` padded to the longest of the batch
+        or `text_pooler_output` `[N, width]`; `image_id` `[B]`, the rows' indices; `text_image_id` `[N]`.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = {"image_id": torch.tensor([row["image_id"] for row in rows])}
+        counts = torch.tensor([len(row["captions"]) for row in rows])
+        batch["text_image_id"] = batch["image_id"].repeat_interleave(counts)
+        if "vision_features" in rows[0]:
+            batch["vision_pooler_output"] = torch.stack([row["vision_features"] for row in rows])
+        else:
+            batch["pixel_values"] = torch.from_numpy(np.stack([row["pixels"] for row in rows]))
+        if "text_features" in rows[0]:
+            batch["text_pooler_output"] = torch.cat([row["text_features"] for row in rows])
+        else:
+            captions = [caption for row in rows for caption in row["captions"]]
+            batch |= self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+        return batch
+
+
+def make_loader(
+    rows: CaptionRows, batches: GlobalBatches, num_workers: int, pin_memory: bool = False
+) -> "DataLoader[dict[str, Tensor]]":
+    """A loader of collated batches. Its workers live as long as it does."""
+    return DataLoader(
+        rows,
+        batch_sampler=batches,
+        collate_fn=Collator(rows.processor.tokenizer),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,87 @@
+"""Configuration of a MiniCLIP model: two towers, two projection heads, one temperature."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+TEXT_POOLINGS = ("cls", "mean")
+
+
+@strict
+class MiniClipConfig(PreTrainedConfig):
+    """What a [`MiniClipModel`] is made of. `MiniClipConfig()` is timm ResNet-50 + DistilBERT in a 256-d space.
+
+    Args:
+        vision_config: a `TimmWrapperConfig` or its dictionary; any timm image model.
+        text_config: the configuration (or its dictionary) of any Hugging Face text encoder.
+        text_pooling: `"cls"` takes the first token's last hidden state, `"mean"` averages over the tokens
+            that are not padding.
+        projection_dim: size of the shared space.
+        projection_depth: number of linear layers in each head; 1 is a plain linear projection without bias (as in
+            CLIP), 2 the head linear, GELU, linear, dropout, residual, layer norm; more repeat the residual block.
+        projection_dropout: probability in the residual blocks of the heads, in [0, 1).
+        logit_scale_init_value: logarithm of the initial inverse temperature; ln(1/0.07) as in CLIP.
+        logit_scale_max: upper bound of the inverse temperature (not of its logarithm); 100 as in CLIP.
+
+    Raises:
+        ValueError: a value is out of its range (`StrictDataclassClassValidationError`) or a tower is not supported.
+
+    Example:
+        >>> from modeling_miniclip import MiniClipConfig
+        >>> config = MiniClipConfig(projection_dim=128, text_pooling="mean")
+        >>> config.vision_config.architecture, config.text_config.model_type
+        ('resnet50.a1_in1k', 'distilbert')
+    """
+
+    model_type = "miniclip"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="distilbert"),
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig, model_type="timm_wrapper", init_kwargs={"architecture": "resnet50.a1_in1k"}
+        ),
+    }
+
+    # Given as a configuration, a dictionary or nothing; always configurations once the object exists.
+    text_config: Any = None
+    vision_config: Any = None
+    text_pooling: str = "cls"
+    projection_dim: int = 256
+    projection_depth: int = 2
+    projection_dropout: int | float = 0.1
+    logit_scale_init_value: int | float = 2.6592600369327779
+    logit_scale_max: int | float = 100.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # The towers have no classifier: a thousand ImageNet label names have no place in config.json.
+        if self.vision_config.id2label:
+            self.vision_config.num_labels = 0
+            for stale in ("label_names", "num_classes"):
+                if hasattr(self.vision_config, stale):
+                    delattr(self.vision_config, stale)
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """Names of the fields that this class adds to `PreTrainedConfig`, in the order of their definition."""
+        return [name for name in cls.__annotations__ if not name.startswith("_")]
+
+    def validate_architecture(self) -> None:
+        """Part of the `@strict` validation: ranges and choices, told with the value that was given."""
+        if self.text_pooling not in TEXT_POOLINGS:
+            raise ValueError(f"text_pooling must be one of {', '.join(TEXT_POOLINGS)}, not {self.text_pooling!r}")
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim must be at least 1, not {self.projection_dim}")
+        if self.projection_depth < 1:
+            raise ValueError(f"projection_depth must be at least 1 (a linear head), not {self.projection_depth}")
+        if not 0 <= self.projection_dropout < 1:
+            raise ValueError(f"projection_dropout must be in [0, 1), not {self.projection_dropout}")
+        if isinstance(self.vision_config, PreTrainedConfig) and self.vision_config.model_type != "timm_wrapper":
+            raise ValueError(
+                f"vision_config must describe a timm image model (model_type 'timm_wrapper'), "
+                f"not {self.vision_config.model_type!r}"
+            )
+
+
+__all__ = ["MiniClipConfig"]

@@ -1,0 +1,128 @@
+"""How good a model is at retrieval: recall at K and median rank both ways, and the loss over a whole split."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .modeling_miniclip import contrastive_loss
+
+RECALL_AT = (1, 5, 10)
+DIRECTIONS = ("text_to_image", "image_to_text")
+# Values of --best_metric and whether a larger one is better.
+METRIC_NAMES = tuple(
+    f"{direction}_{name}" for direction in DIRECTIONS for name in (*(f"R@{k}" for k in RECALL_AT), "median_rank")
+) + ("rsum",)
+# Similarities are computed for this many queries at a time: 1,024 x 500,000 float32 are 2 GB.
+BLOCK = 1024
+
+
+def is_better(name: str, value: float, best: float) -> bool:
+    """Whether a value of `loss` or of one of [`METRIC_NAMES`] improves on the best so far; NaN never does."""
+    smaller_is_better = name == "loss" or name.endswith("median_rank")
+    return value < best if smaller_is_better else value > best
+
+
+def ranks(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor) -> Tensor:
+    """Rank of each query's best right key among all keys, 1 being the first.
+
+    A wrong key whose similarity equals that of the right one counts as being before it: a model that gives all
+    embeddings alike gets no credit.
+
+    Args:
+        queries: `[Q, dim]`.
+        keys: `[K, dim]`.
+        query_id: `[Q]` integers.
+        key_id: `[K]` integers; a key with the query's id is right.
+
+    Returns:
+        `[Q]` int64.
+    """
+    found = []
+    for block, ids in zip(queries.split(BLOCK), query_id.split(BLOCK), strict=True):
+        similarity = block @ keys.t()  # [block, K]
+        right = ids.unsqueeze(1) == key_id.unsqueeze(0)
+        best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        found.append(((similarity >= best) & ~right).sum(dim=1) + 1)
+    return torch.cat(found)
+
+
+def retrieval_metrics(
+    image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor | Sequence[int] | None = None
+) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in percent, median rank both ways, and rsum, the sum of the six recalls.
+
+    The definition of CLIP_benchmark: text-to-image counts each text with its one image, image-to-text counts an image
+    as found if any of its texts is among the first K. Ties are resolved against the model.
+
+    Args:
+        image_embeds: `[B, dim]`, one row an image.
+        text_embeds: `[N, dim]`, every caption of every image.
+        text_image_id: `[N]`, for each text the row of its image; None where text i belongs to image i.
+
+    Returns:
+        `text_to_image_R@1`, ..., `image_to_text_median_rank`, `rsum`.
+
+    Raises:
+        ValueError: no embeddings, an image without a text, or a text whose image is not there.
+
+    Example:
+        >>> import torch
+        >>> from modeling_miniclip import retrieval_metrics
+        >>> retrieval_metrics(torch.eye(3), torch.eye(3)[[0, 1, 1]], [0, 1, 2])["text_to_image_R@1"]
+        66.66666666666667
+    """
+    image_id = torch.arange(len(image_embeds), device=image_embeds.device)
+    if text_image_id is None:
+        text_image_id = torch.arange(len(text_embeds))
+    text_image_id = torch.as_tensor(text_image_id, device=image_embeds.device)
+    if len(text_image_id) != len(text_embeds):
+        raise ValueError(f"text_image_id has {len(text_image_id)} entries for {len(text_embeds)} text embeddings")
+    if not torch.equal(text_image_id.unique(), image_id) or len(image_id) == 0:
+        raise ValueError(
+            f"each of the {len(image_embeds)} images needs at least one text, and each text an image among them: "
+            f"text_image_id names {len(text_image_id.unique())} of them"
+        )
+    rank_of = {
+        "text_to_image": ranks(text_embeds, image_embeds, text_image_id, image_id),
+        "image_to_text": ranks(image_embeds, text_embeds, image_id, text_image_id),
+    }
+    metrics: dict[str, float] = {}
+    for direction, rank in rank_of.items():
+        for k in RECALL_AT:
+            metrics[f"{direction}_R@{k}"] = 100 * (rank <= k).double().mean().item()
+        metrics[f"{direction}_median_rank"] = rank.double().quantile(0.5).item()
+    metrics["rsum"] = sum(value for name, value in metrics.items() if "R@" in name)
+    return metrics
+
+
+def dataset_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: float, text_image_id: Tensor) -> float:
+    """The symmetric contrastive loss over a whole split, every caption and every image being a candidate.
+
+    Unlike a mean over batches it does not depend on batch size, order or number of processes.
+
+    Args:
+        image_embeds: `[B, dim]`, unit norm.
+        text_embeds: `[N, dim]`, unit norm.
+        logit_scale: inverse temperature.
+        text_image_id: `[N]`, for each text the row of its image.
+
+    Returns:
+        Nats.
+    """
+    image_id = torch.arange(len(image_embeds), device=image_embeds.device)
+
+    def mean_loss(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor) -> float:
+        blocks = zip(queries.split(BLOCK), query_id.split(BLOCK), strict=True)
+        total = sum(contrastive_loss(q, keys, logit_scale, ids, key_id).double().sum().item() for q, ids in blocks)
+        return total / len(queries)
+
+    image_loss = mean_loss(image_embeds, text_embeds, image_id, text_image_id)
+    text_loss = mean_loss(text_embeds, image_embeds, text_image_id, image_id)
+    return (image_loss + text_loss) / 2
+
+
+def measure(image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor, logit_scale: float) -> dict[str, float]:
+    """[`dataset_loss`] as `loss`, then [`retrieval_metrics`]: all that a validation tells."""
+    loss = dataset_loss(image_embeds, text_embeds, logit_scale, text_image_id)
+    return {"loss": loss, **retrieval_metrics(image_embeds, text_embeds, text_image_id)}

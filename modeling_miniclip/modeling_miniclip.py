@@ -1,0 +1,470 @@
+"""MiniCLIP: a timm image tower and a Hugging Face text tower with projection heads into one space.
+
+Read from top to bottom, the functions stand in the order in which data meets them.
+"""
+
+import difflib
+import inspect
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedModel, TimmWrapperModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+
+from .configuration_miniclip import MiniClipConfig
+
+
+class MiniClipVisionModel(TimmWrapperModel):
+    """`TimmWrapperModel` that keeps the initial weights which timm gave its own modules.
+
+    transformers would draw them anew with its general rule (convolutions with standard deviation 0.02 instead of
+    0.18, the zero-initialised last batch norm of a block set to 1), which slows training from scratch. A weight that
+    is missing from a checkpoint (built on the meta device) still gets the general rule.
+    """
+
+    def post_init(self) -> None:
+        for tensor in (*self.timm_model.parameters(), *self.timm_model.buffers()):
+            tensor._is_hf_initialized = not tensor.is_meta
+        super().post_init()
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the pooled feature, for instance 2048 for ResNet-50."""
+        return getattr(self.timm_model, "head_hidden_size", None) or self.timm_model.num_features
+
+
+def timm_repository(name: str) -> str:
+    """Folder or Hub repository of a timm model's pretrained weights.
+
+    Args:
+        name: a local folder, a Hub repository (`timm/resnet50.a1_in1k`) or a timm name (`resnet50`,
+            `resnet50.a1_in1k`); a name without tag means timm's default weights.
+
+    Raises:
+        ValueError: no such timm model, or one without weights on the Hub; near names are proposed.
+    """
+    if os.path.isdir(name) or "/" in name:
+        return name
+    pretrained_cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
+        near = difflib.get_close_matches(name, timm.list_pretrained() + timm.list_models(), n=3)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise ValueError(f"{name!r} is neither a folder nor a timm model with weights on the Hub{hint}")
+    return f"timm/{pretrained_cfg.architecture}.{pretrained_cfg.tag}"
+
+
+def text_tower_class(text_config: Any) -> type[PreTrainedModel]:
+    """The class that encodes text for a configuration: the encoder alone of an encoder-decoder such as T5.
+
+    Raises:
+        ValueError: transformers has no base model for this configuration.
+    """
+    for mapping in (MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING):
+        if type(text_config) in mapping:
+            return mapping[type(text_config)]
+    raise ValueError(f"text_config of type {type(text_config).__name__} has no text encoder in transformers")
+
+
+def _without_pooler(tower_class: type[PreTrainedModel]) -> dict[str, bool]:
+    # BERT's pooler would never get a gradient here, which DistributedDataParallel refuses.
+    takes_it = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
+    return {"add_pooling_layer": False} if takes_it else {}
+
+
+def _load_tower(tower_class: type[PreTrainedModel], source: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    """A pretrained tower; heads in its checkpoint (classifier, pooler) are dropped without a word."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        tower, info = tower_class.from_pretrained(source, output_loading_info=True, **kwargs)
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{source} lacks weights of {tower_class.__name__}: {', '.join(sorted(info['missing_keys']))}"
+        )
+    return tower
+
+
+def pool_text(last_hidden_state: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
+    """One vector a text.
+
+    Args:
+        last_hidden_state: `[N, L, width]`.
+        attention_mask: `[N, L]`, 1 for tokens and 0 for padding; None means no padding.
+        pooling: `"cls"` (first token) or `"mean"` (over the tokens that are not padding).
+
+    Returns:
+        `[N, width]`.
+    """
+    if pooling == "cls":
+        return last_hidden_state[:, 0]
+    if attention_mask is None:
+        return last_hidden_state.mean(dim=1)
+    weights = attention_mask.unsqueeze(-1).to(last_hidden_state.dtype)  # [N, L, 1]
+    return (last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+class ResidualBlock(nn.Module):
+    """GELU, linear, dropout, added to the input, layer norm: `[N, dim] -> [N, dim]`."""
+
+    def __init__(self, dim: int, dropout: float):
+        super().__init__()
+        self.activation = nn.GELU()
+        self.linear = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.layer_norm(hidden + self.dropout(self.linear(self.activation(hidden))))
+
+
+class ProjectionHead(nn.Module):
+    """From a tower's pooled feature into the shared space: `[N, in_features] -> [N, dim]`.
+
+    A linear layer followed by `depth - 1` residual blocks; `depth=1` is CLIP's linear projection without bias.
+    """
+
+    def __init__(self, in_features: int, dim: int, depth: int, dropout: float):
+        super().__init__()
+        self.linear = nn.Linear(in_features, dim, bias=depth > 1)
+        self.blocks = nn.ModuleList(ResidualBlock(dim, dropout) for _ in range(depth - 1))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        hidden = self.linear(pooled)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+
+def contrastive_loss(
+    queries: Tensor, keys: Tensor, logit_scale: Tensor | float, query_id: Tensor, key_id: Tensor
+) -> Tensor:
+    """Cross-entropy of each query over all keys, every key with the query's id being right (InfoNCE).
+
+    With several right keys the loss is minus the mean of their log-probabilities (the "out" form of Khosla et al.
+    2020, "Supervised Contrastive Learning"). Summed over both directions and averaged this is CLIP's loss (Radford
+    et al. 2021). Queries may be one process's share while keys are those of all processes.
+
+    Args:
+        queries: `[Q, dim]`, unit norm.
+        keys: `[K, dim]`, unit norm.
+        logit_scale: inverse temperature, multiplies the dot products.
+        query_id: `[Q]` integers.
+        key_id: `[K]` integers; a key with the same integer is a positive. Each query needs at least one.
+
+    Returns:
+        `[Q]` losses in nats, one a query.
+    """
+    logits = logit_scale * queries @ keys.t()  # [Q, K]
+    positives = query_id.unsqueeze(1) == key_id.unsqueeze(0)  # [Q, K]
+    mean_positive = torch.where(positives, logits, 0).sum(dim=1) / positives.sum(dim=1)
+    return logits.logsumexp(dim=1) - mean_positive
+
+
+def symmetric_contrastive_loss(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, image_id: Tensor, text_image_id: Tensor
+) -> Tensor:
+    """Mean of the image-to-text and text-to-image [`contrastive_loss`] over a whole batch.
+
+    Args:
+        image_embeds: `[B, dim]`, unit norm.
+        text_embeds: `[N, dim]`, unit norm.
+        logit_scale: inverse temperature.
+        image_id: `[B]`.
+        text_image_id: `[N]`, the id of the image that each text describes.
+
+    Returns:
+        A scalar in nats; ln(B) for B pairs whose embeddings are all alike.
+    """
+    image_loss = contrastive_loss(image_embeds, text_embeds, logit_scale, image_id, text_image_id).mean()
+    text_loss = contrastive_loss(text_embeds, image_embeds, logit_scale, text_image_id, image_id).mean()
+    return (image_loss + text_loss) / 2
+
+
+@dataclass
+class MiniClipOutput(ModelOutput):
+    """Output of [`MiniClipModel`]; what a call did not compute is None and left out of the tuple form.
+
+    Args:
+        loss: scalar, with `return_loss=True`.
+        logits_per_image: `[B, N]` scaled cosine similarities.
+        logits_per_text: `[N, B]`.
+        text_embeds: `[N, projection_dim]`, unit norm.
+        image_embeds: `[B, projection_dim]`, unit norm.
+        text_model_output: the text tower's output, its `pooler_output` being the pooled feature.
+        vision_model_output: the image tower's output, its `pooler_output` being the pooled feature.
+        logit_scale: `[1]`, the clamped inverse temperature used for the logits; only with both modalities.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_model_output: Any = None
+    vision_model_output: Any = None
+    logit_scale: Tensor | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values that are not None, nested outputs as tuples too."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+class MiniClipModel(PreTrainedModel):
+    """Image tower, text tower, projection heads and temperature.
+
+    Example:
+        >>> from modeling_miniclip import MiniClipModel, MiniClipProcessor
+        >>> model = MiniClipModel.from_towers("resnet50.a1_in1k", "distilbert-base-uncased")  # doctest: +SKIP
+        >>> processor = MiniClipProcessor.from_towers("resnet50.a1_in1k", "distilbert-base-uncased")  # doctest: +SKIP
+    """
+
+    config: MiniClipConfig
+    config_class = MiniClipConfig
+    base_model_prefix = "miniclip"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    _no_split_modules = ["MiniClipVisionModel", "ProjectionHead"]
+    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+
+    def __init__(
+        self,
+        config: MiniClipConfig,
+        vision_model: PreTrainedModel | None = None,
+        text_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        if vision_model is None:
+            vision_model = MiniClipVisionModel._from_config(config.vision_config)
+        if text_model is None:
+            tower_class = text_tower_class(config.text_config)
+            text_model = tower_class._from_config(config.text_config, **_without_pooler(tower_class))
+        self.vision_model = vision_model
+        self.text_model = text_model
+        head = (config.projection_dim, config.projection_depth, config.projection_dropout)
+        self.visual_projection = ProjectionHead(vision_model.pooled_size, *head)
+        self.text_projection = ProjectionHead(config.text_config.hidden_size, *head)
+        self.logit_scale = nn.Parameter(torch.empty(1))  # shape [1]: FSDP refuses 0-d parameters
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.constant_(self.logit_scale, self.config.logit_scale_init_value)
+        elif isinstance(module, nn.Linear):
+            # The heads take PyTorch's own rule: a standard deviation of 0.02 is meant for 768-wide transformers.
+            bound = 1 / math.sqrt(module.in_features)
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+
+    @classmethod
+    def from_towers(cls, vision: str | os.PathLike, text: str | os.PathLike, **config: Any) -> "MiniClipModel":
+        """A model of two pretrained towers and fresh heads.
+
+        Args:
+            vision: a timm name, a timm repository on the Hub, or a local folder of one.
+            text: a Hugging Face text encoder: Hub name or local folder.
+            **config: fields of [`MiniClipConfig`], for instance `text_pooling="mean"`.
+
+        Raises:
+            ValueError: an unknown tower, or a keyword that is no field of [`MiniClipConfig`].
+            OSError: the weights cannot be found.
+        """
+        unknown = set(config) - set(MiniClipConfig.own_fields())
+        if unknown:
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: no field of MiniClipConfig; the fields are "
+                f"{', '.join(MiniClipConfig.own_fields())}"
+            )
+        text_config = AutoConfig.from_pretrained(text)
+        tower_class = text_tower_class(text_config)
+        towers = {
+            "vision_model": _load_tower(MiniClipVisionModel, timm_repository(os.fspath(vision))),
+            "text_model": _load_tower(tower_class, text, config=text_config, **_without_pooler(tower_class)),
+        }
+        # Built as from_pretrained would build it, so that a fresh model and its reload are the same in every respect.
+        model = cls(
+            MiniClipConfig(
+                vision_config=towers["vision_model"].config.to_dict(),
+                text_config=towers["text_model"].config.to_dict(),
+                **config,
+            )
+        )
+        for name, tower in towers.items():
+            getattr(model, name).load_state_dict(tower.state_dict())
+        return model.eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text tower's token embeddings."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the text tower's token embeddings."""
+        self.text_model.set_input_embeddings(value)
+
+    def pool_images(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """The image tower alone.
+
+        Args:
+            pixel_values: `[B, 3, H, W]`, normalised as the processor does.
+
+        Returns:
+            Output with `pooler_output` `[B, vision width]`.
+        """
+        kwargs.pop("output_attentions", None)  # timm has no attentions to give, and refuses the argument
+        outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        return BaseModelOutputWithPooling(**outputs)
+
+    def pool_texts(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """The text tower alone.
+
+        Args:
+            input_ids: `[N, L]` token ids.
+            attention_mask: `[N, L]`, 1 for tokens and 0 for padding.
+
+        Returns:
+            Output with `pooler_output` `[N, text width]`.
+        """
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=pool_text(outputs.last_hidden_state, attention_mask, self.config.text_pooling),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Images into the shared space, as CLIP's method of that name: not normalised.
+
+        Args:
+            pixel_values: `[B, 3, H, W]`.
+
+        Returns:
+            Output whose `pooler_output` is the projected feature `[B, projection_dim]`.
+        """
+        outputs = self.pool_images(pixel_values, **kwargs)
+        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
+        return outputs
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Texts into the shared space, as CLIP's method of that name: not normalised.
+
+        Args:
+            input_ids: `[N, L]`.
+            attention_mask: `[N, L]`.
+
+        Returns:
+            Output whose `pooler_output` is the projected feature `[N, projection_dim]`.
+        """
+        outputs = self.pool_texts(input_ids, attention_mask, **kwargs)
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
+
+    def inverse_temperature(self) -> Tensor:
+        """`[1]`: what multiplies the cosine similarities, at most `config.logit_scale_max`."""
+        return self.logit_scale.clamp(max=math.log(self.config.logit_scale_max)).exp()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_loss: bool | None = None,
+        image_id: Tensor | None = None,
+        text_image_id: Tensor | None = None,
+        vision_pooler_output: Tensor | None = None,
+        text_pooler_output: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MiniClipOutput:
+        """Embeds images, texts or both; with both also compares them.
+
+        Args:
+            input_ids: `[N, L]` token ids.
+            pixel_values: `[B, 3, H, W]`.
+            attention_mask: `[N, L]`, 1 for tokens and 0 for padding.
+            return_loss: compute the symmetric contrastive loss over this batch.
+            image_id: `[B]` integers; with `text_image_id`, any number of texts may describe an image. Without, text
+                i describes image i and B must equal N.
+            text_image_id: `[N]`, the id of the image that each text describes.
+            vision_pooler_output: `[B, vision width]`, the image tower's features computed before (frozen tower),
+                instead of `pixel_values`.
+            text_pooler_output: `[N, text width]`, likewise instead of `input_ids`.
+
+        Raises:
+            ValueError: no input at all, or `return_loss=True` without one of the modalities or without ids for
+                unequal numbers of images and texts.
+        """
+        has_images = pixel_values is not None or vision_pooler_output is not None
+        has_texts = input_ids is not None or text_pooler_output is not None
+        _check_inputs(has_images, has_texts, return_loss)
+        output = MiniClipOutput()
+        if pixel_values is not None:
+            output.vision_model_output = self.pool_images(pixel_values, **kwargs)
+            vision_pooler_output = output.vision_model_output.pooler_output  # [B, vision width]
+        if input_ids is not None:
+            output.text_model_output = self.pool_texts(input_ids, attention_mask, **kwargs)
+            text_pooler_output = output.text_model_output.pooler_output  # [N, text width]
+        if vision_pooler_output is not None:
+            output.image_embeds = nn.functional.normalize(self.visual_projection(vision_pooler_output), dim=-1)
+        if text_pooler_output is not None:
+            output.text_embeds = nn.functional.normalize(self.text_projection(text_pooler_output), dim=-1)
+        if output.image_embeds is None or output.text_embeds is None:
+            return output
+        image_embeds = output.image_embeds  # [B, projection_dim]
+        text_embeds = output.text_embeds.to(image_embeds.device)  # [N, projection_dim]
+        output.logit_scale = self.inverse_temperature()
+        output.logits_per_image = output.logit_scale * image_embeds @ text_embeds.t()  # [B, N]
+        output.logits_per_text = output.logits_per_image.t()
+        if return_loss:
+            ids = _ids_of_pairs(image_embeds, text_embeds, image_id, text_image_id)
+            output.loss = symmetric_contrastive_loss(image_embeds, text_embeds, output.logit_scale, *ids)
+        return output
+
+
+def _check_inputs(has_images: bool, has_texts: bool, return_loss: bool | None) -> None:
+    if not has_images and not has_texts:
+        raise ValueError("pass input_ids, pixel_values or both: there is nothing to embed")
+    if return_loss and not has_images:
+        raise ValueError("return_loss=True needs pixel_values beside input_ids")
+    if return_loss and not has_texts:
+        raise ValueError("return_loss=True needs input_ids beside pixel_values")
+
+
+def _ids_of_pairs(
+    image_embeds: Tensor, text_embeds: Tensor, image_id: Tensor | None, text_image_id: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if image_id is not None and text_image_id is not None:
+        return image_id, text_image_id
+    if image_id is not None or text_image_id is not None:
+        raise ValueError("image_id and text_image_id go together: pass both or neither")
+    if len(image_embeds) != len(text_embeds):
+        raise ValueError(
+            f"return_loss=True with {len(image_embeds)} images and {len(text_embeds)} texts needs image_id and "
+            "text_image_id to say which text describes which image"
+        )
+    pairs = torch.arange(len(image_embeds), device=image_embeds.device)
+    return pairs, pairs
+
+
+__all__ = ["MiniClipModel", "MiniClipOutput", "contrastive_loss", "symmetric_contrastive_loss"]

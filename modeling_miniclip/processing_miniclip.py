@@ -1,0 +1,232 @@
+"""One processor for images and texts, made from the towers: timm's eval transform and the text tower's tokenizer."""
+
+import math
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image, ImageOps
+from timm.data import resolve_data_config
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BatchFeature,
+    CLIPImageProcessorPil,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TimmWrapperConfig,
+)
+from transformers.image_utils import PILImageResampling
+
+from .modeling_miniclip import timm_repository
+
+# Text encoders whose position table starts behind the padding index (two rows of RoBERTa's 514 are never used).
+OFFSET_POSITIONS = frozenset(
+    "camembert data2vec-text ibert longformer mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl".split()
+)
+# Encoders with relative positions only: their configuration names a length, but no table ends there.
+RELATIVE_POSITIONS = frozenset("t5 mt5 umt5 t5gemma xlnet deberta-v2".split())
+
+
+def to_rgb(image: Any) -> Image.Image:
+    """Any PIL image as 8-bit RGB: EXIF rotation applied, transparency laid on white, 16-bit scaled, first frame.
+
+    Raises:
+        OSError: the image cannot be decoded.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray(
+            np.clip(values / 257 if values.max(initial=0) > 255 else values, 0, 255).astype(np.uint8)
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def image_processor_from_timm(vision_config: Any, image_size: int | None = None) -> CLIPImageProcessorPil:
+    """A stock image processor that does what timm's eval transform does for this tower.
+
+    Resize of the shorter edge, centre crop, rescale, normalise. Equal to timm bit for bit where the margin around the
+    crop is even; where it is odd, transformers rounds its half pixel down and timm to the nearest even number, so
+    that the crop may sit one pixel aside.
+
+    Args:
+        vision_config: `TimmWrapperConfig` of the image tower.
+        image_size: pixels per side, if other than the tower's own.
+
+    Raises:
+        ValueError: the tower's crop mode pads a border, or its input size is fixed and `image_size` differs.
+    """
+    cfg = getattr(vision_config, "pretrained_cfg", None)
+    if cfg is None:
+        cfg = timm.get_pretrained_cfg(vision_config.architecture).to_dict()
+    data = resolve_data_config(pretrained_cfg=cfg)
+    height, width = data["input_size"][1:]
+    if image_size is not None and (height, width) != (image_size, image_size):
+        if cfg.get("fixed_input_size"):
+            raise ValueError(
+                f"{vision_config.architecture} takes images of {height}x{width} pixels only: image_size {image_size} "
+                "does not fit; leave it out or choose another image tower"
+            )
+        height = width = image_size
+    if data["crop_mode"] not in ("center", "squash") or (data["crop_mode"] == "center" and height != width):
+        raise ValueError(
+            f"{vision_config.architecture}: crop mode {data['crop_mode']!r} with input size {height}x{width} has no "
+            "equivalent among transformers' image processors; pass image_processor= of your own"
+        )
+    scaled = (math.floor(height / data["crop_pct"]), math.floor(width / data["crop_pct"]))
+    squash = data["crop_mode"] == "squash"
+    return CLIPImageProcessorPil(
+        size={"height": scaled[0], "width": scaled[1]} if squash else {"shortest_edge": scaled[0]},
+        crop_size={"height": height, "width": width},
+        resample=PILImageResampling[data["interpolation"].upper()],
+        image_mean=list(data["mean"]),
+        image_std=list(data["std"]),
+    )
+
+
+def max_text_length(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Longest text in tokens, special ones included: the lesser of the tokenizer's limit and the position table.
+
+    RoBERTa and its kin lose the rows up to the padding index (514 - 2 = 512); encoders with relative positions are
+    bound by the tokenizer alone.
+    """
+    rows = getattr(text_config, "max_position_embeddings", None)
+    if rows is None or text_config.model_type in RELATIVE_POSITIONS:
+        return tokenizer.model_max_length
+    if text_config.model_type in OFFSET_POSITIONS:
+        rows -= text_config.pad_token_id + 1
+    return min(rows, tokenizer.model_max_length)
+
+
+def _without_fixed_lengths(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    # Some tokenizer.json files (all-MiniLM-L6-v2: 128) carry a length from an earlier use. It would both pad every
+    # call and cut below the tower's limit.
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    for key in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"):
+        tokenizer.init_kwargs.pop(key, None)
+    return tokenizer
+
+
+class MiniClipProcessor(ProcessorMixin):
+    """Images to `pixel_values`, texts to `input_ids` and `attention_mask`.
+
+    Texts are padded to the longest of the call and truncated to the text tower's limit, which is the tokenizer's
+    `model_max_length`; a warning counts those that were cut. `from_pretrained` selects the PIL backend, with which
+    the pixels are those of training, unless `backend="torchvision"` is passed (faster, up to 2/255 off before
+    normalisation). `AutoImageProcessor` and pipelines that load the image processor alone select torchvision.
+
+    Example:
+        >>> processor = MiniClipProcessor.from_pretrained("export")  # doctest: +SKIP
+        >>> inputs = processor(images=[image], text=["two dogs"], return_tensors="pt")  # doctest: +SKIP
+    """
+
+    text_kwargs = {"padding": True, "truncation": True}
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None):
+        if tokenizer is not None:
+            # Pipelines hand every output of the tokenizer to the model, which has no use for token types.
+            tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        super().__init__(image_processor, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> "MiniClipProcessor":
+        """As `ProcessorMixin.from_pretrained`, with `backend="pil"` unless another is named."""
+        kwargs.setdefault("backend", "pil")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_towers(
+        cls,
+        vision: str | os.PathLike | TimmWrapperConfig,
+        text: str | os.PathLike,
+        image_size: int | None = None,
+        max_length: int | None = None,
+    ) -> "MiniClipProcessor":
+        """The processor that fits two pretrained towers.
+
+        Args:
+            vision: as in `MiniClipModel.from_towers`, or the image tower's configuration.
+            text: Hub name or local folder of the text encoder with its tokenizer.
+            image_size: pixels per side, if other than the image tower's own.
+            max_length: longest text in tokens, if shorter than the text tower's limit.
+
+        Raises:
+            ValueError: the image tower cannot take `image_size`, or the text tower `max_length`.
+        """
+        if not isinstance(vision, TimmWrapperConfig):
+            vision = TimmWrapperConfig.from_pretrained(timm_repository(os.fspath(vision)))
+        tokenizer = _without_fixed_lengths(AutoTokenizer.from_pretrained(text))
+        limit = max_text_length(AutoConfig.from_pretrained(text), tokenizer)
+        if max_length is not None and not 0 < max_length <= limit:
+            raise ValueError(f"max_length must be in 1..{limit}, the limit of {text}, not {max_length}")
+        tokenizer.model_max_length = max_length or limit
+        return cls(image_processor_from_timm(vision, image_size), tokenizer)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Prepare images, texts or both.
+
+        Args:
+            images: one image or a list of them: PIL, arrays or tensors.
+            text: one text or a list of them.
+            **kwargs: of the image processor and the tokenizer, for instance `return_tensors="pt"`.
+
+        Returns:
+            `pixel_values` `[B, 3, H, W]` and/or `input_ids`, `attention_mask` `[N, L]`.
+        """
+        outputs = super().__call__(images=images, text=text, **kwargs)
+        if text is not None:
+            self._warn_of_truncation([text] if isinstance(text, str) else text, outputs["attention_mask"])
+        return outputs
+
+    def crop(self, image: Image.Image) -> np.ndarray:
+        """Resize and centre crop alone.
+
+        Args:
+            image: RGB.
+
+        Returns:
+            `[3, H, W]` uint8, what `pixel_values` are before [`normalize`][MiniClipProcessor.normalize].
+        """
+        outputs = self.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        return outputs["pixel_values"][0]
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Rescale and normalise alone, on the device where the pixels are (a quarter of the bytes to move there).
+
+        Args:
+            pixels: `[B, 3, H, W]` uint8.
+
+        Returns:
+            `[B, 3, H, W]` float32 `pixel_values`, equal to the image processor's own.
+        """
+        mean = torch.tensor(self.image_processor.image_mean, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(self.image_processor.image_std, device=pixels.device).view(3, 1, 1)
+        # A division, as in timm: a product with 1/255 rounds some of the 256 values differently.
+        return (pixels.float() / (1 / self.image_processor.rescale_factor) - mean) / std
+
+    def count_truncated(self, texts: list[str]) -> int:
+        """How many of the texts are longer than the tokenizer's `model_max_length`, special tokens included."""
+        ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        return sum(len(row) > self.tokenizer.model_max_length for row in ids)
+
+    def _warn_of_truncation(self, texts: list[str], attention_mask: Any) -> None:
+        limit = self.tokenizer.model_max_length
+        # Only a text that fills the limit can have been cut: no other is tokenized a second time.
+        full = [text for text, mask in zip(texts, attention_mask, strict=True) if int(sum(mask)) >= limit]
+        cut = self.count_truncated(full) if full else 0
+        if cut:
+            warnings.warn(f"{cut} of {len(texts)} captions were truncated to {limit} tokens", stacklevel=3)
+
+
+__all__ = ["MiniClipProcessor"]

@@ -1,0 +1,131 @@
+"""What a training run tells: lines on the terminal, the log of its steps, and the data for its card."""
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .arguments import TrainingArguments
+from .errors import MiniClipError
+from .evaluation import DIRECTIONS, RECALL_AT
+from .modeling_miniclip import MiniClipModel
+
+# Arguments that say where things lie on the machine of the run: no business of a card's readers.
+LOCAL_ARGUMENTS = frozenset({"recipe", "output_dir", "image_dir", "overwrite_output_dir", "resume_from_checkpoint"})
+
+
+def say(accelerator: Any, text: str) -> None:
+    """Print once, not once per process, without breaking a progress bar."""
+    if accelerator.is_main_process:
+        tqdm.write(text)
+
+
+def describe_splits(splits: Any) -> str:
+    """Numbers of images and captions of each split, in a line."""
+    sizes = split_sizes(splits)
+    return "; ".join(f"{name}: {size['images']} images, {size['captions']} captions" for name, size in sizes.items())
+
+
+def split_sizes(splits: Any) -> dict[str, dict[str, int]]:
+    """`images` and `captions` of each split."""
+    return {
+        name: {"images": len(rows), "captions": sum(len(captions) for captions in rows["captions"])}
+        for name, rows in splits.items()
+    }
+
+
+def describe_model(model: MiniClipModel) -> str:
+    """Towers, size of the shared space and numbers of parameters, in a line."""
+    config = model.config
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return (
+        f"{config.vision_config.architecture} + {config.text_config.model_type}, {config.projection_dim}-d, "
+        f"{total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained)"
+    )
+
+
+def describe_validation(epoch: float, metrics: dict[str, float], improved: bool) -> str:
+    """Loss and recalls of a validation, in a line; a star marks the best so far."""
+    recalls = [
+        f"{direction.replace('_', ' ')} " + " / ".join(f"{metrics[f'{direction}_R@{k}']:.1f}" for k in RECALL_AT)
+        for direction in DIRECTIONS
+    ]
+    line = f"epoch {epoch:g}: loss {metrics['loss']:.4f}, R@1/5/10 {', '.join(recalls)}, rsum {metrics['rsum']:.1f}"
+    return line + (" *" if improved else "")
+
+
+def data_for_card(arguments: TrainingArguments, splits: Any) -> dict[str, Any]:
+    """What the card says of the data: its name, never a path of this machine, and the size of its splits."""
+    return {"name": without_path(arguments.dataset or "scenes"), "splits": split_sizes(splits)}
+
+
+def arguments_for_card(arguments: TrainingArguments) -> dict[str, Any]:
+    """The arguments that were given a value, without what only means something on this machine."""
+    values = {name: value for name, value in asdict(arguments).items() if value is not None}
+    return {
+        name: without_path(value) if isinstance(value, str) else value
+        for name, value in values.items()
+        if name not in LOCAL_ARGUMENTS
+    }
+
+
+def without_path(value: str) -> str:
+    """The last part of a path that exists here; anything else as it is (a Hub name, a timm name, text)."""
+    path = Path(value).expanduser()
+    try:
+        return path.resolve().name if path.exists() else value
+    except OSError:  # too long for a file name: no path
+        return value
+
+
+class StepMeter:
+    """Collects steps and gives their means: loss over all processes, pairs a second, rates and norm of the last step.
+
+    Args:
+        accelerator: of the run.
+        optimizer: whose groups have a `name`.
+    """
+
+    def __init__(self, accelerator: Any, optimizer: Any):
+        self.accelerator, self.optimizer = accelerator, optimizer
+        self._restart()
+
+    def _restart(self) -> None:
+        self.start, self.pairs = time.perf_counter(), 0
+        self.losses: list[Tensor] = []
+        self.norm: Any = math.nan
+
+    def update(self, loss: Tensor, norm: Any, pairs: int) -> None:
+        """Take note of one step of this process without waiting for the device."""
+        self.losses.append(loss.detach())
+        self.norm = norm
+        self.pairs += pairs
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading; every process has to call it.
+
+        Raises:
+            MiniClipError: the loss is not finite.
+        """
+        own = torch.stack([torch.stack(self.losses).mean(), self.losses[0].new_tensor(self.pairs)])
+        loss, pairs = self.accelerator.reduce(own, "sum").tolist()
+        if not math.isfinite(loss):
+            raise MiniClipError(
+                f"the training loss became {loss}: lower --learning_rate, --vision_learning_rate and "
+                "--text_learning_rate, or try --mixed_precision no; the last checkpoint and the export are untouched"
+            )
+        groups = [group for group in self.optimizer.param_groups if not group["name"].endswith("_no_decay")]
+        values = {
+            "loss": loss,
+            **{f"{group['name']}_learning_rate": group["lr"] for group in groups},
+            "gradient_norm": float(self.norm),
+            "pairs_per_second": pairs / (time.perf_counter() - self.start),
+        }
+        self._restart()
+        return values

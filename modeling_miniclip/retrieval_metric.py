@@ -1,0 +1,44 @@
+"""Retrieval recall as an `evaluate` metric: `evaluate.load(path of this file)` or `RetrievalMetric()`."""
+
+import datasets
+import evaluate
+import numpy
+import torch
+
+from modeling_miniclip.evaluation import retrieval_metrics
+
+DESCRIPTION = """Recall at 1, 5, 10 in percent, median rank in both directions and rsum, the sum of the six recalls.
+All rows that were added are candidates; ties are resolved against the model."""
+
+INPUTS = """
+Args:
+    predictions: one image embedding a row.
+    references: the list of the embeddings of that image's captions; any number of them, at least one.
+Returns:
+    text_to_image_R@1, text_to_image_R@5, text_to_image_R@10, text_to_image_median_rank, the same with
+    image_to_text, and rsum.
+"""
+
+
+class RetrievalMetric(evaluate.Metric):
+    """See the module's `DESCRIPTION` and `INPUTS`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        vector = datasets.Sequence(datasets.Value("float32"))
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation="",
+            inputs_description=INPUTS,
+            features=datasets.Features({"predictions": vector, "references": datasets.Sequence(vector)}),
+        )
+
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+        counts = [len(captions) for captions in references]
+        texts = numpy.concatenate(
+            [numpy.asarray(captions, dtype=numpy.float32) for captions in references if len(captions)]
+        )
+        return retrieval_metrics(
+            torch.from_numpy(numpy.asarray(predictions, dtype=numpy.float32)),
+            torch.from_numpy(numpy.asarray(texts, dtype=numpy.float32)),
+            numpy.repeat(numpy.arange(len(counts)), counts).tolist(),
+        )

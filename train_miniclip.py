@@ -1,0 +1,425 @@
+"""Train a CLIP of your own.
+
+    python train_miniclip.py                                      # the built-in recipe, no network needed
+    python train_miniclip.py --dataset captions.csv               # your images: ResNet-50 + DistilBERT
+    accelerate launch --config_file configuration/accelerate/cpu2.yaml train_miniclip.py --recipe scenes
+
+The flags are in `configuration/README.md`, the pieces in `modeling_miniclip/training.py`. Read this file from top to
+bottom: `main` prepares, `train` goes through the epochs, `finish` leaves the result.
+"""
+
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Both have to be set before the libraries are imported.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no network call at import
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's processes are the parallelism
+
+from modeling_miniclip.arguments import TrainingArguments, parse_arguments  # noqa: E402
+from modeling_miniclip.errors import MiniClipError  # noqa: E402
+
+
+@dataclass
+class Run:
+    """Everything that training touches, made by [`prepare`]."""
+
+    arguments: TrainingArguments
+    output_dir: Path
+    accelerator: Any
+    model: Any  # as prepared by Accelerate; `plain` is the MiniClipModel within
+    plain: Any
+    processor: Any
+    optimizer: Any
+    scheduler: Any
+    train_loader: Any
+    validation_loader: Any
+    validation: Any  # the split, for the pictures
+    data: dict[str, Any]  # what the card says of it
+    log: Any
+    progress: Any
+    interrupt: Any
+    steps_per_epoch: int
+    last_step: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        steps = self.arguments.num_train_epochs * self.steps_per_epoch
+        self.last_step = min(steps, self.arguments.max_steps or steps)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training images so far, for logs."""
+        return self.progress.epoch + self.progress.step_in_epoch / self.steps_per_epoch
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Train as the arguments say.
+
+    Args:
+        argv: flags, as on the command line; None takes those of the process. From a notebook:
+            `notebook_launcher(main, ([...],), num_processes=2)`.
+
+    Returns:
+        The folder of the exported model.
+
+    Raises:
+        MiniClipError: the arguments or the data are wrong; the message says where and how to mend it.
+    """
+    run = prepare(parse_arguments(argv))
+    with run.interrupt:
+        train(run)
+    return finish(run)
+
+
+# --- prepare: everything that can be wrong is found here, before any long work --------------------------------------
+
+
+def prepare(arguments: TrainingArguments) -> Run:
+    """Output folder, data, model, loaders, optimiser, schedule; a resumed run's state."""
+    from modeling_miniclip.arguments import save_arguments
+    from modeling_miniclip.checkpoints import Interrupt, MetricsLog, Progress
+    from modeling_miniclip.reporting import data_for_card, describe_splits, say
+    from modeling_miniclip.training import build_scheduler
+
+    # Where: output folder, repository, device
+    output_dir, checkpoint = prepare_places(arguments)
+    accelerator = build_accelerator(arguments, output_dir)
+
+    # What: data, and a model with its processor
+    splits = load_splits(arguments)
+    say(accelerator, describe_splits(splits))
+    model, processor = build_model(arguments, accelerator, splits)
+
+    # How: loaders, optimiser, schedule
+    train_loader, validation_loader = build_loaders(arguments, accelerator, model, processor, splits)
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, arguments, accelerator.device))
+    run = Run(
+        arguments=arguments,
+        output_dir=output_dir,
+        accelerator=accelerator,
+        model=prepared,
+        plain=accelerator.unwrap_model(prepared),
+        processor=processor,
+        optimizer=optimizer,
+        scheduler=None,
+        train_loader=train_loader,
+        validation_loader=validation_loader,
+        validation=splits["validation"],
+        data=data_for_card(arguments, splits),
+        log=MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process),
+        progress=Progress(),
+        interrupt=Interrupt(lambda: say(accelerator, "Ctrl-C: saving after this step; again to stop at once")),
+        steps_per_epoch=len(train_loader.batch_sampler),
+    )
+    run.scheduler = build_scheduler(optimizer.optimizer, arguments, run.last_step)
+
+    # From where: a fresh start, or a checkpoint
+    accelerator.register_for_checkpointing(run.progress, run.scheduler)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        run.log.drop_after(run.progress.step)
+        say(accelerator, f"resumed from {checkpoint} at step {run.progress.step}")
+    if accelerator.is_main_process:
+        save_arguments(arguments, output_dir / "arguments.yaml")
+    accelerator.init_trackers("miniclip", config={k: v for k, v in asdict(arguments).items() if v is not None})
+    return run
+
+
+def prepare_places(arguments: TrainingArguments) -> tuple[Path, Path | None]:
+    """The output folder, and the checkpoint to go on from; the repository of a push is created now."""
+    from modeling_miniclip import checkpoints
+    from modeling_miniclip.hub import prepare_push
+
+    output_dir = Path(arguments.output_dir)
+    if int(os.environ.get("RANK", "0")) == 0:  # one process speaks for all, before there is an Accelerator
+        checkpoints.prepare_output_dir(arguments)
+        if arguments.push_to_hub:
+            arguments.hub_model_id = prepare_push(arguments.hub_model_id, output_dir, arguments.hub_private_repo)
+    if arguments.resume_from_checkpoint is None:
+        return output_dir, None
+    return output_dir, checkpoints.find_checkpoint(output_dir, arguments.resume_from_checkpoint)
+
+
+def build_accelerator(arguments: TrainingArguments, output_dir: Path) -> Any:
+    """Device, processes and precision; the seed is set."""
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import set_seed
+
+    from modeling_miniclip.performance import best_mixed_precision, keep_freed_memory
+
+    keep_freed_memory()
+    accelerator = Accelerator(
+        mixed_precision=arguments.mixed_precision or best_mixed_precision(PartialState().device),
+        log_with=None if arguments.report_to == "none" else arguments.report_to,
+        project_dir=str(output_dir),
+    )
+    set_seed(arguments.seed)
+    return accelerator
+
+
+def load_splits(arguments: TrainingArguments) -> Any:
+    """The data set's splits with one row per image, cut to `--max_train_images` and `--max_validation_images`."""
+    from modeling_miniclip.data import load_captions
+
+    splits = load_captions(
+        arguments.dataset or "scenes",
+        image_dir=arguments.image_dir,
+        image_column=arguments.image_column,
+        caption_column=arguments.caption_column,
+        validation_fraction=arguments.validation_fraction,
+        seed=arguments.seed,
+        revision=arguments.dataset_revision,
+    )
+    for name, limit in (("train", arguments.max_train_images), ("validation", arguments.max_validation_images)):
+        if limit is not None:
+            splits[name] = splits[name].select(range(min(limit, len(splits[name]))))
+    return splits
+
+
+def build_model(arguments: TrainingArguments, accelerator: Any, splits: Any) -> tuple[Any, Any]:
+    """Model on its device and processor, frozen towers marked, and a word on captions that will be cut."""
+    from modeling_miniclip import building
+    from modeling_miniclip.performance import to_channels_last
+    from modeling_miniclip.reporting import describe_model, say
+    from modeling_miniclip.training import frozen_towers
+
+    captions = list(splits["train"]["captions"])
+    model, processor = building.build_model(arguments, captions)
+    if arguments.freeze_batch_norm is None:
+        arguments.freeze_batch_norm = arguments.preset is None
+    for tower in frozen_towers(model, arguments.freeze):
+        tower.requires_grad_(False)
+    to_channels_last(model.vision_model)
+    say(accelerator, describe_model(model))
+    cut = processor.count_truncated([text for row in captions for text in row])
+    if cut:
+        limit = processor.tokenizer.model_max_length
+        say(accelerator, f"{cut} of {sum(map(len, captions))} training captions will be cut to {limit} tokens")
+    return model.to(accelerator.device), processor
+
+
+def build_loaders(
+    arguments: TrainingArguments, accelerator: Any, model: Any, processor: Any, splits: Any
+) -> tuple[Any, Any]:
+    """Loaders of this process's share of the training and validation batches; frozen features are computed here."""
+    from modeling_miniclip import features
+    from modeling_miniclip.arguments import augmentation_list
+    from modeling_miniclip.batches import CaptionRows, GlobalBatches, build_augmentation, make_loader
+
+    crop = processor.image_processor.crop_size
+    augmentation = build_augmentation(augmentation_list(arguments), (crop["height"], crop["width"]))
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    loaders = []
+    for split, augment in (("train", augmentation), ("validation", None)):
+        rows = CaptionRows(splits[split], processor, augment, None, arguments.seed)
+        if arguments.freeze in ("vision", "both") and augment is None:
+            rows.vision_features = features.frozen_image_features(
+                model, rows, arguments.num_workers, accelerator.device, rank, world_size
+            )
+        if arguments.freeze in ("text", "both"):
+            rows.text_features = features.frozen_text_features(
+                model, rows.captions, processor, accelerator.device, rank, world_size
+            )
+        is_train = split == "train"
+        rows.captions_per_image = arguments.captions_per_image if is_train else None
+        batch_size = arguments.batch_size if is_train else features.EVALUATION_BATCH * world_size
+        batches = GlobalBatches(len(rows), batch_size, is_train, arguments.seed, rank, world_size)
+        # Rows of features cost nothing to make: handing them from one process to another would cost more.
+        workers = arguments.num_workers if rows.vision_features is None else 0
+        loaders.append(make_loader(rows, batches, workers, pin_memory=accelerator.device.type == "cuda"))
+    return loaders[0], loaders[1]
+
+
+def build_optimizer(model: Any, arguments: TrainingArguments, device: Any) -> Any:
+    """AdamW over the trainable parameters, in one kernel on a GPU."""
+    import torch
+
+    from modeling_miniclip.training import parameter_groups
+
+    return torch.optim.AdamW(parameter_groups(model, arguments), fused=device.type == "cuda")
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> None:
+    """Epochs until the last step, early stopping or Ctrl-C; validation and a checkpoint after each."""
+    from modeling_miniclip.checkpoints import save_checkpoint
+    from modeling_miniclip.reporting import say
+
+    progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
+    say(
+        accelerator,
+        f"steps {progress.step + 1} to {run.last_step} of {arguments.batch_size} images on "
+        f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}",
+    )
+    while progress.step < run.last_step and not run.interrupt.requested:
+        train_epoch(run)
+        if progress.step_in_epoch == run.steps_per_epoch:
+            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        improved = validate(run)
+        progress.epochs_without_improvement = 0 if improved else progress.epochs_without_improvement + 1
+        save_checkpoint(accelerator, run.output_dir / "checkpoints", progress, arguments.save_total_limit)
+        patience = arguments.early_stopping_patience
+        if patience is not None and progress.epochs_without_improvement >= patience:
+            say(accelerator, f"early stopping: {arguments.best_metric} did not improve for {patience} epochs")
+            break
+
+
+def train_epoch(run: Run) -> None:
+    """The rest of the current epoch, one optimiser step a batch."""
+    from tqdm.auto import tqdm
+
+    from modeling_miniclip import training
+    from modeling_miniclip.distributed import global_contrastive_loss
+    from modeling_miniclip.reporting import StepMeter
+
+    progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
+    training.set_training_mode(run.plain, arguments.freeze, bool(arguments.freeze_batch_norm))
+    sampler = run.train_loader.batch_sampler
+    sampler.epoch, sampler.first_batch = progress.epoch, progress.step_in_epoch
+    title = f"epoch {progress.epoch + 1}/{arguments.num_train_epochs}"
+    bar = tqdm(total=run.steps_per_epoch, initial=sampler.first_batch, desc=title, unit="step", leave=False,
+               disable=not accelerator.is_main_process)  # fmt: skip
+    meter = StepMeter(accelerator, run.optimizer)
+    for batch in run.train_loader:
+        # Forward: this process's share of the global batch, the loss over all of it
+        inputs = training.forward_inputs(batch, run.processor, accelerator.device)
+        output = run.model(**inputs)
+        loss = global_contrastive_loss(
+            output.image_embeds.float(),
+            output.text_embeds.float(),
+            run.plain.inverse_temperature(),
+            batch["image_id"].to(accelerator.device),
+            batch["text_image_id"].to(accelerator.device),
+        )
+
+        # Backward: DistributedDataParallel averages over the processes what is to be summed
+        run.optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(loss * accelerator.num_processes)
+        norm = accelerator.clip_grad_norm_(run.plain.parameters(), arguments.max_grad_norm)
+        run.optimizer.step()
+        training.clamp_temperature(run.plain)
+        progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
+
+        # Log, then the schedule, so that a line tells the rate that its step was taken with
+        meter.update(loss, norm, len(batch["text_image_id"]))
+        if progress.step % arguments.logging_steps == 0 or progress.step == run.last_step:
+            log_step(run, meter.read(), bar)
+        if arguments.lr_scheduler_type == "cosine":
+            run.scheduler.step()
+        bar.update()
+        if run.interrupt.in_any_process(accelerator) or progress.step == run.last_step:
+            break
+    bar.close()
+
+
+def log_step(run: Run, values: dict[str, float], bar: Any) -> None:
+    """A line of `metrics.jsonl`, the trackers, and the progress bar's postfix."""
+    values["logit_scale"] = run.plain.inverse_temperature().item()
+    run.log.write(run.progress.step, run.epoch, "train", values)
+    run.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=run.progress.step)
+    rate = run.optimizer.param_groups[-1]["lr"]
+    bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{rate:.1e}", pairs_s=f"{values['pairs_per_second']:.0f}")
+
+
+def validate(run: Run) -> bool:
+    """Measure the whole validation split, step the plateau schedule, export the model if it is the best so far."""
+    from accelerate.utils import broadcast_object_list
+
+    from modeling_miniclip.evaluation import is_better, measure
+    from modeling_miniclip.features import embed_split
+    from modeling_miniclip.reporting import describe_validation, say
+
+    progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
+    start = time.perf_counter()
+    embeddings = embed_split(
+        run.plain, run.validation_loader, run.processor, accelerator.device, accelerator.is_main_process
+    )
+    # One process measures and tells the others: all must take the same decisions.
+    told: list[Any] = [None]
+    if accelerator.is_main_process:
+        told[0] = measure(*embeddings, run.plain.inverse_temperature().item())
+    metrics = broadcast_object_list(told)[0]
+    run.log.write(progress.step, run.epoch, "validation", {**metrics, "seconds": time.perf_counter() - start})
+    accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=progress.step)
+    if arguments.lr_scheduler_type == "plateau":
+        run.scheduler.step(metrics["loss"])
+    value = metrics[arguments.best_metric]
+    improved = progress.best_value is None or is_better(arguments.best_metric, value, progress.best_value)
+    say(accelerator, describe_validation(run.epoch, metrics, improved))
+    if improved:
+        progress.best_value, progress.best_step = value, progress.step
+        export_best(run, metrics)
+    return improved
+
+
+def export_best(run: Run, metrics: dict[str, float]) -> None:
+    """Replace `export/` by the model as it is now, with its measured card."""
+    from modeling_miniclip.hub import export
+    from modeling_miniclip.reporting import arguments_for_card
+
+    if run.accelerator.is_main_process:
+        card = {
+            "name": run.arguments.hub_model_id or run.output_dir.resolve().name,
+            "metrics": metrics,
+            "arguments": arguments_for_card(run.arguments),
+            "data": run.data,
+        }
+        export(run.plain, run.processor, run.output_dir / "export", card)
+    run.accelerator.wait_for_everyone()
+
+
+# --- finish ---------------------------------------------------------------------------------------------------------
+
+
+def finish(run: Run) -> Path:
+    """Curves, a picture of what the exported model finds, the trackers' end, and the push."""
+    from modeling_miniclip.hub import push
+    from modeling_miniclip.plots import draw_curves, read_metrics
+    from modeling_miniclip.reporting import say
+
+    export_dir, progress = run.output_dir / "export", run.progress
+    run.accelerator.end_training()
+    if run.accelerator.is_main_process:
+        draw_curves(read_metrics(run.log.path), run.output_dir / "curves.png", progress.best_step)
+        draw_retrieval(run, export_dir)
+        say(
+            run.accelerator, f"best {run.arguments.best_metric} {progress.best_value:.4g} at step {progress.best_step}"
+        )
+        say(run.accelerator, f"model: {export_dir}")
+        if run.arguments.push_to_hub:
+            say(run.accelerator, f"pushed: {push(export_dir, str(run.arguments.hub_model_id))}")
+    run.accelerator.wait_for_everyone()
+    return export_dir
+
+
+def draw_retrieval(run: Run, export_dir: Path) -> None:
+    """`retrieval.png`: validation captions with the images that the exported model, loaded again, finds for them."""
+    from modeling_miniclip.modeling_miniclip import MiniClipModel
+    from modeling_miniclip.plots import draw_matches, example_queries, match_rows
+    from modeling_miniclip.retrieval import encode_images, encode_texts
+
+    model = MiniClipModel.from_pretrained(export_dir).to(run.accelerator.device)
+    images = encode_images(model, (row["image"] for row in run.validation), run.processor, progress=False)
+    queries = example_queries(list(run.validation["captions"]), 6)
+    texts = encode_texts(model, [text for _, text in queries], run.processor, progress=False)
+    rows = match_rows(queries, texts @ images.T, lambda i: run.validation[i]["image"].convert("RGB"))
+    draw_matches(run.output_dir / "retrieval.png", rows, "Validation captions and the images found for them")
+
+
+def cli() -> int:
+    """The console script: errors of the user's input are told without a traceback, with exit code 2."""
+    try:
+        main()
+    except MiniClipError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
