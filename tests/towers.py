@@ -25,7 +25,8 @@ VISION = {
 
 _SMALL = {"vocab_size": 200, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT: dict[str, dict[str, Any]] = {
-    "distilbert": {"vocab_size": 200, "n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 64, "max_position_embeddings": 24},
+    "distilbert": {"vocab_size": 200, "n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 64,
+                   "max_position_embeddings": 24},
     "bert": {**_SMALL, "hidden_size": 32, "max_position_embeddings": 24},
     "roberta": {**_SMALL, "hidden_size": 32, "max_position_embeddings": 26, "pad_token_id": 1},
     "mpnet": {**_SMALL, "hidden_size": 32, "max_position_embeddings": 26, "pad_token_id": 1},
