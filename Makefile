@@ -39,8 +39,9 @@ format: $(VENV)/.installed-dev  ## let ruff format the code and order the import
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed-dev  ## write the generated part of configuration/README.md
+docs: $(VENV)/.installed-dev  ## write the generated parts of the Markdown files
 	$(BIN)/python -m modeling_miniclip.arguments
+	$(BIN)/python benchmarks/report.py --write
 
 clean:  ## delete environments, runs and builds
 	rm -rf $(VENV) .venv-wheel runs dist build .mypy_cache .ruff_cache

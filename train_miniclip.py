@@ -145,14 +145,18 @@ def prepare_places(arguments: TrainingArguments) -> tuple[Path, Path | None]:
 
 def build_accelerator(arguments: TrainingArguments, output_dir: Path) -> Any:
     """Device, processes and precision; the seed is set."""
+    import torch
     from accelerate import Accelerator, PartialState
-    from accelerate.utils import set_seed
+    from accelerate.utils import parse_flag_from_env, set_seed
 
     from modeling_miniclip.performance import best_mixed_precision, keep_freed_memory
 
     keep_freed_memory()
+    # Told to use the CPU, Accelerate joins its processes by gloo; left to find out, it trains each by itself.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     accelerator = Accelerator(
-        mixed_precision=arguments.mixed_precision or best_mixed_precision(PartialState().device),
+        cpu=on_cpu,
+        mixed_precision=arguments.mixed_precision or best_mixed_precision(PartialState(cpu=on_cpu).device),
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_dir=str(output_dir),
     )
@@ -383,7 +387,7 @@ def finish(run: Run) -> Path:
     from modeling_miniclip.reporting import say
 
     export_dir, progress = run.output_dir / "export", run.progress
-    run.accelerator.end_training()
+    run.train_loader = run.validation_loader = None  # ends their workers now; the garbage collector takes 5 s for each
     if run.accelerator.is_main_process:
         draw_curves(read_metrics(run.log.path), run.output_dir / "curves.png", progress.best_step)
         draw_retrieval(run, export_dir)
@@ -394,6 +398,7 @@ def finish(run: Run) -> Path:
         if run.arguments.push_to_hub:
             say(run.accelerator, f"pushed: {push(export_dir, str(run.arguments.hub_model_id))}")
     run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
     return export_dir
 
 

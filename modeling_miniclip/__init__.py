@@ -29,7 +29,7 @@ _MODULE_OF = {
     "UsageError": "errors",
 }
 
-__all__ = [*_MODULE_OF, "__version__"]  # noqa: PLE0604
+__all__ = [*_MODULE_OF, "__version__"]
 
 if TYPE_CHECKING:
     from .configuration_miniclip import MiniClipConfig as MiniClipConfig

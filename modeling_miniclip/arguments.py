@@ -1,25 +1,29 @@
 """The arguments of a training run: code defaults, below a recipe's YAML, below the flags."""
 
-import argparse
 import difflib
 import json
+import math
+import re
+import textwrap
+from argparse import ArgumentParser
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
 from .errors import UsageError
-from .resources import named_file
+from .resources import PACKAGE, named_file
 
 
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _flag(default: Any, help: str, **argparse: Any) -> Any:
+    return field(default=default, metadata={"help": help, **argparse})
 
 
 @dataclass
 class TrainingArguments:
-    """Every flag of `train_miniclip.py`, in the groups of `configuration/README.md`, which is made from this class."""
+    """Every flag of `train_miniclip.py`. `--help` and the tables of `configuration/README.md` are made from it."""
 
     # What to train on
     recipe: str | None = _flag(
@@ -58,7 +62,10 @@ class TrainingArguments:
     max_length: int | None = _flag(None, "longest caption in tokens (the text tower's limit)")
     freeze: Literal["none", "vision", "text", "both"] = _flag("none", "towers that keep their weights")
     freeze_batch_norm: bool | None = _flag(
-        None, "keep the image tower's batch-norm statistics (true for pretrained towers, false from random weights)"
+        None,
+        "keep the image tower's batch-norm statistics (true for pretrained towers, false from random weights)",
+        nargs="?",
+        const=True,
     )
 
     # The optimisation
@@ -81,7 +88,9 @@ class TrainingArguments:
         None,
         "albumentations for training images: list of {name, arguments} as JSON or YAML, [] for none (mild ones)",
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(None, "bf16 where the accelerator has it, else no")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(
+        None, "precision of the forward pass (bf16 where the accelerator has it, else no)"
+    )
     seed: int = _flag(0, "of weights, batches, captions, augmentation and dropout")
 
     # What is kept and shown
@@ -98,7 +107,7 @@ class TrainingArguments:
     hub_private_repo: bool = _flag(False, "create that repository as private")
 
 
-# Fields whose text in the class above starts a new group of flags.
+# Fields that start a new group of flags.
 FLAG_GROUPS = {
     "recipe": "What to train on",
     "vision_model": "The model",
@@ -106,26 +115,22 @@ FLAG_GROUPS = {
     "output_dir": "What is kept and shown",
 }
 
+# A model comes from one of these: two pretrained towers, random weights, or a trained model.
+MODEL_SOURCES = (("vision_model", "text_model"), ("preset",), ("model_name_or_path",))
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, made from the fields of [`TrainingArguments`]."""
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> Any:  # argparse would end the process
-            raise UsageError(message)
-
-    return Parser(
-        TrainingArguments,
-        prog="train_miniclip.py",
-        allow_abbrev=False,
-        description="Train a CLIP of your own on captioned images. Without arguments: the built-in recipe 'scenes'.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+LOWER_BOUNDS = {
+    **dict.fromkeys(("batch_size", "captions_per_image", "num_train_epochs", "max_steps", "logging_steps"), 1),
+    **dict.fromkeys(("max_train_images", "max_validation_images", "image_size", "max_length", "save_total_limit"), 1),
+    **dict.fromkeys(("projection_dim", "projection_depth", "early_stopping_patience"), 1),
+    **dict.fromkeys(("num_workers", "seed", "warmup_steps", "lr_plateau_patience", "weight_decay"), 0),
+}
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     """Arguments of a run: code defaults < recipe < flags.
+
+    A flag that says where the model comes from also outweighs a recipe that says otherwise: with `--preset` the
+    recipe's `vision_model` and `text_model` do not count.
 
     Args:
         argv: flags; None takes those of the process.
@@ -135,73 +140,122 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
             exclude each other.
     """
     parser = build_parser()
-    parser.set_defaults(**_recipe_defaults(parser, argv))
+    given = _parse(parser, argv)
+    recipe = given.recipe or ("scenes" if given.dataset is None else None)
+    if recipe is not None:
+        path = named_file(recipe, "recipes", ".yaml")
+        values = read_recipe(path)
+        for name in _outweighed(given):
+            values.pop(name, None)
+        parser.set_defaults(**values, recipe=recipe)
     arguments = _parse(parser, argv)
-    if arguments.recipe is None and arguments.dataset is None:
-        arguments.recipe = "scenes"
+    if arguments.dataset is None:
+        raise UsageError(f"--dataset is missing: the recipe {recipe} names no data to train on")
     validate(arguments)
     return arguments
 
 
-def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> TrainingArguments:
+def build_parser() -> ArgumentParser:
+    """The command line, made from the fields of [`TrainingArguments`]."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> Any:  # argparse would end the process
+            raise UsageError(re.sub(r"^argument (--\w+)[^:]*", r"\1", message))
+
+        def format_help(self) -> str:
+            return describe_flags()
+
+    return Parser(TrainingArguments, prog="train_miniclip.py", allow_abbrev=False)
+
+
+def _parse(parser: ArgumentParser, argv: list[str] | None) -> TrainingArguments:
     namespace, rest = parser.parse_known_args(argv)
+    if rest and not rest[0].startswith("-"):
+        raise UsageError(f"{rest[0]!r} belongs to no flag; --help lists them all")
     if rest:
-        raise UsageError(f"unknown flag {rest[0]!r}" + nearest(rest[0].lstrip("-").split("=")[0], "--"))
+        name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
+        raise UsageError(f"unknown flag {rest[0]!r}{_nearest(name, vars(namespace), '--')}")
     return TrainingArguments(**vars(namespace))
 
 
-def nearest(name: str, prefix: str = "") -> str:
-    """`"; did you mean ...?"` with the argument whose name is nearest, or nothing."""
-    near = difflib.get_close_matches(name, [field.name for field in fields(TrainingArguments)], n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else "; see --help"
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists them all"
 
 
-def _recipe_defaults(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, str | None]:
-    given, _ = parser.parse_known_args(argv)
-    recipe = given.recipe or ("scenes" if given.dataset is None else None)
-    if recipe is None:
-        return {}
-    path = named_file(recipe, "recipes", ".yaml")
-    defaults = {name: _as_flag(value) for name, value in read_recipe(path).items()}
-    try:
-        # One flag after the other, so that a value of the wrong kind is named with its recipe.
-        build_parser().parse_args([f"--{name}={value}" for name, value in defaults.items() if value is not None])
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
-    return defaults
+def _outweighed(given: TrainingArguments) -> list[str]:
+    """Fields that say where the model comes from and that the given flags leave no room for."""
+    chosen = [names for names in MODEL_SOURCES if any(getattr(given, name) is not None for name in names)]
+    return [name for names in MODEL_SOURCES if chosen and names not in chosen for name in names]
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a recipe.
+    """The keys of a recipe with their values, each of its field's type.
 
     Raises:
-        UsageError: not a YAML mapping, or a key that is no argument.
+        UsageError: not a YAML mapping, a key that is no argument, or a value of the wrong kind; with file and key.
     """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML: {error}") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a YAML file that can be read: {error}") from error
     if not isinstance(recipe, dict):
         raise UsageError(f"{path}: expected a mapping of arguments, found {type(recipe).__name__}")
-    known = {field.name for field in fields(TrainingArguments)} - {"recipe"}
-    for key in recipe:
-        if key not in known:
-            raise UsageError(f"{path}: unknown key {key!r}" + nearest(str(key)))
-    return recipe
+    hints = get_type_hints(TrainingArguments)
+    hints.pop("recipe")
+    parser = build_parser()
+    values = {}
+    for key, value in recipe.items():
+        if key not in hints:
+            raise UsageError(f"{path}: unknown key {key!r}{_nearest(str(key), hints)}")
+        try:
+            values[key] = _recipe_value(parser, key, value, hints[key])
+        except UsageError as error:
+            found = "nothing" if value is None else repr(value)
+            raise UsageError(f"{path}: {key}: expected {_expected(key, hints[key])}, found {found}") from error
+    return values
 
 
-def _as_flag(value: Any) -> str | None:
-    # argparse converts text: it reads 1e-3, which PyYAML takes for a string, and refuses 1.5 for an integer.
-    if value is None:
+def _recipe_value(parser: ArgumentParser, key: str, value: Any, hint: Any) -> Any:
+    if value is None and type(None) in get_args(hint):
         return None
-    return json.dumps(value) if isinstance(value, list | dict) else str(value)
+    # argparse converts text: it reads 1e-3, which PyYAML takes for a string, and refuses 1.5 for an integer.
+    parsed = parser.parse_args([f"--{key}={_as_flag(key, value, hint)}"])
+    if key == "augmentation":
+        augmentation_list(TrainingArguments(augmentation=parsed.augmentation))
+    return getattr(parsed, key)
 
 
-LOWER_BOUNDS = {
-    **dict.fromkeys(("batch_size", "captions_per_image", "num_train_epochs", "max_steps", "logging_steps"), 1),
-    **dict.fromkeys(("max_train_images", "max_validation_images", "image_size", "max_length", "save_total_limit"), 1),
-    **dict.fromkeys(("num_workers", "seed", "warmup_steps", "lr_plateau_patience", "weight_decay"), 0),
-}
+def _as_flag(key: str, value: Any, hint: Any) -> str:
+    kinds = (hint, *get_args(hint))
+    if isinstance(value, bool):
+        if bool in kinds:
+            return str(value)
+        if not value and "no" in _choices(hint):  # YAML's word for false
+            return "no"
+    elif isinstance(value, list) and key == "augmentation":
+        return json.dumps(value)
+    elif isinstance(value, str) or (isinstance(value, int | float) and (int in kinds or float in kinds)):
+        return str(value)
+    raise UsageError(f"{value!r} is of the wrong type")
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    for kind in (hint, *get_args(hint)):
+        if get_args(kind) and all(isinstance(choice, str) for choice in get_args(kind)):
+            return get_args(kind)
+    return ()
+
+
+def _expected(key: str, hint: Any) -> str:
+    """A type as a user reads it."""
+    if key == "augmentation":
+        return "a list of mappings with a name each"
+    if _choices(hint):
+        return f"one of {', '.join(_choices(hint))}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes if need be)"}
+    return next(word for kind, word in words.items() if kind in (hint, *get_args(hint)))
 
 
 def validate(arguments: TrainingArguments) -> None:
@@ -212,31 +266,30 @@ def validate(arguments: TrainingArguments) -> None:
     """
     from .evaluation import METRIC_NAMES
 
-    sources = [name for name in ("preset", "model_name_or_path") if getattr(arguments, name) is not None]
-    towers = [name for name in ("vision_model", "text_model") if getattr(arguments, name) is not None]
-    if len(sources) > 1 or (sources and towers):
-        clash = " and ".join(f"--{name}" for name in (*sources, *towers))
+    sources = [[name for name in names if getattr(arguments, name) is not None] for names in MODEL_SOURCES]
+    named = [names for names in sources if names]
+    if len(named) > 1:
+        clash = " and ".join(f"--{name}" for names in named for name in names)
         raise UsageError(f"{clash} exclude each other: a model comes from a preset, from an export or from two towers")
     if arguments.best_metric not in ("loss", *METRIC_NAMES):
         raise UsageError(f"--best_metric {arguments.best_metric}: choose from loss, {', '.join(METRIC_NAMES)}")
-    at_least = dict.fromkeys(
-        ("batch_size", "captions_per_image", "num_train_epochs", "logging_steps", "save_total_limit"), 1
-    )
-    at_least |= dict.fromkeys(
-        ("max_steps", "max_train_images", "max_validation_images", "image_size", "max_length"), 1
-    )
-    at_least |= dict.fromkeys(("num_workers", "seed", "warmup_steps", "lr_plateau_patience", "weight_decay"), 0)
-    for name, bound in at_least.items():
+    for name, value in asdict(arguments).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name} must be a finite number, not {value}")
+    for name, bound in LOWER_BOUNDS.items():
         value = getattr(arguments, name)
         if value is not None and value < bound:
             raise UsageError(f"--{name} must be at least {bound}, not {value}")
+    if arguments.seed >= 2**32:
+        raise UsageError(f"--seed must be below 2**32, not {arguments.seed}")
     for name in ("learning_rate", "vision_learning_rate", "text_learning_rate", "max_grad_norm"):
-        if not getattr(arguments, name) > 0:
+        if getattr(arguments, name) <= 0:
             raise UsageError(f"--{name} must be positive, not {getattr(arguments, name)}")
     if arguments.dropout is not None and not 0 <= arguments.dropout < 1:
         raise UsageError(f"--dropout must be in [0, 1), not {arguments.dropout}")
-    if not 0 < arguments.lr_plateau_factor < 1:
-        raise UsageError(f"--lr_plateau_factor must be between 0 and 1, not {arguments.lr_plateau_factor}")
+    for name in ("lr_plateau_factor", "validation_fraction"):
+        if not 0 < getattr(arguments, name) < 1:
+            raise UsageError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
     augmentation_list(arguments)
 
 
@@ -260,20 +313,64 @@ def augmentation_list(arguments: TrainingArguments) -> list[dict[str, Any]]:
 
 
 def save_arguments(arguments: TrainingArguments, path: Path) -> None:
-    """Write the resolved arguments as a recipe that repeats the run: `--recipe arguments.yaml`."""
+    """Write the resolved arguments as a recipe that repeats the run: `--recipe arguments.yaml`.
+
+    Whether the run went on from a checkpoint or deleted an earlier one is left out: it belongs to one start only.
+    """
     values = asdict(arguments)
-    values.pop("recipe")
+    for name in ("recipe", "resume_from_checkpoint", "overwrite_output_dir"):
+        values.pop(name)
     if values["augmentation"] is not None:
         values["augmentation"] = augmentation_list(arguments)
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def describe_flags() -> str:
+    """What `--help` prints: all flags in their groups, with choices and defaults."""
+    lines = ["usage: train_miniclip.py [--flag value ...]", ""]
+    lines += textwrap.wrap(
+        "Train a CLIP of your own on captioned images. Without arguments: the built-in recipe 'scenes'. A flag "
+        "outweighs the recipe, the recipe the defaults. In parentheses: what leaving the flag out means.", 100
+    )  # fmt: skip
+    for name, text in _flag_texts():
+        if name in FLAG_GROUPS:
+            lines += ["", f"{FLAG_GROUPS[name]}:"]
+        first, *more = textwrap.wrap(text, 72, break_on_hyphens=False)
+        lines += [f"  --{name:<26}{first}", *(" " * 30 + line for line in more)]
+    return "\n".join(lines) + "\n"
+
+
+def flag_tables() -> str:
     """All flags as Markdown tables, for `configuration/README.md`."""
     lines: list[str] = []
-    for flag in fields(TrainingArguments):
-        if flag.name in FLAG_GROUPS:
-            lines += ["", f"### {FLAG_GROUPS[flag.name]}", "", "| flag | default | meaning |", "|---|---|---|"]
-        default = "" if flag.default is None else str(flag.default)
-        lines.append(f"| `--{flag.name}` | {default} | {flag.metadata['help']} |")
+    for name, text in _flag_texts():
+        if name in FLAG_GROUPS:
+            lines += ["", f"### {FLAG_GROUPS[name]}", "", "| flag | meaning |", "|---|---|"]
+        lines.append(f"| `--{name}` | {text} |")
     return "\n".join(lines[1:]) + "\n"
+
+
+def _flag_texts() -> list[tuple[str, str]]:
+    """Name and meaning of each flag; the meaning ends with what the default is, where the text does not say it."""
+    hints = get_type_hints(TrainingArguments)
+    texts = []
+    for flag in fields(TrainingArguments):
+        text = flag.metadata["help"]
+        if _choices(hints[flag.name]):
+            text = f"{', '.join(_choices(hints[flag.name]))}: {text}"
+        if flag.default is not None:
+            text += f" ({str(flag.default).lower() if isinstance(flag.default, bool) else flag.default})"
+        texts.append((flag.name, text))
+    return texts
+
+
+def write_flag_tables(readme: Path) -> None:
+    """Replace what stands between `<!-- flags -->` and `<!-- end of flags -->` in a Markdown file by the tables."""
+    before, rest = readme.read_text(encoding="utf-8").split("<!-- flags -->")
+    after = rest.split("<!-- end of flags -->")[1]
+    text = f"{before}<!-- flags -->\n{flag_tables()}<!-- end of flags -->{after}"
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_flag_tables(PACKAGE.parent / "configuration" / "README.md")

@@ -4,7 +4,9 @@ Everything random depends on the seed, the epoch and the row alone, never on the
 that any number of processes trains on the same global batches.
 """
 
-from collections.abc import Iterator
+import difflib
+import inspect
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,42 +38,64 @@ def build_augmentation(transforms: list[dict[str, Any]], image_size: tuple[int, 
         image_size: `(height, width)` in pixels that every image has afterwards.
 
     Returns:
-        `albumentations.Compose`, ending in a resize to `image_size`; None for an empty list.
+        `albumentations.Compose` from `[H, W, 3]` uint8 to `image_size`; None for an empty list.
 
     Raises:
-        UsageError: no such transform, or arguments that it does not take.
+        UsageError: no such transform, arguments that it does not take, or a result that is no 8-bit RGB image.
     """
     if not transforms:
         return None
-    import difflib
-    import inspect
-
     import albumentations
 
-    steps = []
-    for transform in transforms:
-        arguments = dict(transform)
-        name = arguments.pop("name", None)
-        cls = getattr(albumentations, str(name), None)
-        if not isinstance(cls, type) or not issubclass(cls, albumentations.BasicTransform):
-            near = difflib.get_close_matches(str(name), dir(albumentations), n=1)
-            raise UsageError(
-                f"augmentation: albumentations has no transform {name!r}" + (f"; {near[0]}?" if near else "")
-            )
-        accepted = inspect.signature(cls).parameters
-        unknown = set(arguments) - set(accepted)
-        if unknown:
-            raise UsageError(
-                f"augmentation: {name} takes no {', '.join(sorted(unknown))}; it takes {', '.join(accepted)}"
-            )
-        if "size" in accepted:
-            arguments.setdefault("size", image_size)
-        try:
-            steps.append(cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}))
-        except ValueError as error:
-            raise UsageError(f"augmentation: {name}: {error}") from error
+    steps = [_build_transform(transform, image_size) for transform in transforms]
     steps.append(albumentations.Resize(*image_size))  # does nothing to an image of that size
+    try:
+        # None is left to chance, so that what is wrong is seen now.
+        certain = albumentations.Compose(
+            [_build_transform({**t, "p": 1.0}, image_size) for t in transforms] + steps[-1:]
+        )
+        trial = certain(image=np.zeros((1024, 1024, 3), dtype=np.uint8))["image"]
+        if trial.dtype != np.uint8 or trial.shape != (*image_size, 3):
+            raise ValueError(f"it gives {trial.dtype} of shape {tuple(trial.shape)}")
+    except Exception as error:  # whatever a transform raises that needs more than an image
+        raise UsageError(
+            f"augmentation ({', '.join(transform['name'] for transform in transforms)}) must turn an image alone into "
+            "an 8-bit RGB image; the processor normalises and makes the tensor, so leave out Normalize, ToFloat and "
+            f"ToTensorV2: {error}"
+        ) from error
     return albumentations.Compose(steps)
+
+
+def _build_transform(transform: dict[str, Any], image_size: tuple[int, int]) -> Any:
+    import albumentations
+
+    arguments = dict(transform)
+    name = str(arguments.pop("name", None))
+    known = {
+        key: value
+        for key, value in vars(albumentations).items()
+        if isinstance(value, type) and issubclass(value, albumentations.BasicTransform)
+    }
+    if name not in known:
+        raise UsageError(f"augmentation: albumentations has no transform {name!r}{_nearest(name, known)}")
+    accepted = inspect.signature(known[name]).parameters
+    for argument in arguments:
+        if argument not in accepted:
+            raise UsageError(
+                f"augmentation: {name} takes no {argument}{_nearest(argument, accepted)}; it takes "
+                f"{', '.join(accepted)}"
+            )
+    if "size" in accepted:
+        arguments.setdefault("size", image_size)
+    try:
+        return known[name](**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})
+    except Exception as error:  # a wrong value, a missing argument, an abstract class
+        raise UsageError(f"augmentation: {name}: {error}") from error
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 # A row i that only keeps a process busy has the image id FILLER - i, which is negative.
@@ -136,12 +160,21 @@ class CaptionRows(TorchDataset):
     def _pixels(self, index: int, rng: np.random.Generator) -> np.ndarray:
         try:
             image = to_rgb(self.images[index]["image"])
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"image {self.image_ids[index]!r} cannot be decoded: {error}") from error
+        except Exception as error:  # Pillow's decoders raise all sorts
+            raise DataError(
+                f"image {self.image_ids[index]!r} cannot be decoded: {error}; replace the file or delete its rows"
+            ) from error
         if self.augmentation is None:
             return self.processor.crop(image)
-        self.augmentation.set_random_seed(int(rng.integers(2**31)))
-        return self.augmentation(image=np.asarray(image))["image"].transpose(2, 0, 1)
+        for transform in self.augmentation.transforms:  # one seed for all would make them draw alike
+            transform.set_random_seed(int(rng.integers(2**31)))
+        try:
+            return self.augmentation(image=np.asarray(image))["image"].transpose(2, 0, 1)
+        except Exception as error:  # a crop larger than the image, for instance
+            raise DataError(
+                f"image {self.image_ids[index]!r} of {image.width}x{image.height} pixels: the augmentation failed: "
+                f"{error}; change --augmentation"
+            ) from error
 
 
 class GlobalBatches(Sampler[list[tuple[int, int]]]):
@@ -219,4 +252,5 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # else each pass draws from the state of dropout, and resuming would differ
     )

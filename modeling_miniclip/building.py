@@ -1,102 +1,188 @@
 """Model and processor as a run's arguments ask for them."""
 
+import difflib
+import json
+import os
+from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from .arguments import TrainingArguments
+from .arguments import MODEL_SOURCES, TrainingArguments
 from .configuration_miniclip import MiniClipConfig
 from .errors import UsageError
 from .modeling_miniclip import MiniClipModel
-from .processing_miniclip import MiniClipProcessor, image_processor_from_timm
+from .processing_miniclip import MiniClipProcessor, image_processor_from_timm, max_text_length
 from .resources import named_file
 
 DEFAULT_VISION, DEFAULT_TEXT = "resnet50.a1_in1k", "distilbert-base-uncased"
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def build_model(arguments: TrainingArguments, captions: list[list[str]]) -> tuple[MiniClipModel, MiniClipProcessor]:
     """Model and processor as the arguments ask: from a preset, from an export or from two pretrained towers.
 
     Args:
-        arguments: of the run.
+        arguments: of the run. Where they name no model at all, the default towers are entered in them.
         captions: of the training images; a preset trains its vocabulary on them.
+
+    Returns:
+        The model in evaluation mode and float32, and the processor that belongs to it.
 
     Raises:
         UsageError: the weights cannot be found or do not fit the arguments.
     """
-    overrides = {
-        name: getattr(arguments, name)
-        for name in ("text_pooling", "projection_dim", "projection_depth")
-        if getattr(arguments, name) is not None
+    asked = {
+        "text_pooling": arguments.text_pooling,
+        "projection_dim": arguments.projection_dim,
+        "projection_depth": arguments.projection_depth,
     }
-    if arguments.dropout is not None:
-        overrides["projection_dropout"] = arguments.dropout
+    overrides = {name: value for name, value in asked.items() if value is not None}
     try:
         if arguments.preset is not None:
             model, processor = _from_preset(arguments, overrides, captions)
         elif arguments.model_name_or_path is not None:
             model, processor = _from_export(arguments, overrides)
         else:
-            vision, text = arguments.vision_model or DEFAULT_VISION, arguments.text_model or DEFAULT_TEXT
-            processor = MiniClipProcessor.from_towers(vision, text, arguments.image_size, arguments.max_length)
-            model = MiniClipModel.from_towers(vision, text, **overrides)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the model cannot be built: {error}") from error
+            model, processor = _from_towers(arguments, overrides)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        named = [f"--{name} {getattr(arguments, name)}" for names in MODEL_SOURCES for name in names]
+        sources = " and ".join(text for text in named if not text.endswith(" None"))
+        raise UsageError(f"no model of {sources}: {' '.join(str(error).split())}") from error
     if arguments.dropout is not None:
         set_dropout(model, arguments.dropout)
     return model, processor
 
 
+def _from_towers(arguments: TrainingArguments, overrides: dict[str, Any]) -> tuple[MiniClipModel, MiniClipProcessor]:
+    vision = arguments.vision_model = arguments.vision_model or DEFAULT_VISION
+    text = arguments.text_model = arguments.text_model or DEFAULT_TEXT
+    for flag, source in (("--vision_model", vision), ("--text_model", text)):
+        _check_folder(flag, source)
+    processor = MiniClipProcessor.from_towers(vision, text, arguments.image_size, arguments.max_length)
+    return MiniClipModel.from_towers(vision, text, **overrides), processor
+
+
 def _from_preset(
     arguments: TrainingArguments, overrides: dict[str, Any], captions: list[list[str]]
 ) -> tuple[MiniClipModel, MiniClipProcessor]:
-    path = named_file(str(arguments.preset), "presets", ".json")
-    config = MiniClipConfig.from_pretrained(path, **overrides)
+    config = read_preset(named_file(str(arguments.preset), "presets", ".json"), overrides)
     tokenizer = train_tokenizer(captions, config.text_config.vocab_size)
-    limit = config.text_config.max_position_embeddings
-    if arguments.max_length is not None and not 0 < arguments.max_length <= limit:
-        raise ValueError(f"--max_length must be in 1..{limit}, the limit of {path}, not {arguments.max_length}")
-    tokenizer.model_max_length = arguments.max_length or limit
+    config.text_config.pad_token_id = tokenizer.pad_token_id
+    limit = max_text_length(config.text_config, tokenizer)
+    tokenizer.model_max_length = _text_length(arguments, limit)
     processor = MiniClipProcessor(image_processor_from_timm(config.vision_config, arguments.image_size), tokenizer)
-    return MiniClipModel(config), processor
+    return MiniClipModel(config).eval(), processor
+
+
+def read_preset(path: Path, overrides: dict[str, Any] | None = None) -> MiniClipConfig:
+    """The configuration in a preset's JSON.
+
+    Args:
+        path: of the file.
+        overrides: fields that outweigh it.
+
+    Raises:
+        ValueError: not JSON, a key that is no field of [`MiniClipConfig`], or a value that it does not take.
+        OSError: it cannot be read.
+    """
+    try:
+        preset = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(preset, dict):
+        raise ValueError(f"{path}: expected the fields of a MiniClipConfig, found {type(preset).__name__}")
+    known = ["model_type", *MiniClipConfig.__annotations__]
+    for key in preset:
+        if key not in known:  # the configuration would keep it without a word
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    return MiniClipConfig.from_dict(preset | (overrides or {}))
 
 
 def _from_export(arguments: TrainingArguments, overrides: dict[str, Any]) -> tuple[MiniClipModel, MiniClipProcessor]:
-    overrides.pop("projection_dropout", None)
-    if overrides:
-        raise ValueError(
-            f"--{' --'.join(overrides)} cannot change a trained model; leave out --model_name_or_path or them"
-        )
     source = str(arguments.model_name_or_path)
-    processor = MiniClipProcessor.from_pretrained(source)
-    if arguments.max_length is not None:
-        processor.tokenizer.model_max_length = min(arguments.max_length, processor.tokenizer.model_max_length)
-    model, info = MiniClipModel.from_pretrained(source, output_loading_info=True)
+    _check_folder("--model_name_or_path", source)
+    model, info = MiniClipModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
     if info["missing_keys"]:
         raise ValueError(f"{source} lacks weights: {', '.join(sorted(info['missing_keys']))}")
+    for name, value in overrides.items():
+        own = getattr(model.config, name)
+        if value != own:
+            raise ValueError(f"--{name} {value} cannot change a trained model: that of {source} is {own}")
+    processor = MiniClipProcessor.from_pretrained(source)
+    processor.tokenizer.model_max_length = _text_length(arguments, processor.tokenizer.model_max_length)
+    if arguments.image_size is not None:
+        processor.image_processor = image_processor_from_timm(model.config.vision_config, arguments.image_size)
     return model, processor
+
+
+def _check_folder(flag: str, source: str) -> None:
+    """Tell a missing folder from a missing repository, and find the export within a run's folder."""
+    if os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") > 1:
+        if not os.path.isdir(source):
+            raise ValueError(f"{flag} {source}: no such folder")
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        inner = os.path.join(source, "export")
+        hint = f"; did you mean {inner}?" if os.path.isfile(os.path.join(inner, "config.json")) else ""
+        raise ValueError(f"{flag} {source}: this folder has no config.json{hint}")
+
+
+def _text_length(arguments: TrainingArguments, limit: int) -> int:
+    if arguments.max_length is None:
+        return limit
+    if not 0 < arguments.max_length <= limit:
+        raise ValueError(f"--max_length must be in 1..{limit}, the limit of this model, not {arguments.max_length}")
+    return arguments.max_length
 
 
 def train_tokenizer(captions: list[list[str]], vocab_size: int) -> Any:
     """A lower-casing WordPiece tokenizer as BERT's, its vocabulary learnt from the captions.
 
+    It knows every character of the captions. The same captions give the same vocabulary, in every process and in every
+    run.
+
     Args:
         captions: lists of texts.
         vocab_size: upper bound of the vocabulary, special tokens included.
+
+    Raises:
+        ValueError: the captions have too many different characters for a vocabulary of that size.
     """
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertTokenizerFast
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizer
 
-    trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator((text for row in captions for text in row), vocab_size=vocab_size, show_progress=False)
-    return BertTokenizerFast(tokenizer_object=trained._tokenizer, do_lower_case=True)
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    texts = [text for row in captions for text in row]
+    normal = (learner.normalizer.normalize_str(text) for text in texts)
+    words = {word for text in normal for word, _ in learner.pre_tokenizer.pre_tokenize_str(text)}
+    inner = {character for word in words for character in word[1:]}
+    # The library numbers single characters in the order of a hash table, and breaks ties between pieces by these
+    # numbers. Named as special tokens they have fixed numbers; in the final tokenizer they are plain pieces.
+    alphabet = sorted({word[0] for word in words} | inner) + sorted(f"##{character}" for character in inner)
+    fixed = [*SPECIAL_TOKENS, *alphabet]
+    if len(fixed) > vocab_size:
+        raise ValueError(
+            f"the captions need {len(fixed)} tokens for their single characters alone, more than vocab_size "
+            f"{vocab_size} of the preset's text_config: raise it"
+        )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=fixed, limit_alphabet=vocab_size, show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    return BertTokenizer(vocab=learner.get_vocab(), do_lower_case=True)
 
 
-def set_dropout(model: nn.Module, probability: float) -> None:
+def set_dropout(model: MiniClipModel, probability: float) -> None:
     """Set every dropout of heads and towers: modules, attention dropout kept as a number, and stochastic depth."""
+    model.config.projection_dropout = probability
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = probability
         for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
+            if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
                 setattr(module, name, probability)

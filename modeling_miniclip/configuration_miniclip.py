@@ -1,5 +1,6 @@
 """Configuration of a MiniCLIP model: two towers, two projection heads, one temperature."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -26,7 +27,7 @@ class MiniClipConfig(PreTrainedConfig):
         logit_scale_max: upper bound of the inverse temperature (not of its logarithm); 100 as in CLIP.
 
     Raises:
-        ValueError: a value is out of its range (`StrictDataclassClassValidationError`) or a tower is not supported.
+        StrictDataclassError: a value is of the wrong type or out of its range, or the image tower is not timm's.
 
     Example:
         >>> from modeling_miniclip import MiniClipConfig
@@ -62,13 +63,9 @@ class MiniClipConfig(PreTrainedConfig):
                 if hasattr(self.vision_config, stale):
                     delattr(self.vision_config, stale)
 
-    @classmethod
-    def own_fields(cls) -> list[str]:
-        """Names of the fields that this class adds to `PreTrainedConfig`, in the order of their definition."""
-        return [name for name in cls.__annotations__ if not name.startswith("_")]
-
     def validate_architecture(self) -> None:
         """Part of the `@strict` validation: ranges and choices, told with the value that was given."""
+        super().validate_architecture()
         if self.text_pooling not in TEXT_POOLINGS:
             raise ValueError(f"text_pooling must be one of {', '.join(TEXT_POOLINGS)}, not {self.text_pooling!r}")
         if self.projection_dim < 1:
@@ -77,6 +74,13 @@ class MiniClipConfig(PreTrainedConfig):
             raise ValueError(f"projection_depth must be at least 1 (a linear head), not {self.projection_depth}")
         if not 0 <= self.projection_dropout < 1:
             raise ValueError(f"projection_dropout must be in [0, 1), not {self.projection_dropout}")
+        if not self.logit_scale_max > 0:
+            raise ValueError(f"logit_scale_max must be positive, not {self.logit_scale_max}")
+        if self.logit_scale_init_value > math.log(self.logit_scale_max):
+            raise ValueError(
+                f"logit_scale_init_value must be at most ln(logit_scale_max) = {math.log(self.logit_scale_max):.4g}, "
+                f"not {self.logit_scale_init_value}: a clamped temperature gets no gradient"
+            )
         if isinstance(self.vision_config, PreTrainedConfig) and self.vision_config.model_type != "timm_wrapper":
             raise ValueError(
                 f"vision_config must describe a timm image model (model_type 'timm_wrapper'), "

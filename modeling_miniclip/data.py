@@ -4,12 +4,16 @@ Every source ends as `datasets` splits with one row per image: `{image, image_id
 """
 
 import csv
+import hashlib
 import io
+import json
 import os
+import posixpath
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 CAPTION_FILES = ("captions.csv", "captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 IMAGE_FOLDERS = (
     "Images",
     "images",
@@ -29,15 +34,25 @@ IMAGE_FOLDERS = (
     "Flickr8k_Dataset/Flicker8k_Dataset",
     ".",
 )
+SPLITS = ("train", "validation", "test")
 SPLIT_FILES = {
     "train": ("train.txt", "Flickr_8k.trainImages.txt", "Flickr8k_text/Flickr_8k.trainImages.txt"),
     "validation": ("validation.txt", "val.txt", "Flickr_8k.devImages.txt", "Flickr8k_text/Flickr_8k.devImages.txt"),
     "test": ("test.txt", "Flickr_8k.testImages.txt", "Flickr8k_text/Flickr_8k.testImages.txt"),
 }
-# Hub data sets name their validation split in several ways; "restval" is Karpathy's extra training part.
-SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "restval": "train"}
+# Data sets name their validation split in several ways; "restval" is Karpathy's extra training part.
+SPLIT_ALIASES = {
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "restval": "train",
+    "training": "train",
+    "testing": "test",
+}
 # Five rows of the original Flickr8k.token.txt name an image with a second suffix that was never published.
 FLICKR8K_STRAY = "2258277193_586949ec62.jpg.1"
+# A missing local file with one of these suffixes is not looked for on the Hub.
+FILE_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".zip"})
 
 
 @dataclass
@@ -46,7 +61,22 @@ class CaptionedImage:
 
     captions: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
-    first_row: int = 0
+    where: str = ""  # file, row and column that name it first
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a source; `captions` are several where each caption has a column of its own."""
+
+    image: str
+    captions: list[str]
+    id: str | None = None
+
+
+# Number of a row as an editor shows it (that of its first line), its cells by column, and what is where.
+Row = tuple[int, Mapping[str, Any], Columns]
+# Tells from the names of the columns what is where; file and row are for its errors.
+FindColumns = Callable[[Collection[str], str], Columns]
 
 
 def load_captions(
@@ -65,11 +95,11 @@ def load_captions(
     Args:
         source: one of
             - `"scenes"`, the built-in set of small drawn scenes;
-            - a CSV file with a header (`id,image,caption`; `id` may be missing, an image with several captions has
-              several rows) beside or above its images;
+            - a CSV or TSV file with a header (`id,image,caption`; `id` may be missing, an image with several captions
+              has several rows) beside or above its images;
             - a Flickr8k folder (`Images/` with `captions.csv`, Kaggle's `captions.txt` or the original
               `Flickr8k.token.txt`, and the split files if there are any);
-            - an imagefolder: images with `metadata.csv` or `metadata.jsonl`;
+            - an imagefolder: images with `metadata.csv` or `metadata.jsonl`, in one folder or in one per split;
             - a data set on the Hub with an image column and captions as a list or as columns `caption_0`, ...
         image_dir: folder of the images of a caption file, if not found beside it.
         image_column: name of the column that identifies the image.
@@ -91,7 +121,7 @@ def load_captions(
 
         return build_scenes()
     path = Path(source).expanduser()
-    columns = {"image": image_column, "caption": caption_column, "id": id_column}
+    columns = Columns(image_column, [caption_column], id_column)
     if path.is_file():
         return _from_caption_file(path, path.parent, image_dir, columns, validation_fraction, seed)
     if path.is_dir():
@@ -99,7 +129,7 @@ def load_captions(
         if caption_file is not None:
             return _from_caption_file(caption_file, path, image_dir, columns, validation_fraction, seed)
         return _from_image_folder(path, columns, validation_fraction, seed)
-    if path.suffix or path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
+    if path.suffix.lower() in FILE_SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)):
         raise DataError(f"{source}: no such file or folder")
     return _from_hub(str(source), columns, validation_fraction, seed, revision)
 
@@ -108,43 +138,39 @@ def load_captions(
 
 
 def _from_caption_file(
-    caption_file: Path, root: Path, image_dir: Any, columns: dict[str, str], validation_fraction: float, seed: int
+    caption_file: Path, root: Path, image_dir: Any, columns: Columns, validation_fraction: float, seed: int
 ) -> "DatasetDict":
-    images = read_caption_file(caption_file, columns)
+    images = read_caption_file(caption_file, lambda names, where: _exact_columns(names, where, columns))
     folder = Path(image_dir).expanduser() if image_dir is not None else _image_folder(root, images)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of images")
-    _check_image_files(caption_file, folder, images)
+        raise DataError(f"{folder}: no such folder of images; name the right one with image_dir")
+    _check_image_files(folder, images)
     splits = _read_splits(root, images, caption_file)
-    if splits is None:
-        splits = split_by_image(sorted(images), validation_fraction, seed)
-    return _dataset_dict({split: _rows_of(names, images, folder) for split, names in splits.items()})
+    return _dataset_dict(splits, images, folder, validation_fraction, seed)
 
 
-def read_caption_file(path: Path, columns: dict[str, str]) -> dict[str, CaptionedImage]:
+def read_caption_file(path: Path, find_columns: FindColumns) -> dict[str, CaptionedImage]:
     """Captions by image name, in the order of the file.
 
     Args:
-        path: CSV (also `.txt`) or TSV with a header, or Flickr8k's own `name#0<tab>caption` without one.
-        columns: names of the columns: `image`, `caption` and the optional `id`.
+        path: CSV (also `.txt`), TSV or JSON lines with named columns, or Flickr8k's own `name#0<tab>caption`.
+        find_columns: which columns to take.
 
     Raises:
         DataError: not UTF-8, a column is missing, a row has too few fields, a caption or image name is empty.
     """
     images: dict[str, CaptionedImage] = {}
     stray = 0
-    for row_number, caption_id, name, caption in _caption_rows(path, columns):
+    for number, cells, columns in _read_rows(path, find_columns):
+        where = f"{path}, row {number}"
+        name = _image_name(cells[columns.image], f"{where}, column {columns.image!r}")
         if name == FLICKR8K_STRAY:
             stray += 1
             continue
-        if not name:
-            raise DataError(f"{path}, row {row_number}: no image name; fill the cell or delete the row")
-        if not caption.strip():
-            raise DataError(f"{path}, row {row_number}: the caption of {name} is empty; fill it or delete the row")
-        entry = images.setdefault(name, CaptionedImage(first_row=row_number))
-        entry.captions.append(caption.strip())
-        if caption_id is not None:
-            entry.ids.append(caption_id)
+        entry = images.setdefault(name, CaptionedImage(where=f"{where}, column {columns.image!r}"))
+        entry.captions += _captions_of(cells, columns, where)
+        if columns.id is not None:
+            entry.ids.append(str(cells[columns.id]).strip())
     if stray:
         warnings.warn(
             f"{path}: dropped {stray} rows of {FLICKR8K_STRAY}, an image that was never published", stacklevel=2
@@ -154,36 +180,67 @@ def read_caption_file(path: Path, columns: dict[str, str]) -> dict[str, Captione
     return images
 
 
-def _caption_rows(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, str | None, str, str]]:
-    """(row number in the file, id or None, image name, caption) of each row."""
+def _read_rows(path: Path, find_columns: FindColumns) -> Iterator[Row]:
     text = _read_utf8(path)
-    first_line = text[: text.find("\n")] if "\n" in text else text
-    if re.match(r"[^\t,]+#\d+\t", first_line):  # Flickr8k.token.txt
-        for number, line in enumerate(text.rstrip("\n").split("\n"), 1):
-            name, tab, caption = line.partition("\t")
-            if not tab or "#" not in name:
-                raise DataError(f"{path}, row {number}: expected name#number, a tab and a caption, got {line[:80]!r}")
-            yield number, None, name.rpartition("#")[0], caption.rstrip("\r")
-        return
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
-    header = [cell.strip() for cell in next(reader, [])]
-    for role in ("image", "caption"):
-        if columns[role] not in header:
+    if path.suffix.lower() == ".jsonl":
+        return _json_rows(path, text, find_columns)
+    first_line = _lines(text, 1)[0]
+    if re.match(r"[^\t,]+#\d+\t", first_line):
+        return _token_rows(path, text)
+    tabs = path.suffix.lower() == ".tsv" or ("\t" in first_line and "," not in first_line)
+    return _csv_rows(path, text, "\t" if tabs else ",", find_columns)
+
+
+def _csv_rows(path: Path, text: str, delimiter: str, find_columns: FindColumns) -> Iterator[Row]:
+    # strict: a quotation mark that is never closed would silently swallow the rows behind it
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    header: list[str] = []
+    while True:
+        number = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
             raise DataError(
-                f"{path}, row 1: no column {columns[role]!r}; the header has {', '.join(header) or 'nothing'}. Name "
-                f"the right one with {role}_column"
-            )
-    image_at, caption_at = header.index(columns["image"]), header.index(columns["caption"])
-    id_at = header.index(columns["id"]) if columns["id"] in header else None
-    for row in reader:
-        if not row:
+                f"{path}, row {number}: {error}; put a field that holds a comma or a quotation mark between quotation "
+                'marks ("...") and write those within it twice ("")'
+            ) from error
+        if row is None:
+            return
+        if not header:
+            header = [cell.strip() for cell in row]
+            columns = find_columns(header, f"{path}, row {number}")
+        elif len(row) > 1 or "".join(row).strip():
+            if len(row) != len(header):
+                raise DataError(
+                    f"{path}, row {number}: {len(row)} fields where the header has {len(header)} "
+                    f'({", ".join(header)}); put a caption that holds a comma between quotation marks ("...")'
+                )
+            yield number, dict(zip(header, row, strict=True)), columns
+
+
+def _json_rows(path: Path, text: str, find_columns: FindColumns) -> Iterator[Row]:
+    for number, line in enumerate(_lines(text), 1):
+        if not line.strip():
             continue
-        if len(row) != len(header):
-            raise DataError(
-                f"{path}, row {reader.line_num}: {len(row)} fields where the header has {len(header)}; put a caption "
-                'that holds a comma between quotation marks ("...")'
-            )
-        yield reader.line_num, None if id_at is None else row[id_at], row[image_at].strip(), row[caption_at]
+        try:
+            cells = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, row {number}: not JSON: {error}") from error
+        if not isinstance(cells, dict):
+            raise DataError(f"{path}, row {number}: expected an object {{...}}, got {line[:80]!r}")
+        yield number, cells, find_columns(cells, f"{path}, row {number}")
+
+
+def _token_rows(path: Path, text: str) -> Iterator[Row]:
+    """Rows of the original `Flickr8k.token.txt`, which has no header."""
+    columns = Columns("image", ["caption"])
+    for number, line in enumerate(_lines(text), 1):
+        if not line.strip():
+            continue
+        name, tab, caption = line.partition("\t")
+        if not tab or "#" not in name:
+            raise DataError(f"{path}, row {number}: expected name#number, a tab and a caption, got {line[:80]!r}")
+        yield number, {"image": name.rpartition("#")[0], "caption": caption}, columns
 
 
 def _read_utf8(path: Path) -> str:
@@ -191,50 +248,119 @@ def _read_utf8(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+        row = len((data[: error.start] + b".").splitlines())  # bytes know no line ends but those of an editor
+        raise DataError(
+            f"{path}, row {row}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8; save the file as UTF-8"
+        ) from error
+
+
+def _lines(text: str, most: int = 0) -> list[str]:
+    return re.split("\r\n|\r|\n", text, maxsplit=most)  # str.splitlines() also splits where no editor does
+
+
+def _exact_columns(names: Collection[str], where: str, wanted: Columns) -> Columns:
+    """The columns of a caption file: exactly those that were asked for, `id` if it is there."""
+    for role, column in (("image", wanted.image), ("caption", wanted.captions[0])):
+        if column not in names:
+            raise DataError(
+                f"{where}: no column {column!r}; the header has {', '.join(names) or 'nothing'}. Name the right one "
+                f"with {role}_column"
+            )
+    return Columns(wanted.image, wanted.captions, wanted.id if wanted.id in names else None)
+
+
+def _metadata_columns(names: Collection[str], where: str, wanted: Columns) -> Columns:
+    """The columns of an imagefolder's metadata, where the Hub's documentation names the image `file_name`."""
+    image = next((column for column in (wanted.image, "file_name") if column in names), None)
+    if image is None:
+        raise DataError(f"{where}: no column 'file_name' among {', '.join(names)}; name it with image_column")
+    found = Columns(image, caption_columns(names, where, wanted.captions[0]))
+    return Columns(found.image, found.captions, wanted.id if wanted.id in names else None)
+
+
+def caption_columns(names: Collection[str], where: str, wanted: str) -> list[str]:
+    """Where captions are in a data set of someone else's: in `wanted`, in `wanted_0`, `wanted_1`, ... or as is usual.
+
+    Raises:
+        DataError: none of them is there.
+    """
+    numbered = [name for name in names if re.fullmatch(re.escape(wanted) + r"_?\d+", name)]
+    numbered.sort(key=lambda name: int(name.removeprefix(wanted).lstrip("_")))
+    for candidates in ([wanted], numbered, ["captions"], ["text"], ["sentences"]):
+        if candidates and set(candidates) <= set(names):
+            return candidates
+    raise DataError(
+        f"{where}: no captions: expected a column {wanted!r} (text or list) or columns {wanted}_0, {wanted}_1, ... "
+        f"among {', '.join(names)}; name it with caption_column"
+    )
+
+
+def _image_name(cell: Any, where: str) -> str:
+    # One spelling for a file, that an image may not be two: "a.jpg" is also "./a.jpg", and "sub\\a.jpg" on Windows.
+    name = cell.strip().replace("\\", "/") if isinstance(cell, str) else ""
+    if not name:
+        raise DataError(f"{where}: no image name, found {cell!r}; fill the cell or delete the row")
+    return posixpath.normpath(name)
+
+
+def _captions_of(cells: Mapping[str, Any], columns: Columns, where: str) -> list[str]:
+    """All captions of a row: of one column with text or a list of texts, or of several columns."""
+    captions = []
+    for column in columns.captions:
+        value = cells[column]
+        for caption in value if isinstance(value, list) and value else [value]:
+            if not isinstance(caption, str) or not caption.strip():
+                raise DataError(
+                    f"{where}, column {column!r}: the caption is empty or no text, found {caption!r}; fill it or "
+                    "delete the row"
+                )
+            captions.append(caption.strip())
+    return captions
 
 
 def _image_folder(root: Path, images: Iterable[str]) -> Path:
-    first = next(iter(images))
-    return next((root / name for name in IMAGE_FOLDERS if (root / name / first).is_file()), root / "Images")
+    """The likely folder that holds most of the first images."""
+    sample = list(islice(images, 100))
+    return max(
+        (root / name for name in IMAGE_FOLDERS), key=lambda folder: sum((folder / name).is_file() for name in sample)
+    )
 
 
-def _check_image_files(caption_file: Path, folder: Path, images: dict[str, CaptionedImage]) -> None:
+def _check_image_files(folder: Path, images: Mapping[str, CaptionedImage]) -> None:
     missing = [name for name in images if not (folder / name).is_file()]
     if missing:
         raise DataError(
-            f"{caption_file}, row {images[missing[0]].first_row}: image file {missing[0]!r} is not in {folder} "
-            f"({len(missing)} of {len(images)} images are missing); name the right folder with image_dir, or delete "
-            "their rows"
+            f"{images[missing[0]].where}: image file {missing[0]!r} is not in {folder} ({len(missing)} of "
+            f"{len(images)} images are missing); name the right folder with image_dir, or delete their rows"
         )
 
 
-def _read_splits(root: Path, images: dict[str, CaptionedImage], caption_file: Path) -> dict[str, list[str]] | None:
-    """Image names by split from the split files beside a caption file; None where there are none."""
-    found = {
-        split: next((root / n for n in names if (root / n).is_file()), None) for split, names in SPLIT_FILES.items()
-    }
-    if found["train"] is None:
-        return None
+def _read_splits(root: Path, images: Mapping[str, CaptionedImage], caption_file: Path) -> dict[str, list[str]]:
+    """Image names by split from the split files beside a caption file; empty where there are none."""
+    there = {split: [root / name for name in names if (root / name).is_file()] for split, names in SPLIT_FILES.items()}
+    found = {split: paths[0] for split, paths in there.items() if paths and paths[0] != caption_file}
+    if found and "train" not in found:
+        raise DataError(
+            f"{next(iter(found.values()))}: a split file without a train.txt beside it; add one or move it"
+        )
     splits: dict[str, list[str]] = {}
-    split_of: dict[str, str] = {}
+    named: dict[str, str] = {}
     for split, path in found.items():
-        if path is None or path == caption_file:
-            continue
         splits[split] = []
-        for number, line in enumerate(_read_utf8(path).splitlines(), 1):
-            name = line.strip()
-            if not name:
+        for number, line in enumerate(_lines(_read_utf8(path)), 1):
+            if not line.strip():
                 continue
+            name = _image_name(line, f"{path}, row {number}")
             if name not in images:
                 raise DataError(f"{path}, row {number}: {name!r} has no caption in {caption_file}")
-            if name in split_of:
-                raise DataError(f"{path}, row {number}: {name!r} is in the {split_of[name]} split already")
-            split_of[name] = split
+            if name in named:
+                raise DataError(
+                    f"{path}, row {number}: {name!r} is in {named[name]} already; an image is in one split"
+                )
+            named[name] = f"{path}, row {number}"
             splits[split].append(name)
-    left_out = len(images) - len(split_of)
-    if left_out:
-        warnings.warn(f"{root}: left out {left_out} images that are in no split file", stacklevel=2)
+        if not splits[split]:
+            raise DataError(f"{path}: no image names; expected one a line")
     return splits
 
 
@@ -256,117 +382,181 @@ def split_by_image(names: list[str], validation_fraction: float, seed: int) -> d
     }
 
 
-def _rows_of(names: list[str], images: dict[str, CaptionedImage], folder: Path) -> dict[str, list]:
-    rows: dict[str, list] = {
-        "image": [str(folder / name) for name in names],
-        "image_id": list(names),
-        "captions": [images[name].captions for name in names],
-    }
+def _dataset_dict(
+    splits: dict[str, list[str]],
+    images: Mapping[str, CaptionedImage],
+    folder: Path,
+    validation_fraction: float,
+    seed: int,
+) -> "DatasetDict":
+    """Rows of image files; images are split by the seed as far as the source does not do it."""
+    from datasets import Dataset, DatasetDict, Features, Image, Value
+
+    if not splits:
+        splits = {"train": sorted(images)}
+    elif left_out := len(images) - sum(map(len, splits.values())):
+        warnings.warn(f"{folder}: left out {left_out} images that are in no split", stacklevel=2)
+    if "validation" not in splits:
+        splits |= split_by_image(splits["train"], validation_fraction, seed)
+    features = {"image": Image(), "image_id": Value("string"), "captions": [Value("string")]}
     if any(image.ids for image in images.values()):
-        rows["caption_ids"] = [images[name].ids for name in names]
-    return rows
+        features["caption_ids"] = [Value("string")]
+    data = DatasetDict()
+    for split in (name for name in SPLITS if name in splits):
+        names = splits[split]
+        rows = {
+            "image": [str(folder / name) for name in names],
+            "image_id": names,
+            "captions": [images[name].captions for name in names],
+            "caption_ids": [images[name].ids for name in names],
+        }
+        data[split] = Dataset.from_dict({name: rows[name] for name in features}, features=Features(features))
+    return data
 
 
-def _dataset_dict(rows_of_split: dict[str, dict[str, list]]) -> "DatasetDict":
-    from datasets import Dataset, DatasetDict, Image
-
-    return DatasetDict(
-        {split: Dataset.from_dict(rows).cast_column("image", Image()) for split, rows in rows_of_split.items()}
-    )
+# --- imagefolder ----------------------------------------------------------------------------------------------------
 
 
-# --- imagefolder and Hub --------------------------------------------------------------------------------------------
-
-
-def _from_image_folder(path: Path, columns: dict[str, str], validation_fraction: float, seed: int) -> "DatasetDict":
-    if not any(path.rglob("metadata.csv")) and not any(path.rglob("metadata.jsonl")):
+def _from_image_folder(path: Path, columns: Columns, validation_fraction: float, seed: int) -> "DatasetDict":
+    metadata = sorted(file for name in METADATA_FILES for file in path.rglob(name))
+    if not metadata:
         raise DataError(
-            f"{path}: no captions found; expected one of {', '.join(CAPTION_FILES[:3])} or a metadata.csv or "
-            "metadata.jsonl beside the images"
+            f"{path}: no captions found; expected one of {', '.join(CAPTION_FILES[:3])}, or {METADATA_FILES[0]} or "
+            f"{METADATA_FILES[1]} beside the images"
         )
-    from datasets import load_dataset
+    images: dict[str, CaptionedImage] = {}
+    splits: dict[str, list[str]] = {}
+    for file in metadata:
+        rows = read_caption_file(file, lambda names, where: _metadata_columns(names, where, columns))
+        _check_image_files(file.parent, rows)
+        for name, entry in rows.items():
+            image_id = Path(os.path.relpath(file.parent / name, path)).as_posix()
+            if image_id in images:
+                raise DataError(f"{entry.where}: {image_id!r} is in {images[image_id].where} already")
+            images[image_id] = entry
+            split = _split_of(image_id)
+            if split is not None:
+                splits.setdefault(split, []).append(image_id)
+    if splits and "train" not in splits:
+        raise DataError(f"{path}: images in {', '.join(splits)} but none in train")
+    return _dataset_dict(splits, images, path, validation_fraction, seed)
 
-    raw = load_dataset("imagefolder", data_dir=str(path))
-    return _one_row_per_image(raw, str(path), columns, validation_fraction, seed, root=path)
+
+def _split_of(image_id: str) -> str | None:
+    """The split that a folder of the image's path is named after."""
+    folders = [part.lower() for part in image_id.split("/")[:-1]]
+    return next((split for folder in folders if (split := SPLIT_ALIASES.get(folder, folder)) in SPLITS), None)
+
+
+# --- the Hub --------------------------------------------------------------------------------------------------------
 
 
 def _from_hub(
-    name: str, columns: dict[str, str], validation_fraction: float, seed: int, revision: str | None
+    name: str, columns: Columns, validation_fraction: float, seed: int, revision: str | None
 ) -> "DatasetDict":
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
 
     try:
         raw = load_dataset(name, revision=revision)
-    except (DatasetNotFoundError, ConnectionError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        hint = ""
+        if "script" in str(error):
+            hint = '; the Hub keeps most such sets as files too: revision="refs/convert/parquet"'
         raise DataError(
-            f"{name!r} is neither a file or folder here nor a data set that the Hub gives: {error}"
+            f"{name!r} is neither a file or folder here nor a data set that the Hub gives: {error}{hint}"
         ) from error
     return _one_row_per_image(raw, name, columns, validation_fraction, seed)
 
 
 def _one_row_per_image(
-    raw: "DatasetDict",
-    name: str,
-    columns: dict[str, str],
-    validation_fraction: float,
-    seed: int,
-    root: Path | None = None,
+    raw: "DatasetDict", name: str, columns: Columns, validation_fraction: float, seed: int
 ) -> "DatasetDict":
     from datasets import DatasetDict, concatenate_datasets
 
-    splits: dict[str, Dataset] = {}
-    for split, rows in raw.items():
-        for part, part_rows in _split_by_column(rows, split):
-            part_name = SPLIT_ALIASES.get(part, part)
-            grouped = _group_captions(part_rows, f"{name}, split {part}", part, columns, root)
-            earlier = [splits[part_name]] if part_name in splits else []
-            splits[part_name] = concatenate_datasets([*earlier, grouped])
-    if "train" not in splits:
-        if len(splits) != 1:
-            raise DataError(f"{name}: no train split among {', '.join(splits)}")
+    parts: dict[str, list[Dataset]] = {}
+    first_use: dict[str, tuple[str, str]] = {}
+    for raw_split, rows in raw.items():
+        where = f"{name}, split {raw_split}"
+        found = Columns(
+            _image_column(rows, where, columns.image), caption_columns(rows.column_names, where, columns.captions[0])
+        )
+        grouped, first_rows, part_of = _group_captions(rows, found, where, raw_split, first_use)
+        for part in dict.fromkeys(part_of):
+            parts.setdefault(part, []).append(grouped.select([i for i in first_rows if part_of[i] == part]))
+    splits = {split: concatenate_datasets(several) for split, several in parts.items()}
+    if len(splits) == 1:
         splits = {"train": next(iter(splits.values()))}
+    if "train" not in splits:
+        raise DataError(f"{name}: no train split among {', '.join(splits)}")
+    left_out = sum(len(rows) for split, rows in splits.items() if split not in SPLITS)
+    if left_out:
+        warnings.warn(f"{name}: left out {left_out} images that are in none of {', '.join(SPLITS)}", stacklevel=2)
     if "validation" not in splits:
         train = splits["train"]
-        parts = split_by_image([str(i) for i in range(len(train))], validation_fraction, seed)
-        splits |= {part: train.select([int(i) for i in indices]) for part, indices in parts.items()}
-    return DatasetDict({split: splits[split] for split in ("train", "validation", "test") if split in splits})
+        indices = split_by_image([str(i) for i in range(len(train))], validation_fraction, seed)
+        splits |= {split: train.select([int(i) for i in chosen]) for split, chosen in indices.items()}
+    return DatasetDict({split: splits[split] for split in SPLITS if split in splits})
 
 
-def _split_by_column(rows: "Dataset", split: str) -> Iterator[tuple[str, "Dataset"]]:
-    """Parts named by a `split` column (as nlphuji/flickr30k has), else the whole."""
-    if "split" not in rows.column_names:
-        yield split, rows
-        return
-    names = np.array(rows["split"])
-    for part in dict.fromkeys(names):
-        yield str(part), rows.select(np.flatnonzero(names == part))
+def _group_captions(
+    rows: "Dataset", columns: Columns, where: str, split: str, first_use: dict[str, tuple[str, str]]
+) -> tuple["Dataset", list[int], list[str]]:
+    """Rows that show the same image become one, the first of them.
 
+    Args:
+        rows: of one split of the Hub.
+        columns: what is where.
+        where: data set and split, for errors.
+        split: the Hub's name of it.
+        first_use: where each image was met so far, to find one in two splits; added to.
 
-def _group_captions(rows: "Dataset", where: str, split: str, columns: dict[str, str], root: Path | None) -> "Dataset":
-    """One row per image: rows that name the same image are merged, in the order of their first appearance."""
-    from datasets import Dataset, Image, concatenate_datasets
+    Returns:
+        `rows` with `image`, `image_id` and `captions` (all the captions of an image in its first row), the numbers of
+        these first rows, and the split of each row.
+    """
+    from datasets import Dataset, Features, Value, concatenate_datasets
 
-    image_column = _image_column(rows, where, columns["image"])
-    captions = _caption_lists(rows, where, columns["caption"])
-    group_by = next((c for c in ("image_id", "img_id", "filename", "file_name") if c in rows.column_names), None)
-    if group_by is not None:
-        keys = [str(key) for key in rows[group_by]]
-    elif root is not None:
-        undecoded = rows.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-        keys = [os.path.relpath(entry["path"], root) for entry in undecoded[image_column]]
-    else:
-        keys = [f"{split}-{i:06d}" for i in range(len(rows))]
+    # A `split` column (as nlphuji/flickr30k has) tells more than the split of the Hub.
+    part_of = [str(part) for part in rows["split"]] if "split" in rows.column_names else [split] * len(rows)
+    part_of = [SPLIT_ALIASES.get(part, part) for part in part_of]
+    keys, image_ids = _image_keys(rows, columns.image, where, split)
+    captions: list[list[str]] = [[] for _ in keys]
     first: dict[str, int] = {}
-    merged: dict[str, list[str]] = {}
-    for i, key in enumerate(keys):
-        first.setdefault(key, i)
-        merged.setdefault(key, []).extend(captions[i])
-    text = Dataset.from_dict({"image_id": list(first), "captions": list(merged.values())})
-    images = rows.select(list(first.values())).select_columns([image_column])
-    if image_column != "image":
-        images = images.rename_column(image_column, "image")
-    return concatenate_datasets([images, text], axis=1)
+    for i, (key, cells) in enumerate(zip(keys, rows.select_columns(columns.captions), strict=True)):
+        captions[first.setdefault(key, i)] += _captions_of(cells, columns, f"{where}, row {i}")
+        here = (where, part_of[i])
+        if first_use.setdefault(key, here) != here:
+            raise DataError(
+                f"{where}, row {i}: image {image_ids[i]!r} is in the split {part_of[i]} here and in the split "
+                f"{first_use[key][1]} of {first_use[key][0]}; an image is in one split"
+            )
+    text = Dataset.from_dict(
+        {"image_id": image_ids, "captions": captions},
+        features=Features({"image_id": Value("string"), "captions": [Value("string")]}),
+    )
+    images = rows.select_columns([columns.image]).rename_columns({columns.image: "image"})
+    # Joined before any row is selected: datasets would copy all images to join a selection.
+    return concatenate_datasets([images, text], axis=1), list(first.values()), part_of
+
+
+def _image_keys(rows: "Dataset", image_column: str, where: str, split: str) -> tuple[list[str], list[str]]:
+    """What identifies each row's image, and its `image_id`: a column that names it, else the image's content."""
+    from datasets import Image
+
+    empty = np.flatnonzero(rows.data.column(image_column).is_null().to_numpy())
+    if len(empty):
+        raise DataError(f"{where}, row {empty[0]}, column {image_column!r}: no image")
+    named_by = next((c for c in ("filename", "file_name", "image_id", "img_id") if c in rows.column_names), None)
+    if named_by is not None:
+        names = [str(name) for name in rows[named_by]]
+        return names, names
+    undecoded = rows.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+    keys = []
+    for row in undecoded:
+        content = row[image_column]["bytes"] or Path(row[image_column]["path"]).read_bytes()
+        keys.append(hashlib.sha256(content).hexdigest())
+    return keys, [f"{split}-{i:06d}" for i in range(len(rows))]
 
 
 def _image_column(rows: "Dataset", where: str, wanted: str) -> str:
@@ -381,21 +571,3 @@ def _image_column(rows: "Dataset", where: str, wanted: str) -> str:
             f"{', '.join(rows.column_names)}; name it with image_column"
         )
     return candidates[0]
-
-
-def _caption_lists(rows: "Dataset", where: str, wanted: str) -> list[list[str]]:
-    numbered = sorted(c for c in rows.column_names if re.fullmatch(re.escape(wanted) + r"_?\d+", c))
-    single = next((c for c in (wanted, "captions", "text", "sentences") if c in rows.column_names), None)
-    if single is not None:
-        lists = [[value] if isinstance(value, str) else list(value or []) for value in rows[single]]
-    elif numbered:
-        lists = [list(row) for row in zip(*(rows[c] for c in numbered), strict=True)]
-    else:
-        raise DataError(
-            f"{where}: no captions: expected a column {wanted!r} (text or list) or columns {wanted}_0, {wanted}_1, "
-            f"... among {', '.join(rows.column_names)}; name it with caption_column"
-        )
-    for i, captions in enumerate(lists):
-        if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-            raise DataError(f"{where}, row {i}: empty caption in {captions!r}")
-    return lists

@@ -26,8 +26,8 @@ def is_better(name: str, value: float, best: float) -> bool:
 def ranks(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor) -> Tensor:
     """Rank of each query's best right key among all keys, 1 being the first.
 
-    A wrong key whose similarity equals that of the right one counts as being before it: a model that gives all
-    embeddings alike gets no credit.
+    A wrong key whose similarity equals that of the right one, or is no number, counts as being before it: a model
+    that gives all embeddings alike gets no credit, nor does one that gives NaN.
 
     Args:
         queries: `[Q, dim]`.
@@ -43,7 +43,7 @@ def ranks(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor) -> Te
         similarity = block @ keys.t()  # [block, K]
         right = ids.unsqueeze(1) == key_id.unsqueeze(0)
         best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        found.append(((similarity >= best) & ~right).sum(dim=1) + 1)
+        found.append((~(similarity < best) & ~right).sum(dim=1) + 1)
     return torch.cat(found)
 
 
@@ -56,15 +56,15 @@ def retrieval_metrics(
     as found if any of its texts is among the first K. Ties are resolved against the model.
 
     Args:
-        image_embeds: `[B, dim]`, one row an image.
-        text_embeds: `[N, dim]`, every caption of every image.
+        image_embeds: `[B, dim]`, one row an image, unit norm: similarity is the dot product.
+        text_embeds: `[N, dim]`, every caption of every image, unit norm.
         text_image_id: `[N]`, for each text the row of its image; None where text i belongs to image i.
 
     Returns:
         `text_to_image_R@1`, ..., `image_to_text_median_rank`, `rsum`.
 
     Raises:
-        ValueError: no embeddings, an image without a text, or a text whose image is not there.
+        ValueError: no embeddings, unequal widths, an image without a text, or a text whose image is not there.
 
     Example:
         >>> import torch
@@ -72,6 +72,11 @@ def retrieval_metrics(
         >>> retrieval_metrics(torch.eye(3), torch.eye(3)[[0, 1, 1]], [0, 1, 2])["text_to_image_R@1"]
         66.66666666666667
     """
+    if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
+        raise ValueError(
+            f"expected embeddings [images, dim] and [texts, dim], got {tuple(image_embeds.shape)} and "
+            f"{tuple(text_embeds.shape)}"
+        )
     image_id = torch.arange(len(image_embeds), device=image_embeds.device)
     if text_image_id is None:
         text_image_id = torch.arange(len(text_embeds))

@@ -1,19 +1,26 @@
 """Folders that are either complete or not there: written beside their place, flushed to disk, then renamed."""
 
+import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Linux's numbers for renameat2(2) (fcntl.h, linux/fs.h).
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
     """A new folder that takes the place of `target` when the block ends without an error.
 
-    Until then `target` is untouched; on an error the new folder is removed.
+    Until then `target` is untouched; on an error the new folder is removed. What a process that died in here has left
+    is cleared away by the next one that replaces the same folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(target)
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -21,22 +28,53 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         yield fresh
         commit_folder(fresh, target)
     except BaseException:
+        recover_folder(target)
         shutil.rmtree(fresh, ignore_errors=True)
         raise
 
 
 def commit_folder(fresh: Path, target: Path) -> None:
-    """Flush a finished folder to disk and rename it to `target`, whose former content is then removed."""
-    for path in fresh.rglob("*"):
-        if path.is_file():
-            _flush(path)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
+    """Flush a finished folder to disk and give it the name `target`, whose former content is then removed.
+
+    Linux exchanges the two names in one step. Other systems, and file systems that cannot do that, take two renames:
+    between them `target` is missing and its former content is called `.<name>.old`, see [`recover_folder`].
+    """
+    for path in (fresh, *fresh.rglob("*")):
+        _flush(path)
+    former = fresh
+    if not target.exists():
+        fresh.rename(target)
+    elif not _exchange(fresh, target):
+        former = _former(target)
+        shutil.rmtree(former, ignore_errors=True)
+        target.rename(former)
+        fresh.rename(target)
     _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Put the former folder back if a process died between the two renames of [`commit_folder`]."""
+    former = _former(target)
+    if former.exists() and not target.exists():
+        former.rename(target)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _former(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap the names of two folders at once; False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except AttributeError:  # glibc before 2.28, or another libc
+        return False
+    done = renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
+    return bool(done == 0)
 
 
 def _flush(path: Path) -> None:

@@ -1,6 +1,9 @@
 """A model as a folder that others can load: weights, processor, code and a measured card; and its push."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,10 @@ def export(
         model: weights go to `model.safetensors`.
         processor: that belongs to it.
         folder: to write.
-        card: what `README.md` tells: `name`, `metrics` (`loss` and those of `retrieval_metrics`, on validation),
-            `arguments` of the run, `data` (`name`, and `splits` with numbers of `images` and `captions`). What is left
-            out, the card says was not measured or recorded.
+        card: what `README.md` tells: `name` (of the repository, or any other), `metrics` (`loss` and those of
+            `retrieval_metrics`, on validation), `arguments` of the run, `data` (`name`, `hub_id` if it is on the Hub,
+            and `splits` with numbers of `images` and `captions`). What is left out, the card says was not measured or
+            recorded.
 
     Returns:
         The folder.
@@ -38,6 +42,7 @@ def export(
     target = Path(folder)
     model.config.architectures = [type(model).__name__]
     model.config.auto_map = {"AutoModelForZeroShotImageClassification": "modeling_miniclip.MiniClipModel"}
+    _forget_machine(model, processor)
     with replaced_folder(target) as fresh:
         model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
@@ -45,40 +50,56 @@ def export(
     return target
 
 
-def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None:
-    """Fill `model_card.md` and write it, with the metadata that the Hub reads."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+def _forget_machine(model: MiniClipModel, processor: MiniClipProcessor) -> None:
+    # Saved, these would tell where the towers lay on this machine, and how they were loaded.
+    for config in (model.config.vision_config, model.config.text_config):
+        if not _is_hub_id(config.name_or_path):
+            config.name_or_path = ""
+    for key in ("is_local", "local_files_only"):
+        processor.tokenizer.init_kwargs.pop(key, None)
 
-    metrics = values.get("metrics") or {}
+
+def _is_hub_id(name: str | None) -> bool:
+    return (
+        bool(name)
+        and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)) is not None
+        and not Path(str(name)).exists()
+    )
+
+
+def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None:
+    """Fill `model_card.md` and write it, with the metadata that the Hub reads.
+
+    Args:
+        path: of the card.
+        model: that it describes.
+        values: `card` of [`export`].
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
     data = values.get("data") or {}
-    name = values.get("name") or "MiniCLIP"
-    results = [
-        EvalResult(
-            task_type="image-text-retrieval",
-            dataset_type=str(data.get("name", "unknown")),
-            dataset_name=str(data.get("name", "unknown")),
-            dataset_split="validation",
-            metric_type=key,
-            metric_name=key.replace("_", " "),
-            metric_value=round(value, 2),
-        )
-        for key, value in metrics.items()
-        if "R@" in key or key == "rsum"
-    ]
+    metrics = values.get("metrics") or {}
+    repository = values.get("name") or "miniclip"
+    towers = (model.config.vision_config, model.config.text_config)
+    base_models = [config.name_or_path for config in towers if _is_hub_id(config.name_or_path)]
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         tags=["miniclip", "clip", "image-text-retrieval", "timm"],
-        model_name=name,
-        eval_results=results or None,
+        base_model=base_models or None,
+        datasets=[data["hub_id"]] if data.get("hub_id") else None,
+        model_name=_short(repository) if metrics else None,
+        eval_results=_eval_results(metrics, data) or None,
     )
     card = ModelCard.from_template(
         card_data,
         template_path=str(packaged_file("model_card.md")),
-        name=name,
+        title=_short(repository),
+        repository=repository,
         config=model.config,
         vision_name=_vision_name(model),
-        text_name=model.config.text_config.name_or_path or model.config.text_config.model_type,
+        text_name=base_models[-1] if _is_hub_id(towers[1].name_or_path) else towers[1].model_type,
+        base_models=base_models,
         parameters=sum(p.numel() for p in model.parameters()),
         metrics=metrics,
         arguments=values.get("arguments") or {},
@@ -88,10 +109,32 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
     path.write_text(str(card), encoding="utf-8")
 
 
+def _eval_results(metrics: dict[str, float], data: dict[str, Any]) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="image-text-retrieval",
+            dataset_type=data.get("hub_id") or "unknown",
+            dataset_name=str(data.get("name") or "unknown"),
+            dataset_split="validation",
+            metric_type=key,
+            metric_name=key.replace("_", " "),
+            metric_value=round(value, 2),
+        )
+        for key, value in metrics.items()
+        if "R@" in key or key == "rsum"
+    ]
+
+
+def _short(repository: str) -> str:
+    return repository.rpartition("/")[2]
+
+
 def _vision_name(model: MiniClipModel) -> str:
     cfg = getattr(model.config.vision_config, "pretrained_cfg", None) or {}
     tag = cfg.get("tag")
-    return model.config.vision_config.architecture + (f".{tag}" if tag else "")
+    return str(model.config.vision_config.architecture) + (f".{tag}" if tag else "")
 
 
 def prepare_push(repo_id: str | None, output_dir: str | os.PathLike, private: bool = False) -> str:
@@ -106,25 +149,28 @@ def prepare_push(repo_id: str | None, output_dir: str | os.PathLike, private: bo
         The full repository id.
 
     Raises:
-        UsageError: no token, no right to write, or no connection.
+        UsageError: no token, no right to write, no valid name, or no connection.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     name = repo_id or Path(output_dir).resolve().name
-    try:
-        return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
-    except (LocalTokenNotFoundError, HfHubHTTPError, ConnectionError, OSError) as error:
+    advice = "Check --hub_model_id and the token's rights, or train without --push_to_hub and push later"
+    if get_token() is None:
         raise UsageError(
-            f"--push_to_hub: cannot create or write {name}: {error}. Log in with `hf auth login` (a token with write "
-            "access), check --hub_model_id, or train without --push_to_hub and push later"
-        ) from error
+            f"--push_to_hub: no token to create {name} with. Log in by `hf auth login` or set HF_TOKEN, with a token "
+            "that may write; or train without --push_to_hub and push later"
+        )
+    with _told(f"--push_to_hub: {name} cannot be created or written", advice):
+        full_name = HfApi().create_repo(name, private=private, exist_ok=True).repo_id
+        # Where the repository is there already, nothing was asked of the token so far. This asks, and writes nothing.
+        HfApi().preupload_lfs_files(full_name, [CommitOperationAdd("README.md", b"---\n---\n")])
+    return full_name
 
 
 def push(
     folder: str | os.PathLike, repo_id: str, private: bool = False, message: str = "Upload MiniCLIP model"
 ) -> str:
-    """Upload an export as one commit.
+    """Upload an export as one commit. The card that goes up names the repository, whatever it was called before.
 
     Args:
         folder: of [`export`].
@@ -134,11 +180,51 @@ def push(
 
     Returns:
         Address of the commit.
-    """
-    from huggingface_hub import HfApi
 
-    if not (Path(folder) / "config.json").is_file():
+    Raises:
+        UsageError: the folder is no export, or the Hub does not take it; the folder stays as it is.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    root = Path(folder)
+    if not (root / "config.json").is_file():
         raise UsageError(f"{folder} is not an export: it has no config.json")
     api = HfApi()
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(api.upload_folder(folder_path=str(folder), repo_id=repo_id, commit_message=message).commit_url)
+    advice = f"The model is safe in {folder}: try again by modeling_miniclip.push({str(folder)!r}, {repo_id!r})"
+    with _told(f"{folder} cannot be pushed to {repo_id}", advice):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
+        contents: dict[str, Any] = {name: str(root / name) for name in names if "/." not in f"/{name}"}
+        if "README.md" in contents:
+            contents["README.md"] = rename_card((root / "README.md").read_text(encoding="utf-8"), repo_id).encode()
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
+
+
+def rename_card(text: str, repository: str) -> str:
+    """A card with another repository in its code sample, its title and its metadata; anything else as it is."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    former = re.search(r'^repository = "(.*)"$', text, flags=re.MULTILINE)
+    if former is None:
+        return text
+    text = text.replace(former[0], f'repository = "{repository}"')
+    text = re.sub(rf"^# {re.escape(_short(former[1]))}$", f"# {_short(repository)}", text, count=1, flags=re.MULTILINE)
+    card = ModelCard(text)
+    assert isinstance(card.data, ModelCardData)
+    if card.data.model_name == _short(former[1]):
+        card.data.model_name = _short(repository)
+    return str(card)
+
+
+@contextmanager
+def _told(what: str, advice: str) -> Iterator[None]:
+    """Errors of the Hub's client in the package's own words, without the token, which some of them carry."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except (HTTPError, OSError, ValueError) as error:
+        reason = re.sub(r"Bearer [^'\"]*", "Bearer ***", " ".join(str(error).split()))
+        reason = re.sub(r"For more information check: \S+ ?", "", reason).rstrip(".")
+        raise UsageError(f"{what}: {reason}. {advice}") from None

@@ -13,11 +13,18 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedModel, TimmWrapperModel
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging, resolve_revision
 
 from .configuration_miniclip import MiniClipConfig
 
@@ -41,36 +48,54 @@ class MiniClipVisionModel(TimmWrapperModel):
         return getattr(self.timm_model, "head_hidden_size", None) or self.timm_model.num_features
 
 
-def timm_repository(name: str) -> str:
-    """Folder or Hub repository of a timm model's pretrained weights.
+def timm_config(name: str) -> TimmWrapperConfig:
+    """Configuration of a pretrained timm model; its `name_or_path` is where the weights are.
 
     Args:
         name: a local folder, a Hub repository (`timm/resnet50.a1_in1k`) or a timm name (`resnet50`,
             `resnet50.a1_in1k`); a name without tag means timm's default weights.
 
     Raises:
-        ValueError: no such timm model, or one without weights on the Hub; near names are proposed.
+        ValueError: no such timm model, or one without weights on the Hub (near names are proposed), or a folder or
+            repository of something else.
+        OSError: the folder or repository cannot be read.
     """
+    changes = {}
     if os.path.isdir(name) or "/" in name:
-        return name
-    pretrained_cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
-        near = difflib.get_close_matches(name, timm.list_pretrained() + timm.list_models(), n=3)
-        hint = f"; near names: {', '.join(near)}" if near else ""
-        raise ValueError(f"{name!r} is neither a folder nor a timm model with weights on the Hub{hint}")
-    return f"timm/{pretrained_cfg.architecture}.{pretrained_cfg.tag}"
+        source = name
+        if "architecture" not in TimmWrapperConfig.get_config_dict(source)[0]:
+            raise ValueError(f"{source} is not a timm image model: its config.json names no architecture")
+    else:
+        names = timm.list_pretrained() + timm.list_models()
+        pretrained_cfg = timm.get_pretrained_cfg(name) if name in names else None
+        if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
+            near = difflib.get_close_matches(name, names, n=3)
+            hint = f"; near names: {', '.join(near)}" if near else ""
+            raise ValueError(f"{name!r} is neither a folder nor a timm model with weights on the Hub{hint}")
+        source = pretrained_cfg.hf_hub_id
+        # Architectures that share weights (CLIP towers with GELU and quick GELU) share a repository.
+        changes["architecture"] = pretrained_cfg.architecture
+    config = TimmWrapperConfig.from_pretrained(source, **changes)
+    config.name_or_path = source
+    return config
 
 
 def text_tower_class(text_config: Any) -> type[PreTrainedModel]:
     """The class that encodes text for a configuration: the encoder alone of an encoder-decoder such as T5.
 
     Raises:
-        ValueError: transformers has no base model for this configuration.
+        ValueError: transformers has no text encoder for this configuration.
     """
-    for mapping in (MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING):
-        if type(text_config) in mapping:
-            return mapping[type(text_config)]
-    raise ValueError(f"text_config of type {type(text_config).__name__} has no text encoder in transformers")
+    found = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(text_config), None)
+    if found is None and not text_config.is_encoder_decoder:
+        found = MODEL_MAPPING.get(type(text_config), None)
+    tower_class = found[0] if isinstance(found, tuple) else found  # Funnel has a second class, for its decoder
+    if tower_class is None or "text" not in tower_class.input_modalities or "image" in tower_class.input_modalities:
+        raise ValueError(
+            f"transformers has no text encoder for a {type(text_config).__name__} (model_type "
+            f"{text_config.model_type!r}); choose one such as BERT, RoBERTa, MPNet, ModernBERT or T5"
+        )
+    return tower_class
 
 
 def _without_pooler(tower_class: type[PreTrainedModel]) -> dict[str, bool]:
@@ -79,12 +104,15 @@ def _without_pooler(tower_class: type[PreTrainedModel]) -> dict[str, bool]:
     return {"add_pooling_layer": False} if takes_it else {}
 
 
-def _load_tower(tower_class: type[PreTrainedModel], source: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-    """A pretrained tower; heads in its checkpoint (classifier, pooler) are dropped without a word."""
+def _load_tower(tower_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """The pretrained tower at `config.name_or_path`; heads in its checkpoint are dropped without a word."""
+    source = config.name_or_path
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        tower, info = tower_class.from_pretrained(source, output_loading_info=True, **kwargs)
+        tower, info = tower_class.from_pretrained(
+            source, config=config, output_loading_info=True, **_without_pooler(tower_class)
+        )
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
@@ -184,6 +212,13 @@ def symmetric_contrastive_loss(
 
     Returns:
         A scalar in nats; ln(B) for B pairs whose embeddings are all alike.
+
+    Example:
+        >>> import torch
+        >>> from modeling_miniclip import symmetric_contrastive_loss
+        >>> pairs = torch.arange(4)
+        >>> symmetric_contrastive_loss(torch.eye(4), torch.eye(4), 100.0, pairs, pairs)
+        tensor(0.)
     """
     image_loss = contrastive_loss(image_embeds, text_embeds, logit_scale, image_id, text_image_id).mean()
     text_loss = contrastive_loss(text_embeds, image_embeds, logit_scale, text_image_id, image_id).mean()
@@ -222,10 +257,17 @@ class MiniClipOutput(ModelOutput):
 class MiniClipModel(PreTrainedModel):
     """Image tower, text tower, projection heads and temperature.
 
-    Example:
-        >>> from modeling_miniclip import MiniClipModel, MiniClipProcessor
-        >>> model = MiniClipModel.from_towers("resnet50.a1_in1k", "distilbert-base-uncased")  # doctest: +SKIP
-        >>> processor = MiniClipProcessor.from_towers("resnet50.a1_in1k", "distilbert-base-uncased")  # doctest: +SKIP
+    Example of a model from scratch (for pretrained towers see [`from_towers`][MiniClipModel.from_towers]):
+        >>> import torch
+        >>> from modeling_miniclip import MiniClipConfig, MiniClipModel
+        >>> config = MiniClipConfig(
+        ...     vision_config={"architecture": "test_resnet"},
+        ...     text_config={"model_type": "distilbert", "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 2},
+        ... )
+        >>> model = MiniClipModel(config).eval()
+        >>> output = model(input_ids=torch.tensor([[5, 7, 6]]), pixel_values=torch.zeros(2, 3, 32, 32))
+        >>> output.logits_per_image.shape, output.text_embeds.shape
+        (torch.Size([2, 1]), torch.Size([1, 256]))
     """
 
     config: MiniClipConfig
@@ -233,26 +275,20 @@ class MiniClipModel(PreTrainedModel):
     base_model_prefix = "miniclip"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
+    accepts_loss_kwargs = False  # the loss of a batch is no sum over items that Trainer could divide by their number
+    loaded_revision: str | None = None  # the commit of the Hub repository that the weights came from
     _no_split_modules = ["MiniClipVisionModel", "ProjectionHead"]
     _supports_sdpa = True
     supports_gradient_checkpointing = True
 
-    def __init__(
-        self,
-        config: MiniClipConfig,
-        vision_model: PreTrainedModel | None = None,
-        text_model: PreTrainedModel | None = None,
-    ):
+    def __init__(self, config: MiniClipConfig):
         super().__init__(config)
-        if vision_model is None:
-            vision_model = MiniClipVisionModel._from_config(config.vision_config)
-        if text_model is None:
-            tower_class = text_tower_class(config.text_config)
-            text_model = tower_class._from_config(config.text_config, **_without_pooler(tower_class))
-        self.vision_model = vision_model
-        self.text_model = text_model
+        tower_class = text_tower_class(config.text_config)
+        dtype = torch.get_default_dtype()  # that of the heads, whatever the towers' checkpoints were stored in
+        self.vision_model = MiniClipVisionModel._from_config(config.vision_config, dtype=dtype)
+        self.text_model = tower_class._from_config(config.text_config, dtype=dtype, **_without_pooler(tower_class))
         head = (config.projection_dim, config.projection_depth, config.projection_dropout)
-        self.visual_projection = ProjectionHead(vision_model.pooled_size, *head)
+        self.visual_projection = ProjectionHead(self.vision_model.pooled_size, *head)
         self.text_projection = ProjectionHead(config.text_config.hidden_size, *head)
         self.logit_scale = nn.Parameter(torch.empty(1))  # shape [1]: FSDP refuses 0-d parameters
         self.post_init()
@@ -270,41 +306,60 @@ class MiniClipModel(PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, revision: str = "main", **kwargs: Any
+    ) -> Any:
+        """As `PreTrainedModel.from_pretrained`; keeps `loaded_revision`, where the processor of this model is too."""
+        where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs}
+        revision = resolve_revision(pretrained_model_name_or_path, revision, **where)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, revision=revision, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.loaded_revision = getattr(revision, "resolved", None)  # None for a local folder
+        return loaded
+
+    @classmethod
     def from_towers(cls, vision: str | os.PathLike, text: str | os.PathLike, **config: Any) -> "MiniClipModel":
         """A model of two pretrained towers and fresh heads.
 
         Args:
             vision: a timm name, a timm repository on the Hub, or a local folder of one.
             text: a Hugging Face text encoder: Hub name or local folder.
-            **config: fields of [`MiniClipConfig`], for instance `text_pooling="mean"`.
+            **config: fields of [`MiniClipConfig`] but the towers', for instance `text_pooling="mean"`.
+
+        Returns:
+            The model in evaluation mode and float32.
 
         Raises:
-            ValueError: an unknown tower, or a keyword that is no field of [`MiniClipConfig`].
+            ValueError: an unknown or incomplete tower, or a keyword that is no field of [`MiniClipConfig`].
+            StrictDataclassError: a value that [`MiniClipConfig`] does not take.
             OSError: the weights cannot be found.
+
+        Example:
+            >>> model = MiniClipModel.from_towers("resnet50.a1_in1k", "distilbert-base-uncased")  # doctest: +SKIP
         """
-        unknown = set(config) - set(MiniClipConfig.own_fields())
+        fields = [name for name in MiniClipConfig.__annotations__ if name not in ("vision_config", "text_config")]
+        unknown = sorted(set(config) - set(fields))
         if unknown:
-            raise ValueError(
-                f"{', '.join(sorted(unknown))}: no field of MiniClipConfig; the fields are "
-                f"{', '.join(MiniClipConfig.own_fields())}"
-            )
-        text_config = AutoConfig.from_pretrained(text)
-        tower_class = text_tower_class(text_config)
+            raise ValueError(f"from_towers takes no {', '.join(unknown)}; beside the towers: {', '.join(fields)}")
+        vision_config, text_config = timm_config(os.fspath(vision)), AutoConfig.from_pretrained(text)
+        text_class = text_tower_class(text_config)
+        model_config = MiniClipConfig(
+            vision_config=vision_config.to_dict(), text_config=text_config.to_dict(), **config
+        )
         towers = {
-            "vision_model": _load_tower(MiniClipVisionModel, timm_repository(os.fspath(vision))),
-            "text_model": _load_tower(tower_class, text, config=text_config, **_without_pooler(tower_class)),
+            "vision_model": _load_tower(MiniClipVisionModel, vision_config),
+            "text_model": _load_tower(text_class, text_config),
         }
         # Built as from_pretrained would build it, so that a fresh model and its reload are the same in every respect.
-        model = cls(
-            MiniClipConfig(
-                vision_config=towers["vision_model"].config.to_dict(),
-                text_config=towers["text_model"].config.to_dict(),
-                **config,
-            )
-        )
+        model = cls(model_config)
         for name, tower in towers.items():
             getattr(model, name).load_state_dict(tower.state_dict())
         return model.eval()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        if self.vision_model.supports_gradient_checkpointing:  # timm has a switch of its own
+            self.vision_model.timm_model.set_grad_checkpointing(enable)
 
     def get_input_embeddings(self) -> nn.Module:
         """The text tower's token embeddings."""
@@ -314,17 +369,19 @@ class MiniClipModel(PreTrainedModel):
         """Replace the text tower's token embeddings."""
         self.text_model.set_input_embeddings(value)
 
-    def pool_images(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def pool_images(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None
+    ) -> BaseModelOutputWithPooling:
         """The image tower alone.
 
         Args:
             pixel_values: `[B, 3, H, W]`, normalised as the processor does.
+            output_hidden_states: also return the feature maps of the tower's stages or blocks.
 
         Returns:
             Output with `pooler_output` `[B, vision width]`.
         """
-        kwargs.pop("output_attentions", None)  # timm has no attentions to give, and refuses the argument
-        outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        outputs = self.vision_model(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
         return BaseModelOutputWithPooling(**outputs)
 
     def pool_texts(
@@ -335,6 +392,7 @@ class MiniClipModel(PreTrainedModel):
         Args:
             input_ids: `[N, L]` token ids.
             attention_mask: `[N, L]`, 1 for tokens and 0 for padding.
+            **kwargs: of the tower, for instance `output_hidden_states` or `position_ids`.
 
         Returns:
             Output with `pooler_output` `[N, text width]`.
@@ -355,11 +413,12 @@ class MiniClipModel(PreTrainedModel):
 
         Args:
             pixel_values: `[B, 3, H, W]`.
+            **kwargs: of these only `output_hidden_states` concerns a timm tower, which has no attentions to give.
 
         Returns:
             Output whose `pooler_output` is the projected feature `[B, projection_dim]`.
         """
-        outputs = self.pool_images(pixel_values, **kwargs)
+        outputs = self.pool_images(pixel_values, kwargs.get("output_hidden_states"))
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)
         return outputs
 
@@ -410,36 +469,44 @@ class MiniClipModel(PreTrainedModel):
             vision_pooler_output: `[B, vision width]`, the image tower's features computed before (frozen tower),
                 instead of `pixel_values`.
             text_pooler_output: `[N, text width]`, likewise instead of `input_ids`.
+            **kwargs: of the text tower; `output_hidden_states` concerns both.
 
         Raises:
-            ValueError: no input at all, or `return_loss=True` without one of the modalities or without ids for
-                unequal numbers of images and texts.
+            ValueError: no input at all, or `return_loss=True` without one of the modalities, without ids for unequal
+                numbers of images and texts, or with ids that leave an image or a text without partner.
         """
         has_images = pixel_values is not None or vision_pooler_output is not None
         has_texts = input_ids is not None or text_pooler_output is not None
         _check_inputs(has_images, has_texts, return_loss)
-        output = MiniClipOutput()
+        vision_output = text_output = None
         if pixel_values is not None:
-            output.vision_model_output = self.pool_images(pixel_values, **kwargs)
-            vision_pooler_output = output.vision_model_output.pooler_output  # [B, vision width]
+            vision_output = self.pool_images(pixel_values, kwargs.get("output_hidden_states"))
+            vision_pooler_output = vision_output.pooler_output  # [B, vision width]
         if input_ids is not None:
-            output.text_model_output = self.pool_texts(input_ids, attention_mask, **kwargs)
-            text_pooler_output = output.text_model_output.pooler_output  # [N, text width]
+            text_output = self.pool_texts(input_ids, attention_mask, **kwargs)
+            text_pooler_output = text_output.pooler_output  # [N, text width]
+        image_embeds = text_embeds = logit_scale = logits_per_image = loss = None
         if vision_pooler_output is not None:
-            output.image_embeds = nn.functional.normalize(self.visual_projection(vision_pooler_output), dim=-1)
+            image_embeds = nn.functional.normalize(self.visual_projection(vision_pooler_output), dim=-1)
         if text_pooler_output is not None:
-            output.text_embeds = nn.functional.normalize(self.text_projection(text_pooler_output), dim=-1)
-        if output.image_embeds is None or output.text_embeds is None:
-            return output
-        image_embeds = output.image_embeds  # [B, projection_dim]
-        text_embeds = output.text_embeds.to(image_embeds.device)  # [N, projection_dim]
-        output.logit_scale = self.inverse_temperature()
-        output.logits_per_image = output.logit_scale * image_embeds @ text_embeds.t()  # [B, N]
-        output.logits_per_text = output.logits_per_image.t()
-        if return_loss:
-            ids = _ids_of_pairs(image_embeds, text_embeds, image_id, text_image_id)
-            output.loss = symmetric_contrastive_loss(image_embeds, text_embeds, output.logit_scale, *ids)
-        return output
+            text_embeds = nn.functional.normalize(self.text_projection(text_pooler_output), dim=-1)
+        if image_embeds is not None and text_embeds is not None:
+            text_embeds = text_embeds.to(image_embeds.device)
+            logit_scale = self.inverse_temperature()
+            logits_per_image = logit_scale * image_embeds @ text_embeds.t()  # [B, N]
+            if return_loss:
+                ids = _ids_of_pairs(image_embeds, text_embeds, image_id, text_image_id)
+                loss = symmetric_contrastive_loss(image_embeds, text_embeds, logit_scale, *ids)
+        return MiniClipOutput(
+            loss=loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=None if logits_per_image is None else logits_per_image.t(),
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_output,
+            vision_model_output=vision_output,
+            logit_scale=logit_scale,
+        )
 
 
 def _check_inputs(has_images: bool, has_texts: bool, return_loss: bool | None) -> None:
@@ -455,6 +522,13 @@ def _ids_of_pairs(
     image_embeds: Tensor, text_embeds: Tensor, image_id: Tensor | None, text_image_id: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if image_id is not None and text_image_id is not None:
+        if len(image_id) != len(image_embeds) or len(text_image_id) != len(text_embeds):
+            raise ValueError(
+                f"image_id and text_image_id have {len(image_id)} and {len(text_image_id)} entries for "
+                f"{len(image_embeds)} images and {len(text_embeds)} texts"
+            )
+        if not torch.equal(image_id.unique(), text_image_id.unique()):
+            raise ValueError("each id in image_id has to be in text_image_id, and the other way round")
         return image_id, text_image_id
     if image_id is not None or text_image_id is not None:
         raise ValueError("image_id and text_image_id go together: pass both or neither")

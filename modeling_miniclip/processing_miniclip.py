@@ -21,11 +21,12 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
-from .modeling_miniclip import timm_repository
+from .modeling_miniclip import timm_config
 
 # Text encoders whose position table starts behind the padding index (two rows of RoBERTa's 514 are never used).
 OFFSET_POSITIONS = frozenset(
-    "camembert data2vec-text ibert longformer mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl".split()
+    "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
+    "xmod".split()
 )
 # Encoders with relative positions only: their configuration names a length, but no table ends there.
 RELATIVE_POSITIONS = frozenset("t5 mt5 umt5 t5gemma xlnet deberta-v2".split())
@@ -36,13 +37,17 @@ def to_rgb(image: Any) -> Image.Image:
 
     Raises:
         OSError: the image cannot be decoded.
+
+    Example:
+        >>> to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 51))).getpixel((0, 0))  # a fifth of red on white
+        (255, 204, 204)
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray(
-            np.clip(values / 257 if values.max(initial=0) > 255 else values, 0, 255).astype(np.uint8)
-        )
+        values = np.asarray(image).astype(np.float64)
+        if image.mode != "I" or values.max() > 255:  # "I;16" always holds 16 bits, "I" may hold 8 of its 32
+            values /= 257
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -62,11 +67,17 @@ def image_processor_from_timm(vision_config: Any, image_size: int | None = None)
 
     Raises:
         ValueError: the tower's crop mode pads a border, or its input size is fixed and `image_size` differs.
+
+    Example:
+        >>> from modeling_miniclip import MiniClipConfig
+        >>> image_processor_from_timm(MiniClipConfig().vision_config).size["shortest_edge"]
+        235
     """
     cfg = getattr(vision_config, "pretrained_cfg", None)
     if cfg is None:
         cfg = timm.get_pretrained_cfg(vision_config.architecture).to_dict()
-    data = resolve_data_config(pretrained_cfg=cfg)
+    model_args = vision_config.model_args or {}  # a tower from scratch may be told another size than timm's own
+    data = resolve_data_config({"img_size": model_args.get("img_size")}, pretrained_cfg=cfg)
     height, width = data["input_size"][1:]
     if image_size is not None and (height, width) != (image_size, image_size):
         if cfg.get("fixed_input_size"):
@@ -105,15 +116,21 @@ def max_text_length(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int
     return min(rows, tokenizer.model_max_length)
 
 
-def _without_fixed_lengths(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    # Some tokenizer.json files (all-MiniLM-L6-v2: 128) carry a length from an earlier use. It would both pad every
-    # call and cut below the tower's limit.
+def _rgb_if_pil(images: Any) -> Any:
+    if isinstance(images, list | tuple):
+        return [_rgb_if_pil(image) for image in images]
+    return to_rgb(images) if isinstance(images, Image.Image) else images
+
+
+def _forget_earlier_use(tokenizer: PreTrainedTokenizerBase) -> None:
+    # A tokenizer.json carries the lengths of the last call before it was saved (all-MiniLM-L6-v2: 128). They would
+    # both pad every call and cut below the tower's limit.
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend = tokenizer.init_kwargs["backend"] = "tokenizers"  # not the image processor's "pil"
     for key in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"):
         tokenizer.init_kwargs.pop(key, None)
-    return tokenizer
 
 
 class MiniClipProcessor(ProcessorMixin):
@@ -121,8 +138,9 @@ class MiniClipProcessor(ProcessorMixin):
 
     Texts are padded to the longest of the call and truncated to the text tower's limit, which is the tokenizer's
     `model_max_length`; a warning counts those that were cut. `from_pretrained` selects the PIL backend, with which
-    the pixels are those of training, unless `backend="torchvision"` is passed (faster, up to 2/255 off before
-    normalisation). `AutoImageProcessor` and pipelines that load the image processor alone select torchvision.
+    the pixels are those of training, unless `backend="torchvision"` is passed (faster; photographs come out up to
+    2/255 off before normalisation). `AutoImageProcessor` and pipelines, which load the image processor alone, select
+    torchvision.
 
     Example:
         >>> processor = MiniClipProcessor.from_pretrained("export")  # doctest: +SKIP
@@ -131,11 +149,17 @@ class MiniClipProcessor(ProcessorMixin):
 
     text_kwargs = {"padding": True, "truncation": True}
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None):
-        if tokenizer is not None:
-            # Pipelines hand every output of the tokenizer to the model, which has no use for token types.
-            tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    def __init__(self, image_processor: Any, tokenizer: Any):
         super().__init__(image_processor, tokenizer)
+        # Pipelines hand every output of the tokenizer to the model, which has no use for token types.
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        tokenizer.padding_side = "right"  # the first token is the one that text_pooling="cls" takes
+        _forget_earlier_use(tokenizer)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As `ProcessorMixin.save_pretrained`; the files do not depend on the calls made before."""
+        _forget_earlier_use(self.tokenizer)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -165,8 +189,8 @@ class MiniClipProcessor(ProcessorMixin):
             ValueError: the image tower cannot take `image_size`, or the text tower `max_length`.
         """
         if not isinstance(vision, TimmWrapperConfig):
-            vision = TimmWrapperConfig.from_pretrained(timm_repository(os.fspath(vision)))
-        tokenizer = _without_fixed_lengths(AutoTokenizer.from_pretrained(text))
+            vision = timm_config(os.fspath(vision))
+        tokenizer = AutoTokenizer.from_pretrained(text)
         limit = max_text_length(AutoConfig.from_pretrained(text), tokenizer)
         if max_length is not None and not 0 < max_length <= limit:
             raise ValueError(f"max_length must be in 1..{limit}, the limit of {text}, not {max_length}")
@@ -177,16 +201,17 @@ class MiniClipProcessor(ProcessorMixin):
         """Prepare images, texts or both.
 
         Args:
-            images: one image or a list of them: PIL, arrays or tensors.
+            images: one image or a list of them: PIL (any mode, see [`to_rgb`]), arrays or tensors.
             text: one text or a list of them.
             **kwargs: of the image processor and the tokenizer, for instance `return_tensors="pt"`.
 
         Returns:
             `pixel_values` `[B, 3, H, W]` and/or `input_ids`, `attention_mask` `[N, L]`.
         """
-        outputs = super().__call__(images=images, text=text, **kwargs)
-        if text is not None:
-            self._warn_of_truncation([text] if isinstance(text, str) else text, outputs["attention_mask"])
+        outputs = super().__call__(images=_rgb_if_pil(images), text=text, **kwargs)
+        if text is not None and "attention_mask" in outputs:
+            limit = (kwargs.get("text_kwargs", {}) | kwargs).get("max_length") or self.tokenizer.model_max_length
+            self._warn_of_truncation(text, outputs["attention_mask"], limit)
         return outputs
 
     def crop(self, image: Image.Image) -> np.ndarray:
@@ -208,25 +233,32 @@ class MiniClipProcessor(ProcessorMixin):
             pixels: `[B, 3, H, W]` uint8.
 
         Returns:
-            `[B, 3, H, W]` float32 `pixel_values`, equal to the image processor's own.
+            `[B, 3, H, W]` float32 `pixel_values`, equal to the image processor's own (PIL backend).
         """
         mean = torch.tensor(self.image_processor.image_mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.image_processor.image_std, device=pixels.device).view(3, 1, 1)
         # A division, as in timm: a product with 1/255 rounds some of the 256 values differently.
         return (pixels.float() / (1 / self.image_processor.rescale_factor) - mean) / std
 
-    def count_truncated(self, texts: list[str]) -> int:
-        """How many of the texts are longer than the tokenizer's `model_max_length`, special tokens included."""
-        ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        return sum(len(row) > self.tokenizer.model_max_length for row in ids)
+    def count_truncated(self, texts: list[str], limit: int | None = None) -> int:
+        """How many of the texts are longer than `limit` tokens, special ones included.
 
-    def _warn_of_truncation(self, texts: list[str], attention_mask: Any) -> None:
-        limit = self.tokenizer.model_max_length
+        Args:
+            texts: any number of them.
+            limit: the tokenizer's `model_max_length` unless told otherwise.
+        """
+        ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"] if texts else []
+        return sum(len(row) > (limit or self.tokenizer.model_max_length) for row in ids)
+
+    def _warn_of_truncation(self, text: str | list[str], attention_mask: Any, limit: int) -> None:
+        if isinstance(text, str):
+            text, attention_mask = [text], np.atleast_2d(attention_mask)
         # Only a text that fills the limit can have been cut: no other is tokenized a second time.
-        full = [text for text, mask in zip(texts, attention_mask, strict=True) if int(sum(mask)) >= limit]
-        cut = self.count_truncated(full) if full else 0
+        rows = zip(text, attention_mask, strict=True)
+        full = [caption for caption, mask in rows if np.asarray(mask).sum() == limit]
+        cut = self.count_truncated(full, limit)
         if cut:
-            warnings.warn(f"{cut} of {len(texts)} captions were truncated to {limit} tokens", stacklevel=3)
+            warnings.warn(f"{cut} of {len(text)} captions were truncated to {limit} tokens", stacklevel=3)
 
 
 __all__ = ["MiniClipProcessor"]

@@ -15,8 +15,14 @@ from .errors import MiniClipError
 from .evaluation import DIRECTIONS, RECALL_AT
 from .modeling_miniclip import MiniClipModel
 
-# Arguments that say where things lie on the machine of the run: no business of a card's readers.
-LOCAL_ARGUMENTS = frozenset({"recipe", "output_dir", "image_dir", "overwrite_output_dir", "resume_from_checkpoint"})
+# Arguments that say where things lie on the machine of the run, or what it showed and kept there: no business of a
+# card's readers.
+LOCAL_ARGUMENTS = frozenset(
+    "recipe image_dir num_workers output_dir overwrite_output_dir resume_from_checkpoint save_total_limit "
+    "logging_steps report_to push_to_hub hub_model_id hub_private_repo".split()
+)
+# Arguments that may be a path.
+PATH_ARGUMENTS = frozenset("dataset vision_model text_model preset model_name_or_path".split())
 
 
 def say(accelerator: Any, text: str) -> None:
@@ -62,26 +68,25 @@ def describe_validation(epoch: float, metrics: dict[str, float], improved: bool)
 
 def data_for_card(arguments: TrainingArguments, splits: Any) -> dict[str, Any]:
     """What the card says of the data: its name, never a path of this machine, and the size of its splits."""
-    return {"name": without_path(arguments.dataset or "scenes"), "splits": split_sizes(splits)}
+    dataset = arguments.dataset or "scenes"
+    data = {"name": without_path(dataset), "splits": split_sizes(splits)}
+    on_hub = dataset != "scenes" and not Path(dataset).expanduser().exists()
+    return data | ({"hub_id": dataset} if on_hub else {})
 
 
 def arguments_for_card(arguments: TrainingArguments) -> dict[str, Any]:
     """The arguments that were given a value, without what only means something on this machine."""
-    values = {name: value for name, value in asdict(arguments).items() if value is not None}
     return {
-        name: without_path(value) if isinstance(value, str) else value
-        for name, value in values.items()
-        if name not in LOCAL_ARGUMENTS
+        name: without_path(value) if name in PATH_ARGUMENTS else value
+        for name, value in asdict(arguments).items()
+        if name not in LOCAL_ARGUMENTS and value is not None
     }
 
 
 def without_path(value: str) -> str:
-    """The last part of a path that exists here; anything else as it is (a Hub name, a timm name, text)."""
+    """The last part of a path that exists here; anything else as it is (a Hub name, a timm name)."""
     path = Path(value).expanduser()
-    try:
-        return path.resolve().name if path.exists() else value
-    except OSError:  # too long for a file name: no path
-        return value
+    return path.resolve().name if path.exists() else value
 
 
 class StepMeter:

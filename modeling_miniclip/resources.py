@@ -7,17 +7,25 @@ from .errors import UsageError
 PACKAGE = Path(__file__).resolve().parent
 
 
+def _root() -> Path:
+    # The wheel carries them inside the package, a checkout beside it.
+    return PACKAGE if (PACKAGE / "configuration").is_dir() else PACKAGE.parent
+
+
 def packaged_file(*parts: str) -> Path:
     """Path of a data file, for instance `packaged_file("configuration", "recipes", "scenes.yaml")`.
+
+    Args:
+        *parts: `configuration`, then a folder and a file in it; or `model_card.md`.
 
     Raises:
         UsageError: there is no such file; those beside it are listed.
     """
-    roots = (PACKAGE, PACKAGE.parent)  # the wheel carries them inside the package, a checkout beside it
-    for root in roots:
-        if root.joinpath(*parts).exists():
-            return root.joinpath(*parts)
-    siblings = sorted({path.name for root in roots for path in root.joinpath(*parts).parent.glob("*.*")})
+    path = _root().joinpath(*parts).resolve()
+    inside = path.is_relative_to(_root() / "configuration") or path == _root() / "model_card.md"
+    if inside and path.exists():
+        return path
+    siblings = sorted(file.name for file in path.parent.glob("*.*")) if inside else []
     raise UsageError(f"{'/'.join(parts)} does not come with the package; there are {', '.join(siblings) or 'none'}")
 
 
@@ -32,8 +40,16 @@ def named_file(value: str, folder: str, suffix: str) -> Path:
     Raises:
         UsageError: neither a file nor a name that comes with the package.
     """
-    if Path(value).is_file():
-        return Path(value)
-    if Path(value).suffix or "/" in value:
+    path = Path(value).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix or path.name != value:  # something like a path; a bare name never leaves its folder
         raise UsageError(f"{value}: no such file")
-    return packaged_file("configuration", folder, value + suffix)
+    try:
+        return packaged_file("configuration", folder, value + suffix)
+    except UsageError:
+        names = sorted(file.stem for file in packaged_file("configuration", folder).glob(f"*{suffix}"))
+        raise UsageError(
+            f"{value}: neither a file nor one of those that come with the package in configuration/{folder}: "
+            f"{', '.join(names)}"
+        ) from None

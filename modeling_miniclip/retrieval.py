@@ -1,12 +1,13 @@
 """Use of a trained model: embed images and texts once, then find what matches a query."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,19 +22,32 @@ def open_image(image: Any) -> Image.Image:
     """RGB image of a path, a PIL image, an array (`[H, W, 3]` or `[H, W]` uint8) or a row with the key `image`.
 
     Raises:
-        DataError: there is no such file, or it is no image.
+        DataError: there is no such file, it is no image, or an array of another shape or type.
     """
     if isinstance(image, dict):
+        if "image" not in image:
+            raise DataError(f"a row without the key 'image': it has {', '.join(map(str, image)) or 'none'}")
         image = image["image"]
-    if isinstance(image, str | os.PathLike):
-        try:
+    name = os.fspath(image) if isinstance(image, str | os.PathLike) else getattr(image, "filename", "")
+    try:
+        if isinstance(image, str | os.PathLike):
             with Image.open(image) as opened:
                 return to_rgb(opened)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{os.fspath(image)}: not an image that can be read: {error}") from error
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(image.numpy() if isinstance(image, Tensor) else image)
-    return to_rgb(image)
+        return to_rgb(image if isinstance(image, Image.Image) else _image_of_array(image))
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise all sorts
+        raise DataError(f"{name or type(image).__name__}: not an image that can be read: {error}") from error
+
+
+def _image_of_array(array: Any) -> Image.Image:
+    pixels = np.asarray(array)
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))):
+        raise DataError(
+            f"{type(array).__name__} of shape {pixels.shape} and type {pixels.dtype}: expected a path, a PIL image "
+            "or an array [H, W, 3] or [H, W] of uint8"
+        )
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels)
 
 
 def processor_of(model: MiniClipModel, processor: MiniClipProcessor | None = None) -> MiniClipProcessor:
@@ -45,14 +59,14 @@ def processor_of(model: MiniClipModel, processor: MiniClipProcessor | None = Non
     if processor is not None:
         return processor
     source = model.config.name_or_path
+    if not source:
+        raise ValueError("the model was not loaded by from_pretrained, so no processor is known: pass processor=")
+    revision = getattr(model, "loaded_revision", None)
     try:
-        return MiniClipProcessor.from_pretrained(
-            source, revision=getattr(model.config, "_commit_hash", None) or "main"
-        )
+        return MiniClipProcessor.from_pretrained(source, revision=revision or "main")
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"no processor found with the model ({source or 'it was not loaded by from_pretrained'}): pass processor="
-        ) from error
+        place = f"{source} at revision {revision}" if revision else source
+        raise ValueError(f"no processor found where the model came from ({place}): pass processor=") from error
 
 
 def encode_images(
@@ -76,13 +90,16 @@ def encode_images(
 
     Raises:
         DataError: an image cannot be read.
-        ValueError: no image at all, or no processor.
+        ValueError: no image at all, one image that is not in a list, or no processor.
+
+    Example:
+        >>> encode_images(model, Path("photos").glob("*.jpg"))  # doctest: +SKIP
     """
     processor = processor_of(model, processor)
 
     def embed(batch: list[Any]) -> Tensor:
         inputs = processor(images=[open_image(image) for image in batch], return_tensors="pt")
-        return model(pixel_values=inputs["pixel_values"].to(model.device)).image_embeds
+        return model(pixel_values=inputs["pixel_values"].to(model.device, model.dtype)).image_embeds
 
     return _encode(model, images, embed, batch_size, "images", progress)
 
@@ -103,26 +120,34 @@ def encode_texts(
     return _encode(model, texts, embed, batch_size, "texts", progress)
 
 
+@torch.no_grad()
 def _encode(
-    model: MiniClipModel, items: Iterable[Any], embed: Any, batch_size: int, what: str, progress: bool
+    model: MiniClipModel,
+    items: Iterable[Any],
+    embed: Callable[[list[Any]], Tensor],
+    batch_size: int,
+    what: str,
+    progress: bool,
 ) -> Tensor:
-    was_training = model.training
+    if isinstance(items, str | os.PathLike | Image.Image | dict):  # a text would be taken apart into its letters
+        raise ValueError(f"expected a list of {what}, got one {type(items).__name__}: put it in a list, [...]")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    modes = [(module, module.training) for module in model.modules()]  # parts of a model may be frozen one by one
     model.eval()
     parts = []
-    total = len(items) if isinstance(items, Sequence) else None
+    total = len(items) if isinstance(items, Sized) else None
     try:
-        with (
-            torch.inference_mode(),
-            tqdm(total=total, desc=f"encode {what}", unit=what[:-1], disable=not progress) as bar,
-        ):
+        with tqdm(total=total, desc=f"encode {what}", unit=what[:-1], disable=not progress) as bar:
             for batch in _batches(items, batch_size):
                 parts.append(embed(batch).float().cpu())
                 bar.update(len(batch))
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     if not parts:
         raise ValueError(f"no {what} to encode")
-    return torch.cat(parts).clone()  # outside inference mode, so that the result can be used in training
+    return torch.cat(parts)
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -164,28 +189,38 @@ def find_matches(
         At most `n` [`Match`]es, one a name.
 
     Raises:
-        ValueError: as many names as embeddings are needed; no processor.
+        ValueError: as many names as embeddings are needed, and embeddings of this model; no processor.
+        DataError: the query or an image to be drawn cannot be read.
 
     Example:
         >>> find_matches(model, embeddings, "two dogs playing in the snow", filenames, n=3)  # doctest: +SKIP
     """
-    if len(image_filenames) != len(image_embeddings):
-        raise ValueError(f"{len(image_embeddings)} image embeddings but {len(image_filenames)} image_filenames")
+    embeddings = torch.as_tensor(image_embeddings).detach().float().cpu()
+    names = [os.fspath(name) for name in image_filenames]
+    if embeddings.ndim != 2 or len(names) != len(embeddings):
+        raise ValueError(f"image_embeddings of shape {tuple(embeddings.shape)} but {len(names)} image_filenames")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
     if isinstance(query, str):
         embedding = encode_texts(model, [query], processor, progress=False)
     else:
         embedding = encode_images(model, [query], processor, progress=False)
-    scores = (torch.nn.functional.normalize(image_embeddings.float(), dim=-1) @ embedding.T).squeeze(1)
+    if embedding.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"image_embeddings are {embeddings.shape[1]}-dimensional, the model's {embedding.shape[1]}: encode the "
+            "images with this model"
+        )
+    scores = (torch.nn.functional.normalize(embeddings, dim=-1) @ embedding.T).squeeze(1)  # [images]
     matches: dict[str, Match] = {}
     for index in scores.argsort(descending=True, stable=True).tolist():
-        name = os.fspath(image_filenames[index])
-        matches.setdefault(name, Match(name, scores[index].item(), index))
+        matches.setdefault(names[index], Match(names[index], scores[index].item(), index))
         if len(matches) == n:
             break
     found = list(matches.values())
     if draw is not None:
-        from .plots import draw_matches
+        from .plots import MatchRow, draw_matches
 
-        title = query if isinstance(query, str) else "images like the query"
-        draw_matches(Path(draw), [(title, [(open_image(m.name), f"{m.score:.2f}", False) for m in found])])
+        title = query if isinstance(query, str) else "Images like the query"
+        row = MatchRow(title, "", [(open_image(m.name), f"{m.score:.2f}", False) for m in found])
+        draw_matches(Path(draw), [row])
     return found

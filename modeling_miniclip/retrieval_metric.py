@@ -12,7 +12,7 @@ All rows that were added are candidates; ties are resolved against the model."""
 
 INPUTS = """
 Args:
-    predictions: one image embedding a row.
+    predictions: one image embedding a row, unit norm.
     references: the list of the embeddings of that image's captions; any number of them, at least one.
 Returns:
     text_to_image_R@1, text_to_image_R@5, text_to_image_R@10, text_to_image_median_rank, the same with
@@ -33,12 +33,13 @@ class RetrievalMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        counts = [len(captions) for captions in references]
-        texts = numpy.concatenate(
-            [numpy.asarray(captions, dtype=numpy.float32) for captions in references if len(captions)]
-        )
-        return retrieval_metrics(
-            torch.from_numpy(numpy.asarray(predictions, dtype=numpy.float32)),
-            torch.from_numpy(numpy.asarray(texts, dtype=numpy.float32)),
-            numpy.repeat(numpy.arange(len(counts)), counts).tolist(),
-        )
+        text_image_id = [i for i, captions in enumerate(references) for _ in captions]
+        texts = [caption for captions in references for caption in captions]
+        return retrieval_metrics(_matrix(predictions), _matrix(texts), text_image_id)
+
+
+def _matrix(rows: list) -> torch.Tensor:
+    widths = {len(row) for row in rows}
+    if len(widths) > 1:
+        raise ValueError(f"embeddings of unequal width: {sorted(widths)}")
+    return torch.from_numpy(numpy.asarray(rows, dtype=numpy.float32).reshape(len(rows), -1 if rows else 0))

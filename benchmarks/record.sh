@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Run a recipe and keep its figures beside this file.
+#   benchmarks/record.sh demo --recipe scenes
+#   benchmarks/record.sh flickr8k_lite --recipe flickr8k_lite --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
+# Only drawn scenes are kept as pictures: photographs belong to their owners.
+set -euo pipefail
+name=$1
+shift
+here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-$here/../.venv/bin/python}
+run=$(mktemp -d)
+start=$(date +%s.%N)
+"$python" "$here/../train_miniclip.py" "$@" --output_dir "$run"
+end=$(date +%s.%N)
+mkdir -p "$here/$name"
+cp "$run/metrics.jsonl" "$run/curves.png" "$here/$name/"
+if [ "$name" = demo ]; then cp "$run/retrieval.png" "$here/$name/"; fi
+echo "{\"seconds\": $(echo "$end - $start" | bc)}" > "$here/$name/time.json"
+rm -rf "$run"

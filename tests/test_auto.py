@@ -1,0 +1,161 @@
+"""Lazy package, registration with the Auto classes, and saved models that bring their own code."""
+
+import ast
+import doctest
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    pipeline,
+)
+
+import modeling_miniclip
+from modeling_miniclip import MiniClipConfig, MiniClipModel, MiniClipProcessor
+from tests.towers import PIXELS, tiny_config, tiny_model, tiny_processor
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAVELLING = ["configuration_miniclip", "modeling_miniclip", "processing_miniclip"]
+
+
+def run_python(code: str, *arguments: str, cwd: Path, package: bool, **environment: str) -> str:
+    """Output of another interpreter, started elsewhere, with or without the package on its path."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    if package:
+        env["PYTHONPATH"] = str(ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_the_package_loads_nothing_heavy_and_hooks_nothing(tmp_path):
+    code = """
+import sys
+before = list(sys.meta_path), list(sys.path_hooks), sys.modules["builtins"].__import__, set(sys.modules)
+import modeling_miniclip
+loaded = set(sys.modules) - before[3]
+heavy = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"modeling_miniclip"}
+assert not heavy, heavy
+assert loaded & {"modeling_miniclip.auto", "modeling_miniclip.modeling_miniclip"} == set()
+assert (sys.meta_path, sys.path_hooks, sys.modules["builtins"].__import__) == before[:3]
+assert {"MiniClipModel", "load_captions", "__version__"} <= set(dir(modeling_miniclip))
+"""
+    run_python(code, cwd=tmp_path, package=True)
+
+
+def test_each_public_name_is_there_and_registers_the_auto_classes(tmp_path):
+    code = """
+import sys
+import modeling_miniclip
+names = [name for name in modeling_miniclip.__all__ if name != "__version__"]
+assert len(names) == len(set(names)) > 10
+for name in names:
+    sys.modules.pop("modeling_miniclip.auto", None)
+    vars(modeling_miniclip).pop(name, None)
+    assert getattr(modeling_miniclip, name).__name__ == name
+    assert "modeling_miniclip.auto" in sys.modules, name
+from transformers import AutoConfig
+assert type(AutoConfig.for_model("miniclip")) is modeling_miniclip.MiniClipConfig
+print("all", len(names))
+"""
+    assert run_python(code, cwd=tmp_path, package=True).startswith("all")
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'modeling_miniclip' has no attribute 'MiniClipModell'"):
+        _ = modeling_miniclip.MiniClipModell
+
+
+def test_auto_classes_make_miniclip(tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is MiniClipConfig
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is MiniClipProcessor
+    for auto in (AutoModel, AutoModelForZeroShotImageClassification):
+        loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(loaded) is MiniClipModel and not any(info.values())
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert type(AutoModel.from_config(tiny_config("vit", "bert"))) is MiniClipModel
+    assert AutoModel.from_config(tiny_config(), dtype=torch.bfloat16).text_model.dtype == torch.bfloat16
+
+
+def test_saved_folder_loads_with_its_own_code_where_the_package_is_not_installed(tmp_path):
+    model = tiny_model("vit", "roberta", text_pooling="mean")
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    processor = tiny_processor()
+    processor.save_pretrained(folder)
+    assert {f"{name}.py" for name in TRAVELLING} == {path.name for path in folder.glob("*.py")}
+    image = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 20).convert("RGB")
+    image.save(tmp_path / "image.png")
+    inputs = processor(images=[image], text=["a red dog", "a boat"], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image
+    code = """
+import importlib.util, sys, torch
+from PIL import Image
+assert importlib.util.find_spec("modeling_miniclip") is None
+from transformers import AutoModel, AutoProcessor
+model, info = AutoModel.from_pretrained("model", trust_remote_code=True, output_loading_info=True)
+assert not any(info.values()), info
+processor = AutoProcessor.from_pretrained("model", trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules") and type(model).__name__ == "MiniClipModel"
+assert processor.image_processor.backend == "pil"
+inputs = processor(images=[Image.open("image.png")], text=["a red dog", "a boat"], return_tensors="pt")
+with torch.no_grad():
+    torch.save(model(**inputs).logits_per_image, "logits.pt")
+model.save_pretrained("again")
+"""
+    run_python(code, cwd=tmp_path, package=False, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]["AutoModel"]
+
+
+@pytest.mark.parametrize("name", TRAVELLING)
+def test_travelling_files_are_small_and_import_siblings_and_what_the_model_needs(name):
+    source = (ROOT / "modeling_miniclip" / f"{name}.py").read_text()
+    assert len(source) < 30_000
+    absolute = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            absolute |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            absolute.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            # transformers finds siblings by `from .x import`, and neither `from . import x` nor `from .x.y import`
+            assert node.level == 1 and node.module in TRAVELLING
+    allowed = {"torch", "timm", "transformers", "huggingface_hub", "numpy", "PIL"}
+    assert absolute - set(sys.stdlib_module_names) <= allowed
+
+
+def test_zero_shot_pipeline_gives_the_probabilities_of_the_model(tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    image = Image.radial_gradient("L").resize((PIXELS, PIXELS)).convert("RGB")  # nothing to resize: backends agree
+    labels = ["a red dog", "a white boat on a blue lake", "kids"]
+    classify = pipeline("zero-shot-image-classification", model=str(tmp_path), device="cpu")
+    found = {item["label"]: item["score"] for item in classify(image, labels, hypothesis_template="{}")}
+    with torch.no_grad():
+        logits = model(**processor(images=image, text=labels, return_tensors="pt")).logits_per_image
+    expected = dict(zip(labels, logits.softmax(dim=1)[0].tolist(), strict=True))
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", TRAVELLING)
+def test_examples_in_the_docstrings_run(name):
+    result = doctest.testmod(importlib.import_module(f"modeling_miniclip.{name}"))
+    assert result.attempted > 0 and result.failed == 0

@@ -1,0 +1,171 @@
+"""The contrastive loss against hand-worked numbers, a loop in float64, and transformers' CLIP."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+from transformers import CLIPConfig, CLIPModel
+
+from modeling_miniclip import contrastive_loss, symmetric_contrastive_loss
+
+E1, E2 = [1.0, 0.0], [0.0, 1.0]
+LN = math.log
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_in_every_run():
+    torch.manual_seed(0)
+
+
+def loop_reference(images, texts, scale: float, image_id, text_image_id) -> float:
+    """The definition word for word, in Python floats: per query, minus the mean log-probability of its right keys."""
+
+    def one_way(queries, keys, query_id, key_id) -> float:
+        losses = []
+        for query, own in zip(queries.tolist(), query_id.tolist(), strict=True):
+            logits = [scale * sum(a * b for a, b in zip(query, key, strict=True)) for key in keys.tolist()]
+            total = math.fsum(math.exp(logit) for logit in logits)
+            right = [math.log(math.exp(logits[k]) / total) for k, other in enumerate(key_id.tolist()) if other == own]
+            losses.append(-sum(right) / len(right))
+        return sum(losses) / len(losses)
+
+    return (one_way(images, texts, image_id, text_image_id) + one_way(texts, images, text_image_id, image_id)) / 2
+
+
+def random_batch(num_images: int, most_captions: int, seed: int, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, most_captions + 1, (num_images,), generator=generator)
+    image_id = torch.randperm(10 * num_images, generator=generator)[:num_images]  # any integers, in no order
+    text_image_id = image_id.repeat_interleave(counts)
+    text_image_id = text_image_id[torch.randperm(len(text_image_id), generator=generator)]
+    images = normalize(torch.randn(num_images, 6, generator=generator, dtype=torch.float64), dim=-1)
+    texts = normalize(torch.randn(len(text_image_id), 6, generator=generator, dtype=torch.float64), dim=-1)
+    return images.to(dtype), texts.to(dtype), image_id, text_image_id
+
+
+def test_one_caption_an_image_by_hand():
+    # logits [[ln 3, 0], [0, ln 3]]: each right one has probability 3/4
+    pairs = torch.arange(2)
+    rows = contrastive_loss(torch.tensor([E1, E2]), torch.tensor([E1, E2]), LN(3), pairs, pairs)
+    assert rows.tolist() == pytest.approx([LN(4 / 3)] * 2)
+    # the second text is like the first image: both images prefer text 0 and 1 alike, both texts image 0
+    images, texts = torch.tensor([E1, E2]), torch.tensor([E1, E1])
+    assert contrastive_loss(images, texts, LN(3), pairs, pairs).tolist() == pytest.approx([LN(2), LN(2)])
+    assert contrastive_loss(texts, images, LN(3), pairs, pairs).tolist() == pytest.approx([LN(4 / 3), LN(4)])
+    loss = symmetric_contrastive_loss(images, texts, LN(3), pairs, pairs)
+    assert loss.item() == pytest.approx((LN(2) + (LN(4 / 3) + LN(4)) / 2) / 2)
+
+
+def test_several_captions_an_image_by_hand():
+    images, texts = torch.tensor([E1, E2]), torch.tensor([E1, E2, E2])
+    image_id, text_image_id = torch.tensor([7, 3]), torch.tensor([7, 7, 3])
+    # image 7: logits [ln 2, 0, 0], log-probabilities of its two captions -ln 2 and -ln 4
+    # image 3: logits [0, ln 2, ln 2], its caption has probability 2/5
+    rows = contrastive_loss(images, texts, LN(2), image_id, text_image_id)
+    assert rows.tolist() == pytest.approx([(LN(2) + LN(4)) / 2, LN(5 / 2)])
+    # texts: probability 2/3 of the right image but 1/3 for the second, which looks like image 3
+    rows = contrastive_loss(texts, images, LN(2), text_image_id, image_id)
+    assert rows.tolist() == pytest.approx([LN(3 / 2), LN(3), LN(3 / 2)])
+    loss = symmetric_contrastive_loss(images, texts, LN(2), image_id, text_image_id)
+    assert loss.item() == pytest.approx(((1.5 * LN(2) + LN(5 / 2)) / 2 + (2 * LN(3 / 2) + LN(3)) / 3) / 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("most_captions", [1, 5])
+def test_equals_the_loop_reference(seed, most_captions):
+    images, texts, image_id, text_image_id = random_batch(7, most_captions, seed)
+    expected = loop_reference(images, texts, 14.3, image_id, text_image_id)
+    loss = symmetric_contrastive_loss(images, texts, 14.3, image_id, text_image_id)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    single = symmetric_contrastive_loss(images.float(), texts.float(), 14.3, image_id, text_image_id)
+    assert single.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 32, 1000])
+def test_identical_embeddings_give_the_logarithm_of_the_batch(batch):
+    same = normalize(torch.ones(batch, 8), dim=-1)
+    pairs = torch.arange(batch)
+    assert symmetric_contrastive_loss(same, same, 100.0, pairs, pairs).item() == pytest.approx(LN(batch), abs=1e-4)
+
+
+def test_identical_embeddings_with_several_captions_by_hand():
+    # 3 images with 4 captions each: an image chooses among 12 captions, a caption among 3 images
+    image_id = torch.arange(3)
+    images, texts = normalize(torch.ones(3, 4), dim=-1), normalize(torch.ones(12, 4), dim=-1)
+    loss = symmetric_contrastive_loss(images, texts, 5.0, image_id, image_id.repeat_interleave(4))
+    assert loss.item() == pytest.approx((LN(12) + LN(3)) / 2)
+
+
+def test_swapping_the_roles_of_images_and_texts_changes_nothing():
+    images, texts, image_id, text_image_id = random_batch(6, 4, seed=1)
+    there = symmetric_contrastive_loss(images, texts, 20.0, image_id, text_image_id)
+    back = symmetric_contrastive_loss(texts, images, 20.0, text_image_id, image_id)
+    torch.testing.assert_close(there, back, rtol=1e-14, atol=0)
+
+
+def test_order_and_names_of_the_ids_do_not_matter():
+    images, texts, image_id, text_image_id = random_batch(6, 4, seed=2)
+    loss = symmetric_contrastive_loss(images, texts, 20.0, image_id, text_image_id)
+    image_order, text_order = torch.randperm(len(images)), torch.randperm(len(texts))
+    shuffled = symmetric_contrastive_loss(
+        images[image_order], texts[text_order], 20.0, image_id[image_order], text_image_id[text_order]
+    )
+    renamed = symmetric_contrastive_loss(images, texts, 20.0, image_id * 3 - 100, text_image_id * 3 - 100)
+    torch.testing.assert_close(shuffled, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(renamed, loss, rtol=0, atol=0)
+
+
+def test_shares_of_the_queries_give_the_rows_of_the_whole():
+    images, texts, image_id, text_image_id = random_batch(8, 3, seed=3)
+    whole = contrastive_loss(images, texts, 9.0, image_id, text_image_id)
+    shares = [contrastive_loss(images[r::3], texts, 9.0, image_id[r::3], text_image_id) for r in range(3)]
+    for rank, share in enumerate(shares):
+        torch.testing.assert_close(share, whole[rank::3], rtol=1e-14, atol=0)
+
+
+def test_a_caption_of_the_same_image_is_never_a_negative():
+    # Two captions of one image, both perfect, and nothing else: nothing is left to tell apart for the texts.
+    images, texts = torch.tensor([E1]), torch.tensor([E1, E1])
+    ids = torch.tensor([0]), torch.tensor([0, 0])
+    assert contrastive_loss(texts, images, 50.0, ids[1], ids[0]).tolist() == [0.0, 0.0]
+    # With a second image far away, bringing a second caption of the first to its image lowers the loss.
+    images = torch.tensor([E1, E2])
+    ids = torch.tensor([0, 1]), torch.tensor([0, 0, 1])
+    near = symmetric_contrastive_loss(images, torch.tensor([E1, E1, E2]), 5.0, *ids)
+    far = symmetric_contrastive_loss(images, torch.tensor([E1, E2, E2]), 5.0, *ids)
+    assert near < far
+
+
+def test_gradients_equal_finite_differences():
+    images, texts, image_id, text_image_id = random_batch(4, 3, seed=4)
+    scale = torch.tensor([3.0], dtype=torch.float64)
+    arguments = [tensor.requires_grad_() for tensor in (images, texts, scale)]
+
+    def loss(images, texts, scale):
+        return symmetric_contrastive_loss(images, texts, scale, image_id, text_image_id)
+
+    assert torch.autograd.gradcheck(loss, arguments)
+
+
+def test_hard_logits_stay_finite_in_float32():
+    images = torch.tensor([E1, E2])
+    pairs = torch.arange(2)
+    loss = symmetric_contrastive_loss(images, -images, 100.0, pairs, pairs)  # right pairs at -100, wrong ones at 0
+    assert loss.item() == pytest.approx(100.0)
+
+
+def test_equals_the_loss_of_transformers_clip():
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config=tower | {"vocab_size": 50, "eos_token_id": 49, "bos_token_id": 0, "pad_token_id": 1},
+        vision_config=tower | {"image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    clip = CLIPModel(config).eval()
+    ids = torch.randint(2, 49, (5, 6))
+    output = clip(input_ids=ids, pixel_values=torch.randn(5, 3, 8, 8), return_loss=True)
+    pairs = torch.arange(5)
+    ours = symmetric_contrastive_loss(output.image_embeds, output.text_embeds, clip.logit_scale.exp(), pairs, pairs)
+    torch.testing.assert_close(ours, output.loss)

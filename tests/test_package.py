@@ -1,0 +1,132 @@
+"""The package as a whole: public names, what importing it does, what it depends on, its command."""
+
+import ast
+import importlib
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import modeling_miniclip
+import train_miniclip
+from tests.hubs import run
+from tests.runs import ROOT
+
+MODULES = sorted((ROOT / "modeling_miniclip").glob("*.py"))
+SCRIPTS = [*MODULES, ROOT / "train_miniclip.py"]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> list[tuple[str, list[str], int]]:
+    """Module, imported names and level of every import of a file, wherever it stands."""
+    found: list[tuple[str, list[str], int]] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, [], 0) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", [alias.name for alias in node.names], node.level))
+    return found
+
+
+@pytest.mark.parametrize("name", modeling_miniclip.__all__)
+def test_every_public_name_can_be_imported_and_is_described(name: str) -> None:
+    value = getattr(modeling_miniclip, name)
+    assert name in dir(modeling_miniclip)
+    assert isinstance(value, str) or (value.__doc__ or "").strip()
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'MiniClipModl'"):
+        modeling_miniclip.MiniClipModl  # noqa: B018
+    assert not hasattr(modeling_miniclip, "MiniClipModl")
+
+
+def test_type_checkers_see_the_names_that_are_there_when_the_program_runs() -> None:
+    tree = ast.parse((ROOT / "modeling_miniclip" / "__init__.py").read_text(encoding="utf-8"))
+    (guarded,) = [node for node in tree.body if isinstance(node, ast.If)]
+    declared = {
+        alias.asname: node.module for node in guarded.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert declared == modeling_miniclip._MODULE_OF
+
+
+def test_importing_the_package_loads_no_heavy_library_and_using_it_registers_the_auto_classes(tmp_path: Path) -> None:
+    code = """
+import os, sys
+before = dict(os.environ)
+import modeling_miniclip
+from modeling_miniclip.arguments import TrainingArguments
+heavy = {"torch", "transformers", "timm", "datasets", "accelerate", "albumentations", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+modeling_miniclip.MiniClipConfig
+from transformers import AutoConfig, AutoModel
+config = AutoConfig.for_model("miniclip")
+assert type(config) is modeling_miniclip.MiniClipConfig
+assert {k: v for k, v in os.environ.items() if k.startswith(("HF", "NO_", "TOKEN"))} == {
+    k: v for k, v in before.items() if k.startswith(("HF", "NO_", "TOKEN"))}
+print("fine")
+"""
+    done = run(code, tmp_path, PYTHONPATH=str(ROOT))
+    assert done.stdout == "fine\n", done.stderr
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_nothing_private_of_transformers_is_imported(path: Path) -> None:
+    for module, names, level in imports(path):
+        if level == 0 and module.split(".")[0] == "transformers":
+            private = [part for part in [*module.split("."), *names] if part.startswith("_")]
+            assert not private, f"{module}: {private}"
+
+
+def test_the_declared_dependencies_are_those_that_the_code_imports() -> None:
+    used = {module.split(".")[0] for path in SCRIPTS for module, _, level in imports(path) if level == 0}
+    used -= {*sys.stdlib_module_names, "modeling_miniclip"}
+    distributions = packages_distributions()
+    needed = {distributions[module][0].lower().replace("_", "-") for module in used}
+    lines = [line.lower().replace("_", "-") for line in PROJECT["project"]["dependencies"]]
+    declared = {name for line in lines for name in re.findall(r"^[a-z0-9-]+", line)}
+    # transformers loads these by name: the card's template, its own image processors, and the weights' files.
+    indirect = {"jinja2", "torchvision", "safetensors"}
+    assert needed <= declared
+    assert declared - needed <= indirect
+
+
+def test_the_version_is_written_once() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", modeling_miniclip.__version__)
+    assert "version" in PROJECT["project"]["dynamic"]
+    assert PROJECT["tool"]["hatch"]["version"]["path"] == "modeling_miniclip/__init__.py"
+
+
+def test_the_package_is_typed() -> None:
+    assert (ROOT / "modeling_miniclip" / "py.typed").is_file()
+
+
+def test_the_console_script_is_the_training_script() -> None:
+    for target in PROJECT["project"]["scripts"].values():
+        module, _, name = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+    assert PROJECT["project"]["scripts"]["train-miniclip"] == "train_miniclip:cli"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batchsize", "3"], "error: unknown flag '--batchsize'; did you mean --batch_size?"),
+        (["--recipe", "nothing"], "error: nothing: neither a file nor one of those that come with the package"),
+        (["--dataset", "no.csv", "--output_dir", "out"], "error: no.csv: no such file"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line_and_exit_code_2(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_miniclip.py", *argv])
+    assert train_miniclip.cli() == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(message)
+    assert len(told.err.splitlines()) == 1
+    assert told.out == ""
