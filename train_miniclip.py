@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> Path:
 def prepare(arguments: TrainingArguments) -> Run:
     """Output folder, data, model, loaders, optimiser, schedule; a resumed run's state."""
     from modeling_miniclip.arguments import save_arguments
-    from modeling_miniclip.checkpoints import Interrupt, MetricsLog, Progress
+    from modeling_miniclip.checkpoints import Interrupt, MetricsLog, Progress, clear_output_dir
     from modeling_miniclip.reporting import data_for_card, describe_splits, say
     from modeling_miniclip.training import build_scheduler
 
@@ -118,6 +118,8 @@ def prepare(arguments: TrainingArguments) -> Run:
 
     # From where: a fresh start, or a checkpoint
     accelerator.register_for_checkpointing(run.progress, run.scheduler)
+    if checkpoint is None and accelerator.is_main_process:
+        clear_output_dir(output_dir)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         run.log.drop_after(run.progress.step)
@@ -160,6 +162,7 @@ def build_accelerator(arguments: TrainingArguments, output_dir: Path) -> Any:
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_dir=str(output_dir),
     )
+    arguments.mixed_precision = accelerator.mixed_precision
     set_seed(arguments.seed)
     return accelerator
 
@@ -296,7 +299,7 @@ def train_epoch(run: Run) -> None:
         loss = global_contrastive_loss(
             output.image_embeds.float(),
             output.text_embeds.float(),
-            run.plain.inverse_temperature(),
+            output.logit_scale,
             batch["image_id"].to(accelerator.device),
             batch["text_image_id"].to(accelerator.device),
         )

@@ -14,7 +14,7 @@ import torch
 
 from .arguments import TrainingArguments
 from .errors import UsageError
-from .files import commit_folder
+from .files import commit_folder, recover_folder
 
 
 @dataclass
@@ -105,24 +105,22 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     )
 
 
+RESULTS = ("checkpoints", "export", "metrics.jsonl", "curves.png", "retrieval.png", "arguments.yaml")
+
+
 def prepare_output_dir(arguments: TrainingArguments) -> Path:
-    """The run's folder, new or to be resumed.
+    """The run's folder, new or to be resumed. Nothing in it is deleted yet: see [`clear_output_dir`].
 
     Raises:
         UsageError: it holds an earlier run and neither resuming nor overwriting was asked for, or cannot be written.
     """
     output_dir = Path(arguments.output_dir)
-    results = [
-        output_dir / name for name in ("checkpoints", "export", "metrics.jsonl") if (output_dir / name).exists()
-    ]
-    if results and arguments.resume_from_checkpoint is None:
-        if not arguments.overwrite_output_dir:
-            raise UsageError(
-                f"{output_dir} holds an earlier run: go on with it by --resume_from_checkpoint latest, choose another "
-                "--output_dir, or delete it by --overwrite_output_dir"
-            )
-        for path in results:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    may_exist = arguments.overwrite_output_dir or arguments.resume_from_checkpoint is not None
+    if not may_exist and any((output_dir / name).exists() for name in RESULTS):
+        raise UsageError(
+            f"{output_dir} holds an earlier run: go on with it by --resume_from_checkpoint latest, choose another "
+            "--output_dir, or delete it by --overwrite_output_dir"
+        )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         probe = output_dir / ".writable"
@@ -130,7 +128,17 @@ def prepare_output_dir(arguments: TrainingArguments) -> Path:
         os.unlink(probe)
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
+    recover_folder(output_dir / "export")
     return output_dir
+
+
+def clear_output_dir(output_dir: Path) -> None:
+    """Delete an earlier run's results; called when everything else about the new run has been found right."""
+    for path in (output_dir / name for name in RESULTS):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class Interrupt:

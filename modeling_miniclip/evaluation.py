@@ -69,8 +69,9 @@ def retrieval_metrics(
     Example:
         >>> import torch
         >>> from modeling_miniclip import retrieval_metrics
-        >>> retrieval_metrics(torch.eye(3), torch.eye(3)[[0, 1, 1]], [0, 1, 2])["text_to_image_R@1"]
-        66.66666666666667
+        >>> metrics = retrieval_metrics(torch.eye(3), torch.eye(3)[[0, 1, 1]], [0, 1, 2])
+        >>> round(metrics["text_to_image_R@1"], 2)
+        66.67
     """
     if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(

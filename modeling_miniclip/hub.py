@@ -40,7 +40,7 @@ def export(
     from . import auto  # noqa: F401  (from now on the code travels with the model)
 
     target = Path(folder)
-    model.config.architectures = [type(model).__name__]
+    model.config.architectures = [MiniClipModel.__name__]  # FSDP gives the model a class of its own
     model.config.auto_map = {"AutoModelForZeroShotImageClassification": "modeling_miniclip.MiniClipModel"}
     _forget_machine(model, processor)
     with replaced_folder(target) as fresh:

@@ -99,7 +99,7 @@ def encode_images(
 
     def embed(batch: list[Any]) -> Tensor:
         inputs = processor(images=[open_image(image) for image in batch], return_tensors="pt")
-        return model(pixel_values=inputs["pixel_values"].to(model.device, model.dtype)).image_embeds
+        return model(pixel_values=inputs["pixel_values"].to(model.device)).image_embeds
 
     return _encode(model, images, embed, batch_size, "images", progress)
 

@@ -253,6 +253,7 @@ def test_saved_arguments_are_a_recipe_that_repeats_the_run(tmp_path: Path) -> No
     first = parse_arguments([f"--{name}={value}" for name, value in flags.items()])
     assert len(changed(first)) > len(flags), "the built-in recipe is part of the run"
     save_arguments(first, tmp_path / "arguments.yaml")
+    assert yaml.safe_load((tmp_path / "arguments.yaml").read_text())["augmentation"][0]["brightness"] == [0.9, 1.1]
     second = parse_arguments([f"--recipe={tmp_path / 'arguments.yaml'}"])
     assert asdict(first) | {"recipe": None} == asdict(second) | {"recipe": None}
 

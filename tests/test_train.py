@@ -172,6 +172,9 @@ def test_earlier_run_is_not_overwritten_unless_told(tmp_path: Path) -> None:
     main(flags(tmp_path, max_steps=1))
     with pytest.raises(UsageError, match="--resume_from_checkpoint latest.*--overwrite_output_dir"):
         main(flags(tmp_path, max_steps=1))
+    with pytest.raises(UsageError, match="nowhere"):  # a mistake must not cost the earlier run
+        main(flags(tmp_path, preset="nowhere.json", overwrite_output_dir=True))
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
     main(flags(tmp_path, max_steps=1, overwrite_output_dir=True))
     assert len(metrics_of(tmp_path / "run")) == 2
 
