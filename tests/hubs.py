@@ -15,11 +15,12 @@ from tests.runs import ROOT
 WITHOUT_PACKAGE = "import sys; sys.modules['modeling_miniclip'] = None\n"
 
 
-def local_hub(root: Path) -> Any:
-    """A Hub on loopback, not started yet, where Alice may write (and has a token that may only read) and Bob too.
+# Alice may write and has a token that may only read; Bob may write too.
+TOKENS = ("hf_alice=alice", "hf_reader=alice:read", "hf_bob=bob")
 
-    Skips the test where `tools/local_hub.py` is not there.
-    """
+
+def local_hub(root: Path, tokens: tuple[str, ...] = TOKENS) -> Any:
+    """A Hub on loopback, not started yet. Skips the test where `tools/local_hub.py` is not there."""
     shared = Path(os.environ.get("MINICLIP_SHARED", ROOT.parent / "shared"))
     path = shared / "tools" / "local_hub.py"
     if not path.is_file():
@@ -30,7 +31,7 @@ def local_hub(root: Path) -> Any:
     sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
     spec.loader.exec_module(module)
     sys.dont_write_bytecode = before
-    return module.LocalHub(root, tokens=["hf_alice=alice", "hf_reader=alice:read", "hf_bob=bob"])
+    return module.LocalHub(root, tokens=tokens)
 
 
 def add_repository(hub: Any, repo_id: str, files: dict[str, Path] | None = None, private: bool = False) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from modeling_miniclip import DataError, load_captions
 from modeling_miniclip.data import caption_columns, split_by_image
+from tests.hubs import local_hub
 from tests.towers import CAPTIONS
 
 
@@ -416,16 +417,10 @@ print("RESULT", json.dumps(result))
 
 
 @pytest.fixture(scope="module")
-def from_hub(shared, tmp_path_factory):
+def from_hub(tmp_path_factory):
     """What load_captions gives, in a process of its own, for data sets on a Hub on loopback."""
-    tools = shared / "tools"
-    if not (tools / "local_hub.py").is_file():
-        pytest.skip(f"no local_hub.py in {tools}")
-    sys.path.insert(0, str(tools))
-    from local_hub import LocalHub
-
     root = tmp_path_factory.mktemp("hub")
-    with LocalHub(root / "server") as hub:
+    with local_hub(root / "server", tokens=("hf_test=test-user",)) as hub:
         env = {**os.environ, **hub.client_env(root / "home"), "PYTHONPATH": str(Path(__file__).parents[1])}
         env.pop("HF_HUB_OFFLINE")
         script = (

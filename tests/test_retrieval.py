@@ -13,6 +13,7 @@ from PIL import Image
 
 from modeling_miniclip import DataError, encode_images, encode_texts, export, find_matches, load_captions
 from modeling_miniclip.retrieval import Match, open_image, processor_of
+from tests.hubs import local_hub
 from tests.towers import CAPTIONS, tiny_model, tiny_processor
 
 TEXTS = [text for captions in CAPTIONS for text in captions]
@@ -321,13 +322,8 @@ print("FOUND", json.dumps(found))
 """
 
 
-def test_a_model_of_the_hub_brings_the_processor_of_its_own_revision(shared, tmp_path):
-    if not (shared / "tools" / "local_hub.py").is_file():
-        pytest.skip(f"no local_hub.py in {shared / 'tools'}")
-    sys.path.insert(0, str(shared / "tools"))
-    from local_hub import LocalHub
-
-    with LocalHub(tmp_path / "server") as hub:
+def test_a_model_of_the_hub_brings_the_processor_of_its_own_revision(tmp_path):
+    with local_hub(tmp_path / "server", tokens=("hf_test=test-user",)) as hub:
         root = str(Path(__file__).parents[1])
         env = {**os.environ, **hub.client_env(tmp_path / "home"), "PYTHONPATH": root}
         env.pop("HF_HUB_OFFLINE")
