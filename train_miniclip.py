@@ -11,7 +11,7 @@ bottom: `main` prepares, `train` goes through the epochs, `finish` leaves the re
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def prepare(arguments: TrainingArguments) -> Run:
         validation=splits["validation"],
         data=data_for_card(arguments, splits),
         log=MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process),
-        progress=Progress(),
+        progress=Progress(arguments.batch_size, arguments.seed, len(train_loader.batch_sampler)),
         interrupt=Interrupt(lambda: say(accelerator, "Ctrl-C: saving after this step; again to stop at once")),
         steps_per_epoch=len(train_loader.batch_sampler),
     )
@@ -118,16 +118,28 @@ def prepare(arguments: TrainingArguments) -> Run:
 
     # From where: a fresh start, or a checkpoint
     accelerator.register_for_checkpointing(run.progress, run.scheduler)
-    if checkpoint is None and accelerator.is_main_process:
-        clear_output_dir(output_dir)
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        run.log.drop_after(run.progress.step)
-        say(accelerator, f"resumed from {checkpoint} at step {run.progress.step}")
+        resume(run, checkpoint)
+    elif accelerator.is_main_process:
+        clear_output_dir(output_dir)
     if accelerator.is_main_process:
         save_arguments(arguments, output_dir / "arguments.yaml")
     accelerator.init_trackers("miniclip", config={k: v for k, v in asdict(arguments).items() if v is not None})
     return run
+
+
+def resume(run: Run, checkpoint: Path) -> None:
+    """Take over a checkpoint's state, and forget what an earlier start logged and saved behind it."""
+    from modeling_miniclip.checkpoints import check_resumed, drop_checkpoints_after
+    from modeling_miniclip.reporting import say
+
+    expected = replace(run.progress)
+    run.accelerator.load_state(str(checkpoint))
+    check_resumed(run.progress, expected)
+    run.log.drop_after(run.progress.step)
+    if run.accelerator.is_main_process:
+        drop_checkpoints_after(checkpoint.parent, run.progress.step)
+    say(run.accelerator, f"resumed from {checkpoint} at step {run.progress.step}")
 
 
 def prepare_places(arguments: TrainingArguments) -> tuple[Path, Path | None]:
@@ -263,13 +275,18 @@ def train(run: Run) -> None:
         f"steps {progress.step + 1} to {run.last_step} of {arguments.batch_size} images on "
         f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}",
     )
-    while progress.step < run.last_step and not run.interrupt.requested:
+    folder = run.output_dir / "checkpoints"
+    while progress.step < run.last_step and not run.interrupt.in_any_process(accelerator):
         train_epoch(run)
-        if progress.step_in_epoch == run.steps_per_epoch:
+        whole = progress.step_in_epoch == run.steps_per_epoch
+        if whole:
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        else:  # saved before the extra validation, so that a resumed run knows nothing of it
+            save_checkpoint(accelerator, folder, progress, arguments.save_total_limit)
         improved = validate(run)
         progress.epochs_without_improvement = 0 if improved else progress.epochs_without_improvement + 1
-        save_checkpoint(accelerator, run.output_dir / "checkpoints", progress, arguments.save_total_limit)
+        if whole:
+            save_checkpoint(accelerator, folder, progress, arguments.save_total_limit)
         patience = arguments.early_stopping_patience
         if patience is not None and progress.epochs_without_improvement >= patience:
             say(accelerator, f"early stopping: {arguments.best_metric} did not improve for {patience} epochs")
@@ -337,26 +354,29 @@ def validate(run: Run) -> bool:
     """Measure the whole validation split, step the plateau schedule, export the model if it is the best so far."""
     from accelerate.utils import broadcast_object_list
 
+    from modeling_miniclip.distributed import share_buffers
     from modeling_miniclip.evaluation import is_better, measure
     from modeling_miniclip.features import embed_split
     from modeling_miniclip.reporting import describe_validation, say
 
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
     start = time.perf_counter()
+    share_buffers(run.plain)
     embeddings = embed_split(
         run.plain, run.validation_loader, run.processor, accelerator.device, accelerator.is_main_process
     )
     # One process measures and tells the others: all must take the same decisions.
     told: list[Any] = [None]
+    logit_scale = run.plain.inverse_temperature().item()
     if accelerator.is_main_process:
-        told[0] = measure(*embeddings, run.plain.inverse_temperature().item())
+        told[0] = measure(*embeddings, logit_scale)
     metrics = broadcast_object_list(told)[0]
     run.log.write(progress.step, run.epoch, "validation", {**metrics, "seconds": time.perf_counter() - start})
     accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=progress.step)
     if arguments.lr_scheduler_type == "plateau":
         run.scheduler.step(metrics["loss"])
     value = metrics[arguments.best_metric]
-    improved = progress.best_value is None or is_better(arguments.best_metric, value, progress.best_value)
+    improved = is_better(arguments.best_metric, value, progress.best_value)
     say(accelerator, describe_validation(run.epoch, metrics, improved))
     if improved:
         progress.best_value, progress.best_step = value, progress.step
@@ -391,6 +411,9 @@ def finish(run: Run) -> Path:
 
     export_dir, progress = run.output_dir / "export", run.progress
     run.train_loader = run.validation_loader = None  # ends their workers now; the garbage collector takes 5 s for each
+    # What follows is the first process's alone: the others need not wait for drawing and uploading.
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
     if run.accelerator.is_main_process:
         draw_curves(read_metrics(run.log.path), run.output_dir / "curves.png", progress.best_step)
         draw_retrieval(run, export_dir)
@@ -400,8 +423,6 @@ def finish(run: Run) -> Path:
         say(run.accelerator, f"model: {export_dir}")
         if run.arguments.push_to_hub:
             say(run.accelerator, f"pushed: {push(export_dir, str(run.arguments.hub_model_id))}")
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
     return export_dir
 
 

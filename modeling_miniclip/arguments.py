@@ -1,6 +1,7 @@
 """The arguments of a training run: code defaults, below a recipe's YAML, below the flags."""
 
 import difflib
+import importlib.util
 import json
 import math
 import re
@@ -290,6 +291,9 @@ def validate(arguments: TrainingArguments) -> None:
     for name in ("lr_plateau_factor", "validation_fraction"):
         if not 0 < getattr(arguments, name) < 1:
             raise UsageError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
+    tracker = arguments.report_to
+    if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
+        raise UsageError(f"--report_to {tracker}: {tracker} is not installed; pip install {tracker}")
     augmentation_list(arguments)
 
 
@@ -315,10 +319,10 @@ def augmentation_list(arguments: TrainingArguments) -> list[dict[str, Any]]:
 def save_arguments(arguments: TrainingArguments, path: Path) -> None:
     """Write the resolved arguments as a recipe that repeats the run: `--recipe arguments.yaml`.
 
-    Whether the run went on from a checkpoint or deleted an earlier one is left out: it belongs to one start only.
+    Whether the run went on from a checkpoint, deleted an earlier one or was pushed belongs to one start: left out.
     """
     values = asdict(arguments)
-    for name in ("recipe", "resume_from_checkpoint", "overwrite_output_dir"):
+    for name in ("recipe", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub"):
         values.pop(name)
     if values["augmentation"] is not None:
         values["augmentation"] = augmentation_list(arguments)

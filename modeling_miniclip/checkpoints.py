@@ -19,8 +19,11 @@ from .files import commit_folder, recover_folder
 
 @dataclass
 class Progress:
-    """Where a run is; saved in each checkpoint."""
+    """Where a run is; saved in each checkpoint. The first three say what its steps are made of and never change."""
 
+    batch_size: int
+    seed: int
+    steps_per_epoch: int
     epoch: int = 0
     step: int = 0
     step_in_epoch: int = 0
@@ -56,7 +59,10 @@ class MetricsLog:
         """Forget the lines behind the checkpoint from which a run is resumed: they will be written again."""
         if self.is_main and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            fresh = self.path.with_suffix(".new")
+            fresh.write_text("".join(kept), encoding="utf-8")
+            fresh.replace(self.path)
 
 
 def significant(value: float, digits: int = 6) -> float:
@@ -69,7 +75,8 @@ def save_checkpoint(accelerator: Any, folder: Path, progress: Progress, keep: in
     target = folder / f"step-{progress.step:08d}"
     fresh = folder / f".{target.name}.new"
     if accelerator.is_main_process:
-        shutil.rmtree(fresh, ignore_errors=True)
+        for unfinished in folder.glob(".step-*"):  # of a run that was killed while it saved
+            shutil.rmtree(unfinished, ignore_errors=True)
         fresh.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(fresh))
@@ -87,6 +94,28 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
+def drop_checkpoints_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints behind the one from which a run is resumed, as its log forgets its later lines."""
+    for path in checkpoints(folder):
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
+
+
+def check_resumed(progress: Progress, expected: Progress) -> None:
+    """Make sure that a checkpoint's steps are made of the same batches as this run's.
+
+    Raises:
+        UsageError: the batch size, the seed or the number of training images changed.
+    """
+    for name in ("batch_size", "seed", "steps_per_epoch"):
+        saved, now = getattr(progress, name), getattr(expected, name)
+        if saved != now:
+            raise UsageError(
+                f"--resume_from_checkpoint: the checkpoint was made with {name} {saved}, this run has {now}; resume "
+                "with the flags and data of the first start (its arguments.yaml is a recipe of them)"
+            )
+
+
 def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     """The folder that `--resume_from_checkpoint` means.
 
@@ -96,9 +125,9 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     found = checkpoints(output_dir / "checkpoints")
     if wanted == "latest" and found:
         return found[-1]
-    for candidate in (Path(wanted), output_dir / "checkpoints" / wanted):
-        if candidate.is_dir() and candidate.name.startswith("step-"):
-            return candidate
+    for path in found:
+        if wanted == path.name or Path(wanted).resolve() == path.resolve():
+            return path
     names = ", ".join(path.name for path in found) or "none"
     raise UsageError(
         f"--resume_from_checkpoint {wanted}: no such checkpoint in {output_dir / 'checkpoints'}; there: {names}"
@@ -169,7 +198,7 @@ class Interrupt:
 
     def in_any_process(self, accelerator: Any) -> bool:
         """Whether any process was interrupted; every process has to ask at the same step and gets the same answer."""
-        if accelerator.num_processes > 1:
-            flag = torch.tensor([int(self.requested)], device=accelerator.device)
-            self.requested = bool(accelerator.reduce(flag, "sum").item())
-        return self.requested
+        if accelerator.num_processes == 1:
+            return self.requested
+        flag = torch.tensor([int(self.requested)], device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum").item())

@@ -52,6 +52,16 @@ def gather_rows(local: Tensor, with_gradient: bool = False) -> Tensor:
     return _all_gather_rows(local.detach().contiguous(), sizes)
 
 
+def share_buffers(model: torch.nn.Module) -> None:
+    """Give every process the first one's buffers: batch-norm statistics differ, each process having seen its share.
+
+    So that what is validated is what is exported.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def global_contrastive_loss(
     image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, image_id: Tensor, text_image_id: Tensor
 ) -> Tensor:

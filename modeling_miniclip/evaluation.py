@@ -1,5 +1,6 @@
 """How good a model is at retrieval: recall at K and median rank both ways, and the loss over a whole split."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +18,13 @@ METRIC_NAMES = tuple(
 BLOCK = 1024
 
 
-def is_better(name: str, value: float, best: float) -> bool:
-    """Whether a value of `loss` or of one of [`METRIC_NAMES`] improves on the best so far; NaN never does."""
+def is_better(name: str, value: float, best: float | None) -> bool:
+    """Whether a value of `loss` or of one of [`METRIC_NAMES`] improves on the best so far (None or NaN: on nothing).
+
+    NaN is never better than a number.
+    """
+    if best is None or math.isnan(best):
+        return True
     smaller_is_better = name == "loss" or name.endswith("median_rank")
     return value < best if smaller_is_better else value > best
 

@@ -466,8 +466,7 @@ class MiniClipModel(PreTrainedModel):
             image_id: `[B]` integers; with `text_image_id`, any number of texts may describe an image. Without, text
                 i describes image i and B must equal N.
             text_image_id: `[N]`, the id of the image that each text describes.
-            vision_pooler_output: `[B, vision width]`, the image tower's features computed before (frozen tower),
-                instead of `pixel_values`.
+            vision_pooler_output: `[B, vision width]`, features of a frozen image tower, instead of `pixel_values`.
             text_pooler_output: `[N, text width]`, likewise instead of `input_ids`.
             **kwargs: of the text tower; `output_hidden_states` concerns both.
 
@@ -475,9 +474,7 @@ class MiniClipModel(PreTrainedModel):
             ValueError: no input at all, or `return_loss=True` without one of the modalities, without ids for unequal
                 numbers of images and texts, or with ids that leave an image or a text without partner.
         """
-        has_images = pixel_values is not None or vision_pooler_output is not None
-        has_texts = input_ids is not None or text_pooler_output is not None
-        _check_inputs(has_images, has_texts, return_loss)
+        _check_inputs((pixel_values, vision_pooler_output), (input_ids, text_pooler_output), return_loss)
         vision_output = text_output = None
         if pixel_values is not None:
             vision_output = self.pool_images(pixel_values, kwargs.get("output_hidden_states"))
@@ -509,7 +506,8 @@ class MiniClipModel(PreTrainedModel):
         )
 
 
-def _check_inputs(has_images: bool, has_texts: bool, return_loss: bool | None) -> None:
+def _check_inputs(images: tuple[Any, Any], texts: tuple[Any, Any], return_loss: bool | None) -> None:
+    has_images, has_texts = (any(value is not None for value in values) for values in (images, texts))
     if not has_images and not has_texts:
         raise ValueError("pass input_ids, pixel_values or both: there is nothing to embed")
     if return_loss and not has_images:

@@ -35,6 +35,6 @@ def to_channels_last(vision_model: nn.Module) -> None:
 
 def best_mixed_precision(device: torch.device) -> str:
     """`"bf16"` on an accelerator that has it, else `"no"`: a CPU without such instructions is many times slower."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "no"

@@ -263,7 +263,7 @@ def test_saved_arguments_leave_out_how_one_start_treated_an_earlier_run(tmp_path
     save_arguments(arguments, tmp_path / "arguments.yaml")
     saved = yaml.safe_load((tmp_path / "arguments.yaml").read_text())
     left_out = {field.name for field in fields(TrainingArguments)} - set(saved)
-    assert left_out == {"recipe", "resume_from_checkpoint", "overwrite_output_dir"}
+    assert left_out == {"recipe", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub"}
 
 
 def test_every_argument_is_read_somewhere() -> None:

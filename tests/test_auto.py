@@ -107,6 +107,7 @@ def test_saved_folder_loads_with_its_own_code_where_the_package_is_not_installed
     code = """
 import importlib.util, sys, torch
 from PIL import Image
+sys.modules["modeling_miniclip"] = None  # not to be imported even where it is installed
 assert importlib.util.find_spec("modeling_miniclip") is None
 from transformers import AutoModel, AutoProcessor
 model, info = AutoModel.from_pretrained("model", trust_remote_code=True, output_loading_info=True)

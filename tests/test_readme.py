@@ -1,5 +1,6 @@
 """The documents: every command in the README runs, and what is generated in them is up to date."""
 
+import json
 import re
 import shlex
 import shutil
@@ -106,6 +107,11 @@ def test_results_are_those_of_the_committed_metrics() -> None:
     ).stdout
     for path in (ROOT / "README.md", ROOT / "benchmarks" / "README.md"):
         assert table in path.read_text(encoding="utf-8"), "run `make docs`"
+
+
+def test_recorded_demo_is_of_the_recipe_as_it_is() -> None:
+    lines = (ROOT / "benchmarks" / "demo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[-1])["epoch"] == parse_arguments(["--recipe", "scenes"]).num_train_epochs
 
 
 def test_no_photograph_is_in_the_repository() -> None:

@@ -89,12 +89,44 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Pat
 
 
 def test_run_stopped_within_an_epoch_resumes_behind_the_last_batch(tmp_path: Path) -> None:
-    main(flags(tmp_path, "whole", num_train_epochs=2))
-    main(flags(tmp_path, "parts", max_steps=2))
-    assert [line["epoch"] for line in metrics_of(tmp_path / "parts") if line["split"] == "validation"] == [0.6667]
-    main(flags(tmp_path, "parts", num_train_epochs=2, resume_from_checkpoint="latest"))
-    steps = [line["loss"] for line in metrics_of(tmp_path / "parts") if line["split"] == "train"]
-    assert steps == [line["loss"] for line in metrics_of(tmp_path / "whole") if line["split"] == "train"]
+    # Without patience one validation more would lower the rates once more.
+    same = {"num_train_epochs": 4, "lr_plateau_patience": 0, "lr_plateau_factor": 0.5, "text_learning_rate": 0.1}
+    main(flags(tmp_path, "whole", **same))
+    main(flags(tmp_path, "parts", max_steps=8, **same))
+    assert [line["epoch"] for line in metrics_of(tmp_path / "parts") if line["split"] == "validation"] == [
+        1,
+        2,
+        2.6667,
+    ]
+    main(flags(tmp_path, "parts", resume_from_checkpoint="latest", **same))
+    steps, expected = (
+        [
+            (line["loss"], line["text_learning_rate"])
+            for line in metrics_of(tmp_path / name)
+            if line["split"] == "train"
+        ]
+        for name in ("parts", "whole")
+    )
+    assert steps == expected and len({rate for _, rate in expected}) > 1
+    assert_same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
+
+
+def test_resuming_with_other_batches_is_refused_and_costs_nothing(tmp_path: Path) -> None:
+    main(flags(tmp_path, max_steps=2))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(UsageError, match="made with batch_size 8, this run has 4"):
+        main(flags(tmp_path, batch_size=4, resume_from_checkpoint="latest"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_resuming_from_an_earlier_checkpoint_forgets_the_later_ones(tmp_path: Path) -> None:
+    main(flags(tmp_path, num_train_epochs=3, save_total_limit=3))
+    main(flags(tmp_path, num_train_epochs=2, save_total_limit=3, resume_from_checkpoint="step-00000003"))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000006"]
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if line["split"] == "validation"] == [3, 6]
+    with pytest.raises(UsageError, match="no such checkpoint.*step-00000003, step-00000006"):
+        main(flags(tmp_path, resume_from_checkpoint="step-00000009"))
 
 
 def test_ctrl_c_validates_saves_and_can_be_resumed(tmp_path: Path) -> None:
