@@ -105,7 +105,7 @@ def test_the_package_is_typed() -> None:
     assert (ROOT / "modeling_miniclip" / "py.typed").is_file()
 
 
-def test_the_console_script_is_the_training_script() -> None:
+def test_the_console_scripts_can_be_called() -> None:
     for target in PROJECT["project"]["scripts"].values():
         module, _, name = target.partition(":")
         assert callable(getattr(importlib.import_module(module), name))

@@ -1,0 +1,65 @@
+"""The `miniclip` command. Each subcommand declares its flags here and imports what does its work when it runs."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import MiniClipError, UsageError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: one line of help, its flags, and what it does with them."""
+
+    help: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def declare_push(parser: argparse.ArgumentParser) -> None:
+    """Flags of `miniclip push`."""
+    parser.add_argument("export", metavar="EXPORT", help="folder of an exported model")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; created if it is not there")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+
+
+def run_push(args: argparse.Namespace) -> None:
+    """Upload an export and print the address of the commit."""
+    from .hub import push
+
+    print(f"pushed: {push(args.export, args.repo_id, private=args.private)}")
+
+
+COMMANDS = {
+    "push": Command("upload an exported model to the Hugging Face Hub", declare_push, run_push),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(prog="miniclip", description="What one does with a MiniCLIP model of one's own.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        command.declare(subparser)
+        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """Run a subcommand. An error of the user's input is one line on stderr, unless `--debug` asks for its traceback.
+
+    Returns:
+        The exit code: 0, 2 for an error of usage, 1 for any other failure.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except MiniClipError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
