@@ -248,7 +248,8 @@ def build_loaders(
         batches = GlobalBatches(len(rows), batch_size, is_train, arguments.seed, rank, world_size)
         # Rows of features cost nothing to make: handing them from one process to another would cost more.
         workers = arguments.num_workers if rows.vision_features is None else 0
-        loaders.append(make_loader(rows, batches, workers, pin_memory=accelerator.device.type == "cuda"))
+        prefetch = 2 if arguments.chunk_size is None else 1  # batches larger than memory are not kept in store
+        loaders.append(make_loader(rows, batches, workers, accelerator.device.type == "cuda", prefetch))
     return loaders[0], loaders[1]
 
 
@@ -298,7 +299,6 @@ def train_epoch(run: Run) -> None:
     from tqdm.auto import tqdm
 
     from modeling_miniclip import training
-    from modeling_miniclip.distributed import global_contrastive_loss
     from modeling_miniclip.reporting import StepMeter
 
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
@@ -310,20 +310,8 @@ def train_epoch(run: Run) -> None:
                disable=not accelerator.is_main_process)  # fmt: skip
     meter = StepMeter(accelerator, run.optimizer)
     for batch in run.train_loader:
-        # Forward: this process's share of the global batch, the loss over all of it
-        inputs = training.forward_inputs(batch, run.processor, accelerator.device)
-        output = run.model(**inputs)
-        loss = global_contrastive_loss(
-            output.image_embeds.float(),
-            output.text_embeds.float(),
-            output.logit_scale,
-            batch["image_id"].to(accelerator.device),
-            batch["text_image_id"].to(accelerator.device),
-        )
-
-        # Backward: DistributedDataParallel averages over the processes what is to be summed
         run.optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss * accelerator.num_processes)
+        loss = forward_and_backward(run, batch)
         norm = accelerator.clip_grad_norm_(run.plain.parameters(), arguments.max_grad_norm)
         run.optimizer.step()
         training.clamp_temperature(run.plain)
@@ -339,6 +327,37 @@ def train_epoch(run: Run) -> None:
         if run.interrupt.in_any_process(accelerator) or progress.step == run.last_step:
             break
     bar.close()
+
+
+def forward_and_backward(run: Run, batch: dict[str, Any]) -> Any:
+    """This process's share of the global batch; the loss over all of it, and its gradients.
+
+    Returns:
+        This process's part of the loss; the loss is their sum.
+    """
+    from modeling_miniclip.cached_gradients import backward_in_chunks, split_batch
+    from modeling_miniclip.distributed import global_contrastive_loss
+    from modeling_miniclip.training import forward_inputs
+
+    accelerator = run.accelerator
+    ids = [batch[name].to(accelerator.device) for name in ("image_id", "text_image_id")]
+
+    def inputs_of(rows: dict[str, Any]) -> dict[str, Any]:
+        return forward_inputs(rows, run.processor, accelerator.device)
+
+    def loss_of(output: Any) -> Any:
+        return global_contrastive_loss(
+            output.image_embeds.float(), output.text_embeds.float(), output.logit_scale, *ids
+        )
+
+    chunk_size = run.arguments.chunk_size
+    chunks = [batch] if chunk_size is None else split_batch(batch, chunk_size, accelerator.device)
+    if len(chunks) > 1:
+        return backward_in_chunks(accelerator, run.model, chunks, inputs_of, loss_of)
+    loss = loss_of(run.model(**inputs_of(batch)))
+    # DistributedDataParallel averages over the processes what is to be summed
+    accelerator.backward(loss * accelerator.num_processes)
+    return loss
 
 
 def log_step(run: Run, values: dict[str, float], bar: Any) -> None:
@@ -357,11 +376,13 @@ def validate(run: Run) -> bool:
     from modeling_miniclip.distributed import share_buffers
     from modeling_miniclip.evaluation import is_better, measure
     from modeling_miniclip.features import embed_split
+    from modeling_miniclip.performance import release_freed_memory
     from modeling_miniclip.reporting import describe_validation, say
 
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
     start = time.perf_counter()
     share_buffers(run.plain)
+    release_freed_memory()
     embeddings = embed_split(
         run.plain, run.validation_loader, run.processor, accelerator.device, accelerator.is_main_process
     )

@@ -71,6 +71,11 @@ class TrainingArguments:
 
     # The optimisation
     batch_size: int = _flag(32, "images per optimiser step, over all processes together")
+    chunk_size: int | None = _flag(
+        None,
+        "images that a process computes at a time, at least 2; a larger step is computed in chunks, each twice, with "
+        "the gradients of the whole step (all at once)",
+    )
     captions_per_image: int = _flag(1, "captions drawn for each image of a step")
     num_train_epochs: int = _flag(4, "passes over the training images")
     max_steps: int | None = _flag(None, "stop after so many optimiser steps")
@@ -123,6 +128,7 @@ LOWER_BOUNDS = {
     **dict.fromkeys(("batch_size", "captions_per_image", "num_train_epochs", "max_steps", "logging_steps"), 1),
     **dict.fromkeys(("max_train_images", "max_validation_images", "image_size", "max_length", "save_total_limit"), 1),
     **dict.fromkeys(("projection_dim", "projection_depth", "early_stopping_patience"), 1),
+    "chunk_size": 2,
     **dict.fromkeys(("num_workers", "seed", "warmup_steps", "lr_plateau_patience", "weight_decay"), 0),
 }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from .errors import DataError, UsageError
@@ -232,7 +232,8 @@ class Collator:
         if "vision_features" in rows[0]:
             batch["vision_pooler_output"] = torch.stack([row["vision_features"] for row in rows])
         else:
-            batch["pixel_values"] = torch.from_numpy(np.stack([row["pixels"] for row in rows]))
+            # In a loader's process this goes straight into the memory that it shares with training.
+            batch["pixel_values"] = default_collate([row["pixels"] for row in rows])
         if "text_features" in rows[0]:
             batch["text_pooler_output"] = torch.cat([row["text_features"] for row in rows])
         else:
@@ -242,15 +243,16 @@ class Collator:
 
 
 def make_loader(
-    rows: CaptionRows, batches: GlobalBatches, num_workers: int, pin_memory: bool = False
+    rows: CaptionRows, batches: GlobalBatches, num_workers: int, pin_memory: bool = False, prefetch_factor: int = 2
 ) -> "DataLoader[dict[str, Tensor]]":
-    """A loader of collated batches. Its workers live as long as it does."""
+    """A loader of collated batches. Its workers live as long as it does, each `prefetch_factor` batches ahead."""
     return DataLoader(
         rows,
         batch_sampler=batches,
         collate_fn=Collator(rows.processor.tokenizer),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else each pass draws from the state of dropout, and resuming would differ
     )

@@ -52,6 +52,15 @@ def gather_rows(local: Tensor, with_gradient: bool = False) -> Tensor:
     return _all_gather_rows(local.detach().contiguous(), sizes)
 
 
+def largest(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return number
+    tensor = torch.tensor(number, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 def share_buffers(model: torch.nn.Module) -> None:
     """Give every process the first one's buffers: batch-norm statistics differ, each process having seen its share.
 

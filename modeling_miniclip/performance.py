@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,13 +20,23 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it took effect (Linux with glibc only).
     """
-    if not sys.platform.startswith("linux"):
-        return False
+    glibc = _glibc()
+    return glibc is not None and bool(glibc.mallopt(M_MMAP_MAX, 0)) and bool(glibc.mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def release_freed_memory() -> None:
+    """Give it back to the kernel now: each loader process that is forked would come to hold a copy of it."""
+    glibc = _glibc()
+    if glibc is not None:
+        glibc.malloc_trim(0)
+
+
+def _glibc() -> Any:
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+        glibc = ctypes.CDLL("libc.so.6") if sys.platform.startswith("linux") else None
+    except OSError:
+        return None
+    return glibc if hasattr(glibc, "mallopt") else None
 
 
 def to_channels_last(vision_model: nn.Module) -> None:
