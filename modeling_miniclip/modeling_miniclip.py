@@ -28,6 +28,8 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_miniclip import MiniClipConfig
 
+AUTO_CLASSES = ("AutoModel", "AutoModelForZeroShotImageClassification")  # that load a MiniClipModel
+
 
 class MiniClipVisionModel(TimmWrapperModel):
     """`TimmWrapperModel` that keeps the initial weights which timm gave its own modules.
@@ -316,6 +318,14 @@ class MiniClipModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.loaded_revision = getattr(revision, "resolved", None)  # None for a local folder
         return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`; every Auto class finds the code that is saved beside the weights."""
+        if self.is_remote_code():
+            # transformers enters but the one class that the model was registered for or loaded by.
+            auto_map = dict.fromkeys(AUTO_CLASSES, "modeling_miniclip.MiniClipModel")
+            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_towers(cls, vision: str | os.PathLike, text: str | os.PathLike, **config: Any) -> "MiniClipModel":
