@@ -37,6 +37,14 @@ class MiniClipConfig(PreTrainedConfig):
     """
 
     model_type = "miniclip"
+    # Of an evaluation by transformers' Trainer the embeddings are kept, not whole towers nor each batch's own logits.
+    keys_to_ignore_at_inference = [
+        "logits_per_image",
+        "logits_per_text",
+        "text_model_output",
+        "vision_model_output",
+        "logit_scale",
+    ]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="distilbert"),
         "vision_config": SubConfigSpec(

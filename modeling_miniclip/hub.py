@@ -41,7 +41,6 @@ def export(
 
     target = Path(folder)
     model.config.architectures = [MiniClipModel.__name__]  # FSDP gives the model a class of its own
-    model.config.auto_map = {"AutoModelForZeroShotImageClassification": "modeling_miniclip.MiniClipModel"}
     _forget_machine(model, processor)
     with replaced_folder(target) as fresh:
         model.save_pretrained(fresh)

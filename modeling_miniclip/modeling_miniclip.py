@@ -28,6 +28,10 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_miniclip import MiniClipConfig
 
+logger = logging.get_logger(__name__)
+
+AUTO_CLASSES = ("AutoModel", "AutoModelForZeroShotImageClassification")  # that load a MiniClipModel
+
 
 class MiniClipVisionModel(TimmWrapperModel):
     """`TimmWrapperModel` that keeps the initial weights which timm gave its own modules.
@@ -41,6 +45,39 @@ class MiniClipVisionModel(TimmWrapperModel):
         for tensor in (*self.timm_model.parameters(), *self.timm_model.buffers()):
             tensor._is_hf_initialized = not tensor.is_meta
         super().post_init()
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """As `TimmWrapperModel.forward`, also with weights that accelerate offloaded.
+
+        Its hooks fetch a module's weights when the module is called, but timm's features are computed past the call
+        of the whole, and some of its layers read the weights of a part that they do not call.
+        """
+        if self.device.type != "meta":
+            return super().forward(pixel_values, **kwargs)
+        hooked = [module for module in self.timm_model.modules() if hasattr(module, "_hf_hook")]
+        for module in hooked:
+            module._hf_hook.pre_forward(module)
+        try:
+            return super().forward(pixel_values, **kwargs)
+        finally:
+            for module in hooked:
+                module._hf_hook.post_forward(module, None)
+
+    def train(self, mode: bool = True) -> "MiniClipVisionModel":
+        """As `Module.train`; a batch norm whose weights are frozen keeps its statistics too.
+
+        They would drift with every step, while an adapter of a frozen tower (PEFT) does not save them.
+        """
+        super().train(mode)
+        for module in self.timm_model.modules():
+            has_statistics = getattr(module, "running_mean", None) is not None
+            if has_statistics and module.weight is not None and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(enable)  # timm's own switch, which transformers cannot see
+        self.gradient_checkpointing = enable
 
     @property
     def pooled_size(self) -> int:
@@ -317,6 +354,14 @@ class MiniClipModel(PreTrainedModel):
         model.loaded_revision = getattr(revision, "resolved", None)  # None for a local folder
         return loaded
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`; every Auto class finds the code that is saved beside the weights."""
+        if self.is_remote_code():
+            # transformers enters but the one class that the model was registered for or loaded by.
+            auto_map = dict.fromkeys(AUTO_CLASSES, "modeling_miniclip.MiniClipModel")
+            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     @classmethod
     def from_towers(cls, vision: str | os.PathLike, text: str | os.PathLike, **config: Any) -> "MiniClipModel":
         """A model of two pretrained towers and fresh heads.
@@ -356,10 +401,27 @@ class MiniClipModel(PreTrainedModel):
             getattr(model, name).load_state_dict(tower.state_dict())
         return model.eval()
 
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        super()._set_gradient_checkpointing(enable, *args, **kwargs)
-        if self.vision_model.supports_gradient_checkpointing:  # timm has a switch of its own
-            self.vision_model.timm_model.set_grad_checkpointing(enable)
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        """Switch checkpointing in each tower that has it; a tower that has none is named in a warning.
+
+        timm's towers have a switch only: `every_n_layers` and the arguments of `torch.utils.checkpoint` go to the text
+        tower. Batch norm in training mode counts a batch twice in its running statistics, as everywhere.
+
+        Raises:
+            ValueError: neither tower can be checkpointed.
+        """
+        towers = {
+            self.config.vision_config.architecture: self.vision_model,
+            type(self.text_model).__name__: self.text_model,
+        }
+        able = {name: tower for name, tower in towers.items() if tower.supports_gradient_checkpointing}
+        for tower in able.values():
+            tower._set_gradient_checkpointing(enable, **kwargs)
+        unable = ", ".join(name for name in towers if name not in able)
+        if enable and not able:
+            raise ValueError(f"neither tower supports gradient checkpointing: {unable}")
+        if enable and unable:
+            logger.warning(f"{unable} does not support gradient checkpointing and keeps all its activations")
 
     def get_input_embeddings(self) -> nn.Module:
         """The text tower's token embeddings."""

@@ -51,6 +51,39 @@ CARD = {
 }  # fmt: skip
 
 
+AUTO_MODELS = ("AutoModel", "AutoModelForZeroShotImageClassification")
+MODEL_MAP = {"AutoConfig": "configuration_miniclip.MiniClipConfig"} | dict.fromkeys(
+    AUTO_MODELS, "modeling_miniclip.MiniClipModel"
+)
+PROCESSOR_MAP = {"AutoProcessor": "processing_miniclip.MiniClipProcessor"}
+# Loads SOURCE (at REVISION) by each Auto class, leaves logits and saves again; then the same with what was saved.
+LOAD_AND_SAVE_AGAIN = f"""
+import os, torch, transformers
+from PIL import Image
+from transformers import AutoProcessor
+there = {{"trust_remote_code": True}} | ({{"revision": os.environ["REVISION"]}} if "REVISION" in os.environ else {{}})
+for name in {AUTO_MODELS!r}:
+    for source, how, target in ((os.environ["SOURCE"], there, name), (name, {{"trust_remote_code": True}}, None)):
+        model = getattr(transformers, name).from_pretrained(source, **how)
+        processor = AutoProcessor.from_pretrained(source, **how)
+        for part in (model, model.config, processor):
+            assert type(part).__module__.startswith("transformers_modules."), type(part)
+        inputs = processor(images=Image.open("photo.jpg"), text={TEXTS!r}, return_tensors="pt")
+        with torch.inference_mode():
+            logits = model(**inputs).logits_per_image
+        if target is None:
+            assert torch.equal(logits, torch.load(name + ".pt"))
+        else:
+            torch.save(logits, name + ".pt")
+            model.save_pretrained(name)
+            processor.save_pretrained(name)
+try:
+    import modeling_miniclip
+except ImportError:
+    print("alone")
+"""
+
+
 @pytest.fixture(scope="module")
 def model() -> MiniClipModel:
     torch.manual_seed(0)
@@ -118,13 +151,9 @@ def test_the_code_that_travels_imports_its_siblings_and_what_a_user_has_anyway(e
 def test_the_export_says_which_code_is_which_class(exported: Path) -> None:
     config = json.loads((exported / "config.json").read_text())
     assert config["architectures"] == ["MiniClipModel"]
-    assert config["auto_map"] == {
-        "AutoConfig": "configuration_miniclip.MiniClipConfig",
-        "AutoModel": "modeling_miniclip.MiniClipModel",
-        "AutoModelForZeroShotImageClassification": "modeling_miniclip.MiniClipModel",
-    }
+    assert config["auto_map"] == MODEL_MAP
     processor = json.loads((exported / "processor_config.json").read_text())
-    assert processor["auto_map"]["AutoProcessor"] == "processing_miniclip.MiniClipProcessor"
+    assert processor["auto_map"] == PROCESSOR_MAP
 
 
 @pytest.mark.parametrize("part", ["model", "processor", "card"])
@@ -172,33 +201,46 @@ def test_no_file_of_an_export_knows_where_things_lay_on_this_machine(
     assert "local_files_only" not in (target / "tokenizer_config.json").read_text()
 
 
-def test_an_export_loads_without_the_package_and_gives_the_same_logits_bit_for_bit(
+def test_an_export_loads_and_is_saved_again_without_the_package_and_gives_the_same_logits_bit_for_bit(
     exported: Path, model: MiniClipModel, tmp_path: Path
 ) -> None:
     photo = paint(tmp_path)
-    code = (
-        WITHOUT_PACKAGE
-        + f"""
-import torch
-from PIL import Image
-from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
-path = {str(exported)!r}
-for auto in (AutoModel, AutoModelForZeroShotImageClassification):
-    model = auto.from_pretrained(path, trust_remote_code=True)
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-inputs = processor(images=Image.open("photo.jpg"), text={TEXTS!r}, return_tensors="pt")
-with torch.inference_mode():
-    torch.save(model(**inputs).logits_per_image, "logits.pt")
-try:
-    import modeling_miniclip
-except ImportError:
-    print("alone")
-"""
-    )
-    done = run(code, tmp_path, HF_HUB_OFFLINE="1")
+    done = run(WITHOUT_PACKAGE + LOAD_AND_SAVE_AGAIN, tmp_path, HF_HUB_OFFLINE="1", SOURCE=str(exported))
     assert done.stdout.split() == ["alone"], done.stderr
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits_of(model, photo))
+    wanted = logits_of(model, photo)
+    for auto in AUTO_MODELS:
+        assert torch.equal(torch.load(tmp_path / f"{auto}.pt"), wanted)
+        check_saved_again(tmp_path / auto, exported)
+
+
+def test_with_any_public_name_imported_the_auto_classes_take_the_package_and_ask_for_no_trust(
+    exported: Path, tmp_path: Path
+) -> None:
+    code = f"""
+from modeling_miniclip import DataError  # a name that needs no model
+import transformers
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, pipeline
+path = {str(exported)!r}
+loaded = [getattr(transformers, name).from_pretrained(path) for name in {AUTO_MODELS!r}]
+loaded += [AutoConfig.from_pretrained(path), AutoProcessor.from_pretrained(path)]
+loaded.append(pipeline("zero-shot-image-classification", path).model)
+AutoTokenizer.from_pretrained(path)
+print(*(f"{{type(part).__module__}}.{{type(part).__name__}}" for part in loaded), sep="\\n")
+"""
+    done = run(code, tmp_path, HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))  # a question would end at the closed stdin
+    model, config = "modeling_miniclip.modeling_miniclip.MiniClipModel", "configuration_miniclip.MiniClipConfig"
+    processor = "modeling_miniclip.processing_miniclip.MiniClipProcessor"
+    assert done.stdout.split() == [model, model, f"modeling_miniclip.{config}", processor, model], done.stderr
+    assert not list(tmp_path.rglob("transformers_modules/*/*.py"))
+
+
+def check_saved_again(folder: Path, source: Path) -> None:
+    """All of an export but its card, with the same code and weights, and maps that point into the folder itself."""
+    assert {path.name for path in folder.iterdir()} == FILES - {"README.md"}
+    for name in (*CODE, "model.safetensors"):
+        assert (folder / name).read_bytes() == (source / name).read_bytes(), name
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == MODEL_MAP
+    assert json.loads((folder / "processor_config.json").read_text())["auto_map"] == PROCESSOR_MAP
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
@@ -352,6 +394,33 @@ model, processor = MiniClipModel.from_pretrained("alice/crows"), MiniClipProcess
     assert done.returncode == 0, done.stderr
     assert set(ast.literal_eval(done.stdout.strip())) == {"two dogs in the snow", "a bowl of soup"}
     assert torch.equal(torch.load(tmp_path / "logits.pt"), wanted)
+
+
+def test_a_revision_pins_weights_processor_and_code_of_a_repository(
+    exported: Path, model: MiniClipModel, alices_hub: Any, tmp_path: Path
+) -> None:
+    photo = paint(tmp_path)
+    files = {path.name: path for path in exported.iterdir()}
+    add_repository(alices_hub, "alice/birds", files)
+    repository = alices_hub.store.repo("model", "alice/birds")
+    first = repository["refs"]["refs/heads/main"]
+    later = {"model.safetensors": torch.randn(3).numpy().tobytes(), "tokenizer.json": b"{", "config.json": b"{}"}
+    later |= {name: b"raise RuntimeError('code of another revision')" for name in CODE}
+    entries = {name: alices_hub.store.regular(content) for name, content in later.items()}
+    alices_hub.store.commit(repository, "refs/heads/main", first, entries, "alice", "break everything")
+    env = alices_hub.client_env(tmp_path / "home") | {"SOURCE": "alice/birds"}
+    main_is_broken = """
+from transformers import AutoProcessor
+try:
+    AutoProcessor.from_pretrained("alice/birds", trust_remote_code=True)
+except Exception:
+    print("broken")
+"""
+    done = run(WITHOUT_PACKAGE + main_is_broken + LOAD_AND_SAVE_AGAIN, tmp_path, **env, REVISION=first)
+    assert done.stdout.split() == ["broken", "alone"], done.stderr
+    for auto in AUTO_MODELS:
+        assert torch.equal(torch.load(tmp_path / f"{auto}.pt"), logits_of(model, photo))
+        check_saved_again(tmp_path / auto, exported)
 
 
 REFUSED = {
