@@ -44,16 +44,16 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
 def run_export(args: argparse.Namespace) -> None:
     """Write the ONNX files and print how far they are from PyTorch."""
     from .onnx_export import describe, export_onnx
+    from .performance import keep_freed_memory
 
+    keep_freed_memory()
     print(describe(export_onnx(args.export, args.onnx, args.dataset, args.images, args.tolerance)))
     for path in sorted(Path(args.onnx).iterdir()):
         print(f"{path.stat().st_size / 1e6:10.3f} MB  {path}")
 
 
 COMMANDS = {
-    "export": Command(
-        "write a model as ONNX files for onnxruntime, compared with PyTorch", declare_export, run_export
-    ),
+    "export": Command("write a model as ONNX files that agree with PyTorch", declare_export, run_export),
     "push": Command("upload an exported model to the Hugging Face Hub", declare_push, run_push),
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from .building import load_export
@@ -110,7 +111,7 @@ def export_onnx(
         raise UsageError(f"--images must be at least 1, not {num_images}")
     try:
         model, processor = load_export(source, "EXPORT")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UsageError(f"no model of {source}: {' '.join(str(error).split())}") from error
     if not processor.tokenizer.is_fast:
         raise UsageError(f"{source}: its tokenizer is written in Python and cannot be saved as tokenizer.json")
@@ -148,12 +149,12 @@ def write_encoders(folder: Path, model: MiniClipModel, processor: MiniClipProces
     # With the fused attention T5 cannot be exported; the comparison is with the model as it was loaded.
     traced.text_model.set_attn_implementation("eager")
     texts = [rows[0]["captions"][0], f"{rows[0]['captions'][0]} and more"]  # of two lengths, for a mask with a zero
-    prepared = processor(images=[open_image(rows[0])] * 2, text=texts, return_tensors="pt")
+    with warnings.catch_warnings(action="ignore"):
+        prepared = processor(images=[open_image(rows[0])] * 2, text=texts, return_tensors="pt")
     for name, encoder in ENCODERS.items():
         inputs = {key: prepared[key] for key in encoder.axes}
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of axes that have the same name because they are the same
+            with warnings.catch_warnings(action="ignore"):  # of axes with the same name: they are the same
                 program = torch.onnx.export(
                     encoder.module(traced),
                     kwargs=inputs,
@@ -250,7 +251,8 @@ def _batches(
         batch = list(islice(remaining, size))
         if not batch:
             return
-        expected = processor(**{modality: batch}, return_tensors="np")
+        with warnings.catch_warnings(action="ignore"):  # of captions that are truncated: by both alike
+            expected = processor(**{modality: batch}, return_tensors="np")
         prepared = prepare(batch)
         for name, values in prepared.items():
             if not np.array_equal(values, expected[name]):
