@@ -135,7 +135,7 @@ def load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcesso
     model, info = MiniClipModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
     if info["missing_keys"]:
         raise ValueError(f"{source} lacks weights: {', '.join(sorted(info['missing_keys']))}")
-    return model, MiniClipProcessor.from_pretrained(source)
+    return model, MiniClipProcessor.from_pretrained(source, revision=model.loaded_revision or "main")
 
 
 def _check_folder(flag: str, source: str) -> None:

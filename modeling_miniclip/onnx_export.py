@@ -190,6 +190,7 @@ def write_preparation(folder: Path, model: MiniClipModel, processor: MiniClipPro
     hugging_face = processor.tokenizer
     tokenizer = Tokenizer.from_str(hugging_face.backend_tokenizer.to_str())
     tokenizer.enable_padding(pad_id=hugging_face.pad_token_id, pad_token=hugging_face.pad_token)
+    tokenizer.no_truncation()  # a call leaves its own
     if hugging_face.model_max_length <= 2**31:  # transformers means "no limit" by a number like 1e30
         tokenizer.enable_truncation(hugging_face.model_max_length)
     tokenizer.save(str(folder / "tokenizer.json"))
