@@ -126,12 +126,15 @@ def load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcesso
         The model in evaluation mode and float32, and its processor.
 
     Raises:
-        ValueError: no such folder, one without a model, or weights that are not complete.
+        ValueError: no such folder, one without a model or with another model, or weights that are not complete.
         OSError: it cannot be read.
     """
     from . import auto  # noqa: F401  (or transformers would ask whether to trust the code in the folder)
 
     _check_folder(flag, source)
+    model_type = MiniClipConfig.get_config_dict(source)[0].get("model_type")
+    if model_type != MiniClipConfig.model_type:
+        raise ValueError(f"{flag} {source}: a model of type {model_type!r}, not one that MiniCLIP exported")
     model, info = MiniClipModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
     if info["missing_keys"]:
         raise ValueError(f"{source} lacks weights: {', '.join(sorted(info['missing_keys']))}")

@@ -103,7 +103,7 @@ def export_onnx(
     """
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
-        raise UsageError(f"--onnx needs {' and '.join(missing)}: pip install {' '.join(LIBRARIES)}")
+        raise UsageError(f"--onnx needs {', '.join(missing)}: pip install {' '.join(LIBRARIES)}")
     target = Path(folder)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UsageError(f"--onnx {target}: there is something already, and nothing is overwritten; name a new folder")

@@ -223,6 +223,11 @@ def test_a_tower_of_fixed_size_refuses_another_image_size(tmp_path: Path) -> Non
         build(vision_model=str(vision), text_model=str(text), image_size=64)
 
 
+def test_another_model_than_an_export_is_told_by_its_type(towers: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="a model of type 'distilbert', not one that MiniCLIP exported"):
+        build(model_name_or_path=towers["text_model"])
+
+
 def test_an_export_is_loaded_in_a_fresh_process_without_asking_to_trust_its_code(exported: str) -> None:
     code = f"from modeling_miniclip.building import load_export; load_export({exported!r}, '--model')"
     done = subprocess.run(
