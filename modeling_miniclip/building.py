@@ -104,19 +104,41 @@ def read_preset(path: Path, overrides: dict[str, Any] | None = None) -> MiniClip
 
 def _from_export(arguments: TrainingArguments, overrides: dict[str, Any]) -> tuple[MiniClipModel, MiniClipProcessor]:
     source = str(arguments.model_name_or_path)
-    _check_folder("--model_name_or_path", source)
-    model, info = MiniClipModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
-    if info["missing_keys"]:
-        raise ValueError(f"{source} lacks weights: {', '.join(sorted(info['missing_keys']))}")
+    model, processor = load_export(source, "--model_name_or_path")
     for name, value in overrides.items():
         own = getattr(model.config, name)
         if value != own:
             raise ValueError(f"--{name} {value} cannot change a trained model: that of {source} is {own}")
-    processor = MiniClipProcessor.from_pretrained(source)
     processor.tokenizer.model_max_length = _text_length(arguments, processor.tokenizer.model_max_length)
     if arguments.image_size is not None:
         processor.image_processor = image_processor_from_timm(model.config.vision_config, arguments.image_size)
     return model, processor
+
+
+def load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcessor]:
+    """Model and processor of an export.
+
+    Args:
+        source: folder, or repository on the Hub.
+        flag: that named it, for the errors.
+
+    Returns:
+        The model in evaluation mode and float32, and its processor.
+
+    Raises:
+        ValueError: no such folder, one without a model or with another model, or weights that are not complete.
+        OSError: it cannot be read.
+    """
+    from . import auto  # noqa: F401  (or transformers would ask whether to trust the code in the folder)
+
+    _check_folder(flag, source)
+    model_type = MiniClipConfig.get_config_dict(source)[0].get("model_type")
+    if model_type != MiniClipConfig.model_type:
+        raise ValueError(f"{flag} {source}: a model of type {model_type!r}, not one that MiniCLIP exported")
+    model, info = MiniClipModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
+    if info["missing_keys"]:
+        raise ValueError(f"{source} lacks weights: {', '.join(sorted(info['missing_keys']))}")
+    return model, MiniClipProcessor.from_pretrained(source, revision=model.loaded_revision or "main")
 
 
 def _check_folder(flag: str, source: str) -> None:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import MiniClipError, UsageError
 
@@ -31,7 +32,28 @@ def run_push(args: argparse.Namespace) -> None:
     print(f"pushed: {push(args.export, args.repo_id, private=args.private)}")
 
 
+def declare_export(parser: argparse.ArgumentParser) -> None:
+    """Flags of `miniclip export`."""
+    parser.add_argument("export", metavar="EXPORT", help="folder of an exported model, or a repository on the Hub")
+    parser.add_argument("--onnx", metavar="DIR", required=True, help="new folder for the ONNX files and an example")
+    parser.add_argument("--dataset", default="scenes", help="captioned images to compare with PyTorch on")
+    parser.add_argument("--images", type=int, default=200, metavar="N", help="compare on so many of them at most")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of an embedding's component")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write the ONNX files and print how far they are from PyTorch."""
+    from .onnx_export import describe, export_onnx
+    from .performance import keep_freed_memory
+
+    keep_freed_memory()
+    print(describe(export_onnx(args.export, args.onnx, args.dataset, args.images, args.tolerance)))
+    for path in sorted(Path(args.onnx).iterdir()):
+        print(f"{path.stat().st_size / 1e6:10.3f} MB  {path}")
+
+
 COMMANDS = {
+    "export": Command("write a model as ONNX files that agree with PyTorch", declare_export, run_export),
     "push": Command("upload an exported model to the Hugging Face Hub", declare_push, run_push),
 }
 

@@ -16,7 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer, BertTokenizer
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, UsageError, export
 from modeling_miniclip.arguments import TrainingArguments
 from modeling_miniclip.building import build_model, read_preset, set_dropout, train_tokenizer
-from tests.runs import ROOT, write_preset
+from tests.runs import ROOT, environment, write_preset
 from tests.towers import CAPTIONS, PIXELS, TEXT, VISION, save_towers, tiny_model, tiny_processor
 
 TEXTS = [caption for row in CAPTIONS for caption in row]
@@ -221,6 +221,20 @@ def test_a_tower_of_fixed_size_refuses_another_image_size(tmp_path: Path) -> Non
     (vision / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="takes images of 32x32 pixels only: image_size 64"):
         build(vision_model=str(vision), text_model=str(text), image_size=64)
+
+
+def test_another_model_than_an_export_is_told_by_its_type(towers: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="a model of type 'distilbert', not one that MiniCLIP exported"):
+        build(model_name_or_path=towers["text_model"])
+
+
+def test_an_export_is_loaded_in_a_fresh_process_without_asking_to_trust_its_code(exported: str) -> None:
+    code = f"from modeling_miniclip.building import load_export; load_export({exported!r}, '--model')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, input=""
+    )
+    assert done.returncode == 0, done.stderr
+    assert "custom code" not in done.stdout + done.stderr
 
 
 def test_a_folder_without_a_model_is_told_with_the_export_inside_it(exported: str, tmp_path: Path) -> None:
