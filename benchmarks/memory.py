@@ -1,0 +1,80 @@
+"""Peak memory of a training step against batch size, with and without chunks.
+
+    python benchmarks/memory.py FLICKR8K LITE0 MINILM > benchmarks/memory.md
+
+FLICKR8K is a folder with Images/ and captions; LITE0 and MINILM are folders of EfficientNet-Lite0 and
+all-MiniLM-L6-v2, or their names on the Hub. Each line is one step of `train_miniclip.py`, both towers trained.
+Linux only: memory is the proportional set size of the main process and its loader workers together, so that pages
+which they share count once.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+SCRIPT = Path(__file__).resolve().parents[1] / "train_miniclip.py"
+# Batch size and chunk size; without chunks, memory grows with the batch: 256 images need more than most machines have.
+CASES = ((32, None), (64, None), (64, 16), (512, 16), (2048, 16))
+HEAD = """# Peak memory of a training step
+
+Written by `benchmarks/memory.py`: EfficientNet-Lite0 and all-MiniLM-L6-v2, both trained, images of 224 pixels.
+
+| batch size | chunk size | peak memory, GiB | pixels of the batch, GiB |
+|---|---|---|---|"""
+INTERVAL = 0.1  # seconds between two looks
+
+
+def peak_of(argv: list[str]) -> float:
+    """Run a command and return the largest sum over its processes, in GiB."""
+    peak = 0
+    with tempfile.TemporaryFile("w+") as errors:
+        process = psutil.Popen(argv, stdout=subprocess.DEVNULL, stderr=errors)
+        while process.poll() is None:
+            total = 0
+            for member in (process, *process.children(recursive=True)):
+                try:
+                    total += member.memory_full_info().pss
+                except psutil.Error:  # it ended meanwhile
+                    continue
+            peak = max(peak, total)
+            time.sleep(INTERVAL)
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(errors.read())
+    return peak / 2**30
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("vision_model")
+    parser.add_argument("text_model")
+    args = parser.parse_args()
+    print(HEAD)
+    for batch_size, chunk_size in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = {
+                "dataset": args.dataset,
+                "vision_model": args.vision_model,
+                "text_model": args.text_model,
+                "text_pooling": "mean",
+                "batch_size": batch_size,
+                "chunk_size": chunk_size,
+                "max_steps": 1,
+                "max_validation_images": 64,
+                "output_dir": f"{folder}/run",
+            }
+            argv = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+            peak = peak_of([sys.executable, str(SCRIPT), *argv])
+        pixels = batch_size * 3 * 224 * 224 / 2**30
+        print(f"| {batch_size} | {chunk_size or 'none'} | {peak:.1f} | {pixels:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
