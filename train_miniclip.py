@@ -227,21 +227,22 @@ def build_loaders(
     from modeling_miniclip import features
     from modeling_miniclip.arguments import augmentation_list
     from modeling_miniclip.batches import CaptionRows, GlobalBatches, build_augmentation, make_loader
+    from modeling_miniclip.feature_cache import default_cache_dir
 
+    cache_dir = Path(arguments.feature_cache_dir or default_cache_dir())
     crop = processor.image_processor.crop_size
     augmentation = build_augmentation(augmentation_list(arguments), (crop["height"], crop["width"]))
     rank, world_size = accelerator.process_index, accelerator.num_processes
     loaders = []
     for split, augment in (("train", augmentation), ("validation", None)):
         rows = CaptionRows(splits[split], processor, augment, None, arguments.seed)
-        if arguments.freeze in ("vision", "both") and augment is None:
+        views = 1 if augment is None else arguments.num_views
+        if arguments.freeze in ("vision", "both") and views is not None:
             rows.vision_features = features.frozen_image_features(
-                model, rows, arguments.num_workers, accelerator.device, rank, world_size
+                model, rows, views, arguments.num_workers, cache_dir, accelerator
             )
         if arguments.freeze in ("text", "both"):
-            rows.text_features = features.frozen_text_features(
-                model, rows.captions, processor, accelerator.device, rank, world_size
-            )
+            rows.text_features = features.frozen_text_features(model, rows.captions, processor, cache_dir, accelerator)
         is_train = split == "train"
         rows.captions_per_image = arguments.captions_per_image if is_train else None
         batch_size = arguments.batch_size if is_train else features.EVALUATION_BATCH * world_size

@@ -62,6 +62,14 @@ class TrainingArguments:
     image_size: int | None = _flag(None, "pixels per side (the image tower's own)")
     max_length: int | None = _flag(None, "longest caption in tokens (the text tower's limit)")
     freeze: Literal["none", "vision", "text", "both"] = _flag("none", "towers that keep their weights")
+    num_views: int | None = _flag(
+        None,
+        "with a frozen image tower: compute the features of so many augmented views of each training image once, "
+        "instead of augmenting in every epoch",
+    )
+    feature_cache_dir: str | None = _flag(
+        None, "folder of the features of frozen towers, shared between runs (HF_HOME/miniclip/features)"
+    )
     freeze_batch_norm: bool | None = _flag(
         None,
         "keep the image tower's batch-norm statistics (true for pretrained towers, false from random weights)",
@@ -127,7 +135,7 @@ MODEL_SOURCES = (("vision_model", "text_model"), ("preset",), ("model_name_or_pa
 LOWER_BOUNDS = {
     **dict.fromkeys(("batch_size", "captions_per_image", "num_train_epochs", "max_steps", "logging_steps"), 1),
     **dict.fromkeys(("max_train_images", "max_validation_images", "image_size", "max_length", "save_total_limit"), 1),
-    **dict.fromkeys(("projection_dim", "projection_depth", "early_stopping_patience"), 1),
+    **dict.fromkeys(("num_views", "projection_dim", "projection_depth", "early_stopping_patience"), 1),
     "chunk_size": 2,
     **dict.fromkeys(("num_workers", "seed", "warmup_steps", "lr_plateau_patience", "weight_decay"), 0),
 }
@@ -297,6 +305,10 @@ def validate(arguments: TrainingArguments) -> None:
     for name in ("lr_plateau_factor", "validation_fraction"):
         if not 0 < getattr(arguments, name) < 1:
             raise UsageError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
+    if arguments.num_views is not None and arguments.freeze not in ("vision", "both"):
+        raise UsageError("--num_views needs a frozen image tower: add --freeze vision or --freeze both")
+    if arguments.num_views is not None and not augmentation_list(arguments):
+        raise UsageError("--num_views needs an augmentation, --augmentation is []: without one all views are alike")
     tracker = arguments.report_to
     if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
         raise UsageError(f"--report_to {tracker}: {tracker} is not installed; pip install {tracker}")

@@ -111,7 +111,8 @@ class CaptionRows(TorchDataset):
         augmentation: of [`build_augmentation`], or None.
         captions_per_image: how many captions are drawn per image and epoch; None takes all of them.
         seed: of the draws and of the augmentation.
-        vision_features: `[n, width]` pooled features of the frozen image tower, instead of the images.
+        vision_features: pooled features `[n, width]` of the frozen image tower, instead of the images: one tensor a
+            view, taken in turn by the epochs.
         text_features: one `[captions, width]` tensor an image, of the frozen text tower, instead of the texts.
     """
 
@@ -122,7 +123,7 @@ class CaptionRows(TorchDataset):
         augmentation: Any = None,
         captions_per_image: int | None = None,
         seed: int = 0,
-        vision_features: Tensor | None = None,
+        vision_features: list[Tensor] | None = None,
         text_features: list[Tensor] | None = None,
     ):
         self.images = split.select_columns(["image"])
@@ -145,12 +146,18 @@ class CaptionRows(TorchDataset):
         chosen = self._draw(len(self.captions[index]), rng)
         row: dict[str, Any] = {"image_id": image_id, "captions": [self.captions[index][i] for i in chosen]}
         if self.vision_features is not None:
-            row["vision_features"] = self.vision_features[index]  # [width]
+            row["vision_features"] = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
         else:
             row["pixels"] = self._pixels(index, rng)  # [3, H, W] uint8
         if self.text_features is not None:
             row["text_features"] = self.text_features[index][torch.from_numpy(chosen)]  # [K, width]
         return row
+
+    def undecoded_images(self) -> Iterator[dict[str, Any]]:
+        """`{"bytes", "path"}` of each row's image file."""
+        from datasets import Image
+
+        yield from (row["image"] for row in self.images.cast_column("image", Image(decode=False)))
 
     def _draw(self, available: int, rng: np.random.Generator) -> np.ndarray:
         if self.captions_per_image is None or self.captions_per_image >= available:
@@ -169,7 +176,7 @@ class CaptionRows(TorchDataset):
         for transform in self.augmentation.transforms:  # one seed for all would make them draw alike
             transform.set_random_seed(int(rng.integers(2**31)))
         try:
-            return self.augmentation(image=np.asarray(image))["image"].transpose(2, 0, 1)
+            return self.augmentation(image=np.array(image))["image"].transpose(2, 0, 1)
         except Exception as error:  # a crop larger than the image, for instance
             raise DataError(
                 f"image {self.image_ids[index]!r} of {image.width}x{image.height} pixels: the augmentation failed: "
@@ -243,7 +250,11 @@ class Collator:
 
 
 def make_loader(
-    rows: CaptionRows, batches: GlobalBatches, num_workers: int, pin_memory: bool = False, prefetch_factor: int = 2
+    rows: CaptionRows,
+    batches: Iterable[list[tuple[int, int]]],
+    num_workers: int,
+    pin_memory: bool = False,
+    prefetch_factor: int = 2,
 ) -> "DataLoader[dict[str, Tensor]]":
     """A loader of collated batches. Its workers live as long as it does, each `prefetch_factor` batches ahead."""
     return DataLoader(

@@ -1,18 +1,25 @@
 """A whole split through the model: embeddings for validation, and the features of frozen towers, computed once."""
 
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .batches import CaptionRows, GlobalBatches, make_loader
+from .batches import CaptionRows, make_loader
 from .distributed import gather_rows
+from .feature_cache import FeatureTable, digest, digest_of_images, digest_of_weights
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor
 from .training import forward_inputs
 
 EVALUATION_BATCH = 64  # images a forward pass
+TEXT_BLOCK = 256  # captions a forward pass of the text tower alone
 
 
 @torch.no_grad()
@@ -40,45 +47,94 @@ def embed_split(
 
 @torch.no_grad()
 def frozen_image_features(
-    model: MiniClipModel, rows: CaptionRows, num_workers: int, device: torch.device, rank: int, world_size: int
-) -> Tensor:
-    """`[rows, width]`: pooled features of every image, each computed once, by all processes together."""
+    model: MiniClipModel, rows: CaptionRows, views: int, num_workers: int, cache_dir: Path, accelerator: Any
+) -> list[Tensor]:
+    """Pooled features of every image, each computed once, by all processes of a machine together.
+
+    Args:
+        model: on its device, its image tower frozen.
+        rows: of a split, with its augmentation if it has one.
+        views: how many augmented views; 1 without augmentation.
+        num_workers: loader processes.
+        cache_dir: of [`FeatureTable`]s.
+        accelerator: of the run.
+
+    Returns:
+        `[rows, width]` for each view, memory-mapped. View v is the image as `rows` would augment it in epoch v.
+    """
     model.vision_model.eval()
-    batches = GlobalBatches(len(rows), EVALUATION_BATCH * world_size, shuffle=False, rank=rank, world_size=world_size)
-    loader = make_loader(rows, batches, num_workers)
-    features, indices = [], []
-    for batch in tqdm(loader, desc="image features", unit="batch", disable=rank != 0):
-        pixels = forward_inputs(batch, rows.processor, device)["pixel_values"]
-        keep = batch["image_id"] >= 0
-        features.append(model.pool_images(pixels).pooler_output[keep].float())
-        indices.append(batch["image_id"][keep].to(device))
-    order = gather_rows(torch.cat(indices)).argsort()
-    return gather_rows(torch.cat(features))[order].cpu()
+    vision = model.config.vision_config
+    depends_on = {
+        "tower": {"architecture": vision.architecture, "model_args": vision.model_args},
+        "weights": digest_of_weights(model.vision_model),
+        "preprocessing": rows.processor.image_processor.to_dict(),
+        "images": digest_of_images(rows.undecoded_images()),
+    }
+
+    def compute(view: int, blocks: list[range]) -> Iterator[Tensor]:
+        for batch in make_loader(rows, [[(view, i) for i in block] for block in blocks], num_workers):
+            pixels = forward_inputs(batch, rows.processor, accelerator.device)["pixel_values"]
+            yield model.pool_images(pixels).pooler_output.float()
+
+    tables = []
+    for view in range(views):
+        if rows.augmentation is not None:
+            depends_on["augmentation"] = {"seed": rows.seed, "view": view, "transforms": rows.augmentation.to_dict()}
+        table = FeatureTable(cache_dir, depends_on, len(rows), model.vision_model.pooled_size, EVALUATION_BATCH)
+        title = "image features" if views == 1 else f"image features, view {view + 1} of {views}"
+        tables.append(_filled(table, partial(compute, view), accelerator, title))
+    return tables
 
 
 @torch.no_grad()
 def frozen_text_features(
-    model: MiniClipModel,
-    captions: list[list[str]],
-    processor: MiniClipProcessor,
-    device: torch.device,
-    rank: int,
-    world_size: int,
+    model: MiniClipModel, captions: list[list[str]], processor: MiniClipProcessor, cache_dir: Path, accelerator: Any
 ) -> list[Tensor]:
-    """One `[captions, width]` tensor an image: pooled features of every caption, each computed once.
+    """Pooled features of every caption, each computed once, by all processes of a machine together.
 
     Captions are taken in the order of their length, so that almost nothing is padded.
+
+    Returns:
+        One `[captions, width]` tensor an image, memory-mapped.
     """
     model.text_model.eval()
-    texts = [caption for row in captions for caption in row]
-    mine = sorted(range(rank, len(texts), world_size), key=lambda i: len(texts[i]))
-    features, indices = [], []
-    for start in tqdm(range(0, len(mine), 256), desc="text features", unit="batch", disable=rank != 0):
-        chunk = mine[start : start + 256]
-        inputs = processor.tokenizer([texts[i] for i in chunk], padding=True, truncation=True, return_tensors="pt")
-        features.append(model.pool_texts(**inputs.to(device)).pooler_output.float())
-        indices.append(torch.tensor(chunk, device=device))
-    width = model.config.text_config.hidden_size
-    order = gather_rows(torch.cat(indices) if indices else torch.empty(0, dtype=torch.long, device=device)).argsort()
-    whole = gather_rows(torch.cat(features) if features else torch.empty(0, width, device=device))[order].cpu()
-    return list(whole.split([len(row) for row in captions]))
+    ids = processor.tokenizer([text for row in captions for text in row], truncation=True)["input_ids"]
+    ids = [torch.tensor(row) for row in ids]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    depends_on = {
+        "tower": {k: v for k, v in model.config.text_config.to_dict().items() if k != "_name_or_path"},
+        "weights": digest_of_weights(model.text_model),
+        "pooling": model.config.text_pooling,
+        "input_ids": digest(row.numpy().tobytes() for row in ids),
+    }
+
+    def compute(blocks: list[range]) -> Iterator[Tensor]:
+        for block in blocks:
+            rows = [ids[order[i]] for i in block]
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            padded = pad_sequence(rows, batch_first=True, padding_value=processor.tokenizer.pad_token_id)
+            inputs = {"input_ids": padded.to(accelerator.device), "attention_mask": mask.to(accelerator.device)}
+            yield model.pool_texts(**inputs).pooler_output.float()
+
+    table = FeatureTable(cache_dir, depends_on, len(ids), model.config.text_config.hidden_size, TEXT_BLOCK)
+    features = _filled(table, compute, accelerator, "text features")
+    place = torch.tensor(order).argsort()  # of each caption in the table
+    return [features[rows] for rows in place.split([len(row) for row in captions])]
+
+
+def _filled(
+    table: FeatureTable, compute: Callable[[list[range]], Iterator[Tensor]], accelerator: Any, title: str
+) -> Tensor:
+    """The table, whose missing blocks the processes of this machine compute together."""
+
+    def fill(blocks: list[range]) -> None:
+        shown = len(table.done) > 0 and blocks and accelerator.is_local_main_process
+        bar = tqdm(compute(blocks), desc=title, total=len(blocks), unit="batch", disable=not shown)
+        for block, features in zip(blocks, bar, strict=True):
+            table.write(block, features)
+
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    fill(table.missing(accelerator.local_process_index, local_processes))
+    accelerator.wait_for_everyone()
+    fill(table.missing())  # nothing, unless a launcher does not tell how many processes a machine has
+    return table.read()

@@ -57,6 +57,7 @@ def flags(folder: Path, output_dir: str = "run", **values: Any) -> list[str]:
         "preset": folder / "preset.json",
         "output_dir": folder / output_dir,
         "batch_size": 8,
+        "feature_cache_dir": folder / "features",
         "num_train_epochs": 2,
         "validation_fraction": 0.2,
         "num_workers": 0,

@@ -180,7 +180,7 @@ def test_long_captions_are_cut_to_the_limit_of_the_tokenizer(processor):
 
 def test_features_take_the_place_of_images_and_texts(processor):
     texts = [torch.arange(5.0).unsqueeze(1) + 10 * i for i in range(3)]
-    rows = CaptionRows(noise_rows(3), processor, None, 2, 0, torch.eye(3), texts)
+    rows = CaptionRows(noise_rows(3), processor, None, 2, 0, [torch.eye(3)], texts)
     plain = CaptionRows(noise_rows(3), processor, None, 2, 0)
     batch = Collator(processor.tokenizer)([rows[4, 2], rows[4, 0]])
     assert set(batch) == {"image_id", "text_image_id", "vision_pooler_output", "text_pooler_output"}
