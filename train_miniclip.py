@@ -145,7 +145,7 @@ def resume(run: Run, checkpoint: Path) -> None:
 def prepare_places(arguments: TrainingArguments) -> tuple[Path, Path | None]:
     """The output folder, and the checkpoint to go on from; the repository of a push is created now."""
     from modeling_miniclip import checkpoints
-    from modeling_miniclip.hub import prepare_push
+    from modeling_miniclip.pushing import prepare_push
 
     output_dir = Path(arguments.output_dir)
     if int(os.environ.get("RANK", "0")) == 0:  # one process speaks for all, before there is an Accelerator
@@ -427,8 +427,8 @@ def export_best(run: Run, metrics: dict[str, float]) -> None:
 
 def finish(run: Run) -> Path:
     """Curves, a picture of what the exported model finds, the trackers' end, and the push."""
-    from modeling_miniclip.hub import push
     from modeling_miniclip.plots import draw_curves, read_metrics
+    from modeling_miniclip.pushing import push
     from modeling_miniclip.reporting import say
 
     export_dir, progress = run.output_dir / "export", run.progress

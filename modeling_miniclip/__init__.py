@@ -22,7 +22,7 @@ _MODULE_OF = {
     "encode_texts": "retrieval",
     "find_matches": "retrieval",
     "export": "hub",
-    "push": "hub",
+    "push": "pushing",
     "packaged_file": "resources",
     "MiniClipError": "errors",
     "DataError": "errors",
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from .errors import UsageError as UsageError
     from .evaluation import retrieval_metrics as retrieval_metrics
     from .hub import export as export
-    from .hub import push as push
     from .modeling_miniclip import MiniClipModel as MiniClipModel
     from .modeling_miniclip import MiniClipOutput as MiniClipOutput
     from .modeling_miniclip import contrastive_loss as contrastive_loss
     from .modeling_miniclip import symmetric_contrastive_loss as symmetric_contrastive_loss
     from .processing_miniclip import MiniClipProcessor as MiniClipProcessor
+    from .pushing import push as push
     from .resources import packaged_file as packaged_file
     from .retrieval import encode_images as encode_images
     from .retrieval import encode_texts as encode_texts

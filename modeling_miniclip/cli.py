@@ -23,13 +23,14 @@ def declare_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("export", metavar="EXPORT", help="folder of an exported model")
     parser.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; created if it is not there")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to commit to; created if it is not there (main)")
 
 
 def run_push(args: argparse.Namespace) -> None:
     """Upload an export and print the address of the commit."""
-    from .hub import push
+    from .pushing import push
 
-    print(f"pushed: {push(args.export, args.repo_id, private=args.private)}")
+    print(f"pushed: {push(args.export, args.repo_id, private=args.private, revision=args.revision)}")
 
 
 def declare_export(parser: argparse.ArgumentParser) -> None:

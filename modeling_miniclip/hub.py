@@ -1,14 +1,11 @@
-"""A model as a folder that others can load: weights, processor, code and a measured card; and its push."""
+"""A model as a folder that others can load: weights, processor, code and a measured card."""
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
 from .files import replaced_folder
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor
@@ -136,70 +133,6 @@ def _vision_name(model: MiniClipModel) -> str:
     return str(model.config.vision_config.architecture) + (f".{tag}" if tag else "")
 
 
-def prepare_push(repo_id: str | None, output_dir: str | os.PathLike, private: bool = False) -> str:
-    """Create the repository before any long work, so that a missing token or right is known at once.
-
-    Args:
-        repo_id: `user/name`, or a name alone for the token's user; None takes the output folder's name.
-        output_dir: of the run.
-        private: whether a new repository is private.
-
-    Returns:
-        The full repository id.
-
-    Raises:
-        UsageError: no token, no right to write, no valid name, or no connection.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
-
-    name = repo_id or Path(output_dir).resolve().name
-    advice = "Check --hub_model_id and the token's rights, or train without --push_to_hub and push later"
-    if get_token() is None:
-        raise UsageError(
-            f"--push_to_hub: no token to create {name} with. Log in by `hf auth login` or set HF_TOKEN, with a token "
-            "that may write; or train without --push_to_hub and push later"
-        )
-    with _told(f"--push_to_hub: {name} cannot be created or written", advice):
-        full_name = HfApi().create_repo(name, private=private, exist_ok=True).repo_id
-        # Where the repository is there already, nothing was asked of the token so far. This asks, and writes nothing.
-        HfApi().preupload_lfs_files(full_name, [CommitOperationAdd("README.md", b"---\n---\n")])
-    return full_name
-
-
-def push(
-    folder: str | os.PathLike, repo_id: str, private: bool = False, message: str = "Upload MiniCLIP model"
-) -> str:
-    """Upload an export as one commit. The card that goes up names the repository, whatever it was called before.
-
-    Args:
-        folder: of [`export`].
-        repo_id: `user/name`; created if it is not there.
-        private: whether a new repository is private.
-        message: of the commit.
-
-    Returns:
-        Address of the commit.
-
-    Raises:
-        UsageError: the folder is no export, or the Hub does not take it; the folder stays as it is.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    root = Path(folder)
-    if not (root / "config.json").is_file():
-        raise UsageError(f"{folder} is not an export: it has no config.json")
-    api = HfApi()
-    advice = f"The model is safe in {folder}: try again by modeling_miniclip.push({str(folder)!r}, {repo_id!r})"
-    with _told(f"{folder} cannot be pushed to {repo_id}", advice):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
-        contents: dict[str, Any] = {name: str(root / name) for name in names if "/." not in f"/{name}"}
-        if "README.md" in contents:
-            contents["README.md"] = rename_card((root / "README.md").read_text(encoding="utf-8"), repo_id).encode()
-        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
-
-
 def rename_card(text: str, repository: str) -> str:
     """A card with another repository in its code sample, its title and its metadata; anything else as it is."""
     from huggingface_hub import ModelCard, ModelCardData
@@ -214,16 +147,3 @@ def rename_card(text: str, repository: str) -> str:
     if card.data.model_name == _short(former[1]):
         card.data.model_name = _short(repository)
     return str(card)
-
-
-@contextmanager
-def _told(what: str, advice: str) -> Iterator[None]:
-    """Errors of the Hub's client in the package's own words, without the token, which some of them carry."""
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        yield
-    except (HTTPError, OSError, ValueError) as error:
-        reason = re.sub(r"Bearer [^'\"]*", "Bearer ***", " ".join(str(error).split()))
-        reason = re.sub(r"For more information check: \S+ ?", "", reason).rstrip(".")
-        raise UsageError(f"{what}: {reason}. {advice}") from None

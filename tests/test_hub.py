@@ -357,7 +357,7 @@ with torch.inference_mode():
 """
     pushing = f"""
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, push
-from modeling_miniclip.hub import prepare_push
+from modeling_miniclip.pushing import prepare_push
 print(prepare_push(None, "/somewhere/crows", private=True))
 print(prepare_push("alice/crows", "out"))
 print(push({str(exported)!r}, "crows", message="The first"))
@@ -383,7 +383,7 @@ model, processor = MiniClipModel.from_pretrained("alice/crows"), MiniClipProcess
     for name in FILES - {"README.md"}:
         assert alices_hub.read("alice/crows", name) == (exported / name).read_bytes()
     validated = alices_hub.requests("/api/validate-yaml", "POST")
-    assert [request["status"] for request in validated] == [200]
+    assert {request["status"] for request in validated} == {200}
 
     # The sample of the card, word for word, then the same model again for its numbers.
     card = alices_hub.read("alice/crows", "README.md").decode()

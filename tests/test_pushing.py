@@ -1,0 +1,212 @@
+"""Pushes against a Hub on loopback: verified before they are published, and whole or nothing when it fails them."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modeling_miniclip import export
+from modeling_miniclip.cli import cli
+from tests.hubs import add_repository, local_hub, run
+from tests.runs import ROOT
+from tests.towers import tiny_model, tiny_processor
+
+# What happens to one request of a push, or to all from one on.
+FAULTS: dict[str, dict[str, Any]] = {
+    "refused once": {"status": 403},
+    "unavailable once": {"status": 503},
+    "carried out without an answer": {"drop": -1},
+    "connection lost for good": {"drop": 0, "reset": 1, "times": -1},
+}
+REQUESTS = 13  # of a push to a repository that is there
+
+
+@pytest.fixture
+def alices_hub(tmp_path: Path) -> Iterator[Any]:
+    with local_hub(tmp_path / "hub") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two models, `old` and `new`."""
+    folder = tmp_path_factory.mktemp("exports")
+    made = {}
+    for seed, name in enumerate(("old", "new")):
+        torch.manual_seed(seed)
+        made[name] = export(tiny_model(), tiny_processor(), folder / name, {"name": name})
+    return made
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in folder.iterdir()}
+
+
+def which(hub: Any, repo_id: str, exports: dict[str, Path], rev: str = "main") -> str:
+    """`old` or `new` if all files of a revision but the card are those of that model; else `mixed`."""
+    for name, folder in exports.items():
+        wanted = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+        found = {path: hub.read(repo_id, path, rev=rev) for path in hub.files(repo_id, rev=rev)}
+        if all(found.get(path) == content for path, content in wanted.items()):
+            return name
+    return "mixed"
+
+
+def branches(hub: Any, repo_id: str) -> list[str]:
+    return sorted(ref.removeprefix("refs/heads/") for ref in hub.store.repo("model", repo_id)["refs"])
+
+
+def push_in_a_client(hub: Any, tmp_path: Path, code: str, **env: str) -> Any:
+    """Run code in another process whose Hub this is."""
+    return run(code, tmp_path, PYTHONPATH=str(ROOT), **{**hub.client_env(tmp_path / "home"), **env})
+
+
+WITHOUT_VERIFICATION = "from modeling_miniclip import pushing; pushing._verify = lambda *args: None\n"
+CASES = [(fault, k) for fault in FAULTS for k in range(REQUESTS)]
+
+
+def test_whatever_request_fails_the_target_is_the_old_model_or_the_new_one(
+    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    for i, (fault, k) in enumerate(CASES):
+        add_repository(alices_hub, f"alice/m{i}x", files_of(exports["old"]))
+        alices_hub.fault(path=rf"\bm{i}x", skip=k, **FAULTS[fault])
+    # What a waiting client would wait for does not change within a test.
+    code = f"""{WITHOUT_VERIFICATION}
+import time, warnings
+time.sleep = lambda seconds: None
+from modeling_miniclip import UsageError, push
+for i in range({len(CASES)}):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            said = "pushed " + push({str(exports["new"])!r}, f"alice/m{{i}}x")
+        except UsageError as error:
+            said = "refused " + str(error)
+    print(said, "|", *(warning.message for warning in told))
+"""
+    done = push_in_a_client(alices_hub, tmp_path, code)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(CASES)
+    outcomes = []
+    for i, ((fault, k), line) in enumerate(zip(CASES, lines, strict=True)):
+        case = f"{fault}, request {k}: {line}"
+        there = which(alices_hub, f"alice/m{i}x", exports)
+        outcomes.append((line.startswith("pushed"), there))
+        assert there in ("old", "new"), case
+        assert there == "new" or not line.startswith("pushed"), case
+        left = [branch for branch in branches(alices_hub, f"alice/m{i}x") if branch != "main"]
+        assert all(branch in line for branch in left), case  # what is left is told
+        assert "hf_alice" not in line and "Traceback" not in line, case
+        if line.startswith("refused"):
+            assert re.search(
+                rf"new .*(cannot be|was not) .*The model is safe in .*try again by `miniclip push .*/new alice/m{i}x`",
+                line,
+            ), case
+    assert {(True, "new"), (False, "old")} <= set(outcomes)
+    assert outcomes[REQUESTS - 1] == (True, "new"), "the last request was not reached: raise REQUESTS"
+
+
+def test_a_fault_of_the_storage_behind_large_files_leaves_the_old_model(
+    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    add_repository(alices_hub, "alice/birds", files_of(exports["old"]))
+    alices_hub.fault(origin="cdn", method="PUT", status=403, times=-1)
+    code = f"from modeling_miniclip import push\npush({str(exports['new'])!r}, 'alice/birds')"
+    done = push_in_a_client(alices_hub, tmp_path, code)
+    assert done.returncode == 1
+    assert "UsageError" in done.stderr and "alice/birds is as it was" in done.stderr.splitlines()[-1]
+    assert which(alices_hub, "alice/birds", exports) == "old"
+    assert branches(alices_hub, "alice/birds") == ["main"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("contents['model.safetensors'] = OTHER", "gives other logits than"),
+        ("del contents['processing_miniclip.py']", "processing_miniclip.py"),
+    ],
+)
+def test_an_upload_that_is_not_the_model_of_the_folder_is_not_published(
+    alices_hub: Any, exports: dict[str, Path], tmp_path: Path, damage: str, reason: str
+) -> None:
+    add_repository(alices_hub, "alice/birds", files_of(exports["old"]))
+    code = f"""
+OTHER = {str(exports["old"] / "model.safetensors")!r}
+from modeling_miniclip import push, pushing
+from huggingface_hub import CommitOperationAdd
+whole = pushing._operations
+def damaged(root, repo_id):
+    contents = {{o.path_in_repo: o.path_or_fileobj for o in whole(root, repo_id)}}
+    {damage}
+    return [CommitOperationAdd(*item) for item in contents.items()]
+pushing._operations = damaged
+push({str(exports["new"])!r}, "alice/birds2")
+"""
+    add_repository(alices_hub, "alice/birds2")
+    done = push_in_a_client(alices_hub, tmp_path, code)
+    last = done.stderr.splitlines()[-1]
+    assert re.search(rf"UsageError: what was uploaded to alice/birds2 was not published: .*{reason}", last), last
+    assert "alice/birds2 is as it was" in last
+    assert set(alices_hub.files("alice/birds2")) == {".gitattributes"}
+    assert branches(alices_hub, "alice/birds2") == ["main"]
+
+
+def test_a_second_push_without_change_is_no_commit_and_another_revision_leaves_main(
+    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    old, new = str(exports["old"]), str(exports["new"])
+    code = f"""{WITHOUT_VERIFICATION}
+from huggingface_hub import HfApi
+from modeling_miniclip import push
+for folder, revision in (({old!r}, None), ({old!r}, None), ({new!r}, "v2"), ({new!r}, "v2")):
+    print(push(folder, "alice/birds", private=True, revision=revision))
+HfApi().create_tag("alice/birds", tag="first")
+print(push({new!r}, "alice/birds"))
+"""
+    done = push_in_a_client(alices_hub, tmp_path, code)
+    assert done.returncode == 0, done.stderr
+    urls = done.stdout.split()
+    assert urls[0] == urls[1] and urls[2] == urls[3] and len(set(urls)) == 3
+    states = {revision: which(alices_hub, "alice/birds", exports, revision) for revision in ("main", "v2", "first")}
+    assert states == {"main": "new", "v2": "new", "first": "old"}
+    assert branches(alices_hub, "alice/birds") == ["main", "refs/tags/first", "v2"]
+    assert alices_hub.store.repo("model", "alice/birds")["private"]
+
+
+def test_a_pushed_model_loads_by_tag_and_from_the_cache_without_a_connection(
+    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    add_repository(alices_hub, "alice/birds", files_of(exports["old"]))
+    refs = alices_hub.store.repo("model", "alice/birds")["refs"]
+    code = """
+import os, sys
+from transformers import AutoProcessor
+from modeling_miniclip import MiniClipModel
+model = MiniClipModel.from_pretrained("alice/birds", revision="v1")
+processor = AutoProcessor.from_pretrained("alice/birds", revision="v1")
+print(model.loaded_revision, type(processor).__name__)
+"""
+    tag = "from huggingface_hub import HfApi\nHfApi().create_tag('alice/birds', tag='v1')\n"
+    first = push_in_a_client(alices_hub, tmp_path, tag + code)
+    alices_hub.stop()
+    again = push_in_a_client(alices_hub, tmp_path, code, HF_HUB_OFFLINE="1")
+    expected = [refs["refs/heads/main"], "MiniClipProcessor"]
+    assert first.stdout.split() == expected, first.stderr
+    assert again.stdout.split() == expected, again.stderr
+
+
+def test_the_command_pushes_to_a_revision(
+    exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from modeling_miniclip import pushing
+
+    calls: list[Any] = []
+    monkeypatch.setattr(pushing, "push", lambda *args, **kwargs: calls.append((args, kwargs)) or "URL")
+    assert cli(["push", str(exports["new"]), "alice/birds", "--private", "--revision", "v2"]) == 0
+    assert calls == [((str(exports["new"]), "alice/birds"), {"private": True, "revision": "v2"})]
+    assert capsys.readouterr().out == "pushed: URL\n"
