@@ -375,7 +375,7 @@ def validate(run: Run) -> bool:
     from accelerate.utils import broadcast_object_list
 
     from modeling_miniclip.distributed import share_buffers
-    from modeling_miniclip.evaluation import is_better, measure
+    from modeling_miniclip.evaluation import is_better, measure, recall_intervals
     from modeling_miniclip.features import embed_split
     from modeling_miniclip.performance import release_freed_memory
     from modeling_miniclip.reporting import describe_validation, say
@@ -402,24 +402,43 @@ def validate(run: Run) -> bool:
     say(accelerator, describe_validation(run.epoch, metrics, improved))
     if improved:
         progress.best_value, progress.best_step = value, progress.step
-        export_best(run, metrics)
+        export_best(run, metrics, recall_intervals(*embeddings) if accelerator.is_main_process else {})
     return improved
 
 
-def export_best(run: Run, metrics: dict[str, float]) -> None:
-    """Replace `export/` by the model as it is now, with its measured card."""
+def export_best(run: Run, metrics: dict[str, float], intervals: dict[str, tuple[float, float]]) -> None:
+    """Replace `export/` by the model as it is now, with its measured card; upload it if each best is to be."""
     from modeling_miniclip.hub import export
-    from modeling_miniclip.reporting import arguments_for_card
+    from modeling_miniclip.reporting import arguments_for_card, command_for_card, say
 
+    arguments = run.arguments
     if run.accelerator.is_main_process:
         card = {
-            "name": run.arguments.hub_model_id or run.output_dir.resolve().name,
+            "name": arguments.hub_model_id or run.output_dir.resolve().name,
             "metrics": metrics,
-            "arguments": arguments_for_card(run.arguments),
+            "intervals": intervals,
+            "arguments": arguments_for_card(arguments),
+            "command": command_for_card(arguments),
+            "license": arguments.hub_license,
             "data": run.data,
         }
-        export(run.plain, run.processor, run.output_dir / "export", card)
+        folder = export(run.plain, run.processor, run.output_dir / "export", card)
+        if arguments.push_to_hub and arguments.hub_strategy == "every_save":
+            try:
+                push_export(run, folder)
+            except MiniClipError as error:  # a bad hour of the Hub is no reason to end a run
+                say(run.accelerator, f"not pushed: {error}")
     run.accelerator.wait_for_everyone()
+
+
+def push_export(run: Run, folder: Path) -> None:
+    """Upload the export and say where it is."""
+    from modeling_miniclip.pushing import push
+    from modeling_miniclip.reporting import say
+
+    message = f"Model of step {run.progress.best_step}"
+    url = push(folder, str(run.arguments.hub_model_id), message=message, revision=run.arguments.hub_revision)
+    say(run.accelerator, f"pushed: {url}")
 
 
 # --- finish ---------------------------------------------------------------------------------------------------------
@@ -428,7 +447,6 @@ def export_best(run: Run, metrics: dict[str, float]) -> None:
 def finish(run: Run) -> Path:
     """Curves, a picture of what the exported model finds, the trackers' end, and the push."""
     from modeling_miniclip.plots import draw_curves, read_metrics
-    from modeling_miniclip.pushing import push
     from modeling_miniclip.reporting import say
 
     export_dir, progress = run.output_dir / "export", run.progress
@@ -444,7 +462,7 @@ def finish(run: Run) -> Path:
         )
         say(run.accelerator, f"model: {export_dir}")
         if run.arguments.push_to_hub:
-            say(run.accelerator, f"pushed: {push(export_dir, str(run.arguments.hub_model_id))}")
+            push_export(run, export_dir)
     return export_dir
 
 

@@ -116,9 +116,14 @@ class TrainingArguments:
     early_stopping_patience: int | None = _flag(None, "stop after so many epochs without improvement of best_metric")
     logging_steps: int = _flag(10, "steps between two lines of metrics.jsonl")
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = _flag("none", "experiment tracker")
-    push_to_hub: bool = _flag(False, "upload the export when training ends")
+    push_to_hub: bool = _flag(False, "upload the export, see hub_strategy")
+    hub_strategy: Literal["end", "every_save"] = _flag(
+        "end", "with push_to_hub: upload once at the end, or each model that is the best so far as well"
+    )
     hub_model_id: str | None = _flag(None, "repository to upload to (the user's, named like output_dir)")
     hub_private_repo: bool = _flag(False, "create that repository as private")
+    hub_revision: str | None = _flag(None, "branch to upload to; created if it is not there (main)")
+    hub_license: str | None = _flag(None, "licence in the model card: an identifier of the Hub such as mit (unknown)")
 
 
 # Fields that start a new group of flags.

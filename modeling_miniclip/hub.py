@@ -14,6 +14,13 @@ from .resources import packaged_file
 # Libraries whose version decides whether a result can be reproduced.
 REPORTED_LIBRARIES = ("torch", "transformers", "timm", "datasets", "accelerate", "albumentations")
 
+# What the Hub's page offers to try: the picture that the cards of CLIP models use.
+WIDGET = {
+    "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png",
+    "candidate_labels": "a cat and a dog, people making music, a bowl of soup",
+    "example_title": "Cat and dog",
+}
+
 
 def export(
     model: MiniClipModel, processor: MiniClipProcessor, folder: str | os.PathLike, card: dict[str, Any] | None = None
@@ -27,9 +34,10 @@ def export(
         processor: that belongs to it.
         folder: to write.
         card: what `README.md` tells: `name` (of the repository, or any other), `metrics` (`loss` and those of
-            `retrieval_metrics`, on validation), `arguments` of the run, `data` (`name`, `hub_id` if it is on the Hub,
-            and `splits` with numbers of `images` and `captions`). What is left out, the card says was not measured or
-            recorded.
+            `retrieval_metrics`, on validation) and their `intervals` (of `recall_intervals`), `arguments` of the run
+            and the `command` that repeats it, `license` (an identifier of the Hub), `data` (`name`, `hub_id` if it is
+            on the Hub, and `splits` with numbers of `images` and `captions`). What is left out, the card says was not
+            measured or recorded.
 
     Returns:
         The folder.
@@ -81,11 +89,14 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
+        license=values.get("license") or "unknown",
+        metrics=["recall"] if metrics else None,
         tags=["miniclip", "clip", "image-text-retrieval", "timm"],
         base_model=base_models or None,
         datasets=[data["hub_id"]] if data.get("hub_id") else None,
         model_name=_short(repository) if metrics else None,
         eval_results=_eval_results(metrics, data) or None,
+        widget=[WIDGET],
     )
     card = ModelCard.from_template(
         card_data,
@@ -98,6 +109,9 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
         base_models=base_models,
         parameters=sum(p.numel() for p in model.parameters()),
         metrics=metrics,
+        intervals=values.get("intervals") or {},
+        license=values.get("license"),
+        command=values.get("command"),
         arguments=values.get("arguments") or {},
         data=data,
         versions={library: version(library) for library in REPORTED_LIBRARIES},

@@ -1,6 +1,7 @@
 """What a training run tells: lines on the terminal, the log of its steps, and the data for its card."""
 
 import math
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,8 @@ from .modeling_miniclip import MiniClipModel
 # card's readers.
 LOCAL_ARGUMENTS = frozenset(
     "recipe image_dir num_workers output_dir overwrite_output_dir resume_from_checkpoint save_total_limit "
-    "logging_steps report_to push_to_hub hub_model_id hub_private_repo".split()
+    "logging_steps report_to feature_cache_dir push_to_hub hub_model_id hub_private_repo hub_revision hub_strategy "
+    "hub_license".split()
 )
 # Arguments that may be a path.
 PATH_ARGUMENTS = frozenset("dataset vision_model text_model preset model_name_or_path".split())
@@ -81,6 +83,17 @@ def arguments_for_card(arguments: TrainingArguments) -> dict[str, Any]:
         for name, value in asdict(arguments).items()
         if name not in LOCAL_ARGUMENTS and value is not None
     }
+
+
+def command_for_card(arguments: TrainingArguments) -> str:
+    """The command line that repeats a run, given what its paths stand for."""
+    defaults = TrainingArguments()
+    flags = [
+        f"--{name}={value}"
+        for name, value in arguments_for_card(arguments).items()
+        if value != getattr(defaults, name)
+    ]
+    return shlex.join(["python", "train_miniclip.py", *flags])
 
 
 def without_path(value: str) -> str:

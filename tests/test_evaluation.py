@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from modeling_miniclip import evaluation, retrieval_metrics, symmetric_contrastive_loss
-from modeling_miniclip.evaluation import METRIC_NAMES, RECALL_AT, dataset_loss, is_better, measure, ranks
+from modeling_miniclip.evaluation import (
+    METRIC_NAMES,
+    RECALL_AT,
+    dataset_loss,
+    is_better,
+    measure,
+    ranks,
+    recall_intervals,
+)
 from modeling_miniclip.retrieval_metric import RetrievalMetric
 
 PACKAGE = Path(evaluation.__file__).parent
@@ -267,3 +275,57 @@ def test_metric_loads_from_its_path_without_a_network(tmp_path):
     run = subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=90)
     assert run.returncode == 0, run.stderr[-3000:]
     assert json.loads(run.stdout) == pytest.approx(expected)
+
+
+# --- confidence intervals --------------------------------------------------------------------------------------------
+
+
+def noisy(images: int, captions: int, noise: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings of images and of so many captions each, the more alike the less noise there is."""
+    generator = torch.Generator().manual_seed(0)
+    image_embeds = torch.nn.functional.normalize(torch.randn(images, 8, generator=generator), dim=1)
+    owner = torch.arange(images).repeat_interleave(captions)
+    text_embeds = image_embeds[owner] + noise * torch.randn(len(owner), 8, generator=generator)
+    return image_embeds, torch.nn.functional.normalize(text_embeds, dim=1), owner
+
+
+def test_intervals_are_those_of_a_bootstrap_written_out_in_loops() -> None:
+    image_embeds, text_embeds, owner = noisy(12, 3, 0.4)
+    found = recall_intervals(image_embeds, text_embeds, owner, samples=40, seed=5)
+    text_ranks = ranks(text_embeds, image_embeds, owner, torch.arange(12)).tolist()
+    image_ranks = ranks(image_embeds, text_embeds, torch.arange(12), owner).tolist()
+    generator = torch.Generator().manual_seed(5)
+    drawn: dict[str, list[float]] = {"text_to_image_R@5": [], "image_to_text_R@1": []}
+    for _ in range(40):
+        sample = torch.randint(12, (12,), generator=generator).tolist()
+        texts = [text_ranks[3 * image + caption] for image in sample for caption in range(3)]
+        drawn["text_to_image_R@5"].append(100 * sum(rank <= 5 for rank in texts) / len(texts))
+        drawn["image_to_text_R@1"].append(100 * sum(image_ranks[image] <= 1 for image in sample) / 12)
+    for name, values in drawn.items():
+        assert found[name] == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
+
+
+def test_intervals_of_one_caption_each_are_as_wide_as_the_binomial_ones() -> None:
+    image_embeds, text_embeds, owner = noisy(600, 1, 0.2)
+    metrics = retrieval_metrics(image_embeds, text_embeds, owner)
+    share = metrics["text_to_image_R@1"] / 100
+    assert 0.2 < share < 0.8
+    low, high = recall_intervals(image_embeds, text_embeds, owner, samples=2000)["text_to_image_R@1"]
+    half = 100 * 1.96 * (share * (1 - share) / 600) ** 0.5
+    assert (low, high) == pytest.approx((100 * share - half, 100 * share + half), abs=0.15 * half)
+
+
+def test_captions_of_one_image_do_not_count_as_independent() -> None:
+    image_embeds, text_embeds, owner = noisy(200, 1, 0.5)
+    one = recall_intervals(image_embeds, text_embeds, owner)["text_to_image_R@1"]
+    five = owner.repeat_interleave(5)  # the same caption five times over is no further evidence
+    repeated = recall_intervals(image_embeds, text_embeds[five], five)["text_to_image_R@1"]
+    assert repeated == pytest.approx(one)
+
+
+def test_a_perfect_model_has_no_doubt_and_all_figures_have_intervals_around_them() -> None:
+    assert set(recall_intervals(torch.eye(4), torch.eye(4)).values()) == {(100.0, 100.0), (600.0, 600.0)}
+    embeddings = noisy(50, 2, 0.5)
+    metrics, intervals = retrieval_metrics(*embeddings), recall_intervals(*embeddings)
+    assert set(intervals) == {name for name in metrics if "R@" in name or name == "rsum"}
+    assert all(low <= metrics[name] <= high and low < high for name, (low, high) in intervals.items())

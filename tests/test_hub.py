@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
@@ -45,6 +46,8 @@ SPLITS = {"train": {"images": 6000, "captions": 30000}, "validation": {"images":
 CARD = {
     "name": "alice/birds",
     "metrics": METRICS,
+    "intervals": {"text_to_image_R@1": (10.04, 14.96), "rsum": (290.0, 307.25)},
+    "command": "python train_miniclip.py --dataset=captions.csv",
     "arguments": {"dataset": "captions.csv", "learning_rate": 1e-05, "augmentation": '[{"name": "A|B"}]',
                   "best_metric": "rsum"},
     "data": {"name": "captions.csv", "splits": SPLITS},
@@ -248,9 +251,10 @@ def check_saved_again(folder: Path, source: Path) -> None:
 
 def test_the_card_tells_the_measured_metrics(exported: Path) -> None:
     metadata, body = read_card((exported / "README.md").read_text())
-    assert "| text, finds images | 12.3 | 45.7 | 78.9 | 3 |" in body
+    assert "| text, finds images | 12.3 (10.0 to 15.0) | 45.7 | 78.9 | 3 |" in body
+    assert "95 % confidence intervals" in body
     assert "| image, finds texts | 21.0 | 54.0 | 87.0 | 2.5 |" in body
-    assert "298.9 (rsum)" in body or "299.0 (rsum)" in body
+    assert re.search(r"add up to 29(8\.9|9\.0) \(290\.0 to 307\.2\) \(rsum\)", body)
     assert "1.2346 nats" in body
     assert "by `rsum`" in body
     assert "all 1,000 images and each image among all 5,000 captions" in body
@@ -270,6 +274,19 @@ def test_the_card_tells_data_arguments_and_versions(exported: Path, model: MiniC
     assert re.search(r"Versions: torch \S+, transformers \S+, timm \S+, datasets \S+, accelerate \S+, albumen", body)
     assert f"{sum(p.numel() for p in model.parameters()):,}" in body
     assert "16 dimensions" in body
+    assert "\n```bash\npython train_miniclip.py --dataset=captions.csv\n```\n" in body
+
+
+def test_the_metadata_of_a_card_is_what_the_hub_knows(exported: Path, tmp_path: Path, model: MiniClipModel) -> None:
+    metadata, body = read_card((exported / "README.md").read_text())
+    assert metadata["license"] == "unknown" and "Its author states no licence" in body
+    assert metadata["metrics"] == ["recall"]
+    (widget,) = metadata["widget"]
+    assert set(widget) == {"src", "candidate_labels", "example_title"}
+    assert ModelCard((exported / "README.md").read_text()).data.to_dict() == metadata  # the client's own classes
+    hub.write_card(tmp_path / "README.md", model, {**CARD, "license": "mit"})
+    metadata, body = read_card((tmp_path / "README.md").read_text())
+    assert metadata["license"] == "mit" and "Its licence is `mit`" in body
 
 
 def test_a_card_without_values_says_so_and_is_still_whole(tmp_path: Path, model: MiniClipModel) -> None:
