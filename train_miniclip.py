@@ -191,6 +191,7 @@ def load_splits(arguments: TrainingArguments) -> Any:
         validation_fraction=arguments.validation_fraction,
         seed=arguments.seed,
         revision=arguments.dataset_revision,
+        stream_rows=arguments.stream_rows,
     )
     for name, limit in (("train", arguments.max_train_images), ("validation", arguments.max_validation_images)):
         if limit is not None:

@@ -37,6 +37,9 @@ class TrainingArguments:
     image_column: str = _flag("image", "column that identifies the image")
     caption_column: str = _flag("caption", "column with the text, or the stem of caption_0, caption_1, ...")
     dataset_revision: str | None = _flag(None, "commit, branch or tag of a Hub data set")
+    stream_rows: int | None = _flag(
+        None, "of a Hub data set: the first so many rows of each split, without downloading the rest, for a trial"
+    )
     validation_fraction: float = _flag(0.1, "share of images set aside where the data set has no validation split")
     max_train_images: int | None = _flag(None, "use only the first so many training images, for a trial")
     max_validation_images: int | None = _flag(None, "use only the first so many validation images, for a trial")
@@ -140,7 +143,7 @@ MODEL_SOURCES = (("vision_model", "text_model"), ("preset",), ("model_name_or_pa
 LOWER_BOUNDS = {
     **dict.fromkeys(("batch_size", "captions_per_image", "num_train_epochs", "max_steps", "logging_steps"), 1),
     **dict.fromkeys(("max_train_images", "max_validation_images", "image_size", "max_length", "save_total_limit"), 1),
-    **dict.fromkeys(("num_views", "projection_dim", "projection_depth", "early_stopping_patience"), 1),
+    **dict.fromkeys(("stream_rows", "num_views", "projection_dim", "projection_depth", "early_stopping_patience"), 1),
     "chunk_size": 2,
     **dict.fromkeys(("num_workers", "seed", "warmup_steps", "lr_plateau_patience", "weight_decay"), 0),
 }

@@ -22,7 +22,7 @@ import numpy as np
 from .errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 CAPTION_FILES = ("captions.csv", "captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
@@ -89,6 +89,7 @@ def load_captions(
     validation_fraction: float = 0.1,
     seed: int = 0,
     revision: str | None = None,
+    stream_rows: int | None = None,
 ) -> "DatasetDict":
     """Captioned images as `datasets` splits with one row per image.
 
@@ -108,6 +109,8 @@ def load_captions(
         validation_fraction: share of the images that a seeded split sets aside where the source has no splits.
         seed: of that split.
         revision: commit, branch or tag of a Hub data set.
+        stream_rows: of a Hub data set, take the first so many rows of each split as they arrive, into memory, instead
+            of downloading all of it.
 
     Returns:
         `DatasetDict` with `train`, `validation` and, if the source has it, `test`; columns `image` (decoded when
@@ -131,7 +134,7 @@ def load_captions(
         return _from_image_folder(path, columns, validation_fraction, seed)
     if path.suffix.lower() in FILE_SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)):
         raise DataError(f"{source}: no such file or folder")
-    return _from_hub(str(source), columns, validation_fraction, seed, revision)
+    return _from_hub(str(source), columns, validation_fraction, seed, revision, stream_rows)
 
 
 # --- a caption file with a folder of images -------------------------------------------------------------------------
@@ -452,13 +455,20 @@ def _split_of(image_id: str) -> str | None:
 
 
 def _from_hub(
-    name: str, columns: Columns, validation_fraction: float, seed: int, revision: str | None
+    name: str,
+    columns: Columns,
+    validation_fraction: float,
+    seed: int,
+    revision: str | None,
+    stream_rows: int | None,
 ) -> "DatasetDict":
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        raw = load_dataset(name, revision=revision)
+        raw = load_dataset(name, revision=revision, streaming=stream_rows is not None)
+        if stream_rows is not None:
+            raw = _first_rows(raw, stream_rows)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         hint = ""
         if "script" in str(error):
@@ -467,6 +477,20 @@ def _from_hub(
             f"{name!r} is neither a file or folder here nor a data set that the Hub gives: {error}{hint}"
         ) from error
     return _one_row_per_image(raw, name, columns, validation_fraction, seed)
+
+
+def _first_rows(streamed: "IterableDatasetDict", count: int) -> "DatasetDict":
+    """The first rows of each split, their images as they are encoded."""
+    from datasets import Dataset, DatasetDict, Image
+
+    taken = DatasetDict()
+    for split, rows in streamed.items():
+        features = rows.features
+        for name, feature in features.items():
+            if isinstance(feature, Image):
+                rows = rows.cast_column(name, Image(decode=False))
+        taken[split] = Dataset.from_list(list(rows.take(count)), features=rows.features).cast(features)
+    return taken
 
 
 def _one_row_per_image(

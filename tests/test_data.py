@@ -412,6 +412,9 @@ for name in ["flickr8k", "flickr30k", "rows", "leak", "empty-caption", "no-capti
                         for split, rows in splits.items()}
     except DataError as error:
         result[name] = str(error)
+streamed = load_captions("test-user/flickr8k", stream_rows=2)
+result["streamed"] = {split: [[row["image"].getpixel((0, 0))[0], row["image_id"], row["captions"]] for row in rows]
+                      for split, rows in streamed.items()}
 print("RESULT", json.dumps(result))
 """
 
@@ -445,6 +448,12 @@ def test_hub_set_with_numbered_columns(from_hub):
     assert found["validation"][1][2] == [f"validation 11 {k}" for k in range(5)]
     ids = [row[1] for rows in found.values() for row in rows]
     assert len(set(ids)) == len(ids)
+
+
+def test_hub_set_that_is_streamed_has_the_first_rows_of_each_split(from_hub):
+    whole = from_hub["flickr8k"]
+    assert from_hub["streamed"] == {split: rows[:2] for split, rows in whole.items()}
+    assert len(whole["train"]) == 4
 
 
 def test_hub_set_with_lists_and_a_split_column(from_hub):

@@ -502,8 +502,11 @@ def test_a_run_pushes_the_model_that_it_measured_and_its_card_names_the_reposito
     alices_hub: Any, tmp_path: Path
 ) -> None:
     argv = [str(ROOT / "train_miniclip.py"), *flags(tmp_path, "crows"), "--push_to_hub", "--num_workers=0"]
-    done = run(argv, tmp_path, **alices_hub.client_env(tmp_path / "home"))
+    alices_hub.fault(path="/commit/upload-", method="POST", status=403)  # the first best model does not get there
+    done = run([*argv, "--hub_strategy=every_save"], tmp_path, **alices_hub.client_env(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
+    bests = re.findall(r"^epoch .*\*$|^(pushed|not pushed): ", done.stdout, flags=re.MULTILINE)
+    assert bests[:2] == ["", "not pushed"] and bests[-1] == "pushed"
     assert f"pushed: {alices_hub.url}/alice/crows/commit/" in done.stdout
     metadata, body = read_card(alices_hub.read("alice/crows", "README.md").decode())
     assert 'repository = "alice/crows"' in body and "\n# crows\n" in body
@@ -519,10 +522,10 @@ def test_a_run_pushes_the_model_that_it_measured_and_its_card_names_the_reposito
 
 @pytest.mark.slow
 def test_a_push_that_fails_behind_the_training_tells_where_the_model_is(alices_hub: Any, tmp_path: Path) -> None:
-    alices_hub.fault(path="/commit/main", method="POST", status=403, times=-1)
+    alices_hub.fault(path="/commit/", method="POST", status=403, times=-1)
     argv = [str(ROOT / "train_miniclip.py"), *flags(tmp_path, "crows"), "--push_to_hub", "--max_steps=1"]
     done = run(argv, tmp_path, **alices_hub.client_env(tmp_path / "home"))
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert re.search(r"error: .*crows/export cannot be pushed to alice/crows: .*The model is safe in", done.stderr)
+    assert re.search(r"error: .*crows/export cannot be uploaded to alice/crows, .*The model is safe in", done.stderr)
     assert (tmp_path / "crows" / "export" / "model.safetensors").is_file()
