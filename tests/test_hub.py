@@ -254,7 +254,7 @@ def test_the_card_tells_the_measured_metrics(exported: Path) -> None:
     assert "| text, finds images | 12.3 (10.0 to 15.0) | 45.7 | 78.9 | 3 |" in body
     assert "95 % confidence intervals" in body
     assert "| image, finds texts | 21.0 | 54.0 | 87.0 | 2.5 |" in body
-    assert re.search(r"add up to 29(8\.9|9\.0) \(290\.0 to 307\.2\) \(rsum\)", body)
+    assert re.search(r"rsum, is 29(8\.9|9\.0) \(290\.0 to 307\.2\)\.", body)
     assert "1.2346 nats" in body
     assert "by `rsum`" in body
     assert "all 1,000 images and each image among all 5,000 captions" in body
