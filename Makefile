@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs clean
+.PHONY: help demo test test-slow test-clients lint format docs clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,15 @@ test: $(VENV)/.installed-dev  ## run the test suite
 test-slow: $(VENV)/.installed-dev  ## run the slow tests (minutes)
 	$(BIN)/python -m pytest -m slow
 
+.venv-clients/.installed: pyproject.toml
+	test -x .venv-clients/bin/pip || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --editable . pytest sentence-transformers
+	.venv-clients/bin/pip install --quiet --no-deps clip-benchmark
+	touch $@
+
+test-clients: .venv-clients/.installed  ## compare other libraries that load an export
+	.venv-clients/bin/python -m pytest tests/clients
+
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +53,4 @@ docs: $(VENV)/.installed-dev  ## write the generated parts of the Markdown files
 	$(BIN)/python benchmarks/report.py --write
 
 clean:  ## delete environments, runs and builds
-	rm -rf $(VENV) .venv-wheel runs dist build .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-clients .venv-wheel runs dist build .mypy_cache .ruff_cache

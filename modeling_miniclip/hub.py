@@ -10,6 +10,7 @@ from .files import replaced_folder
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor
 from .resources import packaged_file
+from .sentence_files import write_sentence_files
 
 # Libraries whose version decides whether a result can be reproduced.
 REPORTED_LIBRARIES = ("torch", "transformers", "timm", "datasets", "accelerate", "albumentations")
@@ -50,6 +51,7 @@ def export(
     with replaced_folder(target) as fresh:
         model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
+        write_sentence_files(fresh)
         write_card(fresh / "README.md", model, card or {})
     return target
 

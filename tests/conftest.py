@@ -12,13 +12,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in parallel alrea
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from tests.runs import shared_folder  # noqa: E402
 from tests.towers import CAPTIONS  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and weights: `MINICLIP_SHARED`, else `../shared` beside the checkout."""
-    folder = Path(os.environ.get("MINICLIP_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    folder = shared_folder()
     if not (folder / "flickr8k" / "captions.csv").is_file():
         pytest.skip(f"no shared data at {folder}: set MINICLIP_SHARED")
     return folder

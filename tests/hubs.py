@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import ROOT
+from tests.runs import shared_folder
 
 # Put before a client's code: the process then cannot import the package, be it installed or not.
 WITHOUT_PACKAGE = "import sys; sys.modules['modeling_miniclip'] = None\n"
@@ -21,8 +21,7 @@ TOKENS = ("hf_alice=alice", "hf_reader=alice:read", "hf_bob=bob")
 
 def local_hub(root: Path, tokens: tuple[str, ...] = TOKENS) -> Any:
     """A Hub on loopback, not started yet. Skips the test where `tools/local_hub.py` is not there."""
-    shared = Path(os.environ.get("MINICLIP_SHARED", ROOT.parent / "shared"))
-    path = shared / "tools" / "local_hub.py"
+    path = shared_folder() / "tools" / "local_hub.py"
     if not path.is_file():
         pytest.skip(f"no Hub on loopback at {path}: set MINICLIP_SHARED")
     spec = importlib.util.spec_from_file_location("local_hub", path)

@@ -15,6 +15,11 @@ from tests.towers import PIXELS, TEXT, VISION
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def shared_folder() -> Path:
+    """Where real data and weights lie, if they are there: `MINICLIP_SHARED`, else `../shared` beside the checkout."""
+    return Path(os.environ.get("MINICLIP_SHARED", ROOT.parent / "shared"))
+
+
 def write_scene_folder(folder: Path, count: int = 26) -> Path:
     """`captions.csv` and `Images/` of so many small scenes, five captions each. Returns the CSV."""
     (folder / "Images").mkdir(parents=True)

@@ -20,6 +20,7 @@ from modeling_miniclip.arguments import TrainingArguments
 from modeling_miniclip.building import build_model
 from modeling_miniclip.hub import rename_card
 from modeling_miniclip.reporting import arguments_for_card
+from modeling_miniclip.sentence_files import SENTENCE_FILES
 from tests.hubs import WITHOUT_PACKAGE, add_repository, local_hub, run
 from tests.runs import ROOT, flags, metrics_of
 from tests.towers import CAPTIONS, save_towers, tiny_model, tiny_processor
@@ -33,6 +34,7 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
     *CODE,
+    *SENTENCE_FILES,
 }
 # What somebody needs anyway who uses a timm tower with transformers.
 ALLOWED = {"PIL", "huggingface_hub", "numpy", "timm", "torch", "transformers"}
@@ -238,8 +240,8 @@ print(*(f"{{type(part).__module__}}.{{type(part).__name__}}" for part in loaded)
 
 
 def check_saved_again(folder: Path, source: Path) -> None:
-    """All of an export but its card, with the same code and weights, and maps that point into the folder itself."""
-    assert {path.name for path in folder.iterdir()} == FILES - {"README.md"}
+    """What the Auto classes read, with the same code and weights, and maps that point into the folder itself."""
+    assert {path.name for path in folder.iterdir()} == FILES - {"README.md", *SENTENCE_FILES}
     for name in (*CODE, "model.safetensors"):
         assert (folder / name).read_bytes() == (source / name).read_bytes(), name
     assert json.loads((folder / "config.json").read_text())["auto_map"] == MODEL_MAP

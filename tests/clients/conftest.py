@@ -1,0 +1,31 @@
+"""Each case for the clients, and a summary of what was compared: `make test-clients` prints it."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+
+import pytest
+
+from tests.clients.cases import PRESENT, Case, train
+
+CLIENTS = ("sentence-transformers", "clip-benchmark", "timm", "transformers", "torch", "huggingface-hub")
+COMPARED: list[str] = []
+
+
+@pytest.fixture(scope="session", params=PRESENT)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Each of the cases whose data is there."""
+    return train(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def compared(case: Case) -> Callable[[str], None]:
+    """Call it with what was compared and the outcome, for the summary."""
+    return lambda line: COMPARED.append(f"{case.name}: {line}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The versions of the clients, and a line for each comparison."""
+    terminalreporter.section("clients")
+    terminalreporter.line(", ".join(f"{name} {version(name)}" for name in CLIENTS))
+    for line in COMPARED:
+        terminalreporter.line(line)
