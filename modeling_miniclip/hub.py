@@ -19,7 +19,11 @@ REPORTED_LIBRARIES = ("torch", "transformers", "timm", "datasets", "accelerate",
 
 
 def export(
-    model: MiniClipModel, processor: MiniClipProcessor, folder: str | os.PathLike, card: dict[str, Any] | None = None
+    model: MiniClipModel,
+    processor: MiniClipProcessor,
+    folder: str | os.PathLike,
+    card: dict[str, Any] | None = None,
+    state_dict: dict[str, Any] | None = None,
 ) -> Path:
     """Write everything that `from_pretrained` needs elsewhere, with or without this package installed there.
 
@@ -33,6 +37,7 @@ def export(
             `retrieval_metrics`, on validation), `arguments` of the run, `data` (`name`, `hub_id` if it is on the Hub,
             and `splits` with numbers of `images` and `captions`). What is left out, the card says was not measured or
             recorded.
+        state_dict: the weights, where the model itself has but a part of them (FSDP).
 
     Returns:
         The folder.
@@ -43,7 +48,7 @@ def export(
     model.config.architectures = [MiniClipModel.__name__]  # FSDP gives the model a class of its own
     _forget_machine(model, processor)
     with replaced_folder(target) as fresh:
-        model.save_pretrained(fresh)
+        model.save_pretrained(fresh, state_dict=state_dict)
         processor.save_pretrained(fresh)
         write_card(fresh / "README.md", model, card or {})
     return target
