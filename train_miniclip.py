@@ -394,10 +394,8 @@ def validate(run: Run) -> bool:
     )
     # One process measures and tells the others: all must take the same decisions.
     told: list[Any] = [None]
-    logit_scale, logit_bias = (
-        None if value is None else whole_tensor(value).item()
-        for value in (run.plain.inverse_temperature(), run.plain.logit_bias)
-    )
+    logit_scale, bias = whole_tensor(run.plain.inverse_temperature()).item(), run.plain.logit_bias
+    logit_bias = None if bias is None else whole_tensor(bias).item()
     if accelerator.is_main_process:
         told[0] = measure(*embeddings, logit_scale, run.plain.config.loss_type, logit_bias)
     metrics = broadcast_object_list(told)[0]

@@ -58,10 +58,10 @@ class TrainingArguments:
     text_pooling: Literal["cls", "mean"] | None = _flag(None, "how a text's token states become one vector (cls)")
     projection_dim: int | None = _flag(None, "size of the shared space (256)")
     projection_depth: int | None = _flag(None, "linear layers in each projection head; 1 is a plain projection (2)")
-    loss_type: Literal["softmax_mean", "softmax_sum", "sigmoid"] | None = _flag(
+    loss_type: Literal["softmax_sum", "softmax_mean", "sigmoid"] | None = _flag(
         None,
-        "CLIP's loss, taking of several captions of an image the mean of their log-probabilities or the log of their "
-        "summed probability, or SigLIP's (softmax_mean)",
+        "CLIP's loss, with the log of the summed probability of several captions of an image or the mean of their "
+        "log-probabilities; or SigLIP's loss (softmax_sum)",
     )
     dropout: float | None = _flag(None, "dropout of heads and towers (0.1 in the heads, the towers' own in them)")
     image_size: int | None = _flag(None, "pixels per side (the image tower's own)")

@@ -9,7 +9,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 TEXT_POOLINGS = ("cls", "mean")
 # Each with the logarithm of its initial inverse temperature: CLIP's 1/0.07, SigLIP's 10.
-LOSS_TYPES = {"softmax_mean": math.log(1 / 0.07), "softmax_sum": math.log(1 / 0.07), "sigmoid": math.log(10)}
+LOSS_TYPES = {"softmax_sum": math.log(1 / 0.07), "softmax_mean": math.log(1 / 0.07), "sigmoid": math.log(10)}
 
 
 @strict
@@ -25,8 +25,8 @@ class MiniClipConfig(PreTrainedConfig):
         projection_depth: number of linear layers in each head; 1 is a plain linear projection without bias (as in
             CLIP), 2 the head linear, GELU, linear, dropout, residual, layer norm; more repeat the residual block.
         projection_dropout: probability in the residual blocks of the heads, in [0, 1).
-        loss_type: `"softmax_mean"` and `"softmax_sum"` are CLIP's cross-entropy over the batch; where an image has
-            several captions, the mean of their log-probabilities or the logarithm of their summed probability.
+        loss_type: `"softmax_sum"` and `"softmax_mean"` are CLIP's cross-entropy over the batch; where an image has
+            several captions, the logarithm of their summed probability or the mean of their log-probabilities.
             `"sigmoid"` is SigLIP's loss, a yes or no for each pair.
         logit_scale_init_value: logarithm of the initial inverse temperature; None is ln(1/0.07) as in CLIP, for
             `"sigmoid"` ln(10) as in SigLIP.
@@ -66,7 +66,7 @@ class MiniClipConfig(PreTrainedConfig):
     projection_dim: int = 256
     projection_depth: int = 2
     projection_dropout: int | float = 0.1
-    loss_type: str = "softmax_mean"
+    loss_type: str = "softmax_sum"
     logit_scale_init_value: int | float | None = None
     logit_bias_init_value: int | float = -10.0
     logit_scale_max: int | float = 100.0

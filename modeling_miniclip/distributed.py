@@ -83,7 +83,7 @@ def global_contrastive_loss(
     logit_scale: Tensor,
     image_id: Tensor,
     text_image_id: Tensor,
-    loss_type: str = "softmax_mean",
+    loss_type: str = "softmax_sum",
     logit_bias: Tensor | None = None,
 ) -> Tensor:
     """This process's part of the loss over the global batch.

@@ -113,7 +113,7 @@ def dataset_loss(
     text_embeds: Tensor,
     logit_scale: float,
     text_image_id: Tensor,
-    loss_type: str = "softmax_mean",
+    loss_type: str = "softmax_sum",
     logit_bias: float | None = None,
 ) -> float:
     """[`symmetric_contrastive_loss`] over a whole split, every caption and every image being a candidate.
@@ -146,7 +146,7 @@ def measure(
     text_embeds: Tensor,
     text_image_id: Tensor,
     logit_scale: float,
-    loss_type: str = "softmax_mean",
+    loss_type: str = "softmax_sum",
     logit_bias: float | None = None,
 ) -> dict[str, float]:
     """[`dataset_loss`] as `loss`, then [`retrieval_metrics`]: all that a validation tells."""

@@ -218,7 +218,7 @@ def contrastive_loss(
     logit_scale: Tensor | float,
     query_id: Tensor,
     key_id: Tensor,
-    reduction: str = "mean",
+    reduction: str = "sum",
 ) -> Tensor:
     """Cross-entropy of each query over all keys, every key with the query's id being right (InfoNCE).
 
@@ -231,9 +231,9 @@ def contrastive_loss(
         logit_scale: inverse temperature, multiplies the dot products.
         query_id: `[Q]` integers.
         key_id: `[K]` integers; a key with the same integer is a positive. Each query needs at least one.
-        reduction: of several right keys: minus the `"mean"` of their log-probabilities (the "out" form of Khosla et
-            al. 2020, "Supervised Contrastive Learning"), or minus the logarithm of the `"sum"` of their probabilities
-            (MIL-NCE, Miech et al. 2020, "End-to-End Learning of Visual Representations from Uncurated Videos").
+        reduction: of several right keys: minus the logarithm of the `"sum"` of their probabilities (MIL-NCE, Miech et
+            al. 2020, "End-to-End Learning of Visual Representations from Uncurated Videos"), or minus the `"mean"` of
+            their log-probabilities (the "out" form of Khosla et al. 2020, "Supervised Contrastive Learning").
 
     Returns:
         `[Q]` losses in nats, one a query.
@@ -243,12 +243,12 @@ def contrastive_loss(
     """
     logits = logit_scale * queries @ keys.t()  # [Q, K]
     positives = query_id.unsqueeze(1) == key_id.unsqueeze(0)  # [Q, K]
-    if reduction == "mean":
-        right = torch.where(positives, logits, 0).sum(dim=1) / positives.sum(dim=1)
-    elif reduction == "sum":
+    if reduction == "sum":
         right = logits.masked_fill(~positives, -torch.inf).logsumexp(dim=1)
+    elif reduction == "mean":
+        right = torch.where(positives, logits, 0).sum(dim=1) / positives.sum(dim=1)
     else:
-        raise ValueError(f"several positives are reduced by 'mean' or 'sum', not {reduction!r}")
+        raise ValueError(f"several positives are reduced by 'sum' or 'mean', not {reduction!r}")
     return logits.logsumexp(dim=1) - right
 
 
@@ -286,7 +286,7 @@ def symmetric_contrastive_loss(
     logit_scale: Tensor | float,
     image_id: Tensor,
     text_image_id: Tensor,
-    loss_type: str = "softmax_mean",
+    loss_type: str = "softmax_sum",
     logit_bias: Tensor | float | None = None,
     candidates: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -309,7 +309,7 @@ def symmetric_contrastive_loss(
             part in the share is computed.
 
     Returns:
-        A scalar in nats; with softmax ln(B) for B pairs whose embeddings are all alike.
+        A scalar in nats; with the default ln(B) for B images and any number of texts whose embeddings are all alike.
 
     Example:
         >>> import torch

@@ -1,8 +1,8 @@
 """`train_miniclip.py` under FSDP on CPUs, where Accelerate takes DistributedDataParallel instead without a word.
 
-Run by `accelerate launch` with the file for two CPUs. All but the choice is Accelerate's own code and as the launch file
-for FSDP says: `fully_shard`, the norm of the gradients, checkpoints, gathered weights. The first process prints the
-kinds of the model's parameters.
+Run by `accelerate launch` with the file for two CPUs. All but the choice is Accelerate's own code, told what the
+launch file for FSDP says: `fully_shard`, the norm of the gradients, checkpoints, gathered weights. The first process
+prints the kinds of the model's parameters and of the modules that are gathered by themselves.
 """
 
 import os
@@ -13,6 +13,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
 
 from modeling_miniclip import packaged_file
 from train_miniclip import main
@@ -30,7 +31,9 @@ def state_with_fsdp(self: Any, *args: Any, **kwargs: Any) -> None:
 def telling_prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
     prepared = prepare(self, *args, **kwargs)
     if self.is_main_process:
-        print(f"parameters: {sorted({type(parameter).__name__ for parameter in prepared[0].parameters()})}", flush=True)
+        modules = {type(m).__name__.removeprefix("FSDP") for m in prepared[0].modules() if isinstance(m, FSDPModule)}
+        print("parameters:", sorted({type(parameter).__name__ for parameter in prepared[0].parameters()}))
+        print("sharded by themselves:", sorted(modules), flush=True)
     return prepared
 
 
