@@ -352,7 +352,9 @@ def forward_and_backward(run: Run, batch: dict[str, Any]) -> Any:
 
     def loss_of(output: Any) -> Any:
         embeds = output.image_embeds.float(), output.text_embeds.float()
-        return global_contrastive_loss(*embeds, output.logit_scale, *ids, run.plain.config.loss_type, output.logit_bias)
+        return global_contrastive_loss(
+            *embeds, output.logit_scale, *ids, run.plain.config.loss_type, output.logit_bias
+        )
 
     chunk_size = run.arguments.chunk_size
     chunks = [batch] if chunk_size is None else split_batch(batch, chunk_size, accelerator.device)
