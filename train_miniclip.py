@@ -345,15 +345,20 @@ def forward_and_backward(run: Run, batch: dict[str, Any]) -> Any:
     from modeling_miniclip.training import forward_inputs
 
     accelerator = run.accelerator
-    ids = [batch[name].to(accelerator.device) for name in ("image_id", "text_image_id")]
+    image_id, text_image_id = (batch[name].to(accelerator.device) for name in ("image_id", "text_image_id"))
 
     def inputs_of(rows: dict[str, Any]) -> dict[str, Any]:
         return forward_inputs(rows, run.processor, accelerator.device)
 
     def loss_of(output: Any) -> Any:
-        embeds = output.image_embeds.float(), output.text_embeds.float()
         return global_contrastive_loss(
-            *embeds, output.logit_scale, *ids, run.plain.config.loss_type, output.logit_bias
+            output.image_embeds.float(),
+            output.text_embeds.float(),
+            output.logit_scale,
+            image_id,
+            text_image_id,
+            run.plain.config.loss_type,
+            output.logit_bias,
         )
 
     chunk_size = run.arguments.chunk_size

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .errors import UsageError
 from .files import replaced_folder
 from .modeling_miniclip import MiniClipModel
@@ -45,8 +47,11 @@ def export(
     from . import auto  # noqa: F401  (from now on the code travels with the model)
 
     target = Path(folder)
-    model.config.architectures = [MiniClipModel.__name__]  # FSDP gives the model a class of its own
     _forget_machine(model, processor)
+    if state_dict is not None:
+        # FSDP gives the model a class of its own, with which torch's code would travel instead of the model's.
+        with torch.device("meta"):
+            model = MiniClipModel(model.config)
     with replaced_folder(target) as fresh:
         model.save_pretrained(fresh, state_dict=state_dict)
         processor.save_pretrained(fresh)
