@@ -201,6 +201,8 @@ def load_splits(arguments: TrainingArguments) -> Any:
 
 def build_model(arguments: TrainingArguments, accelerator: Any, splits: Any) -> tuple[Any, Any]:
     """Model on its device and processor, frozen towers marked, and a word on captions that will be cut."""
+    from accelerate.utils import DistributedType
+
     from modeling_miniclip import building
     from modeling_miniclip.performance import to_channels_last
     from modeling_miniclip.reporting import describe_model, say
@@ -212,7 +214,8 @@ def build_model(arguments: TrainingArguments, accelerator: Any, splits: Any) -> 
         arguments.freeze_batch_norm = arguments.preset is None
     for tower in frozen_towers(model, arguments.freeze):
         tower.requires_grad_(False)
-    to_channels_last(model.vision_model)
+    if accelerator.distributed_type != DistributedType.FSDP:  # which takes contiguous parameters only
+        to_channels_last(model.vision_model)
     say(accelerator, describe_model(model))
     cut = processor.count_truncated([text for row in captions for text in row])
     if cut:
@@ -301,6 +304,7 @@ def train_epoch(run: Run) -> None:
     from tqdm.auto import tqdm
 
     from modeling_miniclip import training
+    from modeling_miniclip.distributed import whole_tensor
     from modeling_miniclip.reporting import StepMeter
 
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
@@ -314,7 +318,7 @@ def train_epoch(run: Run) -> None:
     for batch in run.train_loader:
         run.optimizer.zero_grad(set_to_none=True)
         loss = forward_and_backward(run, batch)
-        norm = accelerator.clip_grad_norm_(run.plain.parameters(), arguments.max_grad_norm)
+        norm = whole_tensor(accelerator.clip_grad_norm_(run.plain.parameters(), arguments.max_grad_norm))
         run.optimizer.step()
         training.clamp_temperature(run.plain)
         progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
@@ -342,14 +346,20 @@ def forward_and_backward(run: Run, batch: dict[str, Any]) -> Any:
     from modeling_miniclip.training import forward_inputs
 
     accelerator = run.accelerator
-    ids = [batch[name].to(accelerator.device) for name in ("image_id", "text_image_id")]
+    image_id, text_image_id = (batch[name].to(accelerator.device) for name in ("image_id", "text_image_id"))
 
     def inputs_of(rows: dict[str, Any]) -> dict[str, Any]:
         return forward_inputs(rows, run.processor, accelerator.device)
 
     def loss_of(output: Any) -> Any:
         return global_contrastive_loss(
-            output.image_embeds.float(), output.text_embeds.float(), output.logit_scale, *ids
+            output.image_embeds.float(),
+            output.text_embeds.float(),
+            output.logit_scale,
+            image_id,
+            text_image_id,
+            run.plain.config.loss_type,
+            output.logit_bias,
         )
 
     chunk_size = run.arguments.chunk_size
@@ -364,7 +374,9 @@ def forward_and_backward(run: Run, batch: dict[str, Any]) -> Any:
 
 def log_step(run: Run, values: dict[str, float], bar: Any) -> None:
     """A line of `metrics.jsonl`, the trackers, and the progress bar's postfix."""
-    values["logit_scale"] = run.plain.inverse_temperature().item()
+    from modeling_miniclip.distributed import whole_tensor
+
+    values["logit_scale"] = whole_tensor(run.plain.inverse_temperature()).item()
     run.log.write(run.progress.step, run.epoch, "train", values)
     run.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=run.progress.step)
     rate = run.optimizer.param_groups[-1]["lr"]
@@ -375,7 +387,7 @@ def validate(run: Run) -> bool:
     """Measure the whole validation split, step the plateau schedule, export the model if it is the best so far."""
     from accelerate.utils import broadcast_object_list
 
-    from modeling_miniclip.distributed import share_buffers
+    from modeling_miniclip.distributed import share_buffers, whole_tensor
     from modeling_miniclip.evaluation import is_better, measure, recall_intervals
     from modeling_miniclip.features import embed_split
     from modeling_miniclip.performance import release_freed_memory
@@ -390,9 +402,10 @@ def validate(run: Run) -> bool:
     )
     # One process measures and tells the others: all must take the same decisions.
     told: list[Any] = [None]
-    logit_scale = run.plain.inverse_temperature().item()
+    logit_scale, bias = whole_tensor(run.plain.inverse_temperature()).item(), run.plain.logit_bias
+    logit_bias = None if bias is None else whole_tensor(bias).item()
     if accelerator.is_main_process:
-        told[0] = measure(*embeddings, logit_scale)
+        told[0] = measure(*embeddings, logit_scale, run.plain.config.loss_type, logit_bias)
     metrics = broadcast_object_list(told)[0]
     run.log.write(progress.step, run.epoch, "validation", {**metrics, "seconds": time.perf_counter() - start})
     accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=progress.step)
@@ -413,6 +426,7 @@ def export_best(run: Run, metrics: dict[str, float], intervals: dict[str, tuple[
     from modeling_miniclip.reporting import arguments_for_card, command_for_card, say
 
     arguments = run.arguments
+    state_dict = run.accelerator.get_state_dict(run.model)  # by all processes: with FSDP each has but a part
     if run.accelerator.is_main_process:
         card = {
             "name": arguments.hub_model_id or run.output_dir.resolve().name,
@@ -423,7 +437,7 @@ def export_best(run: Run, metrics: dict[str, float], intervals: dict[str, tuple[
             "license": arguments.hub_license,
             "data": run.data,
         }
-        folder = export(run.plain, run.processor, run.output_dir / "export", card)
+        folder = export(run.plain, run.processor, run.output_dir / "export", card, state_dict)
         if arguments.push_to_hub and arguments.hub_strategy == "every_save":
             try:
                 push_export(run, folder)

@@ -14,6 +14,7 @@ _MODULE_OF = {
     "MiniClipModel": "modeling_miniclip",
     "MiniClipOutput": "modeling_miniclip",
     "contrastive_loss": "modeling_miniclip",
+    "sigmoid_loss": "modeling_miniclip",
     "symmetric_contrastive_loss": "modeling_miniclip",
     "MiniClipProcessor": "processing_miniclip",
     "load_captions": "data",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .modeling_miniclip import MiniClipModel as MiniClipModel
     from .modeling_miniclip import MiniClipOutput as MiniClipOutput
     from .modeling_miniclip import contrastive_loss as contrastive_loss
+    from .modeling_miniclip import sigmoid_loss as sigmoid_loss
     from .modeling_miniclip import symmetric_contrastive_loss as symmetric_contrastive_loss
     from .processing_miniclip import MiniClipProcessor as MiniClipProcessor
     from .pushing import push as push

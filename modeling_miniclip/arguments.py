@@ -61,6 +61,11 @@ class TrainingArguments:
     text_pooling: Literal["cls", "mean"] | None = _flag(None, "how a text's token states become one vector (cls)")
     projection_dim: int | None = _flag(None, "size of the shared space (256)")
     projection_depth: int | None = _flag(None, "linear layers in each projection head; 1 is a plain projection (2)")
+    loss_type: Literal["softmax_sum", "softmax_mean", "sigmoid"] | None = _flag(
+        None,
+        "CLIP's loss, with the log of the summed probability of several captions of an image or the mean of their "
+        "log-probabilities; or SigLIP's loss (softmax_sum)",
+    )
     dropout: float | None = _flag(None, "dropout of heads and towers (0.1 in the heads, the towers' own in them)")
     image_size: int | None = _flag(None, "pixels per side (the image tower's own)")
     max_length: int | None = _flag(None, "longest caption in tokens (the text tower's limit)")

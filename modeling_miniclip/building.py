@@ -38,6 +38,7 @@ def build_model(arguments: TrainingArguments, captions: list[list[str]]) -> tupl
         "text_pooling": arguments.text_pooling,
         "projection_dim": arguments.projection_dim,
         "projection_depth": arguments.projection_depth,
+        "loss_type": arguments.loss_type,
     }
     overrides = {name: value for name, value in asked.items() if value is not None}
     try:

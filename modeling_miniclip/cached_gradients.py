@@ -17,7 +17,7 @@ from .distributed import largest
 from .modeling_miniclip import MiniClipOutput
 
 ROWS = ("image_embeds", "text_embeds")  # of the model's output: one row an image or text
-SCALARS = ("logit_scale",)  # and what is the same for every chunk
+SCALARS = ("logit_scale", "logit_bias")  # and what is the same for every chunk, where the model has it
 
 
 def split_batch(batch: dict[str, Tensor], chunk_size: int, device: torch.device) -> list[dict[str, Tensor]]:
@@ -64,9 +64,11 @@ def backward_in_chunks(
         for chunk in chunks:
             states.append(_random_state(accelerator.device))
             output = model(**inputs_of(chunk))
-            embedded.append({name: output[name] for name in (*ROWS, *SCALARS)})  # not the towers' feature maps
+            # Not the towers' feature maps, which would fill the memory.
+            embedded.append({name: output[name] for name in (*ROWS, *SCALARS) if output.get(name) is not None})
     leaves = {name: torch.cat([part[name] for part in embedded]) for name in ROWS}
-    leaves |= {name: embedded[0][name] for name in SCALARS}
+    scalars = [name for name in SCALARS if name in embedded[0]]
+    leaves |= {name: embedded[0][name] for name in scalars}
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     loss = loss_of(MiniClipOutput(**leaves))
     gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
@@ -83,7 +85,7 @@ def backward_in_chunks(
                 dots.append((output[name] * gradients[name][start[name] : end]).sum())
                 start[name] = end
             if is_last:
-                dots += [(output[name] * gradients[name]).sum() for name in SCALARS]
+                dots += [(output[name] * gradients[name]).sum() for name in scalars]
             accelerator.backward(torch.stack(dots).sum() * accelerator.num_processes)
     return loss.detach()
 

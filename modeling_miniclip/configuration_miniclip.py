@@ -8,6 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 TEXT_POOLINGS = ("cls", "mean")
+# Each with the logarithm of its initial inverse temperature: CLIP's 1/0.07, SigLIP's 10.
+LOSS_TYPES = {"softmax_sum": math.log(1 / 0.07), "softmax_mean": math.log(1 / 0.07), "sigmoid": math.log(10)}
 
 
 @strict
@@ -23,7 +25,12 @@ class MiniClipConfig(PreTrainedConfig):
         projection_depth: number of linear layers in each head; 1 is a plain linear projection without bias (as in
             CLIP), 2 the head linear, GELU, linear, dropout, residual, layer norm; more repeat the residual block.
         projection_dropout: probability in the residual blocks of the heads, in [0, 1).
-        logit_scale_init_value: logarithm of the initial inverse temperature; ln(1/0.07) as in CLIP.
+        loss_type: `"softmax_sum"` and `"softmax_mean"` are CLIP's cross-entropy over the batch; where an image has
+            several captions, the logarithm of their summed probability or the mean of their log-probabilities.
+            `"sigmoid"` is SigLIP's loss, a yes or no for each pair.
+        logit_scale_init_value: logarithm of the initial inverse temperature; None is ln(1/0.07) as in CLIP, for
+            `"sigmoid"` ln(10) as in SigLIP.
+        logit_bias_init_value: what `"sigmoid"` initially adds to its logits; -10 as in SigLIP.
         logit_scale_max: upper bound of the inverse temperature (not of its logarithm); 100 as in CLIP.
 
     Raises:
@@ -59,11 +66,15 @@ class MiniClipConfig(PreTrainedConfig):
     projection_dim: int = 256
     projection_depth: int = 2
     projection_dropout: int | float = 0.1
-    logit_scale_init_value: int | float = 2.6592600369327779
+    loss_type: str = "softmax_sum"
+    logit_scale_init_value: int | float | None = None
+    logit_bias_init_value: int | float = -10.0
     logit_scale_max: int | float = 100.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.logit_scale_init_value is None:
+            self.logit_scale_init_value = LOSS_TYPES.get(self.loss_type)
         # The towers have no classifier: a thousand ImageNet label names have no place in config.json.
         if self.vision_config.id2label:
             self.vision_config.num_labels = 0
@@ -76,6 +87,8 @@ class MiniClipConfig(PreTrainedConfig):
         super().validate_architecture()
         if self.text_pooling not in TEXT_POOLINGS:
             raise ValueError(f"text_pooling must be one of {', '.join(TEXT_POOLINGS)}, not {self.text_pooling!r}")
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, not {self.loss_type!r}")
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be at least 1, not {self.projection_dim}")
         if self.projection_depth < 1:
@@ -84,10 +97,11 @@ class MiniClipConfig(PreTrainedConfig):
             raise ValueError(f"projection_dropout must be in [0, 1), not {self.projection_dropout}")
         if not self.logit_scale_max > 0:
             raise ValueError(f"logit_scale_max must be positive, not {self.logit_scale_max}")
-        if self.logit_scale_init_value > math.log(self.logit_scale_max):
+        start = self.logit_scale_init_value
+        if start is not None and start > math.log(self.logit_scale_max):
             raise ValueError(
                 f"logit_scale_init_value must be at most ln(logit_scale_max) = {math.log(self.logit_scale_max):.4g}, "
-                f"not {self.logit_scale_init_value}: a clamped temperature gets no gradient"
+                f"not {start}: a clamped temperature gets no gradient"
             )
         if isinstance(self.vision_config, PreTrainedConfig) and self.vision_config.model_type != "timm_wrapper":
             raise ValueError(

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from .modeling_miniclip import contrastive_loss
+from .modeling_miniclip import symmetric_contrastive_loss
 
 
 class _GatherWithGradient(torch.autograd.Function):
@@ -61,6 +62,11 @@ def largest(number: int, device: torch.device) -> int:
     return int(tensor)
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP spread over the processes as one; any other as it is. Every process has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def share_buffers(model: torch.nn.Module) -> None:
     """Give every process the first one's buffers: batch-norm statistics differ, each process having seen its share.
 
@@ -72,9 +78,15 @@ def share_buffers(model: torch.nn.Module) -> None:
 
 
 def global_contrastive_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, image_id: Tensor, text_image_id: Tensor
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    image_id: Tensor,
+    text_image_id: Tensor,
+    loss_type: str = "softmax_sum",
+    logit_bias: Tensor | None = None,
 ) -> Tensor:
-    """This process's part of the symmetric contrastive loss over the global batch.
+    """This process's part of the loss over the global batch.
 
     The sum of the parts over the processes is the loss of one process with the whole batch, and so are the gradients:
     similarities of local rows with the gathered columns are computed once in the whole system, and the memory of a
@@ -86,6 +98,8 @@ def global_contrastive_loss(
         logit_scale: inverse temperature.
         image_id: `[b]`.
         text_image_id: `[n]`.
+        loss_type: that of the model's configuration.
+        logit_bias: of the sigmoid loss.
 
     Returns:
         Scalar; its mean over processes times their number is the loss.
@@ -93,8 +107,8 @@ def global_contrastive_loss(
     # Indexing by a mask also with nothing to drop keeps a filler's embeddings in the graph, as DDP needs.
     image_embeds, image_id = image_embeds[image_id >= 0], image_id[image_id >= 0]
     text_embeds, text_image_id = text_embeds[text_image_id >= 0], text_image_id[text_image_id >= 0]
-    all_images, all_texts = gather_rows(image_embeds, True), gather_rows(text_embeds, True)
-    all_image_id, all_text_image_id = gather_rows(image_id), gather_rows(text_image_id)
-    image_loss = contrastive_loss(image_embeds, all_texts, logit_scale, image_id, all_text_image_id).sum()
-    text_loss = contrastive_loss(text_embeds, all_images, logit_scale, text_image_id, all_image_id).sum()
-    return (image_loss / len(all_images) + text_loss / len(all_texts)) / 2
+    whole = (gather_rows(image_embeds, True), gather_rows(text_embeds, True), gather_rows(image_id),
+             gather_rows(text_image_id))  # fmt: skip
+    return symmetric_contrastive_loss(
+        image_embeds, text_embeds, logit_scale, image_id, text_image_id, loss_type, logit_bias, whole
+    )

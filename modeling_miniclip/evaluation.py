@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .modeling_miniclip import contrastive_loss
+from .modeling_miniclip import symmetric_contrastive_loss
 
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("text_to_image", "image_to_text")
@@ -162,8 +162,15 @@ def recall_intervals(
     return {name: (low[i], high[i]) for i, name in enumerate([*names, "rsum"])}
 
 
-def dataset_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: float, text_image_id: Tensor) -> float:
-    """The symmetric contrastive loss over a whole split, every caption and every image being a candidate.
+def dataset_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: float,
+    text_image_id: Tensor,
+    loss_type: str = "softmax_sum",
+    logit_bias: float | None = None,
+) -> float:
+    """[`symmetric_contrastive_loss`] over a whole split, every caption and every image being a candidate.
 
     Unlike a mean over batches it does not depend on batch size, order or number of processes.
 
@@ -172,23 +179,30 @@ def dataset_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: float, 
         text_embeds: `[N, dim]`, unit norm.
         logit_scale: inverse temperature.
         text_image_id: `[N]`, for each text the row of its image.
+        loss_type: that of the model's configuration.
+        logit_bias: of the sigmoid loss.
 
     Returns:
         Nats.
     """
     image_id = torch.arange(len(image_embeds), device=image_embeds.device)
-
-    def mean_loss(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor) -> float:
-        blocks = zip(queries.split(BLOCK), query_id.split(BLOCK), strict=True)
-        total = sum(contrastive_loss(q, keys, logit_scale, ids, key_id).double().sum().item() for q, ids in blocks)
-        return total / len(queries)
-
-    image_loss = mean_loss(image_embeds, text_embeds, image_id, text_image_id)
-    text_loss = mean_loss(text_embeds, image_embeds, text_image_id, image_id)
-    return (image_loss + text_loss) / 2
+    whole = (image_embeds, text_embeds, image_id, text_image_id)
+    shares = -(-max(len(image_embeds), len(text_embeds)) // BLOCK)
+    total = 0.0
+    for images, texts, ids, text_ids in zip(*(tensor.tensor_split(shares) for tensor in whole), strict=True):
+        share = symmetric_contrastive_loss(images, texts, logit_scale, ids, text_ids, loss_type, logit_bias, whole)
+        total += share.double().item()
+    return total
 
 
-def measure(image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor, logit_scale: float) -> dict[str, float]:
+def measure(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    text_image_id: Tensor,
+    logit_scale: float,
+    loss_type: str = "softmax_sum",
+    logit_bias: float | None = None,
+) -> dict[str, float]:
     """[`dataset_loss`] as `loss`, then [`retrieval_metrics`]: all that a validation tells."""
-    loss = dataset_loss(image_embeds, text_embeds, logit_scale, text_image_id)
+    loss = dataset_loss(image_embeds, text_embeds, logit_scale, text_image_id, loss_type, logit_bias)
     return {"loss": loss, **retrieval_metrics(image_embeds, text_embeds, text_image_id)}

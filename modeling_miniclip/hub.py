@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .files import replaced_folder
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor
@@ -24,7 +26,11 @@ WIDGET = {
 
 
 def export(
-    model: MiniClipModel, processor: MiniClipProcessor, folder: str | os.PathLike, card: dict[str, Any] | None = None
+    model: MiniClipModel,
+    processor: MiniClipProcessor,
+    folder: str | os.PathLike,
+    card: dict[str, Any] | None = None,
+    state_dict: dict[str, Any] | None = None,
 ) -> Path:
     """Write everything that `from_pretrained` needs elsewhere, with or without this package installed there.
 
@@ -39,6 +45,7 @@ def export(
             and the `command` that repeats it, `license` (an identifier of the Hub), `data` (`name`, `hub_id` if it is
             on the Hub, and `splits` with numbers of `images` and `captions`). What is left out, the card says was not
             measured or recorded.
+        state_dict: the weights, where the model itself has but a part of them (FSDP).
 
     Returns:
         The folder.
@@ -46,10 +53,13 @@ def export(
     from . import auto  # noqa: F401  (from now on the code travels with the model)
 
     target = Path(folder)
-    model.config.architectures = [MiniClipModel.__name__]  # FSDP gives the model a class of its own
     _forget_machine(model, processor)
+    if state_dict is not None:
+        # FSDP gives the model a class of its own, with which torch's code would travel instead of the model's.
+        with torch.device("meta"):
+            model = MiniClipModel(model.config)
     with replaced_folder(target) as fresh:
-        model.save_pretrained(fresh)
+        model.save_pretrained(fresh, state_dict=state_dict)
         processor.save_pretrained(fresh)
         write_sentence_files(fresh)
         write_card(fresh / "README.md", model, card or {})

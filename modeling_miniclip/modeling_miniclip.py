@@ -41,6 +41,8 @@ class MiniClipVisionModel(TimmWrapperModel):
     is missing from a checkpoint (built on the meta device) still gets the general rule.
     """
 
+    _no_split_modules = ["MiniClipVisionModel"]  # the parent's name would be looked for in vain by FSDP
+
     def post_init(self) -> None:
         for tensor in (*self.timm_model.parameters(), *self.timm_model.buffers()):
             tensor._is_hf_initialized = not tensor.is_meta
@@ -211,13 +213,17 @@ class ProjectionHead(nn.Module):
 
 
 def contrastive_loss(
-    queries: Tensor, keys: Tensor, logit_scale: Tensor | float, query_id: Tensor, key_id: Tensor
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    query_id: Tensor,
+    key_id: Tensor,
+    reduction: str = "sum",
 ) -> Tensor:
     """Cross-entropy of each query over all keys, every key with the query's id being right (InfoNCE).
 
-    With several right keys the loss is minus the mean of their log-probabilities (the "out" form of Khosla et al.
-    2020, "Supervised Contrastive Learning"). Summed over both directions and averaged this is CLIP's loss (Radford
-    et al. 2021). Queries may be one process's share while keys are those of all processes.
+    Averaged over the queries of both directions this is CLIP's loss (Radford et al. 2021). Queries may be one
+    process's share while keys are those of all processes.
 
     Args:
         queries: `[Q, dim]`, unit norm.
@@ -225,20 +231,70 @@ def contrastive_loss(
         logit_scale: inverse temperature, multiplies the dot products.
         query_id: `[Q]` integers.
         key_id: `[K]` integers; a key with the same integer is a positive. Each query needs at least one.
+        reduction: of several right keys: minus the logarithm of the `"sum"` of their probabilities (MIL-NCE, Miech et
+            al. 2020, "End-to-End Learning of Visual Representations from Uncurated Videos"), or minus the `"mean"` of
+            their log-probabilities (the "out" form of Khosla et al. 2020, "Supervised Contrastive Learning").
 
     Returns:
         `[Q]` losses in nats, one a query.
+
+    Raises:
+        ValueError: another reduction.
     """
     logits = logit_scale * queries @ keys.t()  # [Q, K]
     positives = query_id.unsqueeze(1) == key_id.unsqueeze(0)  # [Q, K]
-    mean_positive = torch.where(positives, logits, 0).sum(dim=1) / positives.sum(dim=1)
-    return logits.logsumexp(dim=1) - mean_positive
+    if reduction == "sum":
+        right = logits.masked_fill(~positives, -torch.inf).logsumexp(dim=1)
+    elif reduction == "mean":
+        right = torch.where(positives, logits, 0).sum(dim=1) / positives.sum(dim=1)
+    else:
+        raise ValueError(f"several positives are reduced by 'sum' or 'mean', not {reduction!r}")
+    return logits.logsumexp(dim=1) - right
+
+
+def sigmoid_loss(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    query_id: Tensor,
+    key_id: Tensor,
+) -> Tensor:
+    """SigLIP's loss of each query: is it a pair with this key, asked for every key (Zhai et al. 2023, algorithm 1).
+
+    Args:
+        queries: `[Q, dim]`, unit norm.
+        keys: `[K, dim]`, unit norm.
+        logit_scale: inverse temperature, multiplies the dot products.
+        logit_bias: added to them; None is 0.
+        query_id: `[Q]` integers.
+        key_id: `[K]` integers; with the same integer the answer is yes.
+
+    Returns:
+        `[Q]`, the sum over the keys of -log sigmoid(+-logit) in nats.
+    """
+    logits = logit_scale * queries @ keys.t()  # [Q, K]
+    if logit_bias is not None:
+        logits = logits + logit_bias
+    positives = query_id.unsqueeze(1) == key_id.unsqueeze(0)  # [Q, K]
+    return -nn.functional.logsigmoid(torch.where(positives, logits, -logits)).sum(dim=1)
 
 
 def symmetric_contrastive_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, image_id: Tensor, text_image_id: Tensor
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    image_id: Tensor,
+    text_image_id: Tensor,
+    loss_type: str = "softmax_sum",
+    logit_bias: Tensor | float | None = None,
+    candidates: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Mean of the image-to-text and text-to-image [`contrastive_loss`] over a whole batch.
+    """The loss of a batch: images and texts have to find each other.
+
+    The softmax losses are the mean of the image-to-text and text-to-image [`contrastive_loss`]. The sigmoid loss is
+    [`sigmoid_loss`] summed over all pairs and divided by the number of texts: SigLIP's, where each image has one, and
+    with K captions an image the mean over K batches of one each.
 
     Args:
         image_embeds: `[B, dim]`, unit norm.
@@ -246,9 +302,14 @@ def symmetric_contrastive_loss(
         logit_scale: inverse temperature.
         image_id: `[B]`.
         text_image_id: `[N]`, the id of the image that each text describes.
+        loss_type: that of [`MiniClipConfig`].
+        logit_bias: of the sigmoid loss.
+        candidates: the whole batch, if the above are a share of it: embeddings of images and of texts, their ids in
+            the same order. The losses of shares add up to that of the whole, and no similarity of a pair with neither
+            part in the share is computed.
 
     Returns:
-        A scalar in nats; ln(B) for B pairs whose embeddings are all alike.
+        A scalar in nats; with the default ln(B) for B images and any number of texts whose embeddings are all alike.
 
     Example:
         >>> import torch
@@ -257,9 +318,16 @@ def symmetric_contrastive_loss(
         >>> symmetric_contrastive_loss(torch.eye(4), torch.eye(4), 100.0, pairs, pairs)
         tensor(0.)
     """
-    image_loss = contrastive_loss(image_embeds, text_embeds, logit_scale, image_id, text_image_id).mean()
-    text_loss = contrastive_loss(text_embeds, image_embeds, logit_scale, text_image_id, image_id).mean()
-    return (image_loss + text_loss) / 2
+    all_images, all_texts, all_image_id, all_text_image_id = candidates or (
+        image_embeds, text_embeds, image_id, text_image_id
+    )  # fmt: skip
+    if loss_type == "sigmoid":
+        losses = sigmoid_loss(text_embeds, all_images, logit_scale, logit_bias, text_image_id, all_image_id)
+        return losses.sum() / len(all_texts)
+    reduction = loss_type.removeprefix("softmax_")
+    image_loss = contrastive_loss(image_embeds, all_texts, logit_scale, image_id, all_text_image_id, reduction).sum()
+    text_loss = contrastive_loss(text_embeds, all_images, logit_scale, text_image_id, all_image_id, reduction).sum()
+    return (image_loss / len(all_images) + text_loss / len(all_texts)) / 2
 
 
 @dataclass
@@ -268,13 +336,14 @@ class MiniClipOutput(ModelOutput):
 
     Args:
         loss: scalar, with `return_loss=True`.
-        logits_per_image: `[B, N]` scaled cosine similarities.
+        logits_per_image: `[B, N]` scaled cosine similarities, with the bias of the sigmoid loss added.
         logits_per_text: `[N, B]`.
         text_embeds: `[N, projection_dim]`, unit norm.
         image_embeds: `[B, projection_dim]`, unit norm.
         text_model_output: the text tower's output, its `pooler_output` being the pooled feature.
         vision_model_output: the image tower's output, its `pooler_output` being the pooled feature.
         logit_scale: `[1]`, the clamped inverse temperature used for the logits; only with both modalities.
+        logit_bias: `[1]`, likewise; only with the sigmoid loss.
     """
 
     loss: Tensor | None = None
@@ -285,6 +354,7 @@ class MiniClipOutput(ModelOutput):
     text_model_output: Any = None
     vision_model_output: Any = None
     logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The values that are not None, nested outputs as tuples too."""
@@ -328,6 +398,7 @@ class MiniClipModel(PreTrainedModel):
         self.visual_projection = ProjectionHead(self.vision_model.pooled_size, *head)
         self.text_projection = ProjectionHead(config.text_config.hidden_size, *head)
         self.logit_scale = nn.Parameter(torch.empty(1))  # shape [1]: FSDP refuses 0-d parameters
+        self.logit_bias = nn.Parameter(torch.empty(1)) if config.loss_type == "sigmoid" else None
         self.post_init()
 
     @torch.no_grad()
@@ -335,6 +406,8 @@ class MiniClipModel(PreTrainedModel):
         super()._init_weights(module)
         if module is self:
             init.constant_(self.logit_scale, self.config.logit_scale_init_value)
+            if self.logit_bias is not None:
+                init.constant_(self.logit_bias, self.config.logit_bias_init_value)
         elif isinstance(module, nn.Linear):
             # The heads take PyTorch's own rule: a standard deviation of 0.02 is meant for 768-wide transformers.
             bound = 1 / math.sqrt(module.in_features)
@@ -524,7 +597,7 @@ class MiniClipModel(PreTrainedModel):
             input_ids: `[N, L]` token ids.
             pixel_values: `[B, 3, H, W]`.
             attention_mask: `[N, L]`, 1 for tokens and 0 for padding.
-            return_loss: compute the symmetric contrastive loss over this batch.
+            return_loss: compute the loss over this batch, [`symmetric_contrastive_loss`].
             image_id: `[B]` integers; with `text_image_id`, any number of texts may describe an image. Without, text
                 i describes image i and B must equal N.
             text_image_id: `[N]`, the id of the image that each text describes.
@@ -544,18 +617,22 @@ class MiniClipModel(PreTrainedModel):
         if input_ids is not None:
             text_output = self.pool_texts(input_ids, attention_mask, **kwargs)
             text_pooler_output = text_output.pooler_output  # [N, text width]
-        image_embeds = text_embeds = logit_scale = logits_per_image = loss = None
+        image_embeds = text_embeds = logit_scale = logit_bias = logits_per_image = loss = None
         if vision_pooler_output is not None:
             image_embeds = nn.functional.normalize(self.visual_projection(vision_pooler_output), dim=-1)
         if text_pooler_output is not None:
             text_embeds = nn.functional.normalize(self.text_projection(text_pooler_output), dim=-1)
         if image_embeds is not None and text_embeds is not None:
             text_embeds = text_embeds.to(image_embeds.device)
-            logit_scale = self.inverse_temperature()
+            logit_scale, logit_bias = self.inverse_temperature(), self.logit_bias
             logits_per_image = logit_scale * image_embeds @ text_embeds.t()  # [B, N]
+            if logit_bias is not None:
+                logits_per_image = logits_per_image + logit_bias
             if return_loss:
                 ids = _ids_of_pairs(image_embeds, text_embeds, image_id, text_image_id)
-                loss = symmetric_contrastive_loss(image_embeds, text_embeds, logit_scale, *ids)
+                loss = symmetric_contrastive_loss(
+                    image_embeds, text_embeds, logit_scale, *ids, self.config.loss_type, logit_bias
+                )
         return MiniClipOutput(
             loss=loss,
             logits_per_image=logits_per_image,
@@ -565,6 +642,7 @@ class MiniClipModel(PreTrainedModel):
             text_model_output=text_output,
             vision_model_output=vision_output,
             logit_scale=logit_scale,
+            logit_bias=logit_bias,
         )
 
 
@@ -601,4 +679,4 @@ def _ids_of_pairs(
     return pairs, pairs
 
 
-__all__ = ["MiniClipModel", "MiniClipOutput", "contrastive_loss", "symmetric_contrastive_loss"]
+__all__ = ["MiniClipModel", "MiniClipOutput", "contrastive_loss", "sigmoid_loss", "symmetric_contrastive_loss"]

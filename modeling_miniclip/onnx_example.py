@@ -28,7 +28,8 @@ class MiniClip:
         self.text_encoder = InferenceSession(str(folder / "text_encoder.onnx"), providers=providers)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))  # truncates and pads as the model wants
         self.settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-        self.logit_scale: float = json.loads((folder / "model.json").read_text(encoding="utf-8"))["logit_scale"]
+        model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        self.logit_scale, self.logit_bias = float(model["logit_scale"]), float(model["logit_bias"])
 
     def prepare_image(self, image: Image.Image) -> np.ndarray:
         """`[3, H, W]` float32: resized, cropped in the middle, normalised."""
@@ -65,7 +66,7 @@ class MiniClip:
 
     def scores(self, images: Sequence[Image.Image], texts: Sequence[str]) -> np.ndarray:
         """`[B, N]`: the model's `logits_per_image`; its softmax over the texts are zero-shot probabilities."""
-        return self.logit_scale * self.encode_images(images) @ self.encode_texts(texts).T
+        return self.logit_scale * self.encode_images(images) @ self.encode_texts(texts).T + self.logit_bias
 
 
 def main(argv: Any = None) -> None:

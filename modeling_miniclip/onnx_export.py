@@ -177,14 +177,16 @@ def write_preparation(folder: Path, model: MiniClipModel, processor: MiniClipPro
 
     Args:
         folder: that is there.
-        model: its temperature goes to `model.json`.
+        model: its temperature and bias go to `model.json`.
         processor: goes to `preprocessor_config.json` and, with its truncation and padding, to `tokenizer.json`.
     """
     from tokenizers import Tokenizer
 
     settings = processor.image_processor.to_dict()
     settings.pop("auto_map", None)  # the code is not here
-    files = {"preprocessor_config.json": settings, "model.json": {"logit_scale": model.inverse_temperature().item()}}
+    bias = 0.0 if model.logit_bias is None else model.logit_bias.item()  # only the sigmoid loss has one
+    logits = {"logit_scale": model.inverse_temperature().item(), "logit_bias": bias}
+    files = {"preprocessor_config.json": settings, "model.json": logits}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     hugging_face = processor.tokenizer

@@ -9,6 +9,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pytest
+
 from modeling_miniclip.scenes import describe, render, sample_scenes
 from tests.towers import PIXELS, TEXT, VISION
 
@@ -80,9 +82,8 @@ def launch(argv: list[str], processes: int = 1, **options: Any) -> "subprocess.C
     )
 
 
-def command(argv: list[str], processes: int = 1) -> list[str]:
+def command(argv: list[str], processes: int = 1, script: str = str(ROOT / "train_miniclip.py")) -> list[str]:
     """The command line of a run."""
-    script = str(ROOT / "train_miniclip.py")
     if processes == 1:
         return [sys.executable, script, *argv]
     config = ROOT / "configuration" / "accelerate" / "cpu2.yaml"
@@ -93,6 +94,14 @@ def command(argv: list[str], processes: int = 1) -> list[str]:
 def environment() -> dict[str, str]:
     """This process's environment, one thread, no network."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def assert_same_log(one: Path, other: Path) -> None:
+    """The runs in two folders took the same steps and measured the same, but for the time that it took."""
+    for expected, found in zip(metrics_of(one), metrics_of(other), strict=True):
+        assert found.keys() == expected.keys() and found["split"] == expected["split"]
+        for name in found.keys() - {"split", "seconds", "pairs_per_second"}:
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), (name, expected["step"])
 
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:

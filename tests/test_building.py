@@ -252,6 +252,7 @@ def test_a_folder_without_a_model_is_told_with_the_export_inside_it(exported: st
         ({"projection_dim": 32}, "--projection_dim 32 cannot change a trained model: that of .* is 16"),
         ({"projection_depth": 1}, "--projection_depth 1 cannot change"),
         ({"text_pooling": "mean"}, "--text_pooling mean cannot change .* is cls"),
+        ({"loss_type": "sigmoid"}, "--loss_type sigmoid cannot change .* is softmax_sum"),
         ({"max_length": 25}, r"--max_length must be in 1\.\.24"),
     ],
 )

@@ -51,6 +51,14 @@ def test_round_trip_through_json_keeps_every_value(vision, text, tmp_path):
     assert MiniClipConfig.from_pretrained(tmp_path, projection_dim=7).projection_dim == 7
 
 
+def test_temperature_starts_as_in_the_paper_of_the_loss_unless_told():
+    for loss_type, start in (("softmax_sum", 1 / 0.07), ("softmax_mean", 1 / 0.07), ("sigmoid", 10)):
+        assert math.exp(MiniClipConfig(loss_type=loss_type).logit_scale_init_value) == pytest.approx(start)
+    config = MiniClipConfig(loss_type="sigmoid", logit_scale_init_value=1.0, logit_bias_init_value=-3)
+    loaded = MiniClipConfig.from_dict(json.loads(config.to_json_string()))
+    assert (loaded.loss_type, loaded.logit_scale_init_value, loaded.logit_bias_init_value) == ("sigmoid", 1.0, -3)
+
+
 def test_towers_may_be_configurations_dictionaries_or_left_out():
     as_dict = MiniClipConfig(
         vision_config=vision_config("vit").to_dict(), text_config={"model_type": "bert", "hidden_size": 48}
@@ -86,6 +94,8 @@ def test_config_json_holds_no_label_names(tmp_path):
         ("projection_depth", 0),
         ("projection_dropout", 1.0),
         ("projection_dropout", -0.1),
+        ("loss_type", "hinge"),
+        ("logit_bias_init_value", "ten"),
         ("logit_scale_max", 0),
         ("logit_scale_init_value", 4.7),  # beyond ln(100) = 4.605
         ("vision_config", ViTConfig()),

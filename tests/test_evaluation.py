@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from modeling_miniclip import evaluation, retrieval_metrics, symmetric_contrastive_loss
+from modeling_miniclip.configuration_miniclip import LOSS_TYPES
 from modeling_miniclip.evaluation import (
     METRIC_NAMES,
     RECALL_AT,
@@ -186,25 +187,27 @@ def test_embeddings_that_do_not_fit_together_are_refused(images, texts, text_ima
 # --- loss -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("block", [1, 13, 1024])
-def test_the_loss_of_a_split_is_that_of_all_its_rows_at_once_in_any_blocks(monkeypatch, block):
+def test_the_loss_of_a_split_is_that_of_all_its_rows_at_once_in_any_blocks(monkeypatch, block, loss_type):
     image, text, text_image_id = split_of(40, 3)
-    expected = symmetric_contrastive_loss(image.double(), text.double(), 20.0, torch.arange(40), text_image_id).item()
+    arguments = (20.0, torch.arange(40), text_image_id, loss_type, -7.0)
+    expected = symmetric_contrastive_loss(image.double(), text.double(), *arguments).item()
     monkeypatch.setattr(evaluation, "BLOCK", block)
-    assert dataset_loss(image, text, 20.0, text_image_id) == pytest.approx(expected, rel=1e-6)
+    assert dataset_loss(image, text, 20.0, text_image_id, loss_type, -7.0) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_loss_of_equal_embeddings_is_the_logarithm_of_the_candidates():
     image, text = torch.ones(8, 4) / 2, torch.ones(24, 4) / 2
     loss = dataset_loss(image, text, 50.0, torch.arange(8).repeat(3))
-    assert loss == pytest.approx((math.log(24) + math.log(8)) / 2, rel=1e-6)
+    assert loss == pytest.approx(math.log(8), rel=1e-6)
 
 
 def test_measure_gives_loss_and_metrics():
     image, text, text_image_id = split_of(12, 2)
-    found = measure(image, text, text_image_id, 10.0)
+    found = measure(image, text, text_image_id, 10.0, "sigmoid", -5.0)
     assert list(found) == ["loss", *retrieval_metrics(image, text, text_image_id)]
-    assert found["loss"] == dataset_loss(image, text, 10.0, text_image_id)
+    assert found["loss"] == dataset_loss(image, text, 10.0, text_image_id, "sigmoid", -5.0)
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,32 @@ def test_features_computed_before_replace_a_tower():
 # --- temperature ---
 
 
+def test_bias_belongs_to_the_sigmoid_loss_alone_and_is_learnt_saved_and_loaded(tmp_path):
+    assert tiny_model().logit_bias is None and "logit_bias" not in tiny_model().state_dict()
+    model = tiny_model(loss_type="sigmoid")
+    assert (model.logit_bias.tolist(), model.logit_scale.tolist()) == ([-10.0], pytest.approx([math.log(10)]))
+    inputs = tiny_inputs(model)
+    output = model(**inputs, return_loss=True)
+    torch.testing.assert_close(output.logits_per_image, 10 * output.image_embeds @ output.text_embeds.T - 10)
+    pairs = torch.arange(3)
+    expected = symmetric_contrastive_loss(
+        output.image_embeds, output.text_embeds, 10.0, pairs, pairs, "sigmoid", -10.0
+    )
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert model.logit_bias.grad.abs() > 0 and model.logit_scale.grad.abs() > 0
+    with torch.no_grad():
+        model.logit_bias.fill_(-4.0)
+    model.save_pretrained(tmp_path)
+    loaded, info = MiniClipModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and loaded.logit_bias.item() == -4.0
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["logit_bias"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = MiniClipModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert list(info["missing_keys"]) == ["logit_bias"] and loaded.logit_bias.item() == -10.0
+
+
 def test_temperature_is_learnable_and_clamped():
     model = tiny_model()
     inputs = tiny_inputs(model)

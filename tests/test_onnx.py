@@ -45,7 +45,7 @@ LIMIT = 24  # tokens of the tiny text towers
 def save_export(folder: Path, seed: int = 0, **settings: Any) -> Path:
     """An export of tiny towers whose images are cropped with an odd margin; `settings` are of the image processor."""
     torch.manual_seed(seed)
-    config = tiny_config(text_pooling="mean", logit_scale_init_value=3.0)
+    config = tiny_config(text_pooling="mean", logit_scale_init_value=3.0, loss_type="sigmoid")
     config.vision_config.pretrained_cfg = {**config.vision_config.pretrained_cfg, "crop_pct": 0.85}
     tokenizer = train_tokenizer([describe(scene, Random(0)) for scene in sample_scenes(200, seed=3)], 200)
     tokenizer.model_max_length = LIMIT
@@ -175,7 +175,8 @@ def test_the_folder_is_complete_and_tells_nothing_of_this_machine(exported: Path
             assert place.encode() not in content, f"{path.name} names {place}"
     settings = json.loads((exported / "onnx" / "preprocessor_config.json").read_text())
     assert settings["size"] == {"shortest_edge": 37} and "auto_map" not in settings
-    assert json.loads((exported / "onnx" / "model.json").read_text())["logit_scale"] == pytest.approx(np.exp(3.0))
+    logits = json.loads((exported / "onnx" / "model.json").read_text())
+    assert logits == {"logit_scale": pytest.approx(np.exp(3.0)), "logit_bias": -10.0}
 
 
 @needs_onnx
