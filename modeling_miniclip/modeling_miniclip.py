@@ -275,6 +275,7 @@ class MiniClipOutput(ModelOutput):
         text_model_output: the text tower's output, its `pooler_output` being the pooled feature.
         vision_model_output: the image tower's output, its `pooler_output` being the pooled feature.
         logit_scale: `[1]`, the clamped inverse temperature used for the logits; only with both modalities.
+        pooler_output: of one modality alone, its embeddings once more: the feature that a pipeline pools.
     """
 
     loss: Tensor | None = None
@@ -285,6 +286,7 @@ class MiniClipOutput(ModelOutput):
     text_model_output: Any = None
     vision_model_output: Any = None
     logit_scale: Tensor | None = None
+    pooler_output: Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The values that are not None, nested outputs as tuples too."""
@@ -565,6 +567,7 @@ class MiniClipModel(PreTrainedModel):
             text_model_output=text_output,
             vision_model_output=vision_output,
             logit_scale=logit_scale,
+            pooler_output=image_embeds if text_embeds is None else text_embeds if image_embeds is None else None,
         )
 
 

@@ -61,7 +61,7 @@ def to_rgb(image: Any) -> Image.Image:
             values *= 255 if values.max() <= 1 else 1
         elif image.mode != "I" or values.max() > 255:  # "I;16" always holds 16 bits, "I" may hold 8 of its 32
             values /= 257
-        values[stored == image.info.get("transparency", math.nan)] = 255
+        values[stored == image.info.get("transparency", np.nan)] = 255
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
