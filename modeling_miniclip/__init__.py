@@ -22,6 +22,9 @@ _MODULE_OF = {
     "encode_images": "retrieval",
     "encode_texts": "retrieval",
     "find_matches": "retrieval",
+    "zero_shot_weights": "zero_shot",
+    "zero_shot_accuracy": "zero_shot",
+    "classify": "zero_shot",
     "export": "hub",
     "push": "pushing",
     "packaged_file": "resources",
@@ -51,6 +54,9 @@ if TYPE_CHECKING:
     from .retrieval import encode_images as encode_images
     from .retrieval import encode_texts as encode_texts
     from .retrieval import find_matches as find_matches
+    from .zero_shot import classify as classify
+    from .zero_shot import zero_shot_accuracy as zero_shot_accuracy
+    from .zero_shot import zero_shot_weights as zero_shot_weights
 
 
 def __getattr__(name: str) -> Any:

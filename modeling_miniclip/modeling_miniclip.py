@@ -344,6 +344,7 @@ class MiniClipOutput(ModelOutput):
         vision_model_output: the image tower's output, its `pooler_output` being the pooled feature.
         logit_scale: `[1]`, the clamped inverse temperature used for the logits; only with both modalities.
         logit_bias: `[1]`, likewise; only with the sigmoid loss.
+        pooler_output: of one modality alone, its embeddings once more: the feature that a pipeline pools.
     """
 
     loss: Tensor | None = None
@@ -355,6 +356,7 @@ class MiniClipOutput(ModelOutput):
     vision_model_output: Any = None
     logit_scale: Tensor | None = None
     logit_bias: Tensor | None = None
+    pooler_output: Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The values that are not None, nested outputs as tuples too."""
@@ -633,6 +635,7 @@ class MiniClipModel(PreTrainedModel):
                 loss = symmetric_contrastive_loss(
                     image_embeds, text_embeds, logit_scale, *ids, self.config.loss_type, logit_bias
                 )
+        alone = [embeds for embeds in (image_embeds, text_embeds) if embeds is not None]
         return MiniClipOutput(
             loss=loss,
             logits_per_image=logits_per_image,
@@ -643,6 +646,7 @@ class MiniClipModel(PreTrainedModel):
             vision_model_output=vision_output,
             logit_scale=logit_scale,
             logit_bias=logit_bias,
+            pooler_output=alone[0] if len(alone) == 1 else None,
         )
 
 

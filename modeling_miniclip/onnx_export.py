@@ -35,7 +35,7 @@ BATCH_SIZES = (1, 2, 5, 32)  # of the comparison, in turn
 LONGEST_TEXT = 1024  # tokens: the longest text of the comparison where the text tower would take more
 # What of onnx_example.py changes where the package is not installed.
 STANDING_ALONE = {
-    "from PIL import Image\n": "from PIL import Image, ImageOps\n",
+    "from PIL import Image\n": "from PIL import ExifTags, Image, ImageOps\n",
     "from .processing_miniclip import to_rgb\n": f"\n{inspect.getsource(to_rgb)}",
 }
 

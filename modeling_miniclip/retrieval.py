@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 
 from .errors import DataError
 from .modeling_miniclip import MiniClipModel
-from .processing_miniclip import MiniClipProcessor, to_rgb
+from .processing_miniclip import MiniClipProcessor, load_rgb, to_rgb
 
 
 def open_image(image: Any) -> Image.Image:
-    """RGB image of a path, a PIL image, an array (`[H, W, 3]` or `[H, W]` uint8) or a row with the key `image`.
+    """RGB image of a path, a URL, a PIL image, an array (`[H, W, 3]` or `[H, W]` uint8) or a row with the key `image`.
 
     Raises:
         DataError: there is no such file, it is no image, or an array of another shape or type.
@@ -31,8 +31,7 @@ def open_image(image: Any) -> Image.Image:
     name = os.fspath(image) if isinstance(image, str | os.PathLike) else getattr(image, "filename", "")
     try:
         if isinstance(image, str | os.PathLike):
-            with Image.open(image) as opened:
-                return to_rgb(opened)
+            return load_rgb(image)
         return to_rgb(image if isinstance(image, Image.Image) else _image_of_array(image))
     except DataError:
         raise
@@ -80,7 +79,7 @@ def encode_images(
 
     Args:
         model: on any device; it is not changed.
-        images: paths, PIL images, arrays or rows with the key `image`; read as they are needed.
+        images: paths, URLs, PIL images, arrays or rows with the key `image`; read as they are needed.
         processor: by default the one saved with the model.
         batch_size: images a forward pass.
         progress: show a progress bar.

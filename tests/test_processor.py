@@ -1,10 +1,15 @@
 """The processor: pixels against timm's own transform, any picture to RGB, texts padded and cut, save and reload."""
 
+import base64
 import io
 import json
 import math
 import shutil
+import struct
+import threading
 import warnings
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +24,14 @@ from transformers import (
     AutoModel,
     AutoProcessor,
     AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     RobertaTokenizer,
     T5Tokenizer,
     TimmWrapperConfig,
+    ViTImageProcessorPil,
 )
+from transformers.image_utils import load_image
 
 from modeling_miniclip import MiniClipConfig, MiniClipProcessor
 from modeling_miniclip.processing_miniclip import image_processor_from_timm, max_text_length, to_rgb
@@ -164,6 +173,54 @@ def test_normalize_equals_the_image_processor_bit_for_bit(name):
     assert torch.equal(processor.normalize(values), (values.float() / 255 - mean) / std)
 
 
+SQUARE = {"height": 50, "width": 50}
+RANDOM_SIZES = [tuple(map(int, 10 ** np.random.default_rng(s).uniform(0.3, 2.7, 2))) for s in range(40)]
+
+
+@pytest.mark.parametrize("resample", list(Image.Resampling))
+@pytest.mark.parametrize(
+    ("size", "crop"),
+    [
+        ({"shortest_edge": 235}, 224),
+        ({"shortest_edge": 33}, {"height": 20, "width": 31}),
+        ({"height": 40, "width": 29}, 24),  # squash
+        ({"shortest_edge": 30}, {"height": 41, "width": 24}),  # padded with black where the crop is larger
+    ],
+)
+def test_crop_equals_the_image_processor_bit_for_bit(size, crop, resample):
+    stock = CLIPImageProcessorPil(size=size, crop_size=crop, resample=resample)
+    processor = MiniClipProcessor(stock, tiny_processor().tokenizer)
+    for seed, pixels in enumerate(RANDOM_SIZES):
+        image = picture(pixels, seed)
+        expected = stock(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        assert processor._plan(image) is not None  # none of them is left to the image processor
+        cropped = processor.crop(image)
+        assert cropped.dtype == expected.dtype and np.array_equal(cropped, expected), pixels
+
+
+@pytest.mark.parametrize(
+    "stock",
+    [
+        CLIPImageProcessor(size={"shortest_edge": 40}, crop_size=32),  # torchvision's pixels are others
+        CLIPImageProcessorPil(size={"shortest_edge": 40, "longest_edge": 60}, crop_size=32),
+        CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=32, do_center_crop=False),
+        CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=32, do_resize=False),
+        CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=32, do_pad=True, pad_size=SQUARE),
+        ViTImageProcessorPil(size={"height": 40, "width": 30}),
+    ],
+)  # fmt: skip
+def test_crop_of_other_image_processors_and_settings_is_their_own(stock):
+    processor = MiniClipProcessor(stock, tiny_processor().tokenizer)
+    image = picture((90, 70))
+    expected = stock(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    assert np.array_equal(processor.crop(image), expected)
+
+
+def test_a_crop_can_be_written_to_and_made_a_tensor():
+    flags = tiny_processor().crop(picture((50, 40))).flags
+    assert flags.writeable and flags.c_contiguous  # as torch.from_numpy wants it
+
+
 def test_a_batch_is_its_images_one_by_one():
     processor = tiny_processor()
     images = [picture(size, seed) for seed, size in enumerate([(40, 30), (32, 32), (31, 90)])]
@@ -254,6 +311,40 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped():
     assert pixels_of(Image.fromarray(np.array([[0, 7, 255]], dtype=np.int32))) == [[0] * 3, [7] * 3, [255] * 3]
 
 
+def test_transparent_value_of_sixteen_bit_grey_becomes_white():
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    pixels = b"\0" + struct.pack(">3H", 7 * 257, 9 * 257, 65535)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", 3, 1, 16, 0, 0, 0, 0),
+        b"tRNS": struct.pack(">H", 7 * 257),
+        b"IDAT": zlib.compress(pixels),
+        b"IEND": b"",
+    }
+    file = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*item) for item in chunks.items())
+    assert pixels_of(Image.open(io.BytesIO(file))) == [[255] * 3, [9] * 3, [255] * 3]
+
+
+def test_floating_point_pixels_are_of_0_to_1_or_of_0_to_255():
+    unit = np.array([[0, 0.2, 0.4, 1]], dtype=np.float32)
+    expected = [[v] * 3 for v in (0, 51, 102, 255)]
+    assert pixels_of(Image.fromarray(unit)) == pixels_of(reopened(Image.fromarray(unit), "TIFF")) == expected
+    assert pixels_of(Image.fromarray(unit * 255)) == expected
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "LAB", "PA", "RGBa", "RGBX"])
+def test_rarer_modes_keep_the_colour(mode):
+    colour = (200, 60, 30)
+    if mode == "LAB":  # CIE L*a*b* of this colour, by LittleCMS: 47, 55, 49; stored as L * 2.55, a + 128, b + 128
+        image = Image.new("LAB", (2, 1), (120, 183, 177))
+    elif mode == "PA":
+        image = Image.new("RGB", (2, 1), colour).quantize(2).convert("PA")
+    else:
+        image = Image.new("RGB", (2, 1), colour).convert("RGBA" if mode == "RGBa" else mode).convert(mode)
+    assert np.abs(np.array(pixels_of(image)) - colour).max() <= 4
+
+
 def test_one_bit_is_black_and_white():
     image = Image.new("1", (2, 1))
     image.putdata([0, 1])
@@ -298,6 +389,20 @@ def test_first_frame_of_an_animation_is_taken():
     assert pixels_of(image) == [[255, 0, 0]] * 2
 
 
+@pytest.mark.parametrize("fmt", ["PNG", "WEBP", "TIFF"])
+def test_first_frame_of_other_animations_and_of_several_pages_is_taken(fmt):
+    frames = [Image.new("RGB", (2, 1), colour) for colour in ("red", "blue", "green")]
+    options = {"lossless": True} if fmt == "WEBP" else {}
+    image = reopened(frames[0], fmt, save_all=True, append_images=frames[1:], **options)
+    assert image.n_frames == 3
+    assert pixels_of(image) == [[255, 0, 0]] * 2
+
+
+def test_an_rgb_image_is_not_copied():
+    image = picture((9, 9))
+    assert to_rgb(image) is image
+
+
 def test_the_given_image_stays_as_it_is():
     for mode in ("RGB", "RGBA", "L", "P", "I;16"):
         image = Image.new(mode, (2, 2))
@@ -311,6 +416,205 @@ def test_a_truncated_file_is_an_os_error():
     picture((64, 64)).save(buffer, format="JPEG")
     with pytest.raises(OSError):
         to_rgb(Image.open(io.BytesIO(buffer.getvalue()[:-400])))
+
+
+# --- where images come from ---
+
+
+def odd_files(folder: Path) -> dict[str, Path]:
+    """One file of each odd kind, whose RGB is not what `Image.convert("RGB")` makes of it, and a plain one."""
+    coarse = picture((48, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    transparent = coarse.copy()
+    transparent.putalpha(Image.radial_gradient("L").resize(coarse.size))
+    grey16 = Image.fromarray(np.asarray(coarse.convert("L")).astype(np.uint16) * 200)
+    transparent.save(folder / "rgba.png")
+    transparent.convert("LA").save(folder / "la.png")
+    grey16.save(folder / "grey16.png")
+    coarse.save(folder / "turned.jpg", exif=exif)
+    coarse.quantize(16).save(folder / "palette.png", transparency=3)
+    coarse.save(folder / "animated.gif", save_all=True, append_images=[picture((48, 40), 5)])
+    coarse.save(folder / "plain.png")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
+def test_files_of_any_kind_are_read_right(tmp_path, backend):
+    tiny_processor().save_pretrained(tmp_path / "saved")
+    processor = MiniClipProcessor.from_pretrained(tmp_path / "saved", backend=backend)
+    (tmp_path / "files").mkdir()
+    files = odd_files(tmp_path / "files")
+    expected = [processor(images=to_rgb(Image.open(f)), return_tensors="pt")["pixel_values"] for f in files.values()]
+    for name, pixels in zip(files, expected, strict=True):
+        for form in (files[name], str(files[name]), [files[name]], Image.open(files[name])):
+            assert torch.equal(processor(images=form, return_tensors="pt")["pixel_values"], pixels), name
+    batch = processor(images=list(files.values()), return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch, torch.cat(expected))
+
+
+class Files(BaseHTTPRequestHandler):
+    """Serves `files`; what lies under /moved/ is to be found without it."""
+
+    files: dict[str, Path] = {}
+
+    def do_GET(self):
+        if self.path.startswith("/moved/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/moved"))
+            self.end_headers()
+            return
+        found = self.files.get(self.path[1:])
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(found.read_bytes() if found else b"nothing here")
+
+    def log_message(self, *args):
+        pass
+
+
+def test_urls_and_base64_are_files_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # for a server on loopback
+    processor = tiny_processor()
+    Files.files = odd_files(tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        for name, path in Files.files.items():
+            expected = processor(images=path, return_tensors="pt")["pixel_values"]
+            text = base64.b64encode(path.read_bytes()).decode()
+            forms = [f"{url}/{name}", f"{url}/moved/{name}", f"data:image/{path.suffix[1:]};base64,{text}", text]
+            for pixels in processor(images=forms, return_tensors="pt")["pixel_values"]:
+                assert torch.equal(pixels, expected[0]), name
+        # and the same as transformers' own loading where that is right
+        loaded = processor(images=load_image(f"{url}/turned"), return_tensors="pt")["pixel_values"]
+        assert torch.equal(processor(images=f"{url}/turned", return_tensors="pt")["pixel_values"], loaded)
+        with pytest.raises(Exception, match=r"404.*/nothing"):
+            processor(images=f"{url}/nothing")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    processor = tiny_processor()
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(OSError, match=r"text\.png"):
+        processor(images=tmp_path / "text.png")
+    for missing in ("no.png", "a dog", Path("no.png"), "data:image/png;base64,AAAA"):
+        with pytest.raises(FileNotFoundError, match="no such image file, nor a URL"):
+            processor(images=[missing])
+    with pytest.raises(TypeError, match="int"):
+        processor(images=5)
+
+
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda array: array,
+        lambda array: array.transpose(2, 0, 1),
+        lambda array: array[None],
+        lambda array: [array, array],
+        lambda array: (array,),
+        lambda array: array.astype(np.float32),
+        lambda array: array.astype(np.int64),
+        lambda array: array.astype(np.uint16) * 257,
+        lambda array: np.dstack([array, np.full(array.shape[:2], 255, dtype=np.uint8)]),
+        torch.from_numpy,
+        lambda array: torch.from_numpy(array).permute(2, 0, 1),
+        lambda array: torch.from_numpy(array).permute(2, 0, 1)[None],
+        lambda array: [torch.from_numpy(array), Image.fromarray(array)],
+        lambda array: torch.from_numpy(array).permute(2, 0, 1).float().requires_grad_(),
+    ],
+    ids="hwc chw bhwc list tuple float int uint16 rgba torch_hwc torch_chw torch_bchw mixed gradient".split(),
+)
+def test_arrays_and_tensors_are_the_image_they_hold(form, backend, tmp_path):
+    tiny_processor().save_pretrained(tmp_path)
+    processor = MiniClipProcessor.from_pretrained(tmp_path, backend=backend)
+    image = picture((45, 38))
+    expected = processor(images=image, return_tensors="pt")["pixel_values"]
+    images = form(np.array(image))
+    found = processor(images=images, return_tensors="pt")["pixel_values"]
+    assert len(found) == (len(images) if isinstance(images, list | tuple) else 1)
+    # torchvision resizes floating-point pixels without rounding them: half a step of 255
+    for pixels in found:
+        torch.testing.assert_close(pixels, expected[0], atol=1e-6 if backend == "pil" else 0.05, rtol=0)
+
+
+@pytest.mark.parametrize("form", [np.asarray, lambda grey: np.asarray(grey)[:, :, None], torch.from_numpy, list])
+def test_grey_arrays_are_grey_images(form):
+    processor = tiny_processor()
+    grey = picture((45, 38)).convert("L")
+    expected = processor(images=grey, return_tensors="pt")["pixel_values"]
+    images = [np.asarray(grey)] if form is list else form(np.array(grey))
+    assert torch.equal(processor(images=images, return_tensors="pt")["pixel_values"], expected)
+    high = np.asarray(grey).astype(np.uint16) * 257
+    assert torch.equal(processor(images=high, return_tensors="pt")["pixel_values"], expected)
+
+
+def test_pixels_between_0_and_1_are_for_do_rescale_false():
+    processor = tiny_processor()
+    image = Image.fromarray(np.asarray(picture((PIXELS, PIXELS))))
+    unit = np.asarray(image).astype(np.float32) / 255
+    expected = processor(images=image, return_tensors="pt")["pixel_values"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
+            found = processor(images=unit, return_tensors="pt", **options)["pixel_values"]
+            torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+        processor(images=[np.zeros((40, 40, 3), np.float32), unit * 255])
+    for form in (unit, [unit], torch.from_numpy(unit), torch.from_numpy(unit).bfloat16()):
+        with pytest.warns(UserWarning, match="between 0 and 1.*do_rescale=False") as caught:
+            processor(images=form)
+        assert [w.filename for w in caught] == [__file__]
+
+
+# --- keyword arguments ---
+
+
+def test_keyword_arguments_go_where_processor_mixin_sends_them():
+    processor = tiny_processor()
+    image, texts = picture((60, 50)), ["a dog", "two children play with a ball"]
+    own = {
+        "pixel_values": processor.image_processor(image, crop_size=20, do_normalize=False, return_tensors="np"),
+        "input_ids": processor.tokenizer(texts, padding="max_length", max_length=12, truncation=True),
+    }
+    flat = {"crop_size": 20, "do_normalize": False, "padding": "max_length", "max_length": 12}
+    nested = {
+        "images_kwargs": {"crop_size": 20, "do_normalize": False},
+        "text_kwargs": {"padding": "max_length", "max_length": 12},
+    }
+    for options in (flat, nested, nested | {"common_kwargs": {"return_tensors": "np"}}):
+        outputs = processor(images=image, text=texts, **({"return_tensors": "np"} | options))
+        for name, expected in own.items():
+            assert np.array_equal(outputs[name], expected[name]), (name, options)
+    with pytest.raises(ValueError, match="max_length was passed two times"):
+        processor(text=texts, text_kwargs={"max_length": 12}, max_length=16)
+    assert len(processor(text=texts[0])["input_ids"]) == 4  # nothing is kept for the next call
+
+
+def test_options_of_the_tokenizer_change_what_comes_out():
+    processor = tiny_processor()
+    assert "attention_mask" not in processor(text=[LONG, "a dog"], return_attention_mask=False)
+    assert "special_tokens_mask" in processor(text=["a dog"], return_special_tokens_mask=True)
+    ids = processor(text=["a dog"], add_special_tokens=False)["input_ids"][0]
+    assert ids == processor(text=["a dog"])["input_ids"][0][1:-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what overflows is a row of its own, not lost
+        rows = processor(text=[LONG, "a dog"], max_length=8, return_overflowing_tokens=True)["input_ids"]
+    assert len(rows) > 2 and {len(row) for row in rows} == {8}
+
+
+def test_wrong_input_is_refused_as_by_processor_mixin():
+    processor = tiny_processor()
+    with pytest.raises(ValueError, match="at least one input to call MiniClipProcessor"):
+        processor()
+    with pytest.raises(ValueError, match="string or list of strings"):
+        processor(text=[1, 2])
+    assert processor.batch_decode(processor(text=["a dog"])["input_ids"], skip_special_tokens=True) == ["a dog"]
+    assert set(processor.model_input_names) == {"pixel_values", "input_ids", "attention_mask"}
 
 
 # --- texts ---

@@ -1,0 +1,177 @@
+"""transformers' pipelines on an exported folder: what they return is what the model's own calls return."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from modeling_miniclip import MiniClipModel, MiniClipProcessor, classify, export
+from tests.hubs import WITHOUT_PACKAGE, run
+from tests.runs import ROOT
+from tests.towers import tiny_model, tiny_processor
+
+LABELS = ["red dog", "white boat on a blue lake", "child"]
+TEXTS = ["a red dog runs", "two children play with a yellow ball on the beach", "a boat"]
+
+
+@pytest.fixture(
+    scope="module", params=[("resnet", "distilbert"), ("vit", "bert"), ("convnext", "roberta")], ids="-".join
+)
+def folder(request: Any, tmp_path_factory: Any) -> Path:
+    """An export; BERT's tokenizer would give token types, of which the model knows nothing."""
+    torch.manual_seed(0)
+    model = tiny_model(*request.param, text_pooling="mean")
+    return export(model, tiny_processor(), tmp_path_factory.mktemp("pipelines") / "export")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: Any) -> list[Path]:
+    """Three photographs of noise, larger than the tower's input."""
+    rng = np.random.default_rng(0)
+    paths = [tmp_path_factory.mktemp("images") / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        Image.fromarray(rng.integers(0, 256, (50 + i, 70, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+@torch.no_grad()
+def own_outputs(folder: Path, images: list[Path], template: str = "This is a photo of {}.") -> dict[str, Any]:
+    """Embeddings and probabilities by the model and the processor, with the backend that pipelines select."""
+    model = MiniClipModel.from_pretrained(folder)
+    processor = MiniClipProcessor.from_pretrained(folder, backend="torchvision")
+    pixels = processor(images=images, return_tensors="pt")
+    labels = processor(text=[template.format(label) for label in LABELS], return_tensors="pt")
+    return {
+        "image": model(**pixels).image_embeds.numpy(),
+        "text": np.stack([model(**processor(text=t, return_tensors="pt")).text_embeds[0].numpy() for t in TEXTS]),
+        "probabilities": model(**pixels, **labels).logits_per_image.softmax(dim=-1).numpy(),
+    }
+
+
+def by_label(rows: list[list[dict[str, Any]]]) -> np.ndarray:
+    """`[images, LABELS]` scores of a zero-shot pipeline's answer."""
+    return np.array([[next(i["score"] for i in row if i["label"] == label) for label in LABELS] for row in rows])
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": True}, {"batch_size": 2}], ids=["plain", "pool", "batched"])
+def test_image_feature_extraction_returns_the_unit_norm_embedding(folder, images, options):
+    extract = pipeline("image-feature-extraction", model=str(folder))
+    expected = own_outputs(folder, images)["image"]
+    for form in ([str(path) for path in images], [Image.open(path) for path in images]):
+        found = np.array(extract(form, **options))
+        assert found.shape == (3, 1, 16)
+        np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
+    one = extract(str(images[1]), return_tensors=True, **options)
+    assert one.shape == (1, 16)
+    torch.testing.assert_close(one, torch.from_numpy(expected[1:2]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(one.norm(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"truncation": True}], ids=["plain", "batched", "cut"])
+def test_feature_extraction_returns_the_unit_norm_embedding_of_a_text(folder, images, options):
+    extract = pipeline("feature-extraction", model=str(folder))
+    found = np.array(extract(TEXTS, **options))
+    assert found.shape == (3, 1, 16)
+    np.testing.assert_allclose(found[:, 0], own_outputs(folder, images)["text"], atol=1e-5)
+    assert extract("a dog", return_tensors=True).shape == (1, 16)
+
+
+def test_feature_extraction_cuts_a_text_at_the_towers_limit(folder):
+    extract = pipeline("feature-extraction", model=str(folder))
+    processor = MiniClipProcessor.from_pretrained(folder)
+    with pytest.warns(UserWarning, match="truncated to 24 tokens"), torch.no_grad():
+        inputs = processor(text="a red dog " * 20, return_tensors="pt")
+        expected = MiniClipModel.from_pretrained(folder)(**inputs).text_embeds
+    found = extract("a red dog " * 20, truncation=True, return_tensors=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("template", ["This is a photo of {}.", "{}"])
+def test_zero_shot_pipeline_gives_the_models_probabilities_and_those_of_classify(folder, images, template):
+    ask = pipeline("zero-shot-image-classification", model=str(folder))
+    found = ask([str(path) for path in images], candidate_labels=LABELS, hypothesis_template=template)
+    np.testing.assert_allclose(by_label(found), own_outputs(folder, images, template)["probabilities"], atol=1e-5)
+    assert all([item["score"] for item in row] == sorted((i["score"] for i in row), reverse=True) for row in found)
+    model = MiniClipModel.from_pretrained(folder)
+    processor = MiniClipProcessor.from_pretrained(folder, backend="torchvision")
+    ours = classify(model, images, LABELS, template, processor=processor)
+    np.testing.assert_allclose(by_label(ours), by_label(found), atol=1e-5)
+    if template == "This is a photo of {}.":  # is what the pipeline says unasked, and a set of templates of ours
+        unasked = ask([str(path) for path in images], candidate_labels=LABELS)
+        np.testing.assert_allclose(by_label(unasked), by_label(found), atol=1e-6)
+        named = classify(model, images, LABELS, "pipeline", processor=processor)
+        np.testing.assert_allclose(by_label(named), by_label(found), atol=1e-5)
+    # With the processor's own PIL backend the pixels are up to 2 of 255 steps others, the answer hardly.
+    np.testing.assert_allclose(by_label(classify(model, images, LABELS, template)), by_label(found), atol=0.05)
+
+
+def test_a_pipeline_can_be_given_the_processors_own_backend(folder, images):
+    processor = MiniClipProcessor.from_pretrained(folder)
+    extract = pipeline("image-feature-extraction", model=str(folder), image_processor=processor.image_processor)
+    with torch.no_grad():
+        inputs = processor(images=images[0], return_tensors="pt")
+        expected = MiniClipModel.from_pretrained(folder)(**inputs).image_embeds
+    torch.testing.assert_close(extract(str(images[0]), return_tensors=True), expected, atol=1e-6, rtol=0)
+
+
+def test_pipelines_run_in_half_precision(folder, images):
+    expected = own_outputs(folder, images)
+    extract = pipeline("image-feature-extraction", model=str(folder), dtype=torch.bfloat16)
+    assert extract.model.dtype == torch.bfloat16
+    np.testing.assert_allclose(np.array(extract(str(images[0])))[0], expected["image"][0], atol=0.05)
+    ask = pipeline("zero-shot-image-classification", model=str(folder), dtype=torch.bfloat16)
+    scores = by_label([ask(str(images[0]), candidate_labels=LABELS)])
+    np.testing.assert_allclose(scores, expected["probabilities"][:1], atol=0.1)
+
+
+def test_of_one_modality_the_pooled_output_is_its_embedding(folder, images):
+    model, processor = MiniClipModel.from_pretrained(folder), MiniClipProcessor.from_pretrained(folder)
+    both = processor(images=images, text=TEXTS, return_tensors="pt")
+    with torch.no_grad():
+        image, text = model(pixel_values=both["pixel_values"]), model(both["input_ids"])
+        assert image.pooler_output is image.image_embeds and text.pooler_output is text.text_embeds
+        assert model(**both).pooler_output is None
+
+
+PIPELINES = """
+import json, sys
+from transformers import pipeline
+folder, images, texts, labels, options = json.loads(sys.argv[1])
+extract = pipeline("image-feature-extraction", model=folder, **options)
+found = {
+    "class": type(extract.model).__module__,
+    "image": [extract(image)[0] for image in images],
+    "pooled": [extract(image, pool=True)[0] for image in images],
+    "text": [row[0] for row in pipeline("feature-extraction", model=folder, **options)(texts)],
+    "zero_shot": pipeline("zero-shot-image-classification", model=folder, **options)(images, candidate_labels=labels),
+}
+print("FOUND", json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "options", "module"),
+    [
+        ("from modeling_miniclip import MiniClipModel", {}, "modeling_miniclip"),
+        (WITHOUT_PACKAGE, {"trust_remote_code": True}, "transformers_modules"),
+    ],
+    ids=["with_the_package", "with_the_code_of_the_export"],
+)
+def test_pipelines_in_another_process(tmp_path, images, before, options, module):
+    torch.manual_seed(0)
+    folder = export(tiny_model(text_pooling="mean"), tiny_processor(), tmp_path / "export")
+    arguments = json.dumps([str(folder), [str(path) for path in images], TEXTS, LABELS, options])
+    environment = {} if before == WITHOUT_PACKAGE else {"PYTHONPATH": str(ROOT)}
+    done = run(["-c", f"{before}\n{PIPELINES}", arguments], tmp_path, HF_HUB_OFFLINE="1", **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.split("FOUND", 1)[1])
+    assert found["class"].startswith(module)
+    expected = own_outputs(folder, images)
+    for name, key in (("image", "image"), ("pooled", "image"), ("text", "text")):
+        np.testing.assert_allclose(np.array(found[name]), expected[key], atol=1e-5)
+    np.testing.assert_allclose(by_label(found["zero_shot"]), expected["probabilities"], atol=1e-5)
