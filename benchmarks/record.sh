@@ -2,6 +2,7 @@
 # Run a recipe and keep its figures beside this file.
 #   benchmarks/record.sh demo --recipe scenes
 #   benchmarks/record.sh flickr8k_lite --recipe flickr8k_lite --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
+# Features of frozen towers are computed anew, so that the time is that of a first run.
 # Only drawn scenes are kept as pictures: photographs belong to their owners.
 set -euo pipefail
 name=$1
@@ -10,7 +11,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$here/../.venv/bin/python}
 run=$(mktemp -d)
 start=$(date +%s.%N)
-"$python" "$here/../train_miniclip.py" "$@" --output_dir "$run"
+"$python" "$here/../train_miniclip.py" "$@" --output_dir "$run" --feature_cache_dir "$run/features"
 end=$(date +%s.%N)
 mkdir -p "$here/$name"
 cp "$run/metrics.jsonl" "$run/curves.png" "$here/$name/"
