@@ -127,7 +127,7 @@ model.save_pretrained("again")
 @pytest.mark.parametrize("name", TRAVELLING)
 def test_travelling_files_are_small_and_import_siblings_and_what_the_model_needs(name):
     source = (ROOT / "modeling_miniclip" / f"{name}.py").read_text()
-    assert len(source) < 30_000
+    assert len(source) < 36_000
     absolute = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
