@@ -649,10 +649,11 @@ def cli() -> int:
     """
     try:
         main()
+        return 0
     except MiniClipError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError | DataError) else 1
-    return 0
+        line, code = f"error: {error}", 2 if isinstance(error, UsageError | DataError) else 1
+    print(line, file=sys.stderr)  # now that the error is gone, and with it the progress bar of its frame
+    return code
 
 
 if __name__ == "__main__":
