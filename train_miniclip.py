@@ -102,8 +102,7 @@ def main(argv: list[str] | None = None) -> Path:
 
 def prepare(arguments: TrainingArguments) -> Run:
     """Output folder, data, model, loaders, optimiser, schedule; a resumed run's state."""
-    from modeling_miniclip.arguments import save_arguments
-    from modeling_miniclip.checkpoints import Interrupt, MetricsLog, Progress, clear_output_dir
+    from modeling_miniclip.checkpoints import Interrupt, MetricsLog, Progress
     from modeling_miniclip.diagnostics import Diagnosis
     from modeling_miniclip.reporting import StepMeter, data_for_card, describe_splits, say
     from modeling_miniclip.training import build_scheduler
@@ -151,21 +150,29 @@ def prepare(arguments: TrainingArguments) -> Run:
     run.scheduler = build_scheduler(optimizer.optimizer, arguments, run.last_step)
     if arguments.overfit_batch:
         return run
+    begin(run, checkpoint)
+    return run
 
-    # From where: a fresh start, or a checkpoint
+
+def begin(run: Run, checkpoint: Path | None) -> None:
+    """From where: a checkpoint, or an empty output folder; from now on the run leaves its marks there."""
+    from modeling_miniclip.arguments import save_arguments
+    from modeling_miniclip.checkpoints import clear_output_dir
+    from modeling_miniclip.reporting import say
+
+    arguments, accelerator = run.arguments, run.accelerator
     accelerator.register_for_checkpointing(run.progress, run.scheduler, run.log, run.meter)
     if checkpoint is not None:
         resume(run, checkpoint)
     elif arguments.resume_from_checkpoint is not None:
-        say(accelerator, f"no checkpoint in {output_dir} yet: from the start")
-    if checkpoint is None and accelerator.is_main_process:
-        clear_output_dir(output_dir)
+        say(accelerator, f"no checkpoint in {run.output_dir} yet: from the start")
     if accelerator.is_main_process:
-        save_arguments(arguments, output_dir / "arguments.yaml")
+        if checkpoint is None:
+            clear_output_dir(run.output_dir)
+        save_arguments(arguments, run.output_dir / "arguments.yaml")
     config = {k: v for k, v in asdict(arguments).items() if v is not None}
     again = {"tensorboard": {"purge_step": run.progress.step + 1}}  # hides what an earlier start logged behind it
     accelerator.init_trackers("miniclip", config=config, init_kwargs=again)
-    return run
 
 
 def resume(run: Run, checkpoint: Path) -> None:

@@ -126,9 +126,10 @@ def judge_overfit(lines: list[dict[str, float]], least: float, chance: float) ->
     told = f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps on one batch"
     if least > 0.001:
         told += f" (no model can be below {least:.4f} where images have several captions or some rows are equal)"
-    if losses[-1] - least < REACHED:
+    learnable = chance - least >= REACHED
+    if learnable and losses[-1] - least < REACHED:
         return True, f"{told}: it reaches zero; model, gradients and optimiser work"
-    if chance - least < REACHED:
+    if not learnable:
         cause = "this batch cannot be learned: its pictures, or its captions, are all alike"
     elif losses[-1] >= 0.9 * chance and (max(losses) > 1.2 * chance or lines[-1]["gradient_norm"] < 1e-4):
         cause = "likely the learning rates are too high, and all embeddings became alike; divide them by ten"

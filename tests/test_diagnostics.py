@@ -1,0 +1,214 @@
+"""Each thing that can go wrong is told in one line with its cause, and nothing is told of a run that learns."""
+
+import csv
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from modeling_miniclip import MiniClipError
+from modeling_miniclip.diagnostics import (
+    Diagnosis,
+    above_chance,
+    chance_loss,
+    diagnose_captions,
+    diagnose_collapse,
+    diagnose_loss,
+    diagnose_temperature,
+    mean_cosine,
+    relation,
+)
+from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
+from modeling_miniclip.overfitting import judge_overfit, least_loss, row_keys
+from tests.runs import flags, launch, metrics_of
+from train_miniclip import main
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def pairs(images: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Image embeddings, two captions of each, which are the image's with noise, and their owners."""
+    image_embeds = unit(images, 16, seed=seed)
+    owner = torch.arange(images).repeat_interleave(2)
+    return image_embeds, normalize(image_embeds[owner] + noise * unit(2 * images, 16, seed=seed + 1), dim=-1), owner
+
+
+# --- the loss of guessing, and the least one --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("captions", [[1, 1, 1, 1], [2, 2, 2], [3, 1, 2]])
+def test_chance_loss_is_that_of_a_model_that_gives_all_the_same_embedding(captions: list[int]) -> None:
+    image_id = torch.arange(len(captions))
+    text_image_id = image_id.repeat_interleave(torch.tensor(captions))
+    same = torch.ones(1, 4) / 2
+    arguments = (same.expand(len(image_id), 4), same.expand(len(text_image_id), 4), 20.0, image_id, text_image_id)
+    assert chance_loss(len(image_id), len(text_image_id)) == pytest.approx(
+        symmetric_contrastive_loss(*arguments).item()
+    )
+    assert chance_loss(32, 32) == pytest.approx(math.log(32))
+
+
+@pytest.mark.parametrize(
+    ("image_key", "text_key", "expected"),
+    [
+        ("abc", "uvw", 0.0),  # of [0, 1, 2], one caption each
+        ("aab", "uvw", 2 * math.log(2) / 3),  # two equal pictures: neither they nor their texts can be told apart
+        ("abc", "uuw", 2 * math.log(2) / 3),
+        ("aaa", "uuu", math.log(3)),
+        ("aaa", "uvw", math.log(3)),
+    ],
+)
+def test_least_loss_of_a_batch_with_equal_rows_worked_by_hand(image_key: str, text_key: str, expected: float) -> None:
+    assert least_loss([0, 1, 2], [0, 1, 2], list(image_key), list(text_key)) == pytest.approx(expected)
+
+
+def test_least_loss_with_several_captions_is_half_the_log_of_their_number() -> None:
+    owner = [0, 0, 1, 1, 2, 2]
+    assert least_loss([0, 1, 2], owner, list("abc"), list("uvwxyz")) == pytest.approx(math.log(2) / 2)
+    assert least_loss([0, 1, 2], owner, list("abc"), list("uuwxyz")) == pytest.approx(math.log(2) / 2)
+
+
+def test_no_optimiser_gets_below_the_least_loss_but_next_to_it() -> None:
+    """Free embeddings, one a different row: 5 images, two of them equal; 8 texts, of which two pairs are equal."""
+    image_key, text_key = [0, 0, 1, 2, 3], [0, 1, 2, 0, 3, 3, 4, 5]
+    image_id, owner = torch.arange(5), torch.tensor([0, 0, 1, 2, 3, 3, 4, 4])
+    least = least_loss(image_id.tolist(), owner.tolist(), image_key, text_key)
+    images, texts = (unit(n, 16, seed=n).requires_grad_() for n in (4, 6))
+    optimizer = torch.optim.Adam([images, texts], lr=0.02)
+    for _ in range(800):
+        rows = normalize(images, dim=-1)[image_key], normalize(texts, dim=-1)[text_key]
+        loss = symmetric_contrastive_loss(*rows, 12.0, image_id, owner)
+        assert loss.item() >= least
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() == pytest.approx(least, abs=2e-3)
+
+
+def test_row_keys_are_equal_for_equal_rows_alone() -> None:
+    rows = torch.tensor([[1, 2], [1, 3], [1, 2]])
+    keys = row_keys(list(rows)).tolist()
+    assert keys[0] == keys[2] != keys[1]
+
+
+# --- what is told, and what is not ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "told"),
+    [
+        (3.47, 0.5, "stuck at that of guessing, ln.batch. = 3.466.*too high"),
+        (3.47, 1e-6, "stuck.*have become alike"),
+        (3.9, 9.0, "above that of guessing"),
+        (3.3, 1.0, None),
+        (0.1, 1e-6, None),
+    ],
+)
+def test_loss_of_guessing_is_told(loss: float, norm: float, told: str | None) -> None:
+    line = diagnose_loss(loss, math.log(32), norm)
+    assert line is None if told is None else re.search(told, str(line))
+
+
+@pytest.mark.parametrize(
+    ("scale", "loss", "told"),
+    [(100.0, 3.0, "run into its bound 100"), (100.0, 0.3, None), (0.5, 3.4, "exploded"), (14.3, 3.4, None)],
+)
+def test_temperature_at_an_end_is_told_unless_the_loss_is_low(scale: float, loss: float, told: str | None) -> None:
+    line = diagnose_temperature(scale, 100.0, loss, math.log(32))
+    assert line is None if told is None else told in str(line)
+
+
+def test_mean_cosine_is_that_of_all_pairs() -> None:
+    embeds = unit(7, 5)
+    expected = torch.tensor([embeds[i] @ embeds[j] for i in range(7) for j in range(7) if i != j]).mean()
+    assert mean_cosine(embeds) == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_collapsed_side_is_told_by_name() -> None:
+    spread, collapsed = unit(50, 16), normalize(torch.ones(50, 16) + 0.1 * unit(50, 16), dim=-1)
+    assert diagnose_collapse(spread, spread) is None
+    assert "image embeddings have collapsed" in str(diagnose_collapse(collapsed, spread))
+    assert "--text_learning_rate" in str(diagnose_collapse(spread, collapsed))
+
+
+def test_above_chance_is_a_standard_score() -> None:
+    scores = [above_chance(unit(200, 16, seed=i), unit(200, 16, seed=i + 500), torch.arange(200)) for i in range(100)]
+    assert abs(sum(scores) / 100) < 0.4
+    assert torch.tensor(scores).std().item() == pytest.approx(1, abs=0.25)
+    images, texts, owner = pairs(200, 0.5)
+    assert above_chance(texts, images, owner) > 20
+
+
+def test_probe_finds_a_relation_that_the_model_does_not_and_none_in_shuffled_captions() -> None:
+    images, texts, owner = pairs(600, 1.0)
+    turned = texts @ torch.linalg.qr(unit(16, 16, seed=9))[0]  # a model whose sides know nothing of each other
+    constant = torch.full((1, 16), 0.25)
+    images, turned = (normalize(constant + 1e-3 * x, dim=-1) for x in (images, turned))  # and are all but collapsed
+    assert relation(images, turned, owner) > 10
+    shuffled = torch.randperm(600, generator=torch.Generator().manual_seed(0))[owner]
+    assert abs(relation(images, turned, shuffled)) < 3
+    assert diagnose_captions(images, turned, owner, None) is None
+    assert "not the data but likely the learning rates" in str(diagnose_captions(images, turned, owner, 1.0))
+    assert "captions are unrelated" in str(diagnose_captions(images, turned, shuffled, 1.0))
+
+
+def test_captions_are_judged_by_enough_images_only() -> None:
+    images, texts, owner = pairs(100, 0.5)
+    shuffled = torch.randperm(100, generator=torch.Generator().manual_seed(0))[owner]
+    assert diagnose_captions(images, texts, owner, 0.3) is None
+    assert diagnose_captions(images, texts, shuffled, 0.95) is None, "100 are not enough"
+    assert "although the training loss fell" in str(diagnose_captions(images, texts, shuffled, 0.3))
+    few = shuffled[:20] % 10
+    assert diagnose_captions(images[:10], texts[:20], few, 0.3) is None
+
+
+def test_each_kind_is_told_once_and_not_before_its_time() -> None:
+    lines: list[str] = []
+    diagnosis = Diagnosis(lines.append, warmup_steps=20, largest_scale=100.0)
+    values = {"loss": 3.466, "gradient_norm": 1.0, "logit_scale": 100.0}
+    for step in range(10, 120, 10):
+        diagnosis.after_steps(step, values, 10, math.log(32))
+    assert lines == []
+    for step in range(120, 200, 10):
+        diagnosis.after_steps(step, values, 10, math.log(32))
+    assert len(lines) == 2 and "stuck" in lines[0] and "bound" in lines[1]
+
+
+def test_loss_is_judged_by_many_steps_not_by_one_batch() -> None:
+    lines: list[str] = []
+    diagnosis = Diagnosis(lines.append, 0, 100.0)
+    rng = random.Random(0)
+    for step in range(1, 400):  # 6 % below that of guessing; single batches are above it
+        values = {"loss": 3.26 + rng.gauss(0, 0.2), "gradient_norm": 1.0, "logit_scale": 14.0}
+        diagnosis.after_steps(step, values, 1, math.log(32))
+    assert lines == []
+
+
+# --- the verdict on one batch -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "least", "norm", "reached", "cause"),
+    [
+        ([3.5, 1.0, 0.01], 0.0, 1.0, True, "it reaches zero"),
+        ([3.5, 1.0, 0.37], 0.3466, 1.0, True, "below 0.3466"),
+        ([3.5, 1.0, 0.37], 0.0, 1.0, False, "part of the way"),
+        ([3.5, 3.49, 3.48], 0.0, 1.0, False, "too low, or too much is frozen"),
+        ([3.5, 9.0, 3.47], 0.0, 1.0, False, "too high, and all embeddings became alike"),
+        ([3.5, 3.47, 3.47], 0.0, 1e-7, False, "all embeddings became alike"),
+        ([3.5, 1.0, 2.5], 0.0, 1.0, False, "goes up again"),
+        ([3.5, 3.47, 3.47], 3.46, 1.0, False, "all alike"),
+    ],
+)
+def test_verdict_on_one_batch(losses: list[float], least: float, norm: float, reached: bool, cause: str) -> None:
+    lines = [{"loss": loss, "gradient_norm": norm} for loss in losses]
+    found, line = judge_overfit(lines, least, math.log(32))
+    assert found == reached and cause in line
