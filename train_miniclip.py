@@ -177,7 +177,7 @@ def begin(run: Run, checkpoint: Path | None) -> None:
 
 def resume(run: Run, checkpoint: Path) -> None:
     """Take over a checkpoint's state, and forget what an earlier start logged and saved behind it."""
-    from modeling_miniclip.checkpoints import check_resumed, rewind_folders
+    from modeling_miniclip.checkpoints import check_resumed, drop_surplus, rewind_folders
     from modeling_miniclip.reporting import say
 
     expected = replace(run.progress)
@@ -191,6 +191,7 @@ def resume(run: Run, checkpoint: Path) -> None:
     check_resumed(run.progress, expected)
     if run.accelerator.is_main_process:
         rewind_folders(checkpoint, run.output_dir / "export")
+        drop_surplus(checkpoint.parent, run.arguments.save_total_limit, run.progress.best_step)
     run.log.rewind()
     run.saved = run.position
     say(run.accelerator, f"resumed from {checkpoint} at step {run.progress.step}")

@@ -99,8 +99,7 @@ def save_checkpoint(accelerator: Any, folder: Path, progress: Progress, keep: in
         if export_dir.exists():
             link_folder(export_dir, fresh / "export")
         commit_folder(fresh, target)
-        for old in surplus(checkpoints(folder), keep, progress.best_step):
-            discard_folder(old)
+        drop_surplus(folder, keep, progress.best_step)
     accelerator.wait_for_everyone()
     return target
 
@@ -126,6 +125,12 @@ def surplus(paths: list[Path], keep: int, best_step: int) -> list[Path]:
     """
     droppable = [path for path in paths[:-1] if path.name != f"step-{best_step:08d}"]
     return droppable[: max(0, len(paths) - keep)]
+
+
+def drop_surplus(folder: Path, keep: int, best_step: int) -> None:
+    """Delete the checkpoints that are [`surplus`]."""
+    for old in surplus(checkpoints(folder), keep, best_step):
+        discard_folder(old)
 
 
 def rewind_folders(checkpoint: Path, export_dir: Path) -> None:

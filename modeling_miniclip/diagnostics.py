@@ -124,7 +124,7 @@ def diagnose_captions(
     images = len(image_embeds)
     if images < FEWEST_ROWS or above_chance(text_embeds, image_embeds, text_image_id) > CLEAR:
         return None
-    learned = share is not None and share < 0.7
+    learned = share is not None and share < 0.9
     z = relation(image_embeds, text_embeds, text_image_id)
     if z > CLEAR:
         if share is None or share < 0.98:

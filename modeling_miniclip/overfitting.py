@@ -131,7 +131,7 @@ def judge_overfit(lines: list[dict[str, float]], least: float, chance: float) ->
         return True, f"{told}: it reaches zero; model, gradients and optimiser work"
     if not learnable:
         cause = "this batch cannot be learned: its pictures, or its captions, are all alike"
-    elif losses[-1] >= 0.9 * chance and (max(losses) > 1.2 * chance or lines[-1]["gradient_norm"] < 1e-4):
+    elif max(losses) > losses[0] + 0.2 * chance or _ended_at(chance, losses):
         cause = "likely the learning rates are too high, and all embeddings became alike; divide them by ten"
     elif losses[-1] >= 0.9 * chance:
         cause = "hardly anything was learned: likely the learning rates are too low, or too much is frozen"
@@ -140,3 +140,7 @@ def judge_overfit(lines: list[dict[str, float]], least: float, chance: float) ->
     else:
         cause = "it came down part of the way: likely it needs more --max_steps or higher learning rates"
     return False, f"{told}: it does not reach zero; {cause}"
+
+
+def _ended_at(chance: float, losses: list[float]) -> bool:
+    return abs(losses[-1] - chance) < 0.02 * chance < max(losses) - min(losses)

@@ -59,7 +59,7 @@ POINTS: list[tuple[str, Point]] = [
 MORE_POINTS: list[tuple[str, Point]] = [
     (PLATEAU, ("os.rename", "/.arguments.yaml.new", 1)),  # at the very start
     (PLATEAU, ("open", "/metrics.jsonl", 3)),  # within the second epoch
-    (PLATEAU, ("os.rename", "/checkpoints/step-", 2)),  # before an old one is dropped
+    (PLATEAU, ("os.rename", "/checkpoints/step-", 4)),  # the last is there, an old one not yet dropped
     (PLATEAU, ("shutil.rmtree", "/checkpoints/.step-00000002.old", 2)),  # and while it is
     (COSINE, ("open", "/retrieval.png", 1)),  # behind early stopping
 ]

@@ -5,10 +5,10 @@ import math
 import random
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -26,8 +26,8 @@ from modeling_miniclip.diagnostics import (
 )
 from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.overfitting import judge_overfit, least_loss, row_keys
-from tests.runs import flags, launch, metrics_of
-from train_miniclip import main
+from tests.runs import flags, launch, write_preset, write_scene_folder
+from train_miniclip import cli, main
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -41,7 +41,7 @@ def pairs(images: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Ten
     return image_embeds, normalize(image_embeds[owner] + noise * unit(2 * images, 16, seed=seed + 1), dim=-1), owner
 
 
-# --- the loss of guessing, and the least one --------------------------------------------------------------------------
+# --- the loss of guessing, and the least one ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("captions", [[1, 1, 1, 1], [2, 2, 2], [3, 1, 2]])
@@ -99,7 +99,7 @@ def test_row_keys_are_equal_for_equal_rows_alone() -> None:
     assert keys[0] == keys[2] != keys[1]
 
 
-# --- what is told, and what is not ------------------------------------------------------------------------------------
+# --- what is told, and what is not ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -192,23 +192,107 @@ def test_loss_is_judged_by_many_steps_not_by_one_batch() -> None:
     assert lines == []
 
 
-# --- the verdict on one batch -----------------------------------------------------------------------------------------
+# --- the verdict on one batch ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("losses", "least", "norm", "reached", "cause"),
+    ("losses", "least", "reached", "cause"),
     [
-        ([3.5, 1.0, 0.01], 0.0, 1.0, True, "it reaches zero"),
-        ([3.5, 1.0, 0.37], 0.3466, 1.0, True, "below 0.3466"),
-        ([3.5, 1.0, 0.37], 0.0, 1.0, False, "part of the way"),
-        ([3.5, 3.49, 3.48], 0.0, 1.0, False, "too low, or too much is frozen"),
-        ([3.5, 9.0, 3.47], 0.0, 1.0, False, "too high, and all embeddings became alike"),
-        ([3.5, 3.47, 3.47], 0.0, 1e-7, False, "all embeddings became alike"),
-        ([3.5, 1.0, 2.5], 0.0, 1.0, False, "goes up again"),
-        ([3.5, 3.47, 3.47], 3.46, 1.0, False, "all alike"),
+        ([3.5, 1.0, 0.01], 0.0, True, "it reaches zero"),
+        ([3.5, 1.0, 0.37], 0.3466, True, "below 0.3466"),
+        ([3.5, 1.0, 0.37], 0.0, False, "part of the way"),
+        ([3.5, 3.49, 3.48], 0.0, False, "too low, or too much is frozen"),
+        ([3.5, 9.0, 3.47], 0.0, False, "too high, and all embeddings became alike"),
+        ([3.9, 3.47, 3.47], 0.0, False, "all embeddings became alike"),
+        ([3.5, 1.0, 2.5], 0.0, False, "goes up again"),
+        ([3.5, 3.47, 3.47], 3.46, False, "all alike"),
     ],
 )
-def test_verdict_on_one_batch(losses: list[float], least: float, norm: float, reached: bool, cause: str) -> None:
-    lines = [{"loss": loss, "gradient_norm": norm} for loss in losses]
+def test_verdict_on_one_batch(losses: list[float], least: float, reached: bool, cause: str) -> None:
+    lines = [{"loss": loss} for loss in losses]
     found, line = judge_overfit(lines, least, math.log(32))
     assert found == reached and cause in line
+
+
+# --- real runs ------------------------------------------------------------------------------------------------------
+
+
+def warnings_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+
+
+def test_rates_that_are_too_high_are_told_as_stuck_and_collapsed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = dict.fromkeys(("learning_rate", "vision_learning_rate", "text_learning_rate"), 0.3)
+    main(flags(tmp_path, batch_size=3, num_train_epochs=16, logging_steps=5,
+               best_metric="image_to_text_R@1", **rates))  # fmt: skip
+    lines = warnings_of(capsys)
+    assert any(re.search("that of guessing, ln.batch. = 1.09.*too high", line) for line in lines), lines
+    assert any("embeddings have collapsed" in line for line in lines), lines
+    assert len(lines) == len({line[:30] for line in lines}), "each is told once"
+
+
+def test_a_run_that_becomes_nan_ends_with_its_last_good_checkpoint_and_export(tmp_path: Path) -> None:
+    still = dict.fromkeys(("learning_rate", "vision_learning_rate", "text_learning_rate"), 1e-4)
+    main(flags(tmp_path, num_train_epochs=1, **still))
+    # The optimiser's state would bring back its rates: this is a run of its own, from the model of the first.
+    absurd = dict.fromkeys(still, 1e30)
+    argv = flags(tmp_path, "nan", num_train_epochs=3, preset=None, model_name_or_path=tmp_path / "run" / "export",
+                 logging_steps=100, checkpointing_steps=1, **absurd)  # fmt: skip
+    with pytest.raises(MiniClipError, match="the (weights|training loss) became nan.*--learning_rate"):
+        main(argv)
+    for path in (tmp_path / "nan").rglob("model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+@pytest.mark.parametrize(("captions", "equal"), [(1, False), (2, False), (1, True)])
+def test_overfit_batch_tells_whether_one_batch_can_be_learned_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, captions: int, equal: bool
+) -> None:
+    argv = flags(tmp_path, overfit_batch=True, captions_per_image=captions, learning_rate=3e-3, projection_dim=32)
+    if equal:
+        pictures = sorted((tmp_path / "scenes" / "Images").iterdir())
+        for picture in pictures:
+            picture.write_bytes(pictures[0].read_bytes())
+    monkeypatch.setattr("sys.argv", ["train_miniclip.py", *argv])
+    assert cli() == int(equal)
+    out, error = capsys.readouterr()
+    assert ("all alike" in error) if equal else ("it reaches zero" in out)
+    assert (f"below {math.log(2) / 2:.4f}" in out) == (captions == 2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_overfit_batch_that_fails_says_why(tmp_path: Path) -> None:
+    rates = dict.fromkeys(("learning_rate", "vision_learning_rate", "text_learning_rate"), 1e-9)
+    with pytest.raises(MiniClipError, match="does not reach zero.*rates are too low"):
+        main(flags(tmp_path, overfit_batch=True, max_steps=5, **rates))
+
+
+@pytest.mark.slow
+def test_two_processes_overfit_the_batch_that_one_does(tmp_path: Path) -> None:
+    result = launch(flags(tmp_path, overfit_batch=True, captions_per_image=2, learning_rate=3e-3), processes=2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "no model can be below 0.3466" in result.stdout and "one batch of 8 images" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_shuffled_captions_are_told_and_right_ones_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shuffled: bool
+) -> None:
+    table = write_scene_folder(tmp_path / "scenes", 220)
+    write_preset(tmp_path)
+    if shuffled:
+        header, *rows = csv.reader(table.read_text(encoding="utf-8").splitlines())
+        images = sorted({row[1] for row in rows})
+        other = dict(zip(images, random.Random(0).sample(images, len(images)), strict=True))
+        with table.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *([number, other[image], text] for number, image, text in rows)])
+    main(flags(tmp_path, validation_fraction=0.5, batch_size=10, captions_per_image=5, augmentation="[]",
+               num_train_epochs=30, learning_rate=3e-3))  # fmt: skip
+    lines = warnings_of(capsys)
+    if shuffled:
+        assert len(lines) == 1 and "although the training loss fell: likely captions are unrelated" in lines[0], lines
+    else:
+        assert lines == []
