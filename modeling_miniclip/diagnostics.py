@@ -33,27 +33,26 @@ def chance_loss(images: float, texts: float) -> float:
     return (math.log(images) + math.log(texts)) / 2
 
 
-def diagnose_loss(loss: float, chance: float, gradient_norm: float) -> str | None:
+def diagnose_loss(loss: float, chance: float, gradient_norm: float, moved: bool = True) -> str | None:
     """A loss that stays at, or above, what guessing gives, although training has gone on for a while.
 
     Args:
         loss: mean over many steps, nats.
         chance: [`chance_loss`] of the same steps.
-        gradient_norm: of the last of them, before clipping.
+        gradient_norm: of the last step, before clipping.
+        moved: whether training has changed anything.
     """
     if loss < 0.98 * chance or chance < 0.5:
         return None
+    found = f"the loss is stuck at that of guessing, ln(batch) = {chance:.3f}"
     if loss > 1.1 * chance:
-        return (
-            f"the loss, {loss:.3f}, is above that of guessing, ln(batch) = {chance:.3f}: likely the learning rates "
-            "are too high; divide them by ten, those of the towers first"
-        )
+        found = f"the loss, {loss:.3f}, is above that of guessing, ln(batch) = {chance:.3f}"
     cause = "the learning rates are too high (divide them by ten, those of the towers first)"
-    if gradient_norm < 1e-4:
-        cause = "all images or all texts have become alike or hardly anything is trained (raise the learning rates)"
+    if not moved:
+        cause = "the learning rates are too low, or too much is frozen"
     return (
-        f"the loss is stuck at that of guessing, ln(batch) = {chance:.3f}, at a gradient norm of {gradient_norm:.2g}: "
-        f"likely {cause}, or captions do not belong to their images; --overfit_batch true tells which"
+        f"{found}, at a gradient norm of {gradient_norm:.2g}: likely {cause}, or captions do not belong to their "
+        "images; --overfit_batch true tells which"
     )
 
 
@@ -90,19 +89,23 @@ def mean_cosine(embeds: Tensor) -> float:
     return (total - n) / (n * (n - 1))
 
 
-def diagnose_collapse(image_embeds: Tensor, text_embeds: Tensor) -> str | None:
+def diagnose_collapse(image_embeds: Tensor, text_embeds: Tensor, moved: bool = True) -> str | None:
     """Embeddings that are all but one and the same.
 
     Args:
         image_embeds: `[B, dim]`, unit norm, of a split.
         text_embeds: `[N, dim]`, unit norm.
+        moved: whether training has changed anything: untrained towers may begin like that.
     """
     for name, embeds, flag in (("image", image_embeds, "vision"), ("text", text_embeds, "text")):
         cosine = mean_cosine(embeds) if len(embeds) > 1 else 0.0
         if cosine > 0.98:
+            cause = (
+                f"is too high; divide them by ten, or --freeze {flag}" if moved else "is too low: nothing has moved"
+            )
             return (
                 f"the {name} embeddings have collapsed, their mean cosine is {cosine:.4f}: likely "
-                f"--{flag}_learning_rate or --learning_rate is too high; divide them by ten, or --freeze {flag}"
+                f"--{flag}_learning_rate or --learning_rate {cause}"
             )
     return None
 
@@ -223,7 +226,9 @@ class Diagnosis:
         self.tell, self.first_step, self.largest_scale = tell, warmup_steps + PATIENCE, largest_scale
         self.told: set[str] = set()
         self.windows: deque[tuple[int, float, float]] = deque()
+        self.first: dict[str, float] | None = None
         self.share: float | None = None
+        self.moved = True
 
     def after_steps(self, step: int, values: dict[str, float], steps: int, chance: float) -> None:
         """Look at a logged line.
@@ -239,16 +244,21 @@ class Diagnosis:
             self.windows.popleft()
         total = sum(n for n, *_ in self.windows)
         loss, expected = (sum(w[0] * w[i] for w in self.windows) / total for i in (1, 2))
+        self.first = self.first or dict(values)
+        # More than batches differ, or more than a rate of 2e-5 moves the temperature in a hundred steps.
+        self.moved = abs(loss - self.first["loss"]) > 0.05 * expected or not math.isclose(
+            values["logit_scale"], self.first["logit_scale"], rel_tol=0.002
+        )
         self.share = loss / expected if expected > 0 and total >= WINDOW else None
         if step >= self.first_step and total >= WINDOW:
-            self._tell("loss", diagnose_loss(loss, expected, values["gradient_norm"]))
+            self._tell("loss", diagnose_loss(loss, expected, values["gradient_norm"], self.moved))
             self._tell("temperature", diagnose_temperature(values["logit_scale"], self.largest_scale, loss, expected))
 
     def after_validation(self, step: int, image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor) -> None:
         """Look at the embeddings of the validation split; arguments as of [`diagnose_captions`]."""
         images, keep = image_embeds[:MOST_ROWS], text_image_id < MOST_ROWS
         if step >= self.first_step:
-            self._tell("collapse", diagnose_collapse(images, text_embeds[keep]))
+            self._tell("collapse", diagnose_collapse(images, text_embeds[keep], self.moved))
         share = self.share if step >= self.first_step else None
         self._tell("captions", diagnose_captions(images, text_embeds[keep], text_image_id[keep], share))
 
