@@ -143,7 +143,10 @@ def prepare(arguments: TrainingArguments) -> Run:
         progress=Progress(arguments.batch_size, arguments.seed, len(train_loader.batch_sampler)),
         interrupt=Interrupt(lambda line: say(accelerator, line)),
         diagnosis=Diagnosis(
-            lambda line: say(accelerator, f"warning: {line}"), arguments.warmup_steps, model.config.logit_scale_max
+            lambda line: say(accelerator, f"warning: {line}"),
+            arguments.warmup_steps,
+            model.config.logit_scale_max,
+            has_softmax=model.config.loss_type != "sigmoid",
         ),
         steps_per_epoch=len(train_loader.batch_sampler),
     )
@@ -409,7 +412,8 @@ def train_epoch(run: Run) -> None:
 
         # Log, then the schedule, so that a line tells the rate that its step was taken with
         pairs = len(batch["text_image_id"])
-        run.meter.update(loss, norm, pairs, chance_loss(images, images * pairs / len(batch["image_id"])))
+        texts = images * pairs / len(batch["image_id"])
+        run.meter.update(loss, norm, pairs, chance_loss(images, texts, run.plain.config.loss_type))
         if progress.step % arguments.logging_steps == 0 or progress.step == run.last_step:
             log_step(run, run.meter.read(), bar)
         if arguments.lr_scheduler_type == "cosine":
@@ -593,7 +597,7 @@ def overfit_batch(run: Run) -> Path:
     from modeling_miniclip.reporting import say
 
     batch = next(iter(run.train_loader))
-    least, chance = overfitting.batch_bounds(batch, run.accelerator.device)
+    least, chance = overfitting.batch_bounds(batch, run.plain.config.loss_type, run.accelerator.device)
     images = run.train_loader.batch_sampler.images_in(0)
     run.steps_per_epoch = run.last_step = run.arguments.max_steps or overfitting.STEPS
     run.log = log = overfitting.KeptLog()

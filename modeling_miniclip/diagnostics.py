@@ -24,13 +24,20 @@ FEWEST_ROWS, ENOUGH_ROWS = 64, 500
 CLEAR = 3.0  # standard deviations
 
 
-def chance_loss(images: float, texts: float) -> float:
-    """The symmetric loss of a model that gives all pairs of a batch the same similarity; ln(batch) for simple pairs.
+def chance_loss(images: float, texts: float, loss_type: str) -> float:
+    """The loss of a model that cannot tell one pair of a batch from another; ln(batch) for the softmax losses.
 
-    With several captions per image it is the same mean of both directions: a positive's log-probability is that of
-    any other text.
+    With several captions per image their probabilities add up in `softmax_sum`; in `softmax_mean` the log-probability
+    of each is that of any other text. The sigmoid loss is that of the best of all constant logits.
+
+    Args:
+        images: of the batch, each with as many texts.
+        texts: of the batch.
+        loss_type: of the model's configuration.
     """
-    return (math.log(images) + math.log(texts)) / 2
+    if loss_type == "sigmoid":
+        return math.log(images) + (images - 1) * math.log(images / (images - 1)) if images > 1 else 0.0
+    return math.log(images) if loss_type == "softmax_sum" else (math.log(images) + math.log(texts)) / 2
 
 
 def diagnose_loss(loss: float, chance: float, gradient_norm: float, moved: bool = True) -> str | None:
@@ -220,10 +227,13 @@ class Diagnosis:
         tell: prints a line.
         warmup_steps: of the schedule.
         largest_scale: bound of the inverse temperature.
+        has_softmax: whether the loss is one of the softmax losses. The sigmoid loss begins anywhere, and may be at
+            that of guessing for a moment while it falls.
     """
 
-    def __init__(self, tell: Callable[[str], None], warmup_steps: int, largest_scale: float):
+    def __init__(self, tell: Callable[[str], None], warmup_steps: int, largest_scale: float, has_softmax: bool = True):
         self.tell, self.first_step, self.largest_scale = tell, warmup_steps + PATIENCE, largest_scale
+        self.has_softmax = has_softmax
         self.told: set[str] = set()
         self.windows: deque[tuple[int, float, float]] = deque()
         self.first: dict[str, float] | None = None
@@ -250,7 +260,7 @@ class Diagnosis:
             values["logit_scale"], self.first["logit_scale"], rel_tol=0.002
         )
         self.share = loss / expected if expected > 0 and total >= WINDOW else None
-        if step >= self.first_step and total >= WINDOW:
+        if self.has_softmax and step >= self.first_step and total >= WINDOW:
             self._tell("loss", diagnose_loss(loss, expected, values["gradient_norm"], self.moved))
             self._tell("temperature", diagnose_temperature(values["logit_scale"], self.largest_scale, loss, expected))
 

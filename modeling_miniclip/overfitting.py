@@ -12,6 +12,7 @@ from .diagnostics import chance_loss
 from .distributed import gather_rows
 
 STEPS = 300
+EM_STEPS = 200  # more than enough for the few equal rows of a batch
 REACHED = 0.05  # nats above the least possible loss: the right pairs have 95 % of the probability
 
 
@@ -52,7 +53,7 @@ class KeptLog:
         self.lines.append(dict(values))
 
 
-def batch_bounds(batch: dict[str, Tensor], device: torch.device) -> tuple[float, float]:
+def batch_bounds(batch: dict[str, Tensor], loss_type: str, device: torch.device) -> tuple[float, float]:
     """[`least_loss`] and [`chance_loss`] of the global batch; every process gives its share of it, and gets both."""
     whole = {}
     images = batch["pixel_values" if "pixel_values" in batch else "vision_pooler_output"]
@@ -66,8 +67,8 @@ def batch_bounds(batch: dict[str, Tensor], device: torch.device) -> tuple[float,
         ids_and_keys = torch.stack([batch[side], row_keys(rows)], dim=1)[keep]
         whole[side] = gather_rows(ids_and_keys.to(device)).t().tolist()
     (image_id, image_key), (text_image_id, text_key) = whole["image_id"], whole["text_image_id"]
-    least = least_loss(image_id, text_image_id, image_key, text_key)
-    return least, chance_loss(len(image_id), len(text_image_id))
+    least = least_loss(image_id, text_image_id, image_key, text_key, loss_type)
+    return least, chance_loss(len(image_id), len(text_image_id), loss_type)
 
 
 def row_keys(rows: Iterable[Tensor]) -> Tensor:
@@ -77,38 +78,71 @@ def row_keys(rows: Iterable[Tensor]) -> Tensor:
 
 
 def least_loss(
-    image_id: Sequence[Hashable], text_image_id: Sequence[Hashable], image_key: Sequence[Hashable],
+    image_id: Sequence[Hashable],
+    text_image_id: Sequence[Hashable],
+    image_key: Sequence[Hashable],
     text_key: Sequence[Hashable],
-) -> float:  # fmt: skip
-    """The least symmetric loss that any model can have on a batch, in nats.
+    loss_type: str = "softmax_sum",
+) -> float:
+    """The least loss that any model can have on a batch, in nats.
 
-    An image with p captions gives each at most 1/p of its probability: ln p. Images or texts that are equal get equal
-    similarities, so that their queries share one distribution, and the keys of a group share its probability equally.
+    Images or texts that are equal get equal similarities: the queries of a group share one distribution, in which the
+    keys of a group have the same probability. In `softmax_mean` an image with p captions gives each 1/p at most: ln p.
 
     Args:
         image_id: `[B]`.
         text_image_id: `[N]`, for each text the id of its image.
         image_key: `[B]`, equal for images that are equal.
         text_key: `[N]`, equal for texts that are equal.
+        loss_type: of the model's configuration.
     """
-    image_of = dict(zip(image_id, image_key, strict=True))
-    pairs = [(image_of[i], i, text) for i, text in zip(text_image_id, text_key, strict=True)]
-    captions = Counter(text_image_id)
+    key_of = dict(zip(image_id, image_key, strict=True))
     copies_of_image, copies_of_text = Counter(image_key), Counter(text_key)
-    from_image: dict[Hashable, Counter[Hashable]] = defaultdict(Counter)
-    from_text: dict[Hashable, Counter[Hashable]] = defaultdict(Counter)
-    for image, i, text in pairs:
-        from_image[image][text] += 1 / captions[i]  # type: ignore[assignment]
-        from_text[text][image] += 1
-    image_loss = sum(_least(targets, copies_of_text) for targets in from_image.values()) / len(image_key)
-    text_loss = sum(_least(targets, copies_of_image) for targets in from_text.values()) / len(text_key)
+    texts_of: dict[Hashable, Counter[Hashable]] = {i: Counter() for i in image_id}
+    for i, text in zip(text_image_id, text_key, strict=True):
+        texts_of[i][text] += 1
+    if loss_type == "sigmoid":
+        pairs = Counter((key_of[i], text) for i, text in zip(text_image_id, text_key, strict=True))
+        sizes = ((right, copies_of_image[image] * copies_of_text[text]) for (image, text), right in pairs.items())
+        return sum(_entropy(right, among) for right, among in sizes) / len(text_key)
+    from_image: dict[Hashable, list[Counter[Hashable]]] = defaultdict(list)
+    from_text: dict[Hashable, list[Counter[Hashable]]] = defaultdict(list)
+    for i, texts in texts_of.items():
+        from_image[key_of[i]].append(texts)
+    for i, text in zip(text_image_id, text_key, strict=True):
+        from_text[text].append(Counter([key_of[i]]))
+    least = _least_of_mean if loss_type == "softmax_mean" else _least_of_sum
+    image_loss = sum(least(queries, copies_of_text) for queries in from_image.values()) / len(image_key)
+    text_loss = sum(least(queries, copies_of_image) for queries in from_text.values()) / len(text_key)
     return (image_loss + text_loss) / 2
 
 
-def _least(targets: Counter[Hashable], copies: Counter[Hashable]) -> float:
-    # Cross-entropy of the best distribution, which is that of the targets, each spread over its copies.
-    total = sum(targets.values())
-    return sum(weight * math.log(total / weight * copies[key]) for key, weight in targets.items())
+def _entropy(right: int, among: int) -> float:
+    # Of so many equal pairs some are right: their common probability is best that share.
+    return sum(n * math.log(among / n) for n in (right, among - right) if n)
+
+
+def _least_of_mean(queries: list[Counter[Hashable]], copies: Counter[Hashable]) -> float:
+    # Cross-entropy of the best distribution, which is the mean of the targets, each spread over its copies.
+    targets: dict[Hashable, float] = defaultdict(float)
+    for right in queries:
+        for key, number in right.items():
+            targets[key] += number / right.total()
+    return sum(weight * math.log(len(queries) / weight * copies[key]) for key, weight in targets.items())
+
+
+def _least_of_sum(queries: list[Counter[Hashable]], copies: Counter[Hashable]) -> float:
+    # Minus the log-likelihood of the best weights of a mixture, which expectation-maximisation comes to.
+    hits = [{key: number / copies[key] for key, number in right.items()} for right in queries]
+    weights = dict.fromkeys((key for hit in hits for key in hit), 1.0)
+    for _ in range(EM_STEPS):
+        shares: dict[Hashable, float] = defaultdict(float)
+        for hit in hits:
+            whole = sum(weights[key] * value for key, value in hit.items())
+            for key, value in hit.items():
+                shares[key] += weights[key] * value / whole / len(hits)
+        weights = dict(shares)
+    return -sum(math.log(sum(weights[key] * value for key, value in hit.items())) for hit in hits)
 
 
 def judge_overfit(lines: list[dict[str, float]], least: float, chance: float) -> tuple[bool, str]:

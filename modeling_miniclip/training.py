@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from .arguments import TrainingArguments
 from .diagnostics import not_finite
+from .distributed import own_part
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor
 
@@ -98,6 +99,6 @@ def check_weights(model: MiniClipModel, accelerator: Any) -> None:
     Raises:
         MiniClipError: a parameter holds NaN or infinity, in any process.
     """
-    wrong = torch.stack([~parameter.isfinite().all() for parameter in model.parameters()]).any()
+    wrong = torch.stack([~own_part(parameter).isfinite().all() for parameter in model.parameters()]).any()
     if accelerator.reduce(wrong.int(), "sum").item():
         raise not_finite("weights", math.nan, accelerator.mixed_precision)
