@@ -8,7 +8,9 @@ The flags are in `configuration/README.md`, the pieces in `modeling_miniclip/tra
 bottom: `main` prepares, `train` goes through the epochs, `finish` leaves the result.
 """
 
+import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -19,8 +21,8 @@ from typing import Any
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no network call at import
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's processes are the parallelism
 
-from modeling_miniclip.arguments import TrainingArguments, parse_arguments  # noqa: E402
-from modeling_miniclip.errors import MiniClipError  # noqa: E402
+from modeling_miniclip.arguments import TrainingArguments, checkpoint_interval, parse_arguments  # noqa: E402
+from modeling_miniclip.errors import DataError, MiniClipError, UsageError  # noqa: E402
 
 
 @dataclass
@@ -40,14 +42,27 @@ class Run:
     validation: Any  # the split, for the pictures
     data: dict[str, Any]  # what the card says of it
     log: Any
+    meter: Any
     progress: Any
     interrupt: Any
+    diagnosis: Any
     steps_per_epoch: int
+    saved: tuple[int, int] = (0, 0)  # `position` of the last checkpoint; the beginning needs none
     last_step: int = field(init=False)
 
     def __post_init__(self) -> None:
         steps = self.arguments.num_train_epochs * self.steps_per_epoch
         self.last_step = min(steps, self.arguments.max_steps or steps)
+
+    @property
+    def epoch_is_trained(self) -> bool:
+        """Whether all that is left of the current epoch is its validation."""
+        return bool(self.progress.step_in_epoch == self.steps_per_epoch)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Whole epochs, each with its validation, and steps behind them."""
+        return self.progress.epoch, self.progress.step_in_epoch
 
     @property
     def epoch(self) -> float:
@@ -66,11 +81,19 @@ def main(argv: list[str] | None = None) -> Path:
         The folder of the exported model.
 
     Raises:
-        MiniClipError: the arguments or the data are wrong; the message says where and how to mend it.
+        MiniClipError: the arguments or the data are wrong; the message says where and how to mend it. With
+            `--overfit_batch`: the loss did not reach zero.
+        SystemExit: after SIGTERM, with code 143; a checkpoint was saved.
     """
     run = prepare(parse_arguments(argv))
+    if run.arguments.overfit_batch:
+        return overfit_batch(run)
     with run.interrupt:
         train(run)
+    if run.interrupt.agreed == signal.SIGTERM:  # seconds are left: no pictures, no push
+        run.train_loader = run.validation_loader = None
+        run.accelerator.end_training()
+        sys.exit(128 + signal.SIGTERM)
     return finish(run)
 
 
@@ -79,10 +102,13 @@ def main(argv: list[str] | None = None) -> Path:
 
 def prepare(arguments: TrainingArguments) -> Run:
     """Output folder, data, model, loaders, optimiser, schedule; a resumed run's state."""
-    from modeling_miniclip.arguments import save_arguments
-    from modeling_miniclip.checkpoints import Interrupt, MetricsLog, Progress, clear_output_dir
-    from modeling_miniclip.reporting import data_for_card, describe_splits, say
+    from modeling_miniclip.checkpoints import Interrupt, MetricsLog, Progress
+    from modeling_miniclip.diagnostics import Diagnosis
+    from modeling_miniclip.reporting import StepMeter, data_for_card, describe_splits, say
     from modeling_miniclip.training import build_scheduler
+
+    if arguments.overfit_batch:
+        arguments = without_noise(arguments)
 
     # Where: output folder, repository, device
     output_dir, checkpoint = prepare_places(arguments)
@@ -92,6 +118,9 @@ def prepare(arguments: TrainingArguments) -> Run:
     splits = load_splits(arguments)
     say(accelerator, describe_splits(splits))
     model, processor = build_model(arguments, accelerator, splits)
+
+    if arguments.overfit_batch:
+        splits = first_batch(splits, arguments)
 
     # How: loaders, optimiser, schedule
     train_loader, validation_loader = build_loaders(arguments, accelerator, model, processor, splits)
@@ -110,35 +139,64 @@ def prepare(arguments: TrainingArguments) -> Run:
         validation=splits["validation"],
         data=data_for_card(arguments, splits),
         log=MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process),
+        meter=StepMeter(accelerator, optimizer),
         progress=Progress(arguments.batch_size, arguments.seed, len(train_loader.batch_sampler)),
-        interrupt=Interrupt(lambda: say(accelerator, "Ctrl-C: saving after this step; again to stop at once")),
+        interrupt=Interrupt(lambda line: say(accelerator, line)),
+        diagnosis=Diagnosis(
+            lambda line: say(accelerator, f"warning: {line}"),
+            arguments.warmup_steps,
+            model.config.logit_scale_max,
+            has_softmax=model.config.loss_type != "sigmoid",
+        ),
         steps_per_epoch=len(train_loader.batch_sampler),
     )
     run.scheduler = build_scheduler(optimizer.optimizer, arguments, run.last_step)
+    if arguments.overfit_batch:
+        return run
+    begin(run, checkpoint)
+    return run
 
-    # From where: a fresh start, or a checkpoint
-    accelerator.register_for_checkpointing(run.progress, run.scheduler)
+
+def begin(run: Run, checkpoint: Path | None) -> None:
+    """From where: a checkpoint, or an empty output folder; from now on the run leaves its marks there."""
+    from modeling_miniclip.arguments import save_arguments
+    from modeling_miniclip.checkpoints import clear_output_dir
+    from modeling_miniclip.reporting import say
+
+    arguments, accelerator = run.arguments, run.accelerator
+    accelerator.register_for_checkpointing(run.progress, run.scheduler, run.log, run.meter)
     if checkpoint is not None:
         resume(run, checkpoint)
-    elif accelerator.is_main_process:
-        clear_output_dir(output_dir)
+    elif arguments.resume_from_checkpoint is not None:
+        say(accelerator, f"no checkpoint in {run.output_dir} yet: from the start")
     if accelerator.is_main_process:
-        save_arguments(arguments, output_dir / "arguments.yaml")
-    accelerator.init_trackers("miniclip", config={k: v for k, v in asdict(arguments).items() if v is not None})
-    return run
+        if checkpoint is None:
+            clear_output_dir(run.output_dir)
+        save_arguments(arguments, run.output_dir / "arguments.yaml")
+    config = {k: v for k, v in asdict(arguments).items() if v is not None}
+    again = {"tensorboard": {"purge_step": run.progress.step + 1}}  # hides what an earlier start logged behind it
+    accelerator.init_trackers("miniclip", config=config, init_kwargs=again)
 
 
 def resume(run: Run, checkpoint: Path) -> None:
     """Take over a checkpoint's state, and forget what an earlier start logged and saved behind it."""
-    from modeling_miniclip.checkpoints import check_resumed, drop_checkpoints_after
+    from modeling_miniclip.checkpoints import check_resumed, drop_surplus, rewind_folders
     from modeling_miniclip.reporting import say
 
     expected = replace(run.progress)
-    run.accelerator.load_state(str(checkpoint))
+    try:
+        run.accelerator.load_state(str(checkpoint))
+    except Exception as error:  # whatever the libraries raise at a damaged file or at other parameters
+        raise UsageError(
+            f"--resume_from_checkpoint: {checkpoint} is damaged or of another model: {' '.join(str(error).split())}; "
+            "resume with the flags of the first start (its arguments.yaml is a recipe of them), or name another one"
+        ) from error
     check_resumed(run.progress, expected)
-    run.log.drop_after(run.progress.step)
     if run.accelerator.is_main_process:
-        drop_checkpoints_after(checkpoint.parent, run.progress.step)
+        rewind_folders(checkpoint, run.output_dir / "export")
+        drop_surplus(checkpoint.parent, run.arguments.save_total_limit, run.progress.best_step)
+    run.log.rewind()
+    run.saved = run.position
     say(run.accelerator, f"resumed from {checkpoint} at step {run.progress.step}")
 
 
@@ -148,6 +206,8 @@ def prepare_places(arguments: TrainingArguments) -> tuple[Path, Path | None]:
     from modeling_miniclip.pushing import prepare_push
 
     output_dir = Path(arguments.output_dir)
+    if arguments.overfit_batch:
+        return output_dir, None
     if int(os.environ.get("RANK", "0")) == 0:  # one process speaks for all, before there is an Accelerator
         checkpoints.prepare_output_dir(arguments)
         if arguments.push_to_hub:
@@ -271,32 +331,57 @@ def build_optimizer(model: Any, arguments: TrainingArguments, device: Any) -> An
 
 
 def train(run: Run) -> None:
-    """Epochs until the last step, early stopping or Ctrl-C; validation and a checkpoint after each."""
-    from modeling_miniclip.checkpoints import save_checkpoint
+    """Epochs until the last step, early stopping or a signal; validation after each, checkpoints as asked for."""
     from modeling_miniclip.reporting import say
 
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
+    interval = checkpoint_interval(arguments)
     say(
         accelerator,
         f"steps {progress.step + 1} to {run.last_step} of {arguments.batch_size} images on "
         f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}",
     )
-    folder = run.output_dir / "checkpoints"
-    while progress.step < run.last_step and not run.interrupt.in_any_process(accelerator):
+    while not is_over(run):
         train_epoch(run)
-        whole = progress.step_in_epoch == run.steps_per_epoch
-        if whole:
-            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-        else:  # saved before the extra validation, so that a resumed run knows nothing of it
-            save_checkpoint(accelerator, folder, progress, arguments.save_total_limit)
-        improved = validate(run)
-        progress.epochs_without_improvement = 0 if improved else progress.epochs_without_improvement + 1
-        if whole:
-            save_checkpoint(accelerator, folder, progress, arguments.save_total_limit)
-        patience = arguments.early_stopping_patience
-        if patience is not None and progress.epochs_without_improvement >= patience:
-            say(accelerator, f"early stopping: {arguments.best_metric} did not improve for {patience} epochs")
+        if not run.epoch_is_trained or run.interrupt.agreed == signal.SIGTERM:
             break
+        improved = validate(run)
+        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        progress.epochs_without_improvement = 0 if improved else progress.epochs_without_improvement + 1
+        if interval is None or progress.step % interval == 0:
+            save(run)
+    save(run)
+    if progress.epochs_without_improvement >= (arguments.early_stopping_patience or math.inf):
+        epochs = progress.epochs_without_improvement
+        say(accelerator, f"early stopping: {arguments.best_metric} did not improve for {epochs} epochs")
+    terminated = run.interrupt.agreed == signal.SIGTERM
+    if not terminated and (progress.step_in_epoch > 0 or progress.best_value is None):
+        validate(run)  # behind the checkpoint: a resumed run knows nothing of it
+
+
+def is_over(run: Run) -> bool:
+    """Whether nothing is left to train. Every process has to ask, for a signal may have come to one of them."""
+    interrupted = run.interrupt.in_any_process(run.accelerator)
+    done = run.progress.step >= run.last_step and not run.epoch_is_trained
+    patience = run.arguments.early_stopping_patience or math.inf
+    return interrupted or done or run.progress.epochs_without_improvement >= patience
+
+
+def save(run: Run) -> None:
+    """A checkpoint of the run as it is, if there is none yet.
+
+    Raises:
+        MiniClipError: a weight is not finite.
+    """
+    from modeling_miniclip.checkpoints import save_checkpoint
+    from modeling_miniclip.training import check_weights
+
+    if run.saved == run.position:
+        return
+    check_weights(run.plain, run.accelerator)
+    keep, folder = run.arguments.save_total_limit, run.output_dir / "checkpoints"
+    save_checkpoint(run.accelerator, folder, run.progress, keep, run.output_dir / "export")
+    run.saved = run.position
 
 
 def train_epoch(run: Run) -> None:
@@ -304,8 +389,8 @@ def train_epoch(run: Run) -> None:
     from tqdm.auto import tqdm
 
     from modeling_miniclip import training
+    from modeling_miniclip.diagnostics import chance_loss
     from modeling_miniclip.distributed import whole_tensor
-    from modeling_miniclip.reporting import StepMeter
 
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
     training.set_training_mode(run.plain, arguments.freeze, bool(arguments.freeze_batch_norm))
@@ -314,22 +399,28 @@ def train_epoch(run: Run) -> None:
     title = f"epoch {progress.epoch + 1}/{arguments.num_train_epochs}"
     bar = tqdm(total=run.steps_per_epoch, initial=sampler.first_batch, desc=title, unit="step", leave=False,
                disable=not accelerator.is_main_process)  # fmt: skip
-    meter = StepMeter(accelerator, run.optimizer)
+    interval = checkpoint_interval(arguments)
+    run.meter.start_epoch(progress.step_in_epoch)
     for batch in run.train_loader:
         run.optimizer.zero_grad(set_to_none=True)
         loss = forward_and_backward(run, batch)
         norm = whole_tensor(accelerator.clip_grad_norm_(run.plain.parameters(), arguments.max_grad_norm))
         run.optimizer.step()
         training.clamp_temperature(run.plain)
+        images = sampler.images_in(progress.step_in_epoch)
         progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
 
         # Log, then the schedule, so that a line tells the rate that its step was taken with
-        meter.update(loss, norm, len(batch["text_image_id"]))
+        pairs = len(batch["text_image_id"])
+        texts = images * pairs / len(batch["image_id"])
+        run.meter.update(loss, norm, pairs, chance_loss(images, texts, run.plain.config.loss_type))
         if progress.step % arguments.logging_steps == 0 or progress.step == run.last_step:
-            log_step(run, meter.read(), bar)
+            log_step(run, run.meter.read(), bar)
         if arguments.lr_scheduler_type == "cosine":
             run.scheduler.step()
         bar.update()
+        if interval is not None and progress.step % interval == 0 and not run.epoch_is_trained:
+            save(run)
         if run.interrupt.in_any_process(accelerator) or progress.step == run.last_step:
             break
     bar.close()
@@ -379,14 +470,20 @@ def log_step(run: Run, values: dict[str, float], bar: Any) -> None:
     values["logit_scale"] = whole_tensor(run.plain.inverse_temperature()).item()
     run.log.write(run.progress.step, run.epoch, "train", values)
     run.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=run.progress.step)
+    run.diagnosis.after_steps(run.progress.step, values, run.meter.steps, run.meter.chance)
     rate = run.optimizer.param_groups[-1]["lr"]
     bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{rate:.1e}", pairs_s=f"{values['pairs_per_second']:.0f}")
 
 
 def validate(run: Run) -> bool:
-    """Measure the whole validation split, step the plateau schedule, export the model if it is the best so far."""
+    """Measure the whole validation split, step the plateau schedule, export the model if it is the best so far.
+
+    Raises:
+        MiniClipError: the loss is not finite.
+    """
     from accelerate.utils import broadcast_object_list
 
+    from modeling_miniclip.diagnostics import not_finite
     from modeling_miniclip.distributed import share_buffers, whole_tensor
     from modeling_miniclip.evaluation import is_better, measure, recall_intervals
     from modeling_miniclip.features import embed_split
@@ -407,6 +504,8 @@ def validate(run: Run) -> bool:
     if accelerator.is_main_process:
         told[0] = measure(*embeddings, logit_scale, run.plain.config.loss_type, logit_bias)
     metrics = broadcast_object_list(told)[0]
+    if not math.isfinite(metrics["loss"]):
+        raise not_finite("validation loss", metrics["loss"], accelerator.mixed_precision)
     run.log.write(progress.step, run.epoch, "validation", {**metrics, "seconds": time.perf_counter() - start})
     accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=progress.step)
     if arguments.lr_scheduler_type == "plateau":
@@ -414,6 +513,8 @@ def validate(run: Run) -> bool:
     value = metrics[arguments.best_metric]
     improved = is_better(arguments.best_metric, value, progress.best_value)
     say(accelerator, describe_validation(run.epoch, metrics, improved))
+    if accelerator.is_main_process:
+        run.diagnosis.after_validation(progress.step, *embeddings)
     if improved:
         progress.best_value, progress.best_step = value, progress.step
         export_best(run, metrics, recall_intervals(*embeddings) if accelerator.is_main_process else {})
@@ -456,6 +557,63 @@ def push_export(run: Run, folder: Path) -> None:
     say(run.accelerator, f"pushed: {url}")
 
 
+# --- a test instead of a run ----------------------------------------------------------------------------------------
+
+
+def without_noise(arguments: TrainingArguments) -> TrainingArguments:
+    """The arguments for `--overfit_batch`: nothing random between steps, a rate that stays, nothing written."""
+    return replace(
+        arguments,
+        augmentation="[]",
+        num_views=None,
+        dropout=0.0,
+        lr_scheduler_type="plateau",
+        checkpointing_steps="epoch",
+        logging_steps=1,
+        num_workers=0,
+        report_to="none",
+    )
+
+
+def first_batch(splits: Any, arguments: TrainingArguments) -> Any:
+    """The splits with the training images of the first step alone, and one to validate, which is not looked at."""
+    from modeling_miniclip.batches import GlobalBatches
+
+    batch = next(iter(GlobalBatches(len(splits["train"]), arguments.batch_size, True, arguments.seed)))
+    rows = {"train": [row for _, row in batch], "validation": [0]}
+    return {name: splits[name].select(indices) for name, indices in rows.items()}
+
+
+def overfit_batch(run: Run) -> Path:
+    """Train on the first batch alone and tell whether its loss reaches zero.
+
+    Returns:
+        The output folder, in which nothing was written.
+
+    Raises:
+        MiniClipError: it does not; with the likely cause.
+    """
+    from modeling_miniclip import overfitting
+    from modeling_miniclip.reporting import say
+
+    batch = next(iter(run.train_loader))
+    least, chance = overfitting.batch_bounds(batch, run.plain.config.loss_type, run.accelerator.device)
+    images = run.train_loader.batch_sampler.images_in(0)
+    run.steps_per_epoch = run.last_step = run.arguments.max_steps or overfitting.STEPS
+    run.log = log = overfitting.KeptLog()
+    run.train_loader = overfitting.RepeatedBatch(
+        batch, images, run.last_step, lambda: bool(log.lines) and log.lines[-1]["loss"] < least + overfitting.REACHED
+    )
+    run.diagnosis.tell = lambda line: None  # the verdict comes at the end
+    say(run.accelerator, f"one batch of {images} images, at most {run.last_step} steps")
+    train_epoch(run)
+    reached, verdict = overfitting.judge_overfit(log.lines, least, chance)
+    if not reached:
+        raise MiniClipError(verdict)
+    say(run.accelerator, verdict)
+    return run.output_dir
+
+
 # --- finish ---------------------------------------------------------------------------------------------------------
 
 
@@ -496,13 +654,18 @@ def draw_retrieval(run: Run, export_dir: Path) -> None:
 
 
 def cli() -> int:
-    """The console script: errors of the user's input are told without a traceback, with exit code 2."""
+    """The console script: an error is told without a traceback.
+
+    Returns:
+        The exit code: 0, 2 for wrong input, 1 for a run that went wrong.
+    """
     try:
         main()
+        return 0
     except MiniClipError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        line, code = f"error: {error}", 2 if isinstance(error, UsageError | DataError) else 1
+    print(line, file=sys.stderr)  # now that the error is gone, and with it the progress bar of its frame
+    return code
 
 
 if __name__ == "__main__":

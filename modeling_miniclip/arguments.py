@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 
 from .errors import UsageError
+from .files import replace_text
 from .resources import PACKAGE, named_file
 
 
@@ -114,12 +115,20 @@ class TrainingArguments:
         None, "precision of the forward pass (bf16 where the accelerator has it, else no)"
     )
     seed: int = _flag(0, "of weights, batches, captions, augmentation and dropout")
+    overfit_batch: bool = _flag(
+        False,
+        "a test instead of a run: train on the first batch alone, without augmentation and dropout, for max_steps "
+        "(300) steps, and tell whether its loss reaches zero; nothing is saved",
+    )
 
     # What is kept and shown
     output_dir: str = _flag("miniclip-output", "folder of the result")
     overwrite_output_dir: bool = _flag(False, "delete an earlier run in output_dir")
-    resume_from_checkpoint: str | None = _flag(None, "'latest', or a folder in output_dir/checkpoints")
-    save_total_limit: int = _flag(2, "resumable checkpoints kept, one is written per epoch")
+    resume_from_checkpoint: str | None = _flag(
+        None, "'latest' (from the start if there is none yet), or a folder in output_dir/checkpoints"
+    )
+    checkpointing_steps: str = _flag("epoch", "steps between two checkpoints, or 'epoch' for one after each epoch")
+    save_total_limit: int = _flag(2, "resumable checkpoints kept; the last and the one of the best step always are")
     best_metric: str = _flag("loss", "validation metric that decides which model is exported")
     early_stopping_patience: int | None = _flag(None, "stop after so many epochs without improvement of best_metric")
     logging_steps: int = _flag(10, "steps between two lines of metrics.jsonl")
@@ -266,6 +275,8 @@ def _as_flag(key: str, value: Any, hint: Any) -> str:
         return json.dumps(value)
     elif isinstance(value, str) or (isinstance(value, int | float) and (int in kinds or float in kinds)):
         return str(value)
+    elif isinstance(value, int) and key == "checkpointing_steps":
+        return str(value)
     raise UsageError(f"{value!r} is of the wrong type")
 
 
@@ -322,10 +333,26 @@ def validate(arguments: TrainingArguments) -> None:
         raise UsageError("--num_views needs a frozen image tower: add --freeze vision or --freeze both")
     if arguments.num_views is not None and not augmentation_list(arguments):
         raise UsageError("--num_views needs an augmentation, --augmentation is []: without one all views are alike")
+    checkpoint_interval(arguments)
     tracker = arguments.report_to
     if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
         raise UsageError(f"--report_to {tracker}: {tracker} is not installed; pip install {tracker}")
     augmentation_list(arguments)
+
+
+def checkpoint_interval(arguments: TrainingArguments) -> int | None:
+    """Steps between two checkpoints; None for one after each epoch.
+
+    Raises:
+        UsageError: `--checkpointing_steps` is neither.
+    """
+    if arguments.checkpointing_steps == "epoch":
+        return None
+    if not arguments.checkpointing_steps.isdecimal() or int(arguments.checkpointing_steps) < 1:
+        raise UsageError(
+            f"--checkpointing_steps must be 'epoch' or a whole number of steps, not {arguments.checkpointing_steps}"
+        )
+    return int(arguments.checkpointing_steps)
 
 
 def augmentation_list(arguments: TrainingArguments) -> list[dict[str, Any]]:
@@ -350,14 +377,15 @@ def augmentation_list(arguments: TrainingArguments) -> list[dict[str, Any]]:
 def save_arguments(arguments: TrainingArguments, path: Path) -> None:
     """Write the resolved arguments as a recipe that repeats the run: `--recipe arguments.yaml`.
 
-    Whether the run went on from a checkpoint, deleted an earlier one or was pushed belongs to one start: left out.
+    Whether the run was a test, went on from a checkpoint, deleted an earlier one or was pushed belongs to one start:
+    left out.
     """
     values = asdict(arguments)
-    for name in ("recipe", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub"):
+    for name in ("recipe", "overfit_batch", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub"):
         values.pop(name)
     if values["augmentation"] is not None:
         values["augmentation"] = augmentation_list(arguments)
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    replace_text(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def describe_flags() -> str:

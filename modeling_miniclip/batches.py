@@ -6,6 +6,7 @@ that any number of processes trains on the same global batches.
 
 import difflib
 import inspect
+import signal
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -210,6 +211,10 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return -(-self.num_rows // self.batch_size) - self.first_batch
 
+    def images_in(self, batch: int) -> int:
+        """Rows of an epoch's global batch number `batch`, over all processes."""
+        return min(self.batch_size, self.num_rows - batch * self.batch_size)
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.arange(self.num_rows)
         if self.shuffle:
@@ -265,5 +270,13 @@ def make_loader(
         persistent_workers=num_workers > 0,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator(),  # else each pass draws from the state of dropout, and resuming would differ
     )
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    # Ctrl-C, and a scheduler that ends a job, signal the whole process group. A dead worker would be an error within
+    # the trainer's last step. At a second SIGTERM it dies: that one is the DataLoader's own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

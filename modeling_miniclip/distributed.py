@@ -67,6 +67,11 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that FSDP spread over the processes; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def share_buffers(model: torch.nn.Module) -> None:
     """Give every process the first one's buffers: batch-norm statistics differ, each process having seen its share.
 

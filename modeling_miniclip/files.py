@@ -1,4 +1,4 @@
-"""Folders that are either complete or not there: written beside their place, flushed to disk, then renamed."""
+"""Folders and files that are either complete or not there: written beside their place, then renamed."""
 
 import ctypes
 import os
@@ -59,6 +59,37 @@ def recover_folder(target: Path) -> None:
     if former.exists() and not target.exists():
         former.rename(target)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def discard_folder(path: Path) -> None:
+    """Delete a folder: it is gone at once, and what a process that dies in here leaves is no longer found by its name.
+
+    What an earlier one has left is cleared away too.
+    """
+    former = _former(path)
+    shutil.rmtree(former, ignore_errors=True)
+    if path.exists():
+        path.rename(former)
+        shutil.rmtree(former)
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """A copy of a folder whose files are never changed in place: hard links, where the file system has them."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file that is, at any moment, as it was or as it shall be."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def _former(target: Path) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .arguments import TrainingArguments
-from .errors import MiniClipError
+from .diagnostics import not_finite
 from .evaluation import DIRECTIONS, RECALL_AT
 from .modeling_miniclip import MiniClipModel
 
@@ -20,8 +20,8 @@ from .modeling_miniclip import MiniClipModel
 # card's readers.
 LOCAL_ARGUMENTS = frozenset(
     "recipe image_dir num_workers output_dir overwrite_output_dir resume_from_checkpoint save_total_limit "
-    "logging_steps report_to feature_cache_dir push_to_hub hub_model_id hub_private_repo hub_revision hub_strategy "
-    "hub_license".split()
+    "checkpointing_steps overfit_batch logging_steps report_to feature_cache_dir push_to_hub hub_model_id "
+    "hub_private_repo hub_revision hub_strategy hub_license".split()
 )
 # Arguments that may be a path.
 PATH_ARGUMENTS = frozenset("dataset vision_model text_model preset model_name_or_path".split())
@@ -105,6 +105,8 @@ def without_path(value: str) -> str:
 class StepMeter:
     """Collects steps and gives their means: loss over all processes, pairs a second, rates and norm of the last step.
 
+    What was not read yet is part of a checkpoint, so that a resumed run logs what an uninterrupted one does.
+
     Args:
         accelerator: of the run.
         optimizer: whose groups have a `name`.
@@ -112,16 +114,29 @@ class StepMeter:
 
     def __init__(self, accelerator: Any, optimizer: Any):
         self.accelerator, self.optimizer = accelerator, optimizer
-        self._restart()
+        self.chance = math.nan  # the mean of `chance` over the steps that were read last
+        self.steps = 0  # and their number
+        self.start_epoch(0)
 
-    def _restart(self) -> None:
+    def start_epoch(self, step_in_epoch: int) -> None:
+        """Measure the time from now on; at the first step of an epoch forget what the one before left unread."""
         self.start, self.pairs = time.perf_counter(), 0
-        self.losses: list[Tensor] = []
         self.norm: Any = math.nan
+        if step_in_epoch == 0:
+            self.losses: list[Tensor] = []
+            self.chances: list[float] = []
 
-    def update(self, loss: Tensor, norm: Any, pairs: int) -> None:
-        """Take note of one step of this process without waiting for the device."""
+    def update(self, loss: Tensor, norm: Any, pairs: int, chance: float) -> None:
+        """Take note of one step of this process without waiting for the device.
+
+        Args:
+            loss: this process's part.
+            norm: of the gradient.
+            pairs: texts of this process.
+            chance: the loss of a model that cannot tell one pair of this step from another.
+        """
         self.losses.append(loss.detach())
+        self.chances.append(chance)
         self.norm = norm
         self.pairs += pairs
 
@@ -131,13 +146,10 @@ class StepMeter:
         Raises:
             MiniClipError: the loss is not finite.
         """
-        own = torch.stack([torch.stack(self.losses).mean(), self.losses[0].new_tensor(self.pairs)])
+        own = torch.stack([torch.stack(self.losses).mean(), self.losses[-1].new_tensor(self.pairs)])
         loss, pairs = self.accelerator.reduce(own, "sum").tolist()
         if not math.isfinite(loss):
-            raise MiniClipError(
-                f"the training loss became {loss}: lower --learning_rate, --vision_learning_rate and "
-                "--text_learning_rate, or try --mixed_precision no; the last checkpoint and the export are untouched"
-            )
+            raise not_finite("training loss", loss, self.accelerator.mixed_precision)
         groups = [group for group in self.optimizer.param_groups if not group["name"].endswith("_no_decay")]
         values = {
             "loss": loss,
@@ -145,5 +157,17 @@ class StepMeter:
             "gradient_norm": float(self.norm),
             "pairs_per_second": pairs / (time.perf_counter() - self.start),
         }
-        self._restart()
+        self.steps, self.chance = len(self.chances), sum(self.chances) / len(self.chances)
+        self.start_epoch(0)
         return values
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """For `accelerator.register_for_checkpointing`; every process has to call it."""
+        losses = self.accelerator.reduce(torch.stack(self.losses), "sum").tolist() if self.losses else []
+        return {"losses": losses, "chances": list(self.chances)}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Take over what [`state_dict`][StepMeter.state_dict] gave: one process the losses, the others zeros."""
+        losses = torch.tensor(state["losses"], device=self.accelerator.device)
+        self.losses = list(losses if self.accelerator.is_main_process else torch.zeros_like(losses))
+        self.chances = list(state["chances"])

@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from .arguments import TrainingArguments
+from .diagnostics import not_finite
+from .distributed import own_part
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor
 
@@ -88,3 +90,15 @@ def build_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArgumen
 def clamp_temperature(model: MiniClipModel) -> None:
     """Bring the parameter back to its bound after a step, so that a later gradient finds it there."""
     model.logit_scale.clamp_(max=math.log(model.config.logit_scale_max))
+
+
+@torch.no_grad()
+def check_weights(model: MiniClipModel, accelerator: Any) -> None:
+    """Make sure that what is going to be saved are numbers; every process has to ask, and gets the same answer.
+
+    Raises:
+        MiniClipError: a parameter holds NaN or infinity, in any process.
+    """
+    wrong = torch.stack([~own_part(parameter).isfinite().all() for parameter in model.parameters()]).any()
+    if accelerator.reduce(wrong.int(), "sum").item():
+        raise not_finite("weights", math.nan, accelerator.mixed_precision)

@@ -29,7 +29,8 @@ DEFAULTS = TrainingArguments()
 PROMISED = """dataset image_dir output_dir vision_model text_model projection_dim image_size max_length num_workers
 dropout freeze_batch_norm batch_size captions_per_image num_train_epochs max_steps learning_rate vision_learning_rate
 text_learning_rate weight_decay seed freeze best_metric early_stopping_patience logging_steps report_to
-mixed_precision resume_from_checkpoint push_to_hub hub_model_id""".split()
+mixed_precision resume_from_checkpoint checkpointing_steps save_total_limit overfit_batch push_to_hub
+hub_model_id""".split()
 
 
 @pytest.fixture
@@ -101,6 +102,8 @@ def test_a_recipe_without_data_asks_for_a_dataset(recipe: Any) -> None:
         ("output_dir: runs/été", "output_dir", "runs/été"),
         ("output_dir: -o", "output_dir", "-o"),
         ("caption_column: 'a b'", "caption_column", "a b"),
+        ("checkpointing_steps: 100", "checkpointing_steps", "100"),
+        ("checkpointing_steps: epoch", "checkpointing_steps", "epoch"),
     ],
 )
 def test_values_of_a_recipe_get_the_type_of_their_argument(recipe: Any, text: str, name: str, value: Any) -> None:
@@ -193,6 +196,9 @@ def test_a_missing_recipe_is_told_with_those_that_come_with_the_package(tmp_path
         (["--seed", str(2**32)], "--seed must be below"),
         (["--augmentation", "HorizontalFlip"], "--augmentation must be a list"),
         (["--augmentation", "[{p: 1}]"], "--augmentation must be a list"),
+        (["--checkpointing_steps", "0"], "--checkpointing_steps must be 'epoch' or a whole number of steps, not 0"),
+        (["--checkpointing_steps", "1.5"], "--checkpointing_steps must be 'epoch' or a whole number"),
+        (["--checkpointing_steps", "steps"], "--checkpointing_steps must be 'epoch' or a whole number"),
         (["--augmentation", "[{"], "--augmentation is neither JSON nor YAML"),
         *(([f"--{name}", str(least - 1)], f"--{name} must be at least") for name, least in LOWER_BOUNDS.items()),
     ],
@@ -263,7 +269,8 @@ def test_saved_arguments_leave_out_how_one_start_treated_an_earlier_run(tmp_path
     save_arguments(arguments, tmp_path / "arguments.yaml")
     saved = yaml.safe_load((tmp_path / "arguments.yaml").read_text())
     left_out = {field.name for field in fields(TrainingArguments)} - set(saved)
-    assert left_out == {"recipe", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub"}
+    once = {"overfit_batch", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub"}
+    assert left_out == {"recipe", *once}
 
 
 def test_every_argument_is_read_somewhere() -> None:
