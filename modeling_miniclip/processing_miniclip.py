@@ -207,6 +207,7 @@ class MiniClipProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
         # Pipelines hand every output of the tokenizer to the model, which has no use for token types.
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved for the tokenizer alone
         tokenizer.padding_side = "right"  # the first token is the one that text_pooling="cls" takes
         _forget_earlier_use(tokenizer)
 
