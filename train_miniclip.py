@@ -211,7 +211,8 @@ def prepare_places(arguments: TrainingArguments) -> tuple[Path, Path | None]:
     if int(os.environ.get("RANK", "0")) == 0:  # one process speaks for all, before there is an Accelerator
         checkpoints.prepare_output_dir(arguments)
         if arguments.push_to_hub:
-            arguments.hub_model_id = prepare_push(arguments.hub_model_id, output_dir, arguments.hub_private_repo)
+            private, revision = arguments.hub_private_repo, arguments.hub_revision
+            arguments.hub_model_id = prepare_push(arguments.hub_model_id, output_dir, private, revision)
     if arguments.resume_from_checkpoint is None:
         return output_dir, None
     return output_dir, checkpoints.find_checkpoint(output_dir, arguments.resume_from_checkpoint)
@@ -552,8 +553,8 @@ def push_export(run: Run, folder: Path) -> None:
     from modeling_miniclip.pushing import push
     from modeling_miniclip.reporting import say
 
-    message = f"Model of step {run.progress.best_step}"
-    url = push(folder, str(run.arguments.hub_model_id), message=message, revision=run.arguments.hub_revision)
+    message, arguments = f"Model of step {run.progress.best_step}", run.arguments
+    url = push(folder, str(arguments.hub_model_id), arguments.hub_private_repo, message, arguments.hub_revision)
     say(run.accelerator, f"pushed: {url}")
 
 

@@ -138,7 +138,7 @@ class TrainingArguments:
         "end", "with push_to_hub: upload once at the end, or each model that is the best so far as well"
     )
     hub_model_id: str | None = _flag(None, "repository to upload to (the user's, named like output_dir)")
-    hub_private_repo: bool = _flag(False, "create that repository as private")
+    hub_private_repo: bool = _flag(False, "create that repository as private, refuse a public one")
     hub_revision: str | None = _flag(None, "branch to upload to; created if it is not there (main)")
     hub_license: str | None = _flag(None, "licence in the model card: an identifier of the Hub such as mit (unknown)")
 

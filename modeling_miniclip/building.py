@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from torch import nn
 
 from .arguments import MODEL_SOURCES, TrainingArguments
 from .configuration_miniclip import MiniClipConfig
-from .errors import UsageError
+from .errors import UsageError, one_line
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor, image_processor_from_timm, max_text_length
 from .resources import named_file
@@ -48,10 +48,10 @@ def build_model(arguments: TrainingArguments, captions: list[list[str]]) -> tupl
             model, processor = _from_export(arguments, overrides)
         else:
             model, processor = _from_towers(arguments, overrides)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (HTTPError, OSError, ValueError, StrictDataclassError) as error:
         named = [f"--{name} {getattr(arguments, name)}" for names in MODEL_SOURCES for name in names]
         sources = " and ".join(text for text in named if not text.endswith(" None"))
-        raise UsageError(f"no model of {sources}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"no model of {sources}: {one_line(error)}") from error
     if arguments.dropout is not None:
         set_dropout(model, arguments.dropout)
     return model, processor

@@ -22,7 +22,7 @@ def declare_push(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip push`."""
     parser.add_argument("export", metavar="EXPORT", help="folder of an exported model")
     parser.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; created if it is not there")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--private", action="store_true", help="make a new repository private, refuse a public one")
     parser.add_argument("--revision", help="branch to commit to; created if it is not there (main)")
 
 

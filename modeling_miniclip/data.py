@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import DataError
+from .errors import DataError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDatasetDict
@@ -464,17 +464,18 @@ def _from_hub(
 ) -> "DatasetDict":
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
 
     try:
         raw = load_dataset(name, revision=revision, streaming=stream_rows is not None)
         if stream_rows is not None:
             raw = _first_rows(raw, stream_rows)
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
         hint = ""
         if "script" in str(error):
             hint = '; the Hub keeps most such sets as files too: revision="refs/convert/parquet"'
         raise DataError(
-            f"{name!r} is neither a file or folder here nor a data set that the Hub gives: {error}{hint}"
+            f"{name!r} is neither a file or folder here nor a data set that the Hub gives: {one_line(error)}{hint}"
         ) from error
     return _one_row_per_image(raw, name, columns, validation_fraction, seed)
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from torch import Tensor, nn
 
 from .building import load_export
 from .data import load_captions
-from .errors import UsageError
+from .errors import UsageError, one_line
 from .evaluation import retrieval_metrics
 from .files import replaced_folder
 from .modeling_miniclip import MiniClipModel
@@ -111,8 +111,8 @@ def export_onnx(
         raise UsageError(f"--images must be at least 1, not {num_images}")
     try:
         model, processor = load_export(source, "EXPORT")
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UsageError(f"no model of {source}: {' '.join(str(error).split())}") from error
+    except (HTTPError, OSError, ValueError, StrictDataclassError) as error:
+        raise UsageError(f"no model of {source}: {one_line(error)}") from error
     if not processor.tokenizer.is_fast:
         raise UsageError(f"{source}: its tokenizer is written in Python and cannot be saved as tokenizer.json")
     split = load_captions(dataset)["validation"]

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoProcessor
 
+from .errors import one_line
+
 TEXTS = ["a dog runs through the snow", "two children and a red ball on the beach, seen from above"]
 
 
@@ -25,8 +27,14 @@ def logits_of(source: str, **where: Any) -> torch.Tensor:
 
 
 def main(folder: str, repo_id: str, commit: str) -> None:
-    """Exit with a sentence if the two differ."""
-    wanted, found = logits_of(folder), logits_of(repo_id, revision=commit)
+    """Exit with a sentence if one of them does not load or the two differ."""
+    logits = []
+    for source, where in ((folder, {}), (repo_id, {"revision": commit})):
+        try:
+            logits.append(logits_of(source, **where))
+        except Exception as error:  # whatever the code and the files of a model bring about
+            sys.exit(f"{source} does not load: {type(error).__name__}: {one_line(error)}")
+    wanted, found = logits
     if not torch.equal(wanted, found):
         difference = (wanted - found).abs().max().item() if wanted.shape == found.shape else float("nan")
         sys.exit(f"the model that was uploaded gives other logits than {folder} (largest difference {difference:g})")

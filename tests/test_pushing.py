@@ -21,7 +21,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "carried out without an answer": {"drop": -1},
     "connection lost for good": {"drop": 0, "reset": 1, "times": -1},
 }
-REQUESTS = 13  # of a push to a repository that is there
+REQUESTS = {"main": 15, "v2": 11}  # of a push to a repository that is there, its branch and a new one
 
 
 @pytest.fixture
@@ -65,13 +65,13 @@ def push_in_a_client(hub: Any, tmp_path: Path, code: str, **env: str) -> Any:
 
 
 WITHOUT_VERIFICATION = "from modeling_miniclip import pushing; pushing._verify = lambda *args: None\n"
-CASES = [(fault, k) for fault in FAULTS for k in range(REQUESTS)]
+CASES = [(fault, branch, k) for fault in FAULTS for branch, count in REQUESTS.items() for k in range(count)]
 
 
-def test_whatever_request_fails_the_target_is_the_old_model_or_the_new_one(
+def test_whatever_request_fails_the_target_is_the_old_model_or_the_new_one_and_success_is_told_as_such(
     alices_hub: Any, exports: dict[str, Path], tmp_path: Path
 ) -> None:
-    for i, (fault, k) in enumerate(CASES):
+    for i, (fault, _, k) in enumerate(CASES):
         add_repository(alices_hub, f"alice/m{i}x", files_of(exports["old"]))
         alices_hub.fault(path=rf"\bm{i}x", skip=k, **FAULTS[fault])
     # What a waiting client would wait for does not change within a test.
@@ -79,11 +79,11 @@ def test_whatever_request_fails_the_target_is_the_old_model_or_the_new_one(
 import time, warnings
 time.sleep = lambda seconds: None
 from modeling_miniclip import UsageError, push
-for i in range({len(CASES)}):
+for i, (_, branch, _) in enumerate({CASES!r}):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
-            said = "pushed " + push({str(exports["new"])!r}, f"alice/m{{i}}x")
+            said = "pushed " + push({str(exports["new"])!r}, f"alice/m{{i}}x", revision=branch)
         except UsageError as error:
             said = "refused " + str(error)
     print(said, "|", *(warning.message for warning in told))
@@ -92,23 +92,24 @@ for i in range({len(CASES)}):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(CASES)
-    outcomes = []
-    for i, ((fault, k), line) in enumerate(zip(CASES, lines, strict=True)):
-        case = f"{fault}, request {k}: {line}"
-        there = which(alices_hub, f"alice/m{i}x", exports)
-        outcomes.append((line.startswith("pushed"), there))
-        assert there in ("old", "new"), case
-        assert there == "new" or not line.startswith("pushed"), case
-        left = [branch for branch in branches(alices_hub, f"alice/m{i}x") if branch != "main"]
-        assert all(branch in line for branch in left), case  # what is left is told
+    outcomes = set()
+    for i, ((fault, branch, k), line) in enumerate(zip(CASES, lines, strict=True)):
+        case, repo_id = f"{fault}, {branch}, request {k}: {line}", f"alice/m{i}x"
+        heads = branches(alices_hub, repo_id)
+        there = which(alices_hub, repo_id, exports, branch) if branch in heads else "none"
+        outcomes.add((fault, branch, k, line.startswith("pushed"), there))
+        assert there == ("new" if line.startswith("pushed") else {"main": "old", "v2": "none"}[branch]) or (
+            there == "new" and "whether" in line  # the connection went with the answer
+        ), case
+        assert branch == "main" or which(alices_hub, repo_id, exports) == "old", case
+        assert all(left in line for left in set(heads) - {"main", branch}), case  # what is left is told
         assert "hf_alice" not in line and "Traceback" not in line, case
         if line.startswith("refused"):
-            assert re.search(
-                rf"new .*(cannot be|was not) .*The model is safe in .*try again by `miniclip push .*/new alice/m{i}x`",
-                line,
-            ), case
-    assert {(True, "new"), (False, "old")} <= set(outcomes)
-    assert outcomes[REQUESTS - 1] == (True, "new"), "the last request was not reached: raise REQUESTS"
+            advice = rf"The model is safe in .*try again by `miniclip push .*/new {repo_id} --revision {branch}`"
+            assert re.search(rf"refused \S+/new (cannot be|was) .*{advice}", line), case
+    for branch, count in REQUESTS.items():
+        assert ("refused once", branch, count - 1, True, "new") in outcomes, "the last request was not reached"
+        assert any(case[:2] == ("carried out without an answer", branch) and case[3] for case in outcomes)
 
 
 def test_a_fault_of_the_storage_behind_large_files_leaves_the_old_model(
@@ -119,7 +120,9 @@ def test_a_fault_of_the_storage_behind_large_files_leaves_the_old_model(
     code = f"from modeling_miniclip import push\npush({str(exports['new'])!r}, 'alice/birds')"
     done = push_in_a_client(alices_hub, tmp_path, code)
     assert done.returncode == 1
-    assert "UsageError" in done.stderr and "alice/birds is as it was" in done.stderr.splitlines()[-1]
+    assert (
+        "UsageError" in done.stderr and "Nothing that was in alice/birds has changed" in done.stderr.splitlines()[-1]
+    )
     assert which(alices_hub, "alice/birds", exports) == "old"
     assert branches(alices_hub, "alice/birds") == ["main"]
 
@@ -151,7 +154,7 @@ push({str(exports["new"])!r}, "alice/birds2")
     done = push_in_a_client(alices_hub, tmp_path, code)
     last = done.stderr.splitlines()[-1]
     assert re.search(rf"UsageError: what was uploaded to alice/birds2 was not published: .*{reason}", last), last
-    assert "alice/birds2 is as it was" in last
+    assert "Nothing that was in alice/birds2 has changed" in last
     assert set(alices_hub.files("alice/birds2")) == {".gitattributes"}
     assert branches(alices_hub, "alice/birds2") == ["main"]
 
