@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-clients lint format docs clean
+.PHONY: help demo test test-slow test-clients conformance lint format docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -38,6 +38,14 @@ test-slow: $(VENV)/.installed-dev  ## run the slow tests (minutes)
 
 test-clients: .venv-clients/.installed  ## compare other libraries that load an export
 	.venv-clients/bin/python -m pytest tests/clients
+
+$(VENV)/.installed-conformance: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet 'parameterized>=0.9' setuptools
+	touch $@
+
+conformance: $(VENV)/.installed-conformance  ## run transformers' own common tests (a minute; fetches their source once)
+	$(BIN)/python tests/conformance/upstream.py $(VENV)
+	RUN_SLOW=1 TRANSFORMERS_SOURCE=$(VENV) $(BIN)/python -m pytest -n 2 -m '' -r fE tests/conformance
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -418,6 +418,15 @@ class MiniClipModel(PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers may take this model for one of its own.
+
+        In custom code that writes weights in place it leaves out modules without weights of their own, and with them
+        the rule by which ModernBERT draws the layers that a checkpoint lacks.
+        """
+        return False
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, revision: str = "main", **kwargs: Any
     ) -> Any:

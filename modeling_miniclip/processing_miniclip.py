@@ -176,15 +176,29 @@ def _is_between_0_and_1(image: Any) -> bool:
     return "float" in str(getattr(image, "dtype", "")) and 0 < image.max() <= 1 and image.min() >= 0
 
 
-def _forget_earlier_use(tokenizer: PreTrainedTokenizerBase) -> None:
-    # A tokenizer.json carries the lengths of the last call before it was saved (all-MiniLM-L6-v2: 128). They would
-    # both pad every call and cut below the tower's limit.
+def _drop_settings_of_earlier_use(tokenizer: PreTrainedTokenizerBase) -> None:
+    # A tokenizer.json carries the lengths of the last call before it was saved (all-MiniLM-L6-v2: 128), which
+    # transformers takes for settings. They would both pad every call and cut below the tower's limit. A setting that
+    # the tokenizer was loaded with on purpose differs from them and stays.
+    if not tokenizer.is_fast:
+        return
+    truncation, padding = tokenizer.backend_tokenizer.truncation or {}, tokenizer.backend_tokenizer.padding or {}
+    earlier = {
+        "max_length": truncation.get("max_length", padding.get("length")),
+        "stride": truncation.get("stride"),
+        "truncation_strategy": truncation.get("strategy"),
+        "pad_to_multiple_of": padding.get("pad_to_multiple_of"),
+    }
+    for key, value in earlier.items():
+        if tokenizer.init_kwargs.get(key) == value:
+            tokenizer.init_kwargs.pop(key, None)
+    tokenizer.backend = tokenizer.init_kwargs["backend"] = "tokenizers"  # not the image processor's "pil"
+
+
+def _forget_last_call(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-        tokenizer.backend = tokenizer.init_kwargs["backend"] = "tokenizers"  # not the image processor's "pil"
-    for key in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"):
-        tokenizer.init_kwargs.pop(key, None)
 
 
 class MiniClipProcessor(ProcessorMixin):
@@ -209,12 +223,22 @@ class MiniClipProcessor(ProcessorMixin):
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved for the tokenizer alone
         tokenizer.padding_side = "right"  # the first token is the one that text_pooling="cls" takes
-        _forget_earlier_use(tokenizer)
+        _drop_settings_of_earlier_use(tokenizer)
+        _forget_last_call(tokenizer)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """As `ProcessorMixin.save_pretrained`; the files do not depend on the calls made before."""
-        _forget_earlier_use(self.tokenizer)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        _forget_last_call(self.tokenizer)
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        for part in (self, self.image_processor):  # the entry is made in the objects too, which have not changed
+            vars(part).pop("auto_map", None)
+        return files
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `ProcessorMixin.to_dict`; the code belongs to the processor, not to its stock image processor too."""
+        values = super().to_dict()
+        values["image_processor"].pop("auto_map", None)
+        return values
 
     @classmethod
     def from_pretrained(
@@ -246,6 +270,7 @@ class MiniClipProcessor(ProcessorMixin):
         if not isinstance(vision, TimmWrapperConfig):
             vision = timm_config(os.fspath(vision))
         tokenizer = AutoTokenizer.from_pretrained(text)
+        tokenizer.init_kwargs.pop("max_length", None)
         limit = max_text_length(AutoConfig.from_pretrained(text), tokenizer)
         if max_length is not None and not 0 < max_length <= limit:
             raise ValueError(f"max_length must be in 1..{limit}, the limit of {text}, not {max_length}")
@@ -270,7 +295,8 @@ class MiniClipProcessor(ProcessorMixin):
             self._warn_of_scaled(images, (kwargs.get("images_kwargs", {}) | kwargs).get("do_rescale"))
         outputs = super().__call__(images=images, text=text, **kwargs)
         if text is not None and "attention_mask" in outputs:
-            limit = (kwargs.get("text_kwargs", {}) | kwargs).get("max_length") or self.tokenizer.model_max_length
+            settings = self.tokenizer.init_kwargs | kwargs.get("text_kwargs", {}) | kwargs
+            limit = settings.get("max_length") or self.tokenizer.model_max_length
             self._warn_of_truncation(text, outputs["attention_mask"], limit)
         return outputs
 

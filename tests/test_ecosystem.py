@@ -51,6 +51,15 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # --- loading ---
 
 
+def test_a_weight_that_a_checkpoint_lacks_is_drawn_by_the_rule_of_its_own_tower() -> None:
+    model, lost = make("resnet", "modernbert"), "text_model.layers.0.mlp.Wo.weight"
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != lost}
+    loaded = MiniClipModel.from_pretrained(None, config=model.config, state_dict=state)
+    std = 0.02 / (2 * 2) ** 0.5  # ModernBERT's: two layers; cut off at two standard deviations
+    assert 0.5 * std < loaded.state_dict()[lost].std() < std
+    assert loaded.state_dict()[lost].abs().max() <= 2 * std
+
+
 @every_family
 def test_a_model_is_built_on_the_meta_device_and_filled_by_loading(vision: str, text: str, tmp_path: Path) -> None:
     model = make(vision, text)

@@ -739,6 +739,28 @@ def test_lengths_of_an_earlier_use_are_forgotten(tmp_path):
         assert len(loaded(text=LONG)["input_ids"]) == 24
 
 
+def test_settings_that_the_tokenizer_was_loaded_with_are_kept(tmp_path):
+    tiny_processor().tokenizer.save_pretrained(tmp_path / "text")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "text", max_length=10, padding="max_length")
+    processor = MiniClipProcessor(tiny_processor().image_processor, tokenizer)
+    for number in range(2):
+        assert len(processor(text="a dog")["input_ids"]) == 10
+        with pytest.warns(UserWarning, match="truncated to 10 tokens"):
+            assert len(processor(text=LONG)["input_ids"]) == 10
+        processor.save_pretrained(tmp_path / f"saved{number}")
+        processor = MiniClipProcessor.from_pretrained(tmp_path / f"saved{number}")
+
+
+def test_saving_changes_nothing_and_a_round_trip_neither(tmp_path):
+    processor = tiny_processor()
+    before = processor.to_dict()
+    processor.save_pretrained(tmp_path)
+    assert processor.to_dict() == MiniClipProcessor.from_pretrained(tmp_path).to_dict() == before
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    assert saved["auto_map"] == {"AutoProcessor": "processing_miniclip.MiniClipProcessor"}
+    assert "auto_map" not in saved["image_processor"]
+
+
 def test_limit_of_a_real_tokenizer_is_the_towers(shared):
     weights = shared / "weights"
     processor = MiniClipProcessor.from_towers(weights / "tf_efficientnet_lite0", weights / "all-MiniLM-L6-v2")
