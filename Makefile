@@ -28,7 +28,7 @@ test: $(VENV)/.installed-dev  ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.installed-dev  ## run the slow tests (minutes)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 .venv-clients/.installed: pyproject.toml
 	test -x .venv-clients/bin/pip || $(PYTHON) -m venv .venv-clients
