@@ -42,9 +42,9 @@ NOT_RUN = {
     "exporters, generation, utils": "missing from the archive; stand_ins/ has what is imported of them",
     "test_fsdp_mixin, test_tensor_parallel_mixin, test_expert_parallel_mixin": "need distributed_testing_utils, "
     "which is missing from the archive; they are made for language models",
-    "test_training_mixin": "overfits a language model to the labels of its tokens; tests/test_training.py overfits this",
+    "test_training_mixin": "overfits a language model to the labels of its tokens; --overfit_batch is tested here",
     "test_pipeline_mixin": "downloads models from the Hub; tests/test_pipelines.py has the pipelines",
-    "test_image_processing_common, test_tokenization_common": "image processor and tokenizer are upstream's own classes",
+    "test_image_processing_common, test_tokenization_common": "both are upstream's own classes here",
 }
 
 
