@@ -231,7 +231,7 @@ class MiniClipProcessor(ProcessorMixin):
         _forget_last_call(self.tokenizer)
         files = super().save_pretrained(save_directory, *args, **kwargs)
         for part in (self, self.image_processor):  # the entry is made in the objects too, which have not changed
-            vars(part).pop("auto_map", None)
+            part.__dict__.pop("auto_map", None)
         return files
 
     def to_dict(self) -> dict[str, Any]:
