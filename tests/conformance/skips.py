@@ -1,8 +1,8 @@
 """What of upstream's tests is not run, and why. Both tables are in use: conftest.py fails a run that leaves them."""
 
-# Tests that are skipped here. They pass upstream only for towers that timm's are not.
+# Tests that are skipped here.
 SKIPPED = {
-    "test_get_image_features_attentions": "a timm tower gives no attentions, as upstream skips it for its own models",
+    "test_get_image_features_attentions": "a timm tower gives no attentions",
 }
 
 # Tests that upstream itself skips: how its reason begins, and why that holds for this model or this machine.
@@ -37,14 +37,15 @@ SKIPPED_UPSTREAM = {
     "Processor doesn't support `_get_num_multimodal_tokens`": "images do not become tokens of a text",
 }
 
-# Modules of the archive that are not collected, or not whole: the README of the run.
+# What else is upstream, and why it is not run.
 NOT_RUN = {
     "exporters, generation, utils": "missing from the archive; stand_ins/ has what is imported of them",
-    "test_fsdp_mixin, test_tensor_parallel_mixin, test_expert_parallel_mixin": "need distributed_testing_utils, "
-    "which is missing from the archive; they are made for language models",
-    "test_training_mixin": "overfits a language model to the labels of its tokens; --overfit_batch is tested here",
-    "test_pipeline_mixin": "downloads models from the Hub; tests/test_pipelines.py has the pipelines",
-    "test_image_processing_common, test_tokenization_common": "both are upstream's own classes here",
+    "test_fsdp_mixin, test_tensor_parallel_mixin, test_expert_parallel_mixin": (
+        "need distributed_testing_utils, which is missing from the archive; for language models"
+    ),
+    "test_training_mixin": "trains language models on the labels of tokens; tests/test_quality.py trains this model",
+    "test_pipeline_mixin": "takes its models from a list on the Hub; tests/test_pipelines.py has the pipelines",
+    "test_image_processing_common, test_tokenization_common": "the classes are upstream's own, and tested there",
 }
 
 
