@@ -25,10 +25,10 @@ from tests.towers import tiny_model
 class Processes:
     """An accelerator whose other processes have sent `others`, tensors like this process's own."""
 
+    mixed_precision, device, is_main_process = "no", "cpu", True
+
     def __init__(self, *others: list[float]):
         self.others = others
-
-    mixed_precision = "no"
 
     def reduce(self, own: torch.Tensor, how: str) -> torch.Tensor:
         assert how == "sum"
@@ -55,14 +55,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_the_meter_gives_the_means_since_its_last_reading(clock: SimpleNamespace) -> None:
     meter = StepMeter(Processes(), OPTIMIZER)
-    for loss, norm, pairs, chance in ((1.0, 9.0, 64, 4.0), (2.0, 9.0, 64, 4.0), (4.5, 0.5, 32, 2.5)):
-        meter.update(torch.tensor(loss, requires_grad=True), torch.tensor(norm), pairs, chance)
+    for loss, norm, pairs in ((1.0, 9.0, 64), (2.0, 9.0, 64), (4.5, 0.5, 32)):
+        meter.update(torch.tensor(loss, requires_grad=True), torch.tensor(norm), pairs, chance=loss + 2)
     clock.time = 104.0
     expected = {"vision_learning_rate": 1e-4, "heads_learning_rate": 1e-3, "gradient_norm": 0.5}
     assert meter.read() == expected | {"loss": 2.5, "pairs_per_second": 40.0}  # 7.5 / 3 and 160 / 4
-    assert (meter.steps, meter.chance) == (3, 3.5)
+    assert (meter.steps, meter.chance) == (3, 4.5)
 
-    meter.update(torch.tensor(8.0), 0.25, 10, 4.0)
+    meter.update(torch.tensor(8.0), 0.25, 10, 9.0)
     clock.time = 109.0
     assert meter.read() == expected | {"gradient_norm": 0.25, "loss": 8.0, "pairs_per_second": 2.0}
 
@@ -70,19 +70,37 @@ def test_the_meter_gives_the_means_since_its_last_reading(clock: SimpleNamespace
 def test_the_meter_adds_the_shares_of_all_processes(clock: SimpleNamespace) -> None:
     # Each process holds its share of the global loss: mean 1.5 here, 2 and 0.5 there; 20 pairs here, 30 and 50 there.
     meter = StepMeter(Processes([2.0, 30.0], [0.5, 50.0]), OPTIMIZER)
-    meter.update(torch.tensor(1.0), 1.0, 10, 4.0)
-    meter.update(torch.tensor(2.0), 1.0, 10, 4.0)
+    meter.update(torch.tensor(1.0), 1.0, 10, 3.0)
+    meter.update(torch.tensor(2.0), 1.0, 10, 3.0)
     clock.time = 102.0
     values = meter.read()
     assert (values["loss"], values["pairs_per_second"]) == (4.0, 50.0)
+
+
+def test_what_the_meter_has_not_told_yet_is_told_after_resuming_within_an_epoch_and_forgotten_by_a_new_one() -> None:
+    meter = StepMeter(Processes([2.0, 3.0]), OPTIMIZER)
+    meter.update(torch.tensor(1.0), 1.0, 10, 4.0)
+    meter.update(torch.tensor(2.0), 1.0, 10, 6.0)
+    state = meter.state_dict()
+    assert state == {"losses": [3.0, 5.0], "chances": [4.0, 6.0]}
+    resumed = StepMeter(Processes(), OPTIMIZER)
+    resumed.load_state_dict(state)
+    resumed.start_epoch(step_in_epoch=2)
+    resumed.update(torch.tensor(7.0), 1.0, 10, 8.0)
+    assert (resumed.read()["loss"], resumed.steps, resumed.chance) == (5.0, 3, 6.0)
+    meter.start_epoch(step_in_epoch=0)
+    assert StepMeter(Processes(), OPTIMIZER).state_dict() == {"losses": [], "chances": []}
+    assert meter.losses == []
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["here", "in another process"])
 def test_a_loss_that_is_not_finite_in_any_process_ends_the_run_with_advice(bad: float, where: str) -> None:
     meter = StepMeter(Processes([bad if where != "here" else 1.0, 1.0]), OPTIMIZER)
-    meter.update(torch.tensor(bad if where == "here" else 1.0), 1.0, 1, 4.0)
-    with pytest.raises(MiniClipError, match=f"the training loss became {bad}, .*: lower --learning_rate"):
+    meter.update(torch.tensor(bad if where == "here" else 1.0), 1.0, 1, 3.0)
+    with pytest.raises(
+        MiniClipError, match=f"the training loss became {bad}, likely because .*: lower --learning_rate"
+    ):
         meter.read()
 
 

@@ -108,6 +108,9 @@ def test_run_stopped_within_an_epoch_resumes_behind_the_last_batch(tmp_path: Pat
         for name in ("parts", "whole")
     )
     assert steps == expected and len({rate for _, rate in expected}) > 1
+    # Also what the extra validation has told and exported is forgotten.
+    assert [line["step"] for line in metrics_of(tmp_path / "parts") if line["split"] == "validation"] == [3, 6, 9, 12]
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert_same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
 
 
@@ -250,12 +253,15 @@ def test_without_arguments_the_built_in_recipe_is_run() -> None:
     assert (arguments.recipe, arguments.dataset, arguments.preset) == ("scenes", "scenes", "scenes_tiny")
 
 
-def test_tracker_gets_losses_and_recalls(tmp_path: Path) -> None:
-    main(flags(tmp_path, max_steps=1, report_to="tensorboard"))
+def test_tracker_gets_losses_and_recalls_once_also_of_steps_that_were_trained_again(tmp_path: Path) -> None:
+    main(flags(tmp_path, max_steps=2, checkpointing_steps=1, report_to="tensorboard"))
+    main(flags(tmp_path, max_steps=3, report_to="tensorboard", resume_from_checkpoint="step-00000001"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "miniclip")).Reload()
     assert {"train/loss", "validation/loss", "validation/text_to_image_R@1"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("validation/loss")] == [3]
 
 
 @pytest.mark.slow
