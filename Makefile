@@ -40,7 +40,7 @@ test-clients: .venv-clients/.installed  ## compare other libraries that load an 
 	.venv-clients/bin/python -m pytest tests/clients
 
 $(VENV)/.installed-conformance: $(VENV)/.installed-dev
-	$(BIN)/pip install --quiet 'parameterized>=0.9' setuptools
+	$(BIN)/pip install --quiet 'parameterized>=0.9'
 	touch $@
 
 conformance: $(VENV)/.installed-conformance  ## run transformers' own common tests (a minute; fetches their source once)
