@@ -1,35 +1,41 @@
 """The towers of an export in the libraries that they came from, by the README's lines, without the package's code."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from modeling_miniclip import MiniClipModel, MiniClipProcessor
+from modeling_miniclip import MiniClipModel, MiniClipProcessor, export
 from tests.clients.cases import Case
 from tests.test_readme import blocks
+from tests.towers import PIXELS, VISION, tiny_model, tiny_processor
 
 
-def towers_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that the README's block leaves, run where `my-clip/export` is the export of a case."""
+def towers_of(folder: Path, monkeypatch: pytest.MonkeyPatch, text: bool = False) -> dict[str, Any]:
+    """The names that the README's block leaves, run where `my-clip/export` is this export.
+
+    Args:
+        folder: of the export.
+        monkeypatch: changes the working folder.
+        text: whether the text tower is wanted and a DistilBERT; timm's lines come first, and stand alone.
+    """
     (block,) = [block for block in blocks("python") if "DistilBertModel" in block]
-    (case.export.parent / "my-clip").mkdir(exist_ok=True)
-    link = case.export.parent / "my-clip" / "export"
+    (folder.parent / "my-clip").mkdir(exist_ok=True)
+    link = folder.parent / "my-clip" / "export"
     if not link.exists():
-        link.symlink_to(case.export)
-    monkeypatch.chdir(case.export.parent)
-    if case.name != "scenes":  # whose text tower is a DistilBERT; timm's lines come first
-        block = block.partition("text_tower =")[0]
+        link.symlink_to(folder)
+    monkeypatch.chdir(folder.parent)
     namespace: dict[str, Any] = {}
-    exec(block, namespace)
+    exec(block if text else block.partition("text_tower =")[0], namespace)
     return namespace
 
 
 def test_plain_timm_computes_the_image_features_bit_for_bit(
     case: Case, monkeypatch: pytest.MonkeyPatch, compared: Callable[[str], None]
 ) -> None:
-    tower = towers_of(case, monkeypatch)["image_tower"]
+    tower = towers_of(case.export, monkeypatch)["image_tower"]
     assert type(tower).__module__.startswith("timm.")
     model, processor = MiniClipModel.from_pretrained(case.export), MiniClipProcessor.from_pretrained(case.export)
     pixels = processor(images=case.images, return_tensors="pt")["pixel_values"]
@@ -40,12 +46,24 @@ def test_plain_timm_computes_the_image_features_bit_for_bit(
     assert torch.equal(theirs, ours) and ours.std(dim=0).max() > 0
 
 
+@pytest.mark.parametrize("family", VISION)
+def test_plain_timm_takes_the_image_tower_of_every_family(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them are told their own input size, depth and width by `model_args`."""
+    model = tiny_model(family).eval()
+    tower = towers_of(export(model, tiny_processor(), tmp_path / "export"), monkeypatch)["image_tower"]
+    pixels = torch.randn(3, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(tower(pixels), model.pool_images(pixels).pooler_output)
+
+
 @pytest.mark.parametrize("case", ["scenes"], indirect=True)  # the text tower of the photographs is a BERT
 def test_plain_distilbert_computes_the_hidden_states_bit_for_bit(
     case: Case, monkeypatch: pytest.MonkeyPatch, compared: Callable[[str], None]
 ) -> None:
     model, processor = MiniClipModel.from_pretrained(case.export), MiniClipProcessor.from_pretrained(case.export)
-    tower = towers_of(case, monkeypatch)["text_tower"]
+    tower = towers_of(case.export, monkeypatch, text=True)["text_tower"]
     inputs = processor(text=case.texts, return_tensors="pt")
     with torch.inference_mode():
         theirs, ours = tower(**inputs).last_hidden_state, model.pool_texts(**inputs).last_hidden_state
