@@ -204,15 +204,15 @@ def test_two_processes_with_loader_workers_killed_together_resume_exactly(tmp_pa
         "mixed_precision": "bf16",
         "batch_size": 7,
     }
-    assert launch(flags(tmp_path, "whole", **same), processes=2).returncode == 0
-    argv = flags(tmp_path, "parts", **same)
+    assert launch(flags(tmp_path / "whole", **same), processes=2).returncode == 0
+    argv = flags(tmp_path / "parts", **same)
     process = subprocess.Popen(command(argv, 2), env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
-    wait_for(tmp_path / "parts" / "checkpoints" / "step-00000004")
+    wait_for(tmp_path / "parts" / "run" / "checkpoints" / "step-00000004")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert metrics_of(tmp_path / "parts")[-1]["step"] < 12, "it ended before"
+    assert metrics_of(tmp_path / "parts" / "run")[-1]["step"] < 12, "it ended before"
     assert launch([*argv, "--resume_from_checkpoint=latest"], processes=2).returncode == 0
-    assert_same_result(result_of(tmp_path / "parts"), result_of(tmp_path / "whole"))
+    assert_same_result(result_of(tmp_path / "parts" / "run"), result_of(tmp_path / "whole" / "run"))
 
 
 def test_sigterm_saves_after_the_step_and_the_run_resumes_exactly(
