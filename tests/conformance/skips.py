@@ -25,6 +25,8 @@ SKIPPED_UPSTREAM = {
     "This model doesn't use `inputs_embeds`": "texts are token ids, as CLIP's",
     "MiniClipModel class has no _keep_in_fp32_modules": "every weight may be in half precision",
     "MiniClipModel has no _keep_in_fp32_modules": "every weight may be in half precision",
+    "No `_keep_in_fp32_modules_strict` defined": "every weight may be in half precision",
+    "Do not take a cache as input to forward": "encoders only",
     "This model has no `base_model_class`": "rotary positions belong to the text tower's own class, tested upstream",
     "Model does not have position embeddings": "positions belong to the text tower's own class, tested upstream",
     "Model does not support sliding window mask": "windows belong to the text tower's own class, tested upstream",
