@@ -43,7 +43,7 @@ $(VENV)/.installed-conformance: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet 'parameterized>=0.9'
 	touch $@
 
-conformance: $(VENV)/.installed-conformance  ## run transformers' own common tests (a minute; fetches their source once)
+conformance: $(VENV)/.installed-conformance  ## run transformers' own common tests (a minute or two; fetches their source once)
 	$(BIN)/python tests/conformance/upstream.py $(VENV)
 	RUN_SLOW=1 TRANSFORMERS_SOURCE=$(VENV) $(BIN)/python -m pytest -n 2 -m '' -r fE tests/conformance
 

@@ -516,18 +516,25 @@ class MiniClipModel(PreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def pool_images(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None
+        self, pixel_values: Tensor, output_hidden_states: bool | int | list[int] | None = None
     ) -> BaseModelOutputWithPooling:
         """The image tower alone.
 
         Args:
             pixel_values: `[B, 3, H, W]`, normalised as the processor does.
-            output_hidden_states: also return the feature maps of the tower's stages or blocks.
+            output_hidden_states: also return the feature maps of the tower's stages or blocks; indices keep those
+                alone, with None for the others and no complaint about what the tower has not, as in transformers.
 
         Returns:
             Output with `pooler_output` `[B, vision width]`.
         """
-        outputs = self.vision_model(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        if output_hidden_states is None or isinstance(output_hidden_states, bool):
+            outputs = self.vision_model(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+            return BaseModelOutputWithPooling(**outputs)
+        outputs = self.vision_model(pixel_values, output_hidden_states=True, return_dict=True)
+        maps = outputs.hidden_states
+        kept = {output_hidden_states} if isinstance(output_hidden_states, int) else set(output_hidden_states)
+        outputs.hidden_states = tuple(m if {i, i - len(maps)} & kept else None for i, m in enumerate(maps))
         return BaseModelOutputWithPooling(**outputs)
 
     def pool_texts(

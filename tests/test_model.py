@@ -272,6 +272,21 @@ def test_hidden_states_and_attentions_pass_through(vision, text):
     torch.testing.assert_close(output.text_embeds, plain.text_embeds)
 
 
+@every_pair
+def test_hidden_states_are_selected_by_index_in_both_towers(vision, text):
+    model = tiny_model(vision, text)
+    inputs = tiny_inputs(model)
+    for asked in ([0, -1], -1, [1, 99]):  # no tower has a hundred layers
+        with torch.no_grad():
+            whole = model(**inputs, output_hidden_states=True).vision_model_output
+            chosen = model(**inputs, output_hidden_states=asked).vision_model_output
+        count = len(whole.hidden_states)
+        indices = {i % count for i in ([asked] if isinstance(asked, int) else asked) if i < count}
+        assert {i for i, state in enumerate(chosen.hidden_states) if state is not None} == indices
+        assert all(torch.equal(chosen.hidden_states[i], whole.hidden_states[i]) for i in indices)
+        assert torch.equal(chosen.pooler_output, whole.pooler_output)
+
+
 def test_arguments_of_one_tower_do_not_disturb_the_other():
     model = tiny_model("resnet", "bert")
     shake(model)

@@ -5,7 +5,16 @@ from collections import Counter
 import pytest
 
 from tests.conformance import upstream
-from tests.conformance.skips import NOT_RUN, SKIPPED_UPSTREAM, skip_reason
+from tests.conformance.skips import FAILING, NOT_RUN, SKIPPED_UPSTREAM, SWITCHED_OFF, skip_reason
+
+MARKS = (
+    "accelerate_tests",
+    "flash_attn_test",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "is_training_test",
+    "torch_compile_test",
+)
 
 upstream.mount()
 _skips: Counter[str] = Counter()
@@ -13,9 +22,8 @@ _unlisted: dict[str, str] = {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for mark in ("accelerate", "flash_attn", "flash_attn_3", "flash_attn_4", "torch_compile", "generate"):
-        config.addinivalue_line("markers", f"{mark}_tests: upstream's")
-        config.addinivalue_line("markers", f"{mark}_test: upstream's")
+    for mark in MARKS:
+        config.addinivalue_line("markers", f"{mark}: upstream's")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -37,9 +45,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("skipped, and why (tests/conformance/skips.py)")
     for reason, count in sorted(_skips.items()):
-        why = SKIPPED_UPSTREAM.get(reason)
-        terminalreporter.write_line(f"{count:4}  {reason}{f': {why}' if why else ''}")
-    for module, why in NOT_RUN.items():
-        terminalreporter.write_line(f"   -  {module}: {why}")
+        terminalreporter.write_line(f"{count:4}  {reason}: {SKIPPED_UPSTREAM[reason]}")
+    for what, why in (FAILING | SWITCHED_OFF | NOT_RUN).items():
+        terminalreporter.write_line(f"   -  {what}: {why}")
     for test, reason in _unlisted.items():
         terminalreporter.write_line(f"FAILED {test}: skipped for a reason that is not listed: {reason}", red=True)
