@@ -265,8 +265,9 @@ def test_signal_to_the_whole_group_with_its_loader_workers_ends_a_run_in_good_or
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path.name}"
         time.sleep(0.05)
 
 
