@@ -107,10 +107,11 @@ def push(
     with _temporary_branch(api, target, f"{folder} cannot be uploaded to {repo_id}", advice) as branch:
         with _told(f"{folder} cannot be uploaded to {repo_id}, branch {branch}", advice):
             files = _operations(root, repo_id)
+            contents = [_content(file) for file in files]  # now: the client would read them when it needs them
             staged = api.create_commit(repo_id, files, commit_message=message, revision=branch).oid
         _verify(root, repo_id, staged, advice)
         again = _operations(root, repo_id)  # a second time, for the client takes them once only
-        if [_content(file) for file in again] != [_content(file) for file in files]:
+        if [_content(file) for file in again] != contents:
             raise UsageError(f"the files in {folder} changed while they were uploaded. {advice}")
         try:
             commit = _publish(api, target, staged, again, message)
