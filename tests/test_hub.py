@@ -477,7 +477,7 @@ except Exception:
 
 REFUSED = {
     "the connection breaks": ("hf_alice", "alice/new", "Server disconnected"),
-    "no token": ("", "alice/new", "no token .*hf auth login"),
+    "no token": ("", "alice/new", "there is no token; .*hf auth login"),
     "an unknown token": ("hf_stranger", "alice/new", "401"),
     "a token that no header can hold": (
         "hf_al\u000bice",
