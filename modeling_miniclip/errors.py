@@ -15,20 +15,37 @@ class UsageError(MiniClipError, ValueError):
     """A flag, a recipe key or a combination of them is wrong."""
 
 
+# What an answer of the Hub means to its user; other ones explain themselves.
+MEANINGS = {
+    401: "the Hub does not know this token",
+    403: "this token does not allow it",
+    412: "somebody else committed in the meantime",
+    429: "these were too many requests for the Hub",
+    **dict.fromkeys((500, 502, 503, 504), "the Hub is out of order"),
+}
+
+
 def one_line(error: BaseException | str) -> str:
     """An error of a library as part of a sentence: one line, no token, no signed address; what the network said.
 
     Libraries that load from the Hub often tell only what they did not find, and keep the reason as the error's cause.
     """
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
-    told = [str(error) or type(error).__name__]
+    text = str(error) or type(error).__name__
     link = error if isinstance(error, BaseException) else None
     while link is not None and not isinstance(link, HTTPError):
         link = link.__cause__ or link.__context__
-    if link is not None and str(link) not in told[0]:
-        told.append(f"({type(link).__name__}: {link})")
-    text = " ".join(" ".join(told).split())
-    text = re.sub(r"Bearer [^'\"]*", "Bearer ***", text)
-    text = re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]*", r"\1", text)
-    return re.sub(r"For more information check: \S+ ?", "", text).rstrip(".")
+    if link is not None and str(link) not in text:
+        text += f" ({type(link).__name__}: {link})"
+    if isinstance(link, HfHubHTTPError) and not isinstance(link, RepositoryNotFoundError):
+        meaning = MEANINGS.get(link.response.status_code)
+        text = f"{meaning}: {text}" if meaning else text
+    for pattern, instead in (
+        (r"\s+", " "),
+        (r"Bearer [^'\"]*", "Bearer ***"),
+        (r"(https?://[^\s'\"?]+)\?[^\s'\"]*", r"\1"),  # a signature is as good as a token
+        (r" ?\(Request ID: [^)]*\)|For more information check: \S+ ?", ""),
+    ):
+        text = re.sub(pattern, instead, text)
+    return text.strip().rstrip(".")

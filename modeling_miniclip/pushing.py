@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HTTPError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundError
 
 from .configuration_miniclip import MiniClipConfig
 from .errors import UsageError, one_line
@@ -54,12 +54,8 @@ def prepare_push(
     """
     api, name = HfApi(), repo_id or Path(output_dir).resolve().name
     advice = "Check the --hub_ flags and the token's rights, or train without --push_to_hub and push later"
-    if get_token() is None:
-        raise UsageError(
-            f"--push_to_hub: no token to create {name} with. Log in by `hf auth login` or set HF_TOKEN, with a token "
-            "that may write; or train without --push_to_hub and push later"
-        )
     with _told(f"--push_to_hub: {name} cannot be created or written", advice):
+        _check_token()
         full_name = api.create_repo(name, private=private, exist_ok=True).repo_id
         _find_target(api, full_name, private, revision or "main")
         # Where the repository is there already, nothing was asked of the token so far. This asks, and writes nothing.
@@ -104,18 +100,18 @@ def push(
     command += [] if revision is None else ["--revision", revision]
     safe = f"The model is safe in {folder}: try again by `{shlex.join(command)}`"
     with _told(f"{folder} cannot be pushed to {repo_id}", safe):
+        _check_token()
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         target = _find_target(api, repo_id, private, revision or "main")
     advice = f"Nothing that was in {repo_id} has changed. {safe}"
-    branch = f"upload-{secrets.token_hex(4)}"
-    try:
+    with _temporary_branch(api, target, f"{folder} cannot be uploaded to {repo_id}", advice) as branch:
         with _told(f"{folder} cannot be uploaded to {repo_id}, branch {branch}", advice):
-            api.create_branch(repo_id, branch=branch, revision=target.start)
             files = _operations(root, repo_id)
+            contents = [_content(file) for file in files]  # now: the client would read them when it needs them
             staged = api.create_commit(repo_id, files, commit_message=message, revision=branch).oid
         _verify(root, repo_id, staged, advice)
         again = _operations(root, repo_id)  # a second time, for the client takes them once only
-        if [_content(file) for file in again] != [_content(file) for file in files]:
+        if [_content(file) for file in again] != contents:
             raise UsageError(f"the files in {folder} changed while they were uploaded. {advice}")
         try:
             commit = _publish(api, target, staged, again, message)
@@ -126,9 +122,12 @@ def push(
                 what = f"{folder} was uploaded, but cannot be committed to {repo_id}"
                 raise UsageError(f"{what}: {one_line(error)}. {advice}") from None
             commit = lost  # the answer, not the commit
-    finally:
-        _delete_branch(api, repo_id, branch)
     return f"{api.endpoint}/{repo_id}/commit/{commit}"
+
+
+def _check_token() -> None:
+    if get_token() is None:  # the Hub would answer that there is no such repository
+        raise ValueError("there is no token; log in by `hf auth login` or set HF_TOKEN, with a token that may write")
 
 
 def _find_target(api: HfApi, repo_id: str, private: bool, branch: str) -> Target:
@@ -155,6 +154,23 @@ def _find_target(api: HfApi, repo_id: str, private: bool, branch: str) -> Target
     if kind not in (None, MiniClipConfig.model_type):
         raise ValueError(f"it holds another kind of model ({kind}), and their files would mix: choose another name")
     return target
+
+
+@contextmanager
+def _temporary_branch(api: HfApi, target: Target, what: str, advice: str) -> Iterator[str]:
+    """A branch for the time of a block. Whatever ends the block, it is deleted, or the user told that it is left."""
+    branch, made = f"upload-{secrets.token_hex(4)}", True
+    try:
+        with _told(what, advice):
+            try:
+                api.create_branch(target.repo_id, branch=branch, revision=target.start)
+            except HfHubHTTPError as error:
+                made = error.response.status_code >= 500  # else it was refused; without an answer it may be there
+                raise
+        yield branch
+    finally:
+        if made:
+            _delete_branch(api, target.repo_id, branch)
 
 
 def _operations(root: Path, repo_id: str) -> list[CommitOperationAdd]:
@@ -228,7 +244,7 @@ def _delete_branch(api: HfApi, repo_id: str, branch: str) -> None:
         warnings.warn(
             f"the temporary branch {branch} of {repo_id} cannot be deleted ({one_line(error)}): delete it on the "
             "Hub's page of the repository",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -19,12 +19,12 @@ from .modeling_miniclip import MiniClipModel
 # Arguments that say where things lie on the machine of the run, or what it showed and kept there: no business of a
 # card's readers.
 LOCAL_ARGUMENTS = frozenset(
-    "recipe image_dir num_workers output_dir overwrite_output_dir resume_from_checkpoint save_total_limit "
+    "recipe num_workers output_dir overwrite_output_dir resume_from_checkpoint save_total_limit "
     "checkpointing_steps overfit_batch logging_steps report_to feature_cache_dir push_to_hub hub_model_id "
     "hub_private_repo hub_revision hub_strategy hub_license".split()
 )
 # Arguments that may be a path.
-PATH_ARGUMENTS = frozenset("dataset vision_model text_model preset model_name_or_path".split())
+PATH_ARGUMENTS = frozenset("dataset image_dir vision_model text_model preset model_name_or_path".split())
 
 
 def say(accelerator: Any, text: str) -> None:

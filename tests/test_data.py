@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -375,7 +376,7 @@ def test_numbered_caption_columns_are_taken_in_the_order_of_their_numbers():
 
 
 PUSH = """
-import datasets, numpy
+import datasets, huggingface_hub, numpy
 from PIL import Image
 from datasets import Dataset, DatasetDict, Features, Value
 datasets.disable_progress_bars()
@@ -397,47 +398,82 @@ leak = DatasetDict(train=table([1, 2], caption=["x", "x"]), test=table([3, 2], c
 leak.push_to_hub("test-user/leak")
 table([1, 2], caption=["x", " "]).push_to_hub("test-user/empty-caption")
 table([1, 2], label=["x", "y"]).push_to_hub("test-user/no-captions")
+table(range(30, 38), caption=["x"] * 8).push_to_hub("test-user/shards", num_shards=4)
+table([40, 41], caption=["x", "x"]).push_to_hub("test-user/private", private=True)
+table([50, 51], caption=["x", "x"]).push_to_hub("test-user/unavailable")
+table([60, 61], caption=["x", "x"]).push_to_hub("test-user/broken")
+api = huggingface_hub.HfApi()
+api.create_repo("test-user/folder", repo_type="dataset")
+rows = "".join(f"{shade}.png,x{shade}\\n" for shade in range(3))
+contents = {"metadata.csv": f"file_name,text\\n{rows}".encode()}
+for shade in range(3):
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(f"{shade}.png")
+    contents[f"{shade}.png"] = open(f"{shade}.png", "rb").read()
+adding = [huggingface_hub.CommitOperationAdd(f"train/{name}", content) for name, content in contents.items()]
+api.create_commit("test-user/folder", adding, commit_message="add", repo_type="dataset")
 """
 
 LOAD = """
-import json, sys
+import json, os, time
 import datasets
 from modeling_miniclip import DataError, load_captions
 datasets.disable_progress_bars()
+time.sleep = lambda seconds: None  # what a client waits for does not change within a test
 result = {}
-for name in ["flickr8k", "flickr30k", "rows", "leak", "empty-caption", "no-captions", "nothere", "script"]:
+def load(name, title, token="hf_test", **how):
+    os.environ["HF_TOKEN"] = token
     try:
-        splits = load_captions("test-user/" + name, validation_fraction=0.34)
-        result[name] = {split: [[row["image"].getpixel((0, 0))[0], row["image_id"], row["captions"]] for row in rows]
-                        for split, rows in splits.items()}
+        splits = load_captions("test-user/" + name, validation_fraction=0.34, **how)
+        result[title] = {split: [[row["image"].getpixel((0, 0))[0], row["image_id"], row["captions"]] for row in rows]
+                         for split, rows in splits.items()}
     except DataError as error:
-        result[name] = str(error)
-streamed = load_captions("test-user/flickr8k", stream_rows=2)
-result["streamed"] = {split: [[row["image"].getpixel((0, 0))[0], row["image_id"], row["captions"]] for row in rows]
-                      for split, rows in streamed.items()}
+        result[title] = str(error)
+# First those who may not read: what another token has loaded would be taken from the cache.
+load("private", "stranger", token="hf_other")
+load("private", "stranger streamed", token="hf_other", stream_rows=2)
+load("rows", "unknown token", token="hf_wrong")
+load("rows", "unknown token streamed", token="hf_wrong", stream_rows=2)
+for name in ["shards", "flickr8k", "folder", "private", "unavailable", "broken"]:
+    load(name, name + " streamed", stream_rows=2)
+for name in ["flickr8k", "flickr30k", "rows", "leak", "empty-caption", "no-captions", "nothere", "script", "folder",
+             "private", "unavailable", "broken"]:
+    load(name, name)
 print("RESULT", json.dumps(result))
 """
+
+
+def shards_of(hub, name):
+    """Storage keys of a data set's Parquet files."""
+    repository = hub.store.repo("dataset", f"test-user/{name}")
+    files = hub.store.at(repository, repository["refs"]["refs/heads/main"])["files"]
+    return [entry["sha256"] for path, entry in files.items() if path.endswith(".parquet")]
 
 
 @pytest.fixture(scope="module")
 def from_hub(tmp_path_factory):
     """What load_captions gives, in a process of its own, for data sets on a Hub on loopback."""
     root = tmp_path_factory.mktemp("hub")
-    with local_hub(root / "server", tokens=("hf_test=test-user",)) as hub:
+    with local_hub(root / "server", tokens=("hf_test=test-user", "hf_other=other")) as hub:
         env = {**os.environ, **hub.client_env(root / "home"), "PYTHONPATH": str(Path(__file__).parents[1])}
         env.pop("HF_HUB_OFFLINE")
         script = (
-            "from huggingface_hub import HfApi\n"
-            "HfApi().create_repo('test-user/script', repo_type='dataset')\n"
-            "HfApi().upload_file(path_or_fileobj=b'import datasets', path_in_repo='script.py', "
+            "api.create_repo('test-user/script', repo_type='dataset')\n"
+            "api.upload_file(path_or_fileobj=b'import datasets', path_in_repo='script.py', "
             "repo_id='test-user/script', repo_type='dataset')\n"
         )
         output = ""
         for code in (PUSH + script, LOAD):
-            run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+            if code is LOAD:
+                hub.fault(path="/test-user/unavailable/resolve/.*parquet", status=503, times=-1)
+                hub.fault(path=shards_of(hub, "broken")[0], method="GET", drop=100, times=-1)
+            run = subprocess.run(
+                [sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=120
+            )
             assert run.returncode == 0, run.stderr[-3000:]
             output = run.stdout
-    return json.loads(output.partition("RESULT ")[2])
+        result = json.loads(output.partition("RESULT ")[2])
+        result["shards read"] = [bool(hub.requests(key, "GET")) for key in shards_of(hub, "shards")]
+    return result
 
 
 def test_hub_set_with_numbered_columns(from_hub):
@@ -452,8 +488,34 @@ def test_hub_set_with_numbered_columns(from_hub):
 
 def test_hub_set_that_is_streamed_has_the_first_rows_of_each_split(from_hub):
     whole = from_hub["flickr8k"]
-    assert from_hub["streamed"] == {split: rows[:2] for split, rows in whole.items()}
+    assert from_hub["flickr8k streamed"] == {split: rows[:2] for split, rows in whole.items()}
     assert len(whole["train"]) == 4
+    assert [len(rows) for rows in from_hub["shards streamed"].values()] == [1, 1]
+    assert True in from_hub["shards read"] and False in from_hub["shards read"]
+
+
+def test_an_imagefolder_on_the_hub_is_taken_streamed_and_not(from_hub):
+    images = {row[0]: row[2] for rows in from_hub["folder"].values() for row in rows}
+    assert images == {shade: [f"x{shade}"] for shade in range(3)}
+    streamed = {row[0]: row[2] for rows in from_hub["folder streamed"].values() for row in rows}
+    assert len(streamed) == 2 and streamed.items() <= images.items()
+
+
+@pytest.mark.parametrize("how", ["", " streamed"])
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("unavailable", "503|locate the file on the Hub"),
+        ("broken", "peer closed connection"),
+        ("stranger", "doesn't exist on the Hub or cannot be accessed"),
+        ("unknown token", "the Hub does not know this token"),
+    ],
+)
+def test_a_hub_that_gives_no_data_is_told_by_one_sentence(from_hub, case, reason, how):
+    told = from_hub[case + how]
+    assert re.search(f"^'test-user/.*data set that the Hub gives: .*({reason})", told) and "\n" not in told
+    assert "hf_" not in told and "Signature" not in told
+    assert [len(rows) for rows in from_hub["private" + how].values()] == [1, 1]
 
 
 def test_hub_set_with_lists_and_a_split_column(from_hub):

@@ -291,6 +291,39 @@ def test_the_metadata_of_a_card_is_what_the_hub_knows(exported: Path, tmp_path: 
     assert metadata["license"] == "mit" and "Its licence is `mit`" in body
 
 
+def test_the_sample_of_a_card_takes_ten_lines_and_limits_and_biases_are_told(exported: Path) -> None:
+    _, body = read_card((exported / "README.md").read_text())
+    (sample,) = re.findall(r"```python\n(.*?)```", body, flags=re.DOTALL)
+    assert len(sample.split("\n\n")[0].splitlines() + sample.split("\n\n")[1].splitlines()) <= 10
+    assert re.search(r"\n## Limits and biases\n\n.*\bbiases\b", body)
+
+
+def test_the_card_names_the_loss(tmp_path: Path) -> None:
+    for loss_type, words in {"softmax_mean": "mean of the log-prob", "sigmoid": "sigmoid loss of SigLIP"}.items():
+        hub.write_card(tmp_path / "README.md", tiny_model(loss_type=loss_type), CARD)
+        assert words in (tmp_path / "README.md").read_text()
+
+
+def test_both_towers_from_the_hub_are_base_models_of_the_card(alices_hub: Any, tmp_path: Path) -> None:
+    vision, text = save_towers(tmp_path / "towers")
+    for repo_id, folder in (("timm/test_resnet.r160_in1k", vision), ("alice/bert", text)):
+        add_repository(alices_hub, repo_id, {path.name: path for path in folder.iterdir()})
+    code = """
+from modeling_miniclip import export
+from modeling_miniclip.arguments import TrainingArguments
+from modeling_miniclip.building import build_model
+arguments = TrainingArguments(vision_model="test_resnet.r160_in1k", text_model="alice/bert")
+for folder in ("first", "second"):  # trained on, it is still of these towers
+    export(*build_model(arguments, [["a dog"]]), folder)
+    arguments = TrainingArguments(model_name_or_path=folder)
+"""
+    done = run(code, tmp_path, PYTHONPATH=str(ROOT), **alices_hub.client_env(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    for folder in ("first", "second"):
+        metadata, _ = read_card((tmp_path / folder / "README.md").read_text())
+        assert metadata["base_model"] == ["timm/test_resnet.r160_in1k", "alice/bert"]
+
+
 def test_a_card_without_values_says_so_and_is_still_whole(tmp_path: Path, model: MiniClipModel) -> None:
     hub.write_card(tmp_path / "README.md", model, {})
     metadata, body = read_card((tmp_path / "README.md").read_text())
@@ -444,7 +477,7 @@ except Exception:
 
 REFUSED = {
     "the connection breaks": ("hf_alice", "alice/new", "Server disconnected"),
-    "no token": ("", "alice/new", "no token .*hf auth login"),
+    "no token": ("", "alice/new", "there is no token; .*hf auth login"),
     "an unknown token": ("hf_stranger", "alice/new", "401"),
     "a token that no header can hold": (
         "hf_al\u000bice",

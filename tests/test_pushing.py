@@ -1,6 +1,8 @@
 """Pushes against a Hub on loopback: verified before they are published, and whole or nothing when it fails them."""
 
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,93 @@ for i, (_, branch, _) in enumerate({CASES!r}):
         assert any(case[:2] == ("carried out without an answer", branch) and case[3] for case in outcomes)
 
 
+REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {  # token, repository, arguments, reason
+    "public where private was asked for": ("hf_alice", "alice/birds", {"private": True}, "public already"),
+    "another kind of model": ("hf_alice", "alice/bert", {}, r"another kind of model \(bert\)"),
+    "a tag": ("hf_alice", "alice/birds", {"revision": "v1"}, "v1 is a tag or a commit"),
+    "a commit": ("hf_alice", "alice/birds", {"revision": "0" * 40}, "0000 is a tag or a commit"),
+    "a pull request": ("hf_alice", "alice/birds", {"revision": "refs/pr/1"}, "'refs/pr/1' cannot be the name"),
+    "no name of a branch": ("hf_alice", "alice/birds", {"revision": "my birds"}, "'my birds' cannot be the name"),
+    "no token": ("", "alice/birds", {}, "there is no token; log in by"),
+    "an unknown token": ("hf_stranger", "alice/birds", {}, "the Hub does not know this token"),
+    "a token that may only read": ("hf_reader", "alice/birds", {}, "this token does not allow it"),
+    "a repository of somebody else": ("hf_alice", "bob/birds", {}, "this token does not allow it"),
+    "a private one of somebody else": ("hf_alice", "bob/secret", {}, "this token does not allow it"),
+    "a new one of somebody else": ("hf_alice", "bob/new", {}, "this token does not allow it"),
+}
+
+
+def test_a_push_that_cannot_work_is_refused_by_one_sentence_before_anything_is_uploaded(
+    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    for repo_id in ("alice/birds", "bob/birds", "bob/secret"):
+        add_repository(alices_hub, repo_id, files_of(exports["old"]), private=repo_id == "bob/secret")
+    add_repository(alices_hub, "alice/bert", {"config.json": tmp_path / "config.json"})
+    code = f"""
+import os, warnings
+from modeling_miniclip import UsageError, push
+from modeling_miniclip.pushing import prepare_push
+from huggingface_hub import HfApi
+HfApi().create_tag("alice/birds", tag="v1")
+warnings.simplefilter("error")
+for token, repo_id, arguments, _ in {list(REFUSED.values())!r}:
+    os.environ["HF_TOKEN"] = token
+    for act, source in ((push, {str(exports["new"])!r}), (prepare_push, None)):
+        try:
+            act(*((source, repo_id) if source else (repo_id, "out")), **arguments)
+        except UsageError as error:
+            print(error)
+"""
+    before = (alices_hub.store.root / "blobs").stat().st_mtime_ns
+    done = push_in_a_client(alices_hub, tmp_path, code)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for (case, (token, repo_id, _, reason)), *told in zip(REFUSED.items(), lines[::2], lines[1::2], strict=True):
+        for line in told:
+            assert re.search(reason, line) and repo_id in line, f"{case}: {line}"
+            assert not token or token not in line, case
+        assert "The model is safe in" in told[0] and told[1].startswith("--push_to_hub: "), case
+    assert (alices_hub.store.root / "blobs").stat().st_mtime_ns == before
+    for repo_id in ("alice/birds", "bob/birds", "bob/secret", "alice/bert"):
+        assert [ref for ref in branches(alices_hub, repo_id) if "tags" not in ref] == ["main"]
+
+
+def test_what_changed_while_it_was_uploaded_is_not_published(
+    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    add_repository(alices_hub, "alice/birds", files_of(exports["old"]))
+    folder = shutil.copytree(exports["new"], tmp_path / "export")
+    code = f"""
+from pathlib import Path
+from modeling_miniclip import push, pushing
+pushing._verify = lambda *args: Path({str(folder / "config.json")!r}).write_text("{{}}")
+push({str(folder)!r}, "alice/birds")
+"""
+    last = push_in_a_client(alices_hub, tmp_path, code).stderr.splitlines()[-1]
+    assert f"the files in {folder} changed while they were uploaded. Nothing that was in alice/birds has" in last
+    assert which(alices_hub, "alice/birds", exports) == "old"
+    assert branches(alices_hub, "alice/birds") == ["main"]
+
+
+@pytest.mark.slow
+def test_an_upload_that_cannot_be_loaded_from_the_hub_is_not_published(
+    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    add_repository(alices_hub, "alice/birds", files_of(exports["old"]))
+    alices_hub.fault(origin="cdn", method="GET", status=503, times=-1)
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None\n")  # what clients wait
+    code = f"from modeling_miniclip import push\npush({str(exports['new'])!r}, 'alice/birds')"
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    done = run(code, tmp_path, PYTHONPATH=path, **alices_hub.client_env(tmp_path / "home"))
+    last = done.stderr.splitlines()[-1]
+    assert re.search(
+        "alice/birds was not published: alice/birds does not load: .*the Hub is out of order: .*503", last
+    )
+    assert which(alices_hub, "alice/birds", exports) == "old"
+    assert branches(alices_hub, "alice/birds") == ["main"]
+
+
 def test_a_fault_of_the_storage_behind_large_files_leaves_the_old_model(
     alices_hub: Any, exports: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -131,7 +220,9 @@ def test_a_fault_of_the_storage_behind_large_files_leaves_the_old_model(
     ("damage", "reason"),
     [
         ("contents['model.safetensors'] = OTHER", "gives other logits than"),
-        ("del contents['processing_miniclip.py']", "processing_miniclip.py"),
+        pytest.param(
+            "del contents['processing_miniclip.py']", "does not load: .*processing_miniclip.py", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_an_upload_that_is_not_the_model_of_the_folder_is_not_published(

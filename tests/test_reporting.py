@@ -1,6 +1,8 @@
 """What a run tells: numbers worked by hand, and nothing of the machine in a card."""
 
 import math
+import shlex
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +11,12 @@ import pytest
 import torch
 
 from modeling_miniclip import MiniClipError, reporting
-from modeling_miniclip.arguments import TrainingArguments
+from modeling_miniclip.arguments import TrainingArguments, parse_arguments
 from modeling_miniclip.reporting import (
+    LOCAL_ARGUMENTS,
     StepMeter,
     arguments_for_card,
+    command_for_card,
     data_for_card,
     describe_model,
     describe_splits,
@@ -114,7 +118,7 @@ def test_a_card_gets_the_arguments_that_matter_and_no_path(tmp_path: Path, monke
     arguments = TrainingArguments(
         recipe=str(tmp_path / "my.yaml"),
         dataset=str(tmp_path / "captions.csv"),
-        image_dir=str(tmp_path),
+        image_dir=str(tmp_path / "towers"),
         output_dir=str(tmp_path / "out"),
         vision_model="towers/lite0",
         text_model="~/bert",
@@ -125,14 +129,33 @@ def test_a_card_gets_the_arguments_that_matter_and_no_path(tmp_path: Path, monke
         push_to_hub=True,
     )
     told = arguments_for_card(arguments)
-    assert [told[name] for name in ("dataset", "vision_model", "text_model", "preset", "text_pooling")] == [
-        "captions.csv", "lite0", "bert", "tiny.json", "mean",
-    ]  # fmt: skip
+    names = ("dataset", "image_dir", "vision_model", "text_model", "preset", "text_pooling")
+    assert [told[name] for name in names] == ["captions.csv", "towers", "lite0", "bert", "tiny.json", "mean"]
     assert not any(str(tmp_path.name) in str(value) for value in told.values())
-    hidden = {"recipe", "image_dir", "output_dir", "hub_model_id", "resume_from_checkpoint", "push_to_hub"}
+    hidden = {"recipe", "output_dir", "hub_model_id", "resume_from_checkpoint", "push_to_hub"}
     assert hidden.isdisjoint(told)
     assert None not in told.values()
     assert {"batch_size", "learning_rate", "seed", "weight_decay", "best_metric"} <= set(told)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--recipe", "flickr8k_lite", "--dataset", "flickr8k", "--vision_model=a/b", "--text_model=c", "--seed", "3"],
+        ["--dataset", "captions.csv", "--image_dir", "my pictures", "--freeze_batch_norm", "--learning_rate", "1e-5"],
+        ["--dataset", "bob/birds", "--stream_rows=9", "--augmentation", '[{"name": "Blur"}]', "--hub_license", "mit"],
+    ],
+)
+def test_the_command_of_a_card_gives_all_arguments_but_those_of_the_machine(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    python, script, *flags = shlex.split(command_for_card(arguments))
+    assert (python, script) == ("python", "train_miniclip.py")
+    again, wanted = asdict(parse_arguments(flags)), asdict(arguments)
+    for name in LOCAL_ARGUMENTS:
+        assert name not in " ".join(flags)
+        wanted[name] = again[name]
+    assert again == wanted
 
 
 @pytest.mark.parametrize(
