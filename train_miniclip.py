@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,15 @@ class Run:
     interrupt: Any
     diagnosis: Any
     steps_per_epoch: int
+    averages: Any = None  # AveragedWeights, with `--ema_decay`
     saved: tuple[int, int] = (0, 0)  # `position` of the last checkpoint; the beginning needs none
     last_step: int = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.arguments.ema_decay is not None:
+            from modeling_miniclip.averaging import AveragedWeights
+
+            self.averages = AveragedWeights(self.plain, self.arguments.ema_decay)
         steps = self.arguments.num_train_epochs * self.steps_per_epoch
         self.last_step = min(steps, self.arguments.max_steps or steps)
 
@@ -58,6 +64,10 @@ class Run:
     def epoch_is_trained(self) -> bool:
         """Whether all that is left of the current epoch is its validation."""
         return bool(self.progress.step_in_epoch == self.steps_per_epoch)
+
+    def final_weights(self) -> AbstractContextManager[None]:
+        """Within the block the model has the weights that are validated and exported."""
+        return nullcontext() if self.averages is None else self.averages.in_place()
 
     @property
     def position(self) -> tuple[int, int]:
@@ -164,7 +174,8 @@ def begin(run: Run, checkpoint: Path | None) -> None:
     from modeling_miniclip.reporting import say
 
     arguments, accelerator = run.arguments, run.accelerator
-    accelerator.register_for_checkpointing(run.progress, run.scheduler, run.log, run.meter)
+    kept = (run.progress, run.scheduler, run.log, run.meter, run.averages)
+    accelerator.register_for_checkpointing(*(state for state in kept if state is not None))
     if checkpoint is not None:
         resume(run, checkpoint)
     elif arguments.resume_from_checkpoint is not None:
@@ -236,6 +247,10 @@ def build_accelerator(arguments: TrainingArguments, output_dir: Path) -> Any:
         project_dir=str(output_dir),
     )
     arguments.mixed_precision = accelerator.mixed_precision
+    if arguments.ema_decay is not None and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        raise UsageError(
+            f"--ema_decay: {accelerator.distributed_type} spreads the weights over processes; leave it out"
+        )
     set_seed(arguments.seed)
     return accelerator
 
@@ -267,14 +282,13 @@ def build_model(arguments: TrainingArguments, accelerator: Any, splits: Any) -> 
     from modeling_miniclip import building
     from modeling_miniclip.performance import to_channels_last
     from modeling_miniclip.reporting import describe_model, say
-    from modeling_miniclip.training import frozen_towers
+    from modeling_miniclip.training import freeze_layers
 
     captions = list(splits["train"]["captions"])
     model, processor = building.build_model(arguments, captions)
     if arguments.freeze_batch_norm is None:
         arguments.freeze_batch_norm = arguments.preset is None
-    for tower in frozen_towers(model, arguments.freeze):
-        tower.requires_grad_(False)
+    freeze_layers(model, arguments)
     if accelerator.distributed_type != DistributedType.FSDP:  # which takes contiguous parameters only
         to_channels_last(model.vision_model)
     say(accelerator, describe_model(model))
@@ -295,8 +309,9 @@ def build_loaders(
     from modeling_miniclip.feature_cache import default_cache_dir
 
     cache_dir = Path(arguments.feature_cache_dir or default_cache_dir())
-    crop = processor.image_processor.crop_size
-    augmentation = build_augmentation(augmentation_list(arguments), (crop["height"], crop["width"]))
+    crop, side = processor.image_processor.crop_size, arguments.train_image_size
+    size = (side or crop["height"], side or crop["width"])
+    augmentation = build_augmentation(augmentation_list(arguments), size)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     loaders = []
     for split, augment in (("train", augmentation), ("validation", None)):
@@ -346,7 +361,8 @@ def train(run: Run) -> None:
         train_epoch(run)
         if not run.epoch_is_trained or run.interrupt.agreed == signal.SIGTERM:
             break
-        improved = validate(run)
+        with run.final_weights():
+            improved = validate(run)
         progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
         progress.epochs_without_improvement = 0 if improved else progress.epochs_without_improvement + 1
         if interval is None or progress.step % interval == 0:
@@ -357,7 +373,8 @@ def train(run: Run) -> None:
         say(accelerator, f"early stopping: {arguments.best_metric} did not improve for {epochs} epochs")
     terminated = run.interrupt.agreed == signal.SIGTERM
     if not terminated and (progress.step_in_epoch > 0 or progress.best_value is None):
-        validate(run)  # behind the checkpoint: a resumed run knows nothing of it
+        with run.final_weights():
+            validate(run)  # behind the checkpoint: a resumed run knows nothing of it
 
 
 def is_over(run: Run) -> bool:
@@ -408,6 +425,8 @@ def train_epoch(run: Run) -> None:
         norm = whole_tensor(accelerator.clip_grad_norm_(run.plain.parameters(), arguments.max_grad_norm))
         run.optimizer.step()
         training.clamp_temperature(run.plain)
+        if run.averages is not None:
+            run.averages.update()
         images = sampler.images_in(progress.step_in_epoch)
         progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
 
@@ -568,6 +587,7 @@ def without_noise(arguments: TrainingArguments) -> TrainingArguments:
         augmentation="[]",
         num_views=None,
         dropout=0.0,
+        ema_decay=None,
         lr_scheduler_type="plateau",
         checkpointing_steps="epoch",
         logging_steps=1,

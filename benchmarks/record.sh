@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # Run a recipe and keep its figures beside this file.
 #   benchmarks/record.sh demo --recipe scenes
-#   benchmarks/record.sh flickr8k_lite --recipe flickr8k_lite --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
-# Features of frozen towers are computed anew, so that the time is that of a first run.
-# Only drawn scenes are kept as pictures: photographs belong to their owners.
+#   RUN=HEADS benchmarks/record.sh heads --recipe heads --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
+#   benchmarks/record.sh heads_then_full --recipe heads_then_full --dataset FLICKR8K --model_name_or_path HEADS/export
+# The run's folder is deleted, unless RUN names one. Features of frozen towers are computed anew, so that the time is
+# that of a first run. Only drawn scenes are kept as pictures: photographs belong to their owners.
 set -euo pipefail
 name=$1
 shift
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$here/../.venv/bin/python}
-run=$(mktemp -d)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+run=${RUN:-$scratch/run}
 start=$(date +%s.%N)
-"$python" "$here/../train_miniclip.py" "$@" --output_dir "$run" --feature_cache_dir "$run/features"
+"$python" "$here/../train_miniclip.py" "$@" --output_dir "$run" --feature_cache_dir "$scratch/features"
 end=$(date +%s.%N)
 mkdir -p "$here/$name"
 cp "$run/metrics.jsonl" "$run/curves.png" "$here/$name/"
 if [ "$name" = demo ]; then cp "$run/retrieval.png" "$here/$name/"; fi
 echo "{\"seconds\": $(echo "$end - $start" | bc)}" > "$here/$name/time.json"
-rm -rf "$run"

@@ -69,8 +69,20 @@ class TrainingArguments:
     )
     dropout: float | None = _flag(None, "dropout of heads and towers (0.1 in the heads, the towers' own in them)")
     image_size: int | None = _flag(None, "pixels per side (the image tower's own)")
+    train_image_size: int | None = _flag(
+        None,
+        "pixels per side of augmented training images, where other than image_size: a random crop shows things "
+        "larger than the whole image of validation does, and fewer pixels train faster (image_size)",
+    )
+    crop_pct: float | None = _flag(
+        None, "share of an image's shorter edge that the centre crop keeps; 1 keeps all of it (the image tower's own)"
+    )
     max_length: int | None = _flag(None, "longest caption in tokens (the text tower's limit)")
     freeze: Literal["none", "vision", "text", "both"] = _flag("none", "towers that keep their weights")
+    frozen_vision_layers: float = _flag(
+        0.0, "share of the image tower's layers, from the pixels on, that keep their weights; no gradient goes there"
+    )
+    frozen_text_layers: float = _flag(0.0, "share of the text tower's layers, from the tokens on, likewise")
     num_views: int | None = _flag(
         None,
         "with a frozen image tower: compute the features of so many augmented views of each training image once, "
@@ -99,6 +111,9 @@ class TrainingArguments:
     learning_rate: float = _flag(1e-3, "of the projection heads and the temperature")
     vision_learning_rate: float = _flag(1e-4, "of the image tower")
     text_learning_rate: float = _flag(1e-5, "of the text tower")
+    layer_decay: float = _flag(
+        1.0, "layer-wise rate decay: a tower's rate is that of its last layer, each one below has so much of the next"
+    )
     weight_decay: float = _flag(1e-3, "AdamW's, for weight matrices only")
     max_grad_norm: float = _flag(1.0, "gradients are scaled down to this norm")
     lr_scheduler_type: Literal["plateau", "cosine"] = _flag(
@@ -107,6 +122,9 @@ class TrainingArguments:
     lr_plateau_patience: int = _flag(1, "plateau: epochs without improvement before the rates are lowered")
     lr_plateau_factor: float = _flag(0.8, "plateau: what the rates are multiplied with")
     warmup_steps: int = _flag(0, "cosine: steps of linear warm-up")
+    ema_decay: float | None = _flag(
+        None, "average the weights over the steps, for instance by 0.999, and validate and export the averages (off)"
+    )
     augmentation: str | None = _flag(
         None,
         "albumentations for training images: list of {name, arguments} as JSON or YAML, [] for none (mild ones)",
@@ -157,6 +175,7 @@ MODEL_SOURCES = (("vision_model", "text_model"), ("preset",), ("model_name_or_pa
 LOWER_BOUNDS = {
     **dict.fromkeys(("batch_size", "captions_per_image", "num_train_epochs", "max_steps", "logging_steps"), 1),
     **dict.fromkeys(("max_train_images", "max_validation_images", "image_size", "max_length", "save_total_limit"), 1),
+    "train_image_size": 1,
     **dict.fromkeys(("stream_rows", "num_views", "projection_dim", "projection_depth", "early_stopping_patience"), 1),
     "chunk_size": 2,
     **dict.fromkeys(("num_workers", "seed", "warmup_steps", "lr_plateau_patience", "weight_decay"), 0),
@@ -329,10 +348,18 @@ def validate(arguments: TrainingArguments) -> None:
     for name in ("lr_plateau_factor", "validation_fraction"):
         if not 0 < getattr(arguments, name) < 1:
             raise UsageError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
+    for name in ("frozen_vision_layers", "frozen_text_layers", "ema_decay"):
+        if not 0 <= (getattr(arguments, name) or 0) < 1:
+            raise UsageError(f"--{name} must be in [0, 1), not {getattr(arguments, name)}")
+    for name in ("layer_decay", "crop_pct"):
+        if getattr(arguments, name) is not None and not 0 < getattr(arguments, name) <= 1:
+            raise UsageError(f"--{name} must be in (0, 1], not {getattr(arguments, name)}")
     if arguments.num_views is not None and arguments.freeze not in ("vision", "both"):
         raise UsageError("--num_views needs a frozen image tower: add --freeze vision or --freeze both")
     if arguments.num_views is not None and not augmentation_list(arguments):
         raise UsageError("--num_views needs an augmentation, --augmentation is []: without one all views are alike")
+    if arguments.train_image_size is not None and not augmentation_list(arguments):
+        raise UsageError("--train_image_size is the size of augmented images, and --augmentation is []")
     checkpoint_interval(arguments)
     tracker = arguments.report_to
     if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:

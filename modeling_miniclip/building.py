@@ -48,6 +48,8 @@ def build_model(arguments: TrainingArguments, captions: list[list[str]]) -> tupl
             model, processor = _from_export(arguments, overrides)
         else:
             model, processor = _from_towers(arguments, overrides)
+        if arguments.train_image_size is not None:  # refused by towers of a fixed size
+            image_processor_from_timm(model.config.vision_config, arguments.train_image_size)
     except (HTTPError, OSError, ValueError, StrictDataclassError) as error:
         named = [f"--{name} {getattr(arguments, name)}" for names in MODEL_SOURCES for name in names]
         sources = " and ".join(text for text in named if not text.endswith(" None"))
@@ -62,7 +64,8 @@ def _from_towers(arguments: TrainingArguments, overrides: dict[str, Any]) -> tup
     text = arguments.text_model = arguments.text_model or DEFAULT_TEXT
     for flag, source in (("--vision_model", vision), ("--text_model", text)):
         _check_folder(flag, source)
-    processor = MiniClipProcessor.from_towers(vision, text, arguments.image_size, arguments.max_length)
+    sizes = (arguments.image_size, arguments.max_length, arguments.crop_pct)
+    processor = MiniClipProcessor.from_towers(vision, text, *sizes)
     return MiniClipModel.from_towers(vision, text, **overrides), processor
 
 
@@ -74,7 +77,8 @@ def _from_preset(
     config.text_config.pad_token_id = tokenizer.pad_token_id
     limit = max_text_length(config.text_config, tokenizer)
     tokenizer.model_max_length = _text_length(arguments, limit)
-    processor = MiniClipProcessor(image_processor_from_timm(config.vision_config, arguments.image_size), tokenizer)
+    images = image_processor_from_timm(config.vision_config, arguments.image_size, arguments.crop_pct)
+    processor = MiniClipProcessor(images, tokenizer)
     return MiniClipModel(config).eval(), processor
 
 
@@ -111,8 +115,9 @@ def _from_export(arguments: TrainingArguments, overrides: dict[str, Any]) -> tup
         if value != own:
             raise ValueError(f"--{name} {value} cannot change a trained model: that of {source} is {own}")
     processor.tokenizer.model_max_length = _text_length(arguments, processor.tokenizer.model_max_length)
-    if arguments.image_size is not None:
-        processor.image_processor = image_processor_from_timm(model.config.vision_config, arguments.image_size)
+    if arguments.image_size is not None or arguments.crop_pct is not None:
+        size = arguments.image_size or processor.image_processor.crop_size["height"]
+        processor.image_processor = image_processor_from_timm(model.config.vision_config, size, arguments.crop_pct)
     return model, processor
 
 

@@ -92,7 +92,9 @@ def load_rgb(source: str | os.PathLike) -> Image.Image:
         return to_rgb(opened)
 
 
-def image_processor_from_timm(vision_config: Any, image_size: int | None = None) -> CLIPImageProcessorPil:
+def image_processor_from_timm(
+    vision_config: Any, image_size: int | None = None, crop_pct: float | None = None
+) -> CLIPImageProcessorPil:
     """A stock image processor that does what timm's eval transform does for this tower.
 
     Resize of the shorter edge, centre crop, rescale, normalise. Equal to timm bit for bit where the margin around the
@@ -102,6 +104,8 @@ def image_processor_from_timm(vision_config: Any, image_size: int | None = None)
     Args:
         vision_config: `TimmWrapperConfig` of the image tower.
         image_size: pixels per side, if other than the tower's own.
+        crop_pct: share of the resized image's shorter edge that the crop keeps, in (0, 1], if other than the tower's
+            own.
 
     Raises:
         ValueError: the tower's crop mode pads a border, or its input size is fixed and `image_size` differs.
@@ -115,7 +119,7 @@ def image_processor_from_timm(vision_config: Any, image_size: int | None = None)
     if cfg is None:
         cfg = timm.get_pretrained_cfg(vision_config.architecture).to_dict()
     model_args = vision_config.model_args or {}  # a tower from scratch may be told another size than timm's own
-    data = resolve_data_config({"img_size": model_args.get("img_size")}, pretrained_cfg=cfg)
+    data = resolve_data_config({"img_size": model_args.get("img_size"), "crop_pct": crop_pct}, pretrained_cfg=cfg)
     height, width = data["input_size"][1:]
     if image_size is not None and (height, width) != (image_size, image_size):
         if cfg.get("fixed_input_size"):
@@ -255,6 +259,7 @@ class MiniClipProcessor(ProcessorMixin):
         text: str | os.PathLike,
         image_size: int | None = None,
         max_length: int | None = None,
+        crop_pct: float | None = None,
     ) -> "MiniClipProcessor":
         """The processor that fits two pretrained towers.
 
@@ -263,6 +268,7 @@ class MiniClipProcessor(ProcessorMixin):
             text: Hub name or local folder of the text encoder with its tokenizer.
             image_size: pixels per side, if other than the image tower's own.
             max_length: longest text in tokens, if shorter than the text tower's limit.
+            crop_pct: share of the resized image's shorter edge that the crop keeps, if other than the tower's own.
 
         Raises:
             ValueError: the image tower cannot take `image_size`, or the text tower `max_length`.
@@ -275,7 +281,7 @@ class MiniClipProcessor(ProcessorMixin):
         if max_length is not None and not 0 < max_length <= limit:
             raise ValueError(f"max_length must be in 1..{limit}, the limit of {text}, not {max_length}")
         tokenizer.model_max_length = max_length or limit
-        return cls(image_processor_from_timm(vision, image_size), tokenizer)
+        return cls(image_processor_from_timm(vision, image_size, crop_pct), tokenizer)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare images, texts or both.

@@ -23,6 +23,8 @@ LOCAL_ARGUMENTS = frozenset(
     "checkpointing_steps overfit_batch logging_steps report_to feature_cache_dir push_to_hub hub_model_id "
     "hub_private_repo hub_revision hub_strategy hub_license".split()
 )
+# Groups of parameters whose rate is logged: that of each part, which the others follow.
+RATES = ("heads", "vision", "text")
 # Arguments that may be a path.
 PATH_ARGUMENTS = frozenset("dataset image_dir vision_model text_model preset model_name_or_path".split())
 
@@ -150,7 +152,7 @@ class StepMeter:
         loss, pairs = self.accelerator.reduce(own, "sum").tolist()
         if not math.isfinite(loss):
             raise not_finite("training loss", loss, self.accelerator.mixed_precision)
-        groups = [group for group in self.optimizer.param_groups if not group["name"].endswith("_no_decay")]
+        groups = [group for group in self.optimizer.param_groups if group["name"] in RATES]
         values = {
             "loss": loss,
             **{f"{group['name']}_learning_rate": group["lr"] for group in groups},

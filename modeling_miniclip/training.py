@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from .arguments import TrainingArguments
 from .diagnostics import not_finite
 from .distributed import own_part
+from .layers import freeze_first_layers, rate_multipliers, text_layers, vision_layers
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor
 
@@ -42,12 +44,30 @@ def frozen_towers(model: MiniClipModel, freeze: str) -> list[nn.Module]:
     return [getattr(model, name) for name in towers[freeze]]
 
 
+def freeze_layers(model: MiniClipModel, arguments: TrainingArguments) -> None:
+    """Let the frozen towers and the first layers of the others keep their weights.
+
+    Raises:
+        UsageError: timm does not tell the layers of the image tower.
+    """
+    for tower in frozen_towers(model, arguments.freeze):
+        tower.requires_grad_(False)
+    if arguments.frozen_vision_layers:
+        freeze_first_layers(vision_layers(model.vision_model), arguments.frozen_vision_layers)
+    if arguments.frozen_text_layers:
+        freeze_first_layers(text_layers(model.text_model), arguments.frozen_text_layers)
+
+
 def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list[dict[str, Any]]:
-    """AdamW's groups: a learning rate a part, weight decay for matrices only (no norm, bias or temperature).
+    """AdamW's groups: a learning rate a part and layer, weight decay for matrices only (no norm, bias or temperature).
 
     Returns:
-        Groups with `params`, `lr`, `weight_decay` and `name` (`heads`, `vision`, `text`, with `_no_decay` where that
-        is so); groups without a trainable parameter are left out.
+        Groups with `params`, `lr`, `weight_decay` and `name`: `heads`, `vision`, `text`, for the layers below a
+        tower's last one with the multiplier of their rate (`vision*0.8`), and `_no_decay` where that is so. Groups
+        without a trainable parameter are left out.
+
+    Raises:
+        UsageError: with `--layer_decay`, timm does not tell the layers of the image tower.
     """
     rates = {
         "vision": arguments.vision_learning_rate,
@@ -55,15 +75,20 @@ def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list
         "heads": arguments.learning_rate,
     }
     parts = {"vision_model": "vision", "text_model": "text"}
+    multipliers: dict[Parameter, float] = {}
+    if arguments.layer_decay != 1:
+        for layers in (vision_layers(model.vision_model), text_layers(model.text_model)):
+            multipliers |= rate_multipliers(layers, arguments.layer_decay)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part = parts.get(name.partition(".")[0], "heads")
+        multiplier = multipliers.get(parameter, 1.0)
         decays = parameter.ndim > 1
-        key = part if decays else f"{part}_no_decay"
-        decay = arguments.weight_decay if decays else 0.0
-        group = groups.setdefault(key, {"name": key, "params": [], "lr": rates[part], "weight_decay": decay})
+        key = (part if multiplier == 1 else f"{part}*{multiplier:.4g}") + ("" if decays else "_no_decay")
+        decay, rate = arguments.weight_decay if decays else 0.0, rates[part] * multiplier
+        group = groups.setdefault(key, {"name": key, "params": [], "lr": rate, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
 
