@@ -1,7 +1,8 @@
 """How good a model is at retrieval: recall at K and median rank both ways, and the loss over a whole split."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ DIRECTIONS = ("text_to_image", "image_to_text")
 METRIC_NAMES = tuple(
     f"{direction}_{name}" for direction in DIRECTIONS for name in (*(f"R@{k}" for k in RECALL_AT), "median_rank")
 ) + ("rsum",)
-# Similarities are computed for this many queries at a time: 1,024 x 500,000 float32 are 2 GB.
+# Similarities are computed for this many queries and keys at a time, 16 MB of them: a split of any size fits.
 BLOCK = 1024
+KEY_BLOCK = 4096
 
 
 def is_better(name: str, value: float, best: float | None) -> bool:
@@ -29,28 +31,68 @@ def is_better(name: str, value: float, best: float | None) -> bool:
     return value < best if smaller_is_better else value > best
 
 
-def ranks(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor) -> Tensor:
-    """Rank of each query's best right key among all keys, 1 being the first.
+@dataclass(frozen=True)
+class Ranking:
+    """What [`rank_keys`] found for each of Q queries."""
+
+    rank: Tensor  # [Q] int64, of the best right key, 1 being the first
+    right_score: Tensor  # [Q], its similarity
+    scores: Tensor  # [Q, top], the largest similarities, descending
+    indices: Tensor  # [Q, top] int64, the keys that have them
+
+
+def rank_keys(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor, top: int = 0) -> Ranking:
+    """Rank of each query's best right key among all keys, and the first keys themselves.
 
     A wrong key whose similarity equals that of the right one, or is no number, counts as being before it: a model
     that gives all embeddings alike gets no credit, nor does one that gives NaN.
+
+    Never more than `BLOCK` x `KEY_BLOCK` similarities are held. Those of blocks with right keys are computed twice;
+    where equal ids lie together, as the captions of an image do, these are few.
 
     Args:
         queries: `[Q, dim]`.
         keys: `[K, dim]`.
         query_id: `[Q]` integers.
         key_id: `[K]` integers; a key with the query's id is right.
-
-    Returns:
-        `[Q]` int64.
+        top: how many of the first keys to return; all of them where there are fewer.
     """
-    found = []
-    for block, ids in zip(queries.split(BLOCK), query_id.split(BLOCK), strict=True):
-        similarity = block @ keys.t()  # [block, K]
-        right = ids.unsqueeze(1) == key_id.unsqueeze(0)
-        best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        found.append((~(similarity < best) & ~right).sum(dim=1) + 1)
-    return torch.cat(found)
+    top = min(top, len(keys))
+    blocks = zip(queries.split(BLOCK), query_id.split(BLOCK), strict=True)
+    parts = [_rank_block(block, keys, ids, key_id, top) for block, ids in blocks]
+    return Ranking(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _rank_block(block: Tensor, keys: Tensor, ids: Tensor, key_id: Tensor, top: int) -> tuple[Tensor, ...]:
+    """The columns of a [`Ranking`] for a block of queries."""
+    key_blocks = list(zip(keys.split(KEY_BLOCK), key_id.split(KEY_BLOCK), strict=True))
+    low, high = ids.min(), ids.max()
+    may_be_right = [bool((there.max() >= low) & (there.min() <= high)) for _, there in key_blocks]
+    best = block.new_full((len(block), 1), -torch.inf)
+    for (some, there), may_be in zip(key_blocks, may_be_right, strict=True):
+        if may_be:
+            wrong = ids.unsqueeze(1) != there.unsqueeze(0)
+            best = torch.maximum(best, (block @ some.t()).masked_fill(wrong, -torch.inf).amax(dim=1, keepdim=True))
+    rank = torch.ones(len(block), dtype=torch.long, device=block.device)
+    scores, indices = block.new_empty(len(block), 0), rank.new_empty(len(block), 0)
+    for i, ((some, there), may_be) in enumerate(zip(key_blocks, may_be_right, strict=True)):
+        similarity = block @ some.t()  # [block, key block]
+        before = ~(similarity < best)
+        if may_be:
+            before &= ids.unsqueeze(1) != there.unsqueeze(0)
+        rank += before.view(torch.uint8).sum(dim=1, dtype=torch.int32)  # a sum of booleans is four times slower
+        if top:
+            found = similarity.topk(min(top, len(some)))
+            scores = torch.cat([scores, found.values], dim=1)
+            indices = torch.cat([indices, found.indices + i * KEY_BLOCK], dim=1)
+            scores, order = scores.topk(min(top, scores.shape[1]))
+            indices = indices.gather(1, order)
+    return rank, best.squeeze(1), scores, indices
+
+
+def ranks(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor) -> Tensor:
+    """`[Q]` int64, the ranks of [`rank_keys`]."""
+    return rank_keys(queries, keys, query_id, key_id).rank
 
 
 def retrieval_metrics(
@@ -79,7 +121,11 @@ def retrieval_metrics(
         >>> round(metrics["text_to_image_R@1"], 2)
         66.67
     """
-    rank_of = _ranks_both_ways(image_embeds, text_embeds, text_image_id)[0]
+    return metrics_of_ranks(_ranks_both_ways(image_embeds, text_embeds, text_image_id)[0])
+
+
+def metrics_of_ranks(rank_of: Mapping[str, Tensor]) -> dict[str, float]:
+    """[`retrieval_metrics`] of the ranks of each direction's queries."""
     metrics: dict[str, float] = {}
     for direction, rank in rank_of.items():
         for k in RECALL_AT:
@@ -142,24 +188,54 @@ def recall_intervals(
         ValueError: as [`retrieval_metrics`].
     """
     rank_of, text_image_id = _ranks_both_ways(image_embeds, text_embeds, text_image_id)
-    images = len(image_embeds)
-    owners = {"text_to_image": text_image_id, "image_to_text": torch.arange(images, device=image_embeds.device)}
-    hits, queries = [], []  # [images, 6] each: what an image adds to numerator and denominator of each recall
-    for direction in DIRECTIONS:
-        for k in RECALL_AT:
-            found = (rank_of[direction] <= k).double()
+    image_of = {"text_to_image": text_image_id, "image_to_text": torch.arange(len(image_embeds))}
+    recalls = resampled_recalls(rank_of, image_of, len(image_embeds), samples=samples, seed=seed)
+    return named_intervals([f"{direction}_R@{k}" for direction in DIRECTIONS for k in RECALL_AT], recalls)
+
+
+def resampled_recalls(
+    rank_of: Mapping[str, Tensor],
+    image_of: Mapping[str, Tensor],
+    images: int,
+    at: Sequence[int] = RECALL_AT,
+    samples: int = 1000,
+    seed: int = 0,
+) -> Tensor:
+    """Recalls of bootstrap samples of the images, each drawn with all its queries; see [`recall_intervals`].
+
+    The draws depend on the number of images and the seed only: those of two models on the same split are paired, and
+    their difference row by row is the paired bootstrap of the difference.
+
+    Args:
+        rank_of: `[Q]` ranks of each direction's queries.
+        image_of: `[Q]`, the row of the image that each of these queries belongs to.
+        images: their number.
+        at: the K.
+        samples: bootstrap samples.
+        seed: of the draws.
+
+    Returns:
+        `[samples, directions * K]` in percent.
+    """
+    hits, queries = [], []  # [images] each: what an image adds to numerator and denominator of each recall
+    for direction, rank in rank_of.items():
+        for k in at:
+            found = (rank <= k).double().cpu()
             empty = found.new_zeros(images)
-            hits.append(empty.index_add(0, owners[direction], found))
-            queries.append(empty.index_add(0, owners[direction], torch.ones_like(found)))
-    parts = torch.stack(hits + queries, dim=1).cpu()  # [images, 12]
+            hits.append(empty.index_add(0, image_of[direction].cpu(), found))
+            queries.append(empty.index_add(0, image_of[direction].cpu(), torch.ones_like(found)))
+    parts = torch.stack(hits + queries, dim=1)  # [images, 2 * directions * K]
     generator = torch.Generator().manual_seed(seed)
     drawn = [parts[torch.randint(images, (images,), generator=generator)].sum(dim=0) for _ in range(samples)]
-    sums = torch.stack(drawn)  # [samples, 12]
-    recalls = 100 * sums[:, :6] / sums[:, 6:]  # [samples, 6]
-    names = [f"{direction}_R@{k}" for direction in DIRECTIONS for k in RECALL_AT]
-    values = torch.cat([recalls, recalls.sum(dim=1, keepdim=True)], dim=1)
+    sums = torch.stack(drawn)
+    return 100 * sums[:, : len(hits)] / sums[:, len(hits) :]
+
+
+def named_intervals(names: Sequence[str], samples: Tensor, total: str = "rsum") -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of each column of `[samples, names]`, and of the sum of all columns as `total`."""
+    values = torch.cat([samples, samples.sum(dim=1, keepdim=True)], dim=1)
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0).tolist()
-    return {name: (low[i], high[i]) for i, name in enumerate([*names, "rsum"])}
+    return {name: (low[i], high[i]) for i, name in enumerate([*names, total])}
 
 
 def dataset_loss(

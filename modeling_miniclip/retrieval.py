@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .errors import DataError
@@ -100,7 +100,7 @@ def encode_images(
         inputs = processor(images=[open_image(image) for image in batch], return_tensors="pt")
         return model(pixel_values=inputs["pixel_values"].to(model.device)).image_embeds
 
-    return _encode(model, images, embed, batch_size, "images", progress)
+    return encode_batches(model, images, embed, batch_size, "images", progress)
 
 
 def encode_texts(
@@ -116,18 +116,34 @@ def encode_texts(
     def embed(batch: list[str]) -> Tensor:
         return model(**processor(text=batch, return_tensors="pt").to(model.device)).text_embeds
 
-    return _encode(model, texts, embed, batch_size, "texts", progress)
+    return encode_batches(model, texts, embed, batch_size, "texts", progress)
 
 
 @torch.no_grad()
-def _encode(
-    model: MiniClipModel,
+def encode_batches(
+    model: nn.Module,
     items: Iterable[Any],
     embed: Callable[[list[Any]], Tensor],
     batch_size: int,
     what: str,
     progress: bool,
 ) -> Tensor:
+    """Embeddings of all items, a batch at a time, by a model in evaluation mode; its modes are put back after that.
+
+    Args:
+        model: that `embed` uses.
+        items: read as they are needed.
+        embed: gives the `[n, dim]` embeddings of n items.
+        batch_size: items a call of `embed`.
+        what: what the items are, in the plural.
+        progress: show a progress bar.
+
+    Returns:
+        `[items, dim]` float32 on the CPU.
+
+    Raises:
+        ValueError: no item at all, or one that is not in a list.
+    """
     if isinstance(items, str | os.PathLike | Image.Image | dict):  # a text would be taken apart into its letters
         raise ValueError(f"expected a list of {what}, got one {type(items).__name__}: put it in a list, [...]")
     if batch_size < 1:

@@ -5,7 +5,7 @@ et al. 2021, section 3.1.4).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from string import Formatter
 from typing import Any
 
@@ -66,9 +66,22 @@ def zero_shot_weights(
         >>> zero_shot_weights(model, ["dog", "cat"], "a drawing of a {}.").shape  # doctest: +SKIP
         torch.Size([2, 256])
     """
+    return ensemble_weights(
+        lambda texts: encode_texts(model, texts, processor, batch_size, progress), class_names, templates
+    )
+
+
+def ensemble_weights(
+    encode: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: str | Sequence[str] = "ensemble"
+) -> Tensor:
+    """[`zero_shot_weights`] by any text encoder.
+
+    Args:
+        encode: gives the `[n, dim]` unit-norm embeddings of n texts.
+        class_names, templates: as in [`zero_shot_weights`], as are result and errors.
+    """
     names, sentences = _checked_names(class_names), _sentences(templates)
-    texts = [sentence.format(name) for name in names for sentence in sentences]
-    embeddings = encode_texts(model, texts, processor, batch_size, progress)
+    embeddings = encode([sentence.format(name) for name in names for sentence in sentences])
     per_class = embeddings.view(len(names), len(sentences), -1).mean(dim=1)  # [classes, dim]
     return torch.nn.functional.normalize(per_class, dim=-1)
 
