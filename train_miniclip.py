@@ -282,13 +282,14 @@ def build_model(arguments: TrainingArguments, accelerator: Any, splits: Any) -> 
     from modeling_miniclip import building
     from modeling_miniclip.performance import to_channels_last
     from modeling_miniclip.reporting import describe_model, say
-    from modeling_miniclip.training import freeze_layers
+    from modeling_miniclip.training import TEXT_GROUPS, freeze_layers
 
     captions = list(splits["train"]["captions"])
     model, processor = building.build_model(arguments, captions)
     if arguments.freeze_batch_norm is None:
         arguments.freeze_batch_norm = arguments.preset is None
     freeze_layers(model, arguments)
+    model.text_groups = TEXT_GROUPS
     if accelerator.distributed_type != DistributedType.FSDP:  # which takes contiguous parameters only
         to_channels_last(model.vision_model)
     say(accelerator, describe_model(model))

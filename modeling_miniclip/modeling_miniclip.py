@@ -385,6 +385,7 @@ class MiniClipModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     accepts_loss_kwargs = False  # the loss of a batch is no sum over items that Trainer could divide by their number
+    text_groups = 1  # in training: parts of a batch's texts, by length, that the text tower computes one by one
     loaded_revision: str | None = None  # the commit of the Hub repository that the weights came from
     _no_split_modules = ["MiniClipVisionModel", "ProjectionHead"]
     _supports_sdpa = True
@@ -558,6 +559,19 @@ class MiniClipModel(PreTrainedModel):
             attentions=outputs.get("attentions"),
         )
 
+    def _pool_texts_by_length(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+        """`[N, text width]` as of `pool_texts`, in groups of about the same length, each cut to its longest.
+
+        Padded to one length, half of a batch's tokens would be padding.
+        """
+        last = (attention_mask * torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)).amax(1)
+        order = last.argsort()
+        pooled = []
+        for rows in order.chunk(self.text_groups):
+            length = int(last[rows[-1]])
+            pooled.append(self.pool_texts(input_ids[rows, :length], attention_mask[rows, :length], **kwargs))
+        return torch.cat([output.pooler_output for output in pooled])[order.argsort()]
+
     @can_return_tuple
     def get_image_features(
         self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
@@ -632,7 +646,9 @@ class MiniClipModel(PreTrainedModel):
         if pixel_values is not None:
             vision_output = self.pool_images(pixel_values, kwargs.get("output_hidden_states"))
             vision_pooler_output = vision_output.pooler_output  # [B, vision width]
-        if input_ids is not None:
+        if input_ids is not None and self.training and self.text_groups > 1 and attention_mask is not None:
+            text_pooler_output = self._pool_texts_by_length(input_ids, attention_mask, **kwargs)
+        elif input_ids is not None:
             text_output = self.pool_texts(input_ids, attention_mask, **kwargs)
             text_pooler_output = text_output.pooler_output  # [N, text width]
         image_embeds = text_embeds = logit_scale = logit_bias = logits_per_image = loss = None

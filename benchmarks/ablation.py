@@ -1,0 +1,152 @@
+"""Train variants of a recipe for the heads, on the features of frozen towers computed once, and compare them.
+
+    python benchmarks/ablation.py heads --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
+    python benchmarks/ablation.py reductions --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
+
+Adds a line a run to `<experiment>.jsonl`, leaving out what is there already, and writes `<experiment>.md` from it. Not
+the loss decides, which means something else for each, but the largest rsum of a run's epochs.
+"""
+
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modeling_miniclip.arguments import parse_arguments
+from modeling_miniclip.configuration_miniclip import LOSS_TYPES
+from train_miniclip import prepare, train
+
+HERE = Path(__file__).resolve().parent
+COLUMNS = ("rsum", "text_to_image_R@1", "text_to_image_R@10", "image_to_text_R@1", "image_to_text_R@10")
+MEASURED = "Flickr8k, 1,000 validation images, EfficientNet-Lite0 and all-MiniLM-L6-v2 frozen"
+VIEWS = '[{"name": "RandomResizedCrop", "scale": [0.6, 1.0], "ratio": [0.8, 1.25]}, {"name": "HorizontalFlip"}]'
+
+
+@dataclass
+class Experiment:
+    """Variants to be compared.
+
+    Args:
+        title, text: of the table.
+        flags: that all have in common.
+        variants: the flags in which each differs, with the number of its seeds.
+    """
+
+    title: str
+    text: str
+    flags: dict[str, Any]
+    variants: list[tuple[dict[str, Any], int]]
+
+
+EXPERIMENTS = {
+    "heads": Experiment(
+        "What the heads' recipe owes to what",
+        "Each line changes recipe `heads` in what it names.",
+        {"recipe": "heads"},
+        [
+            ({}, 3),
+            ({"image_size": 256}, 3),
+            ({"image_size": 224}, 1),
+            ({"image_size": 224, "crop_pct": 0.875}, 3),
+            ({"projection_dim": 256}, 3),
+            ({"projection_dim": 2048}, 1),
+            ({"projection_depth": 1}, 3),
+            ({"captions_per_image": 1}, 3),
+            ({"batch_size": 128}, 1),
+            ({"batch_size": 1024}, 1),
+            ({"dropout": 0.1}, 1),
+            ({"dropout": 0.7}, 1),
+            ({"learning_rate": 1e-3}, 1),
+            ({"weight_decay": 0.01}, 1),
+            ({"num_train_epochs": 24}, 1),
+            ({"ema_decay": 0.95}, 1),
+            ({"num_views": 2, "augmentation": VIEWS}, 1),
+        ],
+    ),
+    "reductions": Experiment(
+        "The losses on several captions an image",
+        "Heads of 256 dimensions. With one caption an image `softmax_sum` and `softmax_mean` are the same. All have "
+        "the same learning rate and number of steps: in so few the temperature and the bias of `sigmoid` stay near "
+        "their start.",
+        {
+            "text_pooling": "mean", "freeze": "both", "augmentation": "[]", "batch_size": 256, "num_train_epochs": 15,
+            "learning_rate": 1e-3, "weight_decay": 0.1, "dropout": 0.3, "lr_scheduler_type": "cosine",
+            "warmup_steps": 20,
+        },
+        [
+            ({"captions_per_image": captions, "loss_type": loss_type}, 3)
+            for captions, loss_type in itertools.product((1, 2, 3, 5), LOSS_TYPES)
+            if (captions, loss_type) != (1, "softmax_sum")
+        ],
+    ),
+}  # fmt: skip
+
+
+def recorded(path: Path) -> list[dict[str, Any]]:
+    """The lines of the runs so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def settings_of(line: dict[str, Any]) -> dict[str, Any]:
+    """What a line's run was told, its seed apart."""
+    return {name: value for name, value in line.items() if "R@" not in name and name not in ("epoch", "rsum", "seed")}
+
+
+def measure_run(argv: list[str], flags: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Train, and give the settings with the recalls of the epoch with the largest rsum."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = {**flags, **settings, "best_metric": "rsum", "output_dir": folder}
+        run = prepare(parse_arguments([*argv, *(f"--{name}={value}" for name, value in values.items())]))
+        train(run)
+        lines = [json.loads(line) for line in run.log.path.read_text(encoding="utf-8").splitlines()]
+    best = max((line for line in lines if line["split"] == "validation"), key=lambda line: line["rsum"])
+    return {**settings, **{name: best[name] for name in best if "R@" in name or name in ("epoch", "rsum")}}
+
+
+def table(experiment: Experiment, lines: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each variant that was run."""
+    heads = ["variant", "seeds", *(name.replace("_", " ") for name in COLUMNS)]
+    rows = [heads, ["---"] * len(heads)]
+    for settings, _ in experiment.variants:
+        runs = [line for line in lines if settings_of(line) == settings]
+        if runs:
+            numbers = ([run[name] for run in runs] for name in COLUMNS)
+            rows.append([label(settings), str(len(runs)), *(spread(values) for values in numbers)])
+    about = (
+        f"Written by `benchmarks/ablation.py`: {MEASURED}. {experiment.text} Mean and standard deviation over the "
+        "seeds of the epoch with the largest rsum, chosen on the split that is measured."
+    )
+    return f"# {experiment.title}\n\n{about}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def label(settings: dict[str, Any]) -> str:
+    """A variant as its flags; an augmentation by its name alone."""
+    texts = [f"`{name}`" if name == "augmentation" else f"`{name}` {value}" for name, value in settings.items()]
+    return ", ".join(texts) or "the recipe"
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of several values, standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def main(name: str, argv: list[str]) -> None:
+    """Run what is not recorded yet, then write the table."""
+    experiment, path = EXPERIMENTS[name], HERE / f"{name}.jsonl"
+    todo = [{**settings, "seed": seed} for settings, seeds in experiment.variants for seed in range(seeds)]
+    for settings in todo:
+        if not any({**settings_of(line), "seed": line["seed"]} == settings for line in recorded(path)):
+            line = measure_run(argv, experiment.flags, settings)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            path.with_suffix(".md").write_text(table(experiment, recorded(path)), encoding="utf-8")
+    path.with_suffix(".md").write_text(table(experiment, recorded(path)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
