@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Run:
     progress: Any
     interrupt: Any
     diagnosis: Any
+    bad_images: Any
     steps_per_epoch: int
     averages: Any = None  # AveragedWeights, with `--ema_decay`
     saved: tuple[int, int] = (0, 0)  # `position` of the last checkpoint; the beginning needs none
@@ -95,11 +97,15 @@ def main(argv: list[str] | None = None) -> Path:
             `--overfit_batch`: the loss did not reach zero.
         SystemExit: after SIGTERM, with code 143; a checkpoint was saved.
     """
-    run = prepare(parse_arguments(argv))
-    if run.arguments.overfit_batch:
-        return overfit_batch(run)
-    with run.interrupt:
-        train(run)
+    arguments = parse_arguments(argv)
+    from modeling_miniclip.batches import explained_workers
+
+    with explained_workers():
+        run = prepare(arguments)
+        if run.arguments.overfit_batch:
+            return overfit_batch(run)
+        with run.interrupt:
+            train(run)
     if run.interrupt.agreed == signal.SIGTERM:  # seconds are left: no pictures, no push
         run.train_loader = run.validation_loader = None
         run.accelerator.end_training()
@@ -112,9 +118,10 @@ def main(argv: list[str] | None = None) -> Path:
 
 def prepare(arguments: TrainingArguments) -> Run:
     """Output folder, data, model, loaders, optimiser, schedule; a resumed run's state."""
+    from modeling_miniclip.bad_images import BadImages
     from modeling_miniclip.checkpoints import Interrupt, MetricsLog, Progress
     from modeling_miniclip.diagnostics import Diagnosis
-    from modeling_miniclip.reporting import StepMeter, data_for_card, describe_splits, say
+    from modeling_miniclip.reporting import StepMeter, data_for_card, describe_splits, say, split_sizes
     from modeling_miniclip.training import build_scheduler
 
     if arguments.overfit_batch:
@@ -124,9 +131,13 @@ def prepare(arguments: TrainingArguments) -> Run:
     output_dir, checkpoint = prepare_places(arguments)
     accelerator = build_accelerator(arguments, output_dir)
 
+    def warn(line: str) -> None:
+        say(accelerator, f"warning: {line}")
+
     # What: data, and a model with its processor
     splits = load_splits(arguments)
     say(accelerator, describe_splits(splits))
+    bad_images = BadImages(split_sizes(splits), arguments.max_bad_images, warn, accelerator.device)
     model, processor = build_model(arguments, accelerator, splits)
 
     if arguments.overfit_batch:
@@ -153,11 +164,12 @@ def prepare(arguments: TrainingArguments) -> Run:
         progress=Progress(arguments.batch_size, arguments.seed, len(train_loader.batch_sampler)),
         interrupt=Interrupt(lambda line: say(accelerator, line)),
         diagnosis=Diagnosis(
-            lambda line: say(accelerator, f"warning: {line}"),
+            warn,
             arguments.warmup_steps,
             model.config.logit_scale_max,
             has_softmax=model.config.loss_type != "sigmoid",
         ),
+        bad_images=bad_images,
         steps_per_epoch=len(train_loader.batch_sampler),
     )
     run.scheduler = build_scheduler(optimizer.optimizer, arguments, run.last_step)
@@ -174,7 +186,7 @@ def begin(run: Run, checkpoint: Path | None) -> None:
     from modeling_miniclip.reporting import say
 
     arguments, accelerator = run.arguments, run.accelerator
-    kept = (run.progress, run.scheduler, run.log, run.meter, run.averages)
+    kept = (run.progress, run.scheduler, run.log, run.meter, run.bad_images, run.averages)
     accelerator.register_for_checkpointing(*(state for state in kept if state is not None))
     if checkpoint is not None:
         resume(run, checkpoint)
@@ -408,8 +420,6 @@ def train_epoch(run: Run) -> None:
     from tqdm.auto import tqdm
 
     from modeling_miniclip import training
-    from modeling_miniclip.diagnostics import chance_loss
-    from modeling_miniclip.distributed import whole_tensor
 
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
     training.set_training_mode(run.plain, arguments.freeze, bool(arguments.freeze_batch_norm))
@@ -421,21 +431,13 @@ def train_epoch(run: Run) -> None:
     interval = checkpoint_interval(arguments)
     run.meter.start_epoch(progress.step_in_epoch)
     for batch in run.train_loader:
-        run.optimizer.zero_grad(set_to_none=True)
-        loss = forward_and_backward(run, batch)
-        norm = whole_tensor(accelerator.clip_grad_norm_(run.plain.parameters(), arguments.max_grad_norm))
-        run.optimizer.step()
-        training.clamp_temperature(run.plain)
-        if run.averages is not None:
-            run.averages.update()
-        images = sampler.images_in(progress.step_in_epoch)
+        lost = run.bad_images.lose("train", batch.pop("undecodable", []))
+        images = sampler.images_in(progress.step_in_epoch) - lost
         progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
-
+        if images > 0:  # else there is nothing to learn from, but the step counts
+            take_step(run, batch, images)
         # Log, then the schedule, so that a line tells the rate that its step was taken with
-        pairs = len(batch["text_image_id"])
-        texts = images * pairs / len(batch["image_id"])
-        run.meter.update(loss, norm, pairs, chance_loss(images, texts, run.plain.config.loss_type))
-        if progress.step % arguments.logging_steps == 0 or progress.step == run.last_step:
+        if run.meter.losses and (progress.step % arguments.logging_steps == 0 or progress.step == run.last_step):
             log_step(run, run.meter.read(), bar)
         if arguments.lr_scheduler_type == "cosine":
             run.scheduler.step()
@@ -447,18 +449,47 @@ def train_epoch(run: Run) -> None:
     bar.close()
 
 
+def take_step(run: Run, batch: dict[str, Any], images: int) -> None:
+    """One optimiser step.
+
+    Args:
+        run: whose model it is.
+        batch: this process's share of the global batch.
+        images: of the global batch.
+    """
+    from modeling_miniclip import training
+    from modeling_miniclip.diagnostics import chance_loss
+    from modeling_miniclip.distributed import whole_tensor
+
+    run.optimizer.zero_grad(set_to_none=True)
+    loss = forward_and_backward(run, batch)
+    norm = whole_tensor(run.accelerator.clip_grad_norm_(run.plain.parameters(), run.arguments.max_grad_norm))
+    run.optimizer.step()
+    training.clamp_temperature(run.plain)
+    if run.averages is not None:
+        run.averages.update()
+    pairs = len(batch["text_image_id"])
+    texts = images * pairs / len(batch["image_id"])
+    run.meter.update(loss, norm, pairs, chance_loss(images, texts, run.plain.config.loss_type))
+
+
 def forward_and_backward(run: Run, batch: dict[str, Any]) -> Any:
     """This process's share of the global batch; the loss over all of it, and its gradients.
 
     Returns:
         This process's part of the loss; the loss is their sum.
     """
+    import torch
+
     from modeling_miniclip.cached_gradients import backward_in_chunks, split_batch
     from modeling_miniclip.distributed import global_contrastive_loss
     from modeling_miniclip.training import forward_inputs
 
-    accelerator = run.accelerator
-    image_id, text_image_id = (batch[name].to(accelerator.device) for name in ("image_id", "text_image_id"))
+    accelerator, chunk_size = run.accelerator, run.arguments.chunk_size
+    chunks = [batch] if chunk_size is None else split_batch(batch, chunk_size, accelerator.device)
+    image_id, text_image_id = (
+        torch.cat([chunk[name] for chunk in chunks]).to(accelerator.device) for name in ("image_id", "text_image_id")
+    )
 
     def inputs_of(rows: dict[str, Any]) -> dict[str, Any]:
         return forward_inputs(rows, run.processor, accelerator.device)
@@ -474,11 +505,9 @@ def forward_and_backward(run: Run, batch: dict[str, Any]) -> Any:
             output.logit_bias,
         )
 
-    chunk_size = run.arguments.chunk_size
-    chunks = [batch] if chunk_size is None else split_batch(batch, chunk_size, accelerator.device)
     if len(chunks) > 1:
         return backward_in_chunks(accelerator, run.model, chunks, inputs_of, loss_of)
-    loss = loss_of(run.model(**inputs_of(batch)))
+    loss = loss_of(run.model(**inputs_of(chunks[0])))
     # DistributedDataParallel averages over the processes what is to be summed
     accelerator.backward(loss * accelerator.num_processes)
     return loss
@@ -516,7 +545,12 @@ def validate(run: Run) -> bool:
     share_buffers(run.plain)
     release_freed_memory()
     embeddings = embed_split(
-        run.plain, run.validation_loader, run.processor, accelerator.device, accelerator.is_main_process
+        run.plain,
+        run.validation_loader,
+        run.processor,
+        accelerator.device,
+        accelerator.is_main_process,
+        partial(run.bad_images.lose, "validation"),
     )
     # One process measures and tells the others: all must take the same decisions.
     told: list[Any] = [None]
@@ -557,7 +591,7 @@ def export_best(run: Run, metrics: dict[str, float], intervals: dict[str, tuple[
             "arguments": arguments_for_card(arguments),
             "command": command_for_card(arguments),
             "license": arguments.hub_license,
-            "data": run.data,
+            "data": {**run.data, "left_out": run.bad_images.describe()},
         }
         folder = export(run.plain, run.processor, run.output_dir / "export", card, state_dict)
         if arguments.push_to_hub and arguments.hub_strategy == "every_save":
@@ -619,8 +653,11 @@ def overfit_batch(run: Run) -> Path:
     from modeling_miniclip.reporting import say
 
     batch = next(iter(run.train_loader))
+    lost = run.bad_images.lose("train", batch.pop("undecodable", []))
     least, chance = overfitting.batch_bounds(batch, run.plain.config.loss_type, run.accelerator.device)
-    images = run.train_loader.batch_sampler.images_in(0)
+    images = run.train_loader.batch_sampler.images_in(0) - lost
+    if images == 0:
+        raise DataError(f"none of the {lost} images of the first batch can be decoded; `miniclip check` names them")
     run.steps_per_epoch = run.last_step = run.arguments.max_steps or overfitting.STEPS
     run.log = log = overfitting.KeptLog()
     run.train_loader = overfitting.RepeatedBatch(
@@ -650,6 +687,8 @@ def finish(run: Run) -> Path:
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     if run.accelerator.is_main_process:
+        if bad := run.bad_images.describe():
+            say(run.accelerator, bad)
         draw_curves(read_metrics(run.log.path), run.output_dir / "curves.png", progress.best_step)
         draw_retrieval(run, export_dir)
         say(
@@ -668,10 +707,11 @@ def draw_retrieval(run: Run, export_dir: Path) -> None:
     from modeling_miniclip.retrieval import encode_images, encode_texts
 
     model = MiniClipModel.from_pretrained(export_dir).to(run.accelerator.device)
-    images = encode_images(model, (row["image"] for row in run.validation), run.processor, progress=False)
-    queries = example_queries(list(run.validation["captions"]), 6)
+    split = run.validation.select(run.bad_images.good_rows("validation"))
+    images = encode_images(model, (row["image"] for row in split), run.processor, progress=False)
+    queries = example_queries(list(split["captions"]), 6)
     texts = encode_texts(model, [text for _, text in queries], run.processor, progress=False)
-    rows = match_rows(queries, texts @ images.T, lambda i: run.validation[i]["image"].convert("RGB"))
+    rows = match_rows(queries, texts @ images.T, lambda i: split[i]["image"].convert("RGB"))
     draw_matches(run.output_dir / "retrieval.png", rows, "Validation captions and the images found for them")
 
 

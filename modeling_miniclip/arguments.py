@@ -44,6 +44,11 @@ class TrainingArguments:
     validation_fraction: float = _flag(0.1, "share of images set aside where the data set has no validation split")
     max_train_images: int | None = _flag(None, "use only the first so many training images, for a trial")
     max_validation_images: int | None = _flag(None, "use only the first so many validation images, for a trial")
+    max_bad_images: float = _flag(
+        0.01,
+        "share of a split's images that may turn out undecodable: each is told and left out, more than so many end "
+        "the run; 0 ends it at the first",
+    )
     num_workers: int = _flag(2, "loader processes that decode and augment; 0 does it in the training process")
 
     # The model
@@ -354,6 +359,8 @@ def validate(arguments: TrainingArguments) -> None:
     for name in ("layer_decay", "crop_pct"):
         if getattr(arguments, name) is not None and not 0 < getattr(arguments, name) <= 1:
             raise UsageError(f"--{name} must be in (0, 1], not {getattr(arguments, name)}")
+    if not 0 <= arguments.max_bad_images <= 1:
+        raise UsageError(f"--max_bad_images must be a share in [0, 1], not {arguments.max_bad_images}")
     if arguments.num_views is not None and arguments.freeze not in ("vision", "both"):
         raise UsageError("--num_views needs a frozen image tower: add --freeze vision or --freeze both")
     if arguments.num_views is not None and not augmentation_list(arguments):

@@ -6,8 +6,11 @@ that any number of processes trains on the same global batches.
 
 import difflib
 import inspect
+import math
+import re
 import signal
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
-from .errors import DataError, UsageError
+from .errors import DataError, MiniClipError, UsageError
 from .processing_miniclip import MiniClipProcessor, to_rgb
 
 if TYPE_CHECKING:
@@ -106,6 +109,8 @@ FILLER = -1
 class CaptionRows(TorchDataset):
     """Rows of a split, ready to be collated; an item is asked for by `(epoch, index)`.
 
+    A list of items may hold images that cannot be decoded: see `__getitems__`.
+
     Args:
         split: rows `{image, image_id, captions}`.
         processor: gives an image that is not augmented its resize and crop.
@@ -113,7 +118,7 @@ class CaptionRows(TorchDataset):
         captions_per_image: how many captions are drawn per image and epoch; None takes all of them.
         seed: of the draws and of the augmentation.
         vision_features: pooled features `[n, width]` of the frozen image tower, instead of the images: one tensor a
-            view, taken in turn by the epochs.
+            view, taken in turn by the epochs. NaN stands for an image that could not be decoded.
         text_features: one `[captions, width]` tensor an image, of the frozen text tower, instead of the texts.
     """
 
@@ -141,18 +146,52 @@ class CaptionRows(TorchDataset):
         return len(self.captions)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        row = self._row(key)
+        if "undecodable" in row:
+            raise DataError(row["undecodable"])
+        return row
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        """The rows of a batch, which the DataLoader asks for at once.
+
+        A row whose image cannot be decoded is `{"image_id", "undecodable": why}`. Where none is left, one more row
+        that can be decoded follows as a filler.
+
+        Raises:
+            DataError: no image of the split can be decoded, or a file cannot be read.
+        """
+        rows = [self._row(key) for key in keys]
+        if all("undecodable" in row for row in rows):
+            rows.append(self._filler(*keys[0]))
+        return rows
+
+    def _row(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, image_id = key
         index = image_id if image_id >= 0 else FILLER - image_id
         rng = np.random.default_rng([self.seed, epoch, index])
         chosen = self._draw(len(self.captions[index]), rng)
         row: dict[str, Any] = {"image_id": image_id, "captions": [self.captions[index][i] for i in chosen]}
         if self.vision_features is not None:
-            row["vision_features"] = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
+            features = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
+            image: Any = self._image(index) if math.isnan(features[0]) else None
+            row["vision_features"] = features
         else:
-            row["pixels"] = self._pixels(index, rng)  # [3, H, W] uint8
+            image = self._image(index)
+            if not isinstance(image, str):
+                row["pixels"] = self._pixels(image, index, rng)  # [3, H, W] uint8
+        if isinstance(image, str):
+            return {"image_id": image_id, "undecodable": image}
         if self.text_features is not None:
             row["text_features"] = self.text_features[index][torch.from_numpy(chosen)]  # [K, width]
         return row
+
+    def _filler(self, epoch: int, image_id: int) -> dict[str, Any]:
+        start = image_id if image_id >= 0 else FILLER - image_id
+        others = ((start + i) % len(self) for i in range(1, len(self)))
+        found = next((row for i in others if "undecodable" not in (row := self._row((epoch, FILLER - i)))), None)
+        if found is None:
+            raise DataError(f"none of {len(self)} images can be decoded, among them {self.image_ids[start]!r}")
+        return found
 
     def undecoded_images(self) -> Iterator[dict[str, Any]]:
         """`{"bytes", "path"}` of each row's image file."""
@@ -165,13 +204,19 @@ class CaptionRows(TorchDataset):
             return np.arange(available)
         return rng.choice(available, size=self.captions_per_image, replace=False)
 
-    def _pixels(self, index: int, rng: np.random.Generator) -> np.ndarray:
+    def _image(self, index: int) -> Any:
+        """The image of a row as RGB, or why it cannot be decoded."""
+        name = f"image {self.image_ids[index]!r}"
         try:
-            image = to_rgb(self.images[index]["image"])
+            return to_rgb(self.images[index]["image"])
+        except MemoryError:  # says nothing of the image
+            raise
         except Exception as error:  # Pillow's decoders raise all sorts
-            raise DataError(
-                f"image {self.image_ids[index]!r} cannot be decoded: {error}; replace the file or delete its rows"
-            ) from error
+            if getattr(error, "errno", None) is not None:  # nor does a disk that is gone
+                raise DataError(f"{name} cannot be read: {error}; mend that, then resume the run") from error
+            return f"{name} cannot be decoded: {error}; replace the file or delete its rows"
+
+    def _pixels(self, image: Any, index: int, rng: np.random.Generator) -> np.ndarray:
         if self.augmentation is None:
             return self.processor.crop(image)
         for transform in self.augmentation.transforms:  # one seed for all would make them draw alike
@@ -231,14 +276,17 @@ class Collator:
     Returns from a call:
         `pixel_values` `[B, 3, H, W]` uint8 (normalised on the device by `MiniClipProcessor.normalize`) or
         `vision_pooler_output` `[B, width]`; `input_ids`, `attention_mask` `[N, L]` padded to the longest of the batch
-        or `text_pooler_output` `[N, width]`; `image_id` `[B]`, the rows' indices; `text_image_id` `[N]`.
+        or `text_pooler_output` `[N, width]`; `image_id` `[B]`, the rows' indices; `text_image_id` `[N]`. Where images
+        cannot be decoded, `undecodable`: a list of their indices and why; they are in none of the tensors.
     """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = {"image_id": torch.tensor([row["image_id"] for row in rows])}
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        lost = [(row["image_id"], row["undecodable"]) for row in rows if "undecodable" in row]
+        rows = [row for row in rows if "undecodable" not in row]
+        batch: dict[str, Any] = {"image_id": torch.tensor([row["image_id"] for row in rows])}
         counts = torch.tensor([len(row["captions"]) for row in rows])
         batch["text_image_id"] = batch["image_id"].repeat_interleave(counts)
         if "vision_features" in rows[0]:
@@ -251,7 +299,8 @@ class Collator:
         else:
             captions = [caption for row in rows for caption in row["captions"]]
             batch |= self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-        return batch
+        own = [(image_id, why) for image_id, why in lost if image_id >= 0]  # a filler's is told where it belongs
+        return batch | ({"undecodable": own} if own else {})
 
 
 def make_loader(
@@ -260,7 +309,7 @@ def make_loader(
     num_workers: int,
     pin_memory: bool = False,
     prefetch_factor: int = 2,
-) -> "DataLoader[dict[str, Tensor]]":
+) -> "DataLoader[dict[str, Any]]":
     """A loader of collated batches. Its workers live as long as it does, each `prefetch_factor` batches ahead."""
     return DataLoader(
         rows,
@@ -280,3 +329,43 @@ def _leave_signals_to_the_trainer(_: int) -> None:
     # the trainer's last step. At a second SIGTERM it dies: that one is the DataLoader's own.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+# What a worker's end says, and what it means to the user.
+DEATHS = (
+    (r"Bus error|shared memory|shm|/torch_", "the shared memory (/dev/shm) is full: give the container more (docker "
+     "run --shm-size=8g), or --num_workers 0"),
+    (r"Killed|SIGKILL", "the system ended it for lack of memory: lower --num_workers or --batch_size, or close other "
+     "programs"),
+    (r"", "it ran out of memory, or an image crashed a decoder: `--num_workers 0` tells which"),
+)  # fmt: skip
+
+
+@contextmanager
+def explained_workers() -> Iterator[None]:
+    """Within the block, what happens in a loader's process is told as if it had happened here.
+
+    Raises:
+        MiniClipError: a worker died; with the likely cause. An error of a worker's own keeps its class and loses the
+            traceback that the DataLoader has put into its message.
+    """
+    try:
+        yield
+    except MiniClipError as error:
+        told, kind = str(error), type(error)
+        if not told.startswith("Caught "):
+            raise
+        raise kind(told.rpartition(f"{kind.__name__}: ")[2].strip()) from error
+    except MemoryError as error:
+        raise MiniClipError(
+            "an image could not be loaded for lack of memory: lower --batch_size or --num_workers, or look for images "
+            "that are much larger than the others"
+        ) from error
+    except RuntimeError as error:
+        told = f"{error} {error.__cause__ or ''}"  # which knows the signal
+        if "DataLoader worker" not in told:
+            raise
+        cause = next(cause for pattern, cause in DEATHS if re.search(pattern, told))
+        raise MiniClipError(
+            f"a loader process died ({str(error).strip().splitlines()[-1]}): likely {cause}"
+        ) from error

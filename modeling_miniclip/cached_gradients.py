@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .batches import FILLER
 from .distributed import largest
 from .modeling_miniclip import MiniClipOutput
 
@@ -23,7 +24,8 @@ SCALARS = ("logit_scale", "logit_bias")  # and what is the same for every chunk,
 def split_batch(batch: dict[str, Tensor], chunk_size: int, device: torch.device) -> list[dict[str, Tensor]]:
     """Views of a collated batch: at most `chunk_size` images each, and as even a share of its texts.
 
-    Every process gets the same number of chunks, as those who gather parameters for each forward pass have to.
+    Every process gets the same number of chunks, as those who gather parameters for each forward pass have to. One
+    that lost so many images that a chunk would be empty repeats its first image and text, as fillers.
 
     Args:
         batch: of `batches.Collator`.
@@ -32,6 +34,11 @@ def split_batch(batch: dict[str, Tensor], chunk_size: int, device: torch.device)
     """
     rows = len(batch["image_id"])
     parts = -(-largest(rows, device) // chunk_size)
+    if rows < parts:
+        batch = {name: torch.cat([tensor, tensor[:1].expand(parts - rows, *tensor.shape[1:])])
+                 for name, tensor in batch.items()}  # fmt: skip
+        for name in ("image_id", "text_image_id"):
+            batch[name][-(parts - rows) :] = FILLER
     pieces = {name: tensor.tensor_split(parts) for name, tensor in batch.items()}
     return [{name: piece[i] for name, piece in pieces.items()} for i in range(parts)]
 

@@ -62,6 +62,15 @@ def largest(number: int, device: torch.device) -> int:
     return int(tensor)
 
 
+def gather_lists(local: list[Any], device: torch.device) -> list[Any]:
+    """The items of all processes' lists, in the order of the ranks; one number is sent where all lists are empty."""
+    if not (dist.is_available() and dist.is_initialized()) or largest(len(local), device) == 0:
+        return local
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, local)
+    return [item for part in parts for item in part]
+
+
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A tensor that FSDP spread over the processes as one; any other as it is. Every process has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,5 +1,6 @@
 """A whole split through the model: embeddings for validation, and the features of frozen towers, computed once."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .batches import CaptionRows, make_loader
+from .diagnostics import not_finite
 from .distributed import gather_rows
 from .feature_cache import FeatureTable, digest, digest_of_images, digest_of_weights
 from .modeling_miniclip import MiniClipModel
@@ -24,25 +26,43 @@ TEXT_BLOCK = 256  # captions a forward pass of the text tower alone
 
 @torch.no_grad()
 def embed_split(
-    model: MiniClipModel, loader: Any, processor: MiniClipProcessor, device: torch.device, progress: bool
+    model: MiniClipModel,
+    loader: Any,
+    processor: MiniClipProcessor,
+    device: torch.device,
+    progress: bool,
+    lose: Callable[[list[tuple[int, str]]], Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings of a whole split, gathered from all processes, in the order of its rows.
 
+    Args:
+        model: not wrapped.
+        loader: of the split, without shuffling.
+        processor: that belongs to the model.
+        device: of the model.
+        progress: show a progress bar.
+        lose: told once of this process's images that cannot be decoded, rows and reasons; they are left out.
+
     Returns:
-        `[B, dim]` image embeddings, `[N, dim]` text embeddings, `[N]` the row of each text's image, all on the CPU.
+        `[B, dim]` image embeddings, `[N, dim]` text embeddings, `[N]` the row among the B of each text's image, all
+        on the CPU.
     """
     model.eval()
     parts: dict[str, list[Tensor]] = {"images": [], "image_id": [], "texts": [], "text_image_id": []}
+    lost: list[tuple[int, str]] = []
     for batch in tqdm(loader, desc="validate", unit="batch", leave=False, disable=not progress):
+        lost += batch.pop("undecodable", [])
         output = model(**forward_inputs(batch, processor, device))
         for name, values in (("images", output.image_embeds), ("image_id", batch["image_id"])):
             parts[name].append(values[batch["image_id"] >= 0].to(device))
         for name, values in (("texts", output.text_embeds), ("text_image_id", batch["text_image_id"])):
             parts[name].append(values[batch["text_image_id"] >= 0].to(device))
+    lose(lost)
     whole = {name: gather_rows(torch.cat(tensors)).cpu() for name, tensors in parts.items()}
     image_order = whole["image_id"].argsort()
     text_order = whole["text_image_id"].argsort(stable=True)
-    return whole["images"][image_order].float(), whole["texts"][text_order].float(), whole["text_image_id"][text_order]
+    image_row = torch.searchsorted(whole["image_id"][image_order], whole["text_image_id"][text_order])
+    return whole["images"][image_order].float(), whole["texts"][text_order].float(), image_row
 
 
 @torch.no_grad()
@@ -60,7 +80,11 @@ def frozen_image_features(
         accelerator: of the run.
 
     Returns:
-        `[rows, width]` for each view, memory-mapped. View v is the image as `rows` would augment it in epoch v.
+        `[rows, width]` for each view, memory-mapped. View v is the image as `rows` would augment it in epoch v. The
+        row of an image that cannot be decoded is NaN.
+
+    Raises:
+        MiniClipError: the tower gives NaN or infinity for an image.
     """
     model.vision_model.eval()
     vision = model.config.vision_config
@@ -72,9 +96,16 @@ def frozen_image_features(
     }
 
     def compute(view: int, blocks: list[range]) -> Iterator[Tensor]:
-        for batch in make_loader(rows, [[(view, i) for i in block] for block in blocks], num_workers):
+        loader = make_loader(rows, [[(view, i) for i in block] for block in blocks], num_workers)
+        for block, batch in zip(blocks, loader, strict=True):
             pixels = forward_inputs(batch, rows.processor, accelerator.device)["pixel_values"]
-            yield model.pool_images(pixels).pooler_output.float()
+            pooled = model.pool_images(pixels).pooler_output.float().cpu()
+            if not pooled.isfinite().all():
+                raise not_finite("image tower's features", math.nan, accelerator.mixed_precision)
+            features = torch.full((len(block), pooled.shape[1]), math.nan)
+            decoded = batch["image_id"] >= 0
+            features[batch["image_id"][decoded] - block.start] = pooled[decoded]
+            yield features
 
     tables = []
     for view in range(views):

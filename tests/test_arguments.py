@@ -192,6 +192,7 @@ def test_a_missing_recipe_is_told_with_those_that_come_with_the_package(tmp_path
         (["--max_grad_norm", "0"], "--max_grad_norm must be positive"),
         (["--dropout", "1"], r"--dropout must be in \[0, 1\)"),
         (["--lr_plateau_factor", "1"], "--lr_plateau_factor must be between 0 and 1"),
+        (["--max_bad_images", "1.5"], r"--max_bad_images must be a share in \[0, 1\], not 1.5"),
         (["--validation_fraction", "0"], "--validation_fraction must be between 0 and 1"),
         (["--seed", str(2**32)], "--seed must be below"),
         (["--augmentation", "HorizontalFlip"], "--augmentation must be a list"),
