@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-clients conformance lint format docs clean
+.PHONY: help demo test test-slow test-min test-clients conformance lint audit constraints format docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -30,6 +30,15 @@ test: $(VENV)/.installed-dev  ## run the test suite
 test-slow: $(VENV)/.installed-dev  ## run the slow tests (minutes)
 	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
+.venv-min/.installed: pyproject.toml .ci/oldest.py
+	test -x .venv-min/bin/pip || $(PYTHON) -m venv .venv-min
+	$(PYTHON) .ci/oldest.py > .venv-min/constraints.txt
+	.venv-min/bin/pip install --quiet --constraint .venv-min/constraints.txt --editable '.[dev]'
+	touch $@
+
+test-min: .venv-min/.installed  ## run the test suite with the oldest versions that pyproject.toml allows
+	.venv-min/bin/python -m pytest -n 2 --dist worksteal
+
 .venv-clients/.installed: pyproject.toml
 	test -x .venv-clients/bin/pip || $(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/pip install --quiet --editable . pytest sentence-transformers
@@ -52,6 +61,14 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: $(VENV)/.installed-dev  ## ask for known vulnerabilities of what is installed (asks pypi.org)
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --quiet pip-audit; }
+	.ci/audit $(BIN)/python .venv-audit/bin/pip-audit
+
+constraints: $(VENV)/.installed-dev  ## write the versions that are installed as .ci/constraints.txt; run the tests first
+	.ci/constraints $(BIN)/python > .ci/constraints.txt.new
+	mv .ci/constraints.txt.new .ci/constraints.txt
+
 format: $(VENV)/.installed-dev  ## let ruff format the code and order the imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -59,6 +76,7 @@ format: $(VENV)/.installed-dev  ## let ruff format the code and order the import
 docs: $(VENV)/.installed-dev  ## write the generated parts of the Markdown files
 	$(BIN)/python -m modeling_miniclip.arguments
 	$(BIN)/python benchmarks/report.py --write
+	$(BIN)/python benchmarks/reliability.py --write
 
 clean:  ## delete environments, runs and builds
-	rm -rf $(VENV) .venv-clients .venv-wheel runs dist build .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-min .venv-clients .venv-audit .venv-wheel runs dist build .mypy_cache .ruff_cache .hypothesis

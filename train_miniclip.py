@@ -94,10 +94,18 @@ def main(argv: list[str] | None = None) -> Path:
 
     Raises:
         MiniClipError: the arguments or the data are wrong; the message says where and how to mend it. With
-            `--overfit_batch`: the loss did not reach zero.
+            `--overfit_batch`: the loss did not reach zero. The disk became full: it says what is left.
         SystemExit: after SIGTERM, with code 143; a checkpoint was saved.
     """
+    from modeling_miniclip.run_folder import own_folder
+
     arguments = parse_arguments(argv)
+    with own_folder(arguments):
+        return run_to_the_end(arguments)
+
+
+def run_to_the_end(arguments: TrainingArguments) -> Path:
+    """What [`main`] does once the output folder is its own."""
     from modeling_miniclip.batches import explained_workers
 
     with explained_workers():

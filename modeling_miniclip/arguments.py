@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import re
+import reprlib
 import textwrap
 from argparse import ArgumentParser
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
-from .errors import UsageError
+from .errors import UsageError, one_line
 from .files import replace_text
 from .resources import PACKAGE, named_file
 
@@ -258,9 +259,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         UsageError: not a YAML mapping, a key that is no argument, or a value of the wrong kind; with file and key.
     """
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a YAML file that can be read: {error}") from error
+        recipe = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a YAML file that can be read: {one_line(error)}") from error
     if not isinstance(recipe, dict):
         raise UsageError(f"{path}: expected a mapping of arguments, found {type(recipe).__name__}")
     hints = get_type_hints(TrainingArguments)
@@ -272,10 +273,33 @@ def read_recipe(path: Path) -> dict[str, Any]:
             raise UsageError(f"{path}: unknown key {key!r}{_nearest(str(key), hints)}")
         try:
             values[key] = _recipe_value(parser, key, value, hints[key])
-        except UsageError as error:
-            found = "nothing" if value is None else repr(value)
+        except ValueError as error:
+            found = "nothing" if value is None else _shown(value)
             raise UsageError(f"{path}: {key}: expected {_expected(key, hints[key])}, found {found}") from error
     return values
+
+
+class _FlatLoader(yaml.SafeLoader):
+    """Aliases stand for scalars only: those of lists and mappings can grow without bound, or have no end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        aliased = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if aliased and isinstance(node, yaml.CollectionNode):
+            raise ValueError(f"an alias of a list or mapping, first written at{node.start_mark}; write it out")
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text, without tags that build objects.
+
+    Raises:
+        ValueError: not YAML, or a value that is not what it looks like (a date on a 99th).
+    """
+    try:
+        return yaml.load(text, _FlatLoader)  # a SafeLoader
+    except Exception as error:  # its constructors raise all sorts: KeyError, AttributeError, RecursionError
+        raise ValueError(one_line(error)) from error
 
 
 def _recipe_value(parser: ArgumentParser, key: str, value: Any, hint: Any) -> Any:
@@ -296,12 +320,22 @@ def _as_flag(key: str, value: Any, hint: Any) -> str:
         if not value and "no" in _choices(hint):  # YAML's word for false
             return "no"
     elif isinstance(value, list) and key == "augmentation":
-        return json.dumps(value)
+        try:
+            return json.dumps(value)
+        except TypeError:  # YAML also knows dates and sets
+            pass
     elif isinstance(value, str) or (isinstance(value, int | float) and (int in kinds or float in kinds)):
         return str(value)
     elif isinstance(value, int) and key == "checkpointing_steps":
         return str(value)
-    raise UsageError(f"{value!r} is of the wrong type")
+    raise UsageError(f"{_shown(value)} is of the wrong type")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not write out a whole number of more than 4300 digits
+        return f"a {type(value).__name__}"
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
@@ -337,6 +371,8 @@ def validate(arguments: TrainingArguments) -> None:
     if arguments.best_metric not in ("loss", *METRIC_NAMES):
         raise UsageError(f"--best_metric {arguments.best_metric}: choose from loss, {', '.join(METRIC_NAMES)}")
     for name, value in asdict(arguments).items():
+        if isinstance(value, str) and "\0" in value:
+            raise UsageError(f"--{name} holds a null character, as no name or path does: {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--{name} must be a finite number, not {value}")
     for name, bound in LOWER_BOUNDS.items():
@@ -400,8 +436,8 @@ def augmentation_list(arguments: TrainingArguments) -> list[dict[str, Any]]:
     if arguments.augmentation is None:
         return list(DEFAULT_AUGMENTATION)
     try:
-        transforms: Any = yaml.safe_load(arguments.augmentation)
-    except yaml.YAMLError as error:
+        transforms: Any = load_yaml(arguments.augmentation)
+    except ValueError as error:
         raise UsageError(f"--augmentation is neither JSON nor YAML: {error}") from error
     if not isinstance(transforms, list) or not all(isinstance(t, dict) and "name" in t for t in transforms):
         raise UsageError(f"--augmentation must be a list of mappings with a name each, not {arguments.augmentation}")

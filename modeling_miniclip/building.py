@@ -11,6 +11,7 @@ from huggingface_hub.errors import HTTPError, StrictDataclassError
 from torch import nn
 
 from .arguments import MODEL_SOURCES, TrainingArguments
+from .checksum import check_weights
 from .configuration_miniclip import MiniClipConfig
 from .errors import UsageError, one_line
 from .modeling_miniclip import MiniClipModel
@@ -50,10 +51,11 @@ def build_model(arguments: TrainingArguments, captions: list[list[str]]) -> tupl
             model, processor = _from_towers(arguments, overrides)
         if arguments.train_image_size is not None:  # refused by towers of a fixed size
             image_processor_from_timm(model.config.vision_config, arguments.train_image_size)
-    except (HTTPError, OSError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # the libraries raise all sorts at values that they did not write
         named = [f"--{name} {getattr(arguments, name)}" for names in MODEL_SOURCES for name in names]
         sources = " and ".join(text for text in named if not text.endswith(" None"))
-        raise UsageError(f"no model of {sources}: {one_line(error)}") from error
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise UsageError(f"no model of {sources}: {kind}{one_line(error)}") from error
     if arguments.dropout is not None:
         set_dropout(model, arguments.dropout)
     return model, processor
@@ -138,10 +140,24 @@ def load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcesso
     from . import auto  # noqa: F401  (or transformers would ask whether to trust the code in the folder)
 
     _check_folder(flag, source)
+    weights = Path(source, "model.safetensors")
+    if weights.is_file():
+        check_weights(weights)
+    try:
+        return _load_export(source, flag)
+    except (HTTPError, OSError, ValueError, StrictDataclassError):
+        raise
+    except Exception as error:  # whatever the libraries raise at files that no library wrote
+        raise ValueError(f"{flag} {source}: damaged, or not what MiniCLIP exports: {one_line(error)}") from error
+
+
+def _load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcessor]:
     model_type = MiniClipConfig.get_config_dict(source)[0].get("model_type")
     if model_type != MiniClipConfig.model_type:
         raise ValueError(f"{flag} {source}: a model of type {model_type!r}, not one that MiniCLIP exported")
-    model, info = MiniClipModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
+    model, info = MiniClipModel.from_pretrained(
+        source, output_loading_info=True, dtype=torch.float32, use_safetensors=True
+    )
     if info["missing_keys"]:
         raise ValueError(f"{source} lacks weights: {', '.join(sorted(info['missing_keys']))}")
     return model, MiniClipProcessor.from_pretrained(source, revision=model.loaded_revision or "main")

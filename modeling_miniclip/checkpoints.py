@@ -93,12 +93,18 @@ def save_checkpoint(accelerator: Any, folder: Path, progress: Progress, keep: in
         clear_unfinished(folder)
         fresh.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(fresh))
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(fresh))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if export_dir.exists():
+                link_folder(export_dir, fresh / "export")
+            commit_folder(fresh, target)
+    except BaseException:
+        if accelerator.is_main_process:
+            shutil.rmtree(fresh, ignore_errors=True)  # a full disk needs the room
+        raise
     if accelerator.is_main_process:
-        if export_dir.exists():
-            link_folder(export_dir, fresh / "export")
-        commit_folder(fresh, target)
         drop_surplus(folder, keep, progress.best_step)
     accelerator.wait_for_everyone()
     return target
@@ -203,7 +209,7 @@ def prepare_output_dir(arguments: TrainingArguments) -> Path:
     """The run's folder, new or to be resumed. Nothing in it is deleted yet: see [`clear_output_dir`].
 
     Raises:
-        UsageError: it holds an earlier run and neither resuming nor overwriting was asked for, or cannot be written.
+        UsageError: it holds an earlier run and neither resuming nor overwriting was asked for.
     """
     output_dir = Path(arguments.output_dir)
     may_exist = arguments.overwrite_output_dir or arguments.resume_from_checkpoint is not None
@@ -212,13 +218,6 @@ def prepare_output_dir(arguments: TrainingArguments) -> Path:
             f"{output_dir} holds an earlier run: go on with it by --resume_from_checkpoint latest, choose another "
             "--output_dir, or delete it by --overwrite_output_dir"
         )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / ".writable"
-        probe.touch()
-        os.unlink(probe)
-    except OSError as error:
-        raise UsageError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
     recover_folder(output_dir / "export")
     return output_dir
 

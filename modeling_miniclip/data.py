@@ -125,9 +125,9 @@ def load_captions(
         return build_scenes()
     path = Path(source).expanduser()
     columns = Columns(image_column, [caption_column], id_column)
-    if path.is_file():
+    if os.path.isfile(path):  # where Path.is_file() raises an error at an impossible name, this says no
         return _from_caption_file(path, path.parent, image_dir, columns, validation_fraction, seed)
-    if path.is_dir():
+    if os.path.isdir(path):
         caption_file = next((path / name for name in CAPTION_FILES if (path / name).is_file()), None)
         if caption_file is not None:
             return _from_caption_file(caption_file, path, image_dir, columns, validation_fraction, seed)
@@ -211,6 +211,8 @@ def _csv_rows(path: Path, text: str, delimiter: str, find_columns: FindColumns) 
             return
         if not header:
             header = [cell.strip() for cell in row]
+            if twice := next((name for name in header if name and header.count(name) > 1), None):
+                raise DataError(f"{path}, row {number}: two columns are named {twice!r}; rename or delete one")
             columns = find_columns(header, f"{path}, row {number}")
         elif len(row) > 1 or "".join(row).strip():
             if len(row) != len(header):
@@ -227,8 +229,9 @@ def _json_rows(path: Path, text: str, find_columns: FindColumns) -> Iterator[Row
             continue
         try:
             cells = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, row {number}: not JSON: {error}") from error
+            json.dumps(cells, ensure_ascii=False).encode()  # fails at half a character, such as "\\ud800"
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, row {number}: not JSON that can be read: {one_line(error)}") from error
         if not isinstance(cells, dict):
             raise DataError(f"{path}, row {number}: expected an object {{...}}, got {line[:80]!r}")
         yield number, cells, find_columns(cells, f"{path}, row {number}")
@@ -325,12 +328,13 @@ def _image_folder(root: Path, images: Iterable[str]) -> Path:
     """The likely folder that holds most of the first images."""
     sample = list(islice(images, 100))
     return max(
-        (root / name for name in IMAGE_FOLDERS), key=lambda folder: sum((folder / name).is_file() for name in sample)
+        (root / name for name in IMAGE_FOLDERS),
+        key=lambda folder: sum(os.path.isfile(folder / name) for name in sample),
     )
 
 
 def _check_image_files(folder: Path, images: Mapping[str, CaptionedImage]) -> None:
-    missing = [name for name in images if not (folder / name).is_file()]
+    missing = [name for name in images if not os.path.isfile(folder / name)]
     if missing:
         raise DataError(
             f"{images[missing[0]].where}: image file {missing[0]!r} is not in {folder} ({len(missing)} of "

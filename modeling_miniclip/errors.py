@@ -4,7 +4,13 @@ import re
 
 
 class MiniClipError(Exception):
-    """Base of all errors that the package raises for its user's input."""
+    """Base of all errors that the package raises for its user's input.
+
+    Its text may quote that input: what would move a terminal's cursor or turn the direction of writing is escaped.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class DataError(MiniClipError, ValueError):
@@ -13,6 +19,11 @@ class DataError(MiniClipError, ValueError):
 
 class UsageError(MiniClipError, ValueError):
     """A flag, a recipe key or a combination of them is wrong."""
+
+
+def printable(text: str) -> str:
+    """Text with its control characters (but line feeds), halves of characters and the like as Python escapes them."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 # What an answer of the Hub means to its user; other ones explain themselves.

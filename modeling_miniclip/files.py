@@ -88,8 +88,12 @@ def link_folder(source: Path, target: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a text file that is, at any moment, as it was or as it shall be."""
     fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def _former(target: Path) -> Path:

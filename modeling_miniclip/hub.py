@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .checksum import seal_weights
 from .files import replaced_folder
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor
@@ -60,6 +61,8 @@ def export(
             model = MiniClipModel(model.config)
     with replaced_folder(target) as fresh:
         model.save_pretrained(fresh, state_dict=state_dict)
+        if (weights := fresh / "model.safetensors").exists():  # of more than 50 GB there are several
+            seal_weights(weights)
         processor.save_pretrained(fresh)
         write_sentence_files(fresh)
         write_card(fresh / "README.md", model, card or {})

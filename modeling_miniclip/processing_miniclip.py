@@ -35,6 +35,10 @@ OFFSET_POSITIONS = frozenset(
 # Encoders with relative positions only: their configuration names a length, but no table ends there.
 RELATIVE_POSITIONS = frozenset("t5 mt5 umt5 t5gemma xlnet deberta-v2".split())
 
+# Of images that are longer than so many times their width, the middle is resized.
+LONGEST_SIDE = 100
+RESIZING = ("do_resize", "do_center_crop", "size", "crop_size")  # arguments of a call that change what is seen
+
 
 def to_rgb(image: Any) -> Image.Image:
     """Any PIL image as 8-bit RGB: EXIF rotation applied, transparency laid on white, first frame.
@@ -63,6 +67,8 @@ def to_rgb(image: Any) -> Image.Image:
             values /= 257
         values[stored == image.info.get("transparency", np.nan)] = 255
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if image.mode == "La":  # which has no other conversion
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -158,14 +164,21 @@ def max_text_length(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int
     return min(rows, tokenizer.model_max_length)
 
 
-def _rgb_or_array(images: Any, pil: bool) -> Any:
+def _middle(image: Image.Image) -> Image.Image:
+    # An image of 1 x 60,000 pixels would become 235 x 14 million, of which the centre crop keeps a square.
+    margins = [max(0, side - LONGEST_SIDE * min(image.size)) // 2 for side in image.size]
+    if not any(margins):
+        return image
+    return image.crop((margins[0], margins[1], image.width - margins[0], image.height - margins[1]))
+
+
+def _rgb_or_array(images: Any, pil: bool, thin: bool) -> Any:
     # PIL images, files and URLs as RGB; what the image processor does not take of arrays and tensors mended.
     if isinstance(images, list | tuple):
-        return [_rgb_or_array(image, pil) for image in images]
-    if isinstance(images, Image.Image):
-        return to_rgb(images)
-    if isinstance(images, str | os.PathLike):
-        return load_rgb(images)
+        return [_rgb_or_array(image, pil, thin) for image in images]
+    if isinstance(images, Image.Image | str | os.PathLike):
+        image = to_rgb(images) if isinstance(images, Image.Image) else load_rgb(images)
+        return image if thin else _middle(image)
     if isinstance(images, torch.Tensor) and pil:  # which can neither be on another device nor have a gradient
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()
@@ -297,8 +310,10 @@ class MiniClipProcessor(ProcessorMixin):
             `pixel_values` `[B, 3, H, W]` and/or `input_ids`, `attention_mask` `[N, L]`.
         """
         if images is not None:
-            images = _rgb_or_array(images, getattr(self.image_processor, "backend", "pil") == "pil")
-            self._warn_of_scaled(images, (kwargs.get("images_kwargs", {}) | kwargs).get("do_rescale"))
+            given = kwargs.get("images_kwargs", {}) | kwargs
+            thin = not self._sees_the_middle() or any(name in given for name in RESIZING)
+            images = _rgb_or_array(images, getattr(self.image_processor, "backend", "pil") == "pil", thin)
+            self._warn_of_scaled(images, given.get("do_rescale"))
         outputs = super().__call__(images=images, text=text, **kwargs)
         if text is not None and "attention_mask" in outputs:
             settings = self.tokenizer.init_kwargs | kwargs.get("text_kwargs", {}) | kwargs
@@ -315,12 +330,21 @@ class MiniClipProcessor(ProcessorMixin):
         Returns:
             `[3, H, W]` uint8, what `pixel_values` are before [`normalize`][MiniClipProcessor.normalize].
         """
+        if self._sees_the_middle():
+            image = _middle(image)
         processor, plan = self.image_processor, self._plan(image)
         if plan is None:
             outputs = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
             return outputs["pixel_values"][0]
         size, box = plan
         return np.ascontiguousarray(np.asarray(image.resize(size, processor.resample).crop(box)).transpose(2, 0, 1))
+
+    def _sees_the_middle(self) -> bool:
+        # Whether what is far from the centre of a thin image is cut off behind the resize.
+        processor = self.image_processor
+        size = getattr(processor, "size", None)
+        edges = dict(size) if isinstance(size, dict | SizeDict) else {}
+        return edges.keys() == {"shortest_edge"} and all(getattr(processor, name, False) for name in RESIZING[:2])
 
     def _plan(self, image: Image.Image) -> tuple[tuple[int, int], tuple[int, int, int, int]] | None:
         # Size and then box of what the image processor does in the end; without its copies it takes half the time.

@@ -1,5 +1,6 @@
 """Where the data files that come with the package are: in a checkout or inside the installed package."""
 
+import os
 from pathlib import Path
 
 from .errors import UsageError
@@ -23,7 +24,7 @@ def packaged_file(*parts: str) -> Path:
     """
     path = _root().joinpath(*parts).resolve()
     inside = path.is_relative_to(_root() / "configuration") or path == _root() / "model_card.md"
-    if inside and path.exists():
+    if inside and os.path.exists(path):  # which says no to an impossible name
         return path
     siblings = sorted(file.name for file in path.parent.glob("*.*")) if inside else []
     raise UsageError(f"{'/'.join(parts)} does not come with the package; there are {', '.join(siblings) or 'none'}")
@@ -41,7 +42,7 @@ def named_file(value: str, folder: str, suffix: str) -> Path:
         UsageError: neither a file nor a name that comes with the package.
     """
     path = Path(value).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     if path.suffix or path.name != value:  # something like a path; a bare name never leaves its folder
         raise UsageError(f"{value}: no such file")

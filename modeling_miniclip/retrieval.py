@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,30 @@ def encode_texts(
     batch_size: int = 128,
     progress: bool = True,
 ) -> Tensor:
-    """Unit-norm embeddings of texts; arguments and result as in [`encode_images`]."""
+    """Unit-norm embeddings of texts; arguments and result as in [`encode_images`].
+
+    Raises:
+        DataError: one is no text, or half of a character (a lone surrogate); with its number, from 0.
+        ValueError: as in [`encode_images`].
+    """
     processor = processor_of(model, processor)
+    numbers = count()
 
     def embed(batch: list[str]) -> Tensor:
+        for text in batch:
+            _check_text(text, next(numbers))
         return model(**processor(text=batch, return_tensors="pt").to(model.device)).text_embeds
 
     return encode_batches(model, texts, embed, batch_size, "texts", progress)
+
+
+def _check_text(text: Any, number: int) -> None:
+    if not isinstance(text, str):
+        raise DataError(f"text {number}: expected a text, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"text {number}: half of a character, which no tokenizer takes: {error}") from error
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +66,35 @@ MORE_POINTS: list[tuple[str, Point]] = [
 ]
 
 
-def run_and_die(argv: list[str], output_dir: str, point: Point, count: Any) -> None:
-    """Train, count the run's changes to files of that kind, and be killed at the one of that number."""
+def at_change(output_dir: str, point: Point, act: Callable[[], None], counted: Callable[[], None] = int) -> None:
+    """From now on count this process's changes to files of that kind, and act at the one of that number."""
     kind, text, number = point
+    changes = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event not in CHANGES or kind not in event or not str(arguments[0]).startswith(output_dir):
             return
         if text not in str(arguments[0]) or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
             return
+        nonlocal changes
+        changes += 1
+        counted()
+        if changes == number:
+            act()
+
+    sys.addaudithook(hook)
+
+
+def run_and_die(argv: list[str], output_dir: str, point: Point, count: Any) -> None:
+    """Train, count the run's changes to files of that kind, and be killed at the one of that number."""
+
+    def counted() -> None:
         with count.get_lock():
             count.value += 1
-        if count.value == number:
-            os.kill(os.getpid(), signal.SIGKILL)
 
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
-    sys.addaudithook(hook)
+    at_change(output_dir, point, lambda: os.kill(os.getpid(), signal.SIGKILL), counted)
     main(argv)
 
 

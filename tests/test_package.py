@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 import modeling_miniclip
 import train_miniclip
@@ -98,6 +99,23 @@ def test_the_declared_dependencies_are_those_that_the_code_imports() -> None:
     indirect = {"jinja2", "torchvision", "safetensors"}
     assert needed <= declared
     assert declared - needed <= indirect
+
+
+def test_every_dependency_is_listed_with_its_reason() -> None:
+    listed = re.findall(r"^\| `([\w-]+)` \| \S", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    declared = [re.split("[>=]", line)[0] for line in PROJECT["project"]["dependencies"]]
+    assert sorted(listed) == sorted(declared)
+
+
+def test_constraints_of_tried_versions_allow_what_the_project_asks_for() -> None:
+    lines = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tried = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    tried = {name.lower().replace("_", "-"): version for name, version in tried.items()}
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    for line in (*PROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)):
+        requirement = Requirement(line)
+        if requirement.name != "miniclip":
+            assert requirement.specifier.contains(tried[requirement.name.lower().replace("_", "-")]), line
 
 
 def test_the_version_is_written_once() -> None:

@@ -109,6 +109,14 @@ def test_results_are_those_of_the_committed_metrics() -> None:
         assert table in path.read_text(encoding="utf-8"), "run `make docs`"
 
 
+def test_reliability_is_that_of_the_recorded_figures_and_its_tests_are_there() -> None:
+    page = (ROOT / "benchmarks" / "RELIABILITY.md").read_text(encoding="utf-8")
+    command = [sys.executable, str(ROOT / "benchmarks" / "reliability.py")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout in page, "run `make docs`"
+    links = re.findall(r"\]\(\.\./([^)]+)\)", page)
+    assert len(links) > 8 and all((ROOT / link).exists() for link in links)
+
+
 def test_recorded_demo_is_of_the_recipe_as_it_is() -> None:
     lines = (ROOT / "benchmarks" / "demo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[-1])["epoch"] == parse_arguments(["--recipe", "scenes"]).num_train_epochs

@@ -1,6 +1,7 @@
 """Data files of the package are found in a checkout and in the wheel, and nothing else is."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -95,6 +96,28 @@ def test_a_file_of_ones_own_comes_before_a_packaged_name(tmp_path: Path, monkeyp
     assert named_file("scenes", "recipes", ".yaml") == ROOT / "configuration/recipes/scenes.yaml"
     Path("mine").touch()
     assert named_file("mine", "recipes", ".yaml") == Path("mine")
+
+
+@pytest.mark.slow
+def test_builds_of_another_place_and_time_are_the_same_bit_for_bit(tmp_path: Path) -> None:
+    def build(source: Path, *options: str) -> dict[str, bytes]:
+        target = tmp_path / f"dist of {source.name}"
+        command = [sys.executable, "-m", "build", *options, "--no-isolation", "--outdir", str(target), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return {path.name: path.read_bytes() for path in target.iterdir()}
+
+    copy = tmp_path / "another checkout"
+    unbuilt = shutil.ignore_patterns(
+        ".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "runs", "build", "dist"
+    )
+    shutil.copytree(ROOT, copy, ignore=unbuilt)
+    for i, path in enumerate(copy.rglob("*")):
+        path.chmod(path.stat().st_mode & 0o700)
+        os.utime(path, (10**9 + i, 10**9 + i))
+    wheel, archive = sorted(build(ROOT, "--wheel").items()), sorted(build(copy).items())
+    assert archive[0] == wheel[0], "of the archive made from the copy, and of the checkout itself"
+    assert len(wheel) == 1 and [name.rpartition("-")[2] for name, _ in archive] == ["any.whl", "0.1.0.tar.gz"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,146 @@
+"""What is promised of bad data and bad days, and how it went when it was tried last.
+
+    python benchmarks/reliability.py                 # print the table of benchmarks/RELIABILITY.md
+    python benchmarks/reliability.py --write         # write it there
+    python benchmarks/reliability.py --record        # run all these tests, the slow ones too, and keep their figures
+    python benchmarks/reliability.py --record kills  # those of one line
+
+The figures are in `reliability.json`: what pytest counted, and what the tests record of themselves.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+FIGURES, PAGE = HERE / "reliability.json", HERE / "RELIABILITY.md"
+BEGIN, END = "<!-- figures: written by `python benchmarks/reliability.py --write` -->", "<!-- end of figures -->"
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A line of the table: what is promised, and the tests that try it (arguments of pytest)."""
+
+    text: str
+    tests: tuple[str, ...]
+
+
+PROMISES = {
+    "data": Promise(
+        "A caption file, split file, recipe or flag ends in exactly the rows and values that it says, or in one line "
+        "with file, row or key; nothing else, whatever is in it",
+        ("tests/test_fuzz_data.py",),
+    ),
+    "images": Promise(
+        "An image of any mode and size and an array of any type become the same pixels as by Pillow alone, a damaged "
+        "file an image or an error with its name; a text is embedded as if it were alone, however odd",
+        ("tests/test_fuzz_images.py",),
+    ),
+    "exports": Promise(
+        "An export loads as the model that was saved, or is told: one flipped bit in the weights is enough; pickles "
+        "are not opened",
+        ("tests/test_fuzz_exports.py",),
+    ),
+    "folders": Promise(
+        "A folder that is replaced is the old or the new one, whole, whenever the process dies",
+        ("tests/test_files.py",),
+    ),
+    "kills": Promise(
+        "A run killed at any moment keeps every complete checkpoint and export, and resumed ends with the bits of one "
+        "that was not",
+        ("tests/test_kills.py", "tests/test_checkpoints.py"),
+    ),
+    "disk": Promise(
+        "On a full or read-only disk a run says what is left, and ends the same once there is room; two runs never "
+        "share a folder",
+        ("tests/test_run_folder.py",),
+    ),
+    "processes": Promise("Two processes give the gradients and results of one", ("tests/test_distributed.py",)),
+    "trouble": Promise(
+        "A loss that is not a number, one stuck at chance, collapsed embeddings: told, and no damaged state saved",
+        ("tests/test_diagnostics.py",),
+    ),
+    "pushes": Promise(
+        "A push that fails anywhere leaves the target as it was, and no token is told",
+        ("tests/test_pushing.py", "tests/test_hub.py", "tests/test_errors.py"),
+    ),
+}
+# What tests record of themselves, in words.
+COUNTED = {"cases": "inputs tried", "kills": "kills survived", "faults": "full disks survived"}
+
+
+def record(name: str) -> dict[str, Any]:
+    """Run the tests of a promise, the slow ones too, and count.
+
+    Raises:
+        SystemExit: one failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+        start = time.monotonic()
+        code = subprocess.run([*command, *PROMISES[name].tests], cwd=ROOT, env={**os.environ}).returncode
+        if code:
+            sys.exit(f"{name}: pytest ended with code {code}; its figures stay as they were")
+        return count(report) | {"seconds": round(time.monotonic() - start), "date": time.strftime("%Y-%m-%d")}
+
+
+def count(report: Path) -> dict[str, int]:
+    """Tests that passed or were skipped, and the sums of what they recorded, of a JUnit report."""
+    figures = {"passed": 0, "skipped": 0}
+    for case in ElementTree.parse(report).iter("testcase"):
+        figures["skipped" if case.find("skipped") is not None else "passed"] += 1
+        for entry in case.iter("property"):
+            if entry.get("name") in COUNTED:
+                figures[entry.attrib["name"]] = figures.get(entry.attrib["name"], 0) + int(entry.attrib["value"])
+    return figures
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    """The promises with the figures of their last run, as Markdown."""
+    lines = ["| promise | tests | last run |", "|---|---|---|"]
+    for name, promise in PROMISES.items():
+        tests = ", ".join(f"[{Path(path).name}](../{path})" for path in promise.tests)
+        lines.append(f"| {promise.text} | {tests} | {in_words(figures.get(name))} |")
+    return "\n".join(lines) + "\n"
+
+
+def in_words(figures: dict[str, Any] | None) -> str:
+    """One cell: what was counted, and when."""
+    if figures is None:
+        return "not recorded"
+    parts = [f"{figures[key]:,} {words}" for key, words in COUNTED.items() if key in figures]
+    parts.append(f"{figures['passed']} tests passed")
+    if figures["skipped"]:
+        parts.append(f"{figures['skipped']} skipped")
+    return f"{', '.join(parts)} ({figures['date']})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table into RELIABILITY.md")
+    parser.add_argument("--record", nargs="*", choices=[*PROMISES, []], metavar="NAME", help=", ".join(PROMISES))
+    args = parser.parse_args()
+    figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+    if args.record is not None:
+        for name in args.record or PROMISES:
+            figures[name] = record(name)
+            FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if args.write:
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{table(figures)}{END}{rest.split(END)[1]}", encoding="utf-8")
+    else:
+        print(table(figures), end="")
+
+
+if __name__ == "__main__":
+    main()

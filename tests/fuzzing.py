@@ -1,0 +1,127 @@
+"""What the fuzz tests share: how many cases, a limit for each, and strategies for input that nobody would write."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from modeling_miniclip import MiniClipError
+
+CPU_SECONDS = 20
+
+
+def cases(few: int, many: int) -> Any:
+    """Parametrizes `count`: a few cases that are always the same, and behind the marker many that never are."""
+    return pytest.mark.parametrize(
+        "count", [pytest.param(few, id="few"), pytest.param(many, id="many", marks=pytest.mark.slow)]
+    )
+
+
+def fuzz(count: int, record_property: Callable[[str, object], None]) -> settings:
+    """Settings of a test that runs its inner function on so many cases; the number enters the report."""
+    record_property("cases", count)
+    return settings(
+        max_examples=count,
+        derandomize=count < 200,
+        database=None,
+        deadline=None,  # of wall time, which says nothing on a busy machine
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+class Hang(BaseException):
+    """Raised where a function computes too long; no `except Exception` may take it for an error of its own."""
+
+
+@contextmanager
+def no_hang() -> Iterator[None]:
+    """Ends a block that has computed for `CPU_SECONDS`."""
+
+    def stop(*_: object) -> None:
+        raise Hang(f"it computes for {CPU_SECONDS} s")
+
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
+
+
+def result_or_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, str]:
+    """What a function returns and "", or None and what the package's own error says; any other error is raised."""
+    try:
+        with no_hang():
+            return function(*args, **kwargs), ""
+    except MiniClipError as error:
+        told = str(error)
+        assert told.strip()
+        assert all(c.isprintable() or c == "\n" for c in told), (
+            "an error must not write into the terminal what it quotes"
+        )
+        return None, told
+
+
+# Emoji of several code points, right to left and its overrides, combining marks, control characters, what other
+# programs take for formulas or markup, and a caption of 100 kB.
+NASTY = (
+    "👩‍👩‍👧‍👦🏳️‍🌈",
+    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    "\u202egpj.exe\u202c\u2066x",
+    "e" + "\u0301" * 60,
+    "a\0b",
+    "\x1b[2J\x07\x7f\x85",
+    "\ufeff",
+    "\u2028\u2029\x0b\x0c",
+    '=HYPERLINK("x")',
+    "<script>alert(1)</script>&amp;",
+    'a"b""c',
+    "\U0010ffff\ue000",
+    "ﬁ ǅ İ ß",
+    "two dogs " * 11_200,
+)
+TEXT = st.one_of(st.text(st.characters(codec="utf-8"), max_size=40), st.sampled_from(NASTY))
+CAPTIONS = TEXT.filter(lambda text: bool(text.strip()))
+
+
+@st.composite
+def damaged(draw: Any, contents: st.SearchStrategy[bytes]) -> bytes:
+    """A file in which bits were flipped, parts lost, doubled or written over, perhaps several times."""
+    data = bytearray(draw(contents))
+    for _ in range(draw(st.integers(1, 4))):
+        size = len(data)
+        start = draw(st.integers(0, size))
+        length = draw(st.integers(0, min(64, size - start)))
+        kind = draw(st.sampled_from(("flip", "lose", "double", "write", "truncate")))
+        if kind == "flip" and start < size:
+            data[start] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "lose":
+            del data[start : start + length]
+        elif kind == "double":
+            data[start:start] = data[start : start + length]
+        elif kind == "write":
+            data[start : start + length] = draw(st.binary(max_size=16) | st.sampled_from(NASTY).map(str.encode))
+        elif kind == "truncate":
+            del data[start:]
+    return bytes(data)
+
+
+# What JSON and YAML can hold; of numbers also those that are no count of anything.
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.sampled_from((-(2**31), 2**31, 2**63, 10**30)),
+    st.floats(),
+    TEXT,
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
