@@ -127,6 +127,7 @@ def run_to_the_end(arguments: TrainingArguments) -> Path:
 def prepare(arguments: TrainingArguments) -> Run:
     """Output folder, data, model, loaders, optimiser, schedule; a resumed run's state."""
     from modeling_miniclip.bad_images import BadImages
+    from modeling_miniclip.checking import quick_look
     from modeling_miniclip.checkpoints import Interrupt, MetricsLog, Progress
     from modeling_miniclip.diagnostics import Diagnosis
     from modeling_miniclip.reporting import StepMeter, data_for_card, describe_splits, say, split_sizes
@@ -145,6 +146,9 @@ def prepare(arguments: TrainingArguments) -> Run:
     # What: data, and a model with its processor
     splits = load_splits(arguments)
     say(accelerator, describe_splits(splits))
+    if accelerator.is_main_process:
+        for line in quick_look(splits, str(arguments.dataset), arguments.batch_size):
+            warn(line)
     bad_images = BadImages(split_sizes(splits), arguments.max_bad_images, warn, accelerator.device)
     model, processor = build_model(arguments, accelerator, splits)
 
@@ -288,6 +292,7 @@ def load_splits(arguments: TrainingArguments) -> Any:
         seed=arguments.seed,
         revision=arguments.dataset_revision,
         stream_rows=arguments.stream_rows,
+        allow_outside_images=arguments.allow_outside_images,
     )
     for name, limit in (("train", arguments.max_train_images), ("validation", arguments.max_validation_images)):
         if limit is not None:
@@ -725,7 +730,7 @@ def draw_retrieval(run: Run, export_dir: Path) -> None:
 
 
 def cli() -> int:
-    """The console script: an error is told without a traceback.
+    """The console script: an error is told without a traceback, unless `--debug` asks for it.
 
     Returns:
         The exit code: 0, 2 for wrong input, 1 for a run that went wrong.
@@ -734,6 +739,8 @@ def cli() -> int:
         main()
         return 0
     except MiniClipError as error:
+        if "--debug" in sys.argv:  # the arguments themselves may be what is wrong
+            raise
         line, code = f"error: {error}", 2 if isinstance(error, UsageError | DataError) else 1
     print(line, file=sys.stderr)  # now that the error is gone, and with it the progress bar of its frame
     return code

@@ -65,6 +65,20 @@ PROMISES = {
         ("tests/test_run_folder.py",),
     ),
     "processes": Promise("Two processes give the gradients and results of one", ("tests/test_distributed.py",)),
+    "bad_images": Promise(
+        "An undecodable image costs that image and nothing else, the same for any number of processes, after resuming "
+        "and from cached features; too many end the run; a loader process that dies is told with the likely cause",
+        ("tests/test_bad_images.py",),
+    ),
+    "checks": Promise(
+        "`miniclip check` finds each kind of problem at its row and reads on; the mended copy has none of them",
+        ("tests/test_checking.py",),
+    ),
+    "untrusted": Promise(
+        "Names stay in their folder, pickles are refused, YAML makes no objects, and neither a message nor a card "
+        "shows control characters, markup or a token",
+        ("tests/test_untrusted.py",),
+    ),
     "trouble": Promise(
         "A loss that is not a number, one stuck at chance, collapsed embeddings: told, and no damaged state saved",
         ("tests/test_diagnostics.py",),

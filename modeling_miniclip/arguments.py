@@ -36,6 +36,9 @@ class TrainingArguments:
         None, "CSV file, folder, Hub data set, or 'scenes' for the built-in one (see load_captions)"
     )
     image_dir: str | None = _flag(None, "folder of the images of a CSV, if not found beside it")
+    allow_outside_images: bool = _flag(
+        False, "let a CSV name images outside image_dir, by '..', an absolute path or a symbolic link"
+    )
     image_column: str = _flag("image", "column that identifies the image")
     caption_column: str = _flag("caption", "column with the text, or the stem of caption_0, caption_1, ...")
     dataset_revision: str | None = _flag(None, "commit, branch or tag of a Hub data set")
@@ -158,6 +161,7 @@ class TrainingArguments:
     early_stopping_patience: int | None = _flag(None, "stop after so many epochs without improvement of best_metric")
     logging_steps: int = _flag(10, "steps between two lines of metrics.jsonl")
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = _flag("none", "experiment tracker")
+    debug: bool = _flag(False, "show the traceback of an error")
     push_to_hub: bool = _flag(False, "upload the export, see hub_strategy")
     hub_strategy: Literal["end", "every_save"] = _flag(
         "end", "with push_to_hub: upload once at the end, or each model that is the best so far as well"
@@ -262,7 +266,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not a YAML file that can be read: {one_line(error)}") from error
+        raise UsageError(
+            f"{path}: not a YAML file that can be read, expected lines of `key: value`: {one_line(error)}"
+        ) from error
     if not isinstance(recipe, dict):
         raise UsageError(f"{path}: expected a mapping of arguments, found {type(recipe).__name__}")
     hints = get_type_hints(TrainingArguments)
@@ -450,7 +456,7 @@ def save_arguments(arguments: TrainingArguments, path: Path) -> None:
     left out.
     """
     values = asdict(arguments)
-    for name in ("recipe", "overfit_batch", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub"):
+    for name in ("recipe", "overfit_batch", "debug", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub"):
         values.pop(name)
     if values["augmentation"] is not None:
         values["augmentation"] = augmentation_list(arguments)

@@ -190,7 +190,9 @@ class CaptionRows(TorchDataset):
         others = ((start + i) % len(self) for i in range(1, len(self)))
         found = next((row for i in others if "undecodable" not in (row := self._row((epoch, FILLER - i)))), None)
         if found is None:
-            raise DataError(f"none of {len(self)} images can be decoded, among them {self.image_ids[start]!r}")
+            raise DataError(
+                f"none of {len(self)} images can be decoded, among them {self.image_ids[start]!r}; replace the files"
+            )
         return found
 
     def undecoded_images(self) -> Iterator[dict[str, Any]]:

@@ -159,9 +159,7 @@ def _load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcess
     model_type = MiniClipConfig.get_config_dict(source)[0].get("model_type")
     if model_type != MiniClipConfig.model_type:
         raise ValueError(f"{flag} {source}: a model of type {model_type!r}, not one that MiniCLIP exported")
-    model, info = MiniClipModel.from_pretrained(
-        source, output_loading_info=True, dtype=torch.float32, use_safetensors=True
-    )
+    model, info = MiniClipModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
     if info["missing_keys"]:
         raise ValueError(f"{source} lacks weights: {', '.join(sorted(info['missing_keys']))}")
     return model, MiniClipProcessor.from_pretrained(source, revision=model.loaded_revision or "main")

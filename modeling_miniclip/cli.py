@@ -15,7 +15,33 @@ class Command:
 
     help: str
     declare: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]  # an exit code other than 0, if there is one
+
+
+def declare_check(parser: argparse.ArgumentParser) -> None:
+    """Flags of `miniclip check`."""
+    parser.add_argument("dataset", metavar="DATASET", help="as for train_miniclip.py --dataset")
+    parser.add_argument("--image_dir", help="folder of the images of a CSV, if not found beside it")
+    parser.add_argument("--image_column", default="image", help="column that identifies the image")
+    parser.add_argument("--caption_column", default="caption", help="column with the text")
+    parser.add_argument("--allow_outside_images", action="store_true", help="let a CSV name images outside image_dir")
+    parser.add_argument(
+        "--validation_fraction", type=float, default=0.1, help="as in training, where nothing is split"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that split")
+    parser.add_argument("--batch_size", type=int, default=32, help="for the expected false negatives of a step")
+    parser.add_argument("--tokenizer", metavar="NAME", help="text tower or export: count the captions that it cuts")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument("--quick", action="store_true", help="look for the images, but do not open them")
+    parser.add_argument("--fix", metavar="OUT.csv", help="write the rows that are in order there, and a report beside")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Print the report; the exit code is 1 where something is wrong."""
+    from .checking import check_command
+
+    return check_command(args)
 
 
 def declare_push(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +80,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
+    "check": Command("look for what is wrong with captioned images", declare_check, run_check),
     "export": Command("write a model as ONNX files that agree with PyTorch", declare_export, run_export),
     "push": Command("upload an exported model to the Hugging Face Hub", declare_push, run_push),
 }
@@ -75,14 +102,13 @@ def cli(argv: list[str] | None = None) -> int:
     """Run a subcommand. An error of the user's input is one line on stderr, unless `--debug` asks for its traceback.
 
     Returns:
-        The exit code: 0, 2 for an error of usage, 1 for any other failure.
+        The exit code: 0, 2 for an error of usage, 1 for any other failure, and where `check` found a problem.
     """
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except MiniClipError as error:
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    return 0

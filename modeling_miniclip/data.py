@@ -4,12 +4,14 @@ Every source ends as `datasets` splits with one row per image: `{image, image_id
 """
 
 import csv
+import difflib
 import hashlib
 import io
 import json
 import os
 import posixpath
 import re
+import stat
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import DataError, one_line
+from .errors import DataError, Problem, one_line, refuse
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDatasetDict
@@ -61,7 +63,29 @@ class CaptionedImage:
 
     captions: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
-    where: str = ""  # file, row and column that name it first
+    rows: list[int] = field(default_factory=list)  # of each caption
+    file: str = ""
+    column: str = ""  # that names the image
+
+    @property
+    def where(self) -> str:
+        """File, row and column that name it first."""
+        return f"{self.file}, row {self.rows[0]}, column {self.column!r}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the text files of a data set say, before any image is opened.
+
+    Args:
+        images: by name, the captions.
+        folder: that the names are relative to.
+        splits: names by split; empty where the source does not split.
+    """
+
+    images: dict[str, CaptionedImage]
+    folder: Path
+    splits: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,8 @@ class Columns:
 Row = tuple[int, Mapping[str, Any], Columns]
 # Tells from the names of the columns what is where; file and row are for its errors.
 FindColumns = Callable[[Collection[str], str], Columns]
+# Told of what is wrong; if it returns, the reader goes on without the row.
+Found = Callable[[Problem], Any]
 
 
 def load_captions(
@@ -90,6 +116,7 @@ def load_captions(
     seed: int = 0,
     revision: str | None = None,
     stream_rows: int | None = None,
+    allow_outside_images: bool = False,
 ) -> "DatasetDict":
     """Captioned images as `datasets` splits with one row per image.
 
@@ -111,6 +138,8 @@ def load_captions(
         revision: commit, branch or tag of a Hub data set.
         stream_rows: of a Hub data set, take the first so many rows of each split as they arrive, into memory, instead
             of downloading all of it.
+        allow_outside_images: let a caption file name images outside the folder of images (by `..`, an absolute path or
+            a symbolic link): whoever wrote it then chooses which files of yours are read.
 
     Returns:
         `DatasetDict` with `train`, `validation` and, if the source has it, `test`; columns `image` (decoded when
@@ -125,53 +154,78 @@ def load_captions(
         return build_scenes()
     path = Path(source).expanduser()
     columns = Columns(image_column, [caption_column], id_column)
-    if os.path.isfile(path):  # where Path.is_file() raises an error at an impossible name, this says no
-        return _from_caption_file(path, path.parent, image_dir, columns, validation_fraction, seed)
-    if os.path.isdir(path):
-        caption_file = next((path / name for name in CAPTION_FILES if (path / name).is_file()), None)
-        if caption_file is not None:
-            return _from_caption_file(caption_file, path, image_dir, columns, validation_fraction, seed)
-        return _from_image_folder(path, columns, validation_fraction, seed)
+    if os.path.exists(path):  # Path.exists() raises an error at an impossible name
+        local = read_source(path, image_dir, columns, allow_outside_images)
+        return _dataset_dict(local, validation_fraction, seed)
     if path.suffix.lower() in FILE_SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)):
-        raise DataError(f"{source}: no such file or folder")
+        raise DataError(f"{source}: no such file or folder; name a CSV, a folder or a data set on the Hub")
     return _from_hub(str(source), columns, validation_fraction, seed, revision, stream_rows)
+
+
+def read_source(
+    path: Path,
+    image_dir: str | os.PathLike | None,
+    columns: Columns,
+    allow_outside: bool = False,
+    found: Found = refuse,
+) -> Source:
+    """What a caption file or a folder says of its images, which are looked for but not opened.
+
+    Args:
+        path: file or folder.
+        image_dir: as in [`load_captions`].
+        columns: that are wanted.
+        allow_outside: `allow_outside_images` of [`load_captions`].
+        found: told of each problem; the default raises a `DataError` at the first.
+
+    Raises:
+        DataError: there is nothing to go on with: no captions, no such column, no folder of images.
+    """
+    if path.is_file():
+        return _read_caption_folder(path, path.parent, image_dir, columns, allow_outside, found)
+    caption_file = next((path / name for name in CAPTION_FILES if (path / name).is_file()), None)
+    if caption_file is not None:
+        return _read_caption_folder(caption_file, path, image_dir, columns, allow_outside, found)
+    return _read_image_folder(path, columns, allow_outside, found)
 
 
 # --- a caption file with a folder of images -------------------------------------------------------------------------
 
 
-def _from_caption_file(
-    caption_file: Path, root: Path, image_dir: Any, columns: Columns, validation_fraction: float, seed: int
-) -> "DatasetDict":
-    images = read_caption_file(caption_file, lambda names, where: _exact_columns(names, where, columns))
+def _read_caption_folder(
+    caption_file: Path, root: Path, image_dir: Any, columns: Columns, allow_outside: bool, found: Found
+) -> Source:
+    images = read_caption_file(caption_file, lambda names, where: _exact_columns(names, where, columns), found)
     folder = Path(image_dir).expanduser() if image_dir is not None else _image_folder(root, images)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of images; name the right one with image_dir")
-    _check_image_files(folder, images)
-    splits = _read_splits(root, images, caption_file)
-    return _dataset_dict(splits, images, folder, validation_fraction, seed)
+    _check_image_files(folder, folder, images, allow_outside, found)
+    return Source(images, folder, _read_splits(root, images, caption_file, found))
 
 
-def read_caption_file(path: Path, find_columns: FindColumns) -> dict[str, CaptionedImage]:
+def read_caption_file(path: Path, find_columns: FindColumns, found: Found = refuse) -> dict[str, CaptionedImage]:
     """Captions by image name, in the order of the file.
 
     Args:
         path: CSV (also `.txt`), TSV or JSON lines with named columns, or Flickr8k's own `name#0<tab>caption`.
         find_columns: which columns to take.
+        found: told of each problem: not UTF-8, a row that has too few fields, an empty caption or image name.
 
     Raises:
-        DataError: not UTF-8, a column is missing, a row has too few fields, a caption or image name is empty.
+        DataError: a column is missing, there are no captions, or by `found`.
     """
     images: dict[str, CaptionedImage] = {}
     stray = 0
-    for number, cells, columns in _read_rows(path, find_columns):
-        where = f"{path}, row {number}"
-        name = _image_name(cells[columns.image], f"{where}, column {columns.image!r}")
+    for number, cells, columns in _read_rows(path, find_columns, found):
+        name = _image_name(cells[columns.image], str(path), number, columns.image, found)
         if name == FLICKR8K_STRAY:
             stray += 1
+        captions = _captions_of(cells, columns, str(path), number, found)
+        if name in (None, FLICKR8K_STRAY) or not captions:
             continue
-        entry = images.setdefault(name, CaptionedImage(where=f"{where}, column {columns.image!r}"))
-        entry.captions += _captions_of(cells, columns, where)
+        entry = images.setdefault(str(name), CaptionedImage(file=str(path), column=columns.image))
+        entry.captions += captions
+        entry.rows += [number] * len(captions)
         if columns.id is not None:
             entry.ids.append(str(cells[columns.id]).strip())
     if stray:
@@ -183,30 +237,41 @@ def read_caption_file(path: Path, find_columns: FindColumns) -> dict[str, Captio
     return images
 
 
-def _read_rows(path: Path, find_columns: FindColumns) -> Iterator[Row]:
-    text = _read_utf8(path)
+def _read_rows(path: Path, find_columns: FindColumns, found: Found) -> Iterator[Row]:
+    text = _read_utf8(path, found)
     if path.suffix.lower() == ".jsonl":
-        return _json_rows(path, text, find_columns)
+        return _json_rows(path, text, find_columns, found)
     first_line = _lines(text, 1)[0]
     if re.match(r"[^\t,]+#\d+\t", first_line):
-        return _token_rows(path, text)
+        return _token_rows(path, text, found)
     tabs = path.suffix.lower() == ".tsv" or ("\t" in first_line and "," not in first_line)
-    return _csv_rows(path, text, "\t" if tabs else ",", find_columns)
+    other = next((sign for sign in ";|" if sign in first_line and not tabs and "," not in first_line), None)
+    if other is not None:
+        found(Problem("separator", f"fields are separated by {other!r}; save the file with commas", str(path), 1))
+    return _csv_rows(path, text, "\t" if tabs else other or ",", find_columns, found)
 
 
-def _csv_rows(path: Path, text: str, delimiter: str, find_columns: FindColumns) -> Iterator[Row]:
-    # strict: a quotation mark that is never closed would silently swallow the rows behind it
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
-    header: list[str] = []
+def _csv_rows(path: Path, text: str, delimiter: str, find_columns: FindColumns, found: Found) -> Iterator[Row]:
+    lines = list(io.StringIO(text, newline=""))
+    start = 0  # line behind which the reader began
+
+    def reader_behind(line: int) -> Any:
+        # strict: a quotation mark that is never closed would silently swallow the rows behind it
+        return csv.reader(islice(lines, line, None), delimiter=delimiter, skipinitialspace=True, strict=True)
+
+    reader, header = reader_behind(0), []
     while True:
-        number = reader.line_num + 1
+        number = start + reader.line_num + 1
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise DataError(
-                f"{path}, row {number}: {error}; put a field that holds a comma or a quotation mark between quotation "
+            told = (
+                f"{error}; put a field that holds a comma or a quotation mark between quotation "
                 'marks ("...") and write those within it twice ("")'
-            ) from error
+            )
+            found(Problem("quotes", told, str(path), number))
+            start, reader = number, reader_behind(number)
+            continue
         if row is None:
             return
         if not header:
@@ -216,14 +281,16 @@ def _csv_rows(path: Path, text: str, delimiter: str, find_columns: FindColumns) 
             columns = find_columns(header, f"{path}, row {number}")
         elif len(row) > 1 or "".join(row).strip():
             if len(row) != len(header):
-                raise DataError(
-                    f"{path}, row {number}: {len(row)} fields where the header has {len(header)} "
-                    f'({", ".join(header)}); put a caption that holds a comma between quotation marks ("...")'
+                told = (
+                    f"{len(row)} fields where the header has {len(header)} ({', '.join(header)}); put a caption that "
+                    'holds a comma between quotation marks ("...")'
                 )
+                found(Problem("fields", told, str(path), number))
+                continue
             yield number, dict(zip(header, row, strict=True)), columns
 
 
-def _json_rows(path: Path, text: str, find_columns: FindColumns) -> Iterator[Row]:
+def _json_rows(path: Path, text: str, find_columns: FindColumns, found: Found) -> Iterator[Row]:
     for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
@@ -231,13 +298,15 @@ def _json_rows(path: Path, text: str, find_columns: FindColumns) -> Iterator[Row
             cells = json.loads(line)
             json.dumps(cells, ensure_ascii=False).encode()  # fails at half a character, such as "\\ud800"
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, row {number}: not JSON that can be read: {one_line(error)}") from error
+            found(Problem("json", f"not JSON that can be read: {one_line(error)}", str(path), number))
+            continue
         if not isinstance(cells, dict):
-            raise DataError(f"{path}, row {number}: expected an object {{...}}, got {line[:80]!r}")
+            found(Problem("json", f"expected an object {{...}}, got {line[:80]!r}", str(path), number))
+            continue
         yield number, cells, find_columns(cells, f"{path}, row {number}")
 
 
-def _token_rows(path: Path, text: str) -> Iterator[Row]:
+def _token_rows(path: Path, text: str, found: Found) -> Iterator[Row]:
     """Rows of the original `Flickr8k.token.txt`, which has no header."""
     columns = Columns("image", ["caption"])
     for number, line in enumerate(_lines(text), 1):
@@ -245,19 +314,31 @@ def _token_rows(path: Path, text: str) -> Iterator[Row]:
             continue
         name, tab, caption = line.partition("\t")
         if not tab or "#" not in name:
-            raise DataError(f"{path}, row {number}: expected name#number, a tab and a caption, got {line[:80]!r}")
+            told = f"expected name#number, a tab and a caption, got {line[:80]!r}"
+            found(Problem("fields", told, str(path), number))
+            continue
         yield number, {"image": name.rpartition("#")[0], "caption": caption}, columns
 
 
-def _read_utf8(path: Path) -> str:
+UNDECODED = re.compile("[\udc80-\udcff]")  # what stands for a byte that is not UTF-8
+
+
+def _read_utf8(path: Path, found: Found) -> str:
+    """The text of a file, in which a byte that is not UTF-8 is a lone surrogate; each row with one is a problem."""
     data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = len((data[: error.start] + b".").splitlines())  # bytes know no line ends but those of an editor
-        raise DataError(
-            f"{path}, row {row}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8; save the file as UTF-8"
-        ) from error
+    text = data.decode("utf-8-sig", "surrogateescape")
+    position = 3 if data.startswith(b"\xef\xbb\xbf") else 0
+    row, done, told = 1, 0, 0
+    for match in UNDECODED.finditer(text):
+        before = text[done : match.start()]
+        position += len(before.encode("utf-8", "surrogateescape"))
+        row, done = row + len(_lines(before)) - 1, match.start()
+        if row != told:
+            what = f"byte {position} (0x{data[position]:02x}) is not UTF-8; save the file as UTF-8 (likely it is "
+            what += "UTF-16)" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "Windows-1252: iconv -f CP1252 -t UTF-8)"
+            found(Problem("encoding", what, str(path), row))
+            told = row
+    return text
 
 
 def _lines(text: str, most: int = 0) -> list[str]:
@@ -270,9 +351,16 @@ def _exact_columns(names: Collection[str], where: str, wanted: Columns) -> Colum
         if column not in names:
             raise DataError(
                 f"{where}: no column {column!r}; the header has {', '.join(names) or 'nothing'}. Name the right one "
-                f"with {role}_column"
+                f"with {role}_column{_header_hint(column, names)}"
             )
     return Columns(wanted.image, wanted.captions, wanted.id if wanted.id in names else None)
+
+
+def _header_hint(column: str, names: Collection[str]) -> str:
+    if any(re.search(r"\.(jpe?g|png|gif|bmp|webp|tiff?)(#\d+)?$", name.lower()) for name in names):
+        return "; this row looks like data: write a header such as image,caption above it"
+    near = difflib.get_close_matches(column, [name.lower() for name in names], n=1)
+    return f"; did you mean {next(name for name in names if name.lower() == near[0])!r}?" if near else ""
 
 
 def _metadata_columns(names: Collection[str], where: str, wanted: Columns) -> Columns:
@@ -301,26 +389,26 @@ def caption_columns(names: Collection[str], where: str, wanted: str) -> list[str
     )
 
 
-def _image_name(cell: Any, where: str) -> str:
+def _image_name(cell: Any, file: str, row: int, column: str | None, found: Found) -> str | None:
     # One spelling for a file, that an image may not be two: "a.jpg" is also "./a.jpg", and "sub\\a.jpg" on Windows.
     name = cell.strip().replace("\\", "/") if isinstance(cell, str) else ""
     if not name:
-        raise DataError(f"{where}: no image name, found {cell!r}; fill the cell or delete the row")
+        found(Problem("no-name", f"no image name, found {cell!r}; fill the cell or delete the row", file, row, column))
+        return None
     return posixpath.normpath(name)
 
 
-def _captions_of(cells: Mapping[str, Any], columns: Columns, where: str) -> list[str]:
+def _captions_of(cells: Mapping[str, Any], columns: Columns, file: str, row: int, found: Found = refuse) -> list[str]:
     """All captions of a row: of one column with text or a list of texts, or of several columns."""
     captions = []
     for column in columns.captions:
         value = cells[column]
         for caption in value if isinstance(value, list) and value else [value]:
-            if not isinstance(caption, str) or not caption.strip():
-                raise DataError(
-                    f"{where}, column {column!r}: the caption is empty or no text, found {caption!r}; fill it or "
-                    "delete the row"
-                )
-            captions.append(caption.strip())
+            if isinstance(caption, str) and caption.strip():
+                captions.append(caption.strip())
+            else:
+                told = f"the caption is empty or no text, found {caption!r}; fill it or delete the row"
+                found(Problem("empty-caption", told, file, row, column))
     return captions
 
 
@@ -333,39 +421,93 @@ def _image_folder(root: Path, images: Iterable[str]) -> Path:
     )
 
 
-def _check_image_files(folder: Path, images: Mapping[str, CaptionedImage]) -> None:
-    missing = [name for name in images if not os.path.isfile(folder / name)]
-    if missing:
-        raise DataError(
-            f"{images[missing[0]].where}: image file {missing[0]!r} is not in {folder} ({len(missing)} of "
-            f"{len(images)} images are missing); name the right folder with image_dir, or delete their rows"
-        )
+def _check_image_files(
+    folder: Path, bounds: Path, images: Mapping[str, CaptionedImage], allow_outside: bool, found: Found
+) -> None:
+    """Find out which image files are not there, are empty, or lie outside.
+
+    Args:
+        folder: that the names are relative to.
+        bounds: folder that no name may leave; it may itself be a symbolic link.
+        images: by name.
+        allow_outside: let names leave it.
+        found: told of each problem.
+    """
+    by_kind: dict[str, list[str]] = {}
+    for name, kind in _bad_files(folder, bounds, images, allow_outside):
+        by_kind.setdefault(kind, []).append(name)
+    for kind, names in by_kind.items():
+        how = f"{BAD_FILES[kind]} ({len(names)} of {len(images)} images are {kind})"
+        for name in names:
+            entry, where = images[name], bounds if kind == "outside" else folder
+            told = f"image file {name!r} {how.format(folder=where)}"
+            found(Problem(kind, told, entry.file, entry.rows[0], entry.column, name))
 
 
-def _read_splits(root: Path, images: Mapping[str, CaptionedImage], caption_file: Path) -> dict[str, list[str]]:
+BAD_FILES = {
+    "outside": "lies outside {folder}; put it there, or allow that by --allow_outside_images",
+    "missing": "is not in {folder}; name the right folder with image_dir, or delete its rows",
+    "empty": "in {folder} is empty; replace it or delete its rows",
+}
+
+
+def _bad_files(folder: Path, bounds: Path, images: Iterable[str], allow_outside: bool) -> Iterator[tuple[str, str]]:
+    """Name and kind of each file that is none of the data set's, or nothing."""
+    root = os.path.realpath(bounds)
+    inside: dict[str, bool] = {}  # by folder, that each file costs a system call or two
+
+    def is_inside(path: str) -> bool:
+        real = os.path.realpath(path)
+        return real == root or real.startswith(os.path.join(root, ""))
+
+    for name in images:
+        parent, path = posixpath.dirname(name), os.path.join(folder, name)
+        try:
+            if parent not in inside:
+                inside[parent] = allow_outside or is_inside(os.path.join(folder, parent))
+            if not inside[parent]:
+                yield name, "outside"
+                continue
+            info = os.lstat(path)
+            if stat.S_ISLNK(info.st_mode):
+                if not allow_outside and not is_inside(path):
+                    yield name, "outside"
+                    continue
+                info = os.stat(path)
+            if not stat.S_ISREG(info.st_mode):
+                yield name, "missing"
+            elif info.st_size == 0:
+                yield name, "empty"
+        except (OSError, ValueError):  # ValueError: a null byte
+            yield name, "missing"
+
+
+def _read_splits(
+    root: Path, images: Mapping[str, CaptionedImage], caption_file: Path, found: Found
+) -> dict[str, list[str]]:
     """Image names by split from the split files beside a caption file; empty where there are none."""
     there = {split: [root / name for name in names if (root / name).is_file()] for split, names in SPLIT_FILES.items()}
-    found = {split: paths[0] for split, paths in there.items() if paths and paths[0] != caption_file}
-    if found and "train" not in found:
+    files = {split: paths[0] for split, paths in there.items() if paths and paths[0] != caption_file}
+    if files and "train" not in files:
         raise DataError(
-            f"{next(iter(found.values()))}: a split file without a train.txt beside it; add one or move it"
+            f"{next(iter(files.values()))}: a split file without a train.txt beside it; add one or move it"
         )
     splits: dict[str, list[str]] = {}
     named: dict[str, str] = {}
-    for split, path in found.items():
+    for split, path in files.items():
         splits[split] = []
-        for number, line in enumerate(_lines(_read_utf8(path)), 1):
-            if not line.strip():
+        for number, line in enumerate(_lines(_read_utf8(path, found)), 1):
+            name = _image_name(line, str(path), number, None, found) if line.strip() else None
+            if name is None:
                 continue
-            name = _image_name(line, f"{path}, row {number}")
             if name not in images:
-                raise DataError(f"{path}, row {number}: {name!r} has no caption in {caption_file}")
-            if name in named:
-                raise DataError(
-                    f"{path}, row {number}: {name!r} is in {named[name]} already; an image is in one split"
-                )
-            named[name] = f"{path}, row {number}"
-            splits[split].append(name)
+                found(Problem("no-captions", f"{name!r} has no caption in {caption_file}", str(path), number))
+            elif name in named:
+                told = f"{name!r} is in {named[name]} already; an image is in one split"
+                found(Problem("two-splits", told, str(path), number))
+            else:
+                named[name] = f"{path}, row {number}"
+                splits[split].append(name)
         if not splits[split]:
             raise DataError(f"{path}: no image names; expected one a line")
     return splits
@@ -389,22 +531,17 @@ def split_by_image(names: list[str], validation_fraction: float, seed: int) -> d
     }
 
 
-def _dataset_dict(
-    splits: dict[str, list[str]],
-    images: Mapping[str, CaptionedImage],
-    folder: Path,
-    validation_fraction: float,
-    seed: int,
-) -> "DatasetDict":
+def _dataset_dict(source: Source, validation_fraction: float, seed: int) -> "DatasetDict":
     """Rows of image files; images are split by the seed as far as the source does not do it."""
     from datasets import Dataset, DatasetDict, Features, Image, Value
 
+    images, folder, splits = source.images, source.folder, source.splits
     if not splits:
         splits = {"train": sorted(images)}
     elif left_out := len(images) - sum(map(len, splits.values())):
         warnings.warn(f"{folder}: left out {left_out} images that are in no split", stacklevel=2)
     if "validation" not in splits:
-        splits |= split_by_image(splits["train"], validation_fraction, seed)
+        splits = splits | split_by_image(splits["train"], validation_fraction, seed)
     features = {"image": Image(), "image_id": Value("string"), "captions": [Value("string")]}
     if any(image.ids for image in images.values()):
         features["caption_ids"] = [Value("string")]
@@ -424,7 +561,7 @@ def _dataset_dict(
 # --- imagefolder ----------------------------------------------------------------------------------------------------
 
 
-def _from_image_folder(path: Path, columns: Columns, validation_fraction: float, seed: int) -> "DatasetDict":
+def _read_image_folder(path: Path, columns: Columns, allow_outside: bool, found: Found) -> Source:
     metadata = sorted(file for name in METADATA_FILES for file in path.rglob(name))
     if not metadata:
         raise DataError(
@@ -434,19 +571,21 @@ def _from_image_folder(path: Path, columns: Columns, validation_fraction: float,
     images: dict[str, CaptionedImage] = {}
     splits: dict[str, list[str]] = {}
     for file in metadata:
-        rows = read_caption_file(file, lambda names, where: _metadata_columns(names, where, columns))
-        _check_image_files(file.parent, rows)
+        rows = read_caption_file(file, lambda names, where: _metadata_columns(names, where, columns), found)
+        _check_image_files(file.parent, path, rows, allow_outside, found)
         for name, entry in rows.items():
             image_id = Path(os.path.relpath(file.parent / name, path)).as_posix()
             if image_id in images:
-                raise DataError(f"{entry.where}: {image_id!r} is in {images[image_id].where} already")
+                told = f"{image_id!r} is in {images[image_id].where} already"
+                found(Problem("two-splits", told, entry.file, entry.rows[0], entry.column))
+                continue
             images[image_id] = entry
             split = _split_of(image_id)
             if split is not None:
                 splits.setdefault(split, []).append(image_id)
     if splits and "train" not in splits:
-        raise DataError(f"{path}: images in {', '.join(splits)} but none in train")
-    return _dataset_dict(splits, images, path, validation_fraction, seed)
+        raise DataError(f"{path}: images in {', '.join(splits)} but none in train; name a folder train")
+    return Source(images, path, splits)
 
 
 def _split_of(image_id: str) -> str | None:
@@ -517,7 +656,7 @@ def _one_row_per_image(
     if len(splits) == 1:
         splits = {"train": next(iter(splits.values()))}
     if "train" not in splits:
-        raise DataError(f"{name}: no train split among {', '.join(splits)}")
+        raise DataError(f"{name}: no train split among {', '.join(splits)}; name one of them train")
     left_out = sum(len(rows) for split, rows in splits.items() if split not in SPLITS)
     if left_out:
         warnings.warn(f"{name}: left out {left_out} images that are in none of {', '.join(SPLITS)}", stacklevel=2)
@@ -553,7 +692,7 @@ def _group_captions(
     captions: list[list[str]] = [[] for _ in keys]
     first: dict[str, int] = {}
     for i, (key, cells) in enumerate(zip(keys, rows.select_columns(columns.captions), strict=True)):
-        captions[first.setdefault(key, i)] += _captions_of(cells, columns, f"{where}, row {i}")
+        captions[first.setdefault(key, i)] += _captions_of(cells, columns, where, i)
         here = (where, part_of[i])
         if first_use.setdefault(key, here) != here:
             raise DataError(
@@ -575,7 +714,7 @@ def _image_keys(rows: "Dataset", image_column: str, where: str, split: str) -> t
 
     empty = np.flatnonzero(rows.data.column(image_column).is_null().to_numpy())
     if len(empty):
-        raise DataError(f"{where}, row {empty[0]}, column {image_column!r}: no image")
+        raise DataError(f"{where}, row {empty[0]}, column {image_column!r}: no image; fill it or leave the row out")
     named_by = next((c for c in ("filename", "file_name", "image_id", "img_id") if c in rows.column_names), None)
     if named_by is not None:
         names = [str(name) for name in rows[named_by]]

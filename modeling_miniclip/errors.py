@@ -1,16 +1,31 @@
 """The package's own errors: each message says what is wrong, where, what was expected and how to mend it."""
 
 import re
+from dataclasses import dataclass
+from typing import NoReturn
+
+
+def printable(text: object) -> str:
+    r"""Text from outside (a file name, a caption) as it may stand in a line of a terminal, a log or a card.
+
+    What would control a terminal, break the line or turn the direction of writing is shown as Python writes it.
+
+    Example:
+        >>> print(printable("cat\x1b[2J\n.jpg"))
+        cat\x1b[2J\n.jpg
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
 class MiniClipError(Exception):
-    """Base of all errors that the package raises for its user's input.
-
-    Its text may quote that input: what would move a terminal's cursor or turn the direction of writing is escaped.
-    """
+    """Base of all errors that the package raises for its user's input, which its text may quote."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        """The message in one line, [`printable`] whatever names it quotes, and without tokens of the Hub."""
+        return TOKEN.sub("hf_***", printable(re.sub(r"\s*\n\s*", " ", super().__str__())))
 
 
 class DataError(MiniClipError, ValueError):
@@ -21,9 +36,38 @@ class UsageError(MiniClipError, ValueError):
     """A flag, a recipe key or a combination of them is wrong."""
 
 
-def printable(text: str) -> str:
-    """Text with its control characters (but line feeds), halves of characters and the like as Python escapes them."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong at a place of a data set.
+
+    Args:
+        kind: a key of `checking.KINDS`.
+        text: what is wrong, what was expected and how to mend it.
+        file: or split of a data set on the Hub.
+        row: as an editor counts them, from 1; of a data set on the Hub from 0.
+        column: name.
+        image: that is of no use because of it.
+    """
+
+    kind: str
+    text: str
+    file: str
+    row: int | None = None
+    column: str | None = None
+    image: str | None = None
+
+    def __str__(self) -> str:
+        place = [self.file, *([f"row {self.row}"] if self.row is not None else [])]
+        return f"{', '.join(place + ([f'column {self.column!r}'] if self.column else []))}: {self.text}"
+
+
+def refuse(problem: Problem) -> NoReturn:
+    """What a reader does with a problem, unless it is told to go on without the row.
+
+    Raises:
+        DataError: always.
+    """
+    raise DataError(str(problem))
 
 
 # What an answer of the Hub means to its user; other ones explain themselves.

@@ -1,5 +1,6 @@
 """A model as a folder that others can load: weights, processor, code and a measured card."""
 
+import json
 import os
 import re
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from .checksum import seal_weights
+from .errors import printable
 from .files import replaced_folder
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor
@@ -116,8 +118,8 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
     card = ModelCard.from_template(
         card_data,
         template_path=str(packaged_file("model_card.md")),
-        title=_short(repository),
-        repository=repository,
+        title=markdown(_short(repository)),
+        repository=json.dumps(printable(repository), ensure_ascii=False)[1:-1],
         config=model.config,
         vision_name=_vision_name(model),
         text_name=base_models[-1] if _is_hub_id(towers[1].name_or_path) else towers[1].model_type,
@@ -126,12 +128,22 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
         metrics=metrics,
         intervals=values.get("intervals") or {},
         license=values.get("license"),
-        command=values.get("command"),
-        arguments=values.get("arguments") or {},
-        data=data,
+        command=code(values["command"]) if values.get("command") else None,
+        arguments={name: code(value) for name, value in (values.get("arguments") or {}).items()},
+        data=data | ({"name": code(data["name"])} if data.get("name") else {}),
         versions={library: version(library) for library in REPORTED_LIBRARIES},
     )
     path.write_text(str(card), encoding="utf-8")
+
+
+def markdown(text: object) -> str:
+    """A name as a card shows it: no markup, no line end, no control characters."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(text))
+
+
+def code(text: object) -> str:
+    """A value as it may stand between backticks, alone or in a block of code."""
+    return printable(text).replace("`", "'")
 
 
 def _eval_results(metrics: dict[str, float], data: dict[str, Any]) -> list[Any]:
@@ -169,10 +181,11 @@ def rename_card(text: str, repository: str) -> str:
     former = re.search(r'^repository = "(.*)"$', text, flags=re.MULTILINE)
     if former is None:
         return text
+    name = _short(json.loads(f'"{former[1]}"'))
     text = text.replace(former[0], f'repository = "{repository}"')
-    text = re.sub(rf"^# {re.escape(_short(former[1]))}$", f"# {_short(repository)}", text, count=1, flags=re.MULTILINE)
+    text = re.sub(rf"^# {re.escape(markdown(name))}$", f"# {_short(repository)}", text, count=1, flags=re.MULTILINE)
     card = ModelCard(text)
     assert isinstance(card.data, ModelCardData)
-    if card.data.model_name == _short(former[1]):
+    if card.data.model_name == name:
         card.data.model_name = _short(repository)
     return str(card)

@@ -150,7 +150,7 @@ def _load_tower(tower_class: type[PreTrainedModel], config: Any) -> PreTrainedMo
     logging.set_verbosity_error()
     try:
         tower, info = tower_class.from_pretrained(
-            source, config=config, output_loading_info=True, **_without_pooler(tower_class)
+            source, config=config, output_loading_info=True, use_safetensors=True, **_without_pooler(tower_class)
         )
     finally:
         logging.set_verbosity(verbosity)
@@ -431,7 +431,11 @@ class MiniClipModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, revision: str = "main", **kwargs: Any
     ) -> Any:
-        """As `PreTrainedModel.from_pretrained`; keeps `loaded_revision`, where the processor of this model is too."""
+        """As `PreTrainedModel.from_pretrained`, but of safetensors alone: a pickle can hold any program.
+
+        Keeps `loaded_revision`, where the processor of this model is too.
+        """
+        kwargs.setdefault("use_safetensors", True)
         where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs}
         revision = resolve_revision(pretrained_model_name_or_path, revision, **where)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, revision=revision, **kwargs)

@@ -114,7 +114,10 @@ def export_onnx(
     except (HTTPError, OSError, ValueError, StrictDataclassError) as error:
         raise UsageError(f"no model of {source}: {one_line(error)}") from error
     if not processor.tokenizer.is_fast:
-        raise UsageError(f"{source}: its tokenizer is written in Python and cannot be saved as tokenizer.json")
+        raise UsageError(
+            f"{source}: its tokenizer is written in Python and cannot be saved as tokenizer.json; train with a text "
+            "tower that has a fast one"
+        )
     split = load_captions(dataset)["validation"]
     rows = split.select(range(min(num_images, len(split))))
     with replaced_folder(target) as fresh:

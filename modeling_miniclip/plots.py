@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageFont
 from torch import Tensor
 
+from .errors import printable
 from .evaluation import RECALL_AT
 from .processing_miniclip import to_rgb
 
@@ -177,6 +178,7 @@ def draw_matches(target: Path, rows: list[MatchRow], heading: str = "") -> None:
     Raises:
         ValueError: no query, or none with an image.
     """
+    rows = [MatchRow(_lines_of(query), remark, found) for query, remark, found in rows]
     if not any(row.found for row in rows):
         raise ValueError("nothing to draw: no images were found")
     if len(rows) == 1:
@@ -185,6 +187,10 @@ def draw_matches(target: Path, rows: list[MatchRow], heading: str = "") -> None:
         _draw_grid(target, lines, "\n".join(part for part in (heading, query, remark) if part), 2.0, 0.0)
     else:
         _draw_grid(target, rows, heading, 1.45, 2.7)
+
+
+def _lines_of(text: str) -> str:
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def _draw_grid(target: Path, rows: list[MatchRow], heading: str, tile: float, text_width: float) -> None:
@@ -214,7 +220,15 @@ def _draw_grid(target: Path, rows: list[MatchRow], heading: str, tile: float, te
             x = MARGIN + text_width + j * (tile + GAP)
             _draw_image(figure, image, (x, y, tile), is_right)
             style = {"color": GREEN, "fontweight": "bold"} if is_right else {"color": GREY}
-            write(x + tile / 2, y + tile + 0.07, label + " ✓" * is_right, ha="center", va="top", fontsize=8.5, **style)
+            write(
+                x + tile / 2,
+                y + tile + 0.07,
+                printable(label) + " ✓" * is_right,
+                ha="center",
+                va="top",
+                fontsize=8.5,
+                **style,
+            )
     figure.savefig(target)
 
 

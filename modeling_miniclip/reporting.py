@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .arguments import TrainingArguments
 from .diagnostics import not_finite
+from .errors import printable
 from .evaluation import DIRECTIONS, RECALL_AT
 from .modeling_miniclip import MiniClipModel
 
@@ -20,7 +21,7 @@ from .modeling_miniclip import MiniClipModel
 # card's readers.
 LOCAL_ARGUMENTS = frozenset(
     "recipe num_workers output_dir overwrite_output_dir resume_from_checkpoint save_total_limit "
-    "checkpointing_steps overfit_batch logging_steps report_to feature_cache_dir push_to_hub hub_model_id "
+    "checkpointing_steps overfit_batch debug logging_steps report_to feature_cache_dir push_to_hub hub_model_id "
     "hub_private_repo hub_revision hub_strategy hub_license".split()
 )
 # Groups of parameters whose rate is logged: that of each part, which the others follow.
@@ -32,7 +33,7 @@ PATH_ARGUMENTS = frozenset("dataset image_dir vision_model text_model preset mod
 def say(accelerator: Any, text: str) -> None:
     """Print once, not once per process, without breaking a progress bar."""
     if accelerator.is_main_process:
-        tqdm.write(text)
+        tqdm.write(printable(text))
 
 
 def describe_splits(splits: Any) -> str:

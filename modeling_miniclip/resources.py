@@ -45,7 +45,7 @@ def named_file(value: str, folder: str, suffix: str) -> Path:
     if os.path.isfile(path):
         return path
     if path.suffix or path.name != value:  # something like a path; a bare name never leaves its folder
-        raise UsageError(f"{value}: no such file")
+        raise UsageError(f"{value}: no such file; give the path of one, or the name of one that comes along")
     try:
         return packaged_file("configuration", folder, value + suffix)
     except UsageError:

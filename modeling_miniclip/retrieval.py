@@ -26,7 +26,9 @@ def open_image(image: Any) -> Image.Image:
     """
     if isinstance(image, dict):
         if "image" not in image:
-            raise DataError(f"a row without the key 'image': it has {', '.join(map(str, image)) or 'none'}")
+            raise DataError(
+                f"a row without the key 'image': it has {', '.join(map(str, image)) or 'none'}; name it image"
+            )
         image = image["image"]
     name = os.fspath(image) if isinstance(image, str | os.PathLike) else getattr(image, "filename", "")
     try:
@@ -36,7 +38,9 @@ def open_image(image: Any) -> Image.Image:
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise all sorts
-        raise DataError(f"{name or type(image).__name__}: not an image that can be read: {error}") from error
+        raise DataError(
+            f"{name or type(image).__name__}: not an image that can be read: {error}; replace it"
+        ) from error
 
 
 def _image_of_array(array: Any) -> Image.Image:
@@ -133,7 +137,7 @@ def _check_text(text: Any, number: int) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"text {number}: half of a character, which no tokenizer takes: {error}") from error
+        raise DataError(f"text {number}: half of a character, which no tokenizer takes; mend it: {error}") from error
 
 
 @torch.no_grad()

@@ -177,11 +177,11 @@ def zero_shot_accuracy(
         raise UsageError(f"top_k {tuple(top_k)} with {len(names)} classes: expected 1 <= K < number of classes")
     targets = _targets(labels, names)
     if isinstance(images, Sized) and len(images) != len(targets):
-        raise DataError(f"{len(images)} images but {len(targets)} labels")
+        raise DataError(f"{len(images)} images but {len(targets)} labels; each image needs one")
     weights = _weights(model, names, templates, weights, processor)
     embeddings = encode_images(model, images, processor, batch_size, progress)
     if len(embeddings) != len(targets):
-        raise DataError(f"{len(embeddings)} images but {len(targets)} labels")
+        raise DataError(f"{len(embeddings)} images but {len(targets)} labels; each image needs one")
     rank = ranks(embeddings, weights, targets, torch.arange(len(names)))  # [images]
     return {f"top-{k}": 100 * (rank <= k).double().mean().item() for k in measured}
 
@@ -192,7 +192,7 @@ def _checked_names(class_names: Sequence[str]) -> list[str]:
         raise UsageError(f"class_names must be a list of at least one name, not {class_names!r}")
     for i, name in enumerate(names):
         if not name.strip():
-            raise UsageError(f"class_names[{i}] is empty")
+            raise UsageError(f"class_names[{i}] is empty; name it or leave it out")
     twice = [repr(name) for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UsageError(f"class_names has {', '.join(twice)} more than once: each class needs a name of its own")

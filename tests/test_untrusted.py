@@ -1,0 +1,254 @@
+"""Input of somebody else: what it may not do (run code, read other files, draw on the terminal), whatever it holds."""
+
+import ast
+import json
+import os
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from modeling_miniclip import DataError, MiniClipError, MiniClipModel, UsageError, load_captions
+from modeling_miniclip.arguments import TrainingArguments, parse_arguments
+from modeling_miniclip.cli import build_parser
+from modeling_miniclip.errors import one_line, printable
+from modeling_miniclip.hub import rename_card, write_card
+from modeling_miniclip.plots import MatchRow, draw_matches
+from modeling_miniclip.reporting import say
+from tests.runs import ROOT
+from tests.towers import save_towers, tiny_model
+
+SOURCES = [*sorted((ROOT / "modeling_miniclip").glob("*.py")), ROOT / "train_miniclip.py"]
+HOSTILE = 'x\x1b]0;owned\x07\n# Title "` <img src=x onerror=alert(1)> | \u202egnp.exe'
+
+
+# --- code -----------------------------------------------------------------------------------------------------------
+
+
+def called(node: ast.Call) -> str:
+    return ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_source_runs_what_it_reads(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            assert not modules & {"pickle", "marshal", "shelve", "dill", "joblib"}, path
+        if isinstance(node, ast.Call):
+            assert called(node) not in ("eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system"), (
+                path
+            )
+            for keyword in node.keywords:
+                on = keyword.arg in ("trust_remote_code", "allow_pickle", "shell") and ast.unparse(keyword.value)
+                # A push loads what it has just uploaded itself, as its readers will.
+                assert on in (False, "False") or path.name == "verification.py", (path, node.lineno)
+
+
+class Program:
+    """Its pickle runs a command when it is read."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_weights_that_are_a_pickle_are_refused_and_not_read(tmp_path: Path) -> None:
+    vision, text = save_towers(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "export")
+    for folder in (text, tmp_path / "export"):
+        (folder / "model.safetensors").unlink()
+        torch.save(Program(f"touch {tmp_path / 'ran'}"), folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        MiniClipModel.from_towers(vision, text)
+    with pytest.raises(OSError, match="safetensors"):
+        MiniClipModel.from_pretrained(tmp_path / "export")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("flag", ["--recipe", "--augmentation"])
+def test_yaml_makes_no_objects(tmp_path: Path, flag: str) -> None:
+    text = f"batch_size: !!python/object/apply:os.system ['touch {tmp_path / 'ran'}']\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    value = str(tmp_path / "recipe.yaml") if flag == "--recipe" else text
+    with pytest.raises(UsageError, match="python/object"):
+        parse_arguments(["--dataset", "scenes", flag, value])
+    assert not (tmp_path / "ran").exists()
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A CSV with two images, and a third one elsewhere."""
+    for name in ("data/Images/a.png", "data/Images/b.png", "elsewhere/secret.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    (tmp_path / "data" / "captions.csv").write_text("image,caption\na.png,one\nb.png,two\n")
+    return tmp_path / "data"
+
+
+def escape(data: Path, way: str) -> str:
+    """A name for the secret picture."""
+    secret = data.parent / "elsewhere" / "secret.png"
+    if way == "parent":
+        return "../../elsewhere/secret.png"
+    if way == "absolute":
+        return str(secret)
+    link, target = {"link": ("c.png", secret), "linked folder": ("sub", secret.parent)}[way]
+    (data / "Images" / link).symlink_to(target)
+    return "c.png" if way == "link" else "sub/secret.png"
+
+
+@pytest.mark.parametrize("way", ["parent", "absolute", "link", "linked folder"])
+@pytest.mark.parametrize("form", ["csv", "imagefolder"])
+def test_a_name_cannot_leave_the_folder_of_images_unless_that_is_allowed(data: Path, way: str, form: str) -> None:
+    name = escape(data, way)
+    path = data / "captions.csv"
+    path.write_text(path.read_text() + f"{name},three\n")
+    if form == "imagefolder":
+        path = path.rename(data / "Images" / "metadata.csv")
+    source = path if form == "csv" else data / "Images"
+    with pytest.raises(DataError, match=r"row 4.*outside.*1 of 3.*--allow_outside_images"):
+        load_captions(source)
+    splits = load_captions(source, allow_outside_images=True)
+    assert sum(len(rows) for rows in splits.values()) == 3
+
+
+def test_whether_a_file_outside_exists_is_not_told(data: Path) -> None:
+    told = []
+    for name in ("../../elsewhere/secret.png", "../../elsewhere/nothing.png"):
+        (data / "captions.csv").write_text(f"image,caption\na.png,one\n{name},three\n")
+        with pytest.raises(DataError) as caught:
+            load_captions(data / "captions.csv")
+        told.append(str(caught.value).replace(name, ""))
+    assert told[0] == told[1]
+
+
+def test_the_folder_of_images_may_be_a_link_and_names_may_be_absolute_within_it(data: Path, tmp_path: Path) -> None:
+    (data / "Images").rename(tmp_path / "store")
+    (data / "Images").symlink_to(tmp_path / "store")
+    (data / "captions.csv").write_text(f"image,caption\na.png,one\n{tmp_path / 'store' / 'b.png'},two\n")
+    assert len(load_captions(data / "captions.csv")["train"]) == 1
+
+
+# --- names and captions where they are shown ------------------------------------------------------------------------
+
+
+def test_printable_leaves_no_character_that_does_something_and_all_that_are_read() -> None:
+    everything = "".join(map(chr, range(sys.maxunicode + 1)))
+    assert printable(everything).isprintable() and printable(printable(everything)) == printable(everything)
+    plain = "Zoë's 猫 🐈 کتاب \\n"
+    assert printable(plain) == plain
+
+
+@pytest.mark.parametrize("kind", [MiniClipError, DataError, UsageError])
+def test_every_error_is_one_harmless_line_without_tokens(kind: type[MiniClipError]) -> None:
+    told = str(kind(f"{HOSTILE}: token hf_{'a1' * 17}\n  next"))
+    assert told.isprintable() and "hf_***" in told and "a1a1" not in told and told.endswith("*** next")
+
+
+def test_a_row_with_a_hostile_name_is_told_harmlessly(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = HOSTILE.replace('"', "").replace("\n", "")
+    (data / "captions.csv").write_text(f"image,caption\na.png,one\n{name},two\n")
+    with pytest.raises(DataError, match="row 3") as caught:
+        load_captions(data / "captions.csv")
+    assert str(caught.value).isprintable() and r"\x1b" in str(caught.value)
+    say(type("Accelerator", (), {"is_main_process": True}), f"warning: {name}")
+    assert capsys.readouterr().out.rstrip("\n").isprintable()
+
+
+def test_a_card_shows_hostile_names_as_text(tmp_path: Path) -> None:
+    values = {
+        "name": HOSTILE,
+        "data": {"name": HOSTILE, "splits": {"validation": {"images": 2, "captions": 2}}},
+        "arguments": {"caption_column": HOSTILE},
+        "command": f"train --caption_column '{HOSTILE}' ```",
+    }
+    write_card(tmp_path / "README.md", tiny_model(), values)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert text.replace("\n", "").isprintable()
+    body = text.split("---\n", 2)[2]
+    assert len(re.findall("^# ", body, flags=re.MULTILINE)) == 1
+    outside_code = re.sub(r"```.*?```|`[^`\n]*`", "", body, flags=re.DOTALL)
+    assert body.count("```") == 4 and not re.search(r"(?<!\\)<img", outside_code)
+    sample = ast.parse(re.search(r"```python\n(.*?)```", body, flags=re.DOTALL)[1])  # type: ignore[index]
+    assert [node.value.value for node in sample.body if isinstance(node, ast.Assign)  # type: ignore[attr-defined]
+            and ast.unparse(node.targets[0]) == "repository"] == [printable(HOSTILE)]  # fmt: skip
+    assert "# you/my-clip" not in rename_card(text, "you/my-clip") and "# my-clip" in rename_card(text, "you/my-clip")
+
+
+def test_a_picture_is_drawn_with_any_query(tmp_path: Path) -> None:
+    found = [(Image.new("RGB", (8, 8)), HOSTILE, True)]
+    draw_matches(tmp_path / "found.png", [MatchRow(HOSTILE + "\ud800 $\\frac{$ \x00", "", found)] * 2)
+    with Image.open(tmp_path / "found.png") as picture:
+        assert min(picture.size) > 100
+
+
+# --- secrets --------------------------------------------------------------------------------------------------------
+
+
+def test_no_flag_takes_a_secret_that_a_list_of_processes_would_show() -> None:
+    flags = [field.name for field in fields(TrainingArguments)]
+    for parser in build_parser()._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr]
+        flags += [option for action in parser._actions for option in action.option_strings]
+    assert len(flags) > 60
+    assert [flag for flag in flags if re.search(r"token$|password|secret|api_key", flag)] == []
+
+
+def test_a_token_is_in_no_message_of_another_library() -> None:
+    assert "hf_abc" not in one_line("refused: Bearer hf_abcdefghijklmnopqrstuvwxyz")
+    assert "a1a1" not in str(UsageError(one_line(json.dumps({"token": "hf_" + "a1" * 17}))))
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+# A message says how to mend what it tells: by an alternative, an expectation, a bound or a flag.
+MENDS = re.compile(
+    r"; |--\w|expected|must|choose|at least|need|name |neither|exclude|install|lower|belongs to no flag|it has no|"
+    r"knows|advice|nearest|cause"  # names of what is put in
+)
+# What passes on another message, which says so itself.
+PASSED_ON = re.compile(r"^[\s:.]*(error|problem|str|verdict)|^no model of|undecodable|\\1|^augmentation: .*: *error|"
+                       r"is of the wrong type|torch.onnx cannot")  # fmt: skip
+
+
+def messages() -> list[tuple[str, str, bool]]:
+    """Where an error of the package is raised, its text, and whether it names something."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                if called(node.exc) in ("MiniClipError", "DataError", "UsageError"):
+                    parts = list(ast.walk(node.exc.args[0]))
+                    words = [part.value if isinstance(part, ast.Constant) else ast.unparse(part)
+                             for part in parts if isinstance(part, ast.Constant | ast.Name)]  # fmt: skip
+                    text = " ".join(word for word in words if isinstance(word, str))
+                    names = any(isinstance(part, ast.FormattedValue) for part in parts) or "--" in text
+                    found.append((f"{path.name}:{node.lineno}", text, names))
+    return found
+
+
+def test_every_message_says_what_where_and_how_to_mend_it() -> None:
+    own = [(where, text, names) for where, text, names in messages() if not PASSED_ON.search(text)]
+    assert len(own) > 60
+    assert [where for where, text, names in own if not names and not re.search("`|^templates", text)] == []
+    assert [f"{where} {text}" for where, text, _ in own if not MENDS.search(text)] == []
+    assert [where for where, text, _ in own if text.rstrip().endswith("!") or "\n" in text] == []
+
+
+def test_the_hierarchy_is_small() -> None:
+    kinds = [MiniClipError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert {kind.__name__ for kind in kinds if kind.__module__.startswith("modeling_miniclip")} == {
+        "MiniClipError", "DataError", "UsageError"
+    }  # fmt: skip
