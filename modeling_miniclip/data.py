@@ -144,11 +144,11 @@ def _from_caption_file(
     caption_file: Path, root: Path, image_dir: Any, columns: Columns, validation_fraction: float, seed: int
 ) -> "DatasetDict":
     images = read_caption_file(caption_file, lambda names, where: _exact_columns(names, where, columns))
-    folder = Path(image_dir).expanduser() if image_dir is not None else _image_folder(root, images)
+    folder = Path(image_dir).expanduser() if image_dir is not None else image_folder(root, images)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of images; name the right one with image_dir")
     _check_image_files(folder, images)
-    splits = _read_splits(root, images, caption_file)
+    splits = read_splits(root, images, caption_file)
     return _dataset_dict(splits, images, folder, validation_fraction, seed)
 
 
@@ -324,7 +324,7 @@ def _captions_of(cells: Mapping[str, Any], columns: Columns, where: str) -> list
     return captions
 
 
-def _image_folder(root: Path, images: Iterable[str]) -> Path:
+def image_folder(root: Path, images: Iterable[str]) -> Path:
     """The likely folder that holds most of the first images."""
     sample = list(islice(images, 100))
     return max(
@@ -342,7 +342,7 @@ def _check_image_files(folder: Path, images: Mapping[str, CaptionedImage]) -> No
         )
 
 
-def _read_splits(root: Path, images: Mapping[str, CaptionedImage], caption_file: Path) -> dict[str, list[str]]:
+def read_splits(root: Path, images: Mapping[str, CaptionedImage], caption_file: Path) -> dict[str, list[str]]:
     """Image names by split from the split files beside a caption file; empty where there are none."""
     there = {split: [root / name for name in names if (root / name).is_file()] for split, names in SPLIT_FILES.items()}
     found = {split: paths[0] for split, paths in there.items() if paths and paths[0] != caption_file}
@@ -441,7 +441,7 @@ def _from_image_folder(path: Path, columns: Columns, validation_fraction: float,
             if image_id in images:
                 raise DataError(f"{entry.where}: {image_id!r} is in {images[image_id].where} already")
             images[image_id] = entry
-            split = _split_of(image_id)
+            split = split_of(image_id)
             if split is not None:
                 splits.setdefault(split, []).append(image_id)
     if splits and "train" not in splits:
@@ -449,7 +449,7 @@ def _from_image_folder(path: Path, columns: Columns, validation_fraction: float,
     return _dataset_dict(splits, images, path, validation_fraction, seed)
 
 
-def _split_of(image_id: str) -> str | None:
+def split_of(image_id: str) -> str | None:
     """The split that a folder of the image's path is named after."""
     folders = [part.lower() for part in image_id.split("/")[:-1]]
     return next((split for folder in folders if (split := SPLIT_ALIASES.get(folder, folder)) in SPLITS), None)
@@ -508,7 +508,8 @@ def _one_row_per_image(
     for raw_split, rows in raw.items():
         where = f"{name}, split {raw_split}"
         found = Columns(
-            _image_column(rows, where, columns.image), caption_columns(rows.column_names, where, columns.captions[0])
+            find_image_column(rows, where, columns.image),
+            caption_columns(rows.column_names, where, columns.captions[0]),
         )
         grouped, first_rows, part_of = _group_captions(rows, found, where, raw_split, first_use)
         for part in dict.fromkeys(part_of):
@@ -588,7 +589,7 @@ def _image_keys(rows: "Dataset", image_column: str, where: str, split: str) -> t
     return keys, [f"{split}-{i:06d}" for i in range(len(rows))]
 
 
-def _image_column(rows: "Dataset", where: str, wanted: str) -> str:
+def find_image_column(rows: "Dataset", where: str, wanted: str) -> str:
     from datasets import Image
 
     candidates = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
