@@ -27,6 +27,9 @@ _MODULE_OF = {
     "classify": "zero_shot",
     "export": "hub",
     "push": "pushing",
+    "ImageIndex": "image_index",
+    "EntryFilter": "entry_filter",
+    "update_index": "indexing",
     "packaged_file": "resources",
     "MiniClipError": "errors",
     "DataError": "errors",
@@ -38,11 +41,14 @@ __all__ = [*_MODULE_OF, "__version__"]
 if TYPE_CHECKING:
     from .configuration_miniclip import MiniClipConfig as MiniClipConfig
     from .data import load_captions as load_captions
+    from .entry_filter import EntryFilter as EntryFilter
     from .errors import DataError as DataError
     from .errors import MiniClipError as MiniClipError
     from .errors import UsageError as UsageError
     from .evaluation import retrieval_metrics as retrieval_metrics
     from .hub import export as export
+    from .image_index import ImageIndex as ImageIndex
+    from .indexing import update_index as update_index
     from .modeling_miniclip import MiniClipModel as MiniClipModel
     from .modeling_miniclip import MiniClipOutput as MiniClipOutput
     from .modeling_miniclip import contrastive_loss as contrastive_loss

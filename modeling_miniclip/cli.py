@@ -1,12 +1,18 @@
 """The `miniclip` command. Each subcommand declares its flags here and imports what does its work when it runs."""
 
 import argparse
+import os
+import shutil
+import signal
 import sys
+import tempfile
+import time
+import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import MiniClipError, UsageError
+from .errors import DataError, MiniClipError, UsageError
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,118 @@ def run_export(args: argparse.Namespace) -> None:
         print(f"{path.stat().st_size / 1e6:10.3f} MB  {path}")
 
 
+def declare_index(parser: argparse.ArgumentParser) -> None:
+    """Flags of `miniclip index`."""
+    parser.add_argument("model", metavar="MODEL", help="folder of an exported model, or a repository on the Hub")
+    parser.add_argument("sources", metavar="SOURCE", nargs="*", help="folders of images, caption files, tar archives, "
+                        "data sets here or on the Hub; none: those that the index was made of")  # fmt: skip
+    parser.add_argument("-o", "--output", metavar="INDEX", required=True, help="folder of the index: new, or updated")
+    parser.add_argument("--remove", metavar="SOURCE", action="append", default=[], help="drop a source's images")
+    parser.add_argument("--overwrite", action="store_true", help="index anew, whatever model made what is there")
+    parser.add_argument("--dtype", choices=("float32", "float16"), help="of the embeddings (float32)")
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images a forward pass (32)")
+    parser.add_argument("--num_workers", type=int, metavar="N", help="threads that read images (one a core)")
+    parser.add_argument("--image_column", default="image", help="in caption files and data sets")
+    parser.add_argument("--caption_column", default="caption", help="in caption files and data sets")
+
+
+def run_index(args: argparse.Namespace) -> None:
+    """Bring an index up to date and tell what was done; images that could not be read end in exit code 1."""
+    from .indexing import update_index
+    from .performance import keep_freed_memory
+    from .sources import ColumnNames
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what is encoded is kept
+    keep_freed_memory()
+    report = update_index(
+        args.output, args.sources, args.model, remove=args.remove, overwrite=args.overwrite, dtype=args.dtype,
+        columns=ColumnNames(args.image_column, args.caption_column), batch_size=args.batch_size,
+        num_workers=args.num_workers,
+    )  # fmt: skip
+    if int(os.environ.get("RANK", "0")) > 0:  # of several processes one tells
+        return
+    done = f"{report.encoded} encoded, {report.reused} as before, {report.dropped} dropped"
+    print(f"{args.output}: {report.images} images; {done}; {report.seconds:.1f} s")
+    if report.skipped:
+        first = ", ".join(sorted(report.skipped)[:3]) + (", ..." if len(report.skipped) > 3 else "")
+        raise DataError(f"{len(report.skipped)} images could not be read and are not in the index: {first}")
+
+
+def declare_search(parser: argparse.ArgumentParser) -> None:
+    """Flags of `miniclip search`."""
+    parser.add_argument("index", metavar="INDEX", help="folder of an index, made by `miniclip index`")
+    parser.add_argument("words", metavar="WORDS", nargs="?", help="what the images shall show")
+    parser.add_argument("--image", metavar="FILE", help="a picture that the images shall be like, also beside words")
+    parser.add_argument("--weight", type=float, default=0.5, help="of the picture beside words, from 0 to 1 (0.5)")
+    parser.add_argument("--not", dest="without", metavar="WORDS", action="append", default=[], help="and not this")
+    parser.add_argument("-k", type=int, default=10, metavar="N", help="how many images (10)")
+    parser.add_argument("--folder", help="only images in it or below it")
+    parser.add_argument("--since", metavar="DATE", help="only images of this time or later: 2024, 2024-07, 2024-07-14")
+    parser.add_argument("--until", metavar="DATE", help="only images of this time or earlier")
+    parser.add_argument("--caption", metavar="WORDS", help="only images that have each of these words in a caption")
+    parser.add_argument("--split", help="only images of this split")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--html", metavar="FILE", help="write a page with the images found; it opens without network")
+    parser.add_argument("--open", action="store_true", help="show that page in the browser")
+
+
+def run_search(args: argparse.Namespace) -> None:
+    """Print what was found, and what took how long; write a page of it."""
+    start = time.perf_counter()
+    from .entry_filter import EntryFilter
+    from .searching import Query, Timing, format_json, format_table, search_index
+
+    timing = Timing(imports=time.perf_counter() - start)
+    if args.k < 1:
+        raise UsageError(f"-k {args.k}: expected at least 1 image")
+    if args.html and not Path(args.html).absolute().parent.is_dir():
+        raise UsageError(f"--html {args.html}: there is no folder {Path(args.html).parent} to write it into")
+    query = Query(args.words, args.image, args.weight, args.without)
+    chosen = EntryFilter(args.folder, args.since, args.until, args.caption, args.split)
+    index, matches = search_index(args.index, query, args.k, chosen, timing)
+    if args.json:
+        print(format_json(index, query, matches, timing))
+    else:
+        print(format_table(index, matches, shutil.get_terminal_size().columns))
+        own = f"imports {timing.imports:.2f} s, load of the model {timing.load:.2f} s, search {timing.search:.3f} s"
+        print(f"{len(matches)} of {len(index)} images; {own}")
+    if args.html or args.open:
+        from .contact_sheet import write_contact_sheet
+
+        page = Path(args.html or tempfile.mkdtemp(prefix="miniclip-")) / ("" if args.html else "found.html")
+        write_contact_sheet(page, index, str(query), matches)
+        print(f"written: {page}", file=sys.stderr)
+        if args.open:
+            webbrowser.open(page.resolve().as_uri())
+
+
+def declare_duplicates(parser: argparse.ArgumentParser) -> None:
+    """Flags of `miniclip duplicates`."""
+    parser.add_argument("index", metavar="INDEX", help="folder of an index, made by `miniclip index`")
+    parser.add_argument("--threshold", type=float, default=0.97, help="least cosine of near-identical images (0.97)")
+    parser.add_argument("--across_splits", action="store_true", help="only groups with images of several splits")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a list")
+
+
+def run_duplicates(args: argparse.Namespace) -> None:
+    """Print groups of images that are the same or nearly so."""
+    from .duplicates import find_duplicates, format_groups, format_groups_json
+    from .image_index import ImageIndex
+
+    index = ImageIndex.open(args.index)
+    groups = find_duplicates(index, args.threshold, args.across_splits)
+    print(format_groups_json(index, groups) if args.json else format_groups(index, groups))
+
+
 COMMANDS = {
     "check": Command("look for what is wrong with captioned images", declare_check, run_check),
+    "duplicates": Command(
+        "find images of an index that are the same or nearly so", declare_duplicates, run_duplicates
+    ),
     "export": Command("write a model as ONNX files that agree with PyTorch", declare_export, run_export),
+    "index": Command("embed images into an index, or bring one up to date", declare_index, run_index),
     "push": Command("upload an exported model to the Hugging Face Hub", declare_push, run_push),
+    "search": Command("find images of an index by words, by a picture or both", declare_search, run_search),
 }
 
 

@@ -196,11 +196,11 @@ def _read_caption_folder(
     caption_file: Path, root: Path, image_dir: Any, columns: Columns, allow_outside: bool, found: Found
 ) -> Source:
     images = read_caption_file(caption_file, lambda names, where: _exact_columns(names, where, columns), found)
-    folder = Path(image_dir).expanduser() if image_dir is not None else _image_folder(root, images)
+    folder = Path(image_dir).expanduser() if image_dir is not None else image_folder(root, images)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of images; name the right one with image_dir")
     _check_image_files(folder, folder, images, allow_outside, found)
-    return Source(images, folder, _read_splits(root, images, caption_file, found))
+    return Source(images, folder, read_splits(root, images, caption_file, found))
 
 
 def read_caption_file(path: Path, find_columns: FindColumns, found: Found = refuse) -> dict[str, CaptionedImage]:
@@ -412,7 +412,7 @@ def _captions_of(cells: Mapping[str, Any], columns: Columns, file: str, row: int
     return captions
 
 
-def _image_folder(root: Path, images: Iterable[str]) -> Path:
+def image_folder(root: Path, images: Iterable[str]) -> Path:
     """The likely folder that holds most of the first images."""
     sample = list(islice(images, 100))
     return max(
@@ -482,8 +482,8 @@ def _bad_files(folder: Path, bounds: Path, images: Iterable[str], allow_outside:
             yield name, "missing"
 
 
-def _read_splits(
-    root: Path, images: Mapping[str, CaptionedImage], caption_file: Path, found: Found
+def read_splits(
+    root: Path, images: Mapping[str, CaptionedImage], caption_file: Path, found: Found = refuse
 ) -> dict[str, list[str]]:
     """Image names by split from the split files beside a caption file; empty where there are none."""
     there = {split: [root / name for name in names if (root / name).is_file()] for split, names in SPLIT_FILES.items()}
@@ -580,7 +580,7 @@ def _read_image_folder(path: Path, columns: Columns, allow_outside: bool, found:
                 found(Problem("two-splits", told, entry.file, entry.rows[0], entry.column))
                 continue
             images[image_id] = entry
-            split = _split_of(image_id)
+            split = split_of(image_id)
             if split is not None:
                 splits.setdefault(split, []).append(image_id)
     if splits and "train" not in splits:
@@ -588,7 +588,7 @@ def _read_image_folder(path: Path, columns: Columns, allow_outside: bool, found:
     return Source(images, path, splits)
 
 
-def _split_of(image_id: str) -> str | None:
+def split_of(image_id: str) -> str | None:
     """The split that a folder of the image's path is named after."""
     folders = [part.lower() for part in image_id.split("/")[:-1]]
     return next((split for folder in folders if (split := SPLIT_ALIASES.get(folder, folder)) in SPLITS), None)
@@ -647,7 +647,8 @@ def _one_row_per_image(
     for raw_split, rows in raw.items():
         where = f"{name}, split {raw_split}"
         found = Columns(
-            _image_column(rows, where, columns.image), caption_columns(rows.column_names, where, columns.captions[0])
+            find_image_column(rows, where, columns.image),
+            caption_columns(rows.column_names, where, columns.captions[0]),
         )
         grouped, first_rows, part_of = _group_captions(rows, found, where, raw_split, first_use)
         for part in dict.fromkeys(part_of):
@@ -727,7 +728,7 @@ def _image_keys(rows: "Dataset", image_column: str, where: str, split: str) -> t
     return keys, [f"{split}-{i:06d}" for i in range(len(rows))]
 
 
-def _image_column(rows: "Dataset", where: str, wanted: str) -> str:
+def find_image_column(rows: "Dataset", where: str, wanted: str) -> str:
     from datasets import Image
 
     candidates = [name for name, feature in rows.features.items() if isinstance(feature, Image)]

@@ -137,7 +137,7 @@ def text_tower_class(text_config: Any) -> type[PreTrainedModel]:
     return tower_class
 
 
-def _without_pooler(tower_class: type[PreTrainedModel]) -> dict[str, bool]:
+def without_pooler(tower_class: type[PreTrainedModel]) -> dict[str, bool]:
     # BERT's pooler would never get a gradient here, which DistributedDataParallel refuses.
     takes_it = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
     return {"add_pooling_layer": False} if takes_it else {}
@@ -150,7 +150,7 @@ def _load_tower(tower_class: type[PreTrainedModel], config: Any) -> PreTrainedMo
     logging.set_verbosity_error()
     try:
         tower, info = tower_class.from_pretrained(
-            source, config=config, output_loading_info=True, use_safetensors=True, **_without_pooler(tower_class)
+            source, config=config, output_loading_info=True, use_safetensors=True, **without_pooler(tower_class)
         )
     finally:
         logging.set_verbosity(verbosity)
@@ -396,7 +396,7 @@ class MiniClipModel(PreTrainedModel):
         tower_class = text_tower_class(config.text_config)
         dtype = torch.get_default_dtype()  # that of the heads, whatever the towers' checkpoints were stored in
         self.vision_model = MiniClipVisionModel._from_config(config.vision_config, dtype=dtype)
-        self.text_model = tower_class._from_config(config.text_config, dtype=dtype, **_without_pooler(tower_class))
+        self.text_model = tower_class._from_config(config.text_config, dtype=dtype, **without_pooler(tower_class))
         head = (config.projection_dim, config.projection_depth, config.projection_dropout)
         self.visual_projection = ProjectionHead(self.vision_model.pooled_size, *head)
         self.text_projection = ProjectionHead(config.text_config.hidden_size, *head)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .errors import DataError
 from .modeling_miniclip import MiniClipModel
+from .nearest import Match
 from .processing_miniclip import MiniClipProcessor, load_rgb, to_rgb
 
 
@@ -190,15 +190,6 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-@dataclass(frozen=True)
-class Match:
-    """An image found for a query: its name, its cosine similarity, and its row in the embeddings."""
-
-    name: str
-    score: float
-    index: int
 
 
 def find_matches(

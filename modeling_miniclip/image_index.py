@@ -1,0 +1,306 @@
+"""Images that are embedded once and searched often: a folder on disk, memory-mapped, that is complete or not there.
+
+| file | what it holds |
+|---|---|
+| `manifest.json` | format, model (name, fingerprint, files), dimension, type, count, sources, what was unreadable |
+| `entries.parquet` | one row an image, see [`SCHEMA`], with the thumbnail of an image that is no file of its own |
+| `embeddings.safetensors` | `embeddings` `[images, dim]`, unit norm, float32 or float16, in the order of the entries |
+
+`FORMAT` is raised whenever an older version of this package could misread a folder.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .entry_filter import EntryFilter
+from .errors import DataError, UsageError
+from .files import recover_folder, replaced_folder
+from .nearest import Match, Neighbours
+
+FORMAT = 1
+MANIFEST, ENTRIES, EMBEDDINGS = "manifest.json", "entries.parquet", "embeddings.safetensors"
+DTYPES = {"float32": "F32", "float16": "F16"}  # safetensors' names of them
+BLOCK = 65_536  # rows copied at a time
+ROW_GROUP = 2_048  # entries of one read of thumbnails
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),  # absolute path, or source/name
+        ("path", pa.string()),  # null: no file of its own
+        ("source", pa.string()),
+        ("size", pa.int64()),  # bytes; -1: not known before it is read
+        ("mtime", pa.int64()),  # nanoseconds; -1: not known
+        ("hash", pa.string()),  # blake2b of the encoded image, 16 bytes in hexadecimal
+        ("date", pa.timestamp("s")),  # when it was taken (EXIF), else of the file; local time
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("captions", pa.list_(pa.string())),
+        ("split", pa.string()),
+        ("thumbnail", pa.large_binary()),  # JPEG; null: the file is there
+    ]
+)
+COLUMNS = [name for name in SCHEMA.names if name != "thumbnail"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an index says of itself.
+
+    Args:
+        model: name or folder of the model, as [`ImageIndex.model`].
+        fingerprint: of the model's weights and settings; embeddings of another one do not compare.
+        files: `[name, size, mtime in ns]` of the files that the fingerprint was taken of.
+        dim, dtype, count: of the embeddings.
+        sources: what was indexed, as `resolve_source` names it.
+        skipped: images that could not be read, and why.
+    """
+
+    model: str
+    fingerprint: str
+    dim: int
+    dtype: str = "float32"
+    count: int = 0
+    files: list[list[Any]] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+class ImageIndex:
+    """An index on disk, opened for search. Nothing is read before it is used.
+
+    Args:
+        folder: of the index.
+        manifest: its manifest.
+
+    Example:
+        >>> index = ImageIndex.open("photos.index")  # doctest: +SKIP
+        >>> index.search(encode_texts(model, ["two dogs in the snow"])[0], k=5)  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> "ImageIndex":
+        """The index in a folder.
+
+        Raises:
+            UsageError: there is none, or one that a later version wrote.
+            DataError: its files are not those that belong together.
+        """
+        path = Path(folder).expanduser()
+        recover_folder(path)
+        if not (path / MANIFEST).is_file():
+            raise UsageError(f"{folder}: no index here; make one with: miniclip index MODEL SOURCE -o {folder}")
+        try:
+            values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            if values["format"] > FORMAT:
+                raise UsageError(
+                    f"{folder}: an index of format {values['format']}, this version reads up to {FORMAT}: upgrade "
+                    "miniclip, or index again into another folder"
+                )
+            index = cls(path, Manifest(**values))
+            sizes = index.embeddings.shape, pq.read_metadata(path / ENTRIES).num_rows
+        except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise DataError(f"{folder}: an index that cannot be read ({error}); delete it and index again") from error
+        expected = (index.manifest.count, index.manifest.dim), index.manifest.count
+        if sizes != expected:
+            raise DataError(
+                f"{folder}: {MANIFEST} tells of {expected[0]} embeddings and {expected[1]} entries, there are "
+                f"{sizes[0]} and {sizes[1]}; delete it and index again"
+            )
+        return index
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    @property
+    def model(self) -> str:
+        """Folder or Hub name of the model that made the embeddings."""
+        return self.manifest.model
+
+    @cached_property
+    def entries(self) -> pa.Table:
+        """One row an image: the columns of [`SCHEMA`] but for `thumbnail`. `datasets.Dataset(index.entries)` works."""
+        return pq.read_table(self.folder / ENTRIES, columns=COLUMNS, memory_map=True)
+
+    @cached_property
+    def embeddings(self) -> np.ndarray:
+        """`[images, dim]`, memory-mapped, in the order of the entries."""
+        return map_embeddings(self.folder / EMBEDDINGS)
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """What answers a search."""
+        return Neighbours(self.embeddings)
+
+    def read_entries(self) -> pa.Table:
+        """All columns of [`SCHEMA`], thumbnails too."""
+        return pq.read_table(self.folder / ENTRIES, schema=SCHEMA)
+
+    def entry(self, index: int) -> dict[str, Any]:
+        """The row of an image as a dictionary."""
+        row: dict[str, Any] = self.entries.slice(index, 1).to_pylist()[0]
+        return row
+
+    def thumbnail(self, index: int) -> bytes | None:
+        """JPEG of an image that has no file of its own; None for one that has."""
+        file = pq.ParquetFile(self.folder / ENTRIES)
+        cell = file.read_row_group(index // ROW_GROUP, columns=["thumbnail"])["thumbnail"][index % ROW_GROUP]
+        content: bytes | None = cell.as_py()
+        return content
+
+    def search(
+        self,
+        query_embedding: Any,
+        k: int = 10,
+        filter: EntryFilter | np.ndarray | None = None,
+    ) -> list[Match]:
+        """The images nearest to a query, best first; equal ones in the order of the index.
+
+        Args:
+            query_embedding: `[dim]` or `[1, dim]`, array or tensor, of this index's model; its length does not matter.
+            k: how many.
+            filter: which images may be found: an [`EntryFilter`], or their rows.
+
+        Returns:
+            At most `k` [`Match`]es: `name` is the entry's id, `score` the cosine similarity, `index` the row.
+
+        Raises:
+            UsageError: `k` below 1, or a query that is not a finite vector of the index's dimension.
+        """
+        query = self._checked_query(query_embedding)
+        if k < 1:
+            raise UsageError(f"k must be at least 1, not {k}")
+        rows = filter.rows(self.entries) if isinstance(filter, EntryFilter) else filter
+        scores, found = self.neighbours.search(query, k, rows)
+        names = self.entries["id"].take(pa.array(found)).to_pylist()
+        return [Match(name, float(s), int(i)) for name, s, i in zip(names, scores, found, strict=True)]
+
+    def _checked_query(self, query_embedding: Any) -> np.ndarray:
+        query = np.asarray(query_embedding, dtype=np.float32).squeeze()
+        if query.shape != (self.manifest.dim,) or not np.isfinite(query).all() or not query.any():
+            raise UsageError(
+                f"expected a query of {self.manifest.dim} finite numbers, not all 0, as {self.model} embeds it; got "
+                f"shape {query.shape}"
+            )
+        return query / np.linalg.norm(query)
+
+    def to_parquet(self, path: str | os.PathLike) -> Path:
+        """Entries and embeddings in one Parquet file, for other engines: the columns of `entries`, and `embedding`.
+
+        Returns:
+            The file.
+        """
+        target = Path(path)
+        fresh = target.with_name(f".{target.name}.new")
+        dtype = pa.from_numpy_dtype(self.embeddings.dtype)
+        schema = self.entries.schema.append(pa.field("embedding", pa.list_(dtype, self.manifest.dim)))
+        with pq.ParquetWriter(fresh, schema) as writer:
+            for start in range(0, len(self), BLOCK):
+                block = np.ascontiguousarray(self.embeddings[start : start + BLOCK])
+                vectors = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), self.manifest.dim)
+                part = self.entries.slice(start, BLOCK).append_column(schema.field("embedding"), vectors)
+                writer.write_table(part)
+        fresh.replace(target)
+        return target
+
+
+def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Iterable[np.ndarray]) -> ImageIndex:
+    """Write an index, or replace one: at any moment the folder is the old one or the new one.
+
+    Args:
+        folder: to write.
+        manifest: of it; `count` is set here.
+        entries: of [`SCHEMA`].
+        blocks: `[n, dim]` embeddings in the order of the entries.
+
+    Raises:
+        UsageError: the disk is full or cannot be written; what was there before is kept.
+    """
+    manifest = Manifest(**{**asdict(manifest), "count": entries.num_rows})
+    try:
+        with replaced_folder(folder) as fresh:
+            pq.write_table(entries.cast(SCHEMA), fresh / ENTRIES, row_group_size=ROW_GROUP)
+            write_embeddings(fresh / EMBEDDINGS, manifest.count, manifest.dim, manifest.dtype, blocks)
+            text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
+            (fresh / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written: {error.strerror or error}; make room or name another folder, and start "
+            "again: what was there before is kept, and so is what has been encoded"
+        ) from error
+    return ImageIndex(folder, manifest)
+
+
+# --- embeddings as safetensors, written in blocks and memory-mapped -------------------------------------------------
+
+
+def write_embeddings(path: Path, rows: int, dim: int, dtype: str, blocks: Iterable[np.ndarray]) -> None:
+    """One tensor `embeddings` in safetensors' format, without ever holding all of it.
+
+    The format: https://huggingface.co/docs/safetensors/index#format.
+
+    Raises:
+        ValueError: the blocks have other rows than announced.
+    """
+    size = rows * dim * np.dtype(dtype).itemsize
+    tensor = {"dtype": DTYPES[dtype], "shape": [rows, dim], "data_offsets": [0, size]}
+    header = json.dumps({"embeddings": tensor}).encode()
+    header += b" " * (-(len(header) + 8) % 64)  # so that the numbers are aligned to a cache line
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype=np.dtype(dtype).newbyteorder("<")).tobytes())
+        written = file.tell() - len(header) - 8
+    if written != size:
+        raise ValueError(f"{path}: {written} bytes of embeddings instead of {size}")
+
+
+def map_embeddings(path: Path) -> np.ndarray:
+    """`[rows, dim]` of [`write_embeddings`], memory-mapped.
+
+    Raises:
+        ValueError: another file, or one that was cut off.
+    """
+    if sys.byteorder != "little":
+        raise ValueError("embeddings are little-endian, this machine is not")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        tensor = json.loads(file.read(length))["embeddings"]
+    dtype = next(name for name, code in DTYPES.items() if code == tensor["dtype"])
+    if path.stat().st_size != 8 + length + tensor["data_offsets"][1]:
+        raise ValueError(f"{path} was cut off")
+    if 0 in tensor["shape"]:
+        return np.zeros(tensor["shape"], dtype)
+    return np.memmap(path, dtype, "r", 8 + length, tuple(tensor["shape"]))
+
+
+def gather_blocks(parts: Sequence[np.ndarray], part_of: np.ndarray, row_of: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows of several arrays in any order, block by block.
+
+    Args:
+        parts: `[n, dim]` each.
+        part_of, row_of: `[rows]`, where each row is.
+    """
+    for start in range(0, len(part_of), BLOCK):
+        which, rows = part_of[start : start + BLOCK], row_of[start : start + BLOCK]
+        block = np.empty((len(which), parts[0].shape[1]), parts[0].dtype)
+        for part in np.unique(which):
+            here = which == part
+            block[here] = parts[part][rows[here]]
+        yield block

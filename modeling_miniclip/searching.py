@@ -1,0 +1,216 @@
+"""A query in words, by a picture or both, answered from an index by the one or two towers that it needs."""
+
+import json
+import os
+import time
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .entry_filter import EntryFilter
+from .errors import UsageError
+from .image_index import ImageIndex
+from .nearest import Match
+
+NEGATIVE_WEIGHT = 0.5  # of what is not wanted, against the 1 of what is
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is looked for.
+
+    Args:
+        words: text, or None.
+        image: file of a picture, or None.
+        weight: of the picture where there are both; the words have 1 - weight.
+        without: texts that the images shall not fit.
+    """
+
+    words: str | None = None
+    image: str | os.PathLike | None = None
+    weight: float = 0.5
+    without: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not (self.words or "").strip() and self.image is None:
+            raise UsageError('nothing to search for: give words ("two dogs in the snow"), --image FILE or both')
+        if not 0 <= self.weight <= 1:
+            raise UsageError(
+                f"--weight {self.weight}: expected a number between 0 (words alone) and 1 (picture alone)"
+            )
+        if any(not text.strip() for text in self.without):
+            raise UsageError("--not needs words")
+
+    def __str__(self) -> str:
+        parts = [self.words or "", f"like {os.path.basename(self.image)}" if self.image is not None else ""]
+        return ", ".join([part for part in parts if part] + [f"not {text}" for text in self.without])
+
+
+@dataclass
+class Timing:
+    """Seconds of the parts of a search: imports, loading the towers, and the rest, which is the search's own."""
+
+    imports: float = 0.0
+    load: float = 0.0
+    search: float = 0.0
+
+
+def combine(parts: list[tuple[float, np.ndarray]]) -> np.ndarray:
+    """One query of several weighted unit-norm embeddings; what is not wanted has a negative weight.
+
+    Args:
+        parts: weight and `[dim]` embedding.
+
+    Returns:
+        `[dim]`, unit norm.
+
+    Raises:
+        UsageError: they cancel out.
+    """
+    total = np.sum([weight * embedding for weight, embedding in parts], axis=0)
+    norm = float(np.linalg.norm(total))
+    if norm < 1e-6:
+        raise UsageError("what is wanted and what is not (--not) cancel out: say something else")
+    combined: np.ndarray = (total / norm).astype(np.float32)
+    return combined
+
+
+def embed_query(index: ImageIndex, query: Query, timing: Timing | None = None) -> np.ndarray:
+    """`[dim]` embedding of a query by the index's model, of which only the towers are loaded that the query needs.
+
+    Args:
+        index: whose model it is.
+        query: words, picture or both.
+        timing: filled with the seconds of imports and loading.
+
+    Raises:
+        UsageError: the model is not there any more, or has changed since.
+        DataError: the picture cannot be read.
+    """
+    timing = timing or Timing()
+    start = time.perf_counter()
+    from .fingerprints import describe_files, fingerprint, model_folder
+    from .one_tower import load_tower
+    from .retrieval import encode_images, encode_texts, open_image
+
+    timing.imports += time.perf_counter() - start
+    start = time.perf_counter()
+    folder = model_folder(index.model)
+    if describe_files(folder) != index.manifest.files and fingerprint(folder) != index.manifest.fingerprint:
+        raise UsageError(
+            f"{index.model} has changed since {index.folder} was made; index anew: miniclip index {index.model} "
+            f"{' '.join(index.manifest.sources)} -o {index.folder} --overwrite"
+        )
+    words = (query.words or "").strip()
+    texts = [*([words] if words else []), *query.without]
+    image = open_image(query.image) if query.image is not None else None
+    towers = [load_tower(folder, "text") if texts else None, load_tower(folder, "image") if image else None]
+    timing.load += time.perf_counter() - start
+    parts: list[tuple[float, np.ndarray]] = []
+    if towers[0]:
+        embedded = encode_texts(towers[0][0], texts, towers[0][1], progress=False).numpy()
+        if words:
+            parts.append((1.0 if image is None else 1 - query.weight, embedded[0]))
+        parts += [(-NEGATIVE_WEIGHT, row) for row in embedded[len(texts) - len(query.without) :]]
+    if towers[1]:
+        embedded = encode_images(towers[1][0], [image], towers[1][1], progress=False).numpy()
+        parts.append((query.weight if words else 1.0, embedded[0]))
+    return combine(parts)
+
+
+def search_index(
+    folder: str | os.PathLike,
+    query: Query,
+    k: int = 10,
+    filter: EntryFilter | None = None,
+    timing: Timing | None = None,
+) -> tuple[ImageIndex, list[Match]]:
+    """Open an index and answer a query.
+
+    Args:
+        folder: of the index.
+        query: words, picture or both.
+        k: how many images.
+        filter: which images may be found.
+        timing: filled with what took how long.
+
+    Returns:
+        The index and at most `k` matches, best first.
+
+    Raises:
+        UsageError: no index, a query that says nothing, or nothing that passes the filter.
+    """
+    timing = timing or Timing()
+    start, before = time.perf_counter(), timing.imports + timing.load
+    index = ImageIndex.open(folder)
+    rows = filter.rows(index.entries) if filter else None
+    if rows is not None and not len(rows):
+        raise UsageError(f"no image of {folder} passes the filter {filter}")
+    embedding = embed_query(index, query, timing)
+    matches = index.search(embedding, k, rows)
+    timing.search = time.perf_counter() - start - (timing.imports + timing.load - before)
+    return index, matches
+
+
+# --- what is printed ------------------------------------------------------------------------------------------------
+
+
+def format_table(index: ImageIndex, matches: list[Match], width: int) -> str:
+    """Rank, score, date, image and first caption in as many columns of a terminal as there are.
+
+    Args:
+        index: that was searched.
+        matches: found in it.
+        width: of a line.
+    """
+    rows = [index.entry(match.index) for match in matches]
+    home = os.path.commonpath([row["id"] for row in rows]) if rows and all(row["path"] for row in rows) else ""
+    home = os.path.dirname(home) if len(rows) == 1 else home
+    names = [os.path.relpath(row["id"], home) if home else row["id"] for row in rows]
+    longest = max((display_width(name) for name in names), default=0)
+    lines = [f"in {home}"] if home else []
+    for rank, (match, row, name) in enumerate(zip(matches, rows, names, strict=True), 1):
+        date = row["date"].strftime("%Y-%m-%d") if row["date"] else " " * 10
+        padded = name + " " * (longest - display_width(name))
+        line = f"{rank:4d}  {match.score:6.3f}  {date}  {padded}  {row['captions'][0] if row['captions'] else ''}"
+        lines.append(cut(printable(line.rstrip()), max(width, 24 + longest)))
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Text without control characters: a file's name must not steer a terminal."""
+    return "".join(c if unicodedata.category(c)[0] != "C" else "?" for c in text)
+
+
+def display_width(text: str) -> int:
+    """Columns of a terminal that a text takes: wide characters (Chinese, emoji) two, combining ones none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def cut(line: str, width: int) -> str:
+    """A line that is not longer than so many columns."""
+    if display_width(line) <= width:
+        return line
+    while display_width(line) > width - 1:
+        line = line[:-1]
+    return line + "…"
+
+
+def format_json(index: ImageIndex, query: Query, matches: list[Match], timing: Timing) -> str:
+    """Query, matches with all that is known of their images, and seconds, as JSON."""
+    found: list[dict[str, Any]] = []
+    for rank, match in enumerate(matches, 1):
+        entry = index.entry(match.index)
+        entry["date"] = entry["date"].isoformat() if entry["date"] else None
+        found.append({"rank": rank, "score": round(match.score, 6), **entry})
+    values = {
+        "index": str(Path(index.folder).resolve()),
+        "query": {**asdict(query), "image": None if query.image is None else os.fspath(query.image)},
+        "matches": found,
+        "seconds": {name: round(value, 4) for name, value in asdict(timing).items()},
+    }
+    return json.dumps(values, indent=1, ensure_ascii=False)
