@@ -188,11 +188,65 @@ def run_duplicates(args: argparse.Namespace) -> None:
     print(format_groups_json(index, groups) if args.json else format_groups(index, groups))
 
 
+# Flags of `miniclip eval` that go to `load_captions`, named there as in training: type and help.
+DATA_FLAGS: dict[str, tuple[type, str]] = {
+    "image_dir": (str, "folder of the images of a CSV, if not found beside it"),
+    "image_column": (str, "column that identifies the image (image)"),
+    "caption_column": (str, "column with the text (caption)"),
+    "revision": (str, "commit, branch or tag of a Hub data set"),
+    "validation_fraction": (float, "as in the training run, where the data set has no validation split (0.1)"),
+    "seed": (int, "as in the training run, where the data set has no validation split (0)"),
+}
+
+
+def declare_eval(parser: argparse.ArgumentParser) -> None:
+    """Flags of `miniclip eval`."""
+    model = "an export, any CLIP of transformers, or open_clip:ARCHITECTURE/CHECKPOINT"
+    parser.add_argument("model", metavar="MODEL", help=model)
+    parser.add_argument("dataset", metavar="DATASET", help="captioned images, or one folder a class")
+    parser.add_argument("--split", help="train, validation or test (the last that is there)")
+    parser.add_argument("--baseline", metavar="MODEL", help="another model, on the same queries")
+    parser.add_argument("--output_dir", metavar="DIR", help="for figures, all queries and a page of failures")
+    parser.add_argument("--templates", nargs="+", metavar="TEXT", help="sentences with {} for the class (ensemble)")
+    parser.add_argument("--class_names", metavar="JSON", help="file with the words for each class folder")
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images a forward pass (32)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    for name, (kind, text) in DATA_FLAGS.items():
+        parser.add_argument(f"--{name}", type=kind, help=text)
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """Measure and print the figures."""
+    import json
+
+    from .eval_sets import load_eval_set
+    from .evaluating import describe_report, evaluate_model
+    from .performance import keep_freed_memory
+
+    if args.batch_size < 1:
+        raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}")
+    keep_freed_memory()
+    options = {name: getattr(args, name) for name in DATA_FLAGS if getattr(args, name) is not None}
+    data = load_eval_set(args.dataset, args.split, args.class_names, **options)
+    templates = args.templates or ["ensemble"]
+    report = evaluate_model(
+        args.model,
+        data,
+        baseline=args.baseline,
+        output_dir=args.output_dir,
+        templates=templates[0] if len(templates) == 1 else templates,
+        batch_size=args.batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    print(json.dumps(report, indent=2) if args.json else describe_report(report))
+
+
 COMMANDS = {
     "check": Command("look for what is wrong with captioned images", declare_check, run_check),
     "duplicates": Command(
         "find images of an index that are the same or nearly so", declare_duplicates, run_duplicates
     ),
+    "eval": Command("measure a model, alone or beside another one", declare_eval, run_eval),
     "export": Command("write a model as ONNX files that agree with PyTorch", declare_export, run_export),
     "index": Command("embed images into an index, or bring one up to date", declare_index, run_index),
     "push": Command("upload an exported model to the Hugging Face Hub", declare_push, run_push),

@@ -231,11 +231,14 @@ def resampled_recalls(
     return 100 * sums[:, : len(hits)] / sums[:, len(hits) :]
 
 
-def named_intervals(names: Sequence[str], samples: Tensor, total: str = "rsum") -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of each column of `[samples, names]`, and of the sum of all columns as `total`."""
-    values = torch.cat([samples, samples.sum(dim=1, keepdim=True)], dim=1)
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0).tolist()
-    return {name: (low[i], high[i]) for i, name in enumerate([*names, total])}
+def named_intervals(
+    names: Sequence[str], samples: Tensor, total: str | None = "rsum"
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of each column of `[samples, names]`, and, as `total`, of their sum."""
+    if total is not None:
+        names, samples = [*names, total], torch.cat([samples, samples.sum(dim=1, keepdim=True)], dim=1)
+    low, high = samples.quantile(torch.tensor([0.025, 0.975], dtype=samples.dtype), dim=0).tolist()
+    return {name: (low[i], high[i]) for i, name in enumerate(names)}
 
 
 def dataset_loss(

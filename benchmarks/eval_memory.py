@@ -1,0 +1,70 @@
+"""Peak memory and time of ranking captions and images, both ways, without the matrix of their similarities.
+
+    python benchmarks/eval_memory.py > benchmarks/eval_memory.md
+
+Random unit-norm embeddings of 256 dimensions; what `miniclip eval` does with those of a model: ranks both ways and the
+first ten results of each query. Each line is a process of its own; `--images` takes other sizes, with five captions an
+image. Linux and macOS only.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import time
+
+import torch
+
+from modeling_miniclip.evaluation import rank_keys
+from modeling_miniclip.performance import keep_freed_memory
+
+CAPTIONS, DIM, TOP = 5, 256, 10
+HEAD = f"""# Ranking without the matrix of similarities
+
+Written by `benchmarks/eval_memory.py`: random embeddings of {DIM} dimensions, {CAPTIONS} captions an image, ranks both
+ways and the first {TOP} results of each query. Memory is what the process came to hold beside the embeddings.
+
+| images | captions | matrix, GiB | memory, MiB | minutes | processor minutes |
+|---|---|---|---|---|---|"""
+
+
+def peak() -> float:
+    """Largest resident set of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def measure(images: int) -> str:
+    """Rank both ways and return a line of the table."""
+    keep_freed_memory()
+    torch.manual_seed(0)
+    group = torch.arange(images)
+    owner = group.repeat_interleave(CAPTIONS)
+    image_embeds = torch.nn.functional.normalize(torch.randn(images, DIM), dim=1)
+    text_embeds = torch.empty(len(owner), DIM)
+    for rows in range(0, len(owner), 65_536):  # in parts, that making them is not the peak
+        text_embeds[rows : rows + 65_536] = image_embeds[owner[rows : rows + 65_536]]
+    for part in text_embeds.split(65_536):
+        part.add_(torch.randn_like(part), alpha=0.2).div_(part.norm(dim=1, keepdim=True))
+    before, wall, processor = peak(), time.perf_counter(), time.process_time()
+    rank_keys(text_embeds, image_embeds, owner, group, TOP)
+    rank_keys(image_embeds, text_embeds, group, owner, TOP)
+    minutes = (time.perf_counter() - wall) / 60, (time.process_time() - processor) / 60
+    matrix = images * len(owner) * 4 / 2**30
+    return (
+        f"| {images:,} | {len(owner):,} | {matrix:.2f} | {peak() - before:.0f} | {minutes[0]:.2f} | {minutes[1]:.2f} |"
+    )
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    args = parser.parse_args()
+    print(HEAD)
+    for images in args.images:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(pool.apply(measure, (images,)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
