@@ -259,7 +259,8 @@ def _csv_rows(path: Path, text: str, delimiter: str, find_columns: FindColumns, 
         # strict: a quotation mark that is never closed would silently swallow the rows behind it
         return csv.reader(islice(lines, line, None), delimiter=delimiter, skipinitialspace=True, strict=True)
 
-    reader, header = reader_behind(0), []
+    reader = reader_behind(0)
+    header: list[str] = []
     while True:
         number = start + reader.line_num + 1
         try:
