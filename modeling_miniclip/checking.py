@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -136,23 +137,15 @@ def check(
         UsageError: no such data set, or `fix` cannot be written.
     """
     target = _fix_target(fix) if fix else None
-    report, source = Report(dataset), None
-    path = Path(dataset).expanduser()
-    columns = Columns(image_column, [caption_column], "id")
+    if batch_size < 1:
+        raise UsageError(f"--batch_size must be at least 1, not {batch_size}")
+    report, columns = Report(dataset), Columns(image_column, [caption_column], "id")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if path.exists():
-                source = read_source(path, image_dir, columns, allow_outside_images, report.problems.append)
-                entries = _entries_of_source(source, validation_fraction, seed)
-            else:
-                entries = entries_of_splits(load_captions(dataset, image_column=image_column,
-                                            caption_column=caption_column, validation_fraction=validation_fraction,
-                                            seed=seed), dataset)  # fmt: skip
+        source, entries = _read(dataset, image_dir, columns, validation_fraction, seed, allow_outside_images, report)
     except DataError as error:
-        if not path.exists() and dataset != "scenes":
+        if error.__cause__ is not None or "no such file or folder" in str(error):  # nothing that could be looked at
             raise UsageError(str(error)) from error
-        report.problems.append(_fatal(error, path))
+        report.problems.append(_fatal(error, dataset))
         return report
     bad = {problem.image for problem in report.problems}
     there = [entry for entry in entries if decode and entry.name not in bad]
@@ -168,10 +161,36 @@ def check(
     return report
 
 
-def _fatal(error: DataError, path: Path) -> Problem:
+def _read(
+    dataset: str,
+    image_dir: str | None,
+    columns: Columns,
+    validation_fraction: float,
+    seed: int,
+    allow_outside: bool,
+    report: Report,
+) -> tuple[Source | None, list[Entry]]:
+    """What a source says, problems noted in the report; no `Source` for the built-in set and those of the Hub."""
+    path = Path(dataset).expanduser()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the figures tell what is in no split
+        if os.path.exists(path):
+            source = read_source(path, image_dir, columns, allow_outside, report.problems.append)
+            return source, _entries_of_source(source, validation_fraction, seed)
+        splits = load_captions(
+            dataset,
+            image_column=columns.image,
+            caption_column=columns.captions[0],
+            validation_fraction=validation_fraction,
+            seed=seed,
+        )
+        return None, entries_of_splits(splits, dataset)
+
+
+def _fatal(error: DataError, dataset: str) -> Problem:
     place = re.match(r"(?P<file>.*?)(?:, row (?P<row>\d+))?: (?P<text>.*)", str(error))
     if place is None:
-        return Problem("unusable", str(error), str(path))
+        return Problem("unusable", str(error), dataset)
     return Problem("unusable", place["text"], place["file"], int(place["row"]) if place["row"] else None)
 
 
@@ -352,15 +371,13 @@ CHECKS: tuple[Check, ...] = (caption_problems, image_problems, split_problems)
 
 
 def files_without_captions(source: Source) -> Iterator[Problem]:
-    """Image files in the folder of images that no row names."""
-    for folder, _, files in os.walk(source.folder):
-        for file in sorted(files):
-            path = Path(folder, file)
-            if (
-                path.suffix.lower() in IMAGE_SUFFIXES
-                and path.relative_to(source.folder).as_posix() not in source.images
-            ):
-                yield Problem("no-captions", "an image without captions; write some or ignore it", str(path))
+    """Image files that no row names, in the folders that hold a named one."""
+    for parent in sorted({posixpath.dirname(name) for name in source.images}):
+        folder = source.folder / parent
+        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            if Path(file).suffix.lower() in IMAGE_SUFFIXES and posixpath.join(parent, file) not in source.images:
+                told = "an image without captions; write some or delete it"
+                yield Problem("no-captions", told, str(folder / file))
 
 
 # --- figures --------------------------------------------------------------------------------------------------------

@@ -442,7 +442,8 @@ def _check_image_files(
         for name in names:
             entry, where = images[name], bounds if kind == "outside" else folder
             told = f"image file {name!r} {how.format(folder=where)}"
-            found(Problem(kind, told, entry.file, entry.rows[0], entry.column, name))
+            image = name if folder == bounds else Path(os.path.relpath(folder / name, bounds)).as_posix()
+            found(Problem(kind, told, entry.file, entry.rows[0], entry.column, image))
 
 
 BAD_FILES = {

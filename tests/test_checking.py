@@ -149,6 +149,19 @@ def test_a_header_that_is_none_is_told_with_a_mend(tmp_path: Path, good: Path) -
     assert found(good) == [("separator", "captions.csv", 1)]
 
 
+def test_an_imagefolder_is_checked_file_by_file(good: Path) -> None:
+    folder = good.parent / "set"
+    folder.mkdir()
+    (good.parent / "Images").rename(folder / "train")
+    rows = good.read_text().replace("image,", "file_name,", 1) + "none.png,words\n"
+    (folder / "train" / "metadata.csv").write_text(rows)
+    (folder / "train" / "5.png").write_bytes(b"")
+    (folder / "train" / "6.png").write_bytes(b"broken")
+    assert sorted(found(folder)) == [
+        ("empty", "metadata.csv", 12), ("missing", "metadata.csv", 82), ("undecodable", "metadata.csv", 14)
+    ]  # fmt: skip
+
+
 def test_split_files_and_splits_are_checked(good: Path) -> None:
     (good.parent / "train.txt").write_text("\n".join([*NAMES[:7], "ghost.png"]) + "\n")
     (good.parent / "validation.txt").write_text("\n".join([*NAMES[6:20]]) + "\n")
