@@ -735,11 +735,12 @@ def cli() -> int:
     Returns:
         The exit code: 0, 2 for wrong input, 1 for a run that went wrong.
     """
+    argv = [word for word in sys.argv[1:] if word != "--debug"]
     try:
-        main()
+        main(argv)
         return 0
     except MiniClipError as error:
-        if "--debug" in sys.argv:  # the arguments themselves may be what is wrong
+        if len(argv) < len(sys.argv) - 1:
             raise
         line, code = f"error: {error}", 2 if isinstance(error, UsageError | DataError) else 1
     print(line, file=sys.stderr)  # now that the error is gone, and with it the progress bar of its frame

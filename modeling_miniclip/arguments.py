@@ -161,7 +161,6 @@ class TrainingArguments:
     early_stopping_patience: int | None = _flag(None, "stop after so many epochs without improvement of best_metric")
     logging_steps: int = _flag(10, "steps between two lines of metrics.jsonl")
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = _flag("none", "experiment tracker")
-    debug: bool = _flag(False, "show the traceback of an error")
     push_to_hub: bool = _flag(False, "upload the export, see hub_strategy")
     hub_strategy: Literal["end", "every_save"] = _flag(
         "end", "with push_to_hub: upload once at the end, or each model that is the best so far as well"
@@ -456,7 +455,7 @@ def save_arguments(arguments: TrainingArguments, path: Path) -> None:
     left out.
     """
     values = asdict(arguments)
-    for name in ("recipe", "overfit_batch", "debug", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub"):
+    for name in ("recipe", "overfit_batch", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub"):
         values.pop(name)
     if values["augmentation"] is not None:
         values["augmentation"] = augmentation_list(arguments)
@@ -468,7 +467,8 @@ def describe_flags() -> str:
     lines = ["usage: train_miniclip.py [--flag value ...]", ""]
     lines += textwrap.wrap(
         "Train a CLIP of your own on captioned images. Without arguments: the built-in recipe 'scenes'. A flag "
-        "outweighs the recipe, the recipe the defaults. In parentheses: what leaving the flag out means.", 100
+        "outweighs the recipe, the recipe the defaults. In parentheses: what leaving the flag out means. "
+        "--debug shows the traceback of an error.", 100
     )  # fmt: skip
     for name, text in _flag_texts():
         if name in FLAG_GROUPS:

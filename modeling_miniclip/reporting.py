@@ -21,7 +21,7 @@ from .modeling_miniclip import MiniClipModel
 # card's readers.
 LOCAL_ARGUMENTS = frozenset(
     "recipe num_workers output_dir overwrite_output_dir resume_from_checkpoint save_total_limit "
-    "checkpointing_steps overfit_batch debug logging_steps report_to feature_cache_dir push_to_hub hub_model_id "
+    "checkpointing_steps overfit_batch logging_steps report_to feature_cache_dir push_to_hub hub_model_id "
     "hub_private_repo hub_revision hub_strategy hub_license".split()
 )
 # Groups of parameters whose rate is logged: that of each part, which the others follow.

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 
 import modeling_miniclip
 import train_miniclip
+from modeling_miniclip.errors import UsageError
 from tests.hubs import run
 from tests.runs import ROOT
 
@@ -153,3 +154,9 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_2(
     assert told.err.startswith(message)
     assert len(told.err.splitlines()) == 1
     assert told.out == ""
+
+
+def test_debug_shows_the_traceback_of_an_error_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train-miniclip", "--debug", "--batch_size", "0"])
+    with pytest.raises(UsageError, match="--batch_size must be at least 1"):
+        train_miniclip.cli()
