@@ -36,7 +36,7 @@ OFFSET_POSITIONS = frozenset(
 RELATIVE_POSITIONS = frozenset("t5 mt5 umt5 t5gemma xlnet deberta-v2".split())
 
 # Of images that are longer than so many times their width, the middle is resized.
-LONGEST_SIDE = 100
+LONGEST_SIDE = 256
 RESIZING = ("do_resize", "do_center_crop", "size", "crop_size")  # arguments of a call that change what is seen
 
 
@@ -172,13 +172,13 @@ def _middle(image: Image.Image) -> Image.Image:
     return image.crop((margins[0], margins[1], image.width - margins[0], image.height - margins[1]))
 
 
-def _rgb_or_array(images: Any, pil: bool, thin: bool) -> Any:
+def _rgb_or_array(images: Any, pil: bool, whole: bool) -> Any:
     # PIL images, files and URLs as RGB; what the image processor does not take of arrays and tensors mended.
     if isinstance(images, list | tuple):
-        return [_rgb_or_array(image, pil, thin) for image in images]
+        return [_rgb_or_array(image, pil, whole) for image in images]
     if isinstance(images, Image.Image | str | os.PathLike):
         image = to_rgb(images) if isinstance(images, Image.Image) else load_rgb(images)
-        return image if thin else _middle(image)
+        return image if whole else _middle(image)
     if isinstance(images, torch.Tensor) and pil:  # which can neither be on another device nor have a gradient
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()
@@ -311,8 +311,8 @@ class MiniClipProcessor(ProcessorMixin):
         """
         if images is not None:
             given = kwargs.get("images_kwargs", {}) | kwargs
-            thin = not self._sees_the_middle() or any(name in given for name in RESIZING)
-            images = _rgb_or_array(images, getattr(self.image_processor, "backend", "pil") == "pil", thin)
+            whole = not self._sees_the_middle() or any(name in given for name in RESIZING)
+            images = _rgb_or_array(images, getattr(self.image_processor, "backend", "pil") == "pil", whole)
             self._warn_of_scaled(images, given.get("do_rescale"))
         outputs = super().__call__(images=images, text=text, **kwargs)
         if text is not None and "attention_mask" in outputs:

@@ -105,7 +105,7 @@ def killed(argv: list[str], output_dir: Path, point: Point) -> tuple[bool, int]:
     count = context.Value("i", 0)
     process = context.Process(target=run_and_die, args=(argv, str(output_dir), point, count))
     process.start()
-    process.join(100)
+    process.join(900)
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0, count.value
 

@@ -206,7 +206,7 @@ def test_a_recipe_gives_the_values_that_were_written(tmp_path: Path, record_prop
     @given(values=st.fixed_dictionaries({}, optional=fields))
     def check(values: dict[str, Any]) -> None:
         path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
         assert read_recipe(path) == values
 
     check()

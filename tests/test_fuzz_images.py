@@ -102,7 +102,7 @@ def test_the_thinnest_images_take_no_more_memory_than_others(
     assert len(areas) >= 2
 
 
-@pytest.mark.parametrize("size", [(4, 900), (901, 3), (2, 431)])
+@pytest.mark.parametrize("size", [(4, 2000), (2701, 3), (2, 831)])
 def test_the_middle_of_a_thin_image_has_the_pixels_that_the_whole_image_has(
     processor: MiniClipProcessor, size: tuple[int, int]
 ) -> None:

@@ -16,24 +16,29 @@ from modeling_miniclip import MiniClipModel
 from modeling_miniclip.checkpoints import checkpoints
 from tests.runs import flags
 from tests.test_checkpoints import (
-    NEVER,
     PLATEAU,
     PRELOADED,
     SETTINGS,
     assert_same_result,
     result_of,
-    run_and_die,
     whole,  # noqa: F401  (a fixture)
 )
+from train_miniclip import main
 
 KILLS = 50
 
 
-def start(argv: list[str], output_dir: Path) -> Any:
+def run_quietly(argv: list[str]) -> None:
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1), os.dup2(quiet, 2)
+    main(argv)
+
+
+def start(argv: list[str]) -> Any:
     """A run in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=run_and_die, args=(argv, str(output_dir), NEVER, context.Value("i", 0)))
+    process = context.Process(target=run_quietly, args=(argv,))
     process.start()
     return process
 
@@ -66,7 +71,7 @@ def test_runs_killed_at_random_moments_lose_nothing(
 ) -> None:
     expected, _ = whole(PLATEAU)
     began = time.monotonic()
-    process = start(flags(tmp_path / "timed", **SETTINGS[PLATEAU]), tmp_path / "timed" / "run")
+    process = start(flags(tmp_path / "timed", **SETTINGS[PLATEAU]))
     process.join(600)
     seconds = time.monotonic() - began
     seed = os.getpid()
@@ -77,7 +82,7 @@ def test_runs_killed_at_random_moments_lose_nothing(
         argv = [*flags(folder, **SETTINGS[PLATEAU]), "--resume_from_checkpoint=latest"]
         runs, ended, steps = runs + 1, False, []
         while not ended:
-            process = start(argv, folder / "run")
+            process = start(argv)
             process.join(rng.uniform(0, seconds) if kills < KILLS else 600)
             ended = process.exitcode == 0
             if process.exitcode is None:

@@ -158,7 +158,7 @@ def test_run_on_a_full_disk_says_what_is_left_and_ends_the_same_when_there_is_ro
     told, tell = context.Pipe(duplex=False)
     process = context.Process(target=run_on_full_disk, args=(argv, str(run), point, limit, tell))
     process.start()
-    process.join(100)
+    process.join(900)
     assert process.exitcode == 0 and told.poll(), "it ended in no error, or in another one"
     message = told.recv()
     assert message.startswith("the disk refused: ") and "--resume_from_checkpoint latest" in message
