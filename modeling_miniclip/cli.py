@@ -94,6 +94,9 @@ def declare_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remove", metavar="SOURCE", action="append", default=[], help="drop a source's images")
     parser.add_argument("--overwrite", action="store_true", help="index anew, whatever model made what is there")
     parser.add_argument("--dtype", choices=("float32", "float16"), help="of the embeddings (float32)")
+    parser.add_argument(
+        "--neighbours", choices=("auto", "exact", "approximate"), help="kind of search (auto: by size)"
+    )
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images a forward pass (32)")
     parser.add_argument("--num_workers", type=int, metavar="N", help="threads that read images (one a core)")
     parser.add_argument("--image_column", default="image", help="in caption files and data sets")
@@ -111,7 +114,7 @@ def run_index(args: argparse.Namespace) -> None:
     report = update_index(
         args.output, args.sources, args.model, remove=args.remove, overwrite=args.overwrite, dtype=args.dtype,
         columns=ColumnNames(args.image_column, args.caption_column), batch_size=args.batch_size,
-        num_workers=args.num_workers,
+        num_workers=args.num_workers, neighbours=args.neighbours,
     )  # fmt: skip
     if int(os.environ.get("RANK", "0")) > 0:  # of several processes one tells
         return
@@ -135,6 +138,7 @@ def declare_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--until", metavar="DATE", help="only images of this time or earlier")
     parser.add_argument("--caption", metavar="WORDS", help="only images that have each of these words in a caption")
     parser.add_argument("--split", help="only images of this split")
+    parser.add_argument("--exact", action="store_true", help="leave an approximate index aside")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", metavar="FILE", help="write a page with the images found; it opens without network")
     parser.add_argument("--open", action="store_true", help="show that page in the browser")
@@ -153,7 +157,7 @@ def run_search(args: argparse.Namespace) -> None:
         raise UsageError(f"--html {args.html}: there is no folder {Path(args.html).parent} to write it into")
     query = Query(args.words, args.image, args.weight, args.without)
     chosen = EntryFilter(args.folder, args.since, args.until, args.caption, args.split)
-    index, matches = search_index(args.index, query, args.k, chosen, timing)
+    index, matches = search_index(args.index, query, args.k, chosen, timing, args.exact)
     if args.json:
         print(format_json(index, query, matches, timing))
     else:

@@ -5,6 +5,7 @@
 | `manifest.json` | format, model (name, fingerprint, files), dimension, type, count, sources, what was unreadable |
 | `entries.parquet` | one row an image, see [`SCHEMA`], with the thumbnail of an image that is no file of its own |
 | `embeddings.safetensors` | `embeddings` `[images, dim]`, unit norm, float32 or float16, in the order of the entries |
+| `neighbours.faiss` | an approximate index over them, where there are many (see `approximate.py`) |
 
 `FORMAT` is raised whenever an older version of this package could misread a folder.
 """
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .approximate import FILE as NEIGHBOURS
+from .approximate import ApproximateNeighbours, build_neighbours, is_chosen
 from .entry_filter import EntryFilter
 from .errors import DataError, UsageError
 from .files import recover_folder, replaced_folder
@@ -63,6 +67,7 @@ class Manifest:
         dim, dtype, count: of the embeddings.
         sources: what was indexed, as `resolve_source` names it.
         skipped: images that could not be read, and why.
+        neighbours: `exact`, `approximate` or `auto`, by which size decides.
     """
 
     model: str
@@ -73,6 +78,7 @@ class Manifest:
     files: list[list[Any]] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    neighbours: str = "auto"
     format: int = FORMAT
 
 
@@ -145,7 +151,10 @@ class ImageIndex:
 
     @cached_property
     def neighbours(self) -> Neighbours:
-        """What answers a search."""
+        """What answers a search: the approximate index if there is one and FAISS to read it, else exact."""
+        path = self.folder / NEIGHBOURS
+        if path.is_file() and find_spec("faiss") is not None:
+            return ApproximateNeighbours(self.embeddings, path)
         return Neighbours(self.embeddings)
 
     def read_entries(self) -> pa.Table:
@@ -169,6 +178,7 @@ class ImageIndex:
         query_embedding: Any,
         k: int = 10,
         filter: EntryFilter | np.ndarray | None = None,
+        exact: bool = False,
     ) -> list[Match]:
         """The images nearest to a query, best first; equal ones in the order of the index.
 
@@ -176,6 +186,8 @@ class ImageIndex:
             query_embedding: `[dim]` or `[1, dim]`, array or tensor, of this index's model; its length does not matter.
             k: how many.
             filter: which images may be found: an [`EntryFilter`], or their rows.
+
+            exact: leave an approximate index aside. What passes a filter is always compared exactly.
 
         Returns:
             At most `k` [`Match`]es: `name` is the entry's id, `score` the cosine similarity, `index` the row.
@@ -187,7 +199,8 @@ class ImageIndex:
         if k < 1:
             raise UsageError(f"k must be at least 1, not {k}")
         rows = filter.rows(self.entries) if isinstance(filter, EntryFilter) else filter
-        scores, found = self.neighbours.search(query, k, rows)
+        neighbours = Neighbours(self.embeddings) if exact else self.neighbours
+        scores, found = neighbours.search(query, k, rows)
         names = self.entries["id"].take(pa.array(found)).to_pylist()
         return [Match(name, float(s), int(i)) for name, s, i in zip(names, scores, found, strict=True)]
 
@@ -238,6 +251,8 @@ def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Ite
             pq.write_table(entries.cast(SCHEMA), fresh / ENTRIES, row_group_size=ROW_GROUP)
             write_embeddings(fresh / EMBEDDINGS, manifest.count, manifest.dim, manifest.dtype, blocks)
             text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
+            if is_chosen(manifest.neighbours, manifest.count):
+                build_neighbours(map_embeddings(fresh / EMBEDDINGS), fresh / NEIGHBOURS)
             (fresh / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(
@@ -287,7 +302,8 @@ def map_embeddings(path: Path) -> np.ndarray:
         raise ValueError(f"{path} was cut off")
     if 0 in tensor["shape"]:
         return np.zeros(tensor["shape"], dtype)
-    return np.memmap(path, dtype, "r", 8 + length, tuple(tensor["shape"]))
+    # "c": what a caller writes stays in its memory; torch warns of arrays that cannot be written.
+    return np.memmap(path, dtype, "c", 8 + length, tuple(tensor["shape"]))
 
 
 def gather_blocks(parts: Sequence[np.ndarray], part_of: np.ndarray, row_of: np.ndarray) -> Iterator[np.ndarray]:

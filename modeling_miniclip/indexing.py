@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from .approximate import is_chosen
 from .configuration_miniclip import MiniClipConfig
-from .errors import DataError, UsageError
+from .errors import DataError, MiniClipError, UsageError, one_line
 from .files import discard_folder, recover_folder
 from .fingerprints import describe_files, fingerprint, model_folder
 from .image_index import DTYPES, ImageIndex, Manifest, gather_blocks, write_index
@@ -72,6 +74,7 @@ def update_index(
     overwrite: bool = False,
     columns: ColumnNames = DEFAULT_COLUMNS,
     dtype: str | None = None,
+    neighbours: str | None = None,
     batch_size: int = 32,
     num_workers: int | None = None,
     progress: bool = True,
@@ -87,6 +90,8 @@ def update_index(
         overwrite: use nothing of an index that is there, whatever model made it; it stays until the new one is ready.
         columns: names in caption files and data sets.
         dtype: of the embeddings, `float32` (default) or `float16`, which takes half the space.
+        neighbours: `exact` search, an `approximate` index, or `auto` (default): approximate where there are many
+            images and FAISS is installed.
         batch_size: images a forward pass.
         num_workers: threads that read images; by default one a core.
         progress: show a progress bar with images a second.
@@ -104,11 +109,13 @@ def update_index(
     """
     start = time.perf_counter()
     target = Path(folder).expanduser()
-    processes = PartialState(timeout=PATIENCE) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else PartialState()
+    processes = _processes()
     recover_folder(target)
     there = ImageIndex.open(target) if target.exists() else None
     walked, kept = _sources_of(there, list(sources), list(remove))
     manifest = _manifest(target, there, model, dtype, overwrite)
+    manifest = replace(manifest, neighbours=neighbours or (there.manifest.neighbours if there else "auto"))
+    is_chosen(manifest.neighbours, 0)  # tells now what it would tell at the end
     former, kept = (None, []) if overwrite else (there, kept)
     shards = target.with_name(f".{target.name}.shards")
     shards.mkdir(parents=True, exist_ok=True)
@@ -129,6 +136,15 @@ def update_index(
 
 
 # --- before any long work -------------------------------------------------------------------------------------------
+
+
+def _processes() -> PartialState:
+    """This process among those that a launcher started; alone, if there is none."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return PartialState()
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    # Not told to use CPUs, accelerate takes the processes of a machine without a GPU for single ones.
+    return PartialState(cpu=told or not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
 def _sources_of(there: ImageIndex | None, sources: list[Any], remove: list[Any]) -> tuple[list[str], list[str]]:
@@ -220,7 +236,13 @@ def _encode_share(
 
 def _together(encoding: Encoding) -> Report:
     """The reports of all processes, which are waited for, as one."""
-    parts = gather_object([(encoding.encoded, encoding.skipped)])
+    try:
+        parts = gather_object([(encoding.encoded, encoding.skipped)])
+    except RuntimeError as error:
+        raise MiniClipError(
+            f"a process of this run was lost ({one_line(error)}); start the same command again: all that was encoded "
+            "is kept but for its unfinished shard"
+        ) from error
     skipped = {name: reason for _, some in parts for name, reason in some.items()}
     return Report(encoded=sum(encoded for encoded, _ in parts), skipped=skipped)
 

@@ -81,7 +81,7 @@ def grid(tiles: Iterable[str]) -> str:
     return f'<div class="grid">\n{"".join(tiles)}</div>'
 
 
-def tile(label: str, name: str, image: str = "", text: str = "", mark: str = "") -> str:
+def tile(label: str, name: str, image: str = "", text: str = "", mark: str = "", link: str = "") -> str:
     """An image, or a text in its place, with a label and a name under it.
 
     Args:
@@ -90,8 +90,10 @@ def tile(label: str, name: str, image: str = "", text: str = "", mark: str = "")
         image: address of [`thumbnail`].
         text: shown where there is no image.
         mark: `right` (framed green), `wrong` (framed orange) or nothing.
+        link: address that a click on the image opens.
     """
     shown = f'<img src="{escape(image)}" alt="{escape(name)}" loading="lazy">' if image else ""
+    shown = f'<a href="{escape(link)}">{shown}</a>' if link and shown else shown
     words = f'<div class="text">{escape(text)}</div>' if not image else ""
     return (
         f'<figure class="{escape(mark)}">{shown}{words}'
@@ -107,7 +109,12 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> str:
-    """A small JPEG of an RGB image as the address of an `<img>`: `data:image/jpeg;base64,...`.
+    """A small JPEG of an RGB image as the address of an `<img>`; arguments as in [`encode_thumbnail`]."""
+    return address_of(encode_thumbnail(image, pixels))
+
+
+def encode_thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> bytes:
+    """A small JPEG of an image.
 
     Args:
         image: RGB; not changed. Nothing of its metadata (place, camera) is kept.
@@ -118,4 +125,9 @@ def thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> str:
     small.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
+
+
+def address_of(jpeg: bytes) -> str:
+    """A JPEG as the address of an `<img>`: `data:image/jpeg;base64,...`."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")

@@ -2,9 +2,10 @@
 
 import json
 import os
+import shlex
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ class Query:
         if any(not text.strip() for text in self.without):
             raise UsageError("--not needs words")
 
+    @property
+    def texts(self) -> list[str]:
+        """Everything that is to be embedded as text: the words, if there are some, and what is not wanted."""
+        words = (self.words or "").strip()
+        return [*([words] if words else []), *self.without]
+
     def __str__(self) -> str:
         parts = [self.words or "", f"like {os.path.basename(self.image)}" if self.image is not None else ""]
         return ", ".join([part for part in parts if part] + [f"not {text}" for text in self.without])
@@ -79,46 +86,56 @@ def combine(parts: list[tuple[float, np.ndarray]]) -> np.ndarray:
     return combined
 
 
-def embed_query(index: ImageIndex, query: Query, timing: Timing | None = None) -> np.ndarray:
-    """`[dim]` embedding of a query by the index's model, of which only the towers are loaded that the query needs.
+def embed_queries(index: ImageIndex, queries: Sequence[Query], timing: Timing | None = None) -> np.ndarray:
+    """`[queries, dim]` by the index's model, of which only the towers are loaded that the queries need.
 
     Args:
         index: whose model it is.
-        query: words, picture or both.
+        queries: words, picture or both.
         timing: filled with the seconds of imports and loading.
 
     Raises:
         UsageError: the model is not there any more, or has changed since.
-        DataError: the picture cannot be read.
+        DataError: a picture cannot be read.
     """
     timing = timing or Timing()
     start = time.perf_counter()
-    from .fingerprints import describe_files, fingerprint, model_folder
     from .one_tower import load_tower
     from .retrieval import encode_images, encode_texts, open_image
 
     timing.imports += time.perf_counter() - start
     start = time.perf_counter()
+    folder = _checked_model(index)
+    texts = [text for query in queries for text in query.texts]
+    images = [open_image(query.image) for query in queries if query.image is not None]
+    text_tower = load_tower(folder, "text") if texts else None
+    image_tower = load_tower(folder, "image") if images else None
+    timing.load += time.perf_counter() - start
+    said = iter(encode_texts(text_tower[0], texts, text_tower[1], progress=False).numpy() if text_tower else ())
+    seen = iter(encode_images(image_tower[0], images, image_tower[1], progress=False).numpy() if image_tower else ())
+    return np.stack([_combined(query, said, seen) for query in queries])
+
+
+def _checked_model(index: ImageIndex) -> Path:
+    """Folder of the index's model, which has to be the one that made the embeddings."""
+    from .fingerprints import describe_files, fingerprint, model_folder
+
     folder = model_folder(index.model)
     if describe_files(folder) != index.manifest.files and fingerprint(folder) != index.manifest.fingerprint:
-        raise UsageError(
-            f"{index.model} has changed since {index.folder} was made; index anew: miniclip index {index.model} "
-            f"{' '.join(index.manifest.sources)} -o {index.folder} --overwrite"
-        )
-    words = (query.words or "").strip()
-    texts = [*([words] if words else []), *query.without]
-    image = open_image(query.image) if query.image is not None else None
-    towers = [load_tower(folder, "text") if texts else None, load_tower(folder, "image") if image else None]
-    timing.load += time.perf_counter() - start
+        words = ["miniclip", "index", index.model, *index.manifest.sources, "-o", str(index.folder), "--overwrite"]
+        raise UsageError(f"{index.model} has changed since {index.folder} was made; index anew: {shlex.join(words)}")
+    return folder
+
+
+def _combined(query: Query, said: Iterator[np.ndarray], seen: Iterator[np.ndarray]) -> np.ndarray:
+    """One embedding of a query's weighted parts, taken from those of all texts and all images."""
+    words, image = bool(query.texts[: len(query.texts) - len(query.without)]), query.image is not None
     parts: list[tuple[float, np.ndarray]] = []
-    if towers[0]:
-        embedded = encode_texts(towers[0][0], texts, towers[0][1], progress=False).numpy()
-        if words:
-            parts.append((1.0 if image is None else 1 - query.weight, embedded[0]))
-        parts += [(-NEGATIVE_WEIGHT, row) for row in embedded[len(texts) - len(query.without) :]]
-    if towers[1]:
-        embedded = encode_images(towers[1][0], [image], towers[1][1], progress=False).numpy()
-        parts.append((query.weight if words else 1.0, embedded[0]))
+    if words:
+        parts.append((1 - query.weight if image else 1.0, next(said)))
+    parts += [(-NEGATIVE_WEIGHT, next(said)) for _ in query.without]
+    if image:
+        parts.append((query.weight if words else 1.0, next(seen)))
     return combine(parts)
 
 
@@ -128,6 +145,7 @@ def search_index(
     k: int = 10,
     filter: EntryFilter | None = None,
     timing: Timing | None = None,
+    exact: bool = False,
 ) -> tuple[ImageIndex, list[Match]]:
     """Open an index and answer a query.
 
@@ -137,6 +155,7 @@ def search_index(
         k: how many images.
         filter: which images may be found.
         timing: filled with what took how long.
+        exact: leave an approximate index aside.
 
     Returns:
         The index and at most `k` matches, best first.
@@ -150,8 +169,8 @@ def search_index(
     rows = filter.rows(index.entries) if filter else None
     if rows is not None and not len(rows):
         raise UsageError(f"no image of {folder} passes the filter {filter}")
-    embedding = embed_query(index, query, timing)
-    matches = index.search(embedding, k, rows)
+    embedding = embed_queries(index, [query], timing)[0]
+    matches = index.search(embedding, k, rows, exact)
     timing.search = time.perf_counter() - start - (timing.imports + timing.load - before)
     return index, matches
 

@@ -12,7 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -31,10 +31,10 @@ from .fingerprints import model_folder
 from .image_index import MANIFEST, SCHEMA, ImageIndex, Manifest, write_index
 from .modeling_miniclip import MiniClipModel
 from .one_tower import load_tower
+from .pages import encode_thumbnail
 from .performance import to_channels_last
 from .processing_miniclip import MiniClipProcessor, to_rgb
 from .sources import UNKNOWN, Item
-from .thumbnails import encode_thumbnail
 
 SHARD = 1024  # images that an interruption costs at most, in each process
 
@@ -205,7 +205,8 @@ class Encoding:
         if self.finished:
             entries = pa.Table.from_pylist([facts for facts, _ in self.finished], schema=SCHEMA)
             block = np.stack([embedding for _, embedding in self.finished])
-            write_index(self.shards / f"shard-{uuid.uuid4().hex[:16]}", self.manifest, entries, [block])
+            manifest = replace(self.manifest, neighbours="exact")
+            write_index(self.shards / f"shard-{uuid.uuid4().hex[:16]}", manifest, entries, [block])
             self.finished = []
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from modeling_miniclip import shards as shards_module
 from modeling_miniclip.cli import cli
 from modeling_miniclip.errors import DataError
 from tests.indexes import write_model, write_picture, write_pictures
+from tests.runs import ROOT, command, environment
 
 NAMES = "b.png a.png sub/c.jpg sub/deep/d.png"
 
@@ -328,3 +330,53 @@ def test_an_index_that_is_damaged_or_of_a_later_format_is_told(tmp_path: Path, m
     manifest.write_text(json.dumps({**values, "format": 2, "more": 1}))
     with pytest.raises(UsageError, match="format 2, this version reads up to 1: upgrade"):
         ImageIndex.open(tmp_path / "index")
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+# `miniclip` with shards of four images. The second process, if told to, dies by SIGKILL when it has encoded six of its
+# images, of which four are in a shard, and the first process has kept all its twelve.
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from modeling_miniclip import shards
+from modeling_miniclip.cli import cli
+
+shards.SHARD = 4
+encode = shards.Encoding._encode
+
+def dying(self, batch):
+    encode(self, batch)
+    if self.encoded == 6:
+        for _ in range(1200):
+            if len(list(self.shards.glob("shard-*"))) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.1)
+
+if os.environ["RANK"] == "1" and os.environ.get("DIE"):
+    shards.Encoding._encode = dying
+sys.exit(cli(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_costs_only_its_unfinished_shard(tmp_path: Path, model: Path) -> None:
+    write_pictures(tmp_path / "photos", " ".join(f"{i:02d}.png" for i in range(24)))
+    (tmp_path / "run.py").write_text(SCRIPT)
+    argv = ["index", str(model), str(tmp_path / "photos"), "-o", str(tmp_path / "index"), "--batch_size", "2"]
+    line = command(argv, 2, str(tmp_path / "run.py"))
+
+    def launch(**env: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(line, env=environment() | env, cwd=ROOT, text=True, capture_output=True, timeout=900)
+
+    died = launch(DIE="1")
+    assert died.returncode != 0 and not (tmp_path / "index").exists()
+    shards = [ImageIndex.open(path) for path in (tmp_path / ".index.shards").glob("shard-*")]
+    assert sorted(map(len, shards)) == [4, 4, 4, 4]
+    done = launch()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"{tmp_path / 'index'}: 24 images; 8 encoded, 16 as before, 0 dropped" in done.stdout
+    index = ImageIndex.open(tmp_path / "index")
+    assert [os.path.basename(name) for name in ids(index)] == [f"{i:02d}.png" for i in range(24)]
+    np.testing.assert_allclose(index.embeddings, expected(model, ids(index)), atol=1e-5)
+    assert not (tmp_path / ".index.shards").exists()

@@ -25,7 +25,7 @@ from modeling_miniclip import (
 from modeling_miniclip.cli import cli
 from modeling_miniclip.image_index import SCHEMA, Manifest, write_index
 from modeling_miniclip.one_tower import load_tower
-from modeling_miniclip.searching import Query, cut, display_width, embed_query, printable
+from modeling_miniclip.searching import Query, cut, display_width, embed_queries, printable
 from tests.indexes import write_model, write_pictures
 
 NAMES = "a.png b.png c.png sub/d.png sub/e.png f.png"
@@ -94,10 +94,12 @@ def test_words_picture_and_what_is_not_wanted_are_weighted(home: Path, model: Mi
         Query("red", without=("blue",)): red - 0.5 * not_blue,
         Query(image=picture, without=("blue",)): like - 0.5 * not_blue,
     }
-    for query, vector in expected.items():
-        np.testing.assert_allclose(
-            embed_query(index, query), vector / np.linalg.norm(vector), atol=1e-5, err_msg=str(query)
-        )
+    found = embed_queries(index, list(expected))
+    for row, (query, vector) in zip(found, expected.items(), strict=True):
+        np.testing.assert_allclose(row, vector / np.linalg.norm(vector), atol=1e-5, err_msg=str(query))
+    np.testing.assert_allclose(embed_queries(index, [Query("red", picture)])[0], found[2], atol=1e-5)
+    with pytest.raises(UsageError, match="cancel out"):
+        embed_queries(index, [Query("red", without=("red", "red"))])
 
 
 @pytest.mark.parametrize(
@@ -216,14 +218,14 @@ def test_the_page_holds_its_pictures_escapes_everything_and_loads_nothing(
     update_index(tmp_path / "index", [tmp_path / "photos"], write_model(tmp_path / "export"), progress=False)
     (tmp_path / "photos" / "gone.png").unlink()
     page = tmp_path / "found.html"
-    assert cli(["search", str(tmp_path / "index"), '<b>"dogs"</b>', "--html", str(page)]) == 0
+    assert cli(["search", str(tmp_path / "index"), '<u>"dogs"</u>', "--html", str(page)]) == 0
     found = Page(page.read_text(encoding="utf-8"))
-    assert not {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object", "b"}
+    assert not {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object", "u"}
     images = [attributes for tag, attributes in found.tags if tag == "img"]
-    assert len(images) == 1 and set(images[0]) == {"alt", "src"}
+    assert len(images) == 1 and set(images[0]) == {"alt", "src", "loading"}
     with Image.open(io.BytesIO(base64.b64decode(str(images[0]["src"]).removeprefix("data:image/jpeg;base64,")))) as im:
         assert im.size == (44, 40)
-    assert '<b>"dogs"</b>' in found.text and '<script>alert(2)</script> & "x"' in found.text and evil in found.text
+    assert '<u>"dogs"</u>' in found.text and '<script>alert(2)</script> & "x"' in found.text and evil in found.text
     assert "no longer there" in found.text
     links = [attributes["href"] for tag, attributes in found.tags if tag == "a"]
     assert links == [(tmp_path / "photos" / evil).as_uri()]

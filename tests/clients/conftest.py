@@ -7,7 +7,16 @@ import pytest
 
 from tests.clients.cases import PRESENT, Case, train
 
-CLIENTS = ("sentence-transformers", "clip-benchmark", "timm", "transformers", "torch", "huggingface-hub")
+CLIENTS = (
+    "sentence-transformers",
+    "clip-benchmark",
+    "timm",
+    "transformers",
+    "torch",
+    "huggingface-hub",
+    "duckdb",
+    "lancedb",
+)
 COMPARED: list[str] = []
 
 

@@ -1,0 +1,213 @@
+"""Exact and approximate search of 10 thousand to 10 million vectors like those of a real index.
+
+    miniclip index EXPORT FLICKR8K -o flickr8k.index
+    python benchmarks/search.py flickr8k.index --rows 10000 100000 1000000
+
+The vectors are mixtures of two neighbours among the index's images, with noise of the size at which as many of them
+as there are images have the same mean cosine to their 10th neighbour as the images have. Queries are captions of the
+index (its model's embeddings of texts lie elsewhere than those of images, which is hard for an approximate index), and
+more such mixtures. On a machine that computes other things too, `--clock cpu` counts the processor's time.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modeling_miniclip.approximate import FILE, ApproximateNeighbours, build_neighbours
+from modeling_miniclip.image_index import ImageIndex, map_embeddings, write_embeddings
+from modeling_miniclip.nearest import Neighbours
+from modeling_miniclip.searching import Query, embed_queries
+
+K = 10
+BLOCK = 100_000  # rows drawn at a time
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
+    lengths: np.ndarray = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / lengths
+
+
+def tenth_neighbour(rows: np.ndarray, sample: int = 1_000) -> float:
+    """Mean cosine of rows to their 10th neighbour."""
+    cosines = rows[:sample] @ rows.T
+    return float(np.partition(cosines, -K - 1, axis=1)[:, -K - 1].mean())
+
+
+class Mixtures:
+    """As many vectors as one likes of the kind of some real ones.
+
+    Args:
+        real: `[n, dim]`, unit norm.
+    """
+
+    def __init__(self, real: np.ndarray):
+        self.real = real
+        blocks = (real[i : i + 1000] @ real.T for i in range(0, len(real), 1000))
+        self.near = np.concatenate([np.argpartition(-block, 20, axis=1)[:, :20] for block in blocks])
+        self.goal, low, high = tenth_neighbour(real), 0.0, 4.0
+        for _ in range(12):
+            self.noise = (low + high) / 2
+            self.reached = tenth_neighbour(self.draw(len(real), np.random.default_rng(1)))
+            low, high = (self.noise, high) if self.reached > self.goal else (low, self.noise)
+
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """`[count, dim]`."""
+        dim = self.real.shape[1]
+        one = rng.integers(0, len(self.real), count)
+        other = self.near[one, rng.integers(0, self.near.shape[1], count)]
+        share = rng.random((count, 1), dtype=np.float32)
+        noise = rng.standard_normal((count, dim), dtype=np.float32) * np.float32(self.noise / dim**0.5)
+        return unit(share * self.real[one] + (1 - share) * self.real[other] + noise)
+
+    def blocks(self, count: int, seed: int) -> Iterator[np.ndarray]:
+        """`count` of them, block by block."""
+        rng = np.random.default_rng(seed)
+        for start in range(0, count, BLOCK):
+            yield self.draw(min(BLOCK, count - start), rng)
+
+
+def timed(search: Callable[[np.ndarray], Any], queries: np.ndarray, clock: Callable[[], float]) -> tuple[list, str]:
+    """Answers to all queries, and median and 99th percentile in milliseconds."""
+    search(queries[0])
+    answers, seconds = [], []
+    for query in queries:
+        start = clock()
+        answers.append(search(query))
+        seconds.append(clock() - start)
+    median, slow = 1000 * np.quantile(seconds, [0.5, 0.99])
+    return answers, f"{median:.2f} | {slow:.2f}"
+
+
+def recall(answers: list, truth: np.ndarray) -> float:
+    """Share of the true nearest among those found."""
+    return float(np.mean([len(set(map(int, a)) & set(t)) / K for a, t in zip(answers, truth.tolist(), strict=True)]))
+
+
+def exact_truth(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """`[queries, K]` rows, by a product in blocks."""
+    best = np.full((len(queries), K), -np.inf, np.float32)
+    rows = np.zeros((len(queries), K), np.int64)
+    for start in range(0, len(vectors), BLOCK):
+        scores = queries @ vectors[start : start + BLOCK].astype(np.float32).T
+        some = np.argpartition(-scores, K - 1, axis=1)[:, :K]
+        scores = np.concatenate([best, np.take_along_axis(scores, some, 1)], axis=1)
+        candidates = np.concatenate([rows, some + start], axis=1)
+        order = np.argsort(-scores, axis=1)[:, :K]
+        best, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
+    return rows
+
+
+def streaming_read(vectors: np.ndarray, clock: Callable[[], float], repeats: int = 9) -> float:
+    """Milliseconds of the fastest of several reads of all vectors: their sum, by torch, whose threads share it."""
+    import torch
+
+    flat = torch.from_numpy(np.asarray(vectors).reshape(-1).view(np.float32))  # pairs of them, where they are halves
+    seconds = []
+    for _ in range(repeats):
+        start = clock()
+        flat.sum()
+        seconds.append(clock() - start)
+    return 1000 * min(seconds)
+
+
+def measure(mixtures: Mixtures, texts: np.ndarray, rows: int, args: argparse.Namespace, folder: Path) -> None:
+    """Lines of the table for one number of rows."""
+    clock = CLOCKS[args.clock]
+    dim = mixtures.real.shape[1]
+    write_embeddings(folder / "vectors", rows, dim, args.dtype, mixtures.blocks(rows, seed=2))
+    vectors = map_embeddings(folder / "vectors")
+    kinds = {"captions": texts, "images": mixtures.draw(len(texts), np.random.default_rng(3))}
+    few = {name: queries[: args.exact_queries] for name, queries in kinds.items()}
+    truth = {name: exact_truth(vectors, queries) for name, queries in kinds.items()}
+
+    def tell(what: str, build: str, search: Callable[[np.ndarray], Any], queries: dict[str, np.ndarray]) -> None:
+        for name, some in queries.items():
+            answers, times = timed(search, some, clock)
+            print(f"| {rows:,} | {what} | {build} | {name} | {times} | "
+                  f"{recall(answers, truth[name][: len(some)]):.3f} |", flush=True)  # fmt: skip
+
+    exact = Neighbours(vectors)
+    print(f"| {rows:,} | a streaming read of the vectors | | | {streaming_read(vectors, clock):.2f} (fastest) | | |")
+    one = {"captions": few["captions"]}
+    tell("exact, this package", "", lambda query: exact.search(query, K)[1], one)
+    if args.dtype == "float32":
+        tell("plain NumPy: product and argsort", "", lambda query: np.argsort(-(vectors @ query))[:K], one)
+    start = clock()
+    build_neighbours(vectors, folder / FILE)
+    build = f"{clock() - start:.0f} s, {(folder / FILE).stat().st_size / 1e6:.0f} MB"
+    approximate = ApproximateNeighbours(vectors, folder / FILE)
+    probes = approximate.parameters.nprobe
+    name = f"approximate, this package ({approximate.index.nlist} cells, {probes} probed)"
+    tell(name, build, lambda query: approximate.search(query, K)[1], kinds)
+    direct, parameters = approximate.index, approximate.parameters
+    tell("FAISS called directly, no refinement", "the same",
+         lambda query: direct.search(query[None], K, params=parameters)[1][0], kinds)  # fmt: skip
+    for library in args.beside:
+        BESIDE[library](vectors, tell, clock, kinds)
+
+
+def beside_usearch(vectors: np.ndarray, tell: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
+    """USearch's graph with half-precision numbers."""
+    from usearch.index import Index
+
+    start = clock()
+    index = Index(ndim=vectors.shape[1], metric="ip", dtype="f16", connectivity=16, expansion_add=80)
+    index.add(np.arange(len(vectors)), np.asarray(vectors), threads=0)
+    build = f"{clock() - start:.0f} s, {index.memory_usage / 1e6:.0f} MB"
+    for effort in (32, 64, 128):
+        index.expansion_search = effort
+        tell(f"USearch HNSW f16, effort {effort}", build, lambda query: index.search(query, K).keys, kinds)
+
+
+def beside_hnsw(vectors: np.ndarray, tell: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
+    """FAISS's graph."""
+    import faiss
+
+    start = clock()
+    index = faiss.index_factory(vectors.shape[1], "HNSW16", faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = 80
+    index.add(np.asarray(vectors, dtype=np.float32))
+    build = f"{clock() - start:.0f} s, {len(vectors) * (4 * vectors.shape[1] + 4 * 32) / 1e6:.0f} MB"
+    for effort in (32, 64, 128):
+        index.hnsw.efSearch = effort
+        tell(f"FAISS HNSW16, effort {effort}", build, lambda query: index.search(query[None], K)[1][0], kinds)
+
+
+BESIDE = {"usearch": beside_usearch, "hnsw": beside_hnsw}
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("index", help="a real index with captions")
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    parser.add_argument("--queries", type=int, default=250, help="of each kind")
+    parser.add_argument("--exact_queries", type=int, default=30, help="of exact search")
+    parser.add_argument("--beside", nargs="*", choices=list(BESIDE), default=[], help="other indexes, slow to build")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    args = parser.parse_args()
+    index = ImageIndex.open(args.index)
+    said = [captions[0] for captions in index.entries["captions"].to_pylist() if captions]
+    said = [said[i] for i in np.linspace(0, len(said) - 1, args.queries).astype(int)]
+    texts = embed_queries(index, [Query(text) for text in said])
+    mixtures = Mixtures(np.asarray(index.embeddings, dtype=np.float32))
+    print(f"{len(index)} real images; mean cosine to the 10th neighbour {mixtures.goal:.3f}, of as many mixtures "
+          f"{mixtures.reached:.3f}; {args.clock} time, {args.dtype}\n")  # fmt: skip
+    print("| vectors | search | build | queries | p50, ms | p99, ms | recall@10 |\n|---|---|---|---|---|---|---|")
+    for rows in args.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(mixtures, texts, rows, args, Path(folder))
+    print(f"\npeak memory of the whole script: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+
+
+if __name__ == "__main__":
+    main()
