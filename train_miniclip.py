@@ -259,7 +259,7 @@ def build_accelerator(arguments: TrainingArguments, output_dir: Path) -> Any:
     from accelerate import Accelerator, PartialState
     from accelerate.utils import parse_flag_from_env, set_seed
 
-    from modeling_miniclip.performance import best_mixed_precision, keep_freed_memory
+    from modeling_miniclip.performance import allow_tf32, best_mixed_precision, keep_freed_memory
 
     keep_freed_memory()
     # Told to use the CPU, Accelerate joins its processes by gloo; left to find out, it trains each by itself.
@@ -275,6 +275,7 @@ def build_accelerator(arguments: TrainingArguments, output_dir: Path) -> Any:
         raise UsageError(
             f"--ema_decay: {accelerator.distributed_type} spreads the weights over processes; leave it out"
         )
+    allow_tf32(accelerator.device)
     set_seed(arguments.seed)
     return accelerator
 
@@ -305,7 +306,7 @@ def build_model(arguments: TrainingArguments, accelerator: Any, splits: Any) -> 
     from accelerate.utils import DistributedType
 
     from modeling_miniclip import building
-    from modeling_miniclip.performance import to_channels_last
+    from modeling_miniclip.performance import compile_towers, to_channels_last
     from modeling_miniclip.reporting import describe_model, say
     from modeling_miniclip.training import TEXT_GROUPS, freeze_layers
 
@@ -317,6 +318,8 @@ def build_model(arguments: TrainingArguments, accelerator: Any, splits: Any) -> 
     model.text_groups = TEXT_GROUPS
     if accelerator.distributed_type != DistributedType.FSDP:  # which takes contiguous parameters only
         to_channels_last(model.vision_model)
+    if arguments.compile_towers:
+        compile_towers(model.vision_model, model.text_model)
     say(accelerator, describe_model(model))
     cut = processor.count_truncated([text for row in captions for text in row])
     if cut:

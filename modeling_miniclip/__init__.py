@@ -22,6 +22,7 @@ _MODULE_OF = {
     "encode_images": "retrieval",
     "encode_texts": "retrieval",
     "find_matches": "retrieval",
+    "keep_freed_memory": "performance",
     "zero_shot_weights": "zero_shot",
     "zero_shot_accuracy": "zero_shot",
     "classify": "zero_shot",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from .modeling_miniclip import contrastive_loss as contrastive_loss
     from .modeling_miniclip import sigmoid_loss as sigmoid_loss
     from .modeling_miniclip import symmetric_contrastive_loss as symmetric_contrastive_loss
+    from .performance import keep_freed_memory as keep_freed_memory
     from .processing_miniclip import MiniClipProcessor as MiniClipProcessor
     from .pushing import push as push
     from .resources import packaged_file as packaged_file

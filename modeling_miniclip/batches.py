@@ -7,6 +7,7 @@ that any number of processes trains on the same global batches.
 import difflib
 import inspect
 import math
+import random
 import re
 import signal
 from collections.abc import Iterable, Iterator
@@ -104,6 +105,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 # A row i that only keeps a process busy has the image id FILLER - i, which is negative.
 FILLER = -1
+READ_TOGETHER = 32  # image files that a loader's process holds undecoded
+
+
+def _index_of(image_id: int) -> int:
+    return image_id if image_id >= 0 else FILLER - image_id
 
 
 class CaptionRows(TorchDataset):
@@ -132,7 +138,10 @@ class CaptionRows(TorchDataset):
         vision_features: list[Tensor] | None = None,
         text_features: list[Tensor] | None = None,
     ):
-        self.images = split.select_columns(["image"])
+        from datasets import Image
+
+        self.decode = split.features["image"].decode_example
+        self.undecoded = split.select_columns(["image"]).cast_column("image", Image(decode=False))
         self.image_ids: list[str] = list(split["image_id"])
         self.captions: list[list[str]] = list(split["captions"])
         self.processor = processor
@@ -146,7 +155,7 @@ class CaptionRows(TorchDataset):
         return len(self.captions)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        row = self._row(key)
+        row = self._row(key, None)
         if "undecodable" in row:
             raise DataError(row["undecodable"])
         return row
@@ -160,23 +169,30 @@ class CaptionRows(TorchDataset):
         Raises:
             DataError: no image of the split can be decoded, or a file cannot be read.
         """
-        rows = [self._row(key) for key in keys]
+        rows = [self._row(key, file) for key, file in zip(keys, self._files(keys), strict=True)]
         if all("undecodable" in row for row in rows):
             rows.append(self._filler(*keys[0]))
         return rows
 
-    def _row(self, key: tuple[int, int]) -> dict[str, Any]:
+    def _files(self, keys: list[tuple[int, int]]) -> Iterator[dict[str, Any] | None]:
+        # `datasets` takes as long for one row as for many.
+        for start in range(0, len(keys), READ_TOGETHER):
+            indices = [_index_of(image_id) for _, image_id in keys[start : start + READ_TOGETHER]]
+            yield from [None] * len(indices) if self.vision_features is not None else self.undecoded[indices]["image"]
+
+    def _row(self, key: tuple[int, int], file: dict[str, Any] | None) -> dict[str, Any]:
+        """A row, its undecoded image given if it was read already."""
         epoch, image_id = key
-        index = image_id if image_id >= 0 else FILLER - image_id
+        index = _index_of(image_id)
         rng = np.random.default_rng([self.seed, epoch, index])
         chosen = self._draw(len(self.captions[index]), rng)
         row: dict[str, Any] = {"image_id": image_id, "captions": [self.captions[index][i] for i in chosen]}
         if self.vision_features is not None:
             features = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
-            image: Any = self._image(index) if math.isnan(features[0]) else None
+            image: Any = self._image(index, file) if math.isnan(features[0]) else None
             row["vision_features"] = features
         else:
-            image = self._image(index)
+            image = self._image(index, file)
             if not isinstance(image, str):
                 row["pixels"] = self._pixels(image, index, rng)  # [3, H, W] uint8
         if isinstance(image, str):
@@ -186,9 +202,9 @@ class CaptionRows(TorchDataset):
         return row
 
     def _filler(self, epoch: int, image_id: int) -> dict[str, Any]:
-        start = image_id if image_id >= 0 else FILLER - image_id
+        start = _index_of(image_id)
         others = ((start + i) % len(self) for i in range(1, len(self)))
-        found = next((row for i in others if "undecodable" not in (row := self._row((epoch, FILLER - i)))), None)
+        found = next((row for i in others if "undecodable" not in (row := self._row((epoch, FILLER - i), None))), None)
         if found is None:
             raise DataError(
                 f"none of {len(self)} images can be decoded, among them {self.image_ids[start]!r}; replace the files"
@@ -197,20 +213,18 @@ class CaptionRows(TorchDataset):
 
     def undecoded_images(self) -> Iterator[dict[str, Any]]:
         """`{"bytes", "path"}` of each row's image file."""
-        from datasets import Image
-
-        yield from (row["image"] for row in self.images.cast_column("image", Image(decode=False)))
+        yield from (row["image"] for row in self.undecoded)
 
     def _draw(self, available: int, rng: np.random.Generator) -> np.ndarray:
         if self.captions_per_image is None or self.captions_per_image >= available:
             return np.arange(available)
         return rng.choice(available, size=self.captions_per_image, replace=False)
 
-    def _image(self, index: int) -> Any:
+    def _image(self, index: int, file: dict[str, Any] | None) -> Any:
         """The image of a row as RGB, or why it cannot be decoded."""
         name = f"image {self.image_ids[index]!r}"
         try:
-            return to_rgb(self.images[index]["image"])
+            return to_rgb(self.decode(self.undecoded[index]["image"] if file is None else file))
         except MemoryError:  # says nothing of the image
             raise
         except Exception as error:  # Pillow's decoders raise all sorts
@@ -221,8 +235,9 @@ class CaptionRows(TorchDataset):
     def _pixels(self, image: Any, index: int, rng: np.random.Generator) -> np.ndarray:
         if self.augmentation is None:
             return self.processor.crop(image)
-        for transform in self.augmentation.transforms:  # one seed for all would make them draw alike
-            transform.set_random_seed(int(rng.integers(2**31)))
+        draws = random.Random(int(rng.integers(2**63)))
+        for transform in self.augmentation.transforms:  # one after the other from the same source, so none alike
+            transform.set_random_state(rng, draws)
         try:
             return self.augmentation(image=np.array(image))["image"].transpose(2, 0, 1)
         except Exception as error:  # a crop larger than the image, for instance
@@ -272,6 +287,14 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
             yield share or [(self.epoch, FILLER - int(batch[0]))]
 
 
+def stack_pixels(images: list[np.ndarray]) -> Tensor:
+    """Images `[3, H, W]` as `[B, 3, H, W]`, laid out as `[B, H, W, 3]`: as Pillow gives them and convolutions like it.
+
+    In a loader's process they go straight into the memory that it shares with training.
+    """
+    return default_collate([image.transpose(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
 class Collator:
     """Rows of [`CaptionRows`] to the tensors of a step.
 
@@ -294,8 +317,7 @@ class Collator:
         if "vision_features" in rows[0]:
             batch["vision_pooler_output"] = torch.stack([row["vision_features"] for row in rows])
         else:
-            # In a loader's process this goes straight into the memory that it shares with training.
-            batch["pixel_values"] = default_collate([row["pixels"] for row in rows])
+            batch["pixel_values"] = stack_pixels([row["pixels"] for row in rows])
         if "text_features" in rows[0]:
             batch["text_pooler_output"] = torch.cat([row["text_features"] for row in rows])
         else:

@@ -110,7 +110,8 @@ def frozen_image_features(
     tables = []
     for view in range(views):
         if rows.augmentation is not None:
-            depends_on["augmentation"] = {"seed": rows.seed, "view": view, "transforms": rows.augmentation.to_dict()}
+            transforms = rows.augmentation.to_dict()
+            depends_on["augmentation"] = {"draws": 2, "seed": rows.seed, "view": view, "transforms": transforms}
         table = FeatureTable(cache_dir, depends_on, len(rows), model.vision_model.pooled_size, EVALUATION_BATCH)
         title = "image features" if views == 1 else f"image features, view {view + 1} of {views}"
         tables.append(_filled(table, partial(compute, view), accelerator, title))

@@ -328,7 +328,8 @@ class MiniClipProcessor(ProcessorMixin):
             image: RGB.
 
         Returns:
-            `[3, H, W]` uint8, what `pixel_values` are before [`normalize`][MiniClipProcessor.normalize].
+            `[3, H, W]` uint8, what `pixel_values` are before [`normalize`][MiniClipProcessor.normalize]; in memory as
+            Pillow has them, `[H, W, 3]`.
         """
         if self._sees_the_middle():
             image = _middle(image)
@@ -337,7 +338,7 @@ class MiniClipProcessor(ProcessorMixin):
             outputs = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
             return outputs["pixel_values"][0]
         size, box = plan
-        return np.ascontiguousarray(np.asarray(image.resize(size, processor.resample).crop(box)).transpose(2, 0, 1))
+        return np.array(image.resize(size, processor.resample).crop(box)).transpose(2, 0, 1)
 
     def _sees_the_middle(self) -> bool:
         # Whether what is far from the centre of a thin image is cut off behind the resize.
@@ -378,7 +379,8 @@ class MiniClipProcessor(ProcessorMixin):
         mean = torch.tensor(self.image_processor.image_mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.image_processor.image_std, device=pixels.device).view(3, 1, 1)
         # A division, as in timm: a product with 1/255 rounds some of the 256 values differently.
-        return (pixels.float() / (1 / self.image_processor.rescale_factor) - mean) / std
+        scaled = pixels.to(torch.float32, copy=True).div_(1 / self.image_processor.rescale_factor)
+        return scaled.sub_(mean).div_(std)
 
     def count_truncated(self, texts: list[str], limit: int | None = None) -> int:
         """How many of the texts are longer than `limit` tokens, special ones included.

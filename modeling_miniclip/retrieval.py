@@ -11,11 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import CLIPImageProcessorPil
 
+from .batches import stack_pixels
 from .errors import DataError
 from .modeling_miniclip import MiniClipModel
 from .nearest import Match
 from .processing_miniclip import MiniClipProcessor, load_rgb, to_rgb
+from .training import forward_inputs
 
 
 def open_image(image: Any) -> Image.Image:
@@ -101,10 +104,19 @@ def encode_images(
     processor = processor_of(model, processor)
 
     def embed(batch: list[Any]) -> Tensor:
-        inputs = processor(images=[open_image(image) for image in batch], return_tensors="pt")
-        return model(pixel_values=inputs["pixel_values"].to(model.device)).image_embeds
+        pixels = _pixel_values([open_image(image) for image in batch], processor, model.device)
+        return model(pixel_values=pixels).image_embeds
 
     return encode_batches(model, images, embed, batch_size, "images", progress)
+
+
+def _pixel_values(images: list[Image.Image], processor: MiniClipProcessor, device: torch.device) -> Tensor:
+    """What the processor gives, by the shorter way of training where it comes to the same."""
+    settings = processor.image_processor
+    if type(settings) is not CLIPImageProcessorPil or not (settings.do_rescale and settings.do_normalize):
+        return processor(images=images, return_tensors="pt")["pixel_values"].to(device)
+    pixels = stack_pixels([processor.crop(image) for image in images])
+    return forward_inputs({"pixel_values": pixels}, processor, device)["pixel_values"]
 
 
 def encode_texts(
@@ -176,14 +188,16 @@ def encode_batches(
     try:
         with tqdm(total=total, desc=f"encode {what}", unit=what[:-1], disable=not progress) as bar:
             for batch in _batches(items, batch_size):
-                parts.append(embed(batch).float().cpu())
+                parts.append(embed(batch).float())
+                if len(parts) > 1:  # not yet the last one: an accelerator computes it while the next batch is read
+                    parts[-2] = parts[-2].cpu()
                 bar.update(len(batch))
     finally:
         for module, training in modes:
             module.training = training
     if not parts:
         raise ValueError(f"no {what} to encode")
-    return torch.cat(parts)
+    return torch.cat([*parts[:-1], parts[-1].cpu()])
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -1,13 +1,14 @@
 """Tests of what makes a batch: its rows, its captions, augmentation, collation."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from modeling_miniclip import DataError, UsageError, load_captions
+from modeling_miniclip import DataError, UsageError, batches, load_captions
 from modeling_miniclip.batches import (
     DEFAULT_AUGMENTATION,
     FILLER,
@@ -25,10 +26,17 @@ SIZE = (PIXELS, PIXELS)
 class Rows(list):
     """Rows in memory with the little that CaptionRows asks of a `datasets` split."""
 
+    features = {"image": SimpleNamespace(decode_example=lambda image: image)}
+
     def select_columns(self, names):
         return self
 
+    def cast_column(self, name, feature):
+        return self
+
     def __getitem__(self, key):
+        if isinstance(key, list):
+            return {name: [self[i][name] for i in key] for name in self[0]}
         return [row[key] for row in self] if isinstance(key, str) else list.__getitem__(self, key)
 
 
@@ -169,6 +177,24 @@ def test_a_batch_tells_which_caption_belongs_to_which_image(processor):
     assert texts == CAPTIONS[2] + CAPTIONS[1] + CAPTIONS[0]
     assert batch["pixel_values"].dtype == torch.uint8 and batch["pixel_values"].shape == (3, 3, *SIZE)
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [120, 60, 0]
+
+
+def test_the_rows_of_a_batch_are_those_asked_for_one_by_one(processor, monkeypatch):
+    monkeypatch.setattr(batches, "READ_TOGETHER", 3)
+    rows, keys = training_rows(processor), [(1, 4), (0, FILLER - 2), (2, 9), (1, 0), (0, 7)]
+    together = rows.__getitems__(keys)
+    for key, row in zip(keys, together, strict=True):
+        alone = rows[key]
+        assert row["captions"] == alone["captions"] and row["image_id"] == alone["image_id"] == key[1]
+        assert np.array_equal(row["pixels"], alone["pixels"])
+
+
+def test_pixels_reach_the_model_laid_out_for_convolutions(processor):
+    rows = training_rows(processor)
+    batch = next(iter(make_loader(rows, GlobalBatches(10, 4, False), 0)))
+    assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last)
+    for i in range(4):
+        assert np.array_equal(batch["pixel_values"][i].numpy(), rows[0, i]["pixels"])
 
 
 def test_long_captions_are_cut_to_the_limit_of_the_tokenizer(processor):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from modeling_miniclip import DataError, encode_images, encode_texts, export, find_matches, load_captions
-from modeling_miniclip.retrieval import Match, open_image, processor_of
+from modeling_miniclip.retrieval import Match, _pixel_values, open_image, processor_of
 from tests.hubs import local_hub
 from tests.towers import CAPTIONS, tiny_model, tiny_processor
 
@@ -89,6 +89,16 @@ def test_a_split_of_a_data_set_is_an_iterable_of_rows(model, processor, captione
     found = encode_images(model, split, processor)
     torch.testing.assert_close(found, encode_images(model, paths, processor, progress=False), atol=1e-5, rtol=0)
     assert "3/3" in capfd.readouterr().err  # its length is known to the progress bar
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_normalize": False}, {"do_rescale": False}, {"do_resize": False}])
+def test_images_are_prepared_as_the_processor_does(arrays, settings):
+    processor = tiny_processor()
+    for name, value in settings.items():
+        setattr(processor.image_processor, name, value)
+    images = [Image.fromarray(array) for array in arrays]
+    expected = processor(images=images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(_pixel_values(images, processor, torch.device("cpu")), expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])

@@ -1,0 +1,250 @@
+"""What `speed.py` times, each in a process of its own: `python benchmarks/workloads.py NAME [flags]` prints numbers.
+
+The flags are those of `train_miniclip.py`. Allocator settings hold for a whole process, hence the processes.
+"""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import psutil
+import timm
+import torch
+from PIL import Image
+from plain_loop import PlainLoop
+
+import train_miniclip
+from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images
+from modeling_miniclip.arguments import TrainingArguments, augmentation_list, parse_arguments
+from modeling_miniclip.batches import CaptionRows, GlobalBatches, build_augmentation, make_loader
+from modeling_miniclip.performance import keep_freed_memory
+
+HERE = Path(__file__).resolve().parent
+WARM_UP, STEPS = 4, 10  # steps of training
+BATCH, ENCODED = 32, 192  # images a forward pass, and in all
+LOADED = 40  # batches
+RECALL, LIMIT = "text_to_image_R@10", 50.0  # the goal of the race, in percent
+POLL = 0.1  # seconds between two looks at a running process
+
+
+class Stopwatch:
+    """A loader that notes when each batch was asked for, and how long it was waited for."""
+
+    def __init__(self, loader: Any):
+        self.loader, self.batch_sampler = loader, loader.batch_sampler
+        self.asked: list[float] = []
+        self.waited: list[float] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)
+        while True:
+            self.asked.append(time.perf_counter())
+            batch = next(batches, None)
+            self.waited.append(time.perf_counter() - self.asked[-1])
+            if batch is None:
+                return
+            yield batch
+
+    def rates(self, images: int, captions: int) -> dict[str, float]:
+        """Of the steps after the warm-up, each of so many images with so many captions."""
+        seconds = self.asked[-1] - self.asked[WARM_UP]
+        steps = len(self.asked) - 1 - WARM_UP
+        return {
+            "pairs_per_second": steps * images * captions / seconds,
+            "images_per_second": steps * images / seconds,
+            "waiting_percent": 100 * sum(self.waited[WARM_UP:-1]) / seconds,
+        }
+
+
+def train_plain(arguments: TrainingArguments) -> dict[str, float]:
+    """Steps of the plain loop: a pair is an image and a caption, however many captions an image has."""
+    loop = PlainLoop(arguments, arguments.captions_per_image)
+    watch = loop.loader = Stopwatch(loop.loader)  # type: ignore[assignment]
+    for _ in islice(loop.train_epoch(), WARM_UP + STEPS + 1):
+        pass
+    return watch.rates(arguments.batch_size, 1)
+
+
+def train_package(arguments: TrainingArguments) -> dict[str, float]:
+    """Steps of `train_miniclip.py`."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.output_dir, arguments.max_steps = f"{folder}/run", WARM_UP + STEPS + 1
+        run = train_miniclip.prepare(arguments)
+        watch = run.train_loader = Stopwatch(run.train_loader)
+        train_miniclip.train_epoch(run)
+        return watch.rates(arguments.batch_size, arguments.captions_per_image)
+
+
+def parts_for_encoding(arguments: TrainingArguments) -> tuple[MiniClipModel, MiniClipProcessor, list[str]]:
+    """Model, processor and image files."""
+    towers = (str(arguments.vision_model), str(arguments.text_model))
+    return MiniClipModel.from_towers(*towers), MiniClipProcessor.from_towers(*towers), image_files(arguments, ENCODED)
+
+
+def image_files(arguments: TrainingArguments, count: int) -> list[str]:
+    """Of the training split."""
+    images = train_miniclip.load_splits(arguments)["train"].select_columns(["image"])
+    undecoded = images.cast_column("image", datasets.Image(decode=False))
+    return [row["image"]["path"] for row in undecoded.select(range(count))]
+
+
+def images_per_second(encode: Callable[[], Any], count: int) -> dict[str, float]:
+    """Of a call, after one that warms up."""
+    encode()
+    start = time.perf_counter()
+    encode()
+    return {"images_per_second": count / (time.perf_counter() - start)}
+
+
+def encode_timm(arguments: TrainingArguments, memory_format: Any = torch.contiguous_format) -> dict[str, float]:
+    """The bare tower with timm's own transform, as its documentation calls it."""
+    model, _, files = parts_for_encoding(arguments)
+    tower = model.vision_model.timm_model
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(tower.pretrained_cfg))
+
+    @torch.inference_mode()
+    def encode() -> None:
+        for start in range(0, len(files), BATCH):
+            pixels = [transform(Image.open(file).convert("RGB")) for file in files[start : start + BATCH]]
+            tower(torch.stack(pixels).contiguous(memory_format=memory_format))
+
+    return images_per_second(encode, len(files))
+
+
+def encode_timm_alike(arguments: TrainingArguments) -> dict[str, float]:
+    """The bare tower with the allocator and the memory format of the package."""
+    keep_freed_memory()
+    return encode_timm(arguments, torch.channels_last)
+
+
+def encode_package(arguments: TrainingArguments) -> dict[str, float]:
+    """[`encode_images`]."""
+    keep_freed_memory()
+    model, processor, files = parts_for_encoding(arguments)
+    return images_per_second(lambda: encode_images(model, files, processor, BATCH, progress=False), len(files))
+
+
+def encode_no_reading(arguments: TrainingArguments) -> dict[str, float]:
+    """The bare tower with the package's allocator and memory format on pixels that are there: what bounds it."""
+    keep_freed_memory()
+    model, processor, files = parts_for_encoding(arguments)
+    pixels = processor(images=files[:BATCH], return_tensors="pt")["pixel_values"]
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def encode() -> None:
+        for _ in range(0, len(files), BATCH):
+            model.vision_model.timm_model(pixels)
+
+    return images_per_second(encode, len(files))
+
+
+def load_bare(arguments: TrainingArguments) -> dict[str, float]:
+    """Decoding, augmentation and tokenizing in as many processes, nothing handed over."""
+    keep_freed_memory()
+    rows = loader_rows(arguments)
+    files = image_files(arguments, LOADED * arguments.batch_size)
+    pairs = [(file, captions[0]) for file, captions in zip(files, rows.captions, strict=False)]
+    workers = arguments.num_workers
+    shares = [pairs[worker::workers] for worker in range(workers)]
+    with multiprocessing.get_context("fork").Pool(workers, _prepare_worker, (rows, arguments.batch_size)) as pool:
+        return images_per_second(lambda: pool.map(_prepare_pairs, shares, chunksize=1), len(files))
+
+
+def loader_rows(arguments: TrainingArguments) -> CaptionRows:
+    """The training split with its augmentation."""
+    processor = MiniClipProcessor.from_towers(str(arguments.vision_model), str(arguments.text_model))
+    crop = processor.image_processor.crop_size
+    augmentation = build_augmentation(augmentation_list(arguments), (crop["height"], crop["width"]))
+    split = train_miniclip.load_splits(arguments)["train"]
+    return CaptionRows(split, processor, augmentation, arguments.captions_per_image)
+
+
+def _prepare_worker(rows: CaptionRows, batch_size: int) -> None:
+    global augmentation, tokenizer, texts_together
+    augmentation, tokenizer, texts_together = rows.augmentation, rows.processor.tokenizer, batch_size
+    torch.set_num_threads(1)  # as in a DataLoader's worker
+
+
+def _prepare_pairs(pairs: list[tuple[str, str]]) -> int:
+    total = 0
+    for file, _ in pairs:
+        pixels = augmentation(image=np.array(Image.open(file).convert("RGB")))["image"]
+        total += np.ascontiguousarray(pixels.transpose(2, 0, 1)).shape[0]
+    for start in range(0, len(pairs), texts_together):
+        texts = [caption for _, caption in pairs[start : start + texts_together]]
+        total += len(tokenizer(texts, padding=True, truncation=True, return_tensors="pt")["input_ids"])
+    return total
+
+
+def load_package(arguments: TrainingArguments) -> dict[str, float]:
+    """The training loader alone: random draws, batches, and their way between processes too."""
+    keep_freed_memory()
+    rows = loader_rows(arguments)
+    watch = Stopwatch(make_loader(rows, GlobalBatches(len(rows), arguments.batch_size, True), arguments.num_workers))
+    for _ in islice(watch, LOADED):
+        pass
+    return watch.rates(arguments.batch_size, arguments.captions_per_image)
+
+
+def race_plain(arguments: TrainingArguments) -> dict[str, float]:
+    """Seconds until the plain loop reaches the recall, heads trained on frozen towers; its validations not counted."""
+    flags = {name: getattr(arguments, name) for name in ("dataset", "vision_model", "text_model", "text_pooling")}
+    flags |= {"freeze": "both", "augmentation": "[]"}
+    script = [str(HERE / "plain_loop.py"), "--validation_steps=100"]
+    return race(script, flags)
+
+
+def race_package(arguments: TrainingArguments) -> dict[str, float]:
+    """Seconds until `train_miniclip.py` does by a recipe: everything counts, and all features are computed anew."""
+    flags = {name: getattr(arguments, name) for name in ("dataset", "vision_model", "text_model", "recipe")}
+    with tempfile.TemporaryDirectory() as folder:
+        return race([str(HERE.parent / "train_miniclip.py")], flags | {"feature_cache_dir": folder})
+
+
+def race(script: list[str], flags: dict[str, Any]) -> dict[str, float]:
+    """Start a run, follow its `metrics.jsonl` and end it when it has reached the recall."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
+        log = Path(folder) / "run" / "metrics.jsonl"
+        flags = {**flags, "output_dir": log.parent}
+        argv = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        start, read = time.perf_counter(), 0
+        process = psutil.Popen([sys.executable, *script, *argv], stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            while process.poll() is None:
+                lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+                for line in map(json.loads, lines[read:]):
+                    seconds = time.perf_counter() - start
+                    print(f"{seconds:.0f} s: {line}", file=sys.stderr)
+                    if line["split"] == "validation" and line[RECALL] >= LIMIT:
+                        counted = line["seconds"] if "plain_loop" in script[0] else seconds
+                        return {"seconds": counted, "recall": line[RECALL], "step": line["step"]}
+                read = len(lines)
+                time.sleep(POLL)
+        finally:
+            process.terminate()
+            process.wait()
+        errors.seek(0)
+        sys.exit(f"{script[0]} ended before {RECALL} {LIMIT}: {errors.read()[-2000:]}")
+
+
+WORKLOADS: dict[str, Callable[[TrainingArguments], dict[str, float]]] = {
+    function.__name__: function
+    for function in (
+        train_plain, train_package, encode_timm, encode_timm_alike, encode_no_reading, encode_package, load_bare,
+        load_package, race_plain, race_package,
+    )
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(WORKLOADS[sys.argv[1]](parse_arguments(sys.argv[2:]))))
