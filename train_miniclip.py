@@ -630,6 +630,7 @@ def without_noise(arguments: TrainingArguments) -> TrainingArguments:
         augmentation="[]",
         num_views=None,
         dropout=0.0,
+        projection_dropout=None,
         ema_decay=None,
         lr_scheduler_type="plateau",
         checkpointing_steps="epoch",

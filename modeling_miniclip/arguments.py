@@ -74,6 +74,7 @@ class TrainingArguments:
         "log-probabilities; or SigLIP's loss (softmax_sum)",
     )
     dropout: float | None = _flag(None, "dropout of heads and towers (0.1 in the heads, the towers' own in them)")
+    projection_dropout: float | None = _flag(None, "dropout of the heads alone, whatever dropout says (0.1)")
     image_size: int | None = _flag(None, "pixels per side (the image tower's own)")
     train_image_size: int | None = _flag(
         None,
@@ -384,12 +385,10 @@ def validate(arguments: TrainingArguments) -> None:
     for name in ("learning_rate", "vision_learning_rate", "text_learning_rate", "max_grad_norm"):
         if getattr(arguments, name) <= 0:
             raise UsageError(f"--{name} must be positive, not {getattr(arguments, name)}")
-    if arguments.dropout is not None and not 0 <= arguments.dropout < 1:
-        raise UsageError(f"--dropout must be in [0, 1), not {arguments.dropout}")
     for name in ("lr_plateau_factor", "validation_fraction"):
         if not 0 < getattr(arguments, name) < 1:
             raise UsageError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
-    for name in ("frozen_vision_layers", "frozen_text_layers", "ema_decay"):
+    for name in ("dropout", "projection_dropout", "frozen_vision_layers", "frozen_text_layers", "ema_decay"):
         if not 0 <= (getattr(arguments, name) or 0) < 1:
             raise UsageError(f"--{name} must be in [0, 1), not {getattr(arguments, name)}")
     for name in ("layer_decay", "crop_pct"):

@@ -58,6 +58,10 @@ def build_model(arguments: TrainingArguments, captions: list[list[str]]) -> tupl
         raise UsageError(f"no model of {sources}: {kind}{one_line(error)}") from error
     if arguments.dropout is not None:
         set_dropout(model, arguments.dropout)
+    if arguments.projection_dropout is not None:
+        for head in (model.visual_projection, model.text_projection):
+            set_dropout(head, arguments.projection_dropout)
+        model.config.projection_dropout = arguments.projection_dropout
     return model, processor
 
 
@@ -221,10 +225,11 @@ def train_tokenizer(captions: list[list[str]], vocab_size: int) -> Any:
     return BertTokenizer(vocab=learner.get_vocab(), do_lower_case=True)
 
 
-def set_dropout(model: MiniClipModel, probability: float) -> None:
-    """Set every dropout of heads and towers: modules, attention dropout kept as a number, and stochastic depth."""
-    model.config.projection_dropout = probability
-    for module in model.modules():
+def set_dropout(part: nn.Module, probability: float) -> None:
+    """Set every dropout of a model or a part: modules, attention dropout kept as a number, and stochastic depth."""
+    if isinstance(part, MiniClipModel):
+        part.config.projection_dropout = probability
+    for module in part.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = probability
         for name, value in vars(module).items():

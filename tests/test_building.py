@@ -46,6 +46,34 @@ def inputs_of(processor: MiniClipProcessor) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels, **processor(text=TEXTS[:4], return_tensors="pt")}
 
 
+@pytest.mark.parametrize("source", ["towers", "preset", "export"])
+def test_the_crop_is_that_of_the_flag_from_each_source(
+    source: str, towers: dict[str, str], exported: str, tmp_path: Path
+) -> None:
+    flags = {"towers": towers, "preset": {"preset": str(write_preset(tmp_path))},
+             "export": {"model_name_or_path": exported}}[source]  # fmt: skip
+    images = build(**flags, crop_pct=0.5)[1].image_processor
+    assert (images.size["shortest_edge"], images.crop_size["height"]) == (2 * PIXELS, PIXELS)
+
+
+def test_the_heads_have_their_own_dropout_and_the_towers_theirs(towers: dict[str, str]) -> None:
+    model, _ = build(**towers, dropout=0.2, projection_dropout=0.6)
+    found = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    heads = {name for name in found if "projection" in name}
+    assert heads and heads != set(found)
+    assert all(p == (0.6 if name in heads else 0.2) for name, p in found.items())
+    assert model.config.projection_dropout == 0.6
+
+
+def test_a_tower_of_one_size_refuses_to_be_trained_on_another(tmp_path: Path) -> None:
+    preset = write_preset(tmp_path, vision_config={"model_type": "timm_wrapper", **VISION["vit"],
+                                                   "pretrained_cfg": {"input_size": [3, PIXELS, PIXELS],
+                                                                      "fixed_input_size": True}})  # fmt: skip
+    build(preset=str(preset), train_image_size=PIXELS)
+    with pytest.raises(UsageError, match="takes images of 32x32 pixels only: image_size 64"):
+        build(preset=str(preset), train_image_size=64)
+
+
 # --- three sources ---------------------------------------------------------------------------------------------------
 
 

@@ -238,6 +238,15 @@ def test_image_size_and_model_args_change_the_size():
     assert image_processor_from_timm(from_scratch).crop_size["height"] == 64
 
 
+def test_a_crop_of_all_keeps_a_square_picture_whole():
+    processor = image_processor_from_timm(TOWERS["default"], image_size=64, crop_pct=1.0)
+    assert processor.size["shortest_edge"] == 64
+    whole = picture((64, 64))
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    pixels = processor(whole, return_tensors="np")["pixel_values"][0] * std + mean
+    np.testing.assert_allclose(pixels * 255, np.array(whole).transpose(2, 0, 1), atol=1e-3)
+
+
 def test_what_a_tower_cannot_take_is_refused():
     vit = TimmWrapperConfig(architecture="vit_tiny_patch16_224")
     assert image_processor_from_timm(vit, image_size=224).crop_size["height"] == 224

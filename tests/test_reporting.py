@@ -142,7 +142,7 @@ def test_a_card_gets_the_arguments_that_matter_and_no_path(tmp_path: Path, monke
     "argv",
     [
         [],
-        ["--recipe", "flickr8k_lite", "--dataset", "flickr8k", "--vision_model=a/b", "--text_model=c", "--seed", "3"],
+        ["--recipe", "heads", "--dataset", "flickr8k", "--vision_model=a/b", "--text_model=c", "--seed", "3"],
         ["--dataset", "captions.csv", "--image_dir", "my pictures", "--freeze_batch_norm", "--learning_rate", "1e-5"],
         ["--dataset", "bob/birds", "--stream_rows=9", "--augmentation", '[{"name": "Blur"}]', "--hub_license", "mit"],
     ],
