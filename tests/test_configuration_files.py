@@ -137,6 +137,12 @@ def test_each_recipe_is_accepted_and_says_how_it_is_run(path: Path) -> None:
     )
 
 
+def test_the_second_stage_goes_on_from_the_first_ones_export_with_its_pictures() -> None:
+    heads, full = (parse_arguments(["--recipe", name, "--dataset", "my.csv"]) for name in ("heads", "heads_then_full"))
+    assert Path(str(full.model_name_or_path)) == Path(heads.output_dir) / "export"
+    assert (full.image_size, full.crop_pct) == (heads.image_size, heads.crop_pct)
+
+
 def test_the_flickr8k_recipe_is_the_run_of_the_well_known_tutorial() -> None:
     arguments = asdict(parse_arguments(["--recipe", "flickr8k", "--dataset", "my.csv"]))
     expected = {

@@ -20,7 +20,8 @@ from modeling_miniclip.arguments import parse_arguments
 from modeling_miniclip.data import load_captions
 from modeling_miniclip.evaluation import METRIC_NAMES, measure
 from tests.runs import ROOT, assert_same_log, command, environment, flags, launch, metrics_of
-from train_miniclip import main
+from tests.towers import PIXELS
+from train_miniclip import main, prepare
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
@@ -197,6 +198,15 @@ def test_frozen_towers_keep_their_weights_and_their_features_stand_for_them(tmp_
     main(flags(tmp_path, "run-each-step", freeze=freeze, augmentation=nothing))
     pairs = zip(metrics_of(tmp_path / "cached"), metrics_of(tmp_path / "run-each-step"), strict=True)
     assert all(one["loss"] == pytest.approx(two["loss"], rel=1e-4) for one, two in pairs)
+
+
+def test_augmented_images_have_their_own_size_and_those_of_validation_the_models(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run = prepare(parse_arguments(flags(tmp_path, train_image_size=PIXELS + 16, frozen_vision_layers=0.5)))
+    shapes = [next(iter(loader))["pixel_values"].shape[1:] for loader in (run.train_loader, run.validation_loader)]
+    assert shapes == [(3, PIXELS + 16, PIXELS + 16), (3, PIXELS, PIXELS)]
+    frozen = [name for name, p in run.plain.named_parameters() if not p.requires_grad]
+    assert frozen and all(name.startswith("vision_model.") for name in frozen)
 
 
 def test_early_stopping_ends_after_patience_epochs_and_keeps_the_best(tmp_path: Path) -> None:
