@@ -112,8 +112,8 @@ TAIL = """
 - Encoding: JPEG files, batches of 32, nothing trained. By default the tower gets timm's transform of the opened file,
   contiguous; alike means with `keep_freed_memory` and channels_last. Nothing to read: the same pixels over and over.
 - Loader: the other side opens and augments files and tokenizes captions in as many processes and hands nothing over.
-- The race: both towers frozen, heads trained (recipe `flickr8k_lite`), until the 5,000 captions of 1,000 validation
-  images find their image among the first ten in half of the cases. From the start of the process; for MiniCLIP with the
+- The race: both towers frozen, heads trained (recipe `heads`), until the 5,000 captions of 1,000 validation images
+  find their image among the first ten in half of the cases. From the start of the process; for MiniCLIP with the
   features of the towers and all validations, for the plain loop without the time of its validations, one every 100
   steps of 32 pairs.
 """
@@ -151,7 +151,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("dataset", "vision_model", "text_model"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--recipe", default="flickr8k_lite", help="of the race")
+    parser.add_argument("--recipe", default="heads", help="of the race")
     parser.add_argument("--repetitions", type=int, help="of each group but the race")
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     args = parser.parse_args(argv)
