@@ -122,7 +122,10 @@ def run_index(args: argparse.Namespace) -> None:
     print(f"{args.output}: {report.images} images; {done}; {report.seconds:.1f} s")
     if report.skipped:
         first = ", ".join(sorted(report.skipped)[:3]) + (", ..." if len(report.skipped) > 3 else "")
-        raise DataError(f"{len(report.skipped)} images could not be read and are not in the index: {first}")
+        raise DataError(
+            f"{len(report.skipped)} images could not be read and are not in the index: {first}; replace them and "
+            "index again"
+        )
 
 
 def declare_search(parser: argparse.ArgumentParser) -> None:

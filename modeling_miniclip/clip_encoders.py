@@ -146,7 +146,8 @@ def _of_transformers(source: str, flag: str, device: torch.device) -> ClipEncode
             "an export, openai/clip-vit-base-patch32 or google/siglip-base-patch16-224"
         )
     if info["missing_keys"]:
-        raise UsageError(f"{flag} {source} lacks weights: {', '.join(sorted(info['missing_keys']))}")
+        missing = ", ".join(sorted(info["missing_keys"]))
+        raise UsageError(f"{flag} {source} lacks weights: {missing}; choose a model that is whole")
     return TransformersEncoder(other.to(device).eval(), AutoProcessor.from_pretrained(source))
 
 

@@ -168,7 +168,7 @@ def search_index(
     index = ImageIndex.open(folder)
     rows = filter.rows(index.entries) if filter else None
     if rows is not None and not len(rows):
-        raise UsageError(f"no image of {folder} passes the filter {filter}")
+        raise UsageError(f"no image of {folder} passes the filter {filter}; choose a wider one")
     embedding = embed_queries(index, [query], timing)[0]
     matches = index.search(embedding, k, rows, exact)
     timing.search = time.perf_counter() - start - (timing.imports + timing.load - before)

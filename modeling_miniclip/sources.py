@@ -80,7 +80,7 @@ def resolve_source(source: str | os.PathLike) -> str:
         return os.path.abspath(path)
     name = os.fspath(source)
     if path.suffix.lower() in FILE_SUFFIXES | set(TAR_SUFFIXES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise DataError(f"{source}: no such file or folder")
+        raise DataError(f"{source}: no such file or folder; name one, or a data set on the Hub")
     return name
 
 
@@ -317,7 +317,7 @@ def _rows_of_split(source: str, split: str, rows: Any, columns: ColumnNames) -> 
 
 def _content(image: dict[str, Any] | None, name: str) -> bytes:
     if not image or not image["bytes"]:
-        raise DataError(f"{name}: no image in this row")
+        raise DataError(f"{name}: no image in this row; fill it or leave it out")
     return bytes(image["bytes"])
 
 
