@@ -77,7 +77,7 @@ def train_plain(arguments: TrainingArguments) -> dict[str, float]:
 def train_package(arguments: TrainingArguments) -> dict[str, float]:
     """Steps of `train_miniclip.py`."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments.output_dir, arguments.max_steps = f"{folder}/run", WARM_UP + STEPS + 1
+        arguments.output_dir, arguments.max_steps = folder, WARM_UP + STEPS + 1
         run = train_miniclip.prepare(arguments)
         watch = run.train_loader = Stopwatch(run.train_loader)
         train_miniclip.train_epoch(run)

@@ -22,7 +22,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_plain_loop_and_package_agree_on_the_loss_of_a_batch(benchmark: Any, tmp_path: Path) -> None:
     vision, text = save_towers(tmp_path)
-    argv = {
+    argv: dict[str, Any] = {
         "dataset": write_scene_folder(tmp_path / "scenes", 8),
         "vision_model": vision,
         "text_model": text,
@@ -33,6 +33,7 @@ def test_plain_loop_and_package_agree_on_the_loss_of_a_batch(benchmark: Any, tmp
         "num_workers": 0,
         "output_dir": tmp_path / "run",
     }
+    argv["output_dir"].mkdir()
     arguments = parse_arguments([f"--{name}={value}" for name, value in argv.items()])
     plain = benchmark("plain_loop").PlainLoop(arguments, captions_per_image=1)
     run = train_miniclip.prepare(arguments)
