@@ -4,10 +4,10 @@ import json
 import os
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,13 +25,13 @@ class Query:
 
     Args:
         words: text, or None.
-        image: file of a picture, or None.
+        image: a picture, as [`open_image`][modeling_miniclip.retrieval.open_image] takes it, or None.
         weight: of the picture where there are both; the words have 1 - weight.
         without: texts that the images shall not fit.
     """
 
     words: str | None = None
-    image: str | os.PathLike | None = None
+    image: Any = None
     weight: float = 0.5
     without: Sequence[str] = ()
 
@@ -79,13 +79,41 @@ def combine(parts: list[tuple[float, np.ndarray]]) -> np.ndarray:
     return combined
 
 
-def embed_query(index: ImageIndex, query: Query, timing: Timing | None = None) -> np.ndarray:
+def load_checked(index: ImageIndex, side: Literal["image", "text"]) -> tuple[Any, Any]:
+    """One tower of the model that made an index, and its processor.
+
+    Args:
+        index: whose model it is.
+        side: which of the two.
+
+    Raises:
+        UsageError: the model is not there any more, or has changed since.
+    """
+    from .fingerprints import describe_files, fingerprint, model_folder
+    from .one_tower import load_tower
+
+    folder = model_folder(index.model)
+    if describe_files(folder) != index.manifest.files and fingerprint(folder) != index.manifest.fingerprint:
+        raise UsageError(
+            f"{index.model} has changed since {index.folder} was made; index anew: miniclip index {index.model} "
+            f"{' '.join(index.manifest.sources)} -o {index.folder} --overwrite"
+        )
+    return load_tower(folder, side)
+
+
+def embed_query(
+    index: ImageIndex,
+    query: Query,
+    timing: Timing | None = None,
+    load: Callable[[ImageIndex, Literal["image", "text"]], tuple[Any, Any]] = load_checked,
+) -> np.ndarray:
     """`[dim]` embedding of a query by the index's model, of which only the towers are loaded that the query needs.
 
     Args:
         index: whose model it is.
         query: words, picture or both.
         timing: filled with the seconds of imports and loading.
+        load: gives a tower; by default it is read anew from the files of the model.
 
     Raises:
         UsageError: the model is not there any more, or has changed since.
@@ -93,22 +121,14 @@ def embed_query(index: ImageIndex, query: Query, timing: Timing | None = None) -
     """
     timing = timing or Timing()
     start = time.perf_counter()
-    from .fingerprints import describe_files, fingerprint, model_folder
-    from .one_tower import load_tower
     from .retrieval import encode_images, encode_texts, open_image
 
     timing.imports += time.perf_counter() - start
     start = time.perf_counter()
-    folder = model_folder(index.model)
-    if describe_files(folder) != index.manifest.files and fingerprint(folder) != index.manifest.fingerprint:
-        raise UsageError(
-            f"{index.model} has changed since {index.folder} was made; index anew: miniclip index {index.model} "
-            f"{' '.join(index.manifest.sources)} -o {index.folder} --overwrite"
-        )
     words = (query.words or "").strip()
     texts = [*([words] if words else []), *query.without]
     image = open_image(query.image) if query.image is not None else None
-    towers = [load_tower(folder, "text") if texts else None, load_tower(folder, "image") if image else None]
+    towers = [load(index, "text") if texts else None, load(index, "image") if image else None]
     timing.load += time.perf_counter() - start
     parts: list[tuple[float, np.ndarray]] = []
     if towers[0]:
