@@ -248,8 +248,41 @@ def run_eval(args: argparse.Namespace) -> None:
     print(json.dumps(report, indent=2) if args.json else describe_report(report))
 
 
+def declare_app(parser: argparse.ArgumentParser) -> None:
+    """Flags of `miniclip app`."""
+    parser.add_argument("index", metavar="INDEX", help="folder of an index, made by `miniclip index`")
+    parser.add_argument("--port", type=int, help="of the page (the first free one from 7860 on)")
+    parser.add_argument("--open", action="store_true", help="show the page in the browser")
+
+
+def run_app_command(args: argparse.Namespace) -> None:
+    """Serve the page until it is interrupted."""
+    from .search_app import run_app
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: its temporary folder is cleared away
+    run_app(args.index, args.port, args.open)
+
+
+def declare_space(parser: argparse.ArgumentParser) -> None:
+    """Flags of `miniclip space`."""
+    parser.add_argument("export", metavar="EXPORT", help="folder of an exported model, or a repository on the Hub")
+    parser.add_argument("folder", metavar="DIR", help="new folder for the Space")
+    parser.add_argument("--images", metavar="SOURCE", nargs="+", required=True, help="as for `miniclip index`")
+    parser.add_argument("--title", default="Image search", help="of the page")
+
+
+def run_space(args: argparse.Namespace) -> None:
+    """Write the Space and tell how to try and to publish it."""
+    from .space_writer import write_space
+
+    count = write_space(args.export, args.folder, args.images, args.title)
+    print(f"{args.folder}: a Space with {count:,} images\n  try it:   python {args.folder}/app.py")
+    print(f"  share it: hf upload USER/NAME {args.folder} --repo-type space")
+
+
 COMMANDS = {
     "check": Command("look for what is wrong with captioned images", declare_check, run_check),
+    "app": Command("search an index on a page in the browser, for this machine only", declare_app, run_app_command),
     "duplicates": Command(
         "find images of an index that are the same or nearly so", declare_duplicates, run_duplicates
     ),
@@ -258,6 +291,7 @@ COMMANDS = {
     "index": Command("embed images into an index, or bring one up to date", declare_index, run_index),
     "push": Command("upload an exported model to the Hugging Face Hub", declare_push, run_push),
     "search": Command("find images of an index by words, by a picture or both", declare_search, run_search),
+    "space": Command("write a Gradio Space with a model and small copies of images", declare_space, run_space),
 }
 
 

@@ -5,10 +5,10 @@ import os
 import shlex
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,13 +26,13 @@ class Query:
 
     Args:
         words: text, or None.
-        image: file of a picture, or None.
+        image: a picture, as [`open_image`][modeling_miniclip.retrieval.open_image] takes it, or None.
         weight: of the picture where there are both; the words have 1 - weight.
         without: texts that the images shall not fit.
     """
 
     words: str | None = None
-    image: str | os.PathLike | None = None
+    image: Any = None
     weight: float = 0.5
     without: Sequence[str] = ()
 
@@ -86,13 +86,39 @@ def combine(parts: list[tuple[float, np.ndarray]]) -> np.ndarray:
     return combined
 
 
-def embed_queries(index: ImageIndex, queries: Sequence[Query], timing: Timing | None = None) -> np.ndarray:
+Load = Callable[[ImageIndex, Literal["image", "text"]], tuple[Any, Any]]
+
+
+def load_checked(index: ImageIndex, side: Literal["image", "text"]) -> tuple[Any, Any]:
+    """One tower of the model that made an index, and its processor.
+
+    Args:
+        index: whose model it is.
+        side: which of the two.
+
+    Raises:
+        UsageError: the model is not there any more, or has changed since.
+    """
+    from .fingerprints import describe_files, fingerprint, model_folder
+    from .one_tower import load_tower
+
+    folder = model_folder(index.model)
+    if describe_files(folder) != index.manifest.files and fingerprint(folder) != index.manifest.fingerprint:
+        words = ["miniclip", "index", index.model, *index.manifest.sources, "-o", str(index.folder), "--overwrite"]
+        raise UsageError(f"{index.model} has changed since {index.folder} was made; index anew: {shlex.join(words)}")
+    return load_tower(folder, side)
+
+
+def embed_queries(
+    index: ImageIndex, queries: Sequence[Query], timing: Timing | None = None, load: Load = load_checked
+) -> np.ndarray:
     """`[queries, dim]` by the index's model, of which only the towers are loaded that the queries need.
 
     Args:
         index: whose model it is.
         queries: words, picture or both.
         timing: filled with the seconds of imports and loading.
+        load: gives a tower; by default it is read anew from the files of the model.
 
     Raises:
         UsageError: the model is not there any more, or has changed since.
@@ -100,31 +126,18 @@ def embed_queries(index: ImageIndex, queries: Sequence[Query], timing: Timing | 
     """
     timing = timing or Timing()
     start = time.perf_counter()
-    from .one_tower import load_tower
     from .retrieval import encode_images, encode_texts, open_image
 
     timing.imports += time.perf_counter() - start
     start = time.perf_counter()
-    folder = _checked_model(index)
     texts = [text for query in queries for text in query.texts]
     images = [open_image(query.image) for query in queries if query.image is not None]
-    text_tower = load_tower(folder, "text") if texts else None
-    image_tower = load_tower(folder, "image") if images else None
+    text_tower = load(index, "text") if texts else None
+    image_tower = load(index, "image") if images else None
     timing.load += time.perf_counter() - start
     said = iter(encode_texts(text_tower[0], texts, text_tower[1], progress=False).numpy() if text_tower else ())
     seen = iter(encode_images(image_tower[0], images, image_tower[1], progress=False).numpy() if image_tower else ())
     return np.stack([_combined(query, said, seen) for query in queries])
-
-
-def _checked_model(index: ImageIndex) -> Path:
-    """Folder of the index's model, which has to be the one that made the embeddings."""
-    from .fingerprints import describe_files, fingerprint, model_folder
-
-    folder = model_folder(index.model)
-    if describe_files(folder) != index.manifest.files and fingerprint(folder) != index.manifest.fingerprint:
-        words = ["miniclip", "index", index.model, *index.manifest.sources, "-o", str(index.folder), "--overwrite"]
-        raise UsageError(f"{index.model} has changed since {index.folder} was made; index anew: {shlex.join(words)}")
-    return folder
 
 
 def _combined(query: Query, said: Iterator[np.ndarray], seen: Iterator[np.ndarray]) -> np.ndarray:

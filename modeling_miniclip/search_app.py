@@ -1,0 +1,273 @@
+"""A page in the browser over an image index: words or a picture, filters, the images found, each with its neighbours.
+
+The page gets pictures that were decoded and encoded anew, never a file: no path of this machine is served, and what a
+photograph's metadata tells (where it was taken) stays here. An image is asked for by its place among the results.
+"""
+
+import io
+import os
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .entry_filter import EntryFilter
+from .errors import MiniClipError, UsageError
+from .image_index import ImageIndex
+from .processing_miniclip import load_rgb
+from .searching import Query, embed_queries, load_checked
+
+RESULTS, NEIGHBOURS, EXAMPLES = 24, 12, 6
+THUMBNAIL, LARGE = 320, 1600  # pixels of the longer side
+MOST_FOLDERS = 500  # names of a drop-down list
+UPLOAD = "20mb"
+# Where the index has no captions to take examples from.
+GENERAL_EXAMPLES = ("a dog", "people outdoors", "food on a table", "a building", "water and sky", "a child playing")
+
+STYLE = """
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+#results button:focus-visible, #neighbours button:focus-visible { outline: 3px solid #2b6cb0; outline-offset: 2px; }
+#examples button { min-width: 0; flex: 0 1 auto; }
+"""
+
+# A picture that is shown, and its caption.
+Shown = tuple[Image.Image, str]
+
+
+class IndexPage:
+    """What the page does, apart from its looks. Rows of the index are known to the server only.
+
+    Args:
+        index: to search.
+    """
+
+    def __init__(self, index: ImageIndex):
+        self.index = index
+        self.load: Callable[..., Any] = lru_cache(maxsize=2)(load_checked)  # each tower is read once
+
+    def search(
+        self,
+        words: str | None,
+        picture: Image.Image | None,
+        folder: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
+        caption: str | None = None,
+        split: str | None = None,
+    ) -> tuple[list[Shown], list[int], str]:
+        """Pictures found, best first, their rows, and a sentence about it; an error is such a sentence too."""
+        given = [(value or "").strip() or None for value in (folder, since, until, caption, split)]
+        try:
+            query = Query((words or "").strip() or None, picture)
+            chosen = EntryFilter(*given)
+            rows = chosen.rows(self.index.entries) if chosen else None
+            if rows is not None and not len(rows):
+                return [], [], "No image passes the filters."
+            matches = self.index.search(embed_queries(self.index, [query], load=self.load)[0], RESULTS, rows)
+        except MiniClipError as error:
+            return [], [], str(error)
+        found = [(match.index, match.score) for match in matches]
+        among = f"{len(self.index) if rows is None else len(rows):,} images"
+        return self._shown(found), [row for row, _ in found], f"The nearest {len(found)} of {among}."
+
+    def show(self, rows: list[int], place: int) -> tuple[Image.Image | None, str, list[Shown], list[int]]:
+        """One of the images that were found, as large as it is up to `LARGE` pixels, and its neighbours.
+
+        Args:
+            rows: that are shown.
+            place: among them; it comes from the browser.
+
+        Returns:
+            The image, what is known of it, its neighbours and their rows.
+        """
+        if not 0 <= place < len(rows):
+            return None, "", [], []
+        row = rows[place]
+        entry = self.index.entry(row)
+        near = self.index.search(np.asarray(self.index.embeddings[row]), NEIGHBOURS + 1)
+        others = [(match.index, match.score) for match in near if match.index != row][:NEIGHBOURS]
+        facts = [
+            *entry["captions"],
+            *([f"taken {entry['date']:%Y-%m-%d}"] if entry["date"] else []),
+            *([f"{entry['width']} x {entry['height']} pixels"] if entry["width"] else []),
+            entry["id"] if entry["path"] else _name(entry),
+        ]
+        return self.picture(row, LARGE), "\n".join(facts), self._shown(others), [row for row, _ in others]
+
+    def picture(self, row: int, pixels: int) -> Image.Image | None:
+        """An image of the index, its longer side at most so many pixels; None if it cannot be read any more."""
+        path = self.index.entry(row)["path"]
+        try:
+            if path is not None:
+                image = load_rgb(path).copy()
+            else:
+                image = _image_of_bytes(self.index.thumbnail(row))
+        except Exception:  # Pillow's decoders raise all sorts
+            return None
+        image.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        image.info.clear()
+        return image
+
+    def _shown(self, found: list[tuple[int, float]]) -> list[Shown]:
+        blank = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#cbd5e0")  # keeps the places of the others
+        return [
+            (self.picture(row, THUMBNAIL) or blank, f"{score:.3f}  {_name(self.index.entry(row))}")
+            for row, score in found
+        ]
+
+    def folders(self) -> list[str]:
+        """Folders and other sources of the images, the first of them by name."""
+        parents = {os.path.dirname(name) for name in self.index.entries["id"].to_pylist()}
+        return sorted(parents - {""})[:MOST_FOLDERS]
+
+    def splits(self) -> list[str]:
+        """Splits of the images, if they have some."""
+        return sorted(name for name in self.index.entries["split"].unique().to_pylist() if name)
+
+    def examples(self) -> list[str]:
+        """Queries to begin with: captions from all over the index."""
+        captions = [several[0] for several in self.index.entries["captions"].to_pylist() if several]
+        if not captions:
+            return list(GENERAL_EXAMPLES)
+        step = max(1, len(captions) // EXAMPLES)
+        return list(dict.fromkeys(captions[::step]))[:EXAMPLES]
+
+
+def _image_of_bytes(content: bytes | None) -> Image.Image:
+    with Image.open(io.BytesIO(content or b"")) as image:
+        return image.convert("RGB")
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return PurePath(entry["id"]).name
+
+
+def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
+    """The page as a `gradio.Blocks`; start it with [`launch_options`].
+
+    Args:
+        index: to search.
+        title: above it.
+
+    Raises:
+        UsageError: gradio is not installed, or the index is empty.
+    """
+    gr = _gradio()
+    if not len(index):
+        raise UsageError(f"{index.folder}: no images in this index; add some: miniclip index MODEL SOURCE -o INDEX")
+    page = IndexPage(index)
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        gr.HTML(f"<h1>{escape(title)}</h1><p>{len(index):,} images. Words, a picture, or both.</p>")
+        with gr.Row():
+            with gr.Column(scale=3):
+                words = gr.Textbox(label="Words", placeholder="two dogs playing in the snow", autofocus=True)
+                with gr.Row(elem_id="examples"):
+                    examples = [gr.Button(text, size="sm", variant="secondary") for text in page.examples()]
+            picture = gr.Image(
+                label="Picture", type="pil", image_mode=None, sources=["upload", "clipboard"], height=180, scale=1
+            )
+        with gr.Accordion("Filters", open=False), gr.Row():
+            filters = [
+                gr.Dropdown(["", *page.folders()], value="", label="Folder", filterable=True),
+                gr.Textbox(label="From date", placeholder="2024-07"),
+                gr.Textbox(label="To date", placeholder="2024-07-14"),
+                gr.Textbox(label="Words of the caption"),
+                gr.Dropdown(["", *page.splits()], value="", label="Split", visible=bool(page.splits())),
+            ]
+        button = gr.Button("Search", variant="primary", elem_id="search")
+        told = gr.Textbox(label="Result", interactive=False, elem_id="told")
+        results = gr.Gallery(
+            label="Images found", columns=6, height="auto", allow_preview=False, interactive=False, elem_id="results",
+            buttons=[], object_fit="contain",
+        )  # fmt: skip
+        with gr.Column(visible=False, elem_id="chosen") as chosen:
+            image = gr.Image(label="Chosen image", interactive=False, elem_id="image", buttons=["fullscreen"])
+            facts = gr.Textbox(label="About it", interactive=False, lines=2, elem_id="facts")
+            neighbours = gr.Gallery(
+                label="Its neighbours", columns=6, height="auto", allow_preview=False, interactive=False,
+                elem_id="neighbours", buttons=[], object_fit="contain",
+            )  # fmt: skip
+        rows, near_rows = gr.State([]), gr.State([])
+
+        def show(places: list[int], event: Any) -> tuple[Any, ...]:
+            return (*page.show(places, event.index), gr.update(visible=True))
+
+        show.__annotations__["event"] = gr.SelectData  # by which gradio hands over what was clicked
+
+        private: dict[str, Any] = {"api_visibility": "private"}
+        asked = {"fn": page.search, "inputs": [words, picture, *filters], "outputs": [results, rows, told], **private}
+        gr.on([button.click, words.submit, picture.upload], **asked)
+        for example in examples:
+            example.click(lambda text: text, example, words, **private).then(**asked)
+        found = [image, facts, neighbours, near_rows, chosen]
+        results.select(show, rows, found, **private)
+        neighbours.select(show, near_rows, found, **private)
+    return blocks
+
+
+def launch_options() -> dict[str, Any]:
+    """What `launch` of a page of [`build_page`] has to be told."""
+    gr = _gradio()
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none is fetched
+    return {
+        "theme": gr.themes.Default(primary_hue="blue", **fonts),
+        "css": STYLE,
+        "max_file_size": UPLOAD,
+        "allowed_paths": [],
+        "footer_links": [],
+        "enable_monitoring": False,
+        "ssr_mode": False,
+        "share": False,
+    }
+
+
+def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bool = False) -> None:
+    """Serve a page on loopback, to this machine only, until it is interrupted.
+
+    Args:
+        folder: of the index.
+        port: by default the first free one from 7860 on.
+        open_browser: show it.
+
+    Raises:
+        UsageError: no gradio, no index there, or the port is taken.
+    """
+    _gradio_installed()
+    index = ImageIndex.open(folder)
+    with tempfile.TemporaryDirectory(prefix="miniclip-app-") as cache:
+        os.environ["GRADIO_TEMP_DIR"] = cache  # or files of other apps on this machine could be asked for
+        blocks = build_page(index, f"Search {Path(folder).resolve().name}")
+        try:
+            blocks.launch(
+                server_name="127.0.0.1",
+                server_port=port,
+                inbrowser=open_browser,
+                quiet=True,
+                prevent_thread_lock=True,
+                **launch_options(),
+            )
+        except OSError as error:
+            raise UsageError(f"--port {port}: {error}; name another one, or none") from error
+        print(f"{len(index):,} images: {blocks.local_url}  (Ctrl-C ends it)", flush=True)
+        try:
+            blocks.block_thread()
+        finally:
+            blocks.close(verbose=False)
+
+
+def _gradio_installed() -> None:
+    if find_spec("gradio") is None:
+        raise UsageError("the page needs gradio: pip install 'miniclip[app]'")
+
+
+def _gradio() -> Any:
+    _gradio_installed()
+    import gradio
+
+    return gradio
