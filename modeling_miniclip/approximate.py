@@ -6,6 +6,7 @@ this kind of index: `benchmarks/search.md`.
 """
 
 import math
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,7 @@ class ApproximateNeighbours(Neighbours):
     """
 
     def __init__(self, embeddings: np.ndarray, path: Path, probes: int | None = None):
-        import faiss
-
+        faiss: Any = import_module("faiss")  # its stubs lack half of it
         super().__init__(embeddings)
         # Mapped as if in memory: FAISS's older way to map cells starts 32 threads a search to read them ahead.
         self.index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)

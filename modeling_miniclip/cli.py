@@ -101,6 +101,7 @@ def declare_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_workers", type=int, metavar="N", help="threads that read images (one a core)")
     parser.add_argument("--image_column", default="image", help="in caption files and data sets")
     parser.add_argument("--caption_column", default="caption", help="in caption files and data sets")
+    parser.add_argument("--allow_outside_images", action="store_true", help="let a caption file name images elsewhere")
 
 
 def run_index(args: argparse.Namespace) -> None:
@@ -111,10 +112,10 @@ def run_index(args: argparse.Namespace) -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what is encoded is kept
     keep_freed_memory()
+    columns = ColumnNames(args.image_column, args.caption_column, args.allow_outside_images)
     report = update_index(
         args.output, args.sources, args.model, remove=args.remove, overwrite=args.overwrite, dtype=args.dtype,
-        columns=ColumnNames(args.image_column, args.caption_column), batch_size=args.batch_size,
-        num_workers=args.num_workers, neighbours=args.neighbours,
+        columns=columns, batch_size=args.batch_size, num_workers=args.num_workers, neighbours=args.neighbours,
     )  # fmt: skip
     if int(os.environ.get("RANK", "0")) > 0:  # of several processes one tells
         return
@@ -180,7 +181,7 @@ def run_search(args: argparse.Namespace) -> None:
 def declare_duplicates(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip duplicates`."""
     parser.add_argument("index", metavar="INDEX", help="folder of an index, made by `miniclip index`")
-    parser.add_argument("--threshold", type=float, default=0.97, help="least cosine of near-identical images (0.97)")
+    parser.add_argument("--threshold", type=float, default=0.95, help="least cosine of near-identical images (0.95)")
     parser.add_argument("--across_splits", action="store_true", help="only groups with images of several splits")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a list")
 

@@ -32,7 +32,7 @@ def write_contact_sheet(target: Path, index: ImageIndex, title: str, matches: li
 
 def _tile(index: ImageIndex, match: Match) -> str:
     entry, picture = index.entry(match.index), picture_of(index, match.index)
-    name = ", ".join([*entry["captions"][:1], Path(match.name).name])
+    name = ", ".join([*(said.rstrip(" .") for said in entry["captions"][:1]), Path(match.name).name])
     return tile(
         f"{match.score:.3f}",
         name,

@@ -221,11 +221,11 @@ def read_caption_file(path: Path, find_columns: FindColumns, found: Found = refu
         if name == FLICKR8K_STRAY:
             stray += 1
         captions = _captions_of(cells, columns, str(path), number, found)
-        if name in (None, FLICKR8K_STRAY) or not captions:
+        if name in (None, FLICKR8K_STRAY) or (columns.captions and not captions):
             continue
         entry = images.setdefault(str(name), CaptionedImage(file=str(path), column=columns.image))
         entry.captions += captions
-        entry.rows += [number] * len(captions)
+        entry.rows += [number] * (len(captions) or 1)
         if columns.id is not None:
             entry.ids.append(str(cells[columns.id]).strip())
     if stray:
@@ -435,7 +435,7 @@ def _check_image_files(
         found: told of each problem.
     """
     by_kind: dict[str, list[str]] = {}
-    for name, kind in _bad_files(folder, bounds, images, allow_outside):
+    for name, kind in bad_files(folder, bounds, images, allow_outside):
         by_kind.setdefault(kind, []).append(name)
     for kind, names in by_kind.items():
         how = f"{BAD_FILES[kind]} ({len(names)} of {len(images)} images are {kind})"
@@ -453,7 +453,7 @@ BAD_FILES = {
 }
 
 
-def _bad_files(folder: Path, bounds: Path, images: Iterable[str], allow_outside: bool) -> Iterator[tuple[str, str]]:
+def bad_files(folder: Path, bounds: Path, images: Iterable[str], allow_outside: bool) -> Iterator[tuple[str, str]]:
     """Name and kind of each file that is none of the data set's, or nothing."""
     root = os.path.realpath(bounds)
     inside: dict[str, bool] = {}  # by folder, that each file costs a system call or two

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import UsageError
+from .errors import UsageError, printable
 from .image_index import ImageIndex
 
 BLOCK = 2_048  # rows and columns of the part of the similarities that is held at a time
@@ -48,7 +48,7 @@ class _Links:
             self.weakest[low] = min(similarity, self.weakest.get(low, 1.0), self.weakest.pop(high, 1.0))
 
 
-def find_duplicates(index: ImageIndex, threshold: float = 0.97, across_splits: bool = False) -> list[Group]:
+def find_duplicates(index: ImageIndex, threshold: float = 0.95, across_splits: bool = False) -> list[Group]:
     """Groups of images of which each has a twin in its group.
 
     Each image is compared with each other, in blocks: the time grows with the square of their number, the memory does
@@ -106,7 +106,7 @@ def format_groups(index: ImageIndex, groups: list[Group]) -> str:
     lines = []
     for group in groups:
         lines.append("identical" if group.exact else f"near-identical, cosine {group.similarity:.4f}")
-        lines += [f"  {ids[row]}" + (f"  ({splits[row]})" if splits[row] else "") for row in group.rows]
+        lines += [printable(f"  {ids[row]}" + (f"  ({splits[row]})" if splits[row] else "")) for row in group.rows]
     across = sum(len({splits[row] for row in group.rows} - {""}) > 1 for group in groups)
     more = sum(len(group.rows) - 1 for group in groups)
     exact = sum(group.exact for group in groups)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .entry_filter import EntryFilter
-from .errors import UsageError
+from .errors import UsageError, printable
 from .image_index import ImageIndex
 from .nearest import Match
 
@@ -211,11 +211,6 @@ def format_table(index: ImageIndex, matches: list[Match], width: int) -> str:
         line = f"{rank:4d}  {match.score:6.3f}  {date}  {padded}  {row['captions'][0] if row['captions'] else ''}"
         lines.append(cut(printable(line.rstrip()), max(width, 24 + longest)))
     return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """Text without control characters: a file's name must not steer a terminal."""
-    return "".join(c if unicodedata.category(c)[0] != "C" else "?" for c in text)
 
 
 def display_width(text: str) -> int:

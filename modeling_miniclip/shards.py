@@ -26,7 +26,7 @@ from accelerate import PartialState
 from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
-from .errors import MiniClipError
+from .errors import MiniClipError, printable
 from .fingerprints import model_folder
 from .image_index import MANIFEST, SCHEMA, ImageIndex, Manifest, write_index
 from .modeling_miniclip import MiniClipModel
@@ -146,7 +146,7 @@ class Encoding:
                 except Exception as error:  # Pillow's decoders raise all sorts
                     reason = " ".join(str(error).split())[:200] or type(error).__name__
                     self.skipped[item.id] = reason
-                    bar.write(f"skipped: {item.id}: {reason}", file=sys.stderr)
+                    bar.write(printable(f"skipped: {item.id}: {reason}"), file=sys.stderr)
                 else:
                     yield prepared
                 bar.update()

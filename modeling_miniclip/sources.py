@@ -16,6 +16,7 @@ from .data import (
     METADATA_FILES,
     CaptionedImage,
     Columns,
+    bad_files,
     caption_columns,
     find_image_column,
     image_folder,
@@ -60,10 +61,11 @@ class Item:
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """What the columns of caption files and data sets are called."""
+    """What the columns of caption files and data sets are called, and whether names may leave the folder of images."""
 
     image: str = "image"
     caption: str = "caption"
+    allow_outside_images: bool = False
 
 
 DEFAULT_COLUMNS = ColumnNames()
@@ -175,8 +177,17 @@ def _walk_table(source: str, columns: ColumnNames) -> Iterator[Item]:
     images = _read_table(file, columns)
     folder = image_folder(file.parent, images)
     splits = {name: split for split, names in read_splits(file.parent, images, file).items() for name in names}
+    bad = dict(bad_files(folder, file.parent, images, columns.allow_outside_images))
     for name, image in images.items():
-        yield _file_item(os.path.normpath(folder / name), image.captions, splits.get(name) or split_of(name) or "")
+        path = os.path.normpath(folder / name)
+        if bad.get(name) == "outside":
+            yield Item(path, partial(_refuse, folder), path)
+        else:
+            yield _file_item(path, image.captions, splits.get(name) or split_of(name) or "")
+
+
+def _refuse(folder: Path) -> bytes:
+    raise DataError(f"lies outside {folder}; put it there, or allow that by --allow_outside_images")
 
 
 def _read_table(file: Path, columns: ColumnNames) -> dict[str, CaptionedImage]:

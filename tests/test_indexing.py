@@ -19,6 +19,7 @@ from modeling_miniclip import ImageIndex, MiniClipModel, UsageError, encode_imag
 from modeling_miniclip import shards as shards_module
 from modeling_miniclip.cli import cli
 from modeling_miniclip.errors import DataError
+from modeling_miniclip.sources import ColumnNames
 from tests.indexes import write_model, write_picture, write_pictures
 from tests.runs import ROOT, command, environment
 
@@ -208,6 +209,21 @@ def test_captions_are_those_of_now_and_splits_those_of_the_files(
     update_index(tmp_path / "index", progress=False)
     rows = ImageIndex.open(tmp_path / "index").entries.to_pylist()
     assert rows[2]["captions"] == ["a man climbs a steep rock", "somebody is climbing"] and encoded == []
+
+
+def test_a_csv_may_lack_captions_but_not_name_images_elsewhere(tmp_path: Path, model: Path) -> None:
+    write_pictures(tmp_path / "set", "Images/a.png Images/sub/b.png")
+    secret = write_picture(tmp_path / "secret.png", 7)
+    (tmp_path / "set" / "list.csv").write_text("file_name\na.png\nsub/b.png\n../../secret.png\ngone.png\n")
+    source, index = tmp_path / "set" / "list.csv", tmp_path / "index"
+    report = update_index(index, [source], model, progress=False)
+    images = tmp_path / "set" / "Images"
+    assert ids(ImageIndex.open(index)) == [str(images / "a.png"), str(images / "sub" / "b.png")]
+    assert set(report.skipped) == {str(secret), str(images / "gone.png")}
+    assert report.skipped[str(secret)].startswith("lies outside")
+    columns = ColumnNames(allow_outside_images=True)
+    assert set(update_index(index, columns=columns, progress=False).skipped) == {str(images / "gone.png")}
+    assert str(secret) in ids(ImageIndex.open(index))
 
 
 def test_the_date_is_the_cameras_and_the_size_that_of_the_turned_picture(tmp_path: Path, model: Path) -> None:
