@@ -266,7 +266,7 @@ class Dying(CaptionRows):
         super().__init__(split, tiny_processor())
         self.fail = fail
 
-    def _image(self, index: int) -> Any:
+    def _image(self, index: int, *rest: Any) -> Any:
         self.fail()
 
 
