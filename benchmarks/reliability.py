@@ -50,6 +50,9 @@ PROMISES = {
         "are not opened",
         ("tests/test_fuzz_exports.py",),
     ),
+    "index": Promise(
+        "A damaged index gives images of the index, or is told with its folder", ("tests/test_fuzz_index.py",)
+    ),
     "folders": Promise(
         "A folder that is replaced is the old or the new one, whole, whenever the process dies",
         ("tests/test_files.py",),

@@ -119,10 +119,10 @@ class ImageIndex:
                 )
             index = cls(path, Manifest(**values))
             sizes = index.embeddings.shape, pq.read_metadata(path / ENTRIES).num_rows
-        except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
-            if isinstance(error, UsageError):
-                raise
-            raise DataError(f"{folder}: an index that cannot be read ({error}); delete it and index again") from error
+        except UsageError:
+            raise
+        except Exception as error:  # whatever the libraries raise at files that nobody wrote
+            raise _damaged(path, error) from error
         expected = (index.manifest.count, index.manifest.dim), index.manifest.count
         if sizes != expected:
             raise DataError(
@@ -142,7 +142,10 @@ class ImageIndex:
     @cached_property
     def entries(self) -> pa.Table:
         """One row an image: the columns of [`SCHEMA`] but for `thumbnail`. `datasets.Dataset(index.entries)` works."""
-        return pq.read_table(self.folder / ENTRIES, columns=COLUMNS, memory_map=True)
+        try:
+            return pq.read_table(self.folder / ENTRIES, columns=COLUMNS, memory_map=True)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise _damaged(self.folder, error) from error
 
     @cached_property
     def embeddings(self) -> np.ndarray:
@@ -159,7 +162,10 @@ class ImageIndex:
 
     def read_entries(self) -> pa.Table:
         """All columns of [`SCHEMA`], thumbnails too."""
-        return pq.read_table(self.folder / ENTRIES, schema=SCHEMA)
+        try:
+            return pq.read_table(self.folder / ENTRIES, schema=SCHEMA)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise _damaged(self.folder, error) from error
 
     def entry(self, index: int) -> dict[str, Any]:
         """The row of an image as a dictionary."""
@@ -168,8 +174,11 @@ class ImageIndex:
 
     def thumbnail(self, index: int) -> bytes | None:
         """JPEG of an image that has no file of its own; None for one that has."""
-        file = pq.ParquetFile(self.folder / ENTRIES)
-        cell = file.read_row_group(index // ROW_GROUP, columns=["thumbnail"])["thumbnail"][index % ROW_GROUP]
+        try:
+            file = pq.ParquetFile(self.folder / ENTRIES)
+            cell = file.read_row_group(index // ROW_GROUP, columns=["thumbnail"])["thumbnail"][index % ROW_GROUP]
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise _damaged(self.folder, error) from error
         content: bytes | None = cell.as_py()
         return content
 
@@ -231,6 +240,10 @@ class ImageIndex:
                 writer.write_table(part)
         fresh.replace(target)
         return target
+
+
+def _damaged(folder: Path, error: Exception) -> DataError:
+    return DataError(f"{folder}: an index that cannot be read ({error}); delete it and index again")
 
 
 def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Iterable[np.ndarray]) -> ImageIndex:
