@@ -315,9 +315,9 @@ def build_model(arguments: TrainingArguments, accelerator: Any, splits: Any) -> 
     if arguments.freeze_batch_norm is None:
         arguments.freeze_batch_norm = arguments.preset is None
     freeze_layers(model, arguments)
-    model.text_groups = TEXT_GROUPS
-    if accelerator.distributed_type != DistributedType.FSDP:  # which takes contiguous parameters only
-        to_channels_last(model.vision_model)
+    if accelerator.distributed_type != DistributedType.FSDP:
+        to_channels_last(model.vision_model)  # FSDP takes contiguous parameters only
+        model.text_groups = TEXT_GROUPS  # and all processes have to run a tower equally often
     if arguments.compile_towers:
         compile_towers(model.vision_model, model.text_model)
     say(accelerator, describe_model(model))

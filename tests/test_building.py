@@ -101,7 +101,7 @@ def test_without_a_model_the_default_towers_are_entered_in_the_arguments(monkeyp
     arguments = TrainingArguments()
     build_model(arguments, CAPTIONS)
     names = ("resnet50.a1_in1k", "distilbert-base-uncased")
-    assert asked == [(*names, None, None), names]
+    assert asked == [(*names, None, None, None), names]
     assert (arguments.vision_model, arguments.text_model) == names
 
 
