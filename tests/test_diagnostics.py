@@ -213,7 +213,7 @@ def test_nothing_is_told_of_the_recorded_runs(recorded: str) -> None:
         if line["split"] == "train":
             steps += 1
             diagnosis.after_steps(line["step"], line, 10, chance_loss(images, images * captions, "softmax_sum"))
-    assert steps > 20 and lines == []
+    assert steps >= 15 and lines == []
 
 
 def test_loss_is_judged_by_many_steps_not_by_one_batch() -> None:
