@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-min test-clients conformance lint audit constraints format docs clean
+.PHONY: help demo test test-slow test-long test-min test-clients conformance lint audit constraints format docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ test: $(VENV)/.installed-dev  ## run the test suite
 
 test-slow: $(VENV)/.installed-dev  ## run the slow tests (minutes)
 	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
+
+test-long: $(VENV)/.installed-dev  ## run thousands of random inputs and dozens of kills, new ones each time
+	$(BIN)/python -m pytest -m long -n 2 --dist worksteal
 
 .venv-min/.installed: pyproject.toml .ci/oldest.py
 	test -x .venv-min/bin/pip || $(PYTHON) -m venv .venv-min

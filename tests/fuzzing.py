@@ -17,7 +17,7 @@ CPU_SECONDS = 20
 def cases(few: int, many: int) -> Any:
     """Parametrizes `count`: a few cases that are always the same, and behind the marker many that never are."""
     return pytest.mark.parametrize(
-        "count", [pytest.param(few, id="few"), pytest.param(many, id="many", marks=pytest.mark.slow)]
+        "count", [pytest.param(few, id="few"), pytest.param(many, id="many", marks=pytest.mark.long)]
     )
 
 

@@ -63,7 +63,7 @@ def assert_complete(run: Path, steps_before: list[str]) -> list[str]:
     return [path.name for path in found]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_killed_at_random_moments_lose_nothing(
     tmp_path: Path,
     whole: Any,  # noqa: F811
