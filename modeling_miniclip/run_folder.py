@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +33,7 @@ def own_folder(arguments: TrainingArguments) -> Iterator[None]:
         MiniClipError: the disk was full, or became read-only, in the meantime.
     """
     output_dir = Path(arguments.output_dir)
-    if arguments.overfit_batch or int(os.environ.get("RANK", "0")) != 0:
+    if arguments.overfit_batch or _rank() != 0:
         yield
         return
     try:
@@ -53,6 +54,14 @@ def own_folder(arguments: TrainingArguments) -> Iterator[None]:
         with suppress(OSError):
             os.unlink(output_dir / LOCK_FILE)  # before it is closed, which gives it free
         os.close(descriptor)
+
+
+def _rank() -> int:
+    """This process among those of the run, whether a launcher told it or has joined the processes already."""
+    joined = sys.modules.get("torch.distributed")  # not imported here: it takes seconds
+    if joined is not None and joined.is_available() and joined.is_initialized():
+        return int(joined.get_rank())
+    return int(os.environ.get("RANK", "0"))
 
 
 def _lock(path: Path) -> int:

@@ -101,7 +101,9 @@ def assert_same_log(one: Path, other: Path) -> None:
     for expected, found in zip(metrics_of(one), metrics_of(other), strict=True):
         assert found.keys() == expected.keys() and found["split"] == expected["split"]
         for name in found.keys() - {"split", "seconds", "pairs_per_second"}:
-            assert found[name] == pytest.approx(expected[name], rel=1e-4), (name, expected["step"])
+            # A gradient that has become small is a difference of large ones, summed in another order.
+            rel, least = (1e-3, 2e-5) if name == "gradient_norm" else (1e-4, 1e-12)
+            assert found[name] == pytest.approx(expected[name], rel=rel, abs=least), (name, expected["step"])
 
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
