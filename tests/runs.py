@@ -96,14 +96,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
-def assert_same_log(one: Path, other: Path) -> None:
-    """The runs in two folders took the same steps and measured the same, but for the time that it took."""
+def assert_same_log(one: Path, other: Path, norms: float = 1e-4) -> None:
+    """The runs in two folders took the same steps and measured the same, but for the time that it took.
+
+    Args:
+        one, other: output folders.
+        norms: relative difference of gradient norms that is allowed. In a long run the last bits of sums in another
+            order grow, and there first.
+    """
     for expected, found in zip(metrics_of(one), metrics_of(other), strict=True):
         assert found.keys() == expected.keys() and found["split"] == expected["split"]
         for name in found.keys() - {"split", "seconds", "pairs_per_second"}:
-            # A gradient that has become small is a difference of large ones, summed in another order.
-            rel, least = (1e-3, 2e-5) if name == "gradient_norm" else (1e-4, 1e-12)
-            assert found[name] == pytest.approx(expected[name], rel=rel, abs=least), (name, expected["step"])
+            tolerance = norms if name == "gradient_norm" else 1e-4
+            assert found[name] == pytest.approx(expected[name], rel=tolerance), (name, expected["step"])
 
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:

@@ -181,7 +181,7 @@ def test_twenty_steps_of_one_two_and_four_processes_have_the_same_losses(
         result = launch(flags(tmp_path, str(processes), **long), processes)
         assert result.returncode == 0, result.stderr[-3000:]
         assert f"on {processes} x cpu" in result.stdout
-        assert_same_log(tmp_path / "1", tmp_path / str(processes))
+        assert_same_log(tmp_path / "1", tmp_path / str(processes), norms=1e-2)
 
 
 @pytest.mark.parametrize("freeze", ["vision", "text", "both"])
