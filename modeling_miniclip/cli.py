@@ -282,8 +282,8 @@ def run_space(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "check": Command("look for what is wrong with captioned images", declare_check, run_check),
     "app": Command("search an index on a page in the browser, for this machine only", declare_app, run_app_command),
+    "check": Command("look for what is wrong with captioned images", declare_check, run_check),
     "duplicates": Command(
         "find images of an index that are the same or nearly so", declare_duplicates, run_duplicates
     ),
