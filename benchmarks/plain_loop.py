@@ -113,7 +113,8 @@ class PlainLoop:
 def main(argv: list[str]) -> None:
     """Train, and write a line a validation to `metrics.jsonl` in the output folder.
 
-    Its `seconds` are those since the process began without the validations, of which there may be several an epoch.
+    Its `loop_seconds` are those since the process began without the validations, of which there may be several an
+    epoch. `epoch_seconds` are what they will be at the end of the epoch, if it goes on as it did.
     """
     start = time.perf_counter() - (time.time() - psutil.Process().create_time())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,14 +125,17 @@ def main(argv: list[str]) -> None:
     every, step, validating = own.validation_steps or len(loop.loader), 0, 0.0
     log = Path(arguments.output_dir) / "metrics.jsonl"
     log.parent.mkdir(parents=True)
+    prepared = time.perf_counter() - start
     for _ in range(arguments.num_train_epochs):
         for loss in loop.train_epoch():
             step += 1
             if step % every:
                 continue
             pause = time.perf_counter()
-            metrics = {"split": "validation", "step": step, "seconds": pause - start - validating, "train_loss": loss}
-            metrics |= loop.validate()
+            seconds, steps = pause - start - validating, -(-step // len(loop.loader)) * len(loop.loader)
+            epoch_seconds = prepared + (seconds - prepared) / step * steps
+            metrics = {"split": "validation", "step": step, "loop_seconds": seconds, "epoch_seconds": epoch_seconds}
+            metrics |= {"train_loss": loss, **loop.validate()}
             set_training_mode(loop.model, arguments.freeze, freeze_batch_norm=True)
             validating += time.perf_counter() - pause
             with log.open("a", encoding="utf-8") as file:

@@ -105,6 +105,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 # A row i that only keeps a process busy has the image id FILLER - i, which is negative.
 FILLER = -1
+BY_VALUE = 2**18  # bytes of a tensor
 READ_TOGETHER = 32  # image files that a loader's process holds undecoded
 
 
@@ -155,7 +156,7 @@ class CaptionRows(TorchDataset):
         return len(self.captions)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        row = self._row(key, None)
+        row = self._row(key, self._draw(key), None)
         if "undecodable" in row:
             raise DataError(row["undecodable"])
         return row
@@ -169,7 +170,8 @@ class CaptionRows(TorchDataset):
         Raises:
             DataError: no image of the split can be decoded, or a file cannot be read.
         """
-        rows = [self._row(key, file) for key, file in zip(keys, self._files(keys), strict=True)]
+        draws = [self._draw(key) for key in keys]  # first, for between images it takes several times as long
+        rows = [self._row(*row) for row in zip(keys, draws, self._files(keys), strict=True)]
         if all("undecodable" in row for row in rows):
             rows.append(self._filler(*keys[0]))
         return rows
@@ -180,12 +182,27 @@ class CaptionRows(TorchDataset):
             indices = [_index_of(image_id) for _, image_id in keys[start : start + READ_TOGETHER]]
             yield from [None] * len(indices) if self.vision_features is not None else self.undecoded[indices]["image"]
 
-    def _row(self, key: tuple[int, int], file: dict[str, Any] | None) -> dict[str, Any]:
+    def _draw(self, key: tuple[int, int]) -> tuple[np.ndarray, np.random.Generator, random.Random]:
+        """What chance gives to a row: the captions chosen, and two sources for the augmentation."""
+        epoch, index = key[0], _index_of(key[1])
+        rng = np.random.default_rng([self.seed, epoch, index])
+        available = len(self.captions[index])
+        if self.captions_per_image is None or self.captions_per_image >= available:
+            chosen = np.arange(available)
+        else:
+            chosen = rng.choice(available, size=self.captions_per_image, replace=False)
+        return chosen, rng, random.Random(int(rng.integers(2**63)))
+
+    def _row(
+        self,
+        key: tuple[int, int],
+        draw: tuple[np.ndarray, np.random.Generator, random.Random],
+        file: dict[str, Any] | None,
+    ) -> dict[str, Any]:
         """A row, its undecoded image given if it was read already."""
         epoch, image_id = key
         index = _index_of(image_id)
-        rng = np.random.default_rng([self.seed, epoch, index])
-        chosen = self._draw(len(self.captions[index]), rng)
+        chosen, rng, draws = draw
         row: dict[str, Any] = {"image_id": image_id, "captions": [self.captions[index][i] for i in chosen]}
         if self.vision_features is not None:
             features = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
@@ -194,7 +211,7 @@ class CaptionRows(TorchDataset):
         else:
             image = self._image(index, file)
             if not isinstance(image, str):
-                row["pixels"] = self._pixels(image, index, rng)  # [3, H, W] uint8
+                row["pixels"] = self._pixels(image, index, rng, draws)  # [3, H, W] uint8
         if isinstance(image, str):
             return {"image_id": image_id, "undecodable": image}
         if self.text_features is not None:
@@ -203,8 +220,9 @@ class CaptionRows(TorchDataset):
 
     def _filler(self, epoch: int, image_id: int) -> dict[str, Any]:
         start = _index_of(image_id)
-        others = ((start + i) % len(self) for i in range(1, len(self)))
-        found = next((row for i in others if "undecodable" not in (row := self._row((epoch, FILLER - i), None))), None)
+        keys = ((epoch, FILLER - (start + i) % len(self)) for i in range(1, len(self)))
+        rows = (self._row(key, self._draw(key), None) for key in keys)
+        found = next((row for row in rows if "undecodable" not in row), None)
         if found is None:
             raise DataError(
                 f"none of {len(self)} images can be decoded, among them {self.image_ids[start]!r}; replace the files"
@@ -214,11 +232,6 @@ class CaptionRows(TorchDataset):
     def undecoded_images(self) -> Iterator[dict[str, Any]]:
         """`{"bytes", "path"}` of each row's image file."""
         yield from (row["image"] for row in self.undecoded)
-
-    def _draw(self, available: int, rng: np.random.Generator) -> np.ndarray:
-        if self.captions_per_image is None or self.captions_per_image >= available:
-            return np.arange(available)
-        return rng.choice(available, size=self.captions_per_image, replace=False)
 
     def _image(self, index: int, file: dict[str, Any] | None) -> Any:
         """The image of a row as RGB, or why it cannot be decoded."""
@@ -232,10 +245,9 @@ class CaptionRows(TorchDataset):
                 raise DataError(f"{name} cannot be read: {error}; mend that, then resume the run") from error
             return f"{name} cannot be decoded: {error}; replace the file or delete its rows"
 
-    def _pixels(self, image: Any, index: int, rng: np.random.Generator) -> np.ndarray:
+    def _pixels(self, image: Any, index: int, rng: np.random.Generator, draws: random.Random) -> np.ndarray:
         if self.augmentation is None:
             return self.processor.crop(image)
-        draws = random.Random(int(rng.integers(2**63)))
         for transform in self.augmentation.transforms:  # one after the other from the same source, so none alike
             transform.set_random_state(rng, draws)
         try:
@@ -295,6 +307,26 @@ def stack_pixels(images: list[np.ndarray]) -> Tensor:
     return default_collate([image.transpose(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
+class Batch(dict):
+    """A batch whose small tensors go from a loader's process to the trainer by value.
+
+    PyTorch hands over a tensor in shared memory, by a connection of its own for each, which takes longer than to copy
+    some kilobytes.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        small = {
+            name: value.numpy()
+            for name, value in self.items()
+            if isinstance(value, Tensor) and value.nbytes <= BY_VALUE
+        }
+        return _restore_batch, (small, {name: value for name, value in self.items() if name not in small})
+
+
+def _restore_batch(small: dict[str, np.ndarray], others: dict[str, Any]) -> Batch:
+    return Batch({name: torch.from_numpy(value) for name, value in small.items()} | others)
+
+
 class Collator:
     """Rows of [`CaptionRows`] to the tensors of a step.
 
@@ -308,7 +340,7 @@ class Collator:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         lost = [(row["image_id"], row["undecodable"]) for row in rows if "undecodable" in row]
         rows = [row for row in rows if "undecodable" not in row]
         batch: dict[str, Any] = {"image_id": torch.tensor([row["image_id"] for row in rows])}
@@ -324,7 +356,7 @@ class Collator:
             captions = [caption for row in rows for caption in row["captions"]]
             batch |= self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         own = [(image_id, why) for image_id, why in lost if image_id >= 0]  # a filler's is told where it belongs
-        return batch | ({"undecodable": own} if own else {})
+        return Batch(batch | ({"undecodable": own} if own else {}))
 
 
 def make_loader(

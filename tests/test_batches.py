@@ -1,5 +1,6 @@
 """Tests of what makes a batch: its rows, its captions, augmentation, collation."""
 
+import pickle
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,8 +11,10 @@ from PIL import Image
 
 from modeling_miniclip import DataError, UsageError, batches, load_captions
 from modeling_miniclip.batches import (
+    BY_VALUE,
     DEFAULT_AUGMENTATION,
     FILLER,
+    Batch,
     CaptionRows,
     Collator,
     GlobalBatches,
@@ -339,3 +342,18 @@ def test_an_image_too_small_for_a_crop_is_named(processor):
     augmentation = build_augmentation([{"name": "RandomCrop", "height": 500, "width": 500}], SIZE)
     with pytest.raises(DataError, match="'0.png' of 48x40 pixels.*--augmentation"):
         CaptionRows(noise_rows(1), processor, augmentation)[0, 0]
+
+
+def test_a_batch_survives_the_way_between_processes_whatever_its_tensors_size():
+    ids = torch.arange(6).reshape(2, 3)
+    small, large = {"input_ids": ids, "image_id": ids[:, 0]}, torch.arange(BY_VALUE // 4, dtype=torch.float32)
+    batch = Batch(small | {"pixel_values": torch.cat([large, large[:1]]), "undecodable": [(3, "empty")]})
+
+    there = pickle.loads(pickle.dumps(batch))
+
+    assert list(there) == ["input_ids", "image_id", "pixel_values", "undecodable"]
+    assert there["undecodable"] == [(3, "empty")]
+    assert all(torch.equal(there[name], batch[name]) for name in list(there)[:3])
+    by_value, as_tensors = batch.__reduce__()[1]
+    assert set(by_value) == {"input_ids", "image_id"}
+    assert set(as_tensors) == {"pixel_values", "undecodable"}
