@@ -124,8 +124,8 @@ def run_index(args: argparse.Namespace) -> None:
     if report.skipped:
         first = ", ".join(sorted(report.skipped)[:3]) + (", ..." if len(report.skipped) > 3 else "")
         raise DataError(
-            f"{len(report.skipped)} images could not be read and are not in the index: {first}; replace them and "
-            "index again"
+            f"{len(report.skipped)} of {report.images + len(report.skipped)} images could not be read and were left "
+            f"out of the index: {first}; replace or delete them and index again"
         )
 
 

@@ -109,8 +109,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> str:
-    """A small JPEG of an RGB image as the address of an `<img>`; arguments as in [`encode_thumbnail`]."""
-    return address_of(encode_thumbnail(image, pixels))
+    """A small JPEG as the address of an `<img>`; arguments as in [`encode_thumbnail`]."""
+    return "data:image/jpeg;base64," + base64.b64encode(encode_thumbnail(image, pixels)).decode("ascii")
 
 
 def encode_thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> bytes:
@@ -120,14 +120,14 @@ def encode_thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> bytes:
         image: RGB; not changed. Nothing of its metadata (place, camera) is kept.
         pixels: of the longer side; a smaller image stays as it is.
     """
-    small = Image.new("RGB", image.size)
-    small.paste(image)
-    small.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=82, optimize=True)
+    shrunk(image, pixels).save(buffer, "JPEG", quality=82, optimize=True)
     return buffer.getvalue()
 
 
-def address_of(jpeg: bytes) -> str:
-    """A JPEG as the address of an `<img>`: `data:image/jpeg;base64,...`."""
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+def shrunk(image: Image.Image, pixels: int) -> Image.Image:
+    """A copy without metadata; arguments as in [`encode_thumbnail`]."""
+    small = Image.new("RGB", image.size)
+    small.paste(image)
+    small.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return small

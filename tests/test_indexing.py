@@ -143,7 +143,7 @@ def test_images_that_cannot_be_read_are_named_and_left_out(
     assert cli(["index", str(model), str(photos), "-o", str(tmp_path / "index")]) == 1
     told = capsys.readouterr()
     assert "4 images; 4 encoded, 0 as before, 0 dropped" in told.out
-    assert "2 images could not be read and are not in the index" in told.err
+    assert "2 of 6 images could not be read and were left out of the index" in told.err
     for name in ("broken.jpg", "empty.png"):
         assert f"skipped: {photos / name}" in told.err
     index = ImageIndex.open(tmp_path / "index")

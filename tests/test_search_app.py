@@ -88,7 +88,7 @@ def test_filters_leave_out_the_other_images(place: Path, page: IndexPage) -> Non
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"), [({"words": " "}, "nothing to search for"), ({"words": "a", "since": "soon"}, "is no date")]
+    ("asked", "told"), [({"words": " "}, "Nothing to search for"), ({"words": "a", "since": "soon"}, "is no date")]
 )
 def test_what_cannot_be_answered_is_told(page: IndexPage, asked: dict[str, str], told: str) -> None:
     shown, rows, sentence = page.search(**{"picture": None, **asked})
