@@ -32,7 +32,7 @@ p { margin: .25rem 0 .75rem; max-width: 75ch; }
 section { margin-top: 1.25rem; padding-top: 1.25rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
 .note { margin: .1rem 0 .6rem; font-size: .875rem; overflow-wrap: anywhere; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .75rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); gap: .75rem; }
 figure { margin: 0; padding: .4rem; border: 2px solid transparent; border-radius: .5rem; background: var(--card); }
 figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: .25rem; }
 figure .text { aspect-ratio: 1; overflow: auto; padding: .25rem; }

