@@ -270,6 +270,11 @@ def _merge(plan: _Plan, listed: list[Listed], report: Report) -> None:
     pool = plan.pool()
     former = pool.parts[0].read_entries() if plan.kept else None
     new = [image for image in listed if image.id not in report.skipped]
+    if lost := [image.id for image in new if image.id not in pool.by_id]:
+        raise MiniClipError(
+            f"{len(lost)} of {len(new)} images are not in {plan.shards}, the first {lost[0]}: all processes have to "
+            "see this folder on a file system that they share; start the same command again there"
+        )
     met = {image.id for image in new}
     stays = [row for row, (source, name) in enumerate(zip(former["source"].to_pylist(), former["id"].to_pylist(),
              strict=True)) if source in plan.kept and name not in met] if former is not None else []  # fmt: skip
