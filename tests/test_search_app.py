@@ -171,10 +171,13 @@ def test_the_page_answers_in_a_browser_and_gives_no_file(place: Path, tmp_path: 
         first.wait_for()
         expected = nearest(place, embedding_of(place, "a dog on the grass"))
         assert expected[0] in first.inner_text()
+        page.set_viewport_size({"width": 400, "height": 700})
         first.focus()
         page.keyboard.press("Enter")
         page.locator("#neighbours button.thumbnail-item").first.wait_for()
         assert expected[0] in page.locator("#facts textarea").input_value()
+        page.wait_for_function("() => document.getElementById('chosen').getBoundingClientRect().top < 100")
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 400  # nothing beside a phone's screen
         page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
         assert_no_file_is_served(address, place)
 
