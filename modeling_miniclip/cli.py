@@ -7,10 +7,12 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import DataError, MiniClipError, UsageError
 
@@ -124,8 +126,8 @@ def run_index(args: argparse.Namespace) -> None:
     if report.skipped:
         first = ", ".join(sorted(report.skipped)[:3]) + (", ..." if len(report.skipped) > 3 else "")
         raise DataError(
-            f"{len(report.skipped)} images could not be read and are not in the index: {first}; replace them and "
-            "index again"
+            f"{len(report.skipped)} of {report.images + len(report.skipped)} images could not be read and were left "
+            f"out of the index: {first}; replace or delete them and index again"
         )
 
 
@@ -308,6 +310,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning as one line, like an error; instead of `warnings.showwarning`."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def cli(argv: list[str] | None = None) -> int:
     """Run a subcommand. An error of the user's input is one line on stderr, unless `--debug` asks for its traceback.
 
@@ -316,7 +323,9 @@ def cli(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return args.run(args) or 0
     except MiniClipError as error:
         if args.debug:
             raise

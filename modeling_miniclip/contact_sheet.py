@@ -6,8 +6,8 @@ from .errors import UsageError
 from .files import replace_text
 from .image_index import ImageIndex
 from .nearest import Match
-from .pages import address_of, encode_thumbnail, grid, page, tile
-from .processing_miniclip import load_rgb
+from .pages import THUMBNAIL, grid, page, thumbnail, tile
+from .pictures import picture_of
 
 
 def write_contact_sheet(target: Path, index: ImageIndex, title: str, matches: list[Match]) -> None:
@@ -31,23 +31,12 @@ def write_contact_sheet(target: Path, index: ImageIndex, title: str, matches: li
 
 
 def _tile(index: ImageIndex, match: Match) -> str:
-    entry, picture = index.entry(match.index), picture_of(index, match.index)
+    entry, picture = index.entry(match.index), picture_of(index, match.index, THUMBNAIL)
     name = ", ".join([*(said.rstrip(" .") for said in entry["captions"][:1]), Path(match.name).name])
     return tile(
         f"{match.score:.3f}",
         name,
-        image=address_of(picture) if picture else "",
+        image=thumbnail(picture) if picture else "",
         text="no longer there, or not to be read",
         link=Path(entry["path"]).as_uri() if entry["path"] else "",
     )
-
-
-def picture_of(index: ImageIndex, row: int) -> bytes | None:
-    """JPEG thumbnail of an image of the index; None if its file is no longer there or cannot be read."""
-    path = index.entry(row)["path"]
-    if path is None:
-        return index.thumbnail(row)
-    try:
-        return encode_thumbnail(load_rgb(path))
-    except Exception:  # Pillow's decoders raise all sorts
-        return None

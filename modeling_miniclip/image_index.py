@@ -195,7 +195,6 @@ class ImageIndex:
             query_embedding: `[dim]` or `[1, dim]`, array or tensor, of this index's model; its length does not matter.
             k: how many.
             filter: which images may be found: an [`EntryFilter`], or their rows.
-
             exact: leave an approximate index aside. What passes a filter is always compared exactly.
 
         Returns:

@@ -65,6 +65,26 @@ class Listed:
     split: str
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a run is going to do."""
+
+    target: Path
+    there: ImageIndex | None  # the index as it is
+    manifest: Manifest  # of the index to be
+    walked: list[str]  # sources to walk through
+    kept: list[str]  # sources whose part of the index stays as it is
+    overwrite: bool
+
+    @property
+    def shards(self) -> Path:
+        return self.target.with_name(f".{self.target.name}.shards")
+
+    def pool(self) -> Pool:
+        """What has been encoded up to now."""
+        return open_pool(None if self.overwrite else self.there, self.shards, self.manifest)
+
+
 def update_index(
     folder: str | os.PathLike,
     sources: Iterable[str | os.PathLike] = (),
@@ -108,29 +128,21 @@ def update_index(
         8000
     """
     start = time.perf_counter()
-    target = Path(folder).expanduser()
     processes = _processes()
+    target = Path(folder).expanduser()
     recover_folder(target)
     there = ImageIndex.open(target) if target.exists() else None
     walked, kept = _sources_of(there, list(sources), list(remove))
-    manifest = _manifest(target, there, model, dtype, overwrite)
-    manifest = replace(manifest, neighbours=neighbours or (there.manifest.neighbours if there else "auto"))
-    is_chosen(manifest.neighbours, 0)  # tells now what it would tell at the end
-    former, kept = (None, []) if overwrite else (there, kept)
-    shards = target.with_name(f".{target.name}.shards")
-    shards.mkdir(parents=True, exist_ok=True)
-    with _locked(shards, target, processes.is_main_process):
-        processes.wait_for_everyone()
-        encoding = Encoding(manifest, open_pool(former, shards, manifest), shards, batch_size,
-                            num_workers or default_workers())  # fmt: skip
+    manifest = _manifest(target, there, model, dtype, neighbours, overwrite)
+    plan = _Plan(target, there, manifest, walked, [] if overwrite else kept, overwrite)
+    with _locked(plan, processes):
+        encoding = Encoding(manifest, plan.pool(), plan.shards, batch_size, num_workers or default_workers())
         listed = _encode_share(encoding, walked, columns, processes, progress)
         report = _together(encoding)
         if processes.is_main_process:
-            manifest = replace(manifest, sources=[*kept, *walked], skipped=report.skipped)
-            _merge(target, manifest, open_pool(former, shards, manifest), listed, kept, report)
-            report.dropped = _count_gone(there, ImageIndex.open(target))
+            _merge(plan, listed, report)
     if processes.is_main_process:
-        discard_folder(shards)
+        discard_folder(plan.shards)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -165,7 +177,9 @@ def _sources_of(there: ImageIndex | None, sources: list[Any], remove: list[Any])
     return asked, [name for name in staying if name not in asked]
 
 
-def _manifest(target: Path, there: ImageIndex | None, model: Any, dtype: str | None, overwrite: bool) -> Manifest:
+def _manifest(
+    target: Path, there: ImageIndex | None, model: Any, dtype: str | None, neighbours: str | None, overwrite: bool
+) -> Manifest:
     """What can be told of the new index before any image is read."""
     if model is None and there is None:
         raise UsageError(f"{target}: no index here; make one with: miniclip index MODEL SOURCE -o {target}")
@@ -181,8 +195,10 @@ def _manifest(target: Path, there: ImageIndex | None, model: Any, dtype: str | N
     files = describe_files(folder)
     unchanged = there is not None and (there.model, there.manifest.files) == (name, files)
     print_of = there.manifest.fingerprint if there and unchanged else fingerprint(folder)
+    neighbours = neighbours or (there.manifest.neighbours if there else "auto")
+    is_chosen(neighbours, 0)  # tells now what it would tell at the end
     manifest = Manifest(name, print_of, MiniClipConfig.from_pretrained(folder).projection_dim, dtype or "float32",
-                        files=files)  # fmt: skip
+                        files=files, neighbours=neighbours)  # fmt: skip
     if there is None or overwrite:
         return manifest
     anew = shlex.join(["miniclip", "index", name, *there.manifest.sources, "-o", str(target), "--overwrite"])
@@ -197,16 +213,18 @@ def _manifest(target: Path, there: ImageIndex | None, model: Any, dtype: str | N
 
 
 @contextmanager
-def _locked(shards: Path, target: Path, holds: bool) -> Iterator[None]:
+def _locked(plan: _Plan, processes: PartialState) -> Iterator[None]:
     """Keep a second run away from the same index; the lock is gone with its process."""
     from huggingface_hub.utils import WeakFileLock
 
+    plan.shards.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        if holds:
+        if processes.is_main_process:
             try:
-                stack.enter_context(WeakFileLock(shards / "lock", timeout=0.1))
+                stack.enter_context(WeakFileLock(plan.shards / "lock", timeout=0.1))
             except TimeoutError:
-                raise UsageError(f"{target} is being written by another run; wait for its end") from None
+                raise UsageError(f"{plan.target} is being written by another run; wait for its end") from None
+        processes.wait_for_everyone()
         yield
 
 
@@ -247,15 +265,19 @@ def _together(encoding: Encoding) -> Report:
     return Report(encoded=sum(encoded for encoded, _ in parts), skipped=skipped)
 
 
-def _merge(
-    target: Path, manifest: Manifest, pool: Pool, listed: list[Listed], kept: list[str], report: Report
-) -> None:
+def _merge(plan: _Plan, listed: list[Listed], report: Report) -> None:
     """Write the index: what it has of sources that were not walked through, then what is listed and was encoded."""
-    former = pool.parts[0].read_entries() if kept else None
+    pool = plan.pool()
+    former = pool.parts[0].read_entries() if plan.kept else None
     new = [image for image in listed if image.id not in report.skipped]
+    if lost := [image.id for image in new if image.id not in pool.by_id]:
+        raise MiniClipError(
+            f"{len(lost)} of {len(new)} images are not in {plan.shards}, the first {lost[0]}: all processes have to "
+            "see this folder on a file system that they share; start the same command again there"
+        )
     met = {image.id for image in new}
     stays = [row for row, (source, name) in enumerate(zip(former["source"].to_pylist(), former["id"].to_pylist(),
-             strict=True)) if source in kept and name not in met] if former is not None else []  # fmt: skip
+             strict=True)) if source in plan.kept and name not in met] if former is not None else []  # fmt: skip
     places = [*((0, row) for row in stays), *(pool.by_id[image.id] for image in new)]
     if not places:
         raise DataError(
@@ -269,10 +291,9 @@ def _merge(
         now = pa.array([getattr(image, name) for image in new], type=facts.schema.field(name).type)
         values = pa.chunked_array([old, now] if len(stays) else [now])
         facts = facts.set_column(facts.schema.get_field_index(name), facts.schema.field(name), values)
-    write_index(target, manifest, facts, gather_blocks([part.embeddings for part in pool.parts], part_of, row_of))
+    manifest = replace(plan.manifest, sources=[*plan.kept, *plan.walked], skipped=report.skipped)
+    write_index(plan.target, manifest, facts, gather_blocks([part.embeddings for part in pool.parts], part_of, row_of))
+    now = set(facts["id"].to_pylist())
+    before = plan.there.entries["id"].to_pylist() if plan.there else []
     report.images, report.reused = len(places), len(new) - report.encoded
-
-
-def _count_gone(there: ImageIndex | None, now: ImageIndex) -> int:
-    names = set(now.entries["id"].to_pylist())
-    return sum(name not in names for name in there.entries["id"].to_pylist()) if there else 0
+    report.dropped = sum(name not in now for name in before)

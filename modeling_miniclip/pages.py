@@ -32,7 +32,7 @@ p { margin: .25rem 0 .75rem; max-width: 75ch; }
 section { margin-top: 1.25rem; padding-top: 1.25rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
 .note { margin: .1rem 0 .6rem; font-size: .875rem; overflow-wrap: anywhere; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .75rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); gap: .75rem; }
 figure { margin: 0; padding: .4rem; border: 2px solid transparent; border-radius: .5rem; background: var(--card); }
 figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: .25rem; }
 figure .text { aspect-ratio: 1; overflow: auto; padding: .25rem; }
@@ -109,8 +109,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> str:
-    """A small JPEG of an RGB image as the address of an `<img>`; arguments as in [`encode_thumbnail`]."""
-    return address_of(encode_thumbnail(image, pixels))
+    """A small JPEG as the address of an `<img>`; arguments as in [`encode_thumbnail`]."""
+    return "data:image/jpeg;base64," + base64.b64encode(encode_thumbnail(image, pixels)).decode("ascii")
 
 
 def encode_thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> bytes:
@@ -120,14 +120,14 @@ def encode_thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> bytes:
         image: RGB; not changed. Nothing of its metadata (place, camera) is kept.
         pixels: of the longer side; a smaller image stays as it is.
     """
-    small = Image.new("RGB", image.size)
-    small.paste(image)
-    small.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=82, optimize=True)
+    shrunk(image, pixels).save(buffer, "JPEG", quality=82, optimize=True)
     return buffer.getvalue()
 
 
-def address_of(jpeg: bytes) -> str:
-    """A JPEG as the address of an `<img>`: `data:image/jpeg;base64,...`."""
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+def shrunk(image: Image.Image, pixels: int) -> Image.Image:
+    """A copy without metadata; arguments as in [`encode_thumbnail`]."""
+    small = Image.new("RGB", image.size)
+    small.paste(image)
+    small.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return small

@@ -4,10 +4,10 @@ The page gets pictures that were decoded and encoded anew, never a file: no path
 photograph's metadata tells (where it was taken) stays here. An image is asked for by its place among the results.
 """
 
-import io
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from html import escape
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from PIL import Image
 from .entry_filter import EntryFilter
 from .errors import MiniClipError, UsageError
 from .image_index import ImageIndex
-from .processing_miniclip import load_rgb
+from .pictures import picture_of
 from .searching import Query, embed_queries, load_checked
 
 RESULTS, NEIGHBOURS, EXAMPLES = 24, 12, 6
@@ -31,10 +31,19 @@ UPLOAD = "20mb"
 GENERAL_EXAMPLES = ("a dog", "people outdoors", "food on a table", "a building", "water and sky", "a child playing")
 
 STYLE = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
-#results button:focus-visible, #neighbours button:focus-visible { outline: 3px solid #2b6cb0; outline-offset: 2px; }
+.gradio-container { width: 100% !important; max-width: 1240px !important; margin: 0 auto !important; }
 #examples button { min-width: 0; flex: 0 1 auto; }
+#told, #told textarea, #told input { padding: 0; border: 0; background: none; box-shadow: none; font-weight: 600; }
+.pictures .grid-wrap { min-height: 0; max-height: none; padding: 2px; overflow: visible; }
+.pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); grid-auto-rows: auto; }
+.pictures button.thumbnail-item { height: auto; aspect-ratio: auto; }
+.pictures button.thumbnail-item > img { height: auto; aspect-ratio: 1; }
+.pictures button.thumbnail-item > .caption-label { position: static; max-width: none; padding: .35rem .5rem; border: 0;
+  opacity: 1; white-space: normal; overflow-wrap: anywhere; }
+.pictures button.thumbnail-item:focus-visible { outline: 3px solid #2b6cb0; outline-offset: 2px; }
 """
+# Told the browser when an image was chosen, which is shown below all that were found.
+SHOW_CHOSEN = "() => document.getElementById('chosen').scrollIntoView({behavior: 'smooth'})"
 
 # A picture that is shown, and its caption.
 Shown = tuple[Image.Image, str]
@@ -62,19 +71,22 @@ class IndexPage:
         split: str | None = None,
     ) -> tuple[list[Shown], list[int], str]:
         """Pictures found, best first, their rows, and a sentence about it; an error is such a sentence too."""
-        given = [(value or "").strip() or None for value in (folder, since, until, caption, split)]
+        given = [(value or "").strip() or None for value in (words, folder, since, until, caption, split)]
+        if given[0] is None and picture is None:
+            return [], [], "Nothing to search for: give words, a picture or both."
         try:
-            query = Query((words or "").strip() or None, picture)
-            chosen = EntryFilter(*given)
+            query = Query(given[0], picture)
+            chosen = EntryFilter(*given[1:])
             rows = chosen.rows(self.index.entries) if chosen else None
             if rows is not None and not len(rows):
                 return [], [], "No image passes the filters."
             matches = self.index.search(embed_queries(self.index, [query], load=self.load)[0], RESULTS, rows)
+            found = [(match.index, match.score) for match in matches]
+            shown = self._shown(found)
         except MiniClipError as error:
             return [], [], str(error)
-        found = [(match.index, match.score) for match in matches]
         among = f"{len(self.index) if rows is None else len(rows):,} images"
-        return self._shown(found), [row for row, _ in found], f"The nearest {len(found)} of {among}."
+        return shown, [row for row, _ in found], f"The nearest {len(found)} of {among}."
 
     def show(self, rows: list[int], place: int) -> tuple[Image.Image | None, str, list[Shown], list[int]]:
         """One of the images that were found, as large as it is up to `LARGE` pixels, and its neighbours.
@@ -94,32 +106,20 @@ class IndexPage:
         others = [(match.index, match.score) for match in near if match.index != row][:NEIGHBOURS]
         facts = [
             *entry["captions"],
-            *([f"taken {entry['date']:%Y-%m-%d}"] if entry["date"] else []),
+            *([f"{entry['date']:%Y-%m-%d %H:%M}"] if entry["date"] else []),
             *([f"{entry['width']} x {entry['height']} pixels"] if entry["width"] else []),
             entry["id"] if entry["path"] else _name(entry),
         ]
-        return self.picture(row, LARGE), "\n".join(facts), self._shown(others), [row for row, _ in others]
-
-    def picture(self, row: int, pixels: int) -> Image.Image | None:
-        """An image of the index, its longer side at most so many pixels; None if it cannot be read any more."""
-        path = self.index.entry(row)["path"]
-        try:
-            if path is not None:
-                image = load_rgb(path).copy()
-            else:
-                image = _image_of_bytes(self.index.thumbnail(row))
-        except Exception:  # Pillow's decoders raise all sorts
-            return None
-        image.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
-        image.info.clear()
-        return image
+        return picture_of(self.index, row, LARGE), "\n".join(facts), self._shown(others), [row for row, _ in others]
 
     def _shown(self, found: list[tuple[int, float]]) -> list[Shown]:
         blank = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#cbd5e0")  # keeps the places of the others
-        return [
-            (self.picture(row, THUMBNAIL) or blank, f"{score:.3f}  {_name(self.index.entry(row))}")
-            for row, score in found
-        ]
+        with ThreadPoolExecutor() as threads:
+            pictures = threads.map(lambda row: picture_of(self.index, row, THUMBNAIL), [row for row, _ in found])
+            return [
+                (picture or blank, f"{score:.3f}  {_name(self.index.entry(row))}")
+                for (row, score), picture in zip(found, pictures, strict=True)
+            ]
 
     def folders(self) -> list[str]:
         """Folders and other sources of the images, the first of them by name."""
@@ -130,18 +130,17 @@ class IndexPage:
         """Splits of the images, if they have some."""
         return sorted(name for name in self.index.entries["split"].unique().to_pylist() if name)
 
+    def captions(self) -> list[str]:
+        """The first caption of each image that has some."""
+        return [several[0] for several in self.index.entries["captions"].to_pylist() if several]
+
     def examples(self) -> list[str]:
         """Queries to begin with: captions from all over the index."""
-        captions = [several[0] for several in self.index.entries["captions"].to_pylist() if several]
+        captions = self.captions()
         if not captions:
             return list(GENERAL_EXAMPLES)
         step = max(1, len(captions) // EXAMPLES)
         return list(dict.fromkeys(captions[::step]))[:EXAMPLES]
-
-
-def _image_of_bytes(content: bytes | None) -> Image.Image:
-    with Image.open(io.BytesIO(content or b"")) as image:
-        return image.convert("RGB")
 
 
 def _name(entry: dict[str, Any]) -> str:
@@ -163,37 +162,25 @@ def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
         raise UsageError(f"{index.folder}: no images in this index; add some: miniclip index MODEL SOURCE -o INDEX")
     page = IndexPage(index)
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.HTML(f"<h1>{escape(title)}</h1><p>{len(index):,} images. Words, a picture, or both.</p>")
-        with gr.Row():
-            with gr.Column(scale=3):
-                words = gr.Textbox(label="Words", placeholder="two dogs playing in the snow", autofocus=True)
-                with gr.Row(elem_id="examples"):
-                    examples = [gr.Button(text, size="sm", variant="secondary") for text in page.examples()]
-            picture = gr.Image(
-                label="Picture", type="pil", image_mode=None, sources=["upload", "clipboard"], height=180, scale=1
-            )
-        with gr.Accordion("Filters", open=False), gr.Row():
-            filters = [
-                gr.Dropdown(["", *page.folders()], value="", label="Folder", filterable=True),
-                gr.Textbox(label="From date", placeholder="2024-07"),
-                gr.Textbox(label="To date", placeholder="2024-07-14"),
-                gr.Textbox(label="Words of the caption"),
-                gr.Dropdown(["", *page.splits()], value="", label="Split", visible=bool(page.splits())),
-            ]
+        gr.HTML(f"<h1>{escape(title)}</h1>")
+        words, picture, examples, filters = _question(gr, page)
         button = gr.Button("Search", variant="primary", elem_id="search")
-        told = gr.Textbox(label="Result", interactive=False, elem_id="told")
-        results = gr.Gallery(
-            label="Images found", columns=6, height="auto", allow_preview=False, interactive=False, elem_id="results",
-            buttons=[], object_fit="contain",
-        )  # fmt: skip
+        told = gr.Textbox(f"{len(index):,} images. Words, a picture, or both.", label="Result", show_label=False,
+                          container=False, interactive=False, elem_id="told")  # fmt: skip
+        with gr.Column(visible=False) as answer:
+            results = _gallery(gr, "Images found", "results")
         with gr.Column(visible=False, elem_id="chosen") as chosen:
-            image = gr.Image(label="Chosen image", interactive=False, elem_id="image", buttons=["fullscreen"])
-            facts = gr.Textbox(label="About it", interactive=False, lines=2, elem_id="facts")
-            neighbours = gr.Gallery(
-                label="Its neighbours", columns=6, height="auto", allow_preview=False, interactive=False,
-                elem_id="neighbours", buttons=[], object_fit="contain",
-            )  # fmt: skip
+            with gr.Row():
+                image = gr.Image(label="Chosen image", interactive=False, elem_id="image", buttons=["fullscreen"],
+                                 scale=2)  # fmt: skip
+                facts = gr.Textbox(label="About it", interactive=False, lines=2, elem_id="facts", scale=1)
+            gr.HTML("<h3>Its neighbours</h3>")
+            neighbours = _gallery(gr, "Its neighbours", "neighbours")
         rows, near_rows = gr.State([]), gr.State([])
+
+        def search(*given: Any) -> tuple[Any, ...]:
+            shown, found, sentence = page.search(*given)
+            return shown, found, sentence, gr.update(visible=bool(shown)), gr.update(visible=False)
 
         def show(places: list[int], event: Any) -> tuple[Any, ...]:
             return (*page.show(places, event.index), gr.update(visible=True))
@@ -201,14 +188,47 @@ def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
         show.__annotations__["event"] = gr.SelectData  # by which gradio hands over what was clicked
 
         private: dict[str, Any] = {"api_visibility": "private"}
-        asked = {"fn": page.search, "inputs": [words, picture, *filters], "outputs": [results, rows, told], **private}
-        gr.on([button.click, words.submit, picture.upload], **asked)
+        asked = {"fn": search, "inputs": [words, picture, *filters], **private,
+                 "outputs": [results, rows, told, answer, chosen]}  # fmt: skip
+        entered = [field.input if isinstance(field, gr.Dropdown) else field.submit for field in filters]
+        gr.on([button.click, words.submit, picture.upload, *entered], **asked)
         for example in examples:
             example.click(lambda text: text, example, words, **private).then(**asked)
-        found = [image, facts, neighbours, near_rows, chosen]
-        results.select(show, rows, found, **private)
-        neighbours.select(show, near_rows, found, **private)
+        for gallery, places in ((results, rows), (neighbours, near_rows)):
+            found = gallery.select(show, places, [image, facts, neighbours, near_rows, chosen], **private)
+            found.then(None, js=SHOW_CHOSEN, **private)
     return blocks
+
+
+def _question(gr: Any, page: IndexPage) -> tuple[Any, Any, list[Any], list[Any]]:
+    """Where one asks: words, a picture, buttons with examples, and filters in the order of `IndexPage.search`."""
+    with gr.Row():
+        with gr.Column(scale=3):
+            words = gr.Textbox(label="Words", placeholder="two dogs playing in the snow", autofocus=True)
+            with gr.Row(elem_id="examples"):
+                examples = [gr.Button(text, size="sm", variant="secondary") for text in page.examples()]
+        picture = gr.Image(
+            label="Picture", type="pil", image_mode=None, sources=["upload", "clipboard"], height=180, scale=1
+        )
+    folders, splits = page.folders(), page.splits()
+    dated = page.index.entries["date"].null_count < len(page.index)
+    useful = {"Folder": len(folders) > 1, "date": dated, "caption": bool(page.captions()), "Split": bool(splits)}
+    with gr.Accordion("Filters", open=False, visible=any(useful.values())), gr.Row():
+        filters = [
+            gr.Dropdown(["", *folders], value="", label="Folder", filterable=True, visible=useful["Folder"]),
+            gr.Textbox(label="From date", placeholder="2024-07", visible=useful["date"]),
+            gr.Textbox(label="To date", placeholder="2024-07-14", visible=useful["date"]),
+            gr.Textbox(label="Words of the caption", visible=useful["caption"]),
+            gr.Dropdown(["", *splits], value="", label="Split", visible=useful["Split"]),
+        ]
+    return words, picture, examples, filters
+
+
+def _gallery(gr: Any, label: str, elem_id: str) -> Any:
+    return gr.Gallery(
+        label=label, show_label=False, elem_id=elem_id, elem_classes="pictures", height="auto", allow_preview=False,
+        interactive=False, buttons=[], object_fit="contain",
+    )  # fmt: skip
 
 
 def launch_options() -> dict[str, Any]:

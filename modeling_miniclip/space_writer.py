@@ -1,6 +1,6 @@
 """`miniclip space`: a folder that runs as a Gradio Space, or here: a model, an index of named images and the page.
 
-The index holds thumbnails only: neither the images' files nor their paths, dates or metadata go to the Space.
+The index holds copies of 512 pixels: neither the images' files nor their paths, dates or metadata go to the Space.
 """
 
 import os
@@ -14,13 +14,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .contact_sheet import picture_of
 from .errors import UsageError
 from .files import replaced_folder
 from .fingerprints import describe_files, model_folder
 from .image_index import BLOCK, ImageIndex, Manifest, write_index
 from .indexing import update_index
+from .pages import encode_thumbnail
+from .pictures import picture_of
 from .resources import PACKAGE
+
+PIXELS = 512  # of the longer side of the copies
 
 # What the page needs at run time; the Space gets the versions that are installed here, with which it was tried.
 LIBRARIES = (
@@ -98,8 +101,11 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], 
 def _write_portable(index: ImageIndex, target: Path, model: Path) -> int:
     """The same index without a path, source, date or hash of this machine, but with thumbnails."""
     entries = index.read_entries()
-    pictures = [picture_of(index, row) for row in range(len(index))]
-    kept = [row for row, picture in enumerate(pictures) if picture is not None]
+    small: dict[int, bytes] = {}
+    for row in range(len(index)):
+        if (picture := picture_of(index, row, PIXELS)) is not None:
+            small[row] = encode_thumbnail(picture, PIXELS)
+    kept = list(small)
     names = _unique_names([entries["id"][row].as_py() for row in kept])
     changed: dict[str, Any] = {
         "id": pa.array(names, pa.string()),
@@ -107,7 +113,7 @@ def _write_portable(index: ImageIndex, target: Path, model: Path) -> int:
         "source": pa.array(["images"] * len(kept)),
         "mtime": pa.array([-1] * len(kept), pa.int64()),
         "date": pa.nulls(len(kept), pa.timestamp("s")),
-        "thumbnail": pa.array([pictures[row] for row in kept], pa.large_binary()),
+        "thumbnail": pa.array(list(small.values()), pa.large_binary()),
     }
     entries = entries.take(pa.array(kept, pa.int64()))
     for name, column in changed.items():

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from modeling_miniclip.cli import COMMANDS, cli
+from modeling_miniclip.cli import COMMANDS, Command, cli
 from modeling_miniclip.errors import UsageError
 from tests.runs import ROOT, environment
 
@@ -21,6 +22,13 @@ def test_an_error_of_usage_is_one_line_and_exit_code_2(tmp_path: Path, capsys: p
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         cli(["push", str(tmp_path), "alice/model", "--debug"])
+
+
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command = Command("warns", lambda parser: None, lambda args: warnings.warn("left out 3 images", stacklevel=1))
+    monkeypatch.setitem(COMMANDS, "check", command)
+    assert cli(["check"]) == 0
+    assert capsys.readouterr().err == "warning: left out 3 images\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["psuh"], ["push"]])

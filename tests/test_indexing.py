@@ -15,10 +15,10 @@ from datasets import Image as DatasetImage
 from PIL import ExifTags, Image
 from safetensors.numpy import load_file
 
-from modeling_miniclip import ImageIndex, MiniClipModel, UsageError, encode_images, update_index
+from modeling_miniclip import ImageIndex, MiniClipModel, UsageError, encode_images, indexing, update_index
 from modeling_miniclip import shards as shards_module
 from modeling_miniclip.cli import cli
-from modeling_miniclip.errors import DataError
+from modeling_miniclip.errors import DataError, MiniClipError
 from modeling_miniclip.sources import ColumnNames
 from tests.indexes import write_model, write_picture, write_pictures
 from tests.runs import ROOT, command, environment
@@ -143,7 +143,7 @@ def test_images_that_cannot_be_read_are_named_and_left_out(
     assert cli(["index", str(model), str(photos), "-o", str(tmp_path / "index")]) == 1
     told = capsys.readouterr()
     assert "4 images; 4 encoded, 0 as before, 0 dropped" in told.out
-    assert "2 images could not be read and are not in the index" in told.err
+    assert "2 of 6 images could not be read and were left out of the index" in told.err
     for name in ("broken.jpg", "empty.png"):
         assert f"skipped: {photos / name}" in told.err
     index = ImageIndex.open(tmp_path / "index")
@@ -373,6 +373,25 @@ if os.environ["RANK"] == "1" and os.environ.get("DIE"):
     shards.Encoding._encode = dying
 sys.exit(cli(sys.argv[1:]))
 """
+
+
+def test_shards_that_another_machine_wrote_to_its_own_disk_are_missed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = indexing._together
+
+    def elsewhere(encoding: indexing.Encoding) -> indexing.Report:
+        for shard in encoding.shards.glob("shard-*"):
+            shutil.rmtree(shard)
+        return together(encoding)
+
+    write_pictures(tmp_path / "photos", "0.png 1.png 2.png")
+    with monkeypatch.context() as patched:
+        patched.setattr(indexing, "_together", elsewhere)
+        with pytest.raises(MiniClipError, match="3 of 3 images are not in .*the first .*0.png: all processes have to"):
+            update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
+    assert not (tmp_path / "index").exists()
+    assert update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False).images == 3
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_filters_leave_out_the_other_images(place: Path, page: IndexPage) -> Non
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"), [({"words": " "}, "nothing to search for"), ({"words": "a", "since": "soon"}, "is no date")]
+    ("asked", "told"), [({"words": " "}, "Nothing to search for"), ({"words": "a", "since": "soon"}, "is no date")]
 )
 def test_what_cannot_be_answered_is_told(page: IndexPage, asked: dict[str, str], told: str) -> None:
     shown, rows, sentence = page.search(**{"picture": None, **asked})
@@ -171,10 +171,13 @@ def test_the_page_answers_in_a_browser_and_gives_no_file(place: Path, tmp_path: 
         first.wait_for()
         expected = nearest(place, embedding_of(place, "a dog on the grass"))
         assert expected[0] in first.inner_text()
+        page.set_viewport_size({"width": 400, "height": 700})
         first.focus()
         page.keyboard.press("Enter")
         page.locator("#neighbours button.thumbnail-item").first.wait_for()
         assert expected[0] in page.locator("#facts textarea").input_value()
+        page.wait_for_function("() => document.getElementById('chosen').getBoundingClientRect().top < 100")
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 400  # nothing beside a phone's screen
         page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
         assert_no_file_is_served(address, place)
 
