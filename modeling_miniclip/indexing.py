@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 
 from .approximate import is_chosen
 from .configuration_miniclip import MiniClipConfig
-from .errors import DataError, MiniClipError, UsageError, one_line
+from .errors import DataError, MiniClipError, ModelError, UsageError, one_line
 from .files import discard_folder, recover_folder
 from .fingerprints import describe_files, fingerprint, model_folder
 from .image_index import DTYPES, ImageIndex, Manifest, gather_blocks, write_index
@@ -100,7 +100,8 @@ def update_index(
         What was done. Images that cannot be read are in its `skipped`; the index has all others.
 
     Raises:
-        UsageError: no model or no source; the index was made by another model or with another type.
+        ModelError: no model there, or the index was made by another one.
+        UsageError: no model or no source is named, or another type than the index has.
         DataError: a source cannot be read, or has no image.
 
     Example:
@@ -111,7 +112,7 @@ def update_index(
     target = Path(folder).expanduser()
     processes = _processes()
     recover_folder(target)
-    there = ImageIndex.open(target) if target.exists() else None
+    there = ImageIndex.open(target, verify=True) if target.exists() else None
     walked, kept = _sources_of(there, list(sources), list(remove))
     manifest = _manifest(target, there, model, dtype, overwrite)
     manifest = replace(manifest, neighbours=neighbours or (there.manifest.neighbours if there else "auto"))
@@ -177,7 +178,7 @@ def _manifest(target: Path, there: ImageIndex | None, model: Any, dtype: str | N
     folder = model_folder(name)
     values = MiniClipConfig.get_config_dict(folder)[0]
     if values.get("model_type") != MiniClipConfig.model_type:
-        raise UsageError(f"{name}: a model of type {values.get('model_type')!r}, not one that MiniCLIP exported")
+        raise ModelError(f"{name}: a model of type {values.get('model_type')!r}, not one that MiniCLIP exported")
     files = describe_files(folder)
     unchanged = there is not None and (there.model, there.manifest.files) == (name, files)
     print_of = there.manifest.fingerprint if there and unchanged else fingerprint(folder)
@@ -187,7 +188,7 @@ def _manifest(target: Path, there: ImageIndex | None, model: Any, dtype: str | N
         return manifest
     anew = shlex.join(["miniclip", "index", name, *there.manifest.sources, "-o", str(target), "--overwrite"])
     if there.manifest.fingerprint != print_of:
-        raise UsageError(
+        raise ModelError(
             f"{target} was made by {there.model} with other weights than {name} has now, and their embeddings do not "
             f"compare; index anew: {anew}"
         )
@@ -206,7 +207,7 @@ def _locked(shards: Path, target: Path, holds: bool) -> Iterator[None]:
             try:
                 stack.enter_context(WeakFileLock(shards / "lock", timeout=0.1))
             except TimeoutError:
-                raise UsageError(f"{target} is being written by another run; wait for its end") from None
+                raise MiniClipError(f"{target} is being written by another run; wait for its end") from None
         yield
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .entry_filter import EntryFilter
-from .errors import MiniClipError, UsageError
+from .errors import DataError, MiniClipError
 from .image_index import ImageIndex
 from .processing_miniclip import load_rgb
 from .searching import Query, embed_queries, load_checked
@@ -156,11 +156,12 @@ def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
         title: above it.
 
     Raises:
-        UsageError: gradio is not installed, or the index is empty.
+        DataError: the index is empty.
+        MiniClipError: gradio is not installed.
     """
     gr = _gradio()
     if not len(index):
-        raise UsageError(f"{index.folder}: no images in this index; add some: miniclip index MODEL SOURCE -o INDEX")
+        raise DataError(f"{index.folder}: no images in this index; add some: miniclip index MODEL SOURCE -o INDEX")
     page = IndexPage(index)
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.HTML(f"<h1>{escape(title)}</h1><p>{len(index):,} images. Words, a picture, or both.</p>")
@@ -236,10 +237,11 @@ def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bo
         open_browser: show it.
 
     Raises:
-        UsageError: no gradio, no index there, or the port is taken.
+        DataError: there is no index, or none that can be read.
+        MiniClipError: no gradio, or the port is taken.
     """
     _gradio_installed()
-    index = ImageIndex.open(folder)
+    index = ImageIndex.open(folder, verify=True)
     with tempfile.TemporaryDirectory(prefix="miniclip-app-") as cache:
         os.environ["GRADIO_TEMP_DIR"] = cache  # or files of other apps on this machine could be asked for
         blocks = build_page(index, f"Search {Path(folder).resolve().name}")
@@ -253,7 +255,7 @@ def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bo
                 **launch_options(),
             )
         except OSError as error:
-            raise UsageError(f"--port {port}: {error}; name another one, or none") from error
+            raise MiniClipError(f"--port {port}: {error}; name another one, or none") from error
         print(f"{len(index):,} images: {blocks.local_url}  (Ctrl-C ends it)", flush=True)
         try:
             blocks.block_thread()
@@ -263,7 +265,7 @@ def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bo
 
 def _gradio_installed() -> None:
     if find_spec("gradio") is None:
-        raise UsageError("the page needs gradio: pip install 'miniclip[app]'")
+        raise MiniClipError("the page needs gradio: pip install 'miniclip[app]'")
 
 
 def _gradio() -> Any:

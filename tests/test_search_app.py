@@ -120,13 +120,14 @@ def test_an_image_that_is_gone_keeps_the_places_of_the_others(place: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    "command", [["app", "{place}/nothing"], ["space", "{place}/model", "{place}/pictures", "--images", "{place}"]]
+    ("command", "code"),
+    [(["app", "{place}/nothing"], 1), (["space", "{place}/model", "{place}/pictures", "--images", "{place}"], 2)],
 )
 def test_wrong_folders_are_told_in_one_line(
-    command: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], code: int, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
-    assert cli([word.format(place=place) for word in command]) == 2
+    assert cli([word.format(place=place) for word in command]) == code
     assert re.fullmatch(r"error: .*(no index here|there is something already).*\n", capsys.readouterr().err)
 
 
