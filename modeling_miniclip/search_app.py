@@ -2,16 +2,19 @@
 
 The page gets pictures that were decoded and encoded anew, never a file: no path of this machine is served, and what a
 photograph's metadata tells (where it was taken) stays here. An image is asked for by its place among the results.
+Small pictures are made once and kept while the page is served; those that nobody saw for an hour are deleted.
 """
 
 import io
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path, PurePath
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -20,11 +23,13 @@ from PIL import Image
 from .entry_filter import EntryFilter
 from .errors import DataError, MiniClipError
 from .image_index import ImageIndex
-from .processing_miniclip import load_rgb
+from .processing_miniclip import to_rgb
 from .searching import Query, embed_queries, load_checked
+from .shards import default_workers
 
 RESULTS, NEIGHBOURS, EXAMPLES = 24, 12, 6
 THUMBNAIL, LARGE = 320, 1600  # pixels of the longer side
+KEPT = 3600  # seconds that a picture is kept after it was shown
 MOST_FOLDERS = 500  # names of a drop-down list
 UPLOAD = "20mb"
 # Where the index has no captions to take examples from.
@@ -36,8 +41,8 @@ STYLE = """
 #examples button { min-width: 0; flex: 0 1 auto; }
 """
 
-# A picture that is shown, and its caption.
-Shown = tuple[Image.Image, str]
+# The file of a small picture that is shown, and its caption.
+Shown = tuple[Path, str]
 
 
 class IndexPage:
@@ -45,10 +50,13 @@ class IndexPage:
 
     Args:
         index: to search.
+        pictures: folder for small pictures.
     """
 
-    def __init__(self, index: ImageIndex):
+    def __init__(self, index: ImageIndex, pictures: Path):
         self.index = index
+        self.pictures = pictures
+        self.threads = ThreadPoolExecutor(default_workers())
         self.load: Callable[..., Any] = lru_cache(maxsize=2)(load_checked)  # each tower is read once
 
     def search(
@@ -104,22 +112,31 @@ class IndexPage:
         """An image of the index, its longer side at most so many pixels; None if it cannot be read any more."""
         path = self.index.entry(row)["path"]
         try:
-            if path is not None:
-                image = load_rgb(path).copy()
-            else:
-                image = _image_of_bytes(self.index.thumbnail(row))
+            with Image.open(path if path is not None else io.BytesIO(self.index.thumbnail(row) or b"")) as opened:
+                opened.draft(None, (3 * pixels, 3 * pixels))  # a JPEG is not decoded larger than it has to be
+                image = to_rgb(opened).copy()
         except Exception:  # Pillow's decoders raise all sorts
             return None
         image.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
         image.info.clear()
         return image
 
+    def small(self, row: int) -> Path:
+        """File of a small picture; of an image that cannot be read any more a blank, to keep the others' places."""
+        path = self.pictures / f"{row}.jpg"
+        try:
+            os.utime(path)  # it is not old yet
+        except FileNotFoundError:
+            picture = self.picture(row, THUMBNAIL) or Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#cbd5e0")
+            fresh = path.with_suffix(f".{get_ident()}")
+            picture.save(fresh, "JPEG", quality=82)
+            fresh.replace(path)
+        return path
+
     def _shown(self, found: list[tuple[int, float]]) -> list[Shown]:
-        blank = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#cbd5e0")  # keeps the places of the others
-        return [
-            (self.picture(row, THUMBNAIL) or blank, f"{score:.3f}  {_name(self.index.entry(row))}")
-            for row, score in found
-        ]
+        files = self.threads.map(self.small, [row for row, _ in found])
+        captions = (f"{score:.3f}  {_name(self.index.entry(row))}" for row, score in found)
+        return list(zip(files, captions, strict=True))
 
     def folders(self) -> list[str]:
         """Folders and other sources of the images, the first of them by name."""
@@ -137,11 +154,6 @@ class IndexPage:
             return list(GENERAL_EXAMPLES)
         step = max(1, len(captions) // EXAMPLES)
         return list(dict.fromkeys(captions[::step]))[:EXAMPLES]
-
-
-def _image_of_bytes(content: bytes | None) -> Image.Image:
-    with Image.open(io.BytesIO(content or b"")) as image:
-        return image.convert("RGB")
 
 
 def _name(entry: dict[str, Any]) -> str:
@@ -162,8 +174,10 @@ def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
     gr = _gradio()
     if not len(index):
         raise DataError(f"{index.folder}: no images in this index; add some: miniclip index MODEL SOURCE -o INDEX")
-    page = IndexPage(index)
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+    served = gr.utils.get_upload_folder()
+    os.makedirs(served, exist_ok=True)
+    page = IndexPage(index, Path(tempfile.mkdtemp(prefix="miniclip-", dir=served)))
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
         gr.HTML(f"<h1>{escape(title)}</h1><p>{len(index):,} images. Words, a picture, or both.</p>")
         with gr.Row():
             with gr.Column(scale=3):

@@ -498,7 +498,7 @@ REFUSED = {
 }
 
 
-def test_a_push_that_cannot_work_ends_the_run_before_training_with_exit_code_2_and_without_the_token(
+def test_a_push_that_cannot_work_ends_the_run_before_training_with_exit_code_1_and_without_the_token(
     alices_hub: Any, tmp_path: Path
 ) -> None:
     for repo_id in ("alice/old", "bob/old"):
@@ -518,7 +518,7 @@ sys.argv[1:] = ["--push_to_hub", "--hub_model_id", "alice/old", "--output_dir", 
 train_miniclip.cli()
 """
     done = run(code, tmp_path, PYTHONPATH=str(ROOT), **alices_hub.client_env(tmp_path / "home"))
-    told = done.stderr.split("exit code 2\n")
+    told = done.stderr.split("exit code 1\n")
     assert told[-1].strip().endswith("went on to the data"), done.stderr
     assert len(told) == len(REFUSED) + 1
     for (case, (_, repo_id, message)), text in zip(REFUSED.items(), told, strict=False):
