@@ -24,7 +24,8 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no network call at imp
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's processes are the parallelism
 
 from modeling_miniclip.arguments import TrainingArguments, checkpoint_interval, parse_arguments  # noqa: E402
-from modeling_miniclip.errors import DataError, MiniClipError, UsageError  # noqa: E402
+from modeling_miniclip.errors import DataError, MiniClipError, ModelError, UsageError, run_command  # noqa: E402
+from modeling_miniclip.ranks import own_rank  # noqa: E402
 
 
 @dataclass
@@ -222,7 +223,7 @@ def resume(run: Run, checkpoint: Path) -> None:
     try:
         run.accelerator.load_state(str(checkpoint))
     except Exception as error:  # whatever the libraries raise at a damaged file or at other parameters
-        raise UsageError(
+        raise ModelError(
             f"--resume_from_checkpoint: {checkpoint} is damaged or of another model: {' '.join(str(error).split())}; "
             "resume with the flags of the first start (its arguments.yaml is a recipe of them), or name another one"
         ) from error
@@ -243,7 +244,7 @@ def prepare_places(arguments: TrainingArguments) -> tuple[Path, Path | None]:
     output_dir = Path(arguments.output_dir)
     if arguments.overfit_batch:
         return output_dir, None
-    if int(os.environ.get("RANK", "0")) == 0:  # one process speaks for all, before there is an Accelerator
+    if own_rank() == 0:  # one process speaks for all, before there is an Accelerator
         checkpoints.prepare_output_dir(arguments)
         if arguments.push_to_hub:
             private, revision = arguments.hub_private_repo, arguments.hub_revision
@@ -733,21 +734,13 @@ def draw_retrieval(run: Run, export_dir: Path) -> None:
 
 
 def cli() -> int:
-    """The console script: an error is told without a traceback, unless `--debug` asks for it.
+    """The console script.
 
     Returns:
-        The exit code: 0, 2 for wrong input, 1 for a run that went wrong.
+        The exit code of [`run_command`][modeling_miniclip.errors.run_command].
     """
     argv = [word for word in sys.argv[1:] if word != "--debug"]
-    try:
-        main(argv)
-        return 0
-    except MiniClipError as error:
-        if len(argv) < len(sys.argv) - 1:
-            raise
-        line, code = f"error: {error}", 2 if isinstance(error, UsageError | DataError) else 1
-    print(line, file=sys.stderr)  # now that the error is gone, and with it the progress bar of its frame
-    return code
+    return run_command(lambda: main(argv), debug=len(argv) < len(sys.argv) - 1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     python benchmarks/reliability.py --record        # run all these tests, the slow ones too, and keep their figures
     python benchmarks/reliability.py --record kills  # those of one line
 
-The figures are in `reliability.json`: what pytest counted, and what the tests record of themselves.
+The figures are in `reliability.json`: what pytest counted, and what the tests record of themselves. Those under load
+are of `load.jsonl`, which `load.py` measures.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from xml.etree import ElementTree
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-FIGURES, PAGE = HERE / "reliability.json", HERE / "RELIABILITY.md"
+FIGURES, LOAD, PAGE = HERE / "reliability.json", HERE / "load.jsonl", HERE / "RELIABILITY.md"
 BEGIN, END = "<!-- figures: written by `python benchmarks/reliability.py --write` -->", "<!-- end of figures -->"
 
 
@@ -51,7 +53,13 @@ PROMISES = {
         ("tests/test_fuzz_exports.py",),
     ),
     "index": Promise(
-        "A damaged index gives images of the index, or is told with its folder", ("tests/test_fuzz_index.py",)
+        "A damaged index gives the answers of the whole one, or is told with its folder: one flipped bit is enough",
+        ("tests/test_fuzz_index.py",),
+    ),
+    "concurrency": Promise(
+        "An index gives many threads and forked processes the answers that it gives to one, and stays what it was "
+        "when its folder is updated",
+        ("tests/test_concurrency.py",),
     ),
     "folders": Promise(
         "A folder that is replaced is the old or the new one, whole, whenever the process dies",
@@ -86,9 +94,33 @@ PROMISES = {
         "A loss that is not a number, one stuck at chance, collapsed embeddings: told, and no damaged state saved",
         ("tests/test_diagnostics.py",),
     ),
+    "commands": Promise(
+        "A command ends with code 2 where it has to be written otherwise, with 1 for any other failure, and tells it "
+        "in one line",
+        ("tests/test_cli.py", "tests/test_package.py"),
+    ),
     "pushes": Promise(
         "A push that fails anywhere leaves the target as it was, and no token is told",
         ("tests/test_pushing.py", "tests/test_hub.py", "tests/test_errors.py"),
+    ),
+}
+LOADS = {
+    "page": "`miniclip app` answers many users at once without an error, and its memory does not grow",
+    "encode": "The memory of `encode_images` does not grow with the number of images",
+    "index": "Nor does that of `miniclip index`",
+}
+LOAD_WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "page": lambda x: (
+        f"{x['users']} users for {x['seconds']:.0f} s: {x['searches']:,} searches and {x['files']:,} pictures, "
+        f"{x['errors']} errors, an answer within {x['answer'][1]:.1f} s (p99), {x['memory'][1]:.0f} MiB after 10 s, "
+        f"{x['memory'][2]:.0f} MiB at the end"
+    ),
+    **dict.fromkeys(
+        ("encode", "index"),
+        lambda x: (
+            f"{x['memory'][0]:.0f} MiB with {x['images'] // 10:,} images, {x['memory'][1]:.0f} MiB with "
+            f"{x['images']:,}"
+        ),
     ),
 }
 # What tests record of themselves, in words.
@@ -128,6 +160,10 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
     for name, promise in PROMISES.items():
         tests = ", ".join(f"[{Path(path).name}](../{path})" for path in promise.tests)
         lines.append(f"| {promise.text} | {tests} | {in_words(figures.get(name))} |")
+    measured = [json.loads(line) for line in LOAD.read_text(encoding="utf-8").splitlines()] if LOAD.exists() else []
+    for part, promise in LOADS.items():
+        told = [LOAD_WORDS[part](line) for line in measured if line["part"] == part]
+        lines.append(f"| {promise} | [load.py](load.py), [load.md](load.md) | {'; '.join(told) or 'not recorded'} |")
     return "\n".join(lines) + "\n"
 
 

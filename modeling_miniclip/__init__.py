@@ -34,6 +34,7 @@ _MODULE_OF = {
     "packaged_file": "resources",
     "MiniClipError": "errors",
     "DataError": "errors",
+    "ModelError": "errors",
     "UsageError": "errors",
 }
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .entry_filter import EntryFilter as EntryFilter
     from .errors import DataError as DataError
     from .errors import MiniClipError as MiniClipError
+    from .errors import ModelError as ModelError
     from .errors import UsageError as UsageError
     from .evaluation import retrieval_metrics as retrieval_metrics
     from .hub import export as export

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UsageError
+from .errors import MiniClipError, UsageError
 from .nearest import Neighbours, largest
 
 FILE = "neighbours.faiss"
@@ -31,13 +31,14 @@ def is_chosen(choice: str, count: int) -> bool:
     """Whether an index of so many images gets an approximate one.
 
     Raises:
-        UsageError: no such choice, or FAISS is asked for and not installed.
+        MiniClipError: FAISS is asked for and not installed.
+        UsageError: no such choice.
     """
     if choice not in CHOICES:
         raise UsageError(f"neighbours {choice!r}: expected one of {', '.join(CHOICES)}")
     installed = find_spec("faiss") is not None
     if choice == "approximate" and not installed:
-        raise UsageError("an approximate index needs FAISS: pip install 'miniclip[search]'")
+        raise MiniClipError("an approximate index needs FAISS: pip install 'miniclip[search]'")
     return choice == "approximate" or (choice == "auto" and installed and count >= APPROXIMATE_FROM)
 
 

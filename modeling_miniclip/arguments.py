@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
-from .errors import UsageError, one_line
+from .errors import EXIT_CODES, MiniClipError, UsageError, one_line
 from .files import replace_text
 from .resources import PACKAGE, named_file
 
@@ -369,6 +369,7 @@ def validate(arguments: TrainingArguments) -> None:
 
     Raises:
         UsageError: naming the flag.
+        MiniClipError: a tracker that is not installed.
     """
     from .evaluation import METRIC_NAMES
 
@@ -413,7 +414,7 @@ def validate(arguments: TrainingArguments) -> None:
     checkpoint_interval(arguments)
     tracker = arguments.report_to
     if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
-        raise UsageError(f"--report_to {tracker}: {tracker} is not installed; pip install {tracker}")
+        raise MiniClipError(f"--report_to {tracker}: {tracker} is not installed; pip install {tracker}")
     augmentation_list(arguments)
 
 
@@ -471,7 +472,7 @@ def describe_flags() -> str:
     lines += textwrap.wrap(
         "Train a CLIP of your own on captioned images. Without arguments: the built-in recipe 'scenes'. A flag "
         "outweighs the recipe, the recipe the defaults. In parentheses: what leaving the flag out means. "
-        "--debug shows the traceback of an error.", 100
+        f"--debug shows the traceback of an error. {EXIT_CODES}", 100
     )  # fmt: skip
     for name, text in _flag_texts():
         if name in FLAG_GROUPS:

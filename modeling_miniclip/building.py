@@ -13,7 +13,7 @@ from torch import nn
 from .arguments import MODEL_SOURCES, TrainingArguments
 from .checksum import check_weights
 from .configuration_miniclip import MiniClipConfig
-from .errors import UsageError, one_line
+from .errors import ModelError, UsageError, one_line
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor, image_processor_from_timm, max_text_length
 from .resources import named_file
@@ -33,7 +33,8 @@ def build_model(arguments: TrainingArguments, captions: list[list[str]]) -> tupl
         The model in evaluation mode and float32, and the processor that belongs to it.
 
     Raises:
-        UsageError: the weights cannot be found or do not fit the arguments.
+        ModelError: the weights cannot be found, are damaged or do not fit.
+        UsageError: arguments or a preset that no model can follow.
     """
     asked = {
         "text_pooling": arguments.text_pooling,
@@ -55,7 +56,8 @@ def build_model(arguments: TrainingArguments, captions: list[list[str]]) -> tupl
         named = [f"--{name} {getattr(arguments, name)}" for names in MODEL_SOURCES for name in names]
         sources = " and ".join(text for text in named if not text.endswith(" None"))
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        raise UsageError(f"no model of {sources}: {kind}{one_line(error)}") from error
+        wrong = UsageError if isinstance(error, UsageError) else ModelError
+        raise wrong(f"no model of {sources}: {kind}{one_line(error)}") from error
     if arguments.dropout is not None:
         set_dropout(model, arguments.dropout)
     if arguments.projection_dropout is not None:
@@ -96,21 +98,24 @@ def read_preset(path: Path, overrides: dict[str, Any] | None = None) -> MiniClip
         overrides: fields that outweigh it.
 
     Raises:
-        ValueError: not JSON, a key that is no field of [`MiniClipConfig`], or a value that it does not take.
+        UsageError: not JSON, a key that is no field of [`MiniClipConfig`], or a value that it does not take.
         OSError: it cannot be read.
     """
     try:
         preset = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON: {error}") from error
     if not isinstance(preset, dict):
-        raise ValueError(f"{path}: expected the fields of a MiniClipConfig, found {type(preset).__name__}")
+        raise UsageError(f"{path}: expected the fields of a MiniClipConfig, found {type(preset).__name__}")
     known = ["model_type", *MiniClipConfig.__annotations__]
     for key in preset:
         if key not in known:  # the configuration would keep it without a word
             near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    return MiniClipConfig.from_dict(preset | (overrides or {}))
+            raise UsageError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        return MiniClipConfig.from_dict(preset | (overrides or {}))
+    except StrictDataclassError as error:
+        raise UsageError(f"{path}: {one_line(error)}") from error
 
 
 def _from_export(arguments: TrainingArguments, overrides: dict[str, Any]) -> tuple[MiniClipModel, MiniClipProcessor]:
@@ -119,7 +124,7 @@ def _from_export(arguments: TrainingArguments, overrides: dict[str, Any]) -> tup
     for name, value in overrides.items():
         own = getattr(model.config, name)
         if value != own:
-            raise ValueError(f"--{name} {value} cannot change a trained model: that of {source} is {own}")
+            raise UsageError(f"--{name} {value} cannot change a trained model: that of {source} is {own}")
     processor.tokenizer.model_max_length = _text_length(arguments, processor.tokenizer.model_max_length)
     if arguments.image_size is not None or arguments.crop_pct is not None:
         size = arguments.image_size or processor.image_processor.crop_size["height"]
@@ -180,7 +185,7 @@ def _text_length(arguments: TrainingArguments, limit: int) -> int:
     if arguments.max_length is None:
         return limit
     if not 0 < arguments.max_length <= limit:
-        raise ValueError(f"--max_length must be in 1..{limit}, the limit of this model, not {arguments.max_length}")
+        raise UsageError(f"--max_length must be in 1..{limit}, the limit of this model, not {arguments.max_length}")
     return arguments.max_length
 
 

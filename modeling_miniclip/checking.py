@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .data import UNDECODED, CaptionedImage, Columns, Source, load_captions, read_source, split_by_image
-from .errors import DataError, MiniClipError, Problem, UsageError, printable
+from .errors import DataError, MiniClipError, ModelError, Problem, UsageError, printable
 from .files import replace_text
 
 # What each kind of problem is called in a summary.
@@ -134,7 +134,8 @@ def check(
         fix: CSV to write that leaves the bad rows out and joins the captions of equal files, with a report beside it.
 
     Raises:
-        UsageError: no such data set, or `fix` cannot be written.
+        DataError: no such data set.
+        UsageError: `fix` cannot be written.
     """
     target = _fix_target(fix) if fix else None
     if batch_size < 1:
@@ -144,7 +145,7 @@ def check(
         source, entries = _read(dataset, image_dir, columns, validation_fraction, seed, allow_outside_images, report)
     except DataError as error:
         if error.__cause__ is not None or "no such file or folder" in str(error):  # nothing that could be looked at
-            raise UsageError(str(error)) from error
+            raise
         report.problems.append(_fatal(error, dataset))
         return report
     bad = {problem.image for problem in report.problems}
@@ -430,7 +431,7 @@ def _truncated(tokenizer: str, texts: list[str]) -> tuple[int, int]:
     try:
         config, loaded = AutoConfig.from_pretrained(tokenizer), AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--tokenizer {tokenizer}: no text tower with its tokenizer: {one_line(error)}") from error
+        raise ModelError(f"--tokenizer {tokenizer}: no text tower with its tokenizer: {one_line(error)}") from error
     limit = max_text_length(getattr(config, "text_config", config), loaded)
     lengths = (len(ids) for ids in loaded(texts, truncation=False, verbose=False)["input_ids"])
     return sum(length > limit for length in lengths), limit

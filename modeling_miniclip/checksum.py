@@ -1,11 +1,12 @@
-"""A checksum within the weights of an export, so that a bit that flipped on some disk is told and not trained on."""
+"""Checksums of weights and of indexes, so that a bit that flipped on some disk is told and not trained on or shown."""
 
 import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from .errors import UsageError
+from .errors import ModelError
 
 # In the metadata of the safetensors file. Whoever saves the model again, does so without it.
 KEY = "miniclip_sha256"
@@ -35,7 +36,7 @@ def check_weights(path: Path) -> None:
     """Compare a file with the checksum in it, if there is one.
 
     Raises:
-        UsageError: they differ.
+        ModelError: they differ.
     """
     with path.open("rb") as file:
         start = file.read(8)
@@ -48,4 +49,15 @@ def check_weights(path: Path) -> None:
         while block := file.read(1 << 22):
             sha256.update(block)
     if sha256.hexdigest().encode() != text[place : place + len(BLANK)]:
-        raise UsageError(f"{path} is damaged: it does not have the checksum that it was saved with; copy it anew")
+        raise ModelError(f"{path} is damaged: it does not have the checksum that it was saved with; copy it anew")
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def value_checksum(value: Any) -> str:
+    """SHA-256 of what JSON can hold, however it is written there."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

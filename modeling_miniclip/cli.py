@@ -1,7 +1,6 @@
 """The `miniclip` command. Each subcommand declares its flags here and imports what does its work when it runs."""
 
 import argparse
-import os
 import shutil
 import signal
 import sys
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, MiniClipError, UsageError
+from .errors import EXIT_CODES, DataError, UsageError, run_command
+from .ranks import own_rank
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def run_index(args: argparse.Namespace) -> None:
         args.output, args.sources, args.model, remove=args.remove, overwrite=args.overwrite, dtype=args.dtype,
         columns=columns, batch_size=args.batch_size, num_workers=args.num_workers, neighbours=args.neighbours,
     )  # fmt: skip
-    if int(os.environ.get("RANK", "0")) > 0:  # of several processes one tells
+    if own_rank() > 0:  # of several processes one tells
         return
     done = f"{report.encoded} encoded, {report.reused} as before, {report.dropped} dropped"
     print(f"{args.output}: {report.images} images; {done}; {report.seconds:.1f} s")
@@ -145,6 +145,7 @@ def declare_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caption", metavar="WORDS", help="only images that have each of these words in a caption")
     parser.add_argument("--split", help="only images of this split")
     parser.add_argument("--exact", action="store_true", help="leave an approximate index aside")
+    parser.add_argument("--verify", action="store_true", help="also of a large index compare all files' checksums")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", metavar="FILE", help="write a page with the images found; it opens without network")
     parser.add_argument("--open", action="store_true", help="show that page in the browser")
@@ -163,7 +164,7 @@ def run_search(args: argparse.Namespace) -> None:
         raise UsageError(f"--html {args.html}: there is no folder {Path(args.html).parent} to write it into")
     query = Query(args.words, args.image, args.weight, args.without)
     chosen = EntryFilter(args.folder, args.since, args.until, args.caption, args.split)
-    index, matches = search_index(args.index, query, args.k, chosen, timing, args.exact)
+    index, matches = search_index(args.index, query, args.k, chosen, timing, args.exact, args.verify or None)
     if args.json:
         print(format_json(index, query, matches, timing))
     else:
@@ -193,7 +194,7 @@ def run_duplicates(args: argparse.Namespace) -> None:
     from .duplicates import find_duplicates, format_groups, format_groups_json
     from .image_index import ImageIndex
 
-    index = ImageIndex.open(args.index)
+    index = ImageIndex.open(args.index, verify=True)
     groups = find_duplicates(index, args.threshold, args.across_splits)
     print(format_groups_json(index, groups) if args.json else format_groups(index, groups))
 
@@ -300,7 +301,9 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(prog="miniclip", description="What one does with a MiniCLIP model of one's own.")
+    parser = argparse.ArgumentParser(
+        prog="miniclip", description="What one does with a MiniCLIP model of one's own.", epilog=EXIT_CODES
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.help, description=command.help)
@@ -316,18 +319,12 @@ def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """Run a subcommand. An error of the user's input is one line on stderr, unless `--debug` asks for its traceback.
+    """Run a subcommand.
 
     Returns:
-        The exit code: 0, 2 for an error of usage, 1 for any other failure, and where `check` found a problem.
+        The exit code of [`run_command`][modeling_miniclip.errors.run_command]; also 1 where `check` found a problem.
     """
     args = build_parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            return args.run(args) or 0
-    except MiniClipError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return run_command(lambda: args.run(args), args.debug)

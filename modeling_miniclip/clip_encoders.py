@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from .building import load_export
 from .configuration_miniclip import MiniClipConfig
-from .errors import UsageError, one_line
+from .errors import MiniClipError, ModelError, UsageError, one_line
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor
 from .retrieval import encode_batches, encode_images, encode_texts, open_image
@@ -114,17 +114,19 @@ def open_encoder(source: str, flag: str) -> ClipEncoder:
         flag: that named it, for the errors.
 
     Raises:
-        UsageError: there is no such model, it does not load, or it does not embed both images and texts.
+        ModelError: there is no such model, it does not load, or it does not embed both images and texts.
+        MiniClipError: open_clip is not installed.
+        UsageError: `open_clip:` without the names that follow it.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if source.startswith(OPEN_CLIP):
         return _open_clip(source, flag, device)
     try:
         return _of_transformers(source, flag, device)
-    except UsageError:
+    except MiniClipError:
         raise
     except (HTTPError, OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise UsageError(f"{flag} {source}: no model that can be loaded: {one_line(error)}") from error
+        raise ModelError(f"{flag} {source}: no model that can be loaded: {one_line(error)}") from error
 
 
 def _of_transformers(source: str, flag: str, device: torch.device) -> ClipEncoder:
@@ -135,19 +137,19 @@ def _of_transformers(source: str, flag: str, device: torch.device) -> ClipEncode
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         inner = Path(source) / "export"
         hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
-        raise UsageError(f"{flag} {source}: this folder has no config.json{hint}")
+        raise ModelError(f"{flag} {source}: this folder has no config.json{hint}")
     if AutoConfig.from_pretrained(source).model_type == MiniClipConfig.model_type:
         model, processor = load_export(source, flag)
         return MiniClipEncoder(model.to(device), processor)
     other, info = AutoModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
     if not (hasattr(other, "get_image_features") and hasattr(other, "get_text_features")):
-        raise UsageError(
+        raise ModelError(
             f"{flag} {source}: {type(other).__name__} does not embed images and texts; expected a CLIP, for instance "
             "an export, openai/clip-vit-base-patch32 or google/siglip-base-patch16-224"
         )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"]))
-        raise UsageError(f"{flag} {source} lacks weights: {missing}; choose a model that is whole")
+        raise ModelError(f"{flag} {source} lacks weights: {missing}; choose a model that is whole")
     return TransformersEncoder(other.to(device).eval(), AutoProcessor.from_pretrained(source))
 
 
@@ -164,7 +166,7 @@ def _open_clip(source: str, flag: str, device: torch.device) -> ClipEncoder:
             f"{OPEN_CLIP}ViT-B-32/laion2b_s34b_b79k or {OPEN_CLIP}ViT-B-32/my/epoch_30.pt"
         )
     if find_spec("open_clip") is None:
-        raise UsageError(f"{flag} {source}: open_clip is not installed: pip install open-clip-torch")
+        raise MiniClipError(f"{flag} {source}: open_clip is not installed: pip install open-clip-torch")
     open_clip = import_module("open_clip")  # of the user's choice: neither a dependency nor an extra
     if architecture not in open_clip.list_models():
         raise UsageError(
@@ -173,12 +175,12 @@ def _open_clip(source: str, flag: str, device: torch.device) -> ClipEncoder:
     known = open_clip.list_pretrained_tags_by_model(architecture)
     if checkpoint not in known and not os.path.isfile(checkpoint):
         names = ", ".join(known) or "none"
-        raise UsageError(
+        raise ModelError(
             f"{flag} {source}: {checkpoint!r} is neither a file nor a checkpoint of it, which are: {names}"
         )
     try:
         model, transform = open_clip.create_model_from_pretrained(architecture, pretrained=checkpoint)
         tokenizer = open_clip.get_tokenizer(architecture)
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{flag} {source}: open_clip does not load it: {one_line(error)}") from error
+        raise ModelError(f"{flag} {source}: open_clip does not load it: {one_line(error)}") from error
     return OpenClipEncoder(model.to(device).float().eval(), transform, tokenizer, device)

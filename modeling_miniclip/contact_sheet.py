@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .errors import UsageError
+from .errors import MiniClipError
 from .files import replace_text
 from .image_index import ImageIndex
 from .nearest import Match
@@ -20,14 +20,14 @@ def write_contact_sheet(target: Path, index: ImageIndex, title: str, matches: li
         matches: best first.
 
     Raises:
-        UsageError: the file cannot be written.
+        MiniClipError: the file cannot be written.
     """
     lead = f"The nearest {len(matches)} of {len(index):,} images, by {index.model}"
     text = page(title, grid(_tile(index, match) for match in matches), lead)
     try:
         replace_text(target, text)
     except OSError as error:
-        raise UsageError(f"--html {target} cannot be written: {error.strerror or error}") from error
+        raise MiniClipError(f"--html {target} cannot be written: {error.strerror or error}") from error
 
 
 def _tile(index: ImageIndex, match: Match) -> str:

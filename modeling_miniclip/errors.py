@@ -1,8 +1,11 @@
 """The package's own errors: each message says what is wrong, where, what was expected and how to mend it."""
 
+import errno
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 
 def printable(text: object) -> str:
@@ -21,7 +24,12 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
 class MiniClipError(Exception):
-    """Base of all errors that the package raises for its user's input, which its text may quote."""
+    """Base of all errors that the package raises for its user's input, which its text may quote.
+
+    Of itself: something outside failed, the disk, the Hub, a library that is not there.
+    """
+
+    exit_code: ClassVar[int] = 1  # of a command that ends with it
 
     def __str__(self) -> str:
         """The message in one line, [`printable`] whatever names it quotes, and without tokens of the Hub."""
@@ -32,8 +40,14 @@ class DataError(MiniClipError, ValueError):
     """A data set, a caption file or an image is not as expected."""
 
 
+class ModelError(MiniClipError, ValueError):
+    """A model, an export or a checkpoint is missing, damaged, of another kind or other than the one that is needed."""
+
+
 class UsageError(MiniClipError, ValueError):
-    """A flag, a recipe key or a combination of them is wrong."""
+    """A flag, an argument, a recipe key or a combination of them is wrong: the command has to be written otherwise."""
+
+    exit_code: ClassVar[int] = 2
 
 
 @dataclass(frozen=True)
@@ -104,3 +118,51 @@ def one_line(error: BaseException | str) -> str:
     ):
         text = re.sub(pattern, instead, text)
     return text.strip().rstrip(".")
+
+
+# What a file system answers when it takes no more, by whatever library the file is written.
+REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+
+
+def refusal(error: BaseException) -> str | None:
+    """What a file system refused, of an error of any library that writes files; None for other errors."""
+    text = one_line(error)
+    by_rust = re.search(r"\(os error (\d+)\)", text)  # safetensors
+    number = error.errno if isinstance(error, OSError) else int(by_rust[1]) if by_rust else None
+    if number in REFUSALS:
+        return f"the disk refused: {text}"
+    # torch.save tells its own place and not the file system's reason.
+    return "the disk refused: torch could not write a file" if "PytorchStreamWriter" in text else None
+
+
+EXIT_CODES = (
+    "Exit codes: 2 where the command or its recipe has to be written otherwise, 1 for any other failure: of data, a "
+    "model, the disk, the network."
+)
+
+
+def run_command(command: Callable[[], object], debug: bool) -> int:
+    """Run what a command line asks for. The package's errors, and a full disk, are told in one line on stderr.
+
+    Args:
+        command: what to run; it may return an exit code.
+        debug: raise the error instead, for its traceback.
+
+    Returns:
+        The exit code: the command's own, else 0; of an error its `exit_code`, which is 2 for [`UsageError`], and 1 for
+        all others.
+    """
+    try:
+        done = command()
+        return done if isinstance(done, int) else 0
+    except MiniClipError as error:
+        if debug:
+            raise
+        line, code = f"error: {error}", error.exit_code
+    except Exception as error:
+        reason = None if debug else refusal(error)
+        if reason is None:
+            raise
+        line, code = f"error: {printable(reason)}; make room there or write elsewhere, and start again", 1
+    print(line, file=sys.stderr)  # now that the error is gone, and with it the progress bar of its frame
+    return code

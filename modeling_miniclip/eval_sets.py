@@ -76,6 +76,7 @@ def load_eval_set(
 
     Raises:
         DataError: something of the data set is not as expected; it has no such split.
+        DataError: a file of class names that cannot be read.
         UsageError: class names for captioned images, or for other folders than those that are there.
     """
     folder = Path(source).expanduser()
@@ -161,10 +162,10 @@ def _words(folders: list[str], class_names: str | os.PathLike | None) -> list[st
     try:
         named = json.loads(Path(class_names).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"--class_names {class_names}: no JSON file that can be read: {error}") from error
+        raise DataError(f"--class_names {class_names}: no JSON file that can be read: {error}") from error
     if not isinstance(named, dict) or not all(isinstance(words, str) for words in named.values()):
-        raise UsageError(f'--class_names {class_names}: expected {{"folder": "words", ...}}')
+        raise DataError(f'--class_names {class_names}: expected {{"folder": "words", ...}}')
     missing = [name for name in folders if name not in named]
     if missing:
-        raise UsageError(f"--class_names {class_names}: {len(missing)} folders without words, first {missing[0]!r}")
+        raise DataError(f"--class_names {class_names}: {len(missing)} folders without words, first {missing[0]!r}")
     return [named[name] for name in folders]

@@ -62,7 +62,8 @@ def evaluate_model(
         `difference_intervals`.
 
     Raises:
-        UsageError: a model does not load, or the output folder holds something else.
+        ModelError: a model does not load.
+        UsageError: the output folder holds something else.
         DataError: an image cannot be read.
     """
     target = None if output_dir is None else _checked_target(Path(output_dir))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import UsageError
+from .errors import MiniClipError
 
 FORMAT = 1  # part of every name: raise it when the values or their layout change
 
@@ -69,7 +69,7 @@ class FeatureTable:
         block: rows a block.
 
     Raises:
-        UsageError: the folder cannot be written.
+        MiniClipError: the folder cannot be written.
     """
 
     def __init__(self, cache_dir: Path, depends_on: dict[str, Any], rows: int, width: int, block: int):
@@ -83,7 +83,7 @@ class FeatureTable:
             shutil.rmtree(self.folder)
             self._open(text, rows, width)
         except OSError as error:
-            raise UsageError(
+            raise MiniClipError(
                 f"--feature_cache_dir {cache_dir} cannot be written: {error.strerror or error}; name another folder"
             ) from error
 
@@ -121,7 +121,7 @@ class FeatureTable:
         """Fill a block; it counts as done when its values are on disk.
 
         Raises:
-            UsageError: the disk is full. What was written before stays.
+            MiniClipError: the disk is full. What was written before stays.
         """
         start = self.values.offset + rows.start * self.values.strides[0]
         try:
@@ -129,7 +129,7 @@ class FeatureTable:
             _write_at(self.folder / "features.npy", start, features.cpu().numpy().tobytes())
             _write_at(self.folder / "done.npy", self.done.offset + rows.start // self.block, b"\1")
         except OSError as error:
-            raise UsageError(
+            raise MiniClipError(
                 f"{self.folder}: features cannot be written: {error.strerror or error}; make room, or name another "
                 "folder by --feature_cache_dir, and start again: what was computed so far is kept"
             ) from error

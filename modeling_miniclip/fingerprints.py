@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError, one_line
+from .errors import ModelError, one_line
 
 # What may change in config.json without changing an embedding.
 VOLATILE = ("transformers_version", "_name_or_path", "auto_map", "architectures", "dtype", "torch_dtype")
@@ -17,7 +17,7 @@ def model_folder(model: str | os.PathLike) -> Path:
     """The folder with the files of a model: an export, or the local copy of a repository on the Hub.
 
     Raises:
-        UsageError: neither is there.
+        ModelError: neither is there.
     """
     path = Path(model).expanduser()
     if not path.is_dir():
@@ -27,13 +27,13 @@ def model_folder(model: str | os.PathLike) -> Path:
         try:
             path = Path(snapshot_download(os.fspath(model), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
         except (HfHubHTTPError, HFValidationError, HTTPError, OSError, ValueError) as error:
-            raise UsageError(
+            raise ModelError(
                 f"{model}: neither the folder of an export nor a model that the Hub gives: {one_line(error)}"
             ) from error
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
         inner = path / "export"
         hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
-        raise UsageError(f"{model} is not an export: it has no config.json and weights (*.safetensors){hint}")
+        raise ModelError(f"{model} is not an export: it has no config.json and weights (*.safetensors){hint}")
     return path
 
 

@@ -2,19 +2,22 @@
 
 | file | what it holds |
 |---|---|
-| `manifest.json` | format, model (name, fingerprint, files), dimension, type, count, sources, what was unreadable |
+| `manifest.json` | what [`Manifest`] says, the checksums of the other files, and its own |
 | `entries.parquet` | one row an image, see [`SCHEMA`], with the thumbnail of an image that is no file of its own |
 | `embeddings.safetensors` | `embeddings` `[images, dim]`, unit norm, float32 or float16, in the order of the entries |
 | `neighbours.faiss` | an approximate index over them, where there are many (see `approximate.py`) |
 
-`FORMAT` is raised whenever an older version of this package could misread a folder.
+A bit that flipped on the disk is told: files are compared with their checksums before an index is updated, when one of
+up to `VERIFIED` bytes is opened, and when it is asked for. `FORMAT` is raised whenever an older version of this
+package could misread a folder.
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +29,9 @@ import pyarrow.parquet as pq
 
 from .approximate import FILE as NEIGHBOURS
 from .approximate import ApproximateNeighbours, build_neighbours, is_chosen
+from .checksum import file_checksum, value_checksum
 from .entry_filter import EntryFilter
-from .errors import DataError, UsageError
+from .errors import DataError, MiniClipError, UsageError
 from .files import recover_folder, replaced_folder
 from .nearest import Match, Neighbours
 
@@ -36,6 +40,8 @@ MANIFEST, ENTRIES, EMBEDDINGS = "manifest.json", "entries.parquet", "embeddings.
 DTYPES = {"float32": "F32", "float16": "F16"}  # safetensors' names of them
 BLOCK = 65_536  # rows copied at a time
 ROW_GROUP = 2_048  # entries of one read of thumbnails
+VERIFIED = 256 << 20  # bytes of which the checksum costs little beside the imports and the model that a search needs
+OWN = "sha256"  # the manifest's key for the checksum of all other keys
 
 SCHEMA = pa.schema(
     [
@@ -68,6 +74,7 @@ class Manifest:
         sources: what was indexed, as `resolve_source` names it.
         skipped: images that could not be read, and why.
         neighbours: `exact`, `approximate` or `auto`, by which size decides.
+        checksums: SHA-256 of the other files, by name.
     """
 
     model: str
@@ -80,10 +87,14 @@ class Manifest:
     skipped: dict[str, str] = field(default_factory=dict)
     neighbours: str = "auto"
     format: int = FORMAT
+    checksums: dict[str, str] = field(default_factory=dict)
 
 
 class ImageIndex:
-    """An index on disk, opened for search. Nothing is read before it is used.
+    """An index on disk, opened for search. Nothing but its manifest is read before it is used.
+
+    It may be used by several threads at once, and by processes forked from the one that opened it, before or after its
+    first search. It stays the one that was opened when the folder is updated meanwhile.
 
     Args:
         folder: of the index.
@@ -99,37 +110,45 @@ class ImageIndex:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, folder: str | os.PathLike) -> "ImageIndex":
+    def open(cls, folder: str | os.PathLike, verify: bool | None = None) -> "ImageIndex":
         """The index in a folder.
 
+        Args:
+            folder: of the index.
+            verify: compare the files with their checksums; by default those of an index of up to `VERIFIED` bytes.
+
         Raises:
-            UsageError: there is none, or one that a later version wrote.
-            DataError: its files are not those that belong together.
+            DataError: there is none, a later version wrote it, it is damaged, or its files do not belong together.
         """
         path = Path(folder).expanduser()
         recover_folder(path)
         if not (path / MANIFEST).is_file():
-            raise UsageError(f"{folder}: no index here; make one with: miniclip index MODEL SOURCE -o {folder}")
+            raise DataError(f"{folder}: no index here; make one with: miniclip index MODEL SOURCE -o {folder}")
+        begun = (path / MANIFEST).stat().st_ino
         try:
-            values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            if values["format"] > FORMAT:
-                raise UsageError(
-                    f"{folder}: an index of format {values['format']}, this version reads up to {FORMAT}: upgrade "
-                    "miniclip, or index again into another folder"
-                )
-            index = cls(path, Manifest(**values))
-            sizes = index.embeddings.shape, pq.read_metadata(path / ENTRIES).num_rows
-        except UsageError:
-            raise
+            index = cls(path, _read_manifest(path))
+            index._check_files(verify)
         except Exception as error:  # whatever the libraries raise at files that nobody wrote
-            raise _damaged(path, error) from error
-        expected = (index.manifest.count, index.manifest.dim), index.manifest.count
-        if sizes != expected:
-            raise DataError(
-                f"{folder}: {MANIFEST} tells of {expected[0]} embeddings and {expected[1]} entries, there are "
-                f"{sizes[0]} and {sizes[1]}; delete it and index again"
-            )
+            if (path / MANIFEST).is_file() and (path / MANIFEST).stat().st_ino != begun:  # replaced in the meantime
+                return cls.open(folder, verify)
+            raise error if isinstance(error, DataError) else _damaged(path, error) from error
         return index
+
+    def _check_files(self, verify: bool | None) -> None:
+        """Hold the files against the manifest; they stay open, so that they are always those of one index."""
+        manifest, files = self.manifest, {name: self.folder / name for name in self.manifest.checksums}
+        if verify or (verify is None and sum(file.stat().st_size for file in files.values()) <= VERIFIED):
+            for name, file in files.items():
+                if file_checksum(file) != manifest.checksums[name]:
+                    raise ValueError(f"{name} does not have the checksum that it was written with")
+        sizes = self.embeddings.shape, pq.read_metadata(pa.BufferReader(self._parquet)).num_rows
+        expected = (manifest.count, manifest.dim), manifest.count
+        if sizes != expected or self.embeddings.dtype != manifest.dtype:
+            raise DataError(
+                f"{self.folder}: {MANIFEST} tells of {expected[0]} {manifest.dtype} embeddings and {expected[1]} "
+                f"entries, there are {sizes[0]} {self.embeddings.dtype} and {sizes[1]}; delete it and index again"
+            )
+        self.neighbours  # noqa: B018  (opened)
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -140,10 +159,15 @@ class ImageIndex:
         return self.manifest.model
 
     @cached_property
+    def _parquet(self) -> pa.Buffer:
+        """The whole file of entries, memory-mapped: each reader has its own place in it."""
+        return pa.memory_map(str(self.folder / ENTRIES)).read_buffer()
+
+    @cached_property
     def entries(self) -> pa.Table:
         """One row an image: the columns of [`SCHEMA`] but for `thumbnail`. `datasets.Dataset(index.entries)` works."""
         try:
-            return pq.read_table(self.folder / ENTRIES, columns=COLUMNS, memory_map=True)
+            return pq.read_table(pa.BufferReader(self._parquet), columns=COLUMNS, page_checksum_verification=True)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.folder, error) from error
 
@@ -163,7 +187,8 @@ class ImageIndex:
     def read_entries(self) -> pa.Table:
         """All columns of [`SCHEMA`], thumbnails too."""
         try:
-            return pq.read_table(self.folder / ENTRIES, schema=SCHEMA)
+            source = pa.BufferReader(self._parquet)
+            return pq.read_table(source, schema=SCHEMA, page_checksum_verification=True)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.folder, error) from error
 
@@ -175,7 +200,7 @@ class ImageIndex:
     def thumbnail(self, index: int) -> bytes | None:
         """JPEG of an image that has no file of its own; None for one that has."""
         try:
-            file = pq.ParquetFile(self.folder / ENTRIES)
+            file = pq.ParquetFile(pa.BufferReader(self._parquet), page_checksum_verification=True)
             cell = file.read_row_group(index // ROW_GROUP, columns=["thumbnail"])["thumbnail"][index % ROW_GROUP]
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.folder, error) from error
@@ -241,6 +266,25 @@ class ImageIndex:
         return target
 
 
+def _read_manifest(folder: Path) -> Manifest:
+    """The manifest of an index.
+
+    Raises:
+        DataError: a later version wrote it.
+        ValueError: it was changed since it was written.
+    """
+    values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if values["format"] > FORMAT:
+        raise DataError(
+            f"{folder}: an index of format {values['format']}, this version reads up to {FORMAT}: upgrade "
+            "miniclip, or index again into another folder"
+        )
+    own = values.pop(OWN, None)
+    if own is not None and own != value_checksum(values):
+        raise ValueError(f"{MANIFEST} does not have the checksum that it was written with")
+    return Manifest(**values)
+
+
 def _damaged(folder: Path, error: Exception) -> DataError:
     return DataError(f"{folder}: an index that cannot be read ({error}); delete it and index again")
 
@@ -250,24 +294,27 @@ def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Ite
 
     Args:
         folder: to write.
-        manifest: of it; `count` is set here.
+        manifest: of it; `count` and `checksums` are set here.
         entries: of [`SCHEMA`].
         blocks: `[n, dim]` embeddings in the order of the entries.
 
     Raises:
-        UsageError: the disk is full or cannot be written; what was there before is kept.
+        MiniClipError: the disk is full or cannot be written; what was there before is kept.
     """
-    manifest = Manifest(**{**asdict(manifest), "count": entries.num_rows})
+    manifest = replace(manifest, count=entries.num_rows)
     try:
         with replaced_folder(folder) as fresh:
-            pq.write_table(entries.cast(SCHEMA), fresh / ENTRIES, row_group_size=ROW_GROUP)
+            table = entries.cast(SCHEMA)
+            pq.write_table(table, fresh / ENTRIES, row_group_size=ROW_GROUP, write_page_checksum=True)
             write_embeddings(fresh / EMBEDDINGS, manifest.count, manifest.dim, manifest.dtype, blocks)
-            text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
             if is_chosen(manifest.neighbours, manifest.count):
                 build_neighbours(map_embeddings(fresh / EMBEDDINGS), fresh / NEIGHBOURS)
+            manifest = replace(manifest, checksums={path.name: file_checksum(path) for path in fresh.iterdir()})
+            values = asdict(manifest)
+            text = json.dumps({**values, OWN: value_checksum(values)}, indent=1, ensure_ascii=False)
             (fresh / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise UsageError(
+        raise MiniClipError(
             f"{folder} cannot be written: {error.strerror or error}; make room or name another folder, and start "
             "again: what was there before is kept, and so is what has been encoded"
         ) from error
@@ -310,7 +357,8 @@ def map_embeddings(path: Path) -> np.ndarray:
         length = int.from_bytes(file.read(8), "little")
         tensor = json.loads(file.read(length))["embeddings"]
     dtype = next(name for name, code in DTYPES.items() if code == tensor["dtype"])
-    if path.stat().st_size != 8 + length + tensor["data_offsets"][1]:
+    size = math.prod(tensor["shape"]) * np.dtype(dtype).itemsize
+    if tensor["data_offsets"] != [0, size] or path.stat().st_size != 8 + length + size:
         raise ValueError(f"{path} was cut off")
     if 0 in tensor["shape"]:
         return np.zeros(tensor["shape"], dtype)

@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 
 from .approximate import is_chosen
 from .configuration_miniclip import MiniClipConfig
-from .errors import DataError, MiniClipError, UsageError, one_line
+from .errors import DataError, MiniClipError, ModelError, UsageError, one_line
 from .files import discard_folder, recover_folder
 from .fingerprints import describe_files, fingerprint, model_folder
 from .image_index import DTYPES, ImageIndex, Manifest, gather_blocks, write_index
@@ -120,7 +120,8 @@ def update_index(
         What was done. Images that cannot be read are in its `skipped`; the index has all others.
 
     Raises:
-        UsageError: no model or no source; the index was made by another model or with another type.
+        ModelError: no model there, or the index was made by another one.
+        UsageError: no model or no source is named, or another type than the index has.
         DataError: a source cannot be read, or has no image.
 
     Example:
@@ -131,7 +132,7 @@ def update_index(
     processes = _processes()
     target = Path(folder).expanduser()
     recover_folder(target)
-    there = ImageIndex.open(target) if target.exists() else None
+    there = ImageIndex.open(target, verify=True) if target.exists() else None
     walked, kept = _sources_of(there, list(sources), list(remove))
     manifest = _manifest(target, there, model, dtype, neighbours, overwrite)
     plan = _Plan(target, there, manifest, walked, [] if overwrite else kept, overwrite)
@@ -191,7 +192,7 @@ def _manifest(
     folder = model_folder(name)
     values = MiniClipConfig.get_config_dict(folder)[0]
     if values.get("model_type") != MiniClipConfig.model_type:
-        raise UsageError(f"{name}: a model of type {values.get('model_type')!r}, not one that MiniCLIP exported")
+        raise ModelError(f"{name}: a model of type {values.get('model_type')!r}, not one that MiniCLIP exported")
     files = describe_files(folder)
     unchanged = there is not None and (there.model, there.manifest.files) == (name, files)
     print_of = there.manifest.fingerprint if there and unchanged else fingerprint(folder)
@@ -203,7 +204,7 @@ def _manifest(
         return manifest
     anew = shlex.join(["miniclip", "index", name, *there.manifest.sources, "-o", str(target), "--overwrite"])
     if there.manifest.fingerprint != print_of:
-        raise UsageError(
+        raise ModelError(
             f"{target} was made by {there.model} with other weights than {name} has now, and their embeddings do not "
             f"compare; index anew: {anew}"
         )
@@ -223,7 +224,7 @@ def _locked(plan: _Plan, processes: PartialState) -> Iterator[None]:
             try:
                 stack.enter_context(WeakFileLock(plan.shards / "lock", timeout=0.1))
             except TimeoutError:
-                raise UsageError(f"{plan.target} is being written by another run; wait for its end") from None
+                raise MiniClipError(f"{plan.target} is being written by another run; wait for its end") from None
         processes.wait_for_everyone()
         yield
 

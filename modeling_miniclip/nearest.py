@@ -1,11 +1,15 @@
 """The embeddings nearest to a query: exactly, by a matrix product, or by an approximate index where there are many."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 HALF_MARGIN = 4e-3  # more than a cosine computed in half precision is off; what comes so close is computed again
 QUERY_BYTES = 64 << 20  # scores of several queries that are held at a time
+PROCESS = os.getpid()  # another one than this was forked
 LEAST_SELECTED = 0.3  # share of the rows from which computing all of them is faster than gathering them
 
 
@@ -60,12 +64,29 @@ class Neighbours:
         import torch  # NumPy has no product of half precision, and converting first takes ten times as long
 
         half = torch.from_numpy(np.asarray(embeddings).view(np.int16)).view(torch.float16)
-        scores = (half @ torch.from_numpy(query).half()).float().numpy()
+        with _threads_that_are_there():
+            scores = (half @ torch.from_numpy(query).half()).float().numpy()
         candidates = scores if rows is None else scores[rows]
         bound = candidates[largest(candidates, k)[-1]] - HALF_MARGIN if len(candidates) else 0.0
         near = np.flatnonzero(scores >= bound)
         scores[near] = embeddings[near].astype(np.float32) @ query
         return scores
+
+
+@contextmanager
+def _threads_that_are_there() -> Iterator[None]:
+    """One of torch's threads in a forked process: it would wait forever for those that its parent had."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if os.getpid() == PROCESS:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def largest(scores: np.ndarray, k: int) -> np.ndarray:

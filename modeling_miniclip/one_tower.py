@@ -12,7 +12,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration_miniclip import MiniClipConfig
-from .errors import UsageError, one_line
+from .errors import ModelError, one_line
 from .modeling_miniclip import MiniClipModel, without_pooler
 from .processing_miniclip import MiniClipProcessor
 
@@ -31,7 +31,7 @@ def load_tower(folder: Path, side: Literal["image", "text"]) -> tuple[MiniClipMo
         The model in evaluation mode and float32.
 
     Raises:
-        UsageError: the folder holds no such model, or not all of its weights.
+        ModelError: the folder holds no such model, or not all of its weights.
     """
     from . import auto  # noqa: F401  (or transformers would ask whether to trust the code in the folder)
 
@@ -56,9 +56,9 @@ def load_tower(folder: Path, side: Literal["image", "text"]) -> tuple[MiniClipMo
         missing = {*info["missing_keys"], *model.load_state_dict(rest, strict=False, assign=True).missing_keys}
         setattr(model, tower, loaded)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UsageError(f"{folder}: no MiniCLIP model that can be loaded: {one_line(error)}") from error
+        raise ModelError(f"{folder}: no MiniCLIP model that can be loaded: {one_line(error)}") from error
     if missing:
-        raise UsageError(f"{folder} lacks weights: {', '.join(sorted(missing))}; export the model again")
+        raise ModelError(f"{folder} lacks weights: {', '.join(sorted(missing))}; export the model again")
     return model.eval(), MiniClipProcessor.from_pretrained(folder)
 
 

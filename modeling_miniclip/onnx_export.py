@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .building import load_export
 from .data import load_captions
-from .errors import UsageError, one_line
+from .errors import MiniClipError, ModelError, UsageError, one_line
 from .evaluation import retrieval_metrics
 from .files import replaced_folder
 from .modeling_miniclip import MiniClipModel
@@ -97,13 +97,14 @@ def export_onnx(
         What `equality.json` holds, see [`compare`].
 
     Raises:
-        UsageError: a library is missing, the folder is not empty, there is no such model, a tower cannot be exported,
-            or the encoders differ from PyTorch.
+        ModelError: there is no such model, a tower cannot be exported, or the encoders differ from PyTorch.
         DataError: the data set is not as expected.
+        MiniClipError: a library is missing.
+        UsageError: the folder is not empty, or a number out of bounds.
     """
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
-        raise UsageError(f"--onnx needs {', '.join(missing)}: pip install {' '.join(LIBRARIES)}")
+        raise MiniClipError(f"--onnx needs {', '.join(missing)}: pip install {' '.join(LIBRARIES)}")
     target = Path(folder)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UsageError(f"--onnx {target}: there is something already, and nothing is overwritten; name a new folder")
@@ -112,9 +113,9 @@ def export_onnx(
     try:
         model, processor = load_export(source, "EXPORT")
     except (HTTPError, OSError, ValueError, StrictDataclassError) as error:
-        raise UsageError(f"no model of {source}: {one_line(error)}") from error
+        raise ModelError(f"no model of {source}: {one_line(error)}") from error
     if not processor.tokenizer.is_fast:
-        raise UsageError(
+        raise ModelError(
             f"{source}: its tokenizer is written in Python and cannot be saved as tokenizer.json; train with a text "
             "tower that has a fast one"
         )
@@ -127,7 +128,7 @@ def export_onnx(
         report = compare(model, processor, runtime, rows)
         worst = np.max(list(report["largest_difference"].values()))
         if not worst <= tolerance:  # nor is NaN
-            raise UsageError(
+            raise ModelError(
                 f"{source}: the ONNX files differ from PyTorch by {worst:.1e} in a component of an embedding, "
                 f"more than --tolerance {tolerance:.1e}; nothing was written to {target}"
             )
@@ -146,7 +147,7 @@ def write_encoders(folder: Path, model: MiniClipModel, processor: MiniClipProces
         rows: of a split; the first is traced.
 
     Raises:
-        UsageError: a tower does something that ONNX cannot express.
+        ModelError: a tower does something that ONNX cannot express.
     """
     traced = copy.deepcopy(model).eval()
     # With the fused attention T5 cannot be exported; the comparison is with the model as it was loaded.
@@ -168,7 +169,7 @@ def write_encoders(folder: Path, model: MiniClipModel, processor: MiniClipProces
                 )
         except torch.onnx.OnnxExporterError as error:
             reason = " ".join(str(error.__cause__ or error).split())[:500]
-            raise UsageError(f"torch.onnx cannot export the {name.replace('_', ' ')}: {reason}") from error
+            raise ModelError(f"torch.onnx cannot export the {name.replace('_', ' ')}: {reason}") from error
         assert program is not None
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()  # stack traces, with the folders of this machine
@@ -221,7 +222,7 @@ def compare(model: MiniClipModel, processor: MiniClipProcessor, runtime: Any, ro
         `retrieval_metrics` under `pytorch` and `onnxruntime`, and `versions`.
 
     Raises:
-        UsageError: the example prepares an image or a text otherwise than the processor does.
+        ModelError: the example prepares an image or a text otherwise than the processor does.
     """
     texts = [caption for captions in rows["captions"] for caption in captions]
     image_of_text = [index for index, captions in enumerate(rows["captions"]) for _ in captions]
@@ -262,7 +263,7 @@ def _batches(
         prepared = prepare(batch)
         for name, values in prepared.items():
             if not np.array_equal(values, expected[name]):
-                raise UsageError(
+                raise ModelError(
                     f"example.py does not prepare {name} as {type(processor.image_processor).__name__} and "
                     f"{type(processor.tokenizer).__name__} of this model do: it knows resize, centre crop, rescale "
                     "and normalise of images, and what a tokenizer.json says"

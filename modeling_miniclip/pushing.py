@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundError
 
 from .configuration_miniclip import MiniClipConfig
-from .errors import UsageError, one_line
+from .errors import MiniClipError, ModelError, one_line
 from .hub import rename_card
 from .resources import PACKAGE
 
@@ -50,7 +50,8 @@ def prepare_push(
         The full repository id.
 
     Raises:
-        UsageError: no token, no right to write, no valid name, no connection, or nothing that [`push`] would push to.
+        MiniClipError: no token, no right to write, no valid name, no connection, or nothing that [`push`] would push
+            to.
     """
     api, name = HfApi(), repo_id or Path(output_dir).resolve().name
     advice = "Check the --hub_ flags and the token's rights, or train without --push_to_hub and push later"
@@ -89,13 +90,13 @@ def push(
         Address of the commit.
 
     Raises:
-        UsageError: the folder is no export, the repository is public where a private one was asked for or holds
+        MiniClipError: the folder is no export, the repository is public where a private one was asked for or holds
             another kind of model, the revision is no branch, the Hub does not take the upload, or what it took does
             not load; the message says which. The folder stays as it is.
     """
     root, api = Path(folder), HfApi()
     if not (root / "config.json").is_file():
-        raise UsageError(f"{folder} is not an export: it has no config.json")
+        raise ModelError(f"{folder} is not an export: it has no config.json")
     command = ["miniclip", "push", str(folder), repo_id, *["--private"] * private]
     command += [] if revision is None else ["--revision", revision]
     safe = f"The model is safe in {folder}: try again by `{shlex.join(command)}`"
@@ -112,7 +113,7 @@ def push(
         _verify(root, repo_id, staged, advice)
         again = _operations(root, repo_id)  # a second time, for the client takes them once only
         if [_content(file) for file in again] != contents:
-            raise UsageError(f"the files in {folder} changed while they were uploaded. {advice}")
+            raise MiniClipError(f"the files in {folder} changed while they were uploaded. {advice}")
         try:
             commit = _publish(api, target, staged, again, message)
         except HUB_ERRORS as error:
@@ -120,7 +121,7 @@ def push(
                 lost = _published(api, target, staged)
             if lost is None:
                 what = f"{folder} was uploaded, but cannot be committed to {repo_id}"
-                raise UsageError(f"{what}: {one_line(error)}. {advice}") from None
+                raise MiniClipError(f"{what}: {one_line(error)}. {advice}") from None
             commit = lost  # the answer, not the commit
     return f"{api.endpoint}/{repo_id}/commit/{commit}"
 
@@ -216,7 +217,7 @@ def _verify(root: Path, repo_id: str, commit: str, advice: str) -> None:
     """Load a commit in a process of its own, from an empty cache, and compare it with the folder.
 
     Raises:
-        UsageError: it does not load, or gives other logits.
+        MiniClipError: it does not load, or gives other logits.
     """
     argv = [sys.executable, "-m", "modeling_miniclip.verification", str(root.resolve()), repo_id, commit]
     with tempfile.TemporaryDirectory(prefix="miniclip-push-") as cache:
@@ -232,7 +233,7 @@ def _verify(root: Path, repo_id: str, commit: str, advice: str) -> None:
             if done.returncode == 0:
                 return
             reason = (done.stderr.strip().splitlines() or ["the process ended without a word"])[-1]
-    raise UsageError(f"what was uploaded to {repo_id} was not published: {one_line(reason)}. {advice}")
+    raise MiniClipError(f"what was uploaded to {repo_id} was not published: {one_line(reason)}. {advice}")
 
 
 def _delete_branch(api: HfApi, repo_id: str, branch: str) -> None:
@@ -254,4 +255,4 @@ def _told(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except HUB_ERRORS as error:
-        raise UsageError(f"{what}: {one_line(error)}. {advice}") from None
+        raise MiniClipError(f"{what}: {one_line(error)}. {advice}") from None

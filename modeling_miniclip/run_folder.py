@@ -2,15 +2,14 @@
 
 import errno
 import os
-import re
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .arguments import TrainingArguments
-from .errors import MiniClipError, UsageError, one_line
+from .errors import MiniClipError, refusal
+from .ranks import own_rank
 
 try:
     import fcntl
@@ -18,8 +17,6 @@ except ImportError:  # Windows: two runs in a folder are not told apart
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
-# What a file system answers when it takes no more, by whatever library the file is written.
-REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 
 @contextmanager
@@ -29,18 +26,18 @@ def own_folder(arguments: TrainingArguments) -> Iterator[None]:
     One process speaks for all of a run. With `--overfit_batch` nothing is written, and nothing locked.
 
     Raises:
-        UsageError: the folder is used by another run, or cannot be written.
-        MiniClipError: the disk was full, or became read-only, in the meantime.
+        MiniClipError: the folder is used by another run or cannot be written, or its disk was full, or became
+            read-only, in the meantime.
     """
     output_dir = Path(arguments.output_dir)
-    if arguments.overfit_batch or _rank() != 0:
+    if arguments.overfit_batch or own_rank() != 0:
         yield
         return
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(output_dir / LOCK_FILE)
     except OSError as error:
-        raise UsageError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
+        raise MiniClipError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
     try:
         yield
     except MiniClipError:
@@ -54,14 +51,6 @@ def own_folder(arguments: TrainingArguments) -> Iterator[None]:
         with suppress(OSError):
             os.unlink(output_dir / LOCK_FILE)  # before it is closed, which gives it free
         os.close(descriptor)
-
-
-def _rank() -> int:
-    """This process among those of the run, whether a launcher told it or has joined the processes already."""
-    joined = sys.modules.get("torch.distributed")  # not imported here: it takes seconds
-    if joined is not None and joined.is_available() and joined.is_initialized():
-        return int(joined.get_rank())
-    return int(os.environ.get("RANK", "0"))
 
 
 def _lock(path: Path) -> int:
@@ -79,7 +68,7 @@ def _lock(path: Path) -> int:
             holder = os.read(descriptor, 200).decode(errors="replace")
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 os.close(descriptor)
-                raise UsageError(
+                raise MiniClipError(
                     f"--output_dir {path.parent} is used by another run, {holder or 'just started'}: wait for its "
                     "end, end it, or choose another --output_dir"
                 ) from error
@@ -92,17 +81,6 @@ def _lock(path: Path) -> int:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return descriptor
-
-
-def refusal(error: BaseException) -> str | None:
-    """What a file system refused, of an error of any library that writes files; None for other errors."""
-    text = one_line(error)
-    by_rust = re.search(r"\(os error (\d+)\)", text)  # safetensors
-    number = error.errno if isinstance(error, OSError) else int(by_rust[1]) if by_rust else None
-    if number in REFUSALS:
-        return f"the disk refused: {text}"
-    # torch.save tells its own place and not the file system's reason.
-    return "the disk refused: torch could not write a file" if "PytorchStreamWriter" in text else None
 
 
 def _what_is_left(output_dir: Path) -> str:

@@ -2,6 +2,7 @@
 
 The page gets pictures that were decoded and encoded anew, never a file: no path of this machine is served, and what a
 photograph's metadata tells (where it was taken) stays here. An image is asked for by its place among the results.
+Small pictures are made once and kept while the page is served; those that nobody saw for an hour are deleted.
 """
 
 import os
@@ -12,19 +13,22 @@ from functools import lru_cache
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path, PurePath
+from threading import get_ident
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from .entry_filter import EntryFilter
-from .errors import MiniClipError, UsageError
+from .errors import DataError, MiniClipError
 from .image_index import ImageIndex
 from .pictures import picture_of
 from .searching import Query, embed_queries, load_checked
+from .shards import default_workers
 
 RESULTS, NEIGHBOURS, EXAMPLES = 24, 12, 6
 THUMBNAIL, LARGE = 320, 1600  # pixels of the longer side
+KEPT = 3600  # seconds that a picture is kept after it was shown
 MOST_FOLDERS = 500  # names of a drop-down list
 UPLOAD = "20mb"
 # Where the index has no captions to take examples from.
@@ -45,8 +49,8 @@ STYLE = """
 # Told the browser when an image was chosen, which is shown below all that were found.
 SHOW_CHOSEN = "() => document.getElementById('chosen').scrollIntoView({behavior: 'smooth'})"
 
-# A picture that is shown, and its caption.
-Shown = tuple[Image.Image, str]
+# The file of a small picture that is shown, and its caption.
+Shown = tuple[Path, str]
 
 
 class IndexPage:
@@ -54,10 +58,13 @@ class IndexPage:
 
     Args:
         index: to search.
+        pictures: folder for small pictures.
     """
 
-    def __init__(self, index: ImageIndex):
+    def __init__(self, index: ImageIndex, pictures: Path):
         self.index = index
+        self.pictures = pictures
+        self.threads = ThreadPoolExecutor(default_workers())
         self.load: Callable[..., Any] = lru_cache(maxsize=2)(load_checked)  # each tower is read once
 
     def search(
@@ -112,14 +119,22 @@ class IndexPage:
         ]
         return picture_of(self.index, row, LARGE), "\n".join(facts), self._shown(others), [row for row, _ in others]
 
+    def small(self, row: int) -> Path:
+        """File of a small picture; of an image that cannot be read any more a blank, to keep the others' places."""
+        path = self.pictures / f"{row}.jpg"
+        try:
+            os.utime(path)  # it is not old yet
+        except FileNotFoundError:
+            picture = picture_of(self.index, row, THUMBNAIL) or Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#cbd5e0")
+            fresh = path.with_suffix(f".{get_ident()}")
+            picture.save(fresh, "JPEG", quality=82)
+            fresh.replace(path)
+        return path
+
     def _shown(self, found: list[tuple[int, float]]) -> list[Shown]:
-        blank = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#cbd5e0")  # keeps the places of the others
-        with ThreadPoolExecutor() as threads:
-            pictures = threads.map(lambda row: picture_of(self.index, row, THUMBNAIL), [row for row, _ in found])
-            return [
-                (picture or blank, f"{score:.3f}  {_name(self.index.entry(row))}")
-                for (row, score), picture in zip(found, pictures, strict=True)
-            ]
+        files = self.threads.map(self.small, [row for row, _ in found])
+        captions = (f"{score:.3f}  {_name(self.index.entry(row))}" for row, score in found)
+        return list(zip(files, captions, strict=True))
 
     def folders(self) -> list[str]:
         """Folders and other sources of the images, the first of them by name."""
@@ -155,13 +170,16 @@ def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
         title: above it.
 
     Raises:
-        UsageError: gradio is not installed, or the index is empty.
+        DataError: the index is empty.
+        MiniClipError: gradio is not installed.
     """
     gr = _gradio()
     if not len(index):
-        raise UsageError(f"{index.folder}: no images in this index; add some: miniclip index MODEL SOURCE -o INDEX")
-    page = IndexPage(index)
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        raise DataError(f"{index.folder}: no images in this index; add some: miniclip index MODEL SOURCE -o INDEX")
+    served = gr.utils.get_upload_folder()
+    os.makedirs(served, exist_ok=True)
+    page = IndexPage(index, Path(tempfile.mkdtemp(prefix="miniclip-", dir=served)))
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
         gr.HTML(f"<h1>{escape(title)}</h1>")
         words, picture, examples, filters = _question(gr, page)
         button = gr.Button("Search", variant="primary", elem_id="search")
@@ -256,10 +274,11 @@ def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bo
         open_browser: show it.
 
     Raises:
-        UsageError: no gradio, no index there, or the port is taken.
+        DataError: there is no index, or none that can be read.
+        MiniClipError: no gradio, or the port is taken.
     """
     _gradio_installed()
-    index = ImageIndex.open(folder)
+    index = ImageIndex.open(folder, verify=True)
     with tempfile.TemporaryDirectory(prefix="miniclip-app-") as cache:
         os.environ["GRADIO_TEMP_DIR"] = cache  # or files of other apps on this machine could be asked for
         blocks = build_page(index, f"Search {Path(folder).resolve().name}")
@@ -273,7 +292,7 @@ def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bo
                 **launch_options(),
             )
         except OSError as error:
-            raise UsageError(f"--port {port}: {error}; name another one, or none") from error
+            raise MiniClipError(f"--port {port}: {error}; name another one, or none") from error
         print(f"{len(index):,} images: {blocks.local_url}  (Ctrl-C ends it)", flush=True)
         try:
             blocks.block_thread()
@@ -283,7 +302,7 @@ def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bo
 
 def _gradio_installed() -> None:
     if find_spec("gradio") is None:
-        raise UsageError("the page needs gradio: pip install 'miniclip[app]'")
+        raise MiniClipError("the page needs gradio: pip install 'miniclip[app]'")
 
 
 def _gradio() -> Any:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .entry_filter import EntryFilter
-from .errors import UsageError, printable
+from .errors import ModelError, UsageError, printable
 from .image_index import ImageIndex
 from .nearest import Match
 
@@ -97,7 +97,7 @@ def load_checked(index: ImageIndex, side: Literal["image", "text"]) -> tuple[Any
         side: which of the two.
 
     Raises:
-        UsageError: the model is not there any more, or has changed since.
+        ModelError: the model is not there any more, or has changed since.
     """
     from .fingerprints import describe_files, fingerprint, model_folder
     from .one_tower import load_tower
@@ -105,7 +105,7 @@ def load_checked(index: ImageIndex, side: Literal["image", "text"]) -> tuple[Any
     folder = model_folder(index.model)
     if describe_files(folder) != index.manifest.files and fingerprint(folder) != index.manifest.fingerprint:
         words = ["miniclip", "index", index.model, *index.manifest.sources, "-o", str(index.folder), "--overwrite"]
-        raise UsageError(f"{index.model} has changed since {index.folder} was made; index anew: {shlex.join(words)}")
+        raise ModelError(f"{index.model} has changed since {index.folder} was made; index anew: {shlex.join(words)}")
     return load_tower(folder, side)
 
 
@@ -121,7 +121,7 @@ def embed_queries(
         load: gives a tower; by default it is read anew from the files of the model.
 
     Raises:
-        UsageError: the model is not there any more, or has changed since.
+        ModelError: the model is not there any more, or has changed since.
         DataError: a picture cannot be read.
     """
     timing = timing or Timing()
@@ -159,6 +159,7 @@ def search_index(
     filter: EntryFilter | None = None,
     timing: Timing | None = None,
     exact: bool = False,
+    verify: bool | None = None,
 ) -> tuple[ImageIndex, list[Match]]:
     """Open an index and answer a query.
 
@@ -169,16 +170,18 @@ def search_index(
         filter: which images may be found.
         timing: filled with what took how long.
         exact: leave an approximate index aside.
+        verify: as for [`ImageIndex.open`].
 
     Returns:
         The index and at most `k` matches, best first.
 
     Raises:
-        UsageError: no index, a query that says nothing, or nothing that passes the filter.
+        DataError: there is no index, or none that can be read.
+        UsageError: a query that says nothing, or nothing that passes the filter.
     """
     timing = timing or Timing()
     start, before = time.perf_counter(), timing.imports + timing.load
-    index = ImageIndex.open(folder)
+    index = ImageIndex.open(folder, verify)
     rows = filter.rows(index.entries) if filter else None
     if rows is not None and not len(rows):
         raise UsageError(f"no image of {folder} passes the filter {filter}; choose a wider one")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .errors import UsageError
+from .errors import MiniClipError, UsageError
 from .files import replaced_folder
 from .fingerprints import describe_files, model_folder
 from .image_index import BLOCK, ImageIndex, Manifest, write_index
@@ -69,7 +69,9 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], 
         The number of images.
 
     Raises:
-        UsageError: there is something in the folder, gradio is not installed, or there is no such model.
+        ModelError: there is no such model.
+        MiniClipError: gradio is not installed.
+        UsageError: there is something in the folder.
         DataError: a source has no image.
     """
     target = Path(folder).expanduser()
@@ -78,7 +80,7 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], 
     try:
         sdk_version = version("gradio")
     except PackageNotFoundError as error:
-        raise UsageError("a Space needs gradio: pip install 'miniclip[app]'") from error
+        raise MiniClipError("a Space needs gradio: pip install 'miniclip[app]'") from error
     if not title.strip():
         raise UsageError("--title is empty: name the page")
     title = " ".join(title.split())

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoProcessor, AutoTokenizer, BertTokenizer
 
-from modeling_miniclip import MiniClipModel, MiniClipProcessor, UsageError, export
+from modeling_miniclip import MiniClipError, MiniClipModel, MiniClipProcessor, ModelError, UsageError, export
 from modeling_miniclip.arguments import TrainingArguments
 from modeling_miniclip.building import build_model, read_preset, set_dropout, train_tokenizer
 from tests.runs import ROOT, environment, write_preset
@@ -70,7 +70,7 @@ def test_a_tower_of_one_size_refuses_to_be_trained_on_another(tmp_path: Path) ->
                                                    "pretrained_cfg": {"input_size": [3, PIXELS, PIXELS],
                                                                       "fixed_input_size": True}})  # fmt: skip
     build(preset=str(preset), train_image_size=PIXELS)
-    with pytest.raises(UsageError, match="takes images of 32x32 pixels only: image_size 64"):
+    with pytest.raises(ModelError, match="takes images of 32x32 pixels only: image_size 64"):
         build(preset=str(preset), train_image_size=64)
 
 
@@ -230,15 +230,15 @@ def test_the_dropout_flag_reaches_every_module_from_each_source(
     ],
 )
 def test_wrong_towers_and_sizes_are_told(towers: dict[str, str], flags: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message) as raised:
+    with pytest.raises(MiniClipError, match=message) as raised:
         build(**(towers | flags))
     assert str(raised.value).startswith("no model of --vision_model ")
 
 
 def test_a_tower_in_the_wrong_place_is_told(towers: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match="text-distilbert is not a timm image model"):
+    with pytest.raises(ModelError, match="text-distilbert is not a timm image model"):
         build(vision_model=towers["text_model"], text_model=towers["text_model"])
-    with pytest.raises(UsageError, match="no model of .*--text_model .*vision-resnet"):
+    with pytest.raises(ModelError, match="no model of .*--text_model .*vision-resnet"):
         build(vision_model=towers["vision_model"], text_model=towers["vision_model"])
 
 
@@ -247,12 +247,12 @@ def test_a_tower_of_fixed_size_refuses_another_image_size(tmp_path: Path) -> Non
     config = json.loads((vision / "config.json").read_text())
     config["pretrained_cfg"]["fixed_input_size"] = True
     (vision / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="takes images of 32x32 pixels only: image_size 64"):
+    with pytest.raises(ModelError, match="takes images of 32x32 pixels only: image_size 64"):
         build(vision_model=str(vision), text_model=str(text), image_size=64)
 
 
 def test_another_model_than_an_export_is_told_by_its_type(towers: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match="a model of type 'distilbert', not one that MiniCLIP exported"):
+    with pytest.raises(ModelError, match="a model of type 'distilbert', not one that MiniCLIP exported"):
         build(model_name_or_path=towers["text_model"])
 
 
@@ -266,11 +266,11 @@ def test_an_export_is_loaded_in_a_fresh_process_without_asking_to_trust_its_code
 
 
 def test_a_folder_without_a_model_is_told_with_the_export_inside_it(exported: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"run: this folder has no config.json; did you mean .*run/export\?"):
+    with pytest.raises(ModelError, match=r"run: this folder has no config.json; did you mean .*run/export\?"):
         build(model_name_or_path=str(Path(exported).parent))
-    with pytest.raises(UsageError, match="this folder has no config.json$"):
+    with pytest.raises(ModelError, match="this folder has no config.json$"):
         build(model_name_or_path=str(tmp_path))
-    with pytest.raises(UsageError, match="--model_name_or_path ./nowhere: no such folder"):
+    with pytest.raises(ModelError, match="--model_name_or_path ./nowhere: no such folder"):
         build(model_name_or_path="./nowhere")
 
 
@@ -298,7 +298,7 @@ def test_an_export_that_lacks_a_weight_is_refused(exported: str, tmp_path: Path)
     weights = load_file(tmp_path / "export" / "model.safetensors")
     del weights["logit_scale"]
     save_file(weights, tmp_path / "export" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match="lacks weights: logit_scale"):
+    with pytest.raises(ModelError, match="lacks weights: logit_scale"):
         build(model_name_or_path=str(tmp_path / "export"))
 
 
@@ -371,7 +371,7 @@ def test_too_many_characters_for_the_vocabulary_are_told(tmp_path: Path) -> None
     captions = [["".join(chr(0x4E00 + i) for i in range(300))]]
     with pytest.raises(ValueError, match="the captions need 305 tokens .* vocab_size 200 .*raise it"):
         train_tokenizer(captions, 200)
-    with pytest.raises(UsageError, match="vocab_size 200"):
+    with pytest.raises(ModelError, match="vocab_size 200"):
         build_model(TrainingArguments(preset=str(write_preset(tmp_path))), captions)
     assert tiny_processor().tokenizer.unk_token_id not in train_tokenizer(captions, 305)(captions[0])["input_ids"][0]
 

@@ -203,8 +203,9 @@ def test_json_has_every_problem(good: Path, capsys: pytest.CaptureFixture[str]) 
     assert told["figures"]["images_in_train"] + told["figures"]["images_in_validation"] == 41
 
 
-def test_what_is_no_data_set_is_an_error_of_usage(tmp_path: Path) -> None:
-    assert cli(["check", str(tmp_path / "nowhere.csv")]) == 2
+def test_what_is_no_data_set_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["check", str(tmp_path / "nowhere.csv")]) == 1
+    assert "nowhere.csv: no such file or folder" in capsys.readouterr().err
 
 
 def test_terminal_shows_no_control_characters(good: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_miniclip import UsageError, training
+from modeling_miniclip import ModelError, UsageError, training
 from modeling_miniclip.checkpoints import (
     MetricsLog,
     clear_output_dir,
@@ -355,7 +355,7 @@ def test_rewound_log_ends_where_the_checkpoint_was_written_whatever_came_behind(
 def test_damaged_checkpoint_is_told_by_name(tmp_path: Path) -> None:
     main(flags(tmp_path, max_steps=1))
     (tmp_path / "run" / "checkpoints" / "step-00000001" / "optimizer.bin").write_bytes(b"PK")
-    with pytest.raises(UsageError, match="step-00000001 is damaged or of another model"):
+    with pytest.raises(ModelError, match="step-00000001 is damaged or of another model"):
         main(flags(tmp_path, max_steps=2, resume_from_checkpoint="latest"))
 
 

@@ -1,5 +1,7 @@
 """The `miniclip` command: parsing, errors, exit codes, what it imports."""
 
+import errno
+import re
 import subprocess
 import sys
 import warnings
@@ -8,19 +10,20 @@ from pathlib import Path
 import pytest
 
 from modeling_miniclip.cli import COMMANDS, Command, cli
-from modeling_miniclip.errors import UsageError
+from modeling_miniclip.errors import MiniClipError, ModelError, UsageError, run_command
 from tests.runs import ROOT, environment
+from train_miniclip import cli as train_cli
 
 
-def test_an_error_of_usage_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli(["push", str(tmp_path), "alice/model"]) == 2
+def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["push", str(tmp_path), "alice/model"]) == 1
     told = capsys.readouterr()
     assert told.err == f"error: {tmp_path} is not an export: it has no config.json\n"
     assert told.out == ""
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(ModelError):
         cli(["push", str(tmp_path), "alice/model", "--debug"])
 
 
@@ -36,6 +39,71 @@ def test_a_wrong_command_line_exits_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli(argv)
     assert stopped.value.code == 2
+
+
+# What was typed is wrong: 2. Something that it names is: 1.
+COMMAND_LINES = [
+    (["search", "nowhere", "dog", "-k", "0"], 2),
+    (["search", "nowhere", "dog"], 1),
+    (["eval", "nowhere", "nowhere.csv", "--batch_size", "0"], 2),
+    (["eval", "nowhere", "nowhere.csv"], 1),
+    (["check", "nowhere.csv", "--batch_size", "0"], 2),
+    (["check", "nowhere.csv"], 1),
+    (["index", "nowhere", "-o", "new"], 2),
+    (["index", "nowhere", "pictures", "-o", "new"], 1),
+    (["app", "nowhere"], 1),
+    (["duplicates", "nowhere"], 1),
+    (["export", "nowhere", "--onnx", "new", "--images", "0"], 2),
+    (["export", "nowhere", "--onnx", "new"], 1),
+]
+
+
+@pytest.mark.parametrize(("argv", "code"), COMMAND_LINES)
+def test_a_command_exits_with_2_for_usage_and_1_for_any_other_failure(
+    argv: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli(argv) == code
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+TRAINING = [
+    (["--epochs", "3"], 2),
+    (["--batch_size", "none"], 2),
+    (["--preset", "scenes_tiny", "--model_name_or_path", "x"], 2),
+    (["--recipe", "unknown_key.yaml"], 2),
+    (["--dataset", "nowhere.csv"], 1),
+    (["--dataset", "empty.csv"], 1),
+    (["--model_name_or_path", "./nowhere", "--dataset", "scenes", "--max_train_images", "8"], 1),
+]
+
+
+@pytest.mark.parametrize(("argv", "code"), TRAINING)
+def test_training_exits_with_2_for_usage_and_1_for_any_other_failure(
+    argv: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("unknown_key.yaml").write_text("epochs: 3\n")
+    Path("empty.csv").write_text("image,caption\n")
+    monkeypatch.setattr(sys, "argv", ["train_miniclip.py", *argv])
+    assert train_cli() == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    sys.argv.append("--debug")
+    with pytest.raises(MiniClipError) as raised:
+        train_cli()
+    assert isinstance(raised.value, UsageError) == (code == 2)
+
+
+def test_a_full_disk_is_told_and_a_mistake_of_the_program_is_not_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "a\nb")
+
+    assert run_command(full, debug=False) == 1
+    assert re.fullmatch(r"error: the disk refused: .*No space left on device.*a\\+nb.*\n", capsys.readouterr().err)
+    for mistake, debug in ((full, True), (lambda: [][0], False)):
+        with pytest.raises((OSError, IndexError)):
+            run_command(mistake, debug)
+    assert [run_command(lambda done=done: done, False) for done in (None, 3, Path("export"))] == [0, 3, 0]
 
 
 def test_help_lists_every_command_and_imports_no_heavy_library() -> None:
@@ -55,5 +123,5 @@ assert not heavy, heavy
 def test_the_package_runs_as_a_module() -> None:
     argv = [sys.executable, "-m", "modeling_miniclip", "push", "nowhere", "alice/model"]
     done = subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=ROOT)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1] == "error: nowhere is not an export: it has no config.json"

@@ -158,7 +158,7 @@ def test_words_for_class_folders_come_from_a_file(class_folders: Path, tmp_path:
     words.write_text(json.dumps({"red_thing": "apple", "sky": "heaven", "wood": "tree", "more": "unused"}))
     assert load_eval_set(str(class_folders), class_names=words).texts == ["apple", "heaven", "tree"]
     words.write_text(json.dumps({"red_thing": "apple"}))
-    with pytest.raises(UsageError, match="2 folders without words, first 'sky'"):
+    with pytest.raises(DataError, match="2 folders without words, first 'sky'"):
         load_eval_set(str(class_folders), class_names=words)
 
 
@@ -311,23 +311,23 @@ def test_the_gallery_shows_failures_and_hostile_names_stay_text(
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "message", "code"),
     [
-        (["nowhere", "{data}"], "MODEL nowhere"),
-        (["{models}", "{data}"], "this folder has no config.json"),
-        (["open_clip:ViT-B-32", "{data}"], "expected open_clip:ARCHITECTURE/CHECKPOINT"),
-        (["{mine}", "{data}", "--baseline", "{text}"], "does not embed images and texts"),
-        (["{mine}", "{data}", "--output_dir", "{data}"], "there is something else already"),
-        (["{mine}", "{data}", "--batch_size", "0"], "--batch_size must be at least 1"),
-        (["{mine}", "nothing.csv"], "nothing.csv: no such file"),
+        (["nowhere", "{data}"], "MODEL nowhere", 1),
+        (["{models}", "{data}"], "this folder has no config.json", 1),
+        (["open_clip:ViT-B-32", "{data}"], "expected open_clip:ARCHITECTURE/CHECKPOINT", 2),
+        (["{mine}", "{data}", "--baseline", "{text}"], "does not embed images and texts", 1),
+        (["{mine}", "{data}", "--output_dir", "{data}"], "there is something else already", 2),
+        (["{mine}", "{data}", "--batch_size", "0"], "--batch_size must be at least 1", 2),
+        (["{mine}", "nothing.csv"], "nothing.csv: no such file", 1),
     ],
 )
-def test_errors_of_usage_are_one_line(
-    argv: list[str], message: str, models: Path, captioned_folder: Path, capsys: pytest.CaptureFixture[str]
+def test_errors_are_one_line(
+    argv: list[str], message: str, code: int, models: Path, captioned_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_model().text_model.save_pretrained(models / "text")
     names = {"models": models, "mine": models / "mine", "text": models / "text", "data": captioned_folder}
-    assert cli(["eval", *(word.format(**names) for word in argv)]) in (1, 2)
+    assert cli(["eval", *(word.format(**names) for word in argv)]) == code
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("error: ") and message in told
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from modeling_miniclip import feature_cache, features, load_captions
 from modeling_miniclip.batches import CaptionRows, build_augmentation
-from modeling_miniclip.errors import UsageError
+from modeling_miniclip.errors import MiniClipError, UsageError
 from modeling_miniclip.feature_cache import FeatureTable, default_cache_dir, digest
 from modeling_miniclip.features import frozen_image_features, frozen_text_features
 from modeling_miniclip.modeling_miniclip import MiniClipModel
@@ -108,14 +108,14 @@ def test_a_full_disk_is_told_and_keeps_what_was_computed(tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(feature_cache, "_write_at", full)
-        with pytest.raises(UsageError, match="No space left on device; make room, or name another folder"):
+        with pytest.raises(MiniClipError, match="No space left on device; make room, or name another folder"):
             table(tmp_path).write(range(3, 6), torch.ones(3, 2))
     assert table(tmp_path).missing() == [range(3, 6), range(6, 7)]
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="--feature_cache_dir .*file/cache cannot be written: Not a directory"):
+    with pytest.raises(MiniClipError, match="--feature_cache_dir .*file/cache cannot be written: Not a directory"):
         table(tmp_path / "file" / "cache")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from modeling_miniclip import MiniClipModel, UsageError, encode_texts, export
+from modeling_miniclip import MiniClipModel, ModelError, encode_texts, export
 from modeling_miniclip.arguments import TrainingArguments
 from modeling_miniclip.building import build_model
 from modeling_miniclip.checksum import KEY, check_weights, seal_weights
@@ -172,7 +172,7 @@ def test_any_value_in_a_preset_is_told_or_gives_a_model(tmp_path: Path, record_p
 def test_pickled_weights_are_never_opened(copy: Path, state: dict[str, torch.Tensor]) -> None:
     (copy / WEIGHTS).unlink()
     torch.save(state, copy / "pytorch_model.bin")
-    with pytest.raises(UsageError, match="safetensors"):
+    with pytest.raises(ModelError, match="safetensors"):
         load(copy)
 
 

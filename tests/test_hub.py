@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-from modeling_miniclip import MiniClipModel, MiniClipProcessor, UsageError, export, hub, push
+from modeling_miniclip import MiniClipModel, MiniClipProcessor, ModelError, export, hub, push
 from modeling_miniclip.arguments import TrainingArguments
 from modeling_miniclip.building import build_model
 from modeling_miniclip.hub import rename_card
@@ -498,7 +498,7 @@ REFUSED = {
 }
 
 
-def test_a_push_that_cannot_work_ends_the_run_before_training_with_exit_code_2_and_without_the_token(
+def test_a_push_that_cannot_work_ends_the_run_before_training_with_exit_code_1_and_without_the_token(
     alices_hub: Any, tmp_path: Path
 ) -> None:
     for repo_id in ("alice/old", "bob/old"):
@@ -518,7 +518,7 @@ sys.argv[1:] = ["--push_to_hub", "--hub_model_id", "alice/old", "--output_dir", 
 train_miniclip.cli()
 """
     done = run(code, tmp_path, PYTHONPATH=str(ROOT), **alices_hub.client_env(tmp_path / "home"))
-    told = done.stderr.split("exit code 2\n")
+    told = done.stderr.split("exit code 1\n")
     assert told[-1].strip().endswith("went on to the data"), done.stderr
     assert len(told) == len(REFUSED) + 1
     for (case, (_, repo_id, message)), text in zip(REFUSED.items(), told, strict=False):
@@ -531,7 +531,7 @@ train_miniclip.cli()
 
 
 def test_something_that_is_no_export_is_not_pushed(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is not an export: it has no config.json"):
+    with pytest.raises(ModelError, match="is not an export: it has no config.json"):
         push(tmp_path, "alice/birds")
 
 
@@ -563,7 +563,7 @@ def test_a_push_that_fails_behind_the_training_tells_where_the_model_is(alices_h
     alices_hub.fault(path="/commit/", method="POST", status=403, times=-1)
     argv = [str(ROOT / "train_miniclip.py"), *flags(tmp_path, "crows"), "--push_to_hub", "--max_steps=1"]
     done = run(argv, tmp_path, **alices_hub.client_env(tmp_path / "home"))
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert re.search(r"error: .*crows/export cannot be uploaded to alice/crows, .*The model is safe in", done.stderr)
     assert (tmp_path / "crows" / "export" / "model.safetensors").is_file()

@@ -15,10 +15,19 @@ from datasets import Image as DatasetImage
 from PIL import ExifTags, Image
 from safetensors.numpy import load_file
 
-from modeling_miniclip import ImageIndex, MiniClipModel, UsageError, encode_images, indexing, update_index
+from modeling_miniclip import (
+    DataError,
+    ImageIndex,
+    MiniClipError,
+    MiniClipModel,
+    ModelError,
+    UsageError,
+    encode_images,
+    indexing,
+    update_index,
+)
 from modeling_miniclip import shards as shards_module
 from modeling_miniclip.cli import cli
-from modeling_miniclip.errors import DataError, MiniClipError
 from modeling_miniclip.sources import ColumnNames
 from tests.indexes import write_model, write_picture, write_pictures
 from tests.runs import ROOT, command, environment
@@ -172,7 +181,7 @@ def test_another_model_is_refused_with_the_command_that_mends_it(tmp_path: Path,
     update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
     other = write_model(tmp_path / "other", seed=1)
     before = np.array(ImageIndex.open(tmp_path / "index").embeddings)
-    with pytest.raises(UsageError) as refused:
+    with pytest.raises(ModelError) as refused:
         update_index(tmp_path / "index", [tmp_path / "photos"], other, progress=False)
     np.testing.assert_array_equal(before, ImageIndex.open(tmp_path / "index").embeddings)
     mend = str(refused.value).partition("index anew: miniclip ")[2].split()
@@ -190,7 +199,7 @@ def test_a_model_that_was_trained_again_in_its_place_is_noticed(tmp_path: Path) 
     write_pictures(tmp_path / "photos", "a.png")
     update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
     write_model(tmp_path / "export", seed=1)
-    with pytest.raises(UsageError, match="other weights than .*export has now"):
+    with pytest.raises(ModelError, match="other weights than .*export has now"):
         update_index(tmp_path / "index", progress=False)
 
 
@@ -323,28 +332,32 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path, model: Path) -
     write_pictures(tmp_path / "photos", "a.png")
     (tmp_path / ".index.shards").mkdir()
     with FileLock(tmp_path / ".index.shards" / "lock"):
-        with pytest.raises(UsageError, match="index is being written by another run"):
+        with pytest.raises(MiniClipError, match="index is being written by another run"):
             update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
 
 
 def test_an_index_that_is_damaged_or_of_a_later_format_is_told(tmp_path: Path, model: Path) -> None:
     write_pictures(tmp_path / "photos", NAMES)
     update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
-    with pytest.raises(UsageError, match="nothing: no index here; make one with: miniclip index MODEL SOURCE -o"):
+    with pytest.raises(DataError, match="nothing: no index here; make one with: miniclip index MODEL SOURCE -o"):
         ImageIndex.open(tmp_path / "nothing")
     file = tmp_path / "index" / "embeddings.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-8])
-    with pytest.raises(DataError, match="cut off.*delete it and index again"):
+    with pytest.raises(DataError, match="embeddings.safetensors does not have .*delete it and index again"):
         ImageIndex.open(tmp_path / "index")
     file.write_bytes(whole)
     manifest = tmp_path / "index" / "manifest.json"
     values = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**values, "count": 3}))
+    with pytest.raises(DataError, match="manifest.json does not have the checksum"):
+        ImageIndex.open(tmp_path / "index")
+    del values["sha256"]
+    manifest.write_text(json.dumps({**values, "count": 3}))
     with pytest.raises(DataError, match="tells of"):
         ImageIndex.open(tmp_path / "index")
     manifest.write_text(json.dumps({**values, "format": 2, "more": 1}))
-    with pytest.raises(UsageError, match="format 2, this version reads up to 1: upgrade"):
+    with pytest.raises(DataError, match="format 2, this version reads up to 1: upgrade"):
         ImageIndex.open(tmp_path / "index")
 
 

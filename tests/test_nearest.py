@@ -8,7 +8,7 @@ import pytest
 
 from modeling_miniclip import ImageIndex
 from modeling_miniclip.approximate import ApproximateNeighbours, build_neighbours, cells, is_chosen
-from modeling_miniclip.errors import UsageError
+from modeling_miniclip.errors import MiniClipError, UsageError
 from modeling_miniclip.nearest import Neighbours, largest
 from tests.indexes import write_model, write_pictures
 
@@ -93,7 +93,7 @@ def test_the_kind_of_search_is_chosen_by_size_and_can_be_told(monkeypatch: pytes
     assert is_chosen("approximate", 3) and not is_chosen("exact", 10**9)
     monkeypatch.setattr(approximate, "find_spec", lambda name: None)
     assert not is_chosen("auto", 10**9)
-    with pytest.raises(UsageError, match=r"needs FAISS: pip install 'miniclip\[search\]'"):
+    with pytest.raises(MiniClipError, match=r"needs FAISS: pip install 'miniclip\[search\]'"):
         is_chosen("approximate", 10**9)
     with pytest.raises(UsageError, match="expected one of auto, exact, approximate"):
         is_chosen("best", 1)

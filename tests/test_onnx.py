@@ -23,7 +23,7 @@ from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images, e
 from modeling_miniclip import onnx_export as module
 from modeling_miniclip.building import train_tokenizer
 from modeling_miniclip.cli import build_parser, cli
-from modeling_miniclip.errors import UsageError
+from modeling_miniclip.errors import MiniClipError, ModelError, UsageError
 from modeling_miniclip.evaluation import retrieval_metrics
 from modeling_miniclip.onnx_export import ENCODERS, LIBRARIES, export_onnx, write_encoders
 from modeling_miniclip.processing_miniclip import image_processor_from_timm
@@ -191,7 +191,7 @@ def test_the_example_is_short_and_lacks_no_name(exported: Path) -> None:
 @needs_onnx
 def test_files_that_differ_from_pytorch_never_appear(exported: Path, tmp_path: Path, ready_encoders: None) -> None:
     other = save_export(tmp_path / "other", seed=1)  # its files will be those of the first model
-    with pytest.raises(UsageError, match=r"differ from PyTorch by \d.*more than --tolerance 1.0e-04"):
+    with pytest.raises(ModelError, match=r"differ from PyTorch by \d.*more than --tolerance 1.0e-04"):
         export_onnx(str(other), tmp_path / "onnx", exported / "scenes" / "captions.csv", 200, 1e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
@@ -201,7 +201,7 @@ def test_a_processor_that_the_example_does_not_match_is_refused(
     exported: Path, tmp_path: Path, ready_encoders: None
 ) -> None:
     other = save_export(tmp_path / "other", do_normalize=False)
-    with pytest.raises(UsageError, match="does not prepare pixel_values as CLIPImageProcessorPil"):
+    with pytest.raises(ModelError, match="does not prepare pixel_values as CLIPImageProcessorPil"):
         export_onnx(str(other), tmp_path / "onnx", exported / "scenes" / "captions.csv", 200, 1e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
@@ -234,9 +234,9 @@ def test_an_error_of_usage_comes_before_any_work(tmp_path: Path, monkeypatch: py
         export_onnx("export", tmp_path / "full", "scenes", 200, 1e-4)
     with pytest.raises(UsageError, match="--images must be at least 1, not 0"):
         export_onnx("export", new, "scenes", 0, 1e-4)
-    with pytest.raises(UsageError, match="EXPORT ./nowhere: no such folder"):
+    with pytest.raises(ModelError, match="EXPORT ./nowhere: no such folder"):
         export_onnx("./nowhere", new, "scenes", 200, 1e-4)
-    with pytest.raises(UsageError, match="this folder has no config.json; did you mean .*run/export"):
+    with pytest.raises(ModelError, match="this folder has no config.json; did you mean .*run/export"):
         export_onnx(str(tmp_path / "run"), new, "scenes", 200, 1e-4)
     assert not new.exists() and (tmp_path / "full" / "mine.txt").exists()
 
@@ -245,7 +245,7 @@ def test_a_missing_library_is_told_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "onnxscript" else name)
-    with pytest.raises(UsageError, match="--onnx needs onnxscript: pip install onnx onnxscript onnxruntime"):
+    with pytest.raises(MiniClipError, match="--onnx needs onnxscript: pip install onnx onnxscript onnxruntime"):
         export_onnx("export", tmp_path / "new", "scenes", 200, 1e-4)
 
 
@@ -268,7 +268,7 @@ def test_a_tower_that_cannot_be_exported_is_told(tmp_path: Path) -> None:
     model = tiny_model()
     model.visual_projection = Undecided()
     rows = [{"image": Image.new("RGB", (40, 40)), "captions": CAPTIONS[0]}]
-    with pytest.raises(UsageError, match="torch.onnx cannot export the image encoder: "):
+    with pytest.raises(ModelError, match="torch.onnx cannot export the image encoder: "):
         write_encoders(tmp_path, model, tiny_processor(), rows)
 
 

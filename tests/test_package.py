@@ -138,19 +138,24 @@ def test_the_console_scripts_can_be_called() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "message", "code"),
     [
-        (["--batchsize", "3"], "error: unknown flag '--batchsize'; did you mean --batch_size?"),
-        (["--recipe", "nothing"], "error: nothing: neither a file nor one of those that come with the package"),
-        (["--dataset", "no.csv", "--output_dir", "out"], "error: no.csv: no such file"),
+        (["--batchsize", "3"], "error: unknown flag '--batchsize'; did you mean --batch_size?", 2),
+        (["--recipe", "nothing"], "error: nothing: neither a file nor one of those that come with the package", 2),
+        (["--dataset", "no.csv", "--output_dir", "out"], "error: no.csv: no such file", 1),
     ],
 )
-def test_an_error_of_the_user_is_one_line_and_exit_code_2(
-    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_error_of_the_user_is_one_line_and_has_its_exit_code(
+    argv: list[str],
+    message: str,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_miniclip.py", *argv])
-    assert train_miniclip.cli() == 2
+    assert train_miniclip.cli() == code
     told = capsys.readouterr()
     assert told.err.startswith(message)
     assert len(told.err.splitlines()) == 1

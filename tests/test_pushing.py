@@ -80,13 +80,13 @@ def test_whatever_request_fails_the_target_is_the_old_model_or_the_new_one_and_s
     code = f"""{WITHOUT_VERIFICATION}
 import time, warnings
 time.sleep = lambda seconds: None
-from modeling_miniclip import UsageError, push
+from modeling_miniclip import MiniClipError, push
 for i, (_, branch, _) in enumerate({CASES!r}):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
             said = "pushed " + push({str(exports["new"])!r}, f"alice/m{{i}}x", revision=branch)
-        except UsageError as error:
+        except MiniClipError as error:
             said = "refused " + str(error)
     print(said, "|", *(warning.message for warning in told))
 """
@@ -139,7 +139,7 @@ def test_a_push_that_cannot_work_is_refused_by_one_sentence_before_anything_is_u
     add_repository(alices_hub, "alice/bert", {"config.json": tmp_path / "config.json"})
     code = f"""
 import os, warnings
-from modeling_miniclip import UsageError, push
+from modeling_miniclip import MiniClipError, push
 from modeling_miniclip.pushing import prepare_push
 from huggingface_hub import HfApi
 HfApi().create_tag("alice/birds", tag="v1")
@@ -149,7 +149,7 @@ for token, repo_id, arguments, _ in {list(REFUSED.values())!r}:
     for act, source in ((push, {str(exports["new"])!r}), (prepare_push, None)):
         try:
             act(*((source, repo_id) if source else (repo_id, "out")), **arguments)
-        except UsageError as error:
+        except MiniClipError as error:
             print(error)
 """
     before = (alices_hub.store.root / "blobs").stat().st_mtime_ns
@@ -209,9 +209,8 @@ def test_a_fault_of_the_storage_behind_large_files_leaves_the_old_model(
     code = f"from modeling_miniclip import push\npush({str(exports['new'])!r}, 'alice/birds')"
     done = push_in_a_client(alices_hub, tmp_path, code)
     assert done.returncode == 1
-    assert (
-        "UsageError" in done.stderr and "Nothing that was in alice/birds has changed" in done.stderr.splitlines()[-1]
-    )
+    assert "MiniClipError" in done.stderr
+    assert "Nothing that was in alice/birds has changed" in done.stderr.splitlines()[-1]
     assert which(alices_hub, "alice/birds", exports) == "old"
     assert branches(alices_hub, "alice/birds") == ["main"]
 
@@ -244,7 +243,7 @@ push({str(exports["new"])!r}, "alice/birds2")
     add_repository(alices_hub, "alice/birds2")
     done = push_in_a_client(alices_hub, tmp_path, code)
     last = done.stderr.splitlines()[-1]
-    assert re.search(rf"UsageError: what was uploaded to alice/birds2 was not published: .*{reason}", last), last
+    assert re.search(rf"MiniClipError: what was uploaded to alice/birds2 was not published: .*{reason}", last), last
     assert "Nothing that was in alice/birds2 has changed" in last
     assert set(alices_hub.files("alice/birds2")) == {".gitattributes"}
     assert branches(alices_hub, "alice/birds2") == ["main"]

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from modeling_miniclip import MiniClipError, UsageError
+from modeling_miniclip import MiniClipError
 from modeling_miniclip.arguments import TrainingArguments
-from modeling_miniclip.run_folder import LOCK_FILE, own_folder, refusal
+from modeling_miniclip.errors import refusal
+from modeling_miniclip.run_folder import LOCK_FILE, own_folder
 from tests.runs import environment, flags
 from tests.test_checkpoints import (
     NEVER,
@@ -55,7 +56,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead_although_its_workers_li
     child = int(holder.stdout.readline())
     try:
         for resume in ("--resume_from_checkpoint=latest", "--overwrite_output_dir=true"):
-            with pytest.raises(UsageError, match=f"used by another run, process {holder.pid} on .*: wait for its end"):
+            with pytest.raises(MiniClipError, match=f"used by another run, process {holder.pid} on .*: wait"):
                 main([*flags(tmp_path), resume])
         with own_folder(arguments_of(folder, overfit_batch=True)):  # writes nothing
             pass
@@ -77,7 +78,7 @@ def test_of_several_processes_the_first_holds_the_folder(tmp_path: Path, monkeyp
 
 def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="file/run cannot be written: Not a directory"):
+    with pytest.raises(MiniClipError, match="file/run cannot be written: Not a directory"):
         main(flags(tmp_path, output_dir="file/run"))
 
 
@@ -99,7 +100,7 @@ def read_only(tmp_path: Path) -> Any:
 
 
 def test_a_read_only_folder_is_told_before_any_work(tmp_path: Path, read_only: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be written: (Read-only file system|Permission denied)"):
+    with pytest.raises(MiniClipError, match="cannot be written: (Read-only file system|Permission denied)"):
         main(flags(tmp_path, output_dir="read-only/run"))
 
 

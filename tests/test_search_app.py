@@ -21,7 +21,8 @@ from modeling_miniclip import MiniClipModel, encode_images, encode_texts
 from modeling_miniclip.cli import cli
 from modeling_miniclip.image_index import ImageIndex
 from modeling_miniclip.indexing import update_index
-from modeling_miniclip.search_app import LARGE, NEIGHBOURS, IndexPage
+from modeling_miniclip.pictures import picture_of
+from modeling_miniclip.search_app import LARGE, NEIGHBOURS, THUMBNAIL, IndexPage
 from tests.browsers import browser_page
 from tests.indexes import write_model, write_pictures
 from tests.runs import ROOT, environment
@@ -46,9 +47,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(place: Path) -> IndexPage:
+def page(place: Path, tmp_path_factory: pytest.TempPathFactory) -> IndexPage:
     """The page's answers."""
-    return IndexPage(ImageIndex.open(place / "pictures.index"))
+    return IndexPage(ImageIndex.open(place / "pictures.index"), tmp_path_factory.mktemp("small"))
 
 
 def nearest(place: Path, embedding: Any) -> list[str]:
@@ -70,7 +71,26 @@ def test_words_find_the_nearest_images(place: Path, page: IndexPage) -> None:
     assert names == nearest(place, embedding_of(place, "a dog on the grass"))
     assert [page.index.entry(row)["id"].rpartition("/")[2] for row in rows] == names
     assert told == "The nearest 17 of 17 images."
-    assert all(image.mode == "RGB" and not image.info and not image.getexif() for image, _ in shown)
+    for file, _ in shown:
+        with Image.open(file) as image:
+            assert image.mode == "RGB" and not image.getexif() and max(image.size) <= THUMBNAIL
+
+
+def test_small_pictures_are_those_of_their_rows_and_made_once(page: IndexPage, tmp_path: Path) -> None:
+    shown, rows, _ = page.search("a dog on the grass", None)
+    whole = {row: picture_of(page.index, row, THUMBNAIL) for row in rows}
+    for (file, _), row in zip(shown, rows, strict=True):
+        with Image.open(file) as image:
+            pixels = np.asarray(image, dtype=int)
+            alike = {r: np.asarray(w) for r, w in whole.items() if w is not None and w.size == image.size}
+        assert min(alike, key=lambda r: np.abs(pixels - alike[r]).mean()) == row
+    made = {file: file.stat().st_ino for file, _ in shown}
+    os.utime(shown[0][0], (1, 1))
+    assert {file: file.stat().st_ino for file, _ in page.search("a dog on the grass", None)[0]} == made
+    assert shown[0][0].stat().st_mtime > 1  # or it would be deleted as one that nobody saw
+    shown[0][0].unlink()
+    page.search("a dog on the grass", None)
+    assert shown[0][0].is_file()
 
 
 def test_a_picture_finds_itself_first(place: Path, page: IndexPage) -> None:
@@ -115,18 +135,19 @@ def test_an_image_that_is_gone_keeps_the_places_of_the_others(place: Path, tmp_p
     files = write_pictures(tmp_path / "pictures", "0.png 1.png 2.png")
     update_index(tmp_path / "index", [tmp_path / "pictures"], place / "model", progress=False)
     files[1].unlink()
-    shown, rows, _ = IndexPage(ImageIndex.open(tmp_path / "index")).search("a dog", None)
+    shown, rows, _ = IndexPage(ImageIndex.open(tmp_path / "index"), tmp_path).search("a dog", None)
     assert len(shown) == len(rows) == 3
 
 
 @pytest.mark.parametrize(
-    "command", [["app", "{place}/nothing"], ["space", "{place}/model", "{place}/pictures", "--images", "{place}"]]
+    ("command", "code"),
+    [(["app", "{place}/nothing"], 1), (["space", "{place}/model", "{place}/pictures", "--images", "{place}"], 2)],
 )
 def test_wrong_folders_are_told_in_one_line(
-    command: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], code: int, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
-    assert cli([word.format(place=place) for word in command]) == 2
+    assert cli([word.format(place=place) for word in command]) == code
     assert re.fullmatch(r"error: .*(no index here|there is something already).*\n", capsys.readouterr().err)
 
 

@@ -249,11 +249,11 @@ def test_warm_start_goes_on_from_an_export(tmp_path: Path) -> None:
     assert first["loss"] == pytest.approx(best, rel=1e-4)
 
 
-def test_wrong_input_ends_with_a_message_and_code_2_and_without_a_traceback(tmp_path: Path) -> None:
+def test_wrong_input_ends_with_a_message_and_code_1_and_without_a_traceback(tmp_path: Path) -> None:
     argv = flags(tmp_path)
     (tmp_path / "scenes" / "Images" / "003.png").unlink()
     result = launch(argv)
-    assert result.returncode == 2
+    assert result.returncode == 1
     assert "Traceback" not in result.stderr and "003.png" in result.stderr and "row 17" in result.stderr
     assert not (tmp_path / "run" / "export").exists()
 

@@ -242,7 +242,7 @@ def messages() -> list[tuple[str, str, bool]]:
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                if called(node.exc) in ("MiniClipError", "DataError", "UsageError"):
+                if called(node.exc) in ("MiniClipError", "DataError", "ModelError", "UsageError"):
                     parts = list(ast.walk(node.exc.args[0]))
                     words = [part.value if isinstance(part, ast.Constant) else ast.unparse(part)
                              for part in parts if isinstance(part, ast.Constant | ast.Name)]  # fmt: skip
@@ -265,5 +265,5 @@ def test_the_hierarchy_is_small() -> None:
     for kind in kinds:
         kinds += kind.__subclasses__()
     assert {kind.__name__ for kind in kinds if kind.__module__.startswith("modeling_miniclip")} == {
-        "MiniClipError", "DataError", "UsageError"
+        "MiniClipError", "DataError", "ModelError", "UsageError"
     }  # fmt: skip

@@ -1,0 +1,421 @@
+"""Many users at once on the page of `miniclip app`, and many images through the encoders: errors, delays, memory.
+
+    python benchmarks/load.py FLICKR8K --export EXPORT
+
+FLICKR8K is a folder with Images/ and captions; without `--export` the script first trains a model on the built-in
+scenes. Adds lines to `load.jsonl` in place of the earlier ones of the same part (`--only`), and writes `load.md` from
+it. Linux only: memory is read from /proc.
+
+A user asks, by the requests of the page in a browser, for a caption of an image or, each fifth time, uploads a
+picture; waits for the answer; fetches the pictures found; looks at them for an exponentially distributed time; and
+asks again. Each answer is held against the index asked directly.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+
+from modeling_miniclip.image_index import BLOCK, SCHEMA, VERIFIED, ImageIndex, Manifest, write_index
+from modeling_miniclip.search_app import RESULTS
+from modeling_miniclip.searching import Query, embed_queries
+
+HERE = Path(__file__).resolve().parent
+FIGURES = HERE / "load.jsonl"
+TRAINING = HERE.parent / "train_miniclip.py"
+QUERIES, PICTURES = 200, 20  # different ones that the users ask
+EARLY = 10  # seconds after which memory should be what it is
+AT_ONCE = 6  # pictures that a browser fetches at a time
+
+
+def resident(pid: int | str = "self") -> float:
+    """MiB that a process holds."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024  # type: ignore[index]
+
+
+def miniclip(*argv: Any) -> list[str]:
+    """A command line."""
+    return [sys.executable, "-m", "modeling_miniclip", *map(str, argv)]
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Asked:
+    """Something to ask for, and the names of the images that are the answer."""
+
+    words: str
+    picture: Path | None
+    names: list[str]
+
+
+@dataclass
+class Told:
+    """What the users met."""
+
+    answers: list[float] = field(default_factory=list)  # seconds until the answer was there
+    pages: list[float] = field(default_factory=list)  # and until its pictures were there too
+    files: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+def what_to_ask(index: ImageIndex, rng: random.Random) -> list[Asked]:
+    """Captions from all over an index, and images of it, with the answers that the index gives to each."""
+    captions = [several[0] for several in index.entries["captions"].to_pylist() if several]
+    said = [captions[i] for i in np.linspace(0, len(captions) - 1, QUERIES).astype(int)]
+    shown = [Path(index.entry(row)["path"]) for row in rng.sample(range(len(index)), PICTURES)]
+    queries = [*(Query(text) for text in said), *(Query(image=path) for path in shown)]
+    embeddings = embed_queries(index, queries)
+    names = [[Path(match.name).name for match in index.search(e, RESULTS)] for e in embeddings]
+    return [Asked(q.words or "", q.image, n) for q, n in zip(queries, names, strict=True)]
+
+
+@contextmanager
+def served(index: Path) -> Iterator[tuple[str, int]]:
+    """Address and process of the page while it runs."""
+    process = subprocess.Popen(miniclip("app", index), stdout=subprocess.PIPE, text=True, env=environment())
+    try:
+        assert process.stdout is not None
+        found = next((m[0] for line in process.stdout if (m := re.search(r"http://127\.0\.0\.1:\d+", line))), None)
+        if found is None:
+            sys.exit(f"the page ended with code {process.wait()}")
+        yield found, process.pid
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+class User:
+    """One browser.
+
+    Args:
+        client: of this user.
+        search: number of the page's function that searches.
+        told: what all users met.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, search: int, told: Told):
+        self.client, self.search, self.told, self.session = client, search, told, uuid.uuid4().hex
+
+    async def ask(self, asked: Asked) -> None:
+        """One search, until the last picture is there."""
+        start = time.perf_counter()
+        try:
+            found = await self._answer(asked)
+            answered = time.perf_counter() - start
+            names = [picture["caption"].split("  ", 1)[1] for picture in found]
+            if not same(names, asked.names):
+                raise ValueError(f"wrong answer to {asked.words or asked.picture}: {names}")
+            await self._fetch([picture["image"]["url"] for picture in found])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            self.told.errors.append(f"{type(error).__name__}: {error}"[:300])
+        else:
+            self.told.answers.append(answered)
+            self.told.pages.append(time.perf_counter() - start)
+
+    async def _answer(self, asked: Asked) -> list[dict[str, Any]]:
+        picture = None
+        if asked.picture is not None:
+            files = {"files": (asked.picture.name, asked.picture.read_bytes(), "image/jpeg")}
+            upload = await self.client.post("/gradio_api/upload", files=files)
+            picture = {"path": upload.raise_for_status().json()[0], "meta": {"_type": "gradio.FileData"}}
+        data = [asked.words, picture, "", "", "", "", ""]
+        body = {"data": data, "fn_index": self.search, "session_hash": self.session}
+        (await self.client.post("/gradio_api/queue/join", json=body)).raise_for_status()
+        url = f"/gradio_api/queue/data?session_hash={self.session}"
+        async with self.client.stream("GET", url) as stream:
+            async for line in stream.raise_for_status().aiter_lines():
+                event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                if event.get("msg") == "process_completed":
+                    if not event["success"]:
+                        raise ValueError(f"the page failed: {event['output']}")
+                    found: list[dict[str, Any]] = event["output"]["data"][0]
+                    return found
+        raise ValueError("the answer never came")
+
+    async def _fetch(self, urls: list[str]) -> None:
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def fetch(url: str) -> None:
+            async with gate:
+                (await self.client.get(url)).raise_for_status()
+            self.told.files += 1
+
+        await asyncio.gather(*map(fetch, urls))
+
+
+def same(names: list[str], expected: list[str]) -> bool:
+    """Whether the images are those expected, in their order but for equally good ones."""
+    return sorted(names) == sorted(expected) and sum(a != b for a, b in zip(names, expected, strict=True)) <= 4
+
+
+async def crowd(address: str, pool: list[Asked], args: argparse.Namespace, told: Told) -> None:
+    """All users until the time is over; those that wait for an answer then still get it."""
+    end = time.perf_counter() + args.seconds
+    async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+        config = (await client.get("/config")).json()
+    search = next(d["id"] for d in config["dependencies"] if len(d["inputs"]) == 7)
+
+    async def use(number: int) -> None:
+        rng = random.Random(number)
+        async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+            user = User(client, search, told)
+            await asyncio.sleep(rng.uniform(0, args.think))
+            while time.perf_counter() < end:
+                pictures = rng.random() < 0.2
+                await user.ask(rng.choice([asked for asked in pool if (asked.picture is not None) == pictures]))
+                await asyncio.sleep(rng.expovariate(1 / args.think) if args.think else 0)
+
+    await asyncio.gather(*map(use, range(args.users)))
+
+
+async def watched(pid: int, work: Any) -> list[float]:
+    """MiB of a process at the start, after `EARLY` seconds and at the end of some work."""
+    begun = resident(pid)
+    task = asyncio.create_task(work)
+    await asyncio.sleep(EARLY)
+    early = resident(pid)
+    await task
+    return [begun, early, resident(pid)]
+
+
+def measure_page(index: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The page under load."""
+    pool, told = what_to_ask(ImageIndex.open(index), random.Random(0)), Told()
+    with served(index) as (address, pid):
+        start = time.perf_counter()
+        memory = asyncio.run(watched(pid, crowd(address, pool, args, told)))
+        seconds = time.perf_counter() - start
+    for error in sorted(set(told.errors))[:5]:
+        print(error, file=sys.stderr)
+    quantiles = {name: np.quantile(times, [0.5, 0.99]).tolist() if times else None
+                 for name, times in (("answer", told.answers), ("page", told.pages))}  # fmt: skip
+    return {"images": len(ImageIndex.open(index)), "users": args.users, "think": args.think,
+            "seconds": seconds, "searches": len(told.answers), "files": told.files, "errors": len(told.errors),
+            "memory": memory, **quantiles}  # fmt: skip
+
+
+# --- many images ----------------------------------------------------------------------------------------------------
+
+
+def encode_and_look(export: str, files: list[Path], looks: tuple[int, ...]) -> list[float]:
+    """MiB of this process when so many of the images have been asked for by `encode_images`."""
+    from modeling_miniclip import MiniClipModel, encode_images
+    from modeling_miniclip.performance import keep_freed_memory
+
+    keep_freed_memory()
+    seen: list[float] = []
+
+    def handed_over() -> Iterator[Path]:
+        for number, file in enumerate(files):
+            if number in looks:
+                seen.append(resident())
+            yield file
+
+    encode_images(MiniClipModel.from_pretrained(export), handed_over(), progress=False)
+    return [*seen, resident()]
+
+
+def measure_encoding(export: str, files: list[Path]) -> dict[str, Any]:
+    """`encode_images` in a process of its own."""
+    start = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        memory = pool.apply(encode_and_look, (export, files, (len(files) // 10,)))
+    return {"images": len(files), "memory": memory, "seconds": time.perf_counter() - start}
+
+
+def measure_indexing(export: str, files: list[Path], scratch: Path) -> dict[str, Any]:
+    """Peaks of `miniclip index` with a tenth of the images and with all of them."""
+    peaks, start = [], time.perf_counter()
+    for number, some in enumerate((files[: len(files) // 10], files)):
+        part = scratch / f"part{number}"
+        part.mkdir()
+        for file in some:
+            os.link(file, part / file.name)
+        peaks.append(run(miniclip("index", export, part, "-o", scratch / f"{number}.index")))
+    return {"images": len(files), "memory": peaks, "seconds": time.perf_counter() - start}
+
+
+def many_files(images: Path, count: int, folder: Path) -> list[Path]:
+    """So many image files: copies of those that there are, again and again."""
+    there = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    folder.mkdir()
+    files = [folder / f"{number:06d}{there[number % len(there)].suffix}" for number in range(count)]
+    for number, file in enumerate(files):
+        shutil.copyfile(there[number % len(there)], file)
+    return files
+
+
+# --- many bytes -----------------------------------------------------------------------------------------------------
+
+
+def measure_checksums(scratch: Path, rows: int) -> dict[str, Any]:
+    """Seconds of opening an index of random vectors of 256 dimensions, with and without comparing its checksums."""
+    columns: dict[str, list[Any]] = {name: [None] * rows for name in SCHEMA.names}
+    names = [f"/home/somebody/Pictures/2024/{number:09d}.jpg" for number in range(rows)]
+    columns |= {"id": names, "path": names, "hash": [f"{n:032x}" for n in range(rows)], "captions": [["a dog"]] * rows}
+    entries = pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, SCHEMA)
+    rng, folder = np.random.default_rng(0), scratch / f"{rows}.index"
+    blocks = (rng.standard_normal((min(BLOCK, rows - start), 256), np.float32) for start in range(0, rows, BLOCK))
+    write_index(folder, Manifest("model", "0", 256, neighbours="exact"), entries, blocks)
+    seconds = {}
+    for verify in (False, True):
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            ImageIndex.open(folder, verify)
+            times.append(time.perf_counter() - start)
+        seconds["verified" if verify else "opened"] = min(times)
+    return {"images": rows, "bytes": sum(path.stat().st_size for path in folder.iterdir()), **seconds}
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+HEAD = """# Under load
+
+Written by `benchmarks/load.py`: {cores} cores, shared by the page and its users.
+
+## The page of `miniclip app`
+
+"""
+PAGE_TAIL = """
+Each fifth search uploads a picture, the others are captions; each answer was compared with that of the index asked
+directly. An answer is there when the names of the images found are, a page when their pictures are there too. Users
+look at a page for an exponentially distributed time of that mean. Memory is that of the server when it starts to
+listen, {early} seconds later and at the end.
+"""
+IMAGES_HEAD = """
+## Many images
+
+| what | images | memory after a tenth, MiB | at the end, MiB |
+|---|---|---|---|
+"""
+BYTES_HEAD = """
+## Checksums of an index
+
+Seconds of `ImageIndex.open`, files in memory; up to {limit} MB comparing is the default.
+
+| images, 256 dimensions | MB | without comparing | with |
+|---|---|---|---|
+"""
+
+
+def page_table(lines: list[dict[str, Any]]) -> str:
+    """Markdown of the page."""
+    out = (
+        "| images | users | mean look, s | searches a second | searches | pictures | errors | answer p50, s | p99, s "
+        "| page p50, s | p99, s | memory, MiB |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    )
+    for line in lines:
+        times = " | ".join(f"{value:.2f}" for name in ("answer", "page") for value in line[name] or [float("nan")] * 2)
+        memory = " / ".join(f"{value:.0f}" for value in line["memory"])
+        out += (
+            f"| {line['images']:,} | {line['users']} | {line['think']:g} | {line['searches'] / line['seconds']:.1f} "
+            f"| {line['searches']:,} | {line['files']:,} | {line['errors']} | {times} | {memory} |\n"
+        )
+    return out
+
+
+def document(lines: list[dict[str, Any]]) -> str:
+    """`load.md` of all that was measured."""
+    of = {part: [line for line in lines if line["part"] == part] for part in PARTS}
+    text = HEAD.format(cores=lines[0]["cores"]) + page_table(of["page"]) + PAGE_TAIL.format(early=EARLY) + IMAGES_HEAD
+    for part, name in (("encode", "`encode_images`"), ("index", "`miniclip index`, peaks of two runs")):
+        for line in of[part]:
+            text += f"| {name} | {line['images']:,} | {line['memory'][0]:.0f} | {line['memory'][1]:.0f} |\n"
+    text += BYTES_HEAD.format(limit=VERIFIED >> 20)
+    for line in of["checksums"]:
+        text += (
+            f"| {line['images']:,} | {line['bytes'] / 2**20:.0f} | {line['opened']:.3f} | {line['verified']:.3f} |\n"
+        )
+    return text
+
+
+PARTS = ("page", "encode", "index", "checksums")
+
+
+def environment() -> dict[str, str]:
+    """Of the processes that are started."""
+    return {**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
+
+
+def trained(folder: Path) -> str:
+    """An export of the built-in recipe, trained for some steps only."""
+    argv = ["--recipe", "scenes", "--max_steps", "50", "--output_dir", str(folder)]
+    run([sys.executable, str(TRAINING), *argv])
+    return str(folder / "export")
+
+
+def run(argv: list[str]) -> float:
+    """Run a command to its end. Returns the MiB that it held at most."""
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen(argv, stdout=told, stderr=told, env=environment())
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            told.seek(0)
+            sys.exit(f"{told.read()[-2000:]}\n{argv}: code {process.returncode}")
+    return used.ru_maxrss / 1024
+
+
+def measure(part: str, export: str, args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """Lines of one part."""
+    if part == "page":
+        index = Path(args.index or scratch / "index")
+        run(miniclip("index", export, args.dataset, "-o", index))
+        return [measure_page(index, args)]
+    if part == "checksums":
+        return [measure_checksums(scratch, rows) for rows in args.rows]
+    files = many_files(Path(args.dataset), args.images, scratch / part)
+    if part == "encode":
+        return [measure_encoding(export, files)]
+    return [measure_indexing(export, files, scratch)]
+
+
+def main() -> None:
+    """Measure the chosen parts and write the page of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="folder of images with captions")
+    parser.add_argument("--export", help="model to use")
+    parser.add_argument("--index", help="of the images by that model; made or brought up to date")
+    parser.add_argument("--users", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--think", type=float, default=5.0, help="mean seconds that a user looks at a page")
+    parser.add_argument("--images", type=int, default=20_000, help="to encode")
+    parser.add_argument("--rows", type=int, nargs="+", default=[200_000, 1_000_000], help="of indexes to open")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    args = parser.parse_args()
+    recorded = [json.loads(line) for line in FIGURES.read_text().splitlines()] if FIGURES.exists() else []
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        export = args.export or trained(scratch / "run")
+        for part in args.only:
+            found = [{"part": part, "cores": os.cpu_count(), **line} for line in measure(part, export, args, scratch)]
+            print(*found, sep="\n", flush=True)
+            recorded = [line for line in recorded if line["part"] != part] + found
+            FIGURES.write_text("".join(json.dumps(line) + "\n" for line in recorded), encoding="utf-8")
+            FIGURES.with_suffix(".md").write_text(document(recorded), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
