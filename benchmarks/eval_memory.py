@@ -22,7 +22,7 @@ CAPTIONS, DIM, TOP, THREADS = 5, 256, 10, torch.get_num_threads()
 HEAD = f"""# Ranking without the matrix of similarities
 
 Written by `benchmarks/eval_memory.py`: random embeddings of {DIM} dimensions, {CAPTIONS} captions an image, ranks both
-ways and the first {TOP} results of each query, {THREADS} threads. Memory is the most that the process held
+ways and the first {TOP} results of each query. Threads: {THREADS}. Memory is the most that the process held
 beside the embeddings, the results among it.
 
 | images | captions | matrix, GiB | memory, MiB | minutes | processor minutes |

@@ -57,10 +57,16 @@ def rank_keys(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor, t
         key_id: `[K]` integers; a key with the query's id is right.
         top: how many of the first keys to return; all of them where there are fewer.
     """
-    top = min(top, len(keys))
-    blocks = zip(queries.split(BLOCK), query_id.split(BLOCK), strict=True)
-    parts = [_rank_block(block, keys, ids, key_id, top) for block, ids in blocks]
-    return Ranking(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    rows, top = len(queries), min(top, len(keys))
+    rank = torch.empty(rows, dtype=torch.long, device=queries.device)
+    # Filled in place: parts that were kept from block to block would leave the memory between them unusable.
+    found = Ranking(rank, queries.new_empty(rows), queries.new_empty(rows, top), rank.new_empty(rows, top))
+    for start in range(0, rows, BLOCK):
+        here = slice(start, start + BLOCK)
+        parts = _rank_block(queries[here], keys, query_id[here], key_id, top)
+        for whole, part in zip((found.rank, found.right_score, found.scores, found.indices), parts, strict=True):
+            whole[here] = part
+    return found
 
 
 def _rank_block(block: Tensor, keys: Tensor, ids: Tensor, key_id: Tensor, top: int) -> tuple[Tensor, ...]:
