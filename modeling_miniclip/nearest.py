@@ -1,8 +1,7 @@
 """The embeddings nearest to a query: exactly, by a matrix product, or by an approximate index where there are many."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,29 +63,16 @@ class Neighbours:
         import torch  # NumPy has no product of half precision, and converting first takes ten times as long
 
         half = torch.from_numpy(np.asarray(embeddings).view(np.int16)).view(torch.float16)
-        with _threads_that_are_there():
+        from .performance import one_thread
+
+        # A forked process would wait forever for the threads that torch had in its parent.
+        with one_thread() if os.getpid() != PROCESS else nullcontext():
             scores = (half @ torch.from_numpy(query).half()).float().numpy()
         candidates = scores if rows is None else scores[rows]
         bound = candidates[largest(candidates, k)[-1]] - HALF_MARGIN if len(candidates) else 0.0
         near = np.flatnonzero(scores >= bound)
         scores[near] = embeddings[near].astype(np.float32) @ query
         return scores
-
-
-@contextmanager
-def _threads_that_are_there() -> Iterator[None]:
-    """One of torch's threads in a forked process: it would wait forever for those that its parent had."""
-    import torch
-
-    threads = torch.get_num_threads()
-    if os.getpid() == PROCESS:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def largest(scores: np.ndarray, k: int) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,3 +66,18 @@ def best_mixed_precision(device: torch.device) -> str:
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "no"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block torch computes by the calling thread alone.
+
+    Threads of OpenMP wait for each other in loops: where others compute too, that costs a small product many times
+    what its second thread gains.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -22,6 +22,7 @@ from PIL import Image
 from .entry_filter import EntryFilter
 from .errors import DataError, MiniClipError
 from .image_index import ImageIndex
+from .performance import one_thread
 from .pictures import picture_of
 from .searching import Query, embed_queries, load_checked
 from .shards import default_workers
@@ -87,7 +88,9 @@ class IndexPage:
             rows = chosen.rows(self.index.entries) if chosen else None
             if rows is not None and not len(rows):
                 return [], [], "No image passes the filters."
-            matches = self.index.search(embed_queries(self.index, [query], load=self.load)[0], RESULTS, rows)
+            with one_thread():  # many users at once are many small computations
+                embedding = embed_queries(self.index, [query], load=self.load)[0]
+            matches = self.index.search(embedding, RESULTS, rows)
             found = [(match.index, match.score) for match in matches]
             shown = self._shown(found)
         except MiniClipError as error:

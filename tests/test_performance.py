@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_miniclip
-from modeling_miniclip.performance import allow_tf32, compile_towers
+from modeling_miniclip.performance import allow_tf32, compile_towers, one_thread
 from tests.runs import assert_same_log, flags, metrics_of
 from tests.towers import tiny_model
 
@@ -57,3 +57,15 @@ def test_tf32_is_for_gpus_alone() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_one_thread_computes_within_the_block_and_as_many_as_before_behind_it() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError), one_thread():
+            assert torch.get_num_threads() == 1
+            raise ValueError
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
