@@ -43,7 +43,7 @@ HERE = Path(__file__).resolve().parent
 FIGURES = HERE / "load.jsonl"
 TRAINING = HERE.parent / "train_miniclip.py"
 QUERIES, PICTURES = 200, 20  # different ones that the users ask
-EARLY = 10  # seconds after which memory should be what it is
+MOMENTS = (1 / 6, 1 / 2)  # shares of the time after which memory is read
 AT_ONCE = 6  # pictures that a browser fetches at a time
 
 
@@ -189,14 +189,15 @@ async def crowd(address: str, pool: list[Asked], args: argparse.Namespace, told:
     await asyncio.gather(*map(use, range(args.users)))
 
 
-async def watched(pid: int, work: Any) -> list[float]:
-    """MiB of a process at the start, after `EARLY` seconds and at the end of some work."""
-    begun = resident(pid)
-    task = asyncio.create_task(work)
-    await asyncio.sleep(EARLY)
-    early = resident(pid)
+async def watched(pid: int, work: Any, seconds: float) -> list[float]:
+    """MiB of a process at the start, after the `MOMENTS` and at the end of some work of about so many seconds."""
+    memory = [resident(pid)]
+    task, start = asyncio.create_task(work), time.perf_counter()
+    for share in MOMENTS:
+        await asyncio.sleep(start + share * seconds - time.perf_counter())
+        memory.append(resident(pid))
     await task
-    return [begun, early, resident(pid)]
+    return [*memory, resident(pid)]
 
 
 def measure_page(index: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def measure_page(index: Path, args: argparse.Namespace) -> dict[str, Any]:
     pool, told = what_to_ask(ImageIndex.open(index), random.Random(0)), Told()
     with served(index) as (address, pid):
         start = time.perf_counter()
-        memory = asyncio.run(watched(pid, crowd(address, pool, args, told)))
+        memory = asyncio.run(watched(pid, crowd(address, pool, args, told), args.seconds))
         seconds = time.perf_counter() - start
     for error in sorted(set(told.errors))[:5]:
         print(error, file=sys.stderr)
@@ -302,7 +303,8 @@ PAGE_TAIL = """
 Each fifth search uploads a picture, the others are captions; each answer was compared with that of the index asked
 directly. An answer is there when the names of the images found are, a page when their pictures are there too. Users
 look at a page for an exponentially distributed time of that mean. Memory is that of the server when it starts to
-listen, {early} seconds later and at the end.
+listen, after a sixth and after half of the time, and at the end. Towers are read, and their parts warmed, when first
+asked.
 """
 IMAGES_HEAD = """
 ## Many images
@@ -339,7 +341,7 @@ def page_table(lines: list[dict[str, Any]]) -> str:
 def document(lines: list[dict[str, Any]]) -> str:
     """`load.md` of all that was measured."""
     of = {part: [line for line in lines if line["part"] == part] for part in PARTS}
-    text = HEAD.format(cores=lines[0]["cores"]) + page_table(of["page"]) + PAGE_TAIL.format(early=EARLY) + IMAGES_HEAD
+    text = HEAD.format(cores=lines[0]["cores"]) + page_table(of["page"]) + PAGE_TAIL + IMAGES_HEAD
     for part, name in (("encode", "`encode_images`"), ("index", "`miniclip index`, peaks of two runs")):
         for line in of[part]:
             text += f"| {name} | {line['images']:,} | {line['memory'][0]:.0f} | {line['memory'][1]:.0f} |\n"

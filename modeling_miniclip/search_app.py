@@ -22,7 +22,7 @@ from PIL import Image
 from .entry_filter import EntryFilter
 from .errors import DataError, MiniClipError
 from .image_index import ImageIndex
-from .performance import one_thread
+from .performance import one_thread, release_freed_memory
 from .pictures import picture_of
 from .searching import Query, embed_queries, load_checked
 from .shards import default_workers
@@ -90,6 +90,7 @@ class IndexPage:
                 return [], [], "No image passes the filters."
             with one_thread():  # many users at once are many small computations
                 embedding = embed_queries(self.index, [query], load=self.load)[0]
+            release_freed_memory()  # which each of the server's threads would keep for itself
             matches = self.index.search(embedding, RESULTS, rows)
             found = [(match.index, match.score) for match in matches]
             shown = self._shown(found)
