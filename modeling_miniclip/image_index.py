@@ -108,6 +108,7 @@ class ImageIndex:
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
         self.manifest = manifest
+        self._parts: dict[int, pa.Table] = {}
 
     @classmethod
     def open(cls, folder: str | os.PathLike, verify: bool | None = None) -> "ImageIndex":
@@ -194,17 +195,28 @@ class ImageIndex:
 
     def entry(self, index: int) -> dict[str, Any]:
         """The row of an image as a dictionary."""
-        row: dict[str, Any] = self.entries.slice(index, 1).to_pylist()[0]
+        row: dict[str, Any] = self._part(index // ROW_GROUP).slice(index % ROW_GROUP, 1).to_pylist()[0]
         return row
+
+    def _part(self, number: int) -> pa.Table:
+        """`ROW_GROUP` entries: a search shows a few, and to read all of them would take most of its time."""
+        if "entries" in vars(self):
+            return self.entries.slice(number * ROW_GROUP, ROW_GROUP)
+        if number not in self._parts:
+            self._parts[number] = self._read_part(number, COLUMNS)
+        return self._parts[number]
+
+    def _read_part(self, number: int, columns: list[str]) -> pa.Table:
+        try:
+            file = pq.ParquetFile(pa.BufferReader(self._parquet), page_checksum_verification=True)
+            return file.read_row_group(number, columns=columns)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise _damaged(self.folder, error) from error
 
     def thumbnail(self, index: int) -> bytes | None:
         """JPEG of an image that has no file of its own; None for one that has."""
-        try:
-            file = pq.ParquetFile(pa.BufferReader(self._parquet), page_checksum_verification=True)
-            cell = file.read_row_group(index // ROW_GROUP, columns=["thumbnail"])["thumbnail"][index % ROW_GROUP]
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise _damaged(self.folder, error) from error
-        content: bytes | None = cell.as_py()
+        part = self._read_part(index // ROW_GROUP, ["thumbnail"])
+        content: bytes | None = part["thumbnail"][index % ROW_GROUP].as_py()
         return content
 
     def search(
@@ -234,7 +246,7 @@ class ImageIndex:
         rows = filter.rows(self.entries) if isinstance(filter, EntryFilter) else filter
         neighbours = Neighbours(self.embeddings) if exact else self.neighbours
         scores, found = neighbours.search(query, k, rows)
-        names = self.entries["id"].take(pa.array(found)).to_pylist()
+        names = (self._part(i // ROW_GROUP)["id"][i % ROW_GROUP].as_py() for i in found.tolist())
         return [Match(name, float(s), int(i)) for name, s, i in zip(names, scores, found, strict=True)]
 
     def _checked_query(self, query_embedding: Any) -> np.ndarray:
