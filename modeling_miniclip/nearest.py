@@ -62,9 +62,9 @@ class Neighbours:
             return embeddings @ query
         import torch  # NumPy has no product of half precision, and converting first takes ten times as long
 
-        half = torch.from_numpy(np.asarray(embeddings).view(np.int16)).view(torch.float16)
         from .performance import one_thread
 
+        half = torch.from_numpy(np.asarray(embeddings).view(np.int16)).view(torch.float16)
         # A forked process would wait forever for the threads that torch had in its parent.
         with one_thread() if os.getpid() != PROCESS else nullcontext():
             scores = (half @ torch.from_numpy(query).half()).float().numpy()
