@@ -6,6 +6,7 @@ Small pictures are made once and kept while the page is served; those that nobod
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,9 @@ THUMBNAIL, LARGE = 320, 1600  # pixels of the longer side
 KEPT = 3600  # seconds that a picture is kept after it was shown
 MOST_FOLDERS = 500  # names of a drop-down list
 UPLOAD = "20mb"
+SESSIONS = (
+    500  # open pages whose state is kept, 0.1 MB each; what an older one found can be looked at after it asks again
+)
 # Where the index has no captions to take examples from.
 GENERAL_EXAMPLES = ("a dog", "people outdoors", "food on a table", "a building", "water and sky", "a child playing")
 
@@ -66,6 +70,7 @@ class IndexPage:
         self.index = index
         self.pictures = pictures
         self.threads = ThreadPoolExecutor(default_workers())
+        self.embedder = ThreadPoolExecutor(1)  # torch keeps working memory for each thread that ever computed
         self.load: Callable[..., Any] = lru_cache(maxsize=2)(load_checked)  # each tower is read once
 
     def search(
@@ -88,9 +93,7 @@ class IndexPage:
             rows = chosen.rows(self.index.entries) if chosen else None
             if rows is not None and not len(rows):
                 return [], [], "No image passes the filters."
-            with one_thread():  # many users at once are many small computations
-                embedding = embed_queries(self.index, [query], load=self.load)[0]
-            release_freed_memory()  # which each of the server's threads would keep for itself
+            embedding = self.embedder.submit(self._embedded, query).result()
             matches = self.index.search(embedding, RESULTS, rows)
             found = [(match.index, match.score) for match in matches]
             shown = self._shown(found)
@@ -134,6 +137,13 @@ class IndexPage:
             picture.save(fresh, "JPEG", quality=82)
             fresh.replace(path)
         return path
+
+    def _embedded(self, query: Query) -> np.ndarray:
+        """`[dim]` of a query."""
+        with one_thread():  # many users at once are many small computations
+            embedding: np.ndarray = embed_queries(self.index, [query], load=self.load)[0]
+        release_freed_memory()  # which each of the server's threads would keep for itself
+        return embedding
 
     def _shown(self, found: list[tuple[int, float]]) -> list[Shown]:
         files = self.threads.map(self.small, [row for row, _ in found])
@@ -182,6 +192,9 @@ def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
         raise DataError(f"{index.folder}: no images in this index; add some: miniclip index MODEL SOURCE -o INDEX")
     served = gr.utils.get_upload_folder()
     os.makedirs(served, exist_ok=True)
+    # Or gradio draws up statistics of all events after each, which nobody asks for: a table of pandas, made by any of
+    # the server's threads, each of which comes to keep some of Arrow's memory for itself.
+    os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(sys.maxsize))
     page = IndexPage(index, Path(tempfile.mkdtemp(prefix="miniclip-", dir=served)))
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
         gr.HTML(f"<h1>{escape(title)}</h1>")
@@ -261,6 +274,7 @@ def launch_options() -> dict[str, Any]:
         "theme": gr.themes.Default(primary_hue="blue", **fonts),
         "css": STYLE,
         "max_file_size": UPLOAD,
+        "state_session_capacity": SESSIONS,
         "allowed_paths": [],
         "footer_links": [],
         "enable_monitoring": False,

@@ -9,20 +9,22 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier, get_ident
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_miniclip import MiniClipModel, encode_images, encode_texts
+from modeling_miniclip import MiniClipModel, encode_images, encode_texts, search_app
 from modeling_miniclip.cli import cli
 from modeling_miniclip.image_index import ImageIndex
 from modeling_miniclip.indexing import update_index
 from modeling_miniclip.pictures import picture_of
-from modeling_miniclip.search_app import LARGE, NEIGHBOURS, THUMBNAIL, IndexPage
+from modeling_miniclip.search_app import LARGE, NEIGHBOURS, THUMBNAIL, IndexPage, build_page, launch_options
 from tests.browsers import browser_page
 from tests.indexes import write_model, write_pictures
 from tests.runs import ROOT, environment
@@ -151,6 +153,47 @@ def test_wrong_folders_are_told_in_one_line(
     assert re.fullmatch(r"error: .*(no index here|there is something already).*\n", capsys.readouterr().err)
 
 
+def test_one_thread_embeds_for_all_that_ask(page: IndexPage, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding = np.ones(page.index.manifest.dim, dtype=np.float32)
+    idents, all_ask = [], Barrier(4)
+
+    def embed_queries(*_: Any, **__: Any) -> np.ndarray:
+        idents.append(get_ident())
+        return embedding[None]
+
+    def ask(_: int) -> str:
+        all_ask.wait(60)  # so that the four are not one
+        return page.search("a dog", None)[2]
+
+    monkeypatch.setattr(search_app, "embed_queries", embed_queries)
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(ask, range(4))) == {"The nearest 17 of 17 images."}
+    assert len(idents) == 4 and len(set(idents)) == 1
+
+
+def test_what_the_page_keeps_does_not_grow_with_its_visitors(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
+    import pandas
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(search_app, "SESSIONS", 3)
+    blocks = build_page(ImageIndex.open(place / "pictures.index"))
+    tables: list[Any] = []
+    monkeypatch.setattr(pandas, "DataFrame", lambda records: tables.append(records))  # of gradio's statistics
+    options = {**launch_options(), "quiet": True, "prevent_thread_lock": True}
+    blocks.launch(server_name="127.0.0.1", **options)
+    try:
+        config = json.loads(status_and_content(f"{blocks.local_url}config")[1])
+        for visitor in range(5):
+            answer = ask_page(blocks.local_url.rstrip("/"), config, "a dog", None, f"visitor{visitor}")
+            assert '"success":true' in answer and "17 of 17 images" in answer
+        assert len(blocks.state_holder.session_data) == 3 and not tables
+    finally:
+        blocks.close(verbose=False)
+
+
 # --- the page itself ------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +222,14 @@ def status_and_content(url: str, data: bytes | None = None) -> tuple[int, bytes]
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
+
+
+def ask_page(address: str, config: Any, words: str, picture: Any, session: str) -> str:
+    """What the page answers to a search, by the requests of a browser."""
+    search = next(d for d in config["dependencies"] if len(d["inputs"]) == 7)
+    asked = {"data": [words, picture, "", "", "", "", ""], "fn_index": search["id"], "session_hash": session}
+    status_and_content(f"{address}/gradio_api/queue/join?", json.dumps(asked).encode())
+    return status_and_content(f"{address}/gradio_api/queue/data?session_hash={session}")[1].decode()
 
 
 @pytest.mark.slow
@@ -214,12 +265,9 @@ def assert_no_file_is_served(address: str, place: Path) -> None:
                 assert b"root:" not in content and b"nobody may" not in content and photo.read_bytes() != content
                 assert status != 200 or b"<html" in content.lower(), (route, name)
     config = json.loads(status_and_content(f"{address}/config")[1])
-    search = next(d for d in config["dependencies"] if len(d["inputs"]) == 7)
     for path in ("/etc/passwd", str(secret), str(photo)):
         picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        asked = {"data": ["", picture, "", "", "", "", ""], "fn_index": search["id"], "session_hash": "stranger"}
-        status_and_content(f"{address}/gradio_api/queue/join?", json.dumps(asked).encode())
-        answer = status_and_content(f"{address}/gradio_api/queue/data?session_hash=stranger")[1].decode()
+        answer = ask_page(address, config, "", picture, "stranger")
         assert '"success":false' in answer.replace(" ", "") and "1.000" not in answer
 
 
