@@ -45,6 +45,9 @@ TRAINING = HERE.parent / "train_miniclip.py"
 QUERIES, PICTURES = 200, 20  # different ones that the users ask
 MOMENTS = (1 / 6, 1 / 2)  # shares of the time after which memory is read
 AT_ONCE = 6  # pictures that a browser fetches at a time
+# The server closes a connection that was idle for 5 s. A browser sends a request that met this once more, httpx, which
+# keeps connections for 5 s too, fails at it.
+LIMITS = httpx.Limits(keepalive_expiry=2)
 
 
 def resident(pid: int | str = "self") -> float:
@@ -178,7 +181,7 @@ async def crowd(address: str, pool: list[Asked], args: argparse.Namespace, told:
 
     async def use(number: int) -> None:
         rng = random.Random(number)
-        async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=address, timeout=60, limits=LIMITS) as client:
             user = User(client, search, told)
             await asyncio.sleep(rng.uniform(0, args.think))
             while time.perf_counter() < end:
