@@ -33,6 +33,7 @@ def own_folder(arguments: TrainingArguments) -> Iterator[None]:
     if arguments.overfit_batch or own_rank() != 0:
         yield
         return
+    is_new = not output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(output_dir / LOCK_FILE)
@@ -50,6 +51,8 @@ def own_folder(arguments: TrainingArguments) -> Iterator[None]:
     finally:
         with suppress(OSError):
             os.unlink(output_dir / LOCK_FILE)  # before it is closed, which gives it free
+            if is_new:
+                output_dir.rmdir()  # of a run that was refused before it wrote anything; any other is not empty
         os.close(descriptor)
 
 

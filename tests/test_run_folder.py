@@ -82,6 +82,15 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path: Path)
         main(flags(tmp_path, output_dir="file/run"))
 
 
+@pytest.mark.parametrize("made_before", [False, True])
+def test_a_run_that_is_refused_leaves_the_disk_as_it_was(tmp_path: Path, made_before: bool) -> None:
+    if made_before:
+        (tmp_path / "run").mkdir()
+    with pytest.raises(MiniClipError, match="missing.csv"):
+        main(flags(tmp_path, dataset="missing.csv"))
+    assert (tmp_path / "run").exists() == made_before
+
+
 @pytest.fixture
 def read_only(tmp_path: Path) -> Any:
     """A folder that nobody may write, not even root."""
