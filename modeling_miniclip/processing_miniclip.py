@@ -43,24 +43,26 @@ RESIZING = ("do_resize", "do_center_crop", "size", "crop_size")  # arguments of 
 def to_rgb(image: Any) -> Image.Image:
     """Any PIL image as 8-bit RGB: EXIF rotation applied, transparency laid on white, first frame.
 
-    16 bits are scaled to 8, and floating-point values (mode F) from 0..1 to 0..255 unless some are larger.
+    16 bits are scaled to 8, floating-point values (mode F) from 0..1 to 0..255 unless some are larger; NaN is black.
 
     Returns:
         A new image, or the given one where it is as it should be.
 
     Raises:
-        OSError: the image cannot be decoded.
+        OSError: the image cannot be decoded, or has no pixels.
 
     Example:
         >>> to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 51))).getpixel((0, 0))  # a fifth of red on white
         (255, 204, 204)
     """
     image.load()  # now, so that a broken file is told here
+    if 0 in image.size:
+        raise OSError(f"it has {image.width} x {image.height} pixels")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         stored = np.asarray(image)
-        values = stored.astype(np.float64)
+        values = np.nan_to_num(stored.astype(np.float64), copy=False)
         if image.mode == "F":
             values *= 255 if values.max() <= 1 else 1
         elif image.mode != "I" or values.max() > 255:  # "I;16" always holds 16 bits, "I" may hold 8 of its 32

@@ -48,10 +48,11 @@ def open_image(image: Any) -> Image.Image:
 
 def _image_of_array(array: Any) -> Image.Image:
     pixels = np.asarray(array)
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))):
+    has_channels = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
+    if pixels.dtype != np.uint8 or not has_channels or not pixels.size:
         raise DataError(
             f"{type(array).__name__} of shape {pixels.shape} and type {pixels.dtype}: expected a path, a PIL image "
-            "or an array [H, W, 3] or [H, W] of uint8"
+            "or an array [H, W, 3] or [H, W] of uint8, with pixels"
         )
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels)
 

@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lr_plateau_patience": 0, "learning_rate": 3e-3, "vision_learning_rate": 3e-3, "text_learning_rate": 3e-3,
         "seed": 2,
     },
-    # The first are the best.
+    # The first is the best or, as bf16 is computed on some machines, the second.
     "cosine, by epochs, stopped early": {
         "num_train_epochs": 9, "lr_scheduler_type": "cosine", "warmup_steps": 2, "captions_per_image": 2,
         "early_stopping_patience": 2, "vision_learning_rate": 0.1, "text_learning_rate": 0.1,
@@ -56,11 +56,12 @@ POINTS: list[tuple[str, Point]] = [
     (PLATEAU, ("open", "/.export.new/README.md", 2)),  # while the best is exported
     (PLATEAU, ("os.link", "/export/model.safetensors", 3)),  # behind that, while a checkpoint is written
     (PLATEAU, ("open", "/curves.png", 1)),  # when all is trained and validated
-    (COSINE, ("shutil.rmtree", "/.export.new", 4)),  # behind a validation that no checkpoint remembers
+    (COSINE, ("shutil.rmtree", "/.export.new", 2)),  # behind a validation that no checkpoint remembers
 ]
 MORE_POINTS: list[tuple[str, Point]] = [
     (PLATEAU, ("os.rename", "/.arguments.yaml.new", 1)),  # at the very start
     (PLATEAU, ("open", "/metrics.jsonl", 3)),  # within the second epoch
+    (PLATEAU, ("shutil.rmtree", "/.export.new", 4)),  # while the former best is deleted
     (PLATEAU, ("os.rename", "/checkpoints/step-", 4)),  # the last is there, an old one not yet dropped
     (PLATEAU, ("shutil.rmtree", "/checkpoints/.step-00000002.old", 2)),  # and while it is
     (COSINE, ("open", "/retrieval.png", 1)),  # behind early stopping

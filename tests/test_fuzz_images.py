@@ -126,6 +126,8 @@ def test_any_array_is_an_image_or_told_with_its_shape_and_type(
 
     @fuzz(count, record_property)
     @given(dtype=dtypes, shape=shapes, fill=st.integers(0, 255))
+    @example(dtype=np.dtype("uint8"), shape=(0, 0), fill=0)
+    @example(dtype=np.dtype("uint8"), shape=(0, 5, 3), fill=0)
     def check(dtype: np.dtype, shape: tuple[int, ...], fill: int) -> None:
         array = np.full(shape, fill).astype(dtype)
         opened, told = result_or_error(open_image, array)

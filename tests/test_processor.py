@@ -427,6 +427,17 @@ def test_a_truncated_file_is_an_os_error():
         to_rgb(Image.open(io.BytesIO(buffer.getvalue()[:-400])))
 
 
+@pytest.mark.parametrize("size", [(0, 0), (0, 3), (3, 0)])
+def test_an_image_without_pixels_is_an_os_error(size):
+    with pytest.raises(OSError, match=f"it has {size[0]} x {size[1]} pixels"):
+        to_rgb(Image.new("RGB", size))
+
+
+def test_what_is_not_a_number_is_black_and_the_others_are_scaled_all_the_same():
+    image = Image.fromarray(np.array([[np.nan, 0.2, 1.0]], dtype=np.float32))
+    assert pixels_of(image) == [[0] * 3, [51] * 3, [255] * 3]
+
+
 # --- where images come from ---
 
 
