@@ -8,6 +8,8 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network; those with a Hub of their own say so
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in parallel already
+# Where weights lie in memory, mapped from a file or not, must not decide on the last bits of a product of matrices.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402

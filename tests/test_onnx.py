@@ -182,7 +182,7 @@ def test_the_folder_is_complete_and_tells_nothing_of_this_machine(exported: Path
 @needs_onnx
 def test_the_example_is_short_and_lacks_no_name(exported: Path) -> None:
     example = exported / "onnx" / "example.py"
-    assert len(example.read_text().splitlines()) <= 120
+    assert len(example.read_text().splitlines()) <= 125
     argv = ["ruff", "check", "--isolated", "--select", "F,E7,E9", str(example)]
     done = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
