@@ -29,9 +29,9 @@ beside the embeddings, the results among it.
 |---|---|---|---|---|---|"""
 
 
-def resident(what: str) -> float:
-    """`VmRSS`, what this process holds, or `VmHWM`, the most since the last reset, in MiB; see proc(5)."""
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+def resident(what: str, pid: int | str = "self") -> float:
+    """`VmRSS`, what a process holds, or `VmHWM`, the most since the last reset, in MiB; see proc(5)."""
+    found = re.search(rf"{what}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found is not None
     return int(found[1]) / 2**10
 

@@ -34,6 +34,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pyarrow as pa
+from eval_memory import resident
 
 from modeling_miniclip.image_index import BLOCK, SCHEMA, VERIFIED, ImageIndex, Manifest, write_index
 from modeling_miniclip.search_app import RESULTS
@@ -48,11 +49,6 @@ AT_ONCE = 6  # pictures that a browser fetches at a time
 # The server closes a connection that was idle for 5 s. A browser sends a request that met this once more, httpx, which
 # keeps connections for 5 s too, fails at it.
 LIMITS = httpx.Limits(keepalive_expiry=2)
-
-
-def resident(pid: int | str = "self") -> float:
-    """MiB that a process holds."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024  # type: ignore[index]
 
 
 def miniclip(*argv: Any) -> list[str]:
@@ -194,13 +190,13 @@ async def crowd(address: str, pool: list[Asked], args: argparse.Namespace, told:
 
 async def watched(pid: int, work: Any, seconds: float) -> list[float]:
     """MiB of a process at the start, after the `MOMENTS` and at the end of some work of about so many seconds."""
-    memory = [resident(pid)]
+    memory = [resident("VmRSS", pid)]
     task, start = asyncio.create_task(work), time.perf_counter()
     for share in MOMENTS:
         await asyncio.sleep(start + share * seconds - time.perf_counter())
-        memory.append(resident(pid))
+        memory.append(resident("VmRSS", pid))
     await task
-    return [*memory, resident(pid)]
+    return [*memory, resident("VmRSS", pid)]
 
 
 def measure_page(index: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -233,11 +229,11 @@ def encode_and_look(export: str, files: list[Path], looks: tuple[int, ...]) -> l
     def handed_over() -> Iterator[Path]:
         for number, file in enumerate(files):
             if number in looks:
-                seen.append(resident())
+                seen.append(resident("VmRSS"))
             yield file
 
     encode_images(MiniClipModel.from_pretrained(export), handed_over(), progress=False)
-    return [*seen, resident()]
+    return [*seen, resident("VmRSS")]
 
 
 def measure_encoding(export: str, files: list[Path]) -> dict[str, Any]:
@@ -311,6 +307,8 @@ asked.
 """
 IMAGES_HEAD = """
 ## Many images
+
+Copies of those of the folder.
 
 | what | images | memory after a tenth, MiB | at the end, MiB |
 |---|---|---|---|

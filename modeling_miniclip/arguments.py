@@ -1,6 +1,5 @@
 """The arguments of a training run: code defaults, below a recipe's YAML, below the flags."""
 
-import difflib
 import importlib.util
 import json
 import math
@@ -8,16 +7,17 @@ import re
 import reprlib
 import textwrap
 from argparse import ArgumentParser
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
-from .errors import EXIT_CODES, MiniClipError, UsageError, one_line
+from .errors import EXIT_CODES, MiniClipError, UsageError, did_you_mean, one_line
 from .files import replace_text
 from .resources import PACKAGE, named_file
+
+LIST = "; --help lists them all"
 
 
 def _flag(default: Any, help: str, **argparse: Any) -> Any:
@@ -137,7 +137,8 @@ class TrainingArguments:
     )
     augmentation: str | None = _flag(
         None,
-        "albumentations for training images: list of {name, arguments} as JSON or YAML, [] for none (mild ones)",
+        "albumentations for training images: list of {name, arguments} as JSON or YAML, [] for none (mild ones; none "
+        "for a frozen image tower, which then runs once)",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(
         None, "precision of the forward pass (bf16 where the accelerator has it, else no)"
@@ -243,14 +244,10 @@ def _parse(parser: ArgumentParser, argv: list[str] | None) -> TrainingArguments:
     if rest and not rest[0].startswith("-"):
         raise UsageError(f"{rest[0]!r} belongs to no flag; --help lists them all")
     if rest:
-        name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
-        raise UsageError(f"unknown flag {rest[0]!r}{_nearest(name, vars(namespace), '--')}")
+        name = f"--{rest[0].lstrip('-').split('=')[0].replace('-', '_')}"
+        flags = [f"--{known}" for known in vars(namespace)]
+        raise UsageError(f"unknown flag {rest[0]!r}{did_you_mean(name, flags, LIST)}")
     return TrainingArguments(**vars(namespace))
-
-
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists them all"
 
 
 def _outweighed(given: TrainingArguments) -> list[str]:
@@ -279,7 +276,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     values = {}
     for key, value in recipe.items():
         if key not in hints:
-            raise UsageError(f"{path}: unknown key {key!r}{_nearest(str(key), hints)}")
+            raise UsageError(f"{path}: unknown key {key!r}{did_you_mean(str(key), hints, LIST)}")
         try:
             values[key] = _recipe_value(parser, key, value, hints[key])
         except ValueError as error:
@@ -410,7 +407,10 @@ def validate(arguments: TrainingArguments) -> None:
     if arguments.num_views is not None and not augmentation_list(arguments):
         raise UsageError("--num_views needs an augmentation, --augmentation is []: without one all views are alike")
     if arguments.train_image_size is not None and not augmentation_list(arguments):
-        raise UsageError("--train_image_size is the size of augmented images, and --augmentation is []")
+        raise UsageError(
+            "--train_image_size is the size of augmented images, and there is no augmentation: name one by "
+            "--augmentation, or leave --train_image_size out"
+        )
     checkpoint_interval(arguments)
     tracker = arguments.report_to
     if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
@@ -436,13 +436,16 @@ def checkpoint_interval(arguments: TrainingArguments) -> int | None:
 def augmentation_list(arguments: TrainingArguments) -> list[dict[str, Any]]:
     """The transforms that `--augmentation` names, or the default ones.
 
+    By default a frozen image tower gets none, so that its features are computed once; `--num_views` asks for some.
+
     Raises:
         UsageError: not a list of mappings with a name each.
     """
     from .batches import DEFAULT_AUGMENTATION
 
     if arguments.augmentation is None:
-        return list(DEFAULT_AUGMENTATION)
+        is_run_once = arguments.freeze in ("vision", "both") and arguments.num_views is None
+        return [] if is_run_once else list(DEFAULT_AUGMENTATION)
     try:
         transforms: Any = load_yaml(arguments.augmentation)
     except ValueError as error:

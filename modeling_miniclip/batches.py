@@ -4,7 +4,6 @@ Everything random depends on the seed, the epoch and the row alone, never on the
 that any number of processes trains on the same global batches.
 """
 
-import difflib
 import inspect
 import math
 import random
@@ -20,13 +19,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
-from .errors import DataError, MiniClipError, UsageError
+from .errors import DataError, MiniClipError, UsageError, did_you_mean
 from .processing_miniclip import MiniClipProcessor, to_rgb
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# What a recipe that names no augmentation gets: mild, for captions name colours and places in the picture.
+# What a run that names no augmentation gets: mild, for captions name colours and what is at the edge. Flips are usual,
+# though they make captions wrong that say left or right.
 DEFAULT_AUGMENTATION: list[dict[str, Any]] = [
     {"name": "RandomResizedCrop", "scale": [0.6, 1.0], "ratio": [0.8, 1.25]},
     {"name": "HorizontalFlip", "p": 0.5},
@@ -82,12 +82,12 @@ def _build_transform(transform: dict[str, Any], image_size: tuple[int, int]) -> 
         if isinstance(value, type) and issubclass(value, albumentations.BasicTransform)
     }
     if name not in known:
-        raise UsageError(f"augmentation: albumentations has no transform {name!r}{_nearest(name, known)}")
+        raise UsageError(f"augmentation: albumentations has no transform {name!r}{did_you_mean(name, known)}")
     accepted = inspect.signature(known[name]).parameters
     for argument in arguments:
         if argument not in accepted:
             raise UsageError(
-                f"augmentation: {name} takes no {argument}{_nearest(argument, accepted)}; it takes "
+                f"augmentation: {name} takes no {argument}{did_you_mean(argument, accepted)}; it takes "
                 f"{', '.join(accepted)}"
             )
     if "size" in accepted:
@@ -96,11 +96,6 @@ def _build_transform(transform: dict[str, Any], image_size: tuple[int, int]) -> 
         return known[name](**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})
     except Exception as error:  # a wrong value, a missing argument, an abstract class
         raise UsageError(f"augmentation: {name}: {error}") from error
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 # A row i that only keeps a process busy has the image id FILLER - i, which is negative.

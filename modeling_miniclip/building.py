@@ -1,6 +1,5 @@
 """Model and processor as a run's arguments ask for them."""
 
-import difflib
 import json
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 from .arguments import MODEL_SOURCES, TrainingArguments
 from .checksum import check_weights
 from .configuration_miniclip import MiniClipConfig
-from .errors import ModelError, UsageError, one_line
+from .errors import ModelError, UsageError, did_you_mean, one_line
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor, image_processor_from_timm, max_text_length
 from .resources import named_file
@@ -110,8 +109,8 @@ def read_preset(path: Path, overrides: dict[str, Any] | None = None) -> MiniClip
     known = ["model_type", *MiniClipConfig.__annotations__]
     for key in preset:
         if key not in known:  # the configuration would keep it without a word
-            near = difflib.get_close_matches(key, known, n=1)
-            raise UsageError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            expected = f"; expected one of {', '.join(known)}"
+            raise UsageError(f"{path}: unknown key {key!r}{did_you_mean(key, known, expected)}")
     try:
         return MiniClipConfig.from_dict(preset | (overrides or {}))
     except StrictDataclassError as error:

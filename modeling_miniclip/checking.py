@@ -21,6 +21,7 @@ import numpy as np
 from .data import UNDECODED, CaptionedImage, Columns, Source, load_captions, read_source, split_by_image
 from .errors import DataError, MiniClipError, ModelError, Problem, UsageError, printable
 from .files import replace_text
+from .sources import IMAGE_SUFFIXES
 
 # What each kind of problem is called in a summary.
 KINDS = {
@@ -47,7 +48,6 @@ KINDS = {
 }
 LONGEST_CAPTION = 1000  # characters; no text tower reads as many
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # but for tabs and line ends
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .gif .bmp .webp .tif .tiff".split())
 FEWEST_VALIDATION_IMAGES = 11  # with ten, recall at 10 is 100 %
 FULL_PART = 100  # images with an equal part of their hash, as flat pictures have: the search stays linear
 SHOWN = 100  # problems of a kind on the terminal; --json and the report of --fix have all

@@ -67,6 +67,30 @@ def run_push(args: argparse.Namespace) -> None:
     print(f"pushed: {push(args.export, args.repo_id, private=args.private, revision=args.revision)}")
 
 
+# Flags that go to `load_captions`, named there alike: type and help.
+DATA_FLAGS: dict[str, tuple[type, str]] = {
+    "image_dir": (str, "folder of the images of a CSV, if not found beside it"),
+    "image_column": (str, "column that identifies the image (image)"),
+    "caption_column": (str, "column with the text (caption)"),
+    "revision": (str, "commit, branch or tag of a Hub data set"),
+    "validation_fraction": (float, "as in the training run, where the data set has no validation split (0.1)"),
+    "seed": (int, "as in the training run, where the data set has no validation split (0)"),
+}
+
+
+def declare_data(parser: argparse.ArgumentParser) -> None:
+    """Flags that say how a data set is read."""
+    for name, (kind, text) in DATA_FLAGS.items():
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument("--allow_outside_images", action="store_true", help="let a CSV name images outside image_dir")
+
+
+def data_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `load_captions` that were given."""
+    given = {name: getattr(args, name) for name in DATA_FLAGS if getattr(args, name) is not None}
+    return {**given, "allow_outside_images": args.allow_outside_images}
+
+
 def declare_export(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip export`."""
     parser.add_argument("export", metavar="EXPORT", help="folder of an exported model, or a repository on the Hub")
@@ -74,6 +98,7 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", default="scenes", help="captioned images to compare with PyTorch on")
     parser.add_argument("--images", type=int, default=200, metavar="N", help="compare on so many of them at most")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of an embedding's component")
+    declare_data(parser)
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -82,7 +107,8 @@ def run_export(args: argparse.Namespace) -> None:
     from .performance import keep_freed_memory
 
     keep_freed_memory()
-    print(describe(export_onnx(args.export, args.onnx, args.dataset, args.images, args.tolerance)))
+    report = export_onnx(args.export, args.onnx, args.dataset, args.images, args.tolerance, **data_options(args))
+    print(describe(report))
     for path in sorted(Path(args.onnx).iterdir()):
         print(f"{path.stat().st_size / 1e6:10.3f} MB  {path}")
 
@@ -199,17 +225,6 @@ def run_duplicates(args: argparse.Namespace) -> None:
     print(format_groups_json(index, groups) if args.json else format_groups(index, groups))
 
 
-# Flags of `miniclip eval` that go to `load_captions`, named there as in training: type and help.
-DATA_FLAGS: dict[str, tuple[type, str]] = {
-    "image_dir": (str, "folder of the images of a CSV, if not found beside it"),
-    "image_column": (str, "column that identifies the image (image)"),
-    "caption_column": (str, "column with the text (caption)"),
-    "revision": (str, "commit, branch or tag of a Hub data set"),
-    "validation_fraction": (float, "as in the training run, where the data set has no validation split (0.1)"),
-    "seed": (int, "as in the training run, where the data set has no validation split (0)"),
-}
-
-
 def declare_eval(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip eval`."""
     model = "an export, any CLIP of transformers, or open_clip:ARCHITECTURE/CHECKPOINT"
@@ -222,8 +237,7 @@ def declare_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class_names", metavar="JSON", help="file with the words for each class folder")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images a forward pass (32)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    for name, (kind, text) in DATA_FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
+    declare_data(parser)
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -237,8 +251,7 @@ def run_eval(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}")
     keep_freed_memory()
-    options = {name: getattr(args, name) for name in DATA_FLAGS if getattr(args, name) is not None}
-    data = load_eval_set(args.dataset, args.split, args.class_names, **options)
+    data = load_eval_set(args.dataset, args.split, args.class_names, **data_options(args))
     templates = args.templates or ["ensemble"]
     report = evaluate_model(
         args.model,

@@ -51,6 +51,7 @@ class MiniClipConfig(PreTrainedConfig):
         "text_model_output",
         "vision_model_output",
         "logit_scale",
+        "logit_bias",
     ]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="distilbert"),

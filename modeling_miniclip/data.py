@@ -731,6 +731,11 @@ def _image_keys(rows: "Dataset", image_column: str, where: str, split: str) -> t
 
 
 def find_image_column(rows: "Dataset", where: str, wanted: str) -> str:
+    """The column of images: `wanted`, or else the only one that holds any.
+
+    Raises:
+        DataError: there is none, or several; the columns of `where` are named.
+    """
     from datasets import Image
 
     candidates = [name for name, feature in rows.features.items() if isinstance(feature, Image)]

@@ -1,9 +1,10 @@
 """The package's own errors: each message says what is wrong, where, what was expected and how to mend it."""
 
+import difflib
 import errno
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
@@ -18,6 +19,12 @@ def printable(text: object) -> str:
         cat\x1b[2J\n.jpg
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of a sentence about an unknown name: the known one that is most like it, or `otherwise`."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else otherwise
 
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")

@@ -138,7 +138,10 @@ def text_tower_class(text_config: Any) -> type[PreTrainedModel]:
 
 
 def without_pooler(tower_class: type[PreTrainedModel]) -> dict[str, bool]:
-    # BERT's pooler would never get a gradient here, which DistributedDataParallel refuses.
+    """Arguments of a text tower that leave out its pooler, where it has one.
+
+    BERT's would never get a gradient here, which DistributedDataParallel refuses.
+    """
     takes_it = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
     return {"add_pooling_layer": False} if takes_it else {}
 

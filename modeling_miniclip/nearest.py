@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 HALF_MARGIN = 4e-3  # more than a cosine computed in half precision is off; what comes so close is computed again
-QUERY_BYTES = 64 << 20  # scores of several queries that are held at a time
 PROCESS = os.getpid()  # another one than this was forked
 LEAST_SELECTED = 0.3  # share of the rows from which computing all of them is faster than gathering them
 

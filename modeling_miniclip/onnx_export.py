@@ -80,7 +80,12 @@ ENCODERS = {
 
 
 def export_onnx(
-    source: str, folder: str | os.PathLike, dataset: str | os.PathLike, num_images: int, tolerance: float
+    source: str,
+    folder: str | os.PathLike,
+    dataset: str | os.PathLike,
+    num_images: int,
+    tolerance: float,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write a model for onnxruntime: one ONNX file per tower, what prepares their inputs, and an example.
 
@@ -92,6 +97,7 @@ def export_onnx(
         dataset: of the comparison, as in `load_captions`; its validation split is taken.
         num_images: of the comparison, at most; with all their captions.
         tolerance: largest difference of an embedding's component that passes.
+        options: others of `load_captions`.
 
     Returns:
         What `equality.json` holds, see [`compare`].
@@ -119,7 +125,7 @@ def export_onnx(
             f"{source}: its tokenizer is written in Python and cannot be saved as tokenizer.json; train with a text "
             "tower that has a fast one"
         )
-    split = load_captions(dataset)["validation"]
+    split = load_captions(dataset, **options)["validation"]
     rows = split.select(range(min(num_images, len(split))))
     with replaced_folder(target) as fresh:
         write_encoders(fresh, model, processor, rows)

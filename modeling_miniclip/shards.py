@@ -35,6 +35,7 @@ from .pages import encode_thumbnail
 from .performance import to_channels_last
 from .processing_miniclip import MiniClipProcessor, to_rgb
 from .sources import UNKNOWN, Item
+from .training import forward_inputs
 
 SHARD = 1024  # images that an interruption costs at most, in each process
 
@@ -188,8 +189,8 @@ class Encoding:
             return
         model, processor = self.tower
         pixels = torch.from_numpy(np.stack([prepared.pixels for prepared in batch if prepared.pixels is not None]))
-        inputs = processor.normalize(pixels.to(model.device)).contiguous(memory_format=torch.channels_last)
-        embeddings = model(pixel_values=inputs).image_embeds.float().cpu().numpy()
+        inputs = forward_inputs({"pixel_values": pixels}, processor, model.device)
+        embeddings = model(**inputs).image_embeds.float().cpu().numpy()
         if not np.isfinite(embeddings).all():
             raise MiniClipError(f"{self.manifest.model} gives embeddings that are no numbers (NaN): train it again")
         self.encoded += len(batch)

@@ -257,6 +257,20 @@ def test_augmentation_is_a_list_in_a_recipe_and_json_or_yaml_in_a_flag(recipe: A
     assert augmentation_list(parse_arguments(["--dataset=a"])) == DEFAULT_AUGMENTATION
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_augmented"),
+    [
+        (["--freeze=text"], True),
+        (["--freeze=vision"], False),
+        (["--freeze=both"], False),
+        (["--freeze=both", "--num_views=2"], True),
+        (["--freeze=both", '--augmentation=[{"name": "HorizontalFlip"}]'], True),
+    ],
+)
+def test_a_frozen_image_tower_gets_no_augmentation_unless_asked(flags: list[str], is_augmented: bool) -> None:
+    assert bool(augmentation_list(parse_arguments(["--dataset=a", *flags]))) is is_augmented
+
+
 def test_saved_arguments_are_a_recipe_that_repeats_the_run(tmp_path: Path) -> None:
     flags = {
         "vision_learning_rate": "1e-5", "mixed_precision": "no", "dataset_revision": "2024-01-01", "max_steps": "3",

@@ -562,7 +562,10 @@ def test_trainer_trains_saves_and_goes_on_as_if_it_had_not_stopped(tmp_path: Pat
     assert "AutoModelForZeroShotImageClassification" in config["auto_map"]
 
 
-def test_trainer_evaluates_the_loss_of_its_batches_and_hands_over_the_embeddings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss_type", ["softmax_sum", "sigmoid"])
+def test_trainer_evaluates_the_loss_of_its_batches_and_hands_over_the_embeddings(
+    tmp_path: Path, loss_type: str
+) -> None:
     seen: list[Any] = []
 
     def measure(prediction: Any) -> dict[str, float]:
@@ -570,7 +573,8 @@ def test_trainer_evaluates_the_loss_of_its_batches_and_hands_over_the_embeddings
         texts, images = map(torch.from_numpy, prediction.predictions)
         return {"rsum": retrieval_metrics(images, texts, range(8))["rsum"]}
 
-    model = fresh()
+    torch.manual_seed(0)
+    model = MiniClipModel(tiny_config(text_pooling="mean", loss_type=loss_type))
     trainer = make_trainer(model, tmp_path, compute_metrics=measure)
     found = trainer.evaluate()
     model.eval()

@@ -332,6 +332,28 @@ def test_errors_are_one_line(
     assert told.startswith("error: ") and message in told
 
 
+def test_images_outside_their_folder_are_measured_where_that_is_allowed(
+    models: Path, captioned_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (captioned_folder / "captions.csv").read_text().splitlines()
+    images = [row["image"] for row in csv.DictReader(lines)]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in set(images):
+        (captioned_folder / "Images" / name).rename(elsewhere / name)
+    with (tmp_path / "outside.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        writer.writerows([str(elsewhere / row["image"]), row["caption"]] for row in csv.DictReader(lines))
+    (tmp_path / "pictures").mkdir()
+    argv = ["eval", str(models / "mine"), str(tmp_path / "outside.csv"), "--split=train", "--json",
+            f"--image_dir={tmp_path / 'pictures'}", "--validation_fraction=0.2"]  # fmt: skip
+    assert cli(argv) == 1
+    assert "--allow_outside_images" in capsys.readouterr().err
+    assert cli([*argv, "--allow_outside_images"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["rsum"] > 0
+
+
 def test_an_earlier_result_is_replaced_and_other_files_are_not(
     models: Path, captioned_folder: Path, tmp_path: Path
 ) -> None:

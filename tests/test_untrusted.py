@@ -229,7 +229,7 @@ def test_a_token_is_in_no_message_of_another_library() -> None:
 # A message says how to mend what it tells: by an alternative, an expectation, a bound or a flag.
 MENDS = re.compile(
     r"; |--\w|expected|must|choose|at least|need|name |neither|exclude|install|lower|belongs to no flag|it has no|"
-    r"knows|again|advice|nearest|cause|hint|error"  # the last ones are names of what is put in
+    r"knows|again|advice|did_you_mean|cause|hint|error"  # the last ones are names of what is put in
 )
 # What passes on another message, which says so itself.
 PASSED_ON = re.compile(r"^[\s:.]*(error|problem|str|verdict)|^no model of|undecodable|\\1|^augmentation: .*: *error|"
