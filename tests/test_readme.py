@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from modeling_miniclip.arguments import flag_tables, parse_arguments
+from modeling_miniclip.arguments import flag_tables, parse_arguments, read_recipe
 from modeling_miniclip.cli import build_parser
 from tests.runs import ROOT, environment
 from tests.towers import save_towers
@@ -121,9 +121,16 @@ def test_reliability_is_that_of_the_recorded_figures_and_its_tests_are_there() -
     assert len(links) > 8 and all((ROOT / link).exists() for link in links)
 
 
-def test_recorded_demo_is_of_the_recipe_as_it_is() -> None:
-    lines = (ROOT / "benchmarks" / "demo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(lines[-1])["epoch"] == parse_arguments(["--recipe", "scenes"]).num_train_epochs
+@pytest.mark.parametrize(("run", "recipe"), [("demo", "scenes"), ("heads", "heads"), ("heads_then_full",) * 2])
+def test_recorded_runs_are_of_the_recipes_as_they_are(run: str, recipe: str) -> None:
+    recorded = read_recipe(ROOT / "benchmarks" / run / "arguments.yaml")
+    wanted = read_recipe(ROOT / "configuration" / "recipes" / f"{recipe}.yaml")
+    paths = {"dataset", "vision_model", "text_model", "model_name_or_path", "output_dir"}
+    assert {name: recorded[name] for name in wanted.keys() - paths} == {
+        name: value for name, value in wanted.items() if name not in paths
+    }
+    lines = (ROOT / "benchmarks" / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[-1])["epoch"] == wanted["num_train_epochs"]
 
 
 def test_no_photograph_is_in_the_repository() -> None:
