@@ -116,15 +116,7 @@ def export_onnx(
         raise UsageError(f"--onnx {target}: there is something already, and nothing is overwritten; name a new folder")
     if num_images < 1:
         raise UsageError(f"--images must be at least 1, not {num_images}")
-    try:
-        model, processor = load_export(source, "EXPORT")
-    except (HTTPError, OSError, ValueError, StrictDataclassError) as error:
-        raise ModelError(f"no model of {source}: {one_line(error)}") from error
-    if not processor.tokenizer.is_fast:
-        raise ModelError(
-            f"{source}: its tokenizer is written in Python and cannot be saved as tokenizer.json; train with a text "
-            "tower that has a fast one"
-        )
+    model, processor = _load_exportable(source)
     split = load_captions(dataset, **options)["validation"]
     rows = split.select(range(min(num_images, len(split))))
     with replaced_folder(target) as fresh:
@@ -141,6 +133,19 @@ def export_onnx(
         (fresh / "equality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         del runtime  # it holds the files open
     return report
+
+
+def _load_exportable(source: str) -> tuple[MiniClipModel, MiniClipProcessor]:
+    try:
+        model, processor = load_export(source, "EXPORT")
+    except (HTTPError, OSError, ValueError, StrictDataclassError) as error:
+        raise ModelError(f"no model of {source}: {one_line(error)}") from error
+    if not processor.tokenizer.is_fast:
+        raise ModelError(
+            f"{source}: its tokenizer is written in Python and cannot be saved as tokenizer.json; train with a text "
+            "tower that has a fast one"
+        )
+    return model, processor
 
 
 def write_encoders(folder: Path, model: MiniClipModel, processor: MiniClipProcessor, rows: Any) -> None:
