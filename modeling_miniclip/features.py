@@ -16,6 +16,7 @@ from .batches import CaptionRows, make_loader
 from .diagnostics import not_finite
 from .distributed import gather_rows
 from .feature_cache import FeatureTable, digest, digest_of_images, digest_of_weights
+from .folding import folded_batch_norms
 from .modeling_miniclip import MiniClipModel
 from .processing_miniclip import MiniClipProcessor
 from .training import forward_inputs
@@ -107,14 +108,15 @@ def frozen_image_features(
             features[batch["image_id"][decoded] - block.start] = pooled[decoded]
             yield features
 
-    tables = []
-    for view in range(views):
-        if rows.augmentation is not None:
-            transforms = rows.augmentation.to_dict()
-            depends_on["augmentation"] = {"draws": 2, "seed": rows.seed, "view": view, "transforms": transforms}
-        table = FeatureTable(cache_dir, depends_on, len(rows), model.vision_model.pooled_size, EVALUATION_BATCH)
-        title = "image features" if views == 1 else f"image features, view {view + 1} of {views}"
-        tables.append(_filled(table, partial(compute, view), accelerator, title))
+    tables, crop = [], rows.processor.image_processor.crop_size
+    with folded_batch_norms(model.vision_model, (crop["height"], crop["width"])):
+        for view in range(views):
+            if rows.augmentation is not None:
+                transforms = rows.augmentation.to_dict()
+                depends_on["augmentation"] = {"draws": 2, "seed": rows.seed, "view": view, "transforms": transforms}
+            table = FeatureTable(cache_dir, depends_on, len(rows), model.vision_model.pooled_size, EVALUATION_BATCH)
+            title = "image features" if views == 1 else f"image features, view {view + 1} of {views}"
+            tables.append(_filled(table, partial(compute, view), accelerator, title))
     return tables
 
 

@@ -144,6 +144,26 @@ def test_image_features_are_those_of_each_image_alone(tmp_path: Path, rows: Capt
         torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_batch_norms_are_folded_while_features_are_computed(
+    tmp_path: Path, rows: CaptionRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> torch.Tensor:
+        raise AssertionError("a batch norm was computed")
+
+    model = model_of()
+    plain = model.pool_images
+
+    def without_batch_norm(pixels: torch.Tensor) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.nn.functional, "batch_norm", refuse)
+            return plain(pixels)
+
+    monkeypatch.setattr(model, "pool_images", without_batch_norm)
+    image_features(model, rows, tmp_path / "cache")
+    with pytest.raises(AssertionError, match="batch norm"):
+        model.pool_images(torch.zeros(1, 3, PIXELS, PIXELS))
+
+
 def test_image_features_are_computed_once(
     tmp_path: Path, rows: CaptionRows, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
