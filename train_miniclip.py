@@ -700,6 +700,7 @@ def finish(run: Run) -> Path:
     from modeling_miniclip.reporting import say
 
     export_dir, progress = run.output_dir / "export", run.progress
+    image_features = run.validation_loader.dataset.vision_features
     run.train_loader = run.validation_loader = None  # ends their workers now; the garbage collector takes 5 s for each
     # What follows is the first process's alone: the others need not wait for drawing and uploading.
     run.accelerator.wait_for_everyone()
@@ -708,7 +709,7 @@ def finish(run: Run) -> Path:
         if bad := run.bad_images.describe():
             say(run.accelerator, bad)
         draw_curves(read_metrics(run.log.path), run.output_dir / "curves.png", progress.best_step)
-        draw_retrieval(run, export_dir)
+        draw_retrieval(run, export_dir, None if image_features is None else image_features[0])
         say(
             run.accelerator, f"best {run.arguments.best_metric} {progress.best_value:.4g} at step {progress.best_step}"
         )
@@ -718,15 +719,27 @@ def finish(run: Run) -> Path:
     return export_dir
 
 
-def draw_retrieval(run: Run, export_dir: Path) -> None:
-    """`retrieval.png`: validation captions with the images that the exported model, loaded again, finds for them."""
+def draw_retrieval(run: Run, export_dir: Path, image_features: Any) -> None:
+    """`retrieval.png`: validation captions with the images that the exported model, loaded again, finds for them.
+
+    A frozen image tower is not run again: its features (`[rows, width]`, else None) are there.
+    """
+    import torch
+
     from modeling_miniclip.modeling_miniclip import MiniClipModel
     from modeling_miniclip.plots import draw_matches, example_queries, match_rows
-    from modeling_miniclip.retrieval import encode_images, encode_texts
+    from modeling_miniclip.retrieval import encode_batches, encode_images, encode_texts
+
+    def project(features: list[Any]) -> Any:
+        return model(vision_pooler_output=torch.stack(features).to(model.device)).image_embeds
 
     model = MiniClipModel.from_pretrained(export_dir).to(run.accelerator.device)
-    split = run.validation.select(run.bad_images.good_rows("validation"))
-    images = encode_images(model, (row["image"] for row in split), run.processor, progress=False)
+    good = run.bad_images.good_rows("validation")
+    split = run.validation.select(good)
+    if image_features is None:
+        images = encode_images(model, (row["image"] for row in split), run.processor, progress=False)
+    else:
+        images = encode_batches(model, image_features[good], project, 256, "images", progress=False)
     queries = example_queries(list(split["captions"]), 6)
     texts = encode_texts(model, [text for _, text in queries], run.processor, progress=False)
     rows = match_rows(queries, texts @ images.T, lambda i: split[i]["image"].convert("RGB"))

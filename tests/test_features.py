@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+import train_miniclip
 from modeling_miniclip import feature_cache, features, load_captions
 from modeling_miniclip.batches import CaptionRows, build_augmentation
 from modeling_miniclip.errors import MiniClipError, UsageError
@@ -304,6 +305,24 @@ def test_views_need_a_frozen_tower_and_an_augmentation() -> None:
         parse_arguments(["--num_views=2"])
     with pytest.raises(UsageError, match="--num_views needs an augmentation"):
         parse_arguments(["--num_views=2", "--freeze=both", "--augmentation=[]"])
+
+
+def test_a_run_runs_the_frozen_image_tower_once_for_each_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images: list[int] = []
+    plain = MiniClipModel.pool_images
+
+    def counted(model: MiniClipModel, pixel_values: torch.Tensor, *args: Any) -> Any:
+        images.append(len(pixel_values))
+        return plain(model, pixel_values, *args)
+
+    monkeypatch.setattr(MiniClipModel, "pool_images", counted)
+    train_miniclip.main(flags(tmp_path, freeze="both"))
+    assert sum(images) == sum(
+        len(split) for split in load_captions(tmp_path / "scenes", validation_fraction=0.2).values()
+    )
+    assert (tmp_path / "run" / "retrieval.png").is_file()
 
 
 @pytest.mark.slow
