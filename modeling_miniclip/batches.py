@@ -6,11 +6,14 @@ that any number of processes trains on the same global batches.
 
 import inspect
 import math
+import os
 import random
 import re
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,6 +104,7 @@ def _build_transform(transform: dict[str, Any], image_size: tuple[int, int]) -> 
 # A row i that only keeps a process busy has the image id FILLER - i, which is negative.
 FILLER = -1
 BY_VALUE = 2**18  # bytes of a tensor
+SECONDS_BETWEEN_LOOKS = 2  # of a loader's process at whether the trainer lives
 READ_TOGETHER = 32  # image files that a loader's process holds undecoded
 
 
@@ -370,16 +374,25 @@ def make_loader(
         persistent_workers=num_workers > 0,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else each pass draws from the state of dropout, and resuming would differ
     )
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
+def _begin_worker(_: int) -> None:
+    Thread(target=_end_with_the_trainer, args=(os.getppid(),), daemon=True).start()
     # Ctrl-C, and a scheduler that ends a job, signal the whole process group. A dead worker would be an error within
     # the trainer's last step. At a second SIGTERM it dies: that one is the DataLoader's own.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def _end_with_the_trainer(trainer: int) -> None:
+    # The DataLoader lets its workers end too, but not before what they have prepared is in a pipe. Nobody empties
+    # that, and each keeps it open for the others: they would wait, and hold their memory, forever.
+    while os.getppid() == trainer:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
 
 
 # What a worker's end says, and what it means to the user.

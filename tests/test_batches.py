@@ -1,7 +1,12 @@
 """Tests of what makes a batch: its rows, its captions, augmentation, collation."""
 
+import os
 import pickle
+import signal
+import subprocess
+import sys
 from collections import Counter
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +26,7 @@ from modeling_miniclip.batches import (
     build_augmentation,
     make_loader,
 )
+from tests.runs import ROOT
 from tests.towers import CAPTIONS, PIXELS, tiny_processor
 
 SIZE = (PIXELS, PIXELS)
@@ -357,3 +363,27 @@ def test_a_batch_survives_the_way_between_processes_whatever_its_tensors_size():
     by_value, as_tensors = batch.__reduce__()[1]
     assert set(by_value) == {"input_ids", "image_id"}
     assert set(as_tensors) == {"pixel_values", "undecodable"}
+
+
+KILLED = """
+import os, signal, time
+from tests.test_batches import make_loader, tiny_processor, training_rows
+rows = training_rows(tiny_processor(), captions_per_image=None)
+batches = iter(make_loader(rows, [[(0, i % 10) for i in range(200)]] * 40, 2, prefetch_factor=8))
+print(next(batches)["input_ids"].nbytes, flush=True)
+time.sleep(2)  # by now the workers are ahead by more than a pipe takes
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_loader_processes_end_with_a_trainer_that_was_killed() -> None:
+    """They hold its standard output open: there is no end of it while one lives."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    trainer = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, start_new_session=True, **pipes)
+    try:
+        printed, errors = trainer.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(trainer.pid, signal.SIGKILL)
+    assert trainer.returncode == -signal.SIGKILL, errors.decode()
+    assert 2**16 < 8 * int(printed) and int(printed) <= BY_VALUE
