@@ -137,10 +137,11 @@ def test_each_recipe_is_accepted_and_says_how_it_is_run(path: Path) -> None:
     )
 
 
-def test_the_second_stage_goes_on_from_the_first_ones_export_with_its_pictures() -> None:
-    heads, full = (parse_arguments(["--recipe", name, "--dataset", "my.csv"]) for name in ("heads", "heads_then_full"))
-    assert Path(str(full.model_name_or_path)) == Path(heads.output_dir) / "export"
-    assert (full.image_size, full.crop_pct) == (heads.image_size, heads.crop_pct)
+@pytest.mark.parametrize("name", ["heads_then_full", "lit"])
+def test_the_second_stage_goes_on_from_the_first_ones_export_with_its_pictures(name: str) -> None:
+    heads, second = (parse_arguments(["--recipe", recipe, "--dataset", "my.csv"]) for recipe in ("heads", name))
+    assert Path(str(second.model_name_or_path)) == Path(heads.output_dir) / "export"
+    assert (second.image_size, second.crop_pct) == (heads.image_size, heads.crop_pct)
 
 
 def test_the_flickr8k_recipe_is_the_run_of_the_well_known_tutorial() -> None:
