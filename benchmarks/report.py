@@ -34,7 +34,8 @@ RUNS = {
         "`make demo` (recipe `scenes`): built-in scenes, tiny ResNet and DistilBERT from random weights", "loss"
     ),
     "heads": Recorded("recipe `heads`: Flickr8k, EfficientNet-Lite0 and all-MiniLM-L6-v2 frozen, heads trained"),
-    "heads_then_full": Recorded("recipe `heads_then_full`: on from there, both towers tuned", after="heads"),
+    "lit": Recorded("recipe `lit`: on from there, the text tower tuned too", after="heads"),
+    "heads_then_full": Recorded("recipe `heads_then_full`: on from `heads`, both towers tuned", after="heads"),
 }
 
 

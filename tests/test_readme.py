@@ -121,7 +121,10 @@ def test_reliability_is_that_of_the_recorded_figures_and_its_tests_are_there() -
     assert len(links) > 8 and all((ROOT / link).exists() for link in links)
 
 
-@pytest.mark.parametrize(("run", "recipe"), [("demo", "scenes"), ("heads", "heads"), ("heads_then_full",) * 2])
+RECORDED = {"demo": "scenes", "heads": "heads", "lit": "lit", "heads_then_full": "heads_then_full"}
+
+
+@pytest.mark.parametrize(("run", "recipe"), RECORDED.items())
 def test_recorded_runs_are_of_the_recipes_as_they_are(run: str, recipe: str) -> None:
     recorded = read_recipe(ROOT / "benchmarks" / run / "arguments.yaml")
     wanted = read_recipe(ROOT / "configuration" / "recipes" / f"{recipe}.yaml")
