@@ -201,7 +201,7 @@ def test_each_kind_is_told_once_and_not_before_its_time() -> None:
     assert len(lines) == 2 and "stuck" in lines[0] and "too low" in lines[0] and "bound" in lines[1]
 
 
-@pytest.mark.parametrize("recorded", ["demo", "heads", "lit", "heads_then_full"])
+@pytest.mark.parametrize("recorded", ["demo", "heads", "lit", "heads_then_full", "full"])
 def test_nothing_is_told_of_the_recorded_runs(recorded: str) -> None:
     lines: list[str] = []
     recipe = {"demo": "scenes"}.get(recorded, recorded)

@@ -121,7 +121,7 @@ def test_reliability_is_that_of_the_recorded_figures_and_its_tests_are_there() -
     assert len(links) > 8 and all((ROOT / link).exists() for link in links)
 
 
-RECORDED = {"demo": "scenes", "heads": "heads", "lit": "lit", "heads_then_full": "heads_then_full"}
+RECORDED = {"demo": "scenes", "heads": "heads", "lit": "lit", "heads_then_full": "heads_then_full", "full": "full"}
 
 
 @pytest.mark.parametrize(("run", "recipe"), RECORDED.items())
