@@ -78,7 +78,7 @@ format: $(VENV)/.installed-dev  ## let ruff format the code and order the import
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed-dev  ## write the generated parts of the Markdown files
-	$(BIN)/python -m modeling_miniclip.arguments
+	$(BIN)/python -m modeling_miniclip.training.arguments
 	$(BIN)/python benchmarks/report.py --write
 	$(BIN)/python benchmarks/reliability.py --write
 

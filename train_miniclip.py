@@ -23,9 +23,9 @@ from typing import Any
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no network call at import
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's processes are the parallelism
 
-from modeling_miniclip.arguments import TrainingArguments, checkpoint_interval, parse_arguments  # noqa: E402
 from modeling_miniclip.errors import DataError, MiniClipError, ModelError, UsageError, run_command  # noqa: E402
-from modeling_miniclip.ranks import own_rank  # noqa: E402
+from modeling_miniclip.training.arguments import TrainingArguments, checkpoint_interval, parse_arguments  # noqa: E402
+from modeling_miniclip.training.ranks import own_rank  # noqa: E402
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.arguments.ema_decay is not None:
-            from modeling_miniclip.averaging import AveragedWeights
+            from modeling_miniclip.training.ema import AveragedWeights
 
             self.averages = AveragedWeights(self.plain, self.arguments.ema_decay)
         steps = self.arguments.num_train_epochs * self.steps_per_epoch
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> Path:
             `--overfit_batch`: the loss did not reach zero. The disk became full: it says what is left.
         SystemExit: after SIGTERM, with code 143; a checkpoint was saved.
     """
-    from modeling_miniclip.run_folder import own_folder
+    from modeling_miniclip.training.output_dir import own_folder
 
     arguments = parse_arguments(argv)
     with own_folder(arguments):
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> Path:
 
 def run_to_the_end(arguments: TrainingArguments) -> Path:
     """What [`main`] does once the output folder is its own."""
-    from modeling_miniclip.batches import explained_workers
+    from modeling_miniclip.data.loader import explained_workers
 
     with explained_workers():
         run = prepare(arguments)
@@ -127,12 +127,12 @@ def run_to_the_end(arguments: TrainingArguments) -> Path:
 
 def prepare(arguments: TrainingArguments) -> Run:
     """Output folder, data, model, loaders, optimiser, schedule; a resumed run's state."""
-    from modeling_miniclip.bad_images import BadImages
-    from modeling_miniclip.checking import quick_look
-    from modeling_miniclip.checkpoints import Interrupt, MetricsLog, Progress
-    from modeling_miniclip.diagnostics import Diagnosis
-    from modeling_miniclip.reporting import StepMeter, data_for_card, describe_splits, say, split_sizes
-    from modeling_miniclip.training import build_scheduler
+    from modeling_miniclip.data.check import quick_look
+    from modeling_miniclip.training.bad_images import BadImages
+    from modeling_miniclip.training.checkpoints import Interrupt, MetricsLog, Progress
+    from modeling_miniclip.training.diagnostics import Diagnosis
+    from modeling_miniclip.training.optimizer import build_scheduler
+    from modeling_miniclip.training.reporting import StepMeter, data_for_card, describe_splits, say, split_sizes
 
     if arguments.overfit_batch:
         arguments = without_noise(arguments)
@@ -194,9 +194,9 @@ def prepare(arguments: TrainingArguments) -> Run:
 
 def begin(run: Run, checkpoint: Path | None) -> None:
     """From where: a checkpoint, or an empty output folder; from now on the run leaves its marks there."""
-    from modeling_miniclip.arguments import save_arguments
-    from modeling_miniclip.checkpoints import clear_output_dir
-    from modeling_miniclip.reporting import say
+    from modeling_miniclip.training.arguments import save_arguments
+    from modeling_miniclip.training.checkpoints import clear_output_dir
+    from modeling_miniclip.training.reporting import say
 
     arguments, accelerator = run.arguments, run.accelerator
     kept = (run.progress, run.scheduler, run.log, run.meter, run.bad_images, run.averages)
@@ -216,8 +216,8 @@ def begin(run: Run, checkpoint: Path | None) -> None:
 
 def resume(run: Run, checkpoint: Path) -> None:
     """Take over a checkpoint's state, and forget what an earlier start logged and saved behind it."""
-    from modeling_miniclip.checkpoints import check_resumed, drop_surplus, rewind_folders
-    from modeling_miniclip.reporting import say
+    from modeling_miniclip.training.checkpoints import check_resumed, drop_surplus, rewind_folders
+    from modeling_miniclip.training.reporting import say
 
     expected = replace(run.progress)
     try:
@@ -238,8 +238,8 @@ def resume(run: Run, checkpoint: Path) -> None:
 
 def prepare_places(arguments: TrainingArguments) -> tuple[Path, Path | None]:
     """The output folder, and the checkpoint to go on from; the repository of a push is created now."""
-    from modeling_miniclip import checkpoints
-    from modeling_miniclip.pushing import prepare_push
+    from modeling_miniclip.hub.push import prepare_push
+    from modeling_miniclip.training import checkpoints
 
     output_dir = Path(arguments.output_dir)
     if arguments.overfit_batch:
@@ -260,7 +260,7 @@ def build_accelerator(arguments: TrainingArguments, output_dir: Path) -> Any:
     from accelerate import Accelerator, PartialState
     from accelerate.utils import parse_flag_from_env, set_seed
 
-    from modeling_miniclip.performance import allow_tf32, best_mixed_precision, keep_freed_memory
+    from modeling_miniclip.utils.performance import allow_tf32, best_mixed_precision, keep_freed_memory
 
     keep_freed_memory()
     # Told to use the CPU, Accelerate joins its processes by gloo; left to find out, it trains each by itself.
@@ -283,7 +283,7 @@ def build_accelerator(arguments: TrainingArguments, output_dir: Path) -> Any:
 
 def load_splits(arguments: TrainingArguments) -> Any:
     """The data set's splits with one row per image, cut to `--max_train_images` and `--max_validation_images`."""
-    from modeling_miniclip.data import load_captions
+    from modeling_miniclip.data.captions import load_captions
 
     splits = load_captions(
         arguments.dataset or "scenes",
@@ -306,10 +306,10 @@ def build_model(arguments: TrainingArguments, accelerator: Any, splits: Any) -> 
     """Model on its device and processor, frozen towers marked, and a word on captions that will be cut."""
     from accelerate.utils import DistributedType
 
-    from modeling_miniclip import building
-    from modeling_miniclip.performance import compile_towers, to_channels_last
-    from modeling_miniclip.reporting import describe_model, say
-    from modeling_miniclip.training import TEXT_GROUPS, freeze_layers
+    from modeling_miniclip.training import build_model as building
+    from modeling_miniclip.training.optimizer import TEXT_GROUPS, freeze_layers
+    from modeling_miniclip.training.reporting import describe_model, say
+    from modeling_miniclip.utils.performance import compile_towers, to_channels_last
 
     captions = list(splits["train"]["captions"])
     model, processor = building.build_model(arguments, captions)
@@ -333,10 +333,10 @@ def build_loaders(
     arguments: TrainingArguments, accelerator: Any, model: Any, processor: Any, splits: Any
 ) -> tuple[Any, Any]:
     """Loaders of this process's share of the training and validation batches; frozen features are computed here."""
-    from modeling_miniclip import features
-    from modeling_miniclip.arguments import augmentation_list
-    from modeling_miniclip.batches import CaptionRows, GlobalBatches, build_augmentation, make_loader
-    from modeling_miniclip.feature_cache import default_cache_dir
+    from modeling_miniclip.data.loader import CaptionRows, GlobalBatches, build_augmentation, make_loader
+    from modeling_miniclip.training import features
+    from modeling_miniclip.training.arguments import augmentation_list
+    from modeling_miniclip.training.feature_cache import default_cache_dir
 
     cache_dir = Path(arguments.feature_cache_dir or default_cache_dir())
     crop, side = processor.image_processor.crop_size, arguments.train_image_size
@@ -368,7 +368,7 @@ def build_optimizer(model: Any, arguments: TrainingArguments, device: Any) -> An
     """AdamW over the trainable parameters, in one kernel on a GPU."""
     import torch
 
-    from modeling_miniclip.training import parameter_groups
+    from modeling_miniclip.training.optimizer import parameter_groups
 
     return torch.optim.AdamW(parameter_groups(model, arguments), fused=device.type == "cuda")
 
@@ -378,7 +378,7 @@ def build_optimizer(model: Any, arguments: TrainingArguments, device: Any) -> An
 
 def train(run: Run) -> None:
     """Epochs until the last step, early stopping or a signal; validation after each, checkpoints as asked for."""
-    from modeling_miniclip.reporting import say
+    from modeling_miniclip.training.reporting import say
 
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
     interval = checkpoint_interval(arguments)
@@ -421,8 +421,8 @@ def save(run: Run) -> None:
     Raises:
         MiniClipError: a weight is not finite.
     """
-    from modeling_miniclip.checkpoints import save_checkpoint
-    from modeling_miniclip.training import check_weights
+    from modeling_miniclip.training.checkpoints import save_checkpoint
+    from modeling_miniclip.training.optimizer import check_weights
 
     if run.saved == run.position:
         return
@@ -436,7 +436,7 @@ def train_epoch(run: Run) -> None:
     """The rest of the current epoch, one optimiser step a batch."""
     from tqdm.auto import tqdm
 
-    from modeling_miniclip import training
+    from modeling_miniclip.training import optimizer as training
 
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
     training.set_training_mode(run.plain, arguments.freeze, bool(arguments.freeze_batch_norm))
@@ -474,9 +474,9 @@ def take_step(run: Run, batch: dict[str, Any], images: int) -> None:
         batch: this process's share of the global batch.
         images: of the global batch.
     """
-    from modeling_miniclip import training
-    from modeling_miniclip.diagnostics import chance_loss
-    from modeling_miniclip.distributed import whole_tensor
+    from modeling_miniclip.training import optimizer as training
+    from modeling_miniclip.training.diagnostics import chance_loss
+    from modeling_miniclip.training.distributed import whole_tensor
 
     run.optimizer.zero_grad(set_to_none=True)
     loss = forward_and_backward(run, batch)
@@ -498,9 +498,9 @@ def forward_and_backward(run: Run, batch: dict[str, Any]) -> Any:
     """
     import torch
 
-    from modeling_miniclip.cached_gradients import backward_in_chunks, split_batch
-    from modeling_miniclip.distributed import global_contrastive_loss
-    from modeling_miniclip.training import forward_inputs
+    from modeling_miniclip.training.distributed import global_contrastive_loss
+    from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
+    from modeling_miniclip.training.optimizer import forward_inputs
 
     accelerator, chunk_size = run.accelerator, run.arguments.chunk_size
     chunks = [batch] if chunk_size is None else split_batch(batch, chunk_size, accelerator.device)
@@ -532,7 +532,7 @@ def forward_and_backward(run: Run, batch: dict[str, Any]) -> Any:
 
 def log_step(run: Run, values: dict[str, float], bar: Any) -> None:
     """A line of `metrics.jsonl`, the trackers, and the progress bar's postfix."""
-    from modeling_miniclip.distributed import whole_tensor
+    from modeling_miniclip.training.distributed import whole_tensor
 
     values["logit_scale"] = whole_tensor(run.plain.inverse_temperature()).item()
     run.log.write(run.progress.step, run.epoch, "train", values)
@@ -550,12 +550,12 @@ def validate(run: Run) -> bool:
     """
     from accelerate.utils import broadcast_object_list
 
-    from modeling_miniclip.diagnostics import not_finite
-    from modeling_miniclip.distributed import share_buffers, whole_tensor
-    from modeling_miniclip.evaluation import is_better, measure, recall_intervals
-    from modeling_miniclip.features import embed_split
-    from modeling_miniclip.performance import release_freed_memory
-    from modeling_miniclip.reporting import describe_validation, say
+    from modeling_miniclip.evaluation.metrics import is_better, measure, recall_intervals
+    from modeling_miniclip.training.diagnostics import not_finite
+    from modeling_miniclip.training.distributed import share_buffers, whole_tensor
+    from modeling_miniclip.training.features import embed_split
+    from modeling_miniclip.training.reporting import describe_validation, say
+    from modeling_miniclip.utils.performance import release_freed_memory
 
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
     start = time.perf_counter()
@@ -595,8 +595,8 @@ def validate(run: Run) -> bool:
 
 def export_best(run: Run, metrics: dict[str, float], intervals: dict[str, tuple[float, float]]) -> None:
     """Replace `export/` by the model as it is now, with its measured card; upload it if each best is to be."""
-    from modeling_miniclip.hub import export
-    from modeling_miniclip.reporting import arguments_for_card, command_for_card, say
+    from modeling_miniclip.hub.export import export
+    from modeling_miniclip.training.reporting import arguments_for_card, command_for_card, say
 
     arguments = run.arguments
     state_dict = run.accelerator.get_state_dict(run.model)  # by all processes: with FSDP each has but a part
@@ -621,8 +621,8 @@ def export_best(run: Run, metrics: dict[str, float], intervals: dict[str, tuple[
 
 def push_export(run: Run, folder: Path) -> None:
     """Upload the export and say where it is."""
-    from modeling_miniclip.pushing import push
-    from modeling_miniclip.reporting import say
+    from modeling_miniclip.hub.push import push
+    from modeling_miniclip.training.reporting import say
 
     message, arguments = f"Model of step {run.progress.best_step}", run.arguments
     url = push(folder, str(arguments.hub_model_id), arguments.hub_private_repo, message, arguments.hub_revision)
@@ -651,7 +651,7 @@ def without_noise(arguments: TrainingArguments) -> TrainingArguments:
 
 def first_batch(splits: Any, arguments: TrainingArguments) -> Any:
     """The splits with the training images of the first step alone, and one to validate, which is not looked at."""
-    from modeling_miniclip.batches import GlobalBatches
+    from modeling_miniclip.data.loader import GlobalBatches
 
     batch = next(iter(GlobalBatches(len(splits["train"]), arguments.batch_size, True, arguments.seed)))
     rows = {"train": [row for _, row in batch], "validation": [0]}
@@ -667,24 +667,24 @@ def overfit_batch(run: Run) -> Path:
     Raises:
         MiniClipError: it does not; with the likely cause.
     """
-    from modeling_miniclip import overfitting
-    from modeling_miniclip.reporting import say
+    from modeling_miniclip.training import overfit
+    from modeling_miniclip.training.reporting import say
 
     batch = next(iter(run.train_loader))
     lost = run.bad_images.lose("train", batch.pop("undecodable", []))
-    least, chance = overfitting.batch_bounds(batch, run.plain.config.loss_type, run.accelerator.device)
+    least, chance = overfit.batch_bounds(batch, run.plain.config.loss_type, run.accelerator.device)
     images = run.train_loader.batch_sampler.images_in(0) - lost
     if images == 0:
         raise DataError(f"none of the {lost} images of the first batch can be decoded; `miniclip check` names them")
-    run.steps_per_epoch = run.last_step = run.arguments.max_steps or overfitting.STEPS
-    run.log = log = overfitting.KeptLog()
-    run.train_loader = overfitting.RepeatedBatch(
-        batch, images, run.last_step, lambda: bool(log.lines) and log.lines[-1]["loss"] < least + overfitting.REACHED
+    run.steps_per_epoch = run.last_step = run.arguments.max_steps or overfit.STEPS
+    run.log = log = overfit.KeptLog()
+    run.train_loader = overfit.RepeatedBatch(
+        batch, images, run.last_step, lambda: bool(log.lines) and log.lines[-1]["loss"] < least + overfit.REACHED
     )
     run.diagnosis.tell = lambda line: None  # the verdict comes at the end
     say(run.accelerator, f"one batch of {images} images, at most {run.last_step} steps")
     train_epoch(run)
-    reached, verdict = overfitting.judge_overfit(log.lines, least, chance)
+    reached, verdict = overfit.judge_overfit(log.lines, least, chance)
     if not reached:
         raise MiniClipError(verdict)
     say(run.accelerator, verdict)
@@ -696,8 +696,8 @@ def overfit_batch(run: Run) -> Path:
 
 def finish(run: Run) -> Path:
     """Curves, a picture of what the exported model finds, the trackers' end, and the push."""
-    from modeling_miniclip.plots import draw_curves, read_metrics
-    from modeling_miniclip.reporting import say
+    from modeling_miniclip.training.reporting import say
+    from modeling_miniclip.utils.match_grid import draw_curves, read_metrics
 
     export_dir, progress = run.output_dir / "export", run.progress
     image_features = run.validation_loader.dataset.vision_features
@@ -726,9 +726,9 @@ def draw_retrieval(run: Run, export_dir: Path, image_features: Any) -> None:
     """
     import torch
 
+    from modeling_miniclip.inference.encode import encode_batches, encode_images, encode_texts
     from modeling_miniclip.modeling_miniclip import MiniClipModel
-    from modeling_miniclip.plots import draw_matches, example_queries, match_rows
-    from modeling_miniclip.retrieval import encode_batches, encode_images, encode_texts
+    from modeling_miniclip.utils.match_grid import draw_matches, example_queries, match_rows
 
     def project(features: list[Any]) -> Any:
         return model(vision_pooler_output=torch.stack(features).to(model.device)).image_embeds

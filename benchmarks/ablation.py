@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_miniclip.arguments import parse_arguments
 from modeling_miniclip.configuration_miniclip import LOSS_TYPES
-from modeling_miniclip.performance import release_freed_memory
+from modeling_miniclip.training.arguments import parse_arguments
+from modeling_miniclip.utils.performance import release_freed_memory
 from train_miniclip import prepare, train
 
 HERE = Path(__file__).resolve().parent

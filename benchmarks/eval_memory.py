@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from modeling_miniclip.evaluation import rank_keys
-from modeling_miniclip.performance import keep_freed_memory, release_freed_memory
+from modeling_miniclip.evaluation.metrics import rank_keys
+from modeling_miniclip.utils.performance import keep_freed_memory, release_freed_memory
 
 CAPTIONS, DIM, TOP, THREADS = 5, 256, 10, torch.get_num_threads()
 HEAD = f"""# Ranking without the matrix of similarities

@@ -36,9 +36,9 @@ import numpy as np
 import pyarrow as pa
 from eval_memory import resident
 
-from modeling_miniclip.image_index import BLOCK, SCHEMA, VERIFIED, ImageIndex, Manifest, write_index
-from modeling_miniclip.search_app import RESULTS
-from modeling_miniclip.searching import Query, embed_queries
+from modeling_miniclip.search.app import RESULTS
+from modeling_miniclip.search.index import BLOCK, SCHEMA, VERIFIED, ImageIndex, Manifest, write_index
+from modeling_miniclip.search.query import Query, embed_queries
 
 HERE = Path(__file__).resolve().parent
 FIGURES = HERE / "load.jsonl"
@@ -221,7 +221,7 @@ def measure_page(index: Path, args: argparse.Namespace) -> dict[str, Any]:
 def encode_and_look(export: str, files: list[Path], looks: tuple[int, ...]) -> list[float]:
     """MiB of this process when so many of the images have been asked for by `encode_images`."""
     from modeling_miniclip import MiniClipModel, encode_images
-    from modeling_miniclip.performance import keep_freed_memory
+    from modeling_miniclip.utils.performance import keep_freed_memory
 
     keep_freed_memory()
     seen: list[float] = []

@@ -29,10 +29,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from modeling_miniclip import retrieval_metrics
-from modeling_miniclip.arguments import TrainingArguments, augmentation_list, parse_arguments
-from modeling_miniclip.batches import build_augmentation
-from modeling_miniclip.building import build_model
-from modeling_miniclip.training import freeze_layers, parameter_groups, set_training_mode
+from modeling_miniclip.data.loader import build_augmentation
+from modeling_miniclip.training.arguments import TrainingArguments, augmentation_list, parse_arguments
+from modeling_miniclip.training.build_model import build_model
+from modeling_miniclip.training.optimizer import freeze_layers, parameter_groups, set_training_mode
 from train_miniclip import load_splits
 
 

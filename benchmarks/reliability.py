@@ -40,50 +40,52 @@ PROMISES = {
     "data": Promise(
         "A caption file, split file, recipe or flag ends in exactly the rows and values that it says, or in one line "
         "with file, row or key; nothing else, whatever is in it",
-        ("tests/test_fuzz_data.py",),
+        ("tests/data/test_fuzz_data.py",),
     ),
     "images": Promise(
         "An image of any mode and size and an array of any type become the same pixels as by Pillow alone, a damaged "
         "file an image or an error with its name; a text is embedded as if it were alone, however odd",
-        ("tests/test_fuzz_images.py",),
+        ("tests/inference/test_fuzz_images.py",),
     ),
     "exports": Promise(
         "An export loads as the model that was saved, or is told: one flipped bit in the weights is enough; pickles "
         "are not opened",
-        ("tests/test_fuzz_exports.py",),
+        ("tests/hub/test_fuzz_exports.py",),
     ),
     "index": Promise(
         "A damaged index gives the answers of the whole one, or is told with its folder: one flipped bit is enough",
-        ("tests/test_fuzz_index.py",),
+        ("tests/search/test_fuzz_index.py",),
     ),
     "concurrency": Promise(
         "An index gives many threads and forked processes the answers that it gives to one, and stays what it was "
         "when its folder is updated",
-        ("tests/test_concurrency.py",),
+        ("tests/search/test_concurrency.py",),
     ),
     "folders": Promise(
         "A folder that is replaced is the old or the new one, whole, whenever the process dies",
-        ("tests/test_files.py",),
+        ("tests/utils/test_files.py",),
     ),
     "kills": Promise(
         "A run killed at any moment keeps every complete checkpoint and export, and resumed ends with the bits of one "
         "that was not",
-        ("tests/test_kills.py", "tests/test_checkpoints.py"),
+        ("tests/training/test_kills.py", "tests/training/test_checkpoints.py"),
     ),
     "disk": Promise(
         "On a full or read-only disk a run says what is left, and ends the same once there is room; two runs never "
         "share a folder",
-        ("tests/test_run_folder.py",),
+        ("tests/training/test_output_dir.py",),
     ),
-    "processes": Promise("Two processes give the gradients and results of one", ("tests/test_distributed.py",)),
+    "processes": Promise(
+        "Two processes give the gradients and results of one", ("tests/training/test_distributed.py",)
+    ),
     "bad_images": Promise(
         "An undecodable image costs that image and nothing else, the same for any number of processes, after resuming "
         "and from cached features; too many end the run; a loader process that dies is told with the likely cause",
-        ("tests/test_bad_images.py",),
+        ("tests/training/test_bad_images.py",),
     ),
     "checks": Promise(
         "`miniclip check` finds each kind of problem at its row and reads on; the mended copy has none of them",
-        ("tests/test_checking.py",),
+        ("tests/data/test_check.py",),
     ),
     "untrusted": Promise(
         "Names stay in their folder, pickles are refused, YAML makes no objects, and neither a message nor a card "
@@ -92,7 +94,7 @@ PROMISES = {
     ),
     "trouble": Promise(
         "A loss that is not a number, one stuck at chance, collapsed embeddings: told, and no damaged state saved",
-        ("tests/test_diagnostics.py",),
+        ("tests/training/test_diagnostics.py",),
     ),
     "commands": Promise(
         "A command ends with code 2 where it has to be written otherwise, with 1 for any other failure, and tells it "
@@ -101,7 +103,7 @@ PROMISES = {
     ),
     "pushes": Promise(
         "A push that fails anywhere leaves the target as it was, and no token is told",
-        ("tests/test_pushing.py", "tests/test_hub.py", "tests/test_errors.py"),
+        ("tests/hub/test_push.py", "tests/hub/test_export.py", "tests/test_errors.py"),
     ),
 }
 LOADS = {

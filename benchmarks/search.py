@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from modeling_miniclip.approximate import FILE, ApproximateNeighbours, build_neighbours
-from modeling_miniclip.image_index import ImageIndex, map_embeddings, write_embeddings
-from modeling_miniclip.nearest import Neighbours
-from modeling_miniclip.searching import Query, embed_queries
+from modeling_miniclip.search.approximate import FILE, ApproximateNeighbours, build_neighbours
+from modeling_miniclip.search.exact import Neighbours
+from modeling_miniclip.search.index import ImageIndex, map_embeddings, write_embeddings
+from modeling_miniclip.search.query import Query, embed_queries
 
 K = 10
 BLOCK = 100_000  # rows drawn at a time

@@ -25,9 +25,9 @@ from plain_loop import PlainLoop
 
 import train_miniclip
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images
-from modeling_miniclip.arguments import TrainingArguments, augmentation_list, parse_arguments
-from modeling_miniclip.batches import CaptionRows, GlobalBatches, build_augmentation, make_loader
-from modeling_miniclip.performance import keep_freed_memory
+from modeling_miniclip.data.loader import CaptionRows, GlobalBatches, build_augmentation, make_loader
+from modeling_miniclip.training.arguments import TrainingArguments, augmentation_list, parse_arguments
+from modeling_miniclip.utils.performance import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 WARM_UP, STEPS = 4, 10  # steps of training

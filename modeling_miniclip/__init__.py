@@ -17,21 +17,21 @@ _MODULE_OF = {
     "sigmoid_loss": "modeling_miniclip",
     "symmetric_contrastive_loss": "modeling_miniclip",
     "MiniClipProcessor": "processing_miniclip",
-    "load_captions": "data",
-    "retrieval_metrics": "evaluation",
-    "encode_images": "retrieval",
-    "encode_texts": "retrieval",
-    "find_matches": "retrieval",
-    "keep_freed_memory": "performance",
-    "zero_shot_weights": "zero_shot",
-    "zero_shot_accuracy": "zero_shot",
-    "classify": "zero_shot",
-    "export": "hub",
-    "push": "pushing",
-    "ImageIndex": "image_index",
-    "EntryFilter": "entry_filter",
-    "update_index": "indexing",
-    "packaged_file": "resources",
+    "load_captions": "data.captions",
+    "retrieval_metrics": "evaluation.metrics",
+    "encode_images": "inference.encode",
+    "encode_texts": "inference.encode",
+    "find_matches": "inference.encode",
+    "keep_freed_memory": "utils.performance",
+    "zero_shot_weights": "evaluation.zero_shot",
+    "zero_shot_accuracy": "evaluation.zero_shot",
+    "classify": "evaluation.zero_shot",
+    "export": "hub.export",
+    "push": "hub.push",
+    "ImageIndex": "search.index",
+    "EntryFilter": "search.filters",
+    "update_index": "search.update",
+    "packaged_file": "utils.resources",
     "MiniClipError": "errors",
     "DataError": "errors",
     "ModelError": "errors",
@@ -42,31 +42,31 @@ __all__ = [*_MODULE_OF, "__version__"]
 
 if TYPE_CHECKING:
     from .configuration_miniclip import MiniClipConfig as MiniClipConfig
-    from .data import load_captions as load_captions
-    from .entry_filter import EntryFilter as EntryFilter
+    from .data.captions import load_captions as load_captions
     from .errors import DataError as DataError
     from .errors import MiniClipError as MiniClipError
     from .errors import ModelError as ModelError
     from .errors import UsageError as UsageError
-    from .evaluation import retrieval_metrics as retrieval_metrics
-    from .hub import export as export
-    from .image_index import ImageIndex as ImageIndex
-    from .indexing import update_index as update_index
+    from .evaluation.metrics import retrieval_metrics as retrieval_metrics
+    from .evaluation.zero_shot import classify as classify
+    from .evaluation.zero_shot import zero_shot_accuracy as zero_shot_accuracy
+    from .evaluation.zero_shot import zero_shot_weights as zero_shot_weights
+    from .hub.export import export as export
+    from .hub.push import push as push
+    from .inference.encode import encode_images as encode_images
+    from .inference.encode import encode_texts as encode_texts
+    from .inference.encode import find_matches as find_matches
     from .modeling_miniclip import MiniClipModel as MiniClipModel
     from .modeling_miniclip import MiniClipOutput as MiniClipOutput
     from .modeling_miniclip import contrastive_loss as contrastive_loss
     from .modeling_miniclip import sigmoid_loss as sigmoid_loss
     from .modeling_miniclip import symmetric_contrastive_loss as symmetric_contrastive_loss
-    from .performance import keep_freed_memory as keep_freed_memory
     from .processing_miniclip import MiniClipProcessor as MiniClipProcessor
-    from .pushing import push as push
-    from .resources import packaged_file as packaged_file
-    from .retrieval import encode_images as encode_images
-    from .retrieval import encode_texts as encode_texts
-    from .retrieval import find_matches as find_matches
-    from .zero_shot import classify as classify
-    from .zero_shot import zero_shot_accuracy as zero_shot_accuracy
-    from .zero_shot import zero_shot_weights as zero_shot_weights
+    from .search.filters import EntryFilter as EntryFilter
+    from .search.index import ImageIndex as ImageIndex
+    from .search.update import update_index as update_index
+    from .utils.performance import keep_freed_memory as keep_freed_memory
+    from .utils.resources import packaged_file as packaged_file
 
 
 def __getattr__(name: str) -> Any:

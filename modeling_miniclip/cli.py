@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EXIT_CODES, DataError, UsageError, run_command
-from .ranks import own_rank
+from .training.ranks import own_rank
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def declare_check(parser: argparse.ArgumentParser) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Print the report; the exit code is 1 where something is wrong."""
-    from .checking import check_command
+    from .data.check import check_command
 
     return check_command(args)
 
@@ -62,7 +62,7 @@ def declare_push(parser: argparse.ArgumentParser) -> None:
 
 def run_push(args: argparse.Namespace) -> None:
     """Upload an export and print the address of the commit."""
-    from .pushing import push
+    from .hub.push import push
 
     print(f"pushed: {push(args.export, args.repo_id, private=args.private, revision=args.revision)}")
 
@@ -103,8 +103,8 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """Write the ONNX files and print how far they are from PyTorch."""
-    from .onnx_export import describe, export_onnx
-    from .performance import keep_freed_memory
+    from .hub.onnx_export import describe, export_onnx
+    from .utils.performance import keep_freed_memory
 
     keep_freed_memory()
     report = export_onnx(args.export, args.onnx, args.dataset, args.images, args.tolerance, **data_options(args))
@@ -134,9 +134,9 @@ def declare_index(parser: argparse.ArgumentParser) -> None:
 
 def run_index(args: argparse.Namespace) -> None:
     """Bring an index up to date and tell what was done; images that could not be read end in exit code 1."""
-    from .indexing import update_index
-    from .performance import keep_freed_memory
-    from .sources import ColumnNames
+    from .data.sources import ColumnNames
+    from .search.update import update_index
+    from .utils.performance import keep_freed_memory
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what is encoded is kept
     keep_freed_memory()
@@ -180,8 +180,8 @@ def declare_search(parser: argparse.ArgumentParser) -> None:
 def run_search(args: argparse.Namespace) -> None:
     """Print what was found, and what took how long; write a page of it."""
     start = time.perf_counter()
-    from .entry_filter import EntryFilter
-    from .searching import Query, Timing, format_json, format_table, search_index
+    from .search.filters import EntryFilter
+    from .search.query import Query, Timing, format_json, format_table, search_index
 
     timing = Timing(imports=time.perf_counter() - start)
     if args.k < 1:
@@ -198,7 +198,7 @@ def run_search(args: argparse.Namespace) -> None:
         own = f"imports {timing.imports:.2f} s, load of the model {timing.load:.2f} s, search {timing.search:.3f} s"
         print(f"{len(matches)} of {len(index)} images; {own}")
     if args.html or args.open:
-        from .contact_sheet import write_contact_sheet
+        from .search.results_page import write_contact_sheet
 
         page = Path(args.html or tempfile.mkdtemp(prefix="miniclip-")) / ("" if args.html else "found.html")
         write_contact_sheet(page, index, str(query), matches)
@@ -217,8 +217,8 @@ def declare_duplicates(parser: argparse.ArgumentParser) -> None:
 
 def run_duplicates(args: argparse.Namespace) -> None:
     """Print groups of images that are the same or nearly so."""
-    from .duplicates import find_duplicates, format_groups, format_groups_json
-    from .image_index import ImageIndex
+    from .search.duplicates import find_duplicates, format_groups, format_groups_json
+    from .search.index import ImageIndex
 
     index = ImageIndex.open(args.index, verify=True)
     groups = find_duplicates(index, args.threshold, args.across_splits)
@@ -244,9 +244,9 @@ def run_eval(args: argparse.Namespace) -> None:
     """Measure and print the figures."""
     import json
 
-    from .eval_sets import load_eval_set
-    from .evaluating import describe_report, evaluate_model
-    from .performance import keep_freed_memory
+    from .evaluation.eval_sets import load_eval_set
+    from .evaluation.evaluate import describe_report, evaluate_model
+    from .utils.performance import keep_freed_memory
 
     if args.batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}")
@@ -274,7 +274,7 @@ def declare_app(parser: argparse.ArgumentParser) -> None:
 
 def run_app_command(args: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
-    from .search_app import run_app
+    from .search.app import run_app
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: its temporary folder is cleared away
     run_app(args.index, args.port, args.open)
@@ -290,7 +290,7 @@ def declare_space(parser: argparse.ArgumentParser) -> None:
 
 def run_space(args: argparse.Namespace) -> None:
     """Write the Space and tell how to try and to publish it."""
-    from .space_writer import write_space
+    from .search.space import write_space
 
     count = write_space(args.export, args.folder, args.images, args.title)
     print(f"{args.folder}: a Space with {count:,} images\n  try it:   python {args.folder}/app.py")

@@ -5,7 +5,7 @@ import evaluate
 import numpy
 import torch
 
-from modeling_miniclip.evaluation import retrieval_metrics
+from modeling_miniclip.evaluation.metrics import retrieval_metrics
 
 DESCRIPTION = """Recall at 1, 5, 10 in percent, median rank in both directions and rsum, the sum of the six recalls.
 All rows that were added are candidates; ties are resolved against the model."""

@@ -14,8 +14,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from tests.runs import shared_folder  # noqa: E402
-from tests.towers import CAPTIONS  # noqa: E402
+from tests.helpers.runs import shared_folder  # noqa: E402
+from tests.helpers.towers import CAPTIONS  # noqa: E402
 
 
 @pytest.fixture(scope="session")

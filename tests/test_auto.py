@@ -21,7 +21,7 @@ from transformers import (
 
 import modeling_miniclip
 from modeling_miniclip import MiniClipConfig, MiniClipModel, MiniClipProcessor
-from tests.towers import tiny_config, tiny_model, tiny_processor
+from tests.helpers.towers import tiny_config, tiny_model, tiny_processor
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAVELLING = ["configuration_miniclip", "modeling_miniclip", "processing_miniclip"]

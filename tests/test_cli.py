@@ -11,7 +11,7 @@ import pytest
 
 from modeling_miniclip.cli import COMMANDS, Command, cli
 from modeling_miniclip.errors import MiniClipError, ModelError, UsageError, run_command
-from tests.runs import ROOT, environment
+from tests.helpers.runs import ROOT, environment
 from train_miniclip import cli as train_cli
 
 

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import BertConfig, DistilBertConfig, TimmWrapperConfig, ViTConfig
 
 from modeling_miniclip import MiniClipConfig, MiniClipModel
-from tests.towers import TEXT, VISION, text_config, tiny_config, vision_config
+from tests.helpers.towers import TEXT, VISION, text_config, tiny_config, vision_config
 
 PAIRS = [(vision, "distilbert") for vision in VISION] + [("resnet", text) for text in TEXT if text != "distilbert"]
 

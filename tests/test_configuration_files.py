@@ -16,12 +16,12 @@ from accelerate.utils import DistributedType
 from PIL import Image
 
 from modeling_miniclip import MiniClipModel, packaged_file
-from modeling_miniclip.arguments import TrainingArguments, augmentation_list, parse_arguments
-from modeling_miniclip.batches import build_augmentation
-from modeling_miniclip.building import build_model, read_preset
-from tests.hubs import add_repository, local_hub, run
-from tests.runs import ROOT, metrics_of
-from tests.towers import CAPTIONS
+from modeling_miniclip.data.loader import build_augmentation
+from modeling_miniclip.training.arguments import TrainingArguments, augmentation_list, parse_arguments
+from modeling_miniclip.training.build_model import build_model, read_preset
+from tests.helpers.hubs import add_repository, local_hub, run
+from tests.helpers.runs import ROOT, metrics_of
+from tests.helpers.towers import CAPTIONS
 
 CONFIGURATION = ROOT / "configuration"
 LAUNCH_FILES = {path.stem: path for path in sorted((CONFIGURATION / "accelerate").glob("*.yaml"))}
@@ -180,7 +180,7 @@ def save_distilbert(folder: Path) -> dict[str, Path]:
     """`distilbert-base-uncased` with random weights and 30,522 rows, and a WordPiece vocabulary of the captions."""
     from transformers import DistilBertConfig, DistilBertModel
 
-    from modeling_miniclip.building import train_tokenizer
+    from modeling_miniclip.training.build_model import train_tokenizer
 
     DistilBertModel(DistilBertConfig()).save_pretrained(folder)
     tokenizer = train_tokenizer(CAPTIONS, 30522)

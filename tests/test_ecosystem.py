@@ -19,8 +19,8 @@ from transformers import AutoModel, TimmWrapperConfig, Trainer, TrainingArgument
 
 from modeling_miniclip import MiniClipConfig, MiniClipModel, export, retrieval_metrics
 from modeling_miniclip import modeling_miniclip as module
+from tests.helpers.towers import CAPTIONS, PIXELS, TEXT, text_config, tiny_config, tiny_model, tiny_processor
 from tests.test_model import shake, tiny_inputs
-from tests.towers import CAPTIONS, PIXELS, TEXT, text_config, tiny_config, tiny_model, tiny_processor
 
 PAIRS = [("resnet", "distilbert"), ("efficientnet", "bert"), ("convnext", "roberta"), ("vit", "modernbert"),
          ("swin", "t5"), ("resnet", "mpnet")]  # fmt: skip

@@ -15,10 +15,10 @@ from packaging.requirements import Requirement
 import modeling_miniclip
 import train_miniclip
 from modeling_miniclip.errors import UsageError
-from tests.hubs import run
-from tests.runs import ROOT
+from tests.helpers.hubs import run
+from tests.helpers.runs import ROOT
 
-MODULES = sorted((ROOT / "modeling_miniclip").glob("*.py"))
+MODULES = sorted((ROOT / "modeling_miniclip").rglob("*.py"))
 SCRIPTS = [*MODULES, ROOT / "train_miniclip.py"]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -61,7 +61,7 @@ def test_importing_the_package_loads_no_heavy_library_and_using_it_registers_the
 import os, sys
 before = dict(os.environ)
 import modeling_miniclip
-from modeling_miniclip.arguments import TrainingArguments
+from modeling_miniclip.training.arguments import TrainingArguments
 heavy = {"torch", "transformers", "timm", "datasets", "accelerate", "albumentations", "numpy"} & set(sys.modules)
 assert not heavy, heavy
 modeling_miniclip.MiniClipConfig

@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import pipeline
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, classify, export
-from tests.hubs import WITHOUT_PACKAGE, run
-from tests.towers import tiny_model, tiny_processor
+from tests.helpers.hubs import WITHOUT_PACKAGE, run
+from tests.helpers.towers import tiny_model, tiny_processor
 
 LABELS = ["red dog", "white boat on a blue lake", "child"]
 TEXTS = ["a red dog runs", "two children play with a yellow ball on the beach", "a boat"]

@@ -35,7 +35,7 @@ from transformers.image_utils import load_image
 
 from modeling_miniclip import MiniClipConfig, MiniClipProcessor
 from modeling_miniclip.processing_miniclip import image_processor_from_timm, max_text_length, to_rgb
-from tests.towers import CAPTIONS, PIXELS, TEXT, save_towers, text_config, tiny_processor, vision_config
+from tests.helpers.towers import CAPTIONS, PIXELS, TEXT, save_towers, text_config, tiny_processor, vision_config
 
 # Width and height: square, landscape, portrait, odd, large, and some that are next to nothing.
 SIZES = [(224, 224), (300, 200), (200, 300), (333, 257), (1200, 901), (1, 1), (50, 1), (3, 200), (3, 3), (40, 700)]

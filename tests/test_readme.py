@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from modeling_miniclip.arguments import flag_tables, parse_arguments, read_recipe
 from modeling_miniclip.cli import build_parser
-from tests.runs import ROOT, environment
-from tests.towers import save_towers
+from modeling_miniclip.training.arguments import flag_tables, parse_arguments, read_recipe
+from tests.helpers.runs import ROOT, environment
+from tests.helpers.towers import save_towers
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NEEDS_THE_HUB = "push("  # tests/test_hub.py pushes to a Hub of its own
+NEEDS_THE_HUB = "push("  # tests/hub/test_export.py pushes to a Hub of its own
 
 
 def blocks(language: str) -> list[str]:

@@ -14,17 +14,18 @@ import torch
 import yaml
 from PIL import Image
 
-from modeling_miniclip import DataError, MiniClipError, MiniClipModel, UsageError, arguments, load_captions
-from modeling_miniclip.arguments import TrainingArguments, parse_arguments
+from modeling_miniclip import DataError, MiniClipError, MiniClipModel, UsageError, load_captions
 from modeling_miniclip.cli import build_parser
 from modeling_miniclip.errors import one_line, printable
-from modeling_miniclip.hub import rename_card, write_card
-from modeling_miniclip.plots import MatchRow, draw_matches
-from modeling_miniclip.reporting import say
-from tests.runs import ROOT
-from tests.towers import save_towers, tiny_model
+from modeling_miniclip.hub.export import rename_card, write_card
+from modeling_miniclip.training.arguments import TrainingArguments, parse_arguments
+from modeling_miniclip.training.optimizer import arguments
+from modeling_miniclip.training.reporting import say
+from modeling_miniclip.utils.match_grid import MatchRow, draw_matches
+from tests.helpers.runs import ROOT
+from tests.helpers.towers import save_towers, tiny_model
 
-SOURCES = [*sorted((ROOT / "modeling_miniclip").glob("*.py")), ROOT / "train_miniclip.py"]
+SOURCES = [*sorted((ROOT / "modeling_miniclip").rglob("*.py")), ROOT / "train_miniclip.py"]
 HOSTILE = 'x\x1b]0;owned\x07\n# Title "` <img src=x onerror=alert(1)> | \u202egnp.exe'
 
 
@@ -57,7 +58,7 @@ def test_no_source_runs_what_it_reads(path: Path) -> None:
             for keyword in node.keywords:
                 on = keyword.arg in ("trust_remote_code", "allow_pickle", "shell") and ast.unparse(keyword.value)
                 # A push loads what it has just uploaded itself, as its readers will.
-                assert on in (False, "False") or path.name == "verification.py", (path, node.lineno)
+                assert on in (False, "False") or path.name == "verify_upload.py", (path, node.lineno)
 
 
 def test_the_loader_of_yaml_is_a_safe_one() -> None:

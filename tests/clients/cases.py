@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images, encode_texts, load_captions
-from tests.runs import flags, shared_folder, write_preset, write_scene_folder
+from tests.helpers.runs import flags, shared_folder, write_preset, write_scene_folder
 from train_miniclip import main
 
 VALIDATION_FRACTION = 0.5  # of the scenes

@@ -15,7 +15,7 @@ from pgvector.psycopg import register_vector
 from qdrant_client import QdrantClient
 from qdrant_client.models import Distance, FieldCondition, Filter, MatchValue, VectorParams
 
-from modeling_miniclip.image_index import SCHEMA, ImageIndex, Manifest, write_index
+from modeling_miniclip.search.index import SCHEMA, ImageIndex, Manifest, write_index
 
 ROWS, DIM, DATE = 400, 16, datetime(2024, 7, 14, 18, 30)
 

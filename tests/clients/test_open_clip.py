@@ -9,12 +9,12 @@ import torch
 from torch.nn.functional import normalize
 
 from modeling_miniclip import export, retrieval_metrics
-from modeling_miniclip.clip_encoders import open_encoder
 from modeling_miniclip.errors import UsageError
-from modeling_miniclip.eval_sets import load_eval_set
-from modeling_miniclip.evaluating import evaluate_model
-from tests.runs import write_scene_folder
-from tests.towers import tiny_model, tiny_processor
+from modeling_miniclip.evaluation.encoders import open_encoder
+from modeling_miniclip.evaluation.eval_sets import load_eval_set
+from modeling_miniclip.evaluation.evaluate import evaluate_model
+from tests.helpers.runs import write_scene_folder
+from tests.helpers.towers import tiny_model, tiny_processor
 
 CONFIG = {
     "embed_dim": 16,

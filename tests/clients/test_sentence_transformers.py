@@ -11,8 +11,8 @@ from PIL import Image
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images, encode_texts
 from tests.clients.cases import Case
-from tests.hubs import WITHOUT_PACKAGE, run
-from tests.runs import ROOT
+from tests.helpers.hubs import WITHOUT_PACKAGE, run
+from tests.helpers.runs import ROOT
 
 # Batches of another size than the package's own, and sorted by length: sums are taken in another order.
 TOLERANCE = 1e-5

@@ -9,8 +9,8 @@ import torch
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, export
 from tests.clients.cases import Case
+from tests.helpers.towers import PIXELS, VISION, tiny_model, tiny_processor
 from tests.test_readme import blocks
-from tests.towers import PIXELS, VISION, tiny_model, tiny_processor
 
 
 def towers_of(folder: Path, monkeypatch: pytest.MonkeyPatch, text: bool = False) -> dict[str, Any]:

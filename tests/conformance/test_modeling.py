@@ -19,7 +19,7 @@ from transformers_tests.test_training_mixin import TrainingTesterMixin
 from modeling_miniclip import MiniClipConfig
 from modeling_miniclip.modeling_miniclip import MiniClipModel
 from tests.conformance.skips import FAILING, SWITCHED_OFF
-from tests.towers import PIXELS, tiny_config
+from tests.helpers.towers import PIXELS, tiny_config
 
 
 class TextTowerOutput(MiniClipModel):
@@ -33,7 +33,7 @@ class TinyModels:
     """Configurations and inputs, with the attributes by which the tests ask for sizes."""
 
     batch_size, seq_length = 4, 7
-    num_hidden_layers, num_attention_heads, hidden_size = 2, 4, 32  # of every text tower in tests/towers.py
+    num_hidden_layers, num_attention_heads, hidden_size = 2, 4, 32  # of every text tower in tests/helpers/towers.py
     is_training = True
 
     def __init__(self, vision: str, text: str, **fields: Any):

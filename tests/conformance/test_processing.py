@@ -7,7 +7,7 @@ from unittest.mock import patch
 from transformers_tests.test_processing_common import ProcessorTesterMixin
 
 from modeling_miniclip import MiniClipProcessor
-from tests.towers import tiny_processor
+from tests.helpers.towers import tiny_processor
 
 
 class MiniClipProcessorTest(ProcessorTesterMixin, unittest.TestCase):

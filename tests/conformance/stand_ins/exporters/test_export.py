@@ -1,4 +1,4 @@
-"""Stand-in: upstream's tests of its exporters; tests/test_onnx.py has those of this project."""
+"""Stand-in: upstream's tests of its exporters; tests/hub/test_onnx_export.py has those of this project."""
 
 
 class ExportTesterMixin:

@@ -1,0 +1,1 @@
+"""Any source of captioned images: one row per image with its captions, checks, augmentation, batches."""

@@ -1,0 +1,1 @@
+"""Retrieval and zero-shot metrics, evaluation sets, other CLIPs as baselines."""

@@ -1,0 +1,186 @@
+"""Any CLIP that is installed behind one interface: a MiniCLIP export, a CLIP of transformers, or one of open_clip."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ..configuration_miniclip import MiniClipConfig
+from ..errors import MiniClipError, ModelError, UsageError, one_line
+from ..inference.encode import encode_batches, encode_images, encode_texts, open_image
+from ..modeling_miniclip import MiniClipModel
+from ..processing_miniclip import MiniClipProcessor
+from ..training.build_model import load_export
+
+OPEN_CLIP = "open_clip:"
+# Trained with every text padded to the same length, which they therefore need (transformers' docs of SigLIP).
+PADDED_TO_FULL = frozenset({"siglip", "siglip2"})
+LONGEST_TEXT = 512  # tokens, where neither model nor tokenizer names a limit
+
+
+class ClipEncoder(Protocol):
+    """Two towers into one space; embeddings are unit norm, float32, `[n, dim]`, on the CPU."""
+
+    def encode_images(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
+        """Embeddings of whatever [`open_image`][modeling_miniclip.inference.encode.open_image] takes."""
+        ...
+
+    def encode_texts(self, texts: list[str], batch_size: int, progress: bool) -> Tensor:
+        """Embeddings of texts; what is too long is cut."""
+        ...
+
+
+@dataclass
+class MiniClipEncoder:
+    """An export of this package."""
+
+    model: MiniClipModel
+    processor: MiniClipProcessor
+
+    def encode_images(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
+        return encode_images(self.model, images, self.processor, batch_size, progress)
+
+    def encode_texts(self, texts: list[str], batch_size: int, progress: bool) -> Tensor:
+        return encode_texts(self.model, texts, self.processor, batch_size, progress)
+
+
+@dataclass
+class TransformersEncoder:
+    """A model of transformers with `get_image_features` and `get_text_features`."""
+
+    model: Any
+    processor: Any
+
+    def encode_images(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
+        def embed(batch: list[Any]) -> Tensor:
+            inputs = self.processor(images=[open_image(image) for image in batch], return_tensors="pt")
+            return _features(self.model.get_image_features(**inputs.to(self.model.device)))
+
+        return encode_batches(self.model, images, embed, batch_size, "images", progress)
+
+    def encode_texts(self, texts: list[str], batch_size: int, progress: bool) -> Tensor:
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", LONGEST_TEXT)
+        rules = {
+            "padding": "max_length" if self.model.config.model_type in PADDED_TO_FULL else True,
+            "truncation": True,
+            "max_length": min(positions, self.processor.tokenizer.model_max_length),
+        }
+
+        def embed(batch: list[str]) -> Tensor:
+            inputs = self.processor(text=batch, return_tensors="pt", **rules)
+            return _features(self.model.get_text_features(**inputs.to(self.model.device)))
+
+        return encode_batches(self.model, texts, embed, batch_size, "texts", progress)
+
+
+@dataclass
+class OpenClipEncoder:
+    """A model of open_clip with its own preprocessing and tokenizer."""
+
+    model: nn.Module
+    transform: Any
+    tokenizer: Any
+    device: torch.device
+
+    def encode_images(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
+        def embed(batch: list[Any]) -> Tensor:
+            pixels = torch.stack([self.transform(open_image(image)) for image in batch])
+            return normalize(self.model.encode_image(pixels.to(self.device)), dim=-1)  # type: ignore[operator]
+
+        return encode_batches(self.model, images, embed, batch_size, "images", progress)
+
+    def encode_texts(self, texts: list[str], batch_size: int, progress: bool) -> Tensor:
+        def embed(batch: list[str]) -> Tensor:
+            ids = self.tokenizer(batch).to(self.device)
+            return normalize(self.model.encode_text(ids), dim=-1)  # type: ignore[operator]
+
+        return encode_batches(self.model, texts, embed, batch_size, "texts", progress)
+
+
+def open_encoder(source: str, flag: str) -> ClipEncoder:
+    """Load a model in float32 onto the accelerator, if there is one.
+
+    Args:
+        source: folder of a MiniCLIP export; folder or Hub repository of any CLIP of transformers (CLIP, SigLIP, ...);
+            or `open_clip:ARCHITECTURE/CHECKPOINT`, the checkpoint being a name that open_clip knows or a file.
+        flag: that named it, for the errors.
+
+    Raises:
+        ModelError: there is no such model, it does not load, or it does not embed both images and texts.
+        MiniClipError: open_clip is not installed.
+        UsageError: `open_clip:` without the names that follow it.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if source.startswith(OPEN_CLIP):
+        return _open_clip(source, flag, device)
+    try:
+        return _of_transformers(source, flag, device)
+    except MiniClipError:
+        raise
+    except (HTTPError, OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"{flag} {source}: no model that can be loaded: {one_line(error)}") from error
+
+
+def _of_transformers(source: str, flag: str, device: torch.device) -> ClipEncoder:
+    from transformers import AutoConfig, AutoModel, AutoProcessor
+
+    from .. import auto  # noqa: F401  (from now on an export loads without its own code)
+
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        inner = Path(source) / "export"
+        hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
+        raise ModelError(f"{flag} {source}: this folder has no config.json{hint}")
+    if AutoConfig.from_pretrained(source).model_type == MiniClipConfig.model_type:
+        model, processor = load_export(source, flag)
+        return MiniClipEncoder(model.to(device), processor)
+    other, info = AutoModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
+    if not (hasattr(other, "get_image_features") and hasattr(other, "get_text_features")):
+        raise ModelError(
+            f"{flag} {source}: {type(other).__name__} does not embed images and texts; expected a CLIP, for instance "
+            "an export, openai/clip-vit-base-patch32 or google/siglip-base-patch16-224"
+        )
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"]))
+        raise ModelError(f"{flag} {source} lacks weights: {missing}; choose a model that is whole")
+    return TransformersEncoder(other.to(device).eval(), AutoProcessor.from_pretrained(source))
+
+
+def _features(output: Any) -> Tensor:
+    # A tensor up to transformers 4, an output with the embedding as `pooler_output` from 5 on.
+    return normalize(output if isinstance(output, Tensor) else output.pooler_output, dim=-1)
+
+
+def _open_clip(source: str, flag: str, device: torch.device) -> ClipEncoder:
+    architecture, _, checkpoint = source.removeprefix(OPEN_CLIP).partition("/")
+    if not architecture or not checkpoint:
+        raise UsageError(
+            f"{flag} {source}: expected {OPEN_CLIP}ARCHITECTURE/CHECKPOINT, for instance "
+            f"{OPEN_CLIP}ViT-B-32/laion2b_s34b_b79k or {OPEN_CLIP}ViT-B-32/my/epoch_30.pt"
+        )
+    if find_spec("open_clip") is None:
+        raise MiniClipError(f"{flag} {source}: open_clip is not installed: pip install open-clip-torch")
+    open_clip = import_module("open_clip")  # of the user's choice: neither a dependency nor an extra
+    if architecture not in open_clip.list_models():
+        raise UsageError(
+            f"{flag} {source}: open_clip has no architecture {architecture!r}; see open_clip.list_models()"
+        )
+    known = open_clip.list_pretrained_tags_by_model(architecture)
+    if checkpoint not in known and not os.path.isfile(checkpoint):
+        names = ", ".join(known) or "none"
+        raise ModelError(
+            f"{flag} {source}: {checkpoint!r} is neither a file nor a checkpoint of it, which are: {names}"
+        )
+    try:
+        model, transform = open_clip.create_model_from_pretrained(architecture, pretrained=checkpoint)
+        tokenizer = open_clip.get_tokenizer(architecture)
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{flag} {source}: open_clip does not load it: {one_line(error)}") from error
+    return OpenClipEncoder(model.to(device).float().eval(), transform, tokenizer, device)

@@ -1,0 +1,230 @@
+"""`miniclip eval`: a model, perhaps beside another one, on one split; figures, every query, and its worst failures."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from ..errors import UsageError
+from ..utils.files import replaced_folder
+from ..utils.html import table
+from .encoders import ClipEncoder, open_encoder
+from .eval_sets import EvalSet
+from .failure_page import failure_page
+from .metrics import Ranking, metrics_of_ranks, named_intervals, rank_keys, resampled_recalls
+from .zero_shot import ensemble_weights
+
+RESULTS = 10  # first results that are kept of each query
+FILES = ("metrics.json", "queries.parquet", "failures.html")
+ROWS = 10_000  # of the Parquet file that are in memory at a time
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model does with a set: the ranking of each direction's queries, and bootstrap samples of its recalls."""
+
+    rankings: dict[str, Ranking]
+    metrics: dict[str, float]
+    recalls: Tensor  # [samples, recalls] in percent
+
+
+def evaluate_model(
+    model: str,
+    data: EvalSet,
+    baseline: str | None = None,
+    output_dir: str | os.PathLike | None = None,
+    templates: str | Sequence[str] = "ensemble",
+    batch_size: int = 32,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measure a model, or two on the same queries.
+
+    Args:
+        model: as [`open_encoder`][modeling_miniclip.evaluation.encoders.open_encoder] takes it.
+        data: of [`load_eval_set`][modeling_miniclip.evaluation.eval_sets.load_eval_set].
+        baseline: another model.
+        output_dir: for `metrics.json` (what is returned), `queries.parquet` (every query, see [`query_rows`]) and
+            `failures.html`; the folder appears complete or not at all.
+        templates: of a classification, as in `zero_shot_weights`.
+        batch_size: images a forward pass.
+        progress: show progress bars.
+
+    Returns:
+        `model`, `dataset`, `split`, `images`, `texts`, `metrics` (recalls in percent, median ranks, `rsum`), their
+        95 % `intervals` of a bootstrap over images; with a baseline also `baseline`, its `baseline_metrics` and
+        `baseline_intervals`, the `difference` of the recalls (model minus baseline) and, by the paired bootstrap, its
+        `difference_intervals`.
+
+    Raises:
+        ModelError: a model does not load.
+        UsageError: the output folder holds something else.
+        DataError: an image cannot be read.
+    """
+    target = None if output_dir is None else _checked_target(Path(output_dir))
+    named = [("MODEL", model)] + ([("--baseline", baseline)] if baseline is not None else [])
+    encoders = [open_encoder(name, flag) for flag, name in named]  # both, before the long work with the first
+    ours, *theirs = [_measure(encoder, data, templates, batch_size, progress) for encoder in encoders]
+    names = [data.metric(direction, k) for direction in data.directions for k in data.at]
+    report = {
+        "model": model,
+        "dataset": data.name,
+        "split": data.split,
+        "images": len(data.image_ids),
+        "texts": len(data.texts),
+        "metrics": ours.metrics,
+        "intervals": _intervals(names, ours.recalls, data),
+    }
+    for other in theirs:
+        report |= {"baseline": baseline, **_comparison(ours, other, names, data)}
+    if target is not None:
+        others = theirs[0].rankings if theirs else {}
+        with replaced_folder(target) as fresh:
+            (fresh / FILES[0]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            write_queries(fresh / FILES[1], data, ours.rankings, others)
+            gallery = failure_page(report, data, ours.rankings, table(*table_of(report)))
+            (fresh / FILES[2]).write_text(gallery, encoding="utf-8")
+    return report
+
+
+def _checked_target(folder: Path) -> Path:
+    """A folder that is new, empty, or holds what an earlier call wrote."""
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if folder.is_file() or not set(there) <= set(FILES):
+        raise UsageError(f"--output_dir {folder}: there is something else already; name a new folder")
+    return folder
+
+
+def _measure(
+    encoder: ClipEncoder, data: EvalSet, templates: str | Sequence[str], batch_size: int, progress: bool
+) -> Measured:
+    def encode(texts: list[str]) -> Tensor:
+        return encoder.encode_texts(texts, 4 * batch_size, progress)
+
+    # Texts first: they are quick, and a wrong template is told before the images.
+    texts = ensemble_weights(encode, data.texts, templates) if data.is_classification else encode(data.texts)
+    images = encoder.encode_images(data.images, batch_size, progress)
+    rankings = {}
+    for direction in data.directions:
+        queries, keys = (texts, images) if direction == "text_to_image" else (images, texts)
+        (_, query_group), (_, key_group) = data.sides(direction)
+        rankings[direction] = rank_keys(queries, keys, query_group, key_group, RESULTS)
+    rank_of = {direction: ranking.rank for direction, ranking in rankings.items()}
+    if data.is_classification:
+        (rank,) = rank_of.values()
+        metrics = {f"top-{k}": 100 * (rank <= k).double().mean().item() for k in data.at}
+    else:
+        metrics = metrics_of_ranks(rank_of)
+    image_of = {direction: data.image_of_query(direction) for direction in data.directions}
+    return Measured(rankings, metrics, resampled_recalls(rank_of, image_of, len(images), data.at))
+
+
+def _intervals(names: list[str], recalls: Tensor, data: EvalSet) -> dict[str, tuple[float, float]]:
+    return named_intervals(names, recalls, None if data.is_classification else "rsum")
+
+
+def _comparison(ours: Measured, theirs: Measured, recalls: list[str], data: EvalSet) -> dict[str, Any]:
+    intervals = _intervals(recalls, ours.recalls - theirs.recalls, data)
+    return {
+        "baseline_metrics": theirs.metrics,
+        "baseline_intervals": _intervals(recalls, theirs.recalls, data),
+        "difference": {key: ours.metrics[key] - theirs.metrics[key] for key in intervals},
+        "difference_intervals": intervals,
+    }
+
+
+def describe_report(report: dict[str, Any]) -> str:
+    """A report of [`evaluate_model`] as a table of text."""
+    head, rows = table_of(report)
+    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+    lines = [
+        f"{report['dataset']}, {report['split']}: {report['images']:,} images, {report['texts']:,} texts",
+        *(
+            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+            for cells in ([*zip(line, widths, strict=True)] for line in (head, *rows))
+        ),
+        "in brackets: 95 % of bootstrap samples of the images",
+    ]
+    return "\n".join(lines)
+
+
+def table_of(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of a report."""
+    sides = [("metrics", "intervals", report["model"], ".1f")]
+    if "baseline" in report:
+        sides += [
+            ("baseline_metrics", "baseline_intervals", report["baseline"], ".1f"),
+            ("difference", "difference_intervals", "difference", "+.1f"),
+        ]
+    rows = []
+    for metric in report["metrics"]:
+        cells = (_cell(report[values], report[spans], metric, form) for values, spans, _, form in sides)
+        rows.append([metric.replace("_", " "), *cells])
+    return ["", *(name for *_, name, _ in sides)], rows
+
+
+def _cell(values: dict[str, float], intervals: dict[str, tuple[float, float]], metric: str, form: str) -> str:
+    text = f"{values[metric]:{form}}" if metric in values else ""
+    if metric in intervals:
+        low, high = intervals[metric]
+        text += f" [{low:{form}}, {high:{form}}]"
+    return text
+
+
+def query_rows(data: EvalSet, rankings: dict[str, Ranking], others: dict[str, Ranking]) -> Iterator[dict[str, Any]]:
+    """Every query with what was found for it, as `queries.parquet` holds it.
+
+    Columns: `direction`; `query` (the text, or the image's id); `image_id` (of the image that the query is or belongs
+    to); `right` (the right image's id, the first right caption, or the class); `rank` of the best right answer among
+    all candidates and its `score`; `baseline_rank`, where there is a baseline; `results`, the first answers with
+    `answer`, `score` and whether it `is_right`.
+    """
+    for direction, ranking in rankings.items():
+        (queries, query_groups), (answers, answer_groups) = data.sides(direction)
+        query_group, answer_group = query_groups.tolist(), answer_groups.tolist()
+        first_of: dict[int, str] = {}
+        for group, answer in zip(answer_group, answers, strict=True):
+            first_of.setdefault(group, answer)
+        image_of = data.image_of_query(direction).tolist()
+        ranks, right_scores = ranking.rank.tolist(), ranking.right_score.tolist()
+        for i, query in enumerate(queries):
+            found = zip(ranking.indices[i].tolist(), ranking.scores[i].tolist(), strict=True)
+            yield {
+                "direction": direction,
+                "query": query,
+                "image_id": data.image_ids[image_of[i]],
+                "right": first_of[query_group[i]],
+                "rank": ranks[i],
+                "score": right_scores[i],
+                "baseline_rank": others[direction].rank[i].item() if direction in others else None,
+                "results": [
+                    {"answer": answers[j], "score": score, "is_right": answer_group[j] == query_group[i]}
+                    for j, score in found
+                ],
+            }
+
+
+def write_queries(
+    path: Path, data: EvalSet, rankings: dict[str, Ranking], others: dict[str, Ranking] | None = None
+) -> None:
+    """Write [`query_rows`] as Parquet, some rows at a time."""
+    result = pa.struct({"answer": pa.string(), "score": pa.float32(), "is_right": pa.bool_()})
+    columns = {
+        **dict.fromkeys(("direction", "query", "image_id", "right"), pa.string()),
+        "rank": pa.int64(),
+        "score": pa.float32(),
+        "baseline_rank": pa.int64(),
+        "results": pa.list_(result),
+    }
+    if not others:
+        del columns["baseline_rank"]
+    schema = pa.schema(list(columns.items()))
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        rows = query_rows(data, rankings, others or {})
+        while chunk := [row for row, _ in zip(rows, range(ROWS), strict=False)]:
+            writer.write_table(pa.Table.from_pylist(chunk, schema))

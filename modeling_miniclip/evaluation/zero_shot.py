@@ -1,0 +1,246 @@
+"""Zero-shot classification: images told apart by the names of classes, put into sentences.
+
+Several sentences a class make an ensemble: their embeddings are averaged and normalised again, as CLIP does (Radford
+et al. 2021, section 3.1.4).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence, Sized
+from string import Formatter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError, UsageError
+from ..inference.encode import encode_images, encode_texts
+from ..modeling_miniclip import MiniClipModel
+from ..processing_miniclip import MiniClipProcessor
+from .metrics import BLOCK, ranks
+
+# Sets of sentences by name. "pipeline" is what transformers' zero-shot-image-classification pipeline says by itself.
+PROMPT_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "name": ("{}",),
+    "photo": ("a photo of a {}.",),
+    "pipeline": ("This is a photo of {}.",),
+    "ensemble": (
+        "a photo of a {}.",
+        "a picture of the {}.",
+        "a {} in the background.",
+        "there is a {} here.",
+        "a close view of a {}.",
+        "a {} seen from far away.",
+        "a blurry snapshot of a {}.",
+        "a drawing of a {}.",
+    ),
+}
+
+
+def zero_shot_weights(
+    model: MiniClipModel,
+    class_names: Sequence[str],
+    templates: str | Sequence[str] = "ensemble",
+    processor: MiniClipProcessor | None = None,
+    batch_size: int = 128,
+    progress: bool = False,
+) -> Tensor:
+    """One unit-norm embedding a class: the mean of those of its sentences, normalised again.
+
+    Args:
+        model: on any device; it is not changed.
+        class_names: at least one, no two alike.
+        templates: a name in `PROMPT_TEMPLATES`, a sentence with one `{}` for the class, or several of them.
+        processor: by default the one saved with the model.
+        batch_size: sentences a forward pass.
+        progress: show a progress bar.
+
+    Returns:
+        `[classes, projection_dim]` float32 on the CPU.
+
+    Raises:
+        UsageError: no classes, a class without a name or given twice, or a template without exactly one `{}`.
+        ValueError: no processor.
+
+    Example:
+        >>> zero_shot_weights(model, ["dog", "cat"], "a drawing of a {}.").shape  # doctest: +SKIP
+        torch.Size([2, 256])
+    """
+    return ensemble_weights(
+        lambda texts: encode_texts(model, texts, processor, batch_size, progress), class_names, templates
+    )
+
+
+def ensemble_weights(
+    encode: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: str | Sequence[str] = "ensemble"
+) -> Tensor:
+    """[`zero_shot_weights`] by any text encoder.
+
+    Args:
+        encode: gives the `[n, dim]` unit-norm embeddings of n texts.
+        class_names, templates: as in [`zero_shot_weights`], as are result and errors.
+    """
+    names, sentences = _checked_names(class_names), _sentences(templates)
+    embeddings = encode([sentence.format(name) for name in names for sentence in sentences])
+    per_class = embeddings.view(len(names), len(sentences), -1).mean(dim=1)  # [classes, dim]
+    return torch.nn.functional.normalize(per_class, dim=-1)
+
+
+def classify(
+    model: MiniClipModel,
+    images: Iterable[Any],
+    class_names: Sequence[str],
+    templates: str | Sequence[str] = "ensemble",
+    weights: Tensor | None = None,
+    top_k: int = 5,
+    processor: MiniClipProcessor | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[list[dict[str, Any]]]:
+    """The likeliest classes of each image, in the form of transformers' zero-shot-image-classification pipeline.
+
+    Args:
+        model: on any device; it is not changed.
+        images: as in [`encode_images`][modeling_miniclip.encode_images]: paths, URLs, PIL images, arrays, rows.
+        class_names: as in [`zero_shot_weights`].
+        templates: as in [`zero_shot_weights`].
+        weights: `[classes, projection_dim]` of [`zero_shot_weights`] for these class names, to encode them only once;
+            `templates` are then not looked at.
+        top_k: how many classes to tell; all of them where there are fewer.
+        processor: by default the one saved with the model.
+        batch_size: images a forward pass.
+        progress: show a progress bar.
+
+    Returns:
+        For each image at most `top_k` of `{"score": ..., "label": ...}`, best first. The scores are the softmax over
+        all classes of the cosine similarities divided by the model's temperature.
+
+    Raises:
+        UsageError: as in [`zero_shot_weights`]; `top_k` below 1; weights of another shape.
+        DataError: an image cannot be read.
+
+    Example:
+        >>> classify(model, ["beach.jpg"], ["dog", "cat"], top_k=1)[0][0]["label"]  # doctest: +SKIP
+        'dog'
+    """
+    if top_k < 1:
+        raise UsageError(f"top_k must be at least 1, not {top_k}")
+    names = _checked_names(class_names)
+    weights = _weights(model, names, templates, weights, processor)
+    embeddings = encode_images(model, images, processor, batch_size, progress)
+    scale = model.inverse_temperature().detach().float().cpu()
+    found = []
+    for block in embeddings.split(BLOCK):
+        scores, order = (scale * block @ weights.t()).softmax(dim=-1).sort(descending=True, stable=True)
+        for row, indices in zip(scores[:, :top_k].tolist(), order[:, :top_k].tolist(), strict=True):
+            found.append([{"score": score, "label": names[i]} for score, i in zip(row, indices, strict=True)])
+    return found
+
+
+def zero_shot_accuracy(
+    model: MiniClipModel,
+    images: Iterable[Any],
+    labels: Sequence[str | int],
+    class_names: Sequence[str],
+    templates: str | Sequence[str] = "ensemble",
+    weights: Tensor | None = None,
+    top_k: Sequence[int] = (1, 5),
+    processor: MiniClipProcessor | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Share of images, in percent, whose right class is among the first K.
+
+    A class that scores as high as the right one counts as being before it.
+
+    Args:
+        labels: one an image: the class's name, or its index in `class_names`.
+        top_k: the K. One that is not below the number of classes is left out: it would be 100 for any model.
+        model, images, class_names, templates, weights, processor, batch_size, progress: as in [`classify`].
+
+    Returns:
+        `{"top-1": ..., "top-5": ...}`.
+
+    Raises:
+        UsageError: as in [`classify`]; fewer than two classes; a K below 1, or none that is below their number.
+        DataError: a label that is no class, as many labels as images are needed, or an image cannot be read.
+
+    Example:
+        >>> split = load_dataset("imagefolder", data_dir="animals")["train"]  # doctest: +SKIP
+        >>> names = split.features["label"].names  # doctest: +SKIP
+        >>> sorted(zero_shot_accuracy(model, split, split["label"], names))  # doctest: +SKIP
+        ['top-1', 'top-5']
+    """
+    names = _checked_names(class_names)
+    measured = [k for k in top_k if k < len(names)]
+    if not measured or min(top_k) < 1:
+        raise UsageError(f"top_k {tuple(top_k)} with {len(names)} classes: expected 1 <= K < number of classes")
+    targets = _targets(labels, names)
+    if isinstance(images, Sized) and len(images) != len(targets):
+        raise DataError(f"{len(images)} images but {len(targets)} labels; each image needs one")
+    weights = _weights(model, names, templates, weights, processor)
+    embeddings = encode_images(model, images, processor, batch_size, progress)
+    if len(embeddings) != len(targets):
+        raise DataError(f"{len(embeddings)} images but {len(targets)} labels; each image needs one")
+    rank = ranks(embeddings, weights, targets, torch.arange(len(names)))  # [images]
+    return {f"top-{k}": 100 * (rank <= k).double().mean().item() for k in measured}
+
+
+def _checked_names(class_names: Sequence[str]) -> list[str]:
+    names = [class_names] if isinstance(class_names, str) else list(class_names)
+    if not names or isinstance(class_names, str) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"class_names must be a list of at least one name, not {class_names!r}")
+    for i, name in enumerate(names):
+        if not name.strip():
+            raise UsageError(f"class_names[{i}] is empty; name it or leave it out")
+    twice = [repr(name) for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UsageError(f"class_names has {', '.join(twice)} more than once: each class needs a name of its own")
+    return names
+
+
+def _sentences(templates: str | Sequence[str]) -> list[str]:
+    given = PROMPT_TEMPLATES.get(templates, (templates,)) if isinstance(templates, str) else templates
+    for template in given:
+        try:
+            fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+        except (ValueError, TypeError):  # a single brace; no text at all
+            fields = []
+        if fields != [""]:
+            raise UsageError(
+                f"template {template!r}: expected a sentence with one {{}} for the class, or one of "
+                f"{', '.join(PROMPT_TEMPLATES)}"
+            )
+    if not given:
+        raise UsageError("templates is empty: expected at least one sentence with {} for the class")
+    return list(given)
+
+
+def _weights(
+    model: MiniClipModel,
+    names: list[str],
+    templates: str | Sequence[str],
+    weights: Tensor | None,
+    processor: MiniClipProcessor | None,
+) -> Tensor:
+    if weights is None:
+        return zero_shot_weights(model, names, templates, processor)
+    expected = (len(names), model.config.projection_dim)
+    if tuple(weights.shape) != expected:
+        raise UsageError(
+            f"weights of shape {tuple(weights.shape)}, but {len(names)} classes of this model need {expected}: make "
+            "them by zero_shot_weights"
+        )
+    return weights.detach().float().cpu()
+
+
+def _targets(labels: Sequence[str | int], names: list[str]) -> Tensor:
+    # [images] indices of the right classes
+    index_of: dict[Any, int] = {key: i for i, name in enumerate(names) for key in (i, name)}
+    given = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    for row, label in enumerate(given):
+        if label not in index_of:
+            raise DataError(
+                f"labels[{row}] is {label!r}: neither one of class_names nor an index of one, 0..{len(names) - 1}"
+            )
+    return torch.tensor([index_of[label] for label in given], dtype=torch.long)

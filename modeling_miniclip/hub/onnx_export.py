@@ -1,0 +1,323 @@
+"""A model as one ONNX file per tower, compared with PyTorch on captioned images before the folder appears."""
+
+import copy
+import inspect
+import json
+import os
+import runpy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from torch import Tensor, nn
+
+from ..data.captions import load_captions
+from ..errors import MiniClipError, ModelError, UsageError, one_line
+from ..evaluation.metrics import retrieval_metrics
+from ..inference.encode import open_image
+from ..modeling_miniclip import MiniClipModel
+from ..processing_miniclip import MiniClipProcessor, to_rgb
+from ..training.build_model import load_export
+from ..utils.files import replaced_folder
+
+Inputs = dict[str, np.ndarray]  # of an encoder
+
+LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
+BATCH_SIZES = (1, 2, 5, 32)  # of the comparison, in turn
+LONGEST_TEXT = 1024  # tokens: the longest text of the comparison where the text tower would take more
+# What of onnx_example.py changes where the package is not installed.
+STANDING_ALONE = {
+    "from PIL import Image\n": "from PIL import ExifTags, Image, ImageOps\n",
+    "from ..processing_miniclip import to_rgb\n": f"\n{inspect.getsource(to_rgb)}",
+}
+
+
+class ImageEncoder(nn.Module):
+    """The image side of a model with one output: `pixel_values [B, 3, H, W] -> [B, dim]`, unit norm."""
+
+    def __init__(self, model: MiniClipModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values=pixel_values).image_embeds
+
+
+class TextEncoder(nn.Module):
+    """The text side of a model with one output: `input_ids, attention_mask [N, L] -> [N, dim]`, unit norm."""
+
+    def __init__(self, model: MiniClipModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).text_embeds
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An ONNX file: what is exported, the axes of its inputs that are free, and the name of its output."""
+
+    module: type[nn.Module]
+    axes: dict[str, dict[int, str]]
+    output: str
+
+
+ENCODERS = {
+    "image_encoder": Encoder(ImageEncoder, {"pixel_values": {0: "batch"}}, "image_embeds"),
+    "text_encoder": Encoder(
+        TextEncoder, {name: {0: "batch", 1: "length"} for name in ("input_ids", "attention_mask")}, "text_embeds"
+    ),
+}
+
+
+def export_onnx(
+    source: str,
+    folder: str | os.PathLike,
+    dataset: str | os.PathLike,
+    num_images: int,
+    tolerance: float,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a model for onnxruntime: one ONNX file per tower, what prepares their inputs, and an example.
+
+    The folder appears complete or not at all, and only when both encoders agree with PyTorch.
+
+    Args:
+        source: folder of an exported model, or a repository on the Hub.
+        folder: to write; must not exist, or be empty.
+        dataset: of the comparison, as in `load_captions`; its validation split is taken.
+        num_images: of the comparison, at most; with all their captions.
+        tolerance: largest difference of an embedding's component that passes.
+        options: others of `load_captions`.
+
+    Returns:
+        What `equality.json` holds, see [`compare`].
+
+    Raises:
+        ModelError: there is no such model, a tower cannot be exported, or the encoders differ from PyTorch.
+        DataError: the data set is not as expected.
+        MiniClipError: a library is missing.
+        UsageError: the folder is not empty, or a number out of bounds.
+    """
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise MiniClipError(f"--onnx needs {', '.join(missing)}: pip install {' '.join(LIBRARIES)}")
+    target = Path(folder)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UsageError(f"--onnx {target}: there is something already, and nothing is overwritten; name a new folder")
+    if num_images < 1:
+        raise UsageError(f"--images must be at least 1, not {num_images}")
+    model, processor = _load_exportable(source)
+    split = load_captions(dataset, **options)["validation"]
+    rows = split.select(range(min(num_images, len(split))))
+    with replaced_folder(target) as fresh:
+        write_encoders(fresh, model, processor, rows)
+        write_preparation(fresh, model, processor)
+        runtime = runpy.run_path(str(fresh / "example.py"))["MiniClip"](fresh)
+        report = compare(model, processor, runtime, rows)
+        worst = np.max(list(report["largest_difference"].values()))
+        if not worst <= tolerance:  # nor is NaN
+            raise ModelError(
+                f"{source}: the ONNX files differ from PyTorch by {worst:.1e} in a component of an embedding, "
+                f"more than --tolerance {tolerance:.1e}; nothing was written to {target}"
+            )
+        (fresh / "equality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        del runtime  # it holds the files open
+    return report
+
+
+def _load_exportable(source: str) -> tuple[MiniClipModel, MiniClipProcessor]:
+    try:
+        model, processor = load_export(source, "EXPORT")
+    except (HTTPError, OSError, ValueError, StrictDataclassError) as error:
+        raise ModelError(f"no model of {source}: {one_line(error)}") from error
+    if not processor.tokenizer.is_fast:
+        raise ModelError(
+            f"{source}: its tokenizer is written in Python and cannot be saved as tokenizer.json; train with a text "
+            "tower that has a fast one"
+        )
+    return model, processor
+
+
+def write_encoders(folder: Path, model: MiniClipModel, processor: MiniClipProcessor, rows: Any) -> None:
+    """Write both ONNX files; weights beyond 2 GB, which ONNX's format cannot hold, go beside as `<name>.onnx.data`.
+
+    Args:
+        folder: that is there.
+        model: float32, on the CPU.
+        processor: that belongs to it.
+        rows: of a split; the first is traced.
+
+    Raises:
+        ModelError: a tower does something that ONNX cannot express.
+    """
+    traced = copy.deepcopy(model).eval()
+    # With the fused attention T5 cannot be exported; the comparison is with the model as it was loaded.
+    traced.text_model.set_attn_implementation("eager")
+    texts = [rows[0]["captions"][0], f"{rows[0]['captions'][0]} and more"]  # of two lengths, for a mask with a zero
+    with warnings.catch_warnings(action="ignore"):
+        prepared = processor(images=[open_image(rows[0])] * 2, text=texts, return_tensors="pt")
+    for name, encoder in ENCODERS.items():
+        inputs = {key: prepared[key] for key in encoder.axes}
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of axes with the same name: they are the same
+                program = torch.onnx.export(
+                    encoder.module(traced),
+                    kwargs=inputs,
+                    dynamo=True,
+                    dynamic_shapes=encoder.axes,
+                    output_names=[encoder.output],
+                    verbose=False,
+                )
+        except torch.onnx.OnnxExporterError as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:500]
+            raise ModelError(f"torch.onnx cannot export the {name.replace('_', ' ')}: {reason}") from error
+        assert program is not None
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # stack traces, with the folders of this machine
+        program.save(folder / f"{name}.onnx")
+
+
+def write_preparation(folder: Path, model: MiniClipModel, processor: MiniClipProcessor) -> None:
+    """Write what turns images and texts into the encoders' inputs, the temperature, and `example.py`, which uses them.
+
+    Args:
+        folder: that is there.
+        model: its temperature and bias go to `model.json`.
+        processor: goes to `preprocessor_config.json` and, with its truncation and padding, to `tokenizer.json`.
+    """
+    from tokenizers import Tokenizer
+
+    settings = processor.image_processor.to_dict()
+    settings.pop("auto_map", None)  # the code is not here
+    bias = 0.0 if model.logit_bias is None else model.logit_bias.item()  # only the sigmoid loss has one
+    logits = {"logit_scale": model.inverse_temperature().item(), "logit_bias": bias}
+    files = {"preprocessor_config.json": settings, "model.json": logits}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    hugging_face = processor.tokenizer
+    tokenizer = Tokenizer.from_str(hugging_face.backend_tokenizer.to_str())
+    tokenizer.enable_padding(pad_id=hugging_face.pad_token_id, pad_token=hugging_face.pad_token)
+    tokenizer.no_truncation()  # a call leaves its own
+    if hugging_face.model_max_length <= 2**31:  # transformers means "no limit" by a number like 1e30
+        tokenizer.enable_truncation(hugging_face.model_max_length)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    example = Path(__file__).with_name("onnx_example.py").read_text(encoding="utf-8")
+    for imported, alone in STANDING_ALONE.items():
+        example = example.replace(imported, alone)
+    (folder / "example.py").write_text(example, encoding="utf-8")
+
+
+@torch.no_grad()
+def compare(model: MiniClipModel, processor: MiniClipProcessor, runtime: Any, rows: Any) -> dict[str, Any]:
+    """Embed the same images and captions by PyTorch and by the written files, beginning with their preparation.
+
+    Args:
+        model: in evaluation mode, float32, on the CPU.
+        processor: that belongs to it.
+        runtime: `MiniClip` of the written `example.py`.
+        rows: of a split.
+
+    Returns:
+        Numbers of `images` and `captions`, the `text_lengths` and `batch_sizes` that were met, least and most,
+        `largest_difference` of a component of `image_embeds` and of `text_embeds`, the metrics of
+        `retrieval_metrics` under `pytorch` and `onnxruntime`, and `versions`.
+
+    Raises:
+        ModelError: the example prepares an image or a text otherwise than the processor does.
+    """
+    texts = [caption for captions in rows["captions"] for caption in captions]
+    image_of_text = [index for index, captions in enumerate(rows["captions"]) for _ in captions]
+    text_batches = list(_batches(texts, "text", processor, runtime.prepare_texts))
+    extremes = _extreme_texts(texts, processor.tokenizer.model_max_length, runtime)
+    images = _embed(
+        "image_encoder", _batches(map(open_image, rows), "images", processor, runtime.prepare_images), model, runtime
+    )
+    captions = _embed("text_encoder", text_batches, model, runtime)
+    others = _embed("text_encoder", extremes, model, runtime)
+    lengths = [batch["input_ids"].shape[1] for batch in (*text_batches, *extremes)]
+    return {
+        "images": len(rows),
+        "captions": len(texts),
+        "batch_sizes": [1, min(max(BATCH_SIZES), len(texts))],
+        "text_lengths": [min(lengths), max(lengths)],
+        "largest_difference": {
+            "image_embeds": (images[0] - images[1]).abs().max().item(),
+            "text_embeds": torch.cat([captions[0] - captions[1], others[0] - others[1]]).abs().max().item(),
+        },
+        "pytorch": retrieval_metrics(images[0], captions[0], image_of_text),
+        "onnxruntime": retrieval_metrics(images[1], captions[1], image_of_text),
+        "versions": {library: version(library) for library in ("torch", *LIBRARIES)},
+    }
+
+
+def _batches(
+    items: Iterable[Any], modality: str, processor: MiniClipProcessor, prepare: Callable[[list[Any]], Inputs]
+) -> Iterator[Inputs]:
+    """The encoder's inputs for batches of different sizes, as `example.py` prepares them."""
+    remaining = iter(items)
+    for size in cycle(BATCH_SIZES):
+        batch = list(islice(remaining, size))
+        if not batch:
+            return
+        with warnings.catch_warnings(action="ignore"):  # of captions that are truncated: by both alike
+            expected = processor(**{modality: batch}, return_tensors="np")
+        prepared = prepare(batch)
+        for name, values in prepared.items():
+            if not np.array_equal(values, expected[name]):
+                raise ModelError(
+                    f"example.py does not prepare {name} as {type(processor.image_processor).__name__} and "
+                    f"{type(processor.tokenizer).__name__} of this model do: it knows resize, centre crop, rescale "
+                    "and normalise of images, and what a tokenizer.json says"
+                )
+        yield prepared
+
+
+def _extreme_texts(texts: Sequence[str], limit: int, runtime: Any) -> list[Inputs]:
+    """A single token, and captions in a row up to the longest text that the model takes, beside a short one."""
+    length = min(limit, LONGEST_TEXT)
+    longest = " ".join(islice(cycle(texts), length))
+    prepared = (runtime.prepare_texts(texts[:1]), runtime.prepare_texts([longest, texts[0]]))
+    return [
+        {name: values[:, :cut] for name, values in inputs.items()}
+        for inputs, cut in zip(prepared, (1, length), strict=True)
+    ]
+
+
+def _embed(name: str, batches: Iterable[Inputs], model: MiniClipModel, runtime: Any) -> tuple[Tensor, Tensor]:
+    """`[items, dim]` twice: by PyTorch, by onnxruntime."""
+    encoder, session = ENCODERS[name].module(model), getattr(runtime, name)
+    pairs = [
+        (
+            encoder(**{key: torch.from_numpy(values) for key, values in batch.items()}),
+            torch.from_numpy(session.run(None, batch)[0]),
+        )
+        for batch in batches
+    ]
+    ours, theirs = zip(*pairs, strict=True)
+    return torch.cat(ours), torch.cat(theirs)
+
+
+def describe(report: dict[str, Any]) -> str:
+    """What `miniclip export` prints of a [`compare`]: counts, differences, and each metric by both with its change."""
+    (smallest, largest), (shortest, longest) = report["batch_sizes"], report["text_lengths"]
+    differences = ", ".join(f"{name} {value:.1e}" for name, value in report["largest_difference"].items())
+    lines = [
+        f"compared on {report['images']} images and {report['captions']} captions, "
+        f"batches of {smallest} to {largest}, texts of {shortest} to {longest} tokens",
+        f"largest difference of a component: {differences}",
+        f"{'':<26}{'PyTorch':>10}{'onnxruntime':>14}{'difference':>12}",
+    ]
+    for name, before in report["pytorch"].items():
+        after = report["onnxruntime"][name]
+        lines.append(f"{name:<26}{before:>10.2f}{after:>14.2f}{after - before:>+12.2f}")
+    return "\n".join(lines)

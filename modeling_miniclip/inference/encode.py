@@ -1,0 +1,268 @@
+"""Use of a trained model: embed images and texts once, then find what matches a query."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import CLIPImageProcessorPil
+
+from ..data.loader import stack_pixels
+from ..errors import DataError
+from ..modeling_miniclip import MiniClipModel
+from ..processing_miniclip import MiniClipProcessor, load_rgb, to_rgb
+from ..search.exact import Match
+from ..training.optimizer import forward_inputs
+
+
+def open_image(image: Any) -> Image.Image:
+    """RGB image of a path, a URL, a PIL image, an array (`[H, W, 3]` or `[H, W]` uint8) or a row with the key `image`.
+
+    Raises:
+        DataError: there is no such file, it is no image, or an array of another shape or type.
+    """
+    if isinstance(image, dict):
+        if "image" not in image:
+            raise DataError(
+                f"a row without the key 'image': it has {', '.join(map(str, image)) or 'none'}; name it image"
+            )
+        image = image["image"]
+    name = os.fspath(image) if isinstance(image, str | os.PathLike) else getattr(image, "filename", "")
+    try:
+        if isinstance(image, str | os.PathLike):
+            return load_rgb(image)
+        return to_rgb(image if isinstance(image, Image.Image) else _image_of_array(image))
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise all sorts
+        raise DataError(
+            f"{name or type(image).__name__}: not an image that can be read: {error}; replace it"
+        ) from error
+
+
+def _image_of_array(array: Any) -> Image.Image:
+    pixels = np.asarray(array)
+    has_channels = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
+    if pixels.dtype != np.uint8 or not has_channels or not pixels.size:
+        raise DataError(
+            f"{type(array).__name__} of shape {pixels.shape} and type {pixels.dtype}: expected a path, a PIL image "
+            "or an array [H, W, 3] or [H, W] of uint8, with pixels"
+        )
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels)
+
+
+def processor_of(model: MiniClipModel, processor: MiniClipProcessor | None = None) -> MiniClipProcessor:
+    """The given processor, or the one saved where the model was loaded from (folder, or repository and revision).
+
+    Raises:
+        ValueError: the model was not loaded from a place that holds a processor.
+    """
+    if processor is not None:
+        return processor
+    source = model.config.name_or_path
+    if not source:
+        raise ValueError("the model was not loaded by from_pretrained, so no processor is known: pass processor=")
+    revision = getattr(model, "loaded_revision", None)
+    try:
+        return MiniClipProcessor.from_pretrained(source, revision=revision or "main")
+    except (OSError, ValueError, TypeError) as error:
+        place = f"{source} at revision {revision}" if revision else source
+        raise ValueError(f"no processor found where the model came from ({place}): pass processor=") from error
+
+
+def encode_images(
+    model: MiniClipModel,
+    images: Iterable[Any],
+    processor: MiniClipProcessor | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Tensor:
+    """Unit-norm embeddings of images.
+
+    Args:
+        model: on any device; it is not changed.
+        images: paths, URLs, PIL images, arrays or rows with the key `image`; read as they are needed.
+        processor: by default the one saved with the model.
+        batch_size: images a forward pass.
+        progress: show a progress bar.
+
+    Returns:
+        `[len(images), projection_dim]` float32 on the CPU.
+
+    Raises:
+        DataError: an image cannot be read.
+        ValueError: no image at all, one image that is not in a list, or no processor.
+
+    Example:
+        >>> encode_images(model, Path("photos").glob("*.jpg"))  # doctest: +SKIP
+    """
+    processor = processor_of(model, processor)
+
+    def embed(batch: list[Any]) -> Tensor:
+        pixels = _pixel_values([open_image(image) for image in batch], processor, model.device)
+        return model(pixel_values=pixels).image_embeds
+
+    return encode_batches(model, images, embed, batch_size, "images", progress)
+
+
+def _pixel_values(images: list[Image.Image], processor: MiniClipProcessor, device: torch.device) -> Tensor:
+    """What the processor gives, by the shorter way of training where it comes to the same."""
+    settings = processor.image_processor
+    if type(settings) is not CLIPImageProcessorPil or not (settings.do_rescale and settings.do_normalize):
+        return processor(images=images, return_tensors="pt")["pixel_values"].to(device)
+    pixels = stack_pixels([processor.crop(image) for image in images])
+    return forward_inputs({"pixel_values": pixels}, processor, device)["pixel_values"]
+
+
+def encode_texts(
+    model: MiniClipModel,
+    texts: Iterable[str],
+    processor: MiniClipProcessor | None = None,
+    batch_size: int = 128,
+    progress: bool = True,
+) -> Tensor:
+    """Unit-norm embeddings of texts; arguments and result as in [`encode_images`].
+
+    Raises:
+        DataError: one is no text, or half of a character (a lone surrogate); with its number, from 0.
+        ValueError: as in [`encode_images`].
+    """
+    processor = processor_of(model, processor)
+    numbers = count()
+
+    def embed(batch: list[str]) -> Tensor:
+        for text in batch:
+            _check_text(text, next(numbers))
+        return model(**processor(text=batch, return_tensors="pt").to(model.device)).text_embeds
+
+    return encode_batches(model, texts, embed, batch_size, "texts", progress)
+
+
+def _check_text(text: Any, number: int) -> None:
+    if not isinstance(text, str):
+        raise DataError(f"text {number}: expected a text, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"text {number}: half of a character, which no tokenizer takes; mend it: {error}") from error
+
+
+@torch.no_grad()
+def encode_batches(
+    model: nn.Module,
+    items: Iterable[Any],
+    embed: Callable[[list[Any]], Tensor],
+    batch_size: int,
+    what: str,
+    progress: bool,
+) -> Tensor:
+    """Embeddings of all items, a batch at a time, by a model in evaluation mode; its modes are put back after that.
+
+    Args:
+        model: that `embed` uses.
+        items: read as they are needed.
+        embed: gives the `[n, dim]` embeddings of n items.
+        batch_size: items a call of `embed`.
+        what: what the items are, in the plural.
+        progress: show a progress bar.
+
+    Returns:
+        `[items, dim]` float32 on the CPU.
+
+    Raises:
+        ValueError: no item at all, or one that is not in a list.
+    """
+    if isinstance(items, str | os.PathLike | Image.Image | dict):  # a text would be taken apart into its letters
+        raise ValueError(f"expected a list of {what}, got one {type(items).__name__}: put it in a list, [...]")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    modes = [(module, module.training) for module in model.modules()]  # parts of a model may be frozen one by one
+    model.eval()
+    parts = []
+    total = len(items) if isinstance(items, Sized) else None
+    try:
+        with tqdm(total=total, desc=f"encode {what}", unit=what[:-1], disable=not progress) as bar:
+            for batch in _batches(items, batch_size):
+                parts.append(embed(batch).float())
+                if len(parts) > 1:  # not yet the last one: an accelerator computes it while the next batch is read
+                    parts[-2] = parts[-2].cpu()
+                bar.update(len(batch))
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not parts:
+        raise ValueError(f"no {what} to encode")
+    return torch.cat([*parts[:-1], parts[-1].cpu()])
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def find_matches(
+    model: MiniClipModel,
+    image_embeddings: Tensor,
+    query: Any,
+    image_filenames: Sequence[str | os.PathLike],
+    n: int = 9,
+    processor: MiniClipProcessor | None = None,
+    draw: str | os.PathLike | None = None,
+) -> list[Match]:
+    """The images that match a query best, best first.
+
+    Args:
+        model: the model that made the embeddings.
+        image_embeddings: `[images, projection_dim]` of [`encode_images`].
+        query: a text, or an image: `PIL.Image`, array or `Path`.
+        image_filenames: one name an embedding; a name that stands several times is returned once, with its best score.
+        n: how many.
+        processor: by default the one saved with the model.
+        draw: file name of a picture (PNG) of the found images to be written; the names must then be readable paths.
+
+    Returns:
+        At most `n` [`Match`]es, one a name.
+
+    Raises:
+        ValueError: as many names as embeddings are needed, and embeddings of this model; no processor.
+        DataError: the query or an image to be drawn cannot be read.
+
+    Example:
+        >>> find_matches(model, embeddings, "two dogs playing in the snow", filenames, n=3)  # doctest: +SKIP
+    """
+    embeddings = torch.as_tensor(image_embeddings).detach().float().cpu()
+    names = [os.fspath(name) for name in image_filenames]
+    if embeddings.ndim != 2 or len(names) != len(embeddings):
+        raise ValueError(f"image_embeddings of shape {tuple(embeddings.shape)} but {len(names)} image_filenames")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    if isinstance(query, str):
+        embedding = encode_texts(model, [query], processor, progress=False)
+    else:
+        embedding = encode_images(model, [query], processor, progress=False)
+    if embedding.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"image_embeddings are {embeddings.shape[1]}-dimensional, the model's {embedding.shape[1]}: encode the "
+            "images with this model"
+        )
+    scores = (torch.nn.functional.normalize(embeddings, dim=-1) @ embedding.T).squeeze(1)  # [images]
+    matches: dict[str, Match] = {}
+    for index in scores.argsort(descending=True, stable=True).tolist():
+        matches.setdefault(names[index], Match(names[index], scores[index].item(), index))
+        if len(matches) == n:
+            break
+    found = list(matches.values())
+    if draw is not None:
+        from ..utils.match_grid import MatchRow, draw_matches
+
+        title = query if isinstance(query, str) else "Images like the query"
+        row = MatchRow(title, "", [(open_image(m.name), f"{m.score:.2f}", False) for m in found])
+        draw_matches(Path(draw), [row])
+    return found

@@ -1,0 +1,1 @@
+"""An index of embedded images: build, update, query, show."""

@@ -1,0 +1,330 @@
+"""A page in the browser over an image index: words or a picture, filters, the images found, each with its neighbours.
+
+The page gets pictures that were decoded and encoded anew, never a file: no path of this machine is served, and what a
+photograph's metadata tells (where it was taken) stays here. An image is asked for by its place among the results.
+Small pictures are made once and kept while the page is served; those that nobody saw for an hour are deleted.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path, PurePath
+from threading import get_ident
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import DataError, MiniClipError
+from ..utils.performance import one_thread, release_freed_memory
+from .filters import EntryFilter
+from .index import ImageIndex
+from .pictures import picture_of
+from .query import Query, embed_queries, load_checked
+from .shards import default_workers
+
+RESULTS, NEIGHBOURS, EXAMPLES = 24, 12, 6
+THUMBNAIL, LARGE = 320, 1600  # pixels of the longer side
+KEPT = 3600  # seconds that a picture is kept after it was shown
+MOST_FOLDERS = 500  # names of a drop-down list
+UPLOAD = "20mb"
+SESSIONS = (
+    500  # open pages whose state is kept, 0.1 MB each; what an older one found can be looked at after it asks again
+)
+# Where the index has no captions to take examples from.
+GENERAL_EXAMPLES = ("a dog", "people outdoors", "food on a table", "a building", "water and sky", "a child playing")
+
+STYLE = """
+.gradio-container { width: 100% !important; max-width: 1240px !important; margin: 0 auto !important; }
+#examples button { min-width: 0; flex: 0 1 auto; }
+#told, #told textarea, #told input { padding: 0; border: 0; background: none; box-shadow: none; font-weight: 600; }
+.pictures .grid-wrap { min-height: 0; max-height: none; padding: 2px; overflow: visible; }
+.pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); grid-auto-rows: auto; }
+.pictures button.thumbnail-item { height: auto; aspect-ratio: auto; }
+.pictures button.thumbnail-item > img { height: auto; aspect-ratio: 1; }
+.pictures button.thumbnail-item > .caption-label { position: static; max-width: none; padding: .35rem .5rem; border: 0;
+  opacity: 1; white-space: normal; overflow-wrap: anywhere; }
+.pictures button.thumbnail-item:focus-visible { outline: 3px solid #2b6cb0; outline-offset: 2px; }
+"""
+# Told the browser when an image was chosen, which is shown below all that were found.
+SHOW_CHOSEN = "() => document.getElementById('chosen').scrollIntoView({behavior: 'smooth'})"
+
+# The file of a small picture that is shown, and its caption.
+Shown = tuple[Path, str]
+
+
+class IndexPage:
+    """What the page does, apart from its looks. Rows of the index are known to the server only.
+
+    Args:
+        index: to search.
+        pictures: folder for small pictures.
+    """
+
+    def __init__(self, index: ImageIndex, pictures: Path):
+        self.index = index
+        self.pictures = pictures
+        self.threads = ThreadPoolExecutor(default_workers())
+        self.embedder = ThreadPoolExecutor(1)  # torch keeps working memory for each thread that ever computed
+        self.load: Callable[..., Any] = lru_cache(maxsize=2)(load_checked)  # each tower is read once
+
+    def search(
+        self,
+        words: str | None,
+        picture: Image.Image | None,
+        folder: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
+        caption: str | None = None,
+        split: str | None = None,
+    ) -> tuple[list[Shown], list[int], str]:
+        """Pictures found, best first, their rows, and a sentence about it; an error is such a sentence too."""
+        given = [(value or "").strip() or None for value in (words, folder, since, until, caption, split)]
+        if given[0] is None and picture is None:
+            return [], [], "Nothing to search for: give words, a picture or both."
+        try:
+            query = Query(given[0], picture)
+            chosen = EntryFilter(*given[1:])
+            rows = chosen.rows(self.index.entries) if chosen else None
+            if rows is not None and not len(rows):
+                return [], [], "No image passes the filters."
+            embedding = self.embedder.submit(self._embedded, query).result()
+            matches = self.index.search(embedding, RESULTS, rows)
+            found = [(match.index, match.score) for match in matches]
+            shown = self._shown(found)
+        except MiniClipError as error:
+            return [], [], str(error)
+        among = f"{len(self.index) if rows is None else len(rows):,} images"
+        return shown, [row for row, _ in found], f"The nearest {len(found)} of {among}."
+
+    def show(self, rows: list[int], place: int) -> tuple[Image.Image | None, str, list[Shown], list[int]]:
+        """One of the images that were found, as large as it is up to `LARGE` pixels, and its neighbours.
+
+        Args:
+            rows: that are shown.
+            place: among them; it comes from the browser.
+
+        Returns:
+            The image, what is known of it, its neighbours and their rows.
+        """
+        if not 0 <= place < len(rows):
+            return None, "", [], []
+        row = rows[place]
+        entry = self.index.entry(row)
+        near = self.index.search(np.asarray(self.index.embeddings[row]), NEIGHBOURS + 1)
+        others = [(match.index, match.score) for match in near if match.index != row][:NEIGHBOURS]
+        facts = [
+            *entry["captions"],
+            *([f"{entry['date']:%Y-%m-%d %H:%M}"] if entry["date"] else []),
+            *([f"{entry['width']} x {entry['height']} pixels"] if entry["width"] else []),
+            entry["id"] if entry["path"] else _name(entry),
+        ]
+        return picture_of(self.index, row, LARGE), "\n".join(facts), self._shown(others), [row for row, _ in others]
+
+    def small(self, row: int) -> Path:
+        """File of a small picture; of an image that cannot be read any more a blank, to keep the others' places."""
+        path = self.pictures / f"{row}.jpg"
+        try:
+            os.utime(path)  # it is not old yet
+        except FileNotFoundError:
+            picture = picture_of(self.index, row, THUMBNAIL) or Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#cbd5e0")
+            fresh = path.with_suffix(f".{get_ident()}")
+            picture.save(fresh, "JPEG", quality=82)
+            fresh.replace(path)
+        return path
+
+    def _embedded(self, query: Query) -> np.ndarray:
+        """`[dim]` of a query."""
+        with one_thread():  # many users at once are many small computations
+            embedding: np.ndarray = embed_queries(self.index, [query], load=self.load)[0]
+        release_freed_memory()  # which each of the server's threads would keep for itself
+        return embedding
+
+    def _shown(self, found: list[tuple[int, float]]) -> list[Shown]:
+        files = self.threads.map(self.small, [row for row, _ in found])
+        captions = (f"{score:.3f}  {_name(self.index.entry(row))}" for row, score in found)
+        return list(zip(files, captions, strict=True))
+
+    def folders(self) -> list[str]:
+        """Folders and other sources of the images, the first of them by name."""
+        parents = {os.path.dirname(name) for name in self.index.entries["id"].to_pylist()}
+        return sorted(parents - {""})[:MOST_FOLDERS]
+
+    def splits(self) -> list[str]:
+        """Splits of the images, if they have some."""
+        return sorted(name for name in self.index.entries["split"].unique().to_pylist() if name)
+
+    def captions(self) -> list[str]:
+        """The first caption of each image that has some."""
+        return [several[0] for several in self.index.entries["captions"].to_pylist() if several]
+
+    def examples(self) -> list[str]:
+        """Queries to begin with: captions from all over the index."""
+        captions = self.captions()
+        if not captions:
+            return list(GENERAL_EXAMPLES)
+        step = max(1, len(captions) // EXAMPLES)
+        return list(dict.fromkeys(captions[::step]))[:EXAMPLES]
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return PurePath(entry["id"]).name
+
+
+def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
+    """The page as a `gradio.Blocks`; start it with [`launch_options`].
+
+    Args:
+        index: to search.
+        title: above it.
+
+    Raises:
+        DataError: the index is empty.
+        MiniClipError: gradio is not installed.
+    """
+    gr = _gradio()
+    if not len(index):
+        raise DataError(f"{index.folder}: no images in this index; add some: miniclip index MODEL SOURCE -o INDEX")
+    served = gr.utils.get_upload_folder()
+    os.makedirs(served, exist_ok=True)
+    # Or gradio draws up statistics of all events after each, which nobody asks for: a table of pandas, made by any of
+    # the server's threads, each of which comes to keep some of Arrow's memory for itself.
+    os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(sys.maxsize))
+    page = IndexPage(index, Path(tempfile.mkdtemp(prefix="miniclip-", dir=served)))
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
+        gr.HTML(f"<h1>{escape(title)}</h1>")
+        words, picture, examples, filters = _question(gr, page)
+        button = gr.Button("Search", variant="primary", elem_id="search")
+        told = gr.Textbox(f"{len(index):,} images. Words, a picture, or both.", label="Result", show_label=False,
+                          container=False, interactive=False, elem_id="told")  # fmt: skip
+        with gr.Column(visible=False) as answer:
+            results = _gallery(gr, "Images found", "results")
+        with gr.Column(visible=False, elem_id="chosen") as chosen:
+            with gr.Row():
+                image = gr.Image(label="Chosen image", interactive=False, elem_id="image", buttons=["fullscreen"],
+                                 scale=2)  # fmt: skip
+                facts = gr.Textbox(label="About it", interactive=False, lines=2, elem_id="facts", scale=1)
+            gr.HTML("<h3>Its neighbours</h3>")
+            neighbours = _gallery(gr, "Its neighbours", "neighbours")
+        rows, near_rows = gr.State([]), gr.State([])
+
+        def search(*given: Any) -> tuple[Any, ...]:
+            shown, found, sentence = page.search(*given)
+            return shown, found, sentence, gr.update(visible=bool(shown)), gr.update(visible=False)
+
+        def show(places: list[int], event: Any) -> tuple[Any, ...]:
+            return (*page.show(places, event.index), gr.update(visible=True))
+
+        show.__annotations__["event"] = gr.SelectData  # by which gradio hands over what was clicked
+
+        private: dict[str, Any] = {"api_visibility": "private"}
+        asked = {"fn": search, "inputs": [words, picture, *filters], **private,
+                 "outputs": [results, rows, told, answer, chosen]}  # fmt: skip
+        entered = [field.input if isinstance(field, gr.Dropdown) else field.submit for field in filters]
+        gr.on([button.click, words.submit, picture.upload, *entered], **asked)
+        for example in examples:
+            example.click(lambda text: text, example, words, **private).then(**asked)
+        for gallery, places in ((results, rows), (neighbours, near_rows)):
+            found = gallery.select(show, places, [image, facts, neighbours, near_rows, chosen], **private)
+            found.then(None, js=SHOW_CHOSEN, **private)
+    return blocks
+
+
+def _question(gr: Any, page: IndexPage) -> tuple[Any, Any, list[Any], list[Any]]:
+    """Where one asks: words, a picture, buttons with examples, and filters in the order of `IndexPage.search`."""
+    with gr.Row():
+        with gr.Column(scale=3):
+            words = gr.Textbox(label="Words", placeholder="two dogs playing in the snow", autofocus=True)
+            with gr.Row(elem_id="examples"):
+                examples = [gr.Button(text, size="sm", variant="secondary") for text in page.examples()]
+        picture = gr.Image(
+            label="Picture", type="pil", image_mode=None, sources=["upload", "clipboard"], height=180, scale=1
+        )
+    folders, splits = page.folders(), page.splits()
+    dated = page.index.entries["date"].null_count < len(page.index)
+    useful = {"Folder": len(folders) > 1, "date": dated, "caption": bool(page.captions()), "Split": bool(splits)}
+    with gr.Accordion("Filters", open=False, visible=any(useful.values())), gr.Row():
+        filters = [
+            gr.Dropdown(["", *folders], value="", label="Folder", filterable=True, visible=useful["Folder"]),
+            gr.Textbox(label="From date", placeholder="2024-07", visible=useful["date"]),
+            gr.Textbox(label="To date", placeholder="2024-07-14", visible=useful["date"]),
+            gr.Textbox(label="Words of the caption", visible=useful["caption"]),
+            gr.Dropdown(["", *splits], value="", label="Split", visible=useful["Split"]),
+        ]
+    return words, picture, examples, filters
+
+
+def _gallery(gr: Any, label: str, elem_id: str) -> Any:
+    return gr.Gallery(
+        label=label, show_label=False, elem_id=elem_id, elem_classes="pictures", height="auto", allow_preview=False,
+        interactive=False, buttons=[], object_fit="contain",
+    )  # fmt: skip
+
+
+def launch_options() -> dict[str, Any]:
+    """What `launch` of a page of [`build_page`] has to be told."""
+    gr = _gradio()
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none is fetched
+    return {
+        "theme": gr.themes.Default(primary_hue="blue", **fonts),
+        "css": STYLE,
+        "max_file_size": UPLOAD,
+        "state_session_capacity": SESSIONS,
+        "allowed_paths": [],
+        "footer_links": [],
+        "enable_monitoring": False,
+        "ssr_mode": False,
+        "share": False,
+    }
+
+
+def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bool = False) -> None:
+    """Serve a page on loopback, to this machine only, until it is interrupted.
+
+    Args:
+        folder: of the index.
+        port: by default the first free one from 7860 on.
+        open_browser: show it.
+
+    Raises:
+        DataError: there is no index, or none that can be read.
+        MiniClipError: no gradio, or the port is taken.
+    """
+    _gradio_installed()
+    index = ImageIndex.open(folder, verify=True)
+    with tempfile.TemporaryDirectory(prefix="miniclip-app-") as cache:
+        os.environ["GRADIO_TEMP_DIR"] = cache  # or files of other apps on this machine could be asked for
+        blocks = build_page(index, f"Search {Path(folder).resolve().name}")
+        try:
+            blocks.launch(
+                server_name="127.0.0.1",
+                server_port=port,
+                inbrowser=open_browser,
+                quiet=True,
+                prevent_thread_lock=True,
+                **launch_options(),
+            )
+        except OSError as error:
+            raise MiniClipError(f"--port {port}: {error}; name another one, or none") from error
+        print(f"{len(index):,} images: {blocks.local_url}  (Ctrl-C ends it)", flush=True)
+        try:
+            blocks.block_thread()
+        finally:
+            blocks.close(verbose=False)
+
+
+def _gradio_installed() -> None:
+    if find_spec("gradio") is None:
+        raise MiniClipError("the page needs gradio: pip install 'miniclip[app]'")
+
+
+def _gradio() -> Any:
+    _gradio_installed()
+    import gradio
+
+    return gradio

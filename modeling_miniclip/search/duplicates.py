@@ -1,0 +1,134 @@
+"""Images of an index that are the same, byte for byte, or nearly so, by the cosine of their embeddings."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import UsageError, printable
+from .index import ImageIndex
+
+BLOCK = 2_048  # rows and columns of the part of the similarities that is held at a time
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images that are the same or linked by near-identical pairs.
+
+    Args:
+        rows: of the index, ascending.
+        exact: whether all are the same bytes.
+        similarity: least cosine among the pairs that link them.
+    """
+
+    rows: list[int]
+    exact: bool
+    similarity: float
+
+
+class _Links:
+    """Sets of rows that grow together (union-find; the smallest row stands for its set)."""
+
+    def __init__(self, count: int):
+        self.parent = list(range(count))
+        self.weakest: dict[int, float] = {}
+
+    def find(self, row: int) -> int:
+        while self.parent[row] != row:
+            self.parent[row] = self.parent[self.parent[row]]
+            row = self.parent[row]
+        return row
+
+    def join(self, one: int, other: int, similarity: float) -> None:
+        low, high = sorted((self.find(one), self.find(other)))
+        if low != high:
+            self.parent[high] = low
+            self.weakest[low] = min(similarity, self.weakest.get(low, 1.0), self.weakest.pop(high, 1.0))
+
+
+def find_duplicates(index: ImageIndex, threshold: float = 0.95, across_splits: bool = False) -> list[Group]:
+    """Groups of images of which each has a twin in its group.
+
+    Each image is compared with each other, in blocks: the time grows with the square of their number, the memory does
+    not grow.
+
+    Args:
+        index: to look through.
+        threshold: least cosine of two near-identical images, in (0, 1].
+        across_splits: only groups with images of more than one split, for instance of train and validation.
+
+    Returns:
+        The groups, exact ones first, then by falling similarity.
+
+    Raises:
+        UsageError: a threshold outside (0, 1].
+    """
+    if not 0 < threshold <= 1:
+        raise UsageError(f"--threshold {threshold}: expected a cosine above 0 and up to 1")
+    links = _Links(len(index))
+    hashes = index.entries["hash"].to_pylist()
+    first: dict[str, int] = {}
+    for row, content in enumerate(hashes):
+        if first.setdefault(content, row) != row:
+            links.join(first[content], row, 1.0)
+    for one, other, cosine in _near(index.embeddings, np.array(list(first.values()), dtype=np.int64), threshold):
+        links.join(one, other, cosine)
+    members: dict[int, list[int]] = defaultdict(list)
+    for row in range(len(index)):
+        members[links.find(row)].append(row)
+    splits = index.entries["split"].to_pylist()
+    groups = [
+        Group(rows, len({hashes[row] for row in rows}) == 1, links.weakest[first])
+        for first, rows in members.items()
+        if len(rows) > 1 and (not across_splits or len({splits[row] for row in rows} - {""}) > 1)
+    ]
+    return sorted(groups, key=lambda group: (not group.exact, -group.similarity, group.rows))
+
+
+def _near(embeddings: np.ndarray, rows: np.ndarray, threshold: float) -> Iterator[tuple[int, int, float]]:
+    """Pairs among these rows, the first before the second, whose cosine is at least `threshold`."""
+    tolerance = 1e-6 if embeddings.dtype == np.float32 else 1e-3  # of rounding, so that 1 finds equal embeddings
+    for top in range(0, len(rows), BLOCK):
+        block = embeddings[rows[top : top + BLOCK]].astype(np.float32)
+        for left in range(top, len(rows), BLOCK):
+            cosines = block @ embeddings[rows[left : left + BLOCK]].astype(np.float32).T
+            ones, others = np.nonzero(cosines >= threshold - tolerance)
+            for i, j in zip(ones, others, strict=True):
+                if i + top < j + left:
+                    yield int(rows[i + top]), int(rows[j + left]), min(float(cosines[i, j]), 1.0)
+
+
+def format_groups(index: ImageIndex, groups: list[Group]) -> str:
+    """Groups as a list for people; the first image of each is the one that would be kept."""
+    ids, splits = index.entries["id"].to_pylist(), index.entries["split"].to_pylist()
+    lines = []
+    for group in groups:
+        lines.append("identical" if group.exact else f"near-identical, cosine {group.similarity:.4f}")
+        lines += [printable(f"  {ids[row]}" + (f"  ({splits[row]})" if splits[row] else "")) for row in group.rows]
+    across = sum(len({splits[row] for row in group.rows} - {""}) > 1 for group in groups)
+    more = sum(len(group.rows) - 1 for group in groups)
+    exact = sum(group.exact for group in groups)
+    lines.append(
+        f"{len(groups)} groups among {len(index)} images: {exact} identical, {len(groups) - exact} near-identical, "
+        f"{more} images more than needed; {across} across splits"
+    )
+    return "\n".join(lines)
+
+
+def format_groups_json(index: ImageIndex, groups: list[Group]) -> str:
+    """Groups as JSON."""
+    entries = index.entries.select(["id", "split", "hash"])
+    return json.dumps(
+        [
+            {
+                "exact": group.exact,
+                "similarity": round(group.similarity, 6),
+                "images": entries.take(group.rows).to_pylist(),
+            }
+            for group in groups
+        ],
+        indent=1,
+        ensure_ascii=False,
+    )

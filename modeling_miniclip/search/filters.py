@@ -1,0 +1,91 @@
+"""Which images of an index a search may find: those of a folder, of a time, of a split, with words in a caption."""
+
+import os
+import re
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class EntryFilter:
+    """Conditions that all have to hold; those that are None do not count.
+
+    Args:
+        folder: the image lies in it or below it; also an archive or a data set.
+        since, until: bounds of its date, both included: `2024`, `2024-07`, `2024-07-14` or with a time behind `T`.
+        words: each of them, as a whole word in any case, stands in one of its captions.
+        split: `train`, `validation`, ...
+    """
+
+    folder: str | None = None
+    since: str | None = None
+    until: str | None = None
+    words: str | None = None
+    split: str | None = None
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, field.name) is not None for field in fields(self))
+
+    def rows(self, entries: pa.Table) -> np.ndarray:
+        """Ascending rows of the entries that pass.
+
+        Raises:
+            UsageError: a date that is none.
+        """
+        passed = np.ones(entries.num_rows, dtype=bool)
+        if self.folder is not None:
+            passed &= _in_folder(entries["id"], self.folder)
+        if self.since is not None:
+            passed &= _numpy(pc.greater_equal(entries["date"], pa.scalar(_bounds(self.since)[0], pa.timestamp("s"))))
+        if self.until is not None:
+            passed &= _numpy(pc.less(entries["date"], pa.scalar(_bounds(self.until)[1], pa.timestamp("s"))))
+        if self.split is not None:
+            passed &= _numpy(pc.equal(entries["split"], self.split))
+        for word in (self.words or "").split():
+            passed &= _with_word(entries["captions"], word)
+        return np.flatnonzero(passed)
+
+
+def _in_folder(ids: pa.ChunkedArray, folder: str) -> np.ndarray:
+    given = folder.rstrip("/\\")
+    whole = os.path.abspath(os.path.expanduser(folder))
+    found = [_numpy(pc.starts_with(ids, prefix + sep)) for prefix in {given, whole} for sep in {"/", os.sep}]
+    return np.logical_or.reduce(found)
+
+
+def _with_word(captions: pa.ChunkedArray, word: str) -> np.ndarray:
+    # The regular expressions of Arrow (RE2) know \b for ASCII only.
+    pattern = rf"(^|[^\pL\pN_]){re.escape(word)}($|[^\pL\pN_])"
+    hits = pc.match_substring_regex(pc.list_flatten(captions), pattern, ignore_case=True)
+    found = np.zeros(len(captions), dtype=bool)
+    found[pc.list_parent_indices(captions).to_numpy()[_numpy(hits)]] = True
+    return found
+
+
+def _numpy(mask: pa.ChunkedArray) -> np.ndarray:
+    values: np.ndarray = pc.fill_null(mask, False).to_numpy()
+    return values.astype(bool)
+
+
+def _bounds(date: str) -> tuple[datetime, datetime]:
+    """First moment of a year, month, day, minute or second, and the first moment behind it."""
+    for pattern, step in (("%Y", 366), ("%Y-%m", 31), ("%Y-%m-%d", 1)):
+        try:
+            first = datetime.strptime(date, pattern)
+            behind = first + timedelta(days=step)  # within the next year, month or day, whose start is looked for
+        except (ValueError, OverflowError):
+            continue
+        return first, datetime.strptime(behind.strftime(pattern), pattern)
+    for pattern, length in (("%Y-%m-%dT%H:%M", timedelta(minutes=1)), ("%Y-%m-%dT%H:%M:%S", timedelta(seconds=1))):
+        try:
+            first = datetime.strptime(date, pattern)
+        except ValueError:
+            continue
+        return first, first + length
+    raise UsageError(f"{date!r} is no date: expected 2024, 2024-07, 2024-07-14 or 2024-07-14T18:30")

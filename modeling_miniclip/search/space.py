@@ -1,0 +1,158 @@
+"""`miniclip space`: a folder that runs as a Gradio Space, or here: a model, an index of named images and the page.
+
+The index holds copies of 512 pixels: neither the images' files nor their paths, dates or metadata go to the Space.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import MiniClipError, UsageError
+from ..utils.files import replaced_folder
+from ..utils.html import encode_thumbnail
+from ..utils.resources import PACKAGE
+from .fingerprints import describe_files, model_folder
+from .index import BLOCK, ImageIndex, Manifest, write_index
+from .pictures import picture_of
+from .update import update_index
+
+PIXELS = 512  # of the longer side of the copies
+
+# What the page needs at run time; the Space gets the versions that are installed here, with which it was tried.
+LIBRARIES = (
+    "accelerate", "datasets", "huggingface_hub", "numpy", "pillow", "pyarrow", "safetensors", "timm", "tokenizers",
+    "torch", "torchvision", "tqdm", "transformers",
+)  # fmt: skip
+
+APP = '''"""Search the images of `index` with the model of `model`, by words or by a picture."""
+
+import os
+from pathlib import Path
+
+os.chdir(Path(__file__).resolve().parent)
+
+from modeling_miniclip.search.index import ImageIndex  # noqa: E402
+from modeling_miniclip.search.app import build_page, launch_options  # noqa: E402
+
+if __name__ == "__main__":
+    build_page(ImageIndex.open("index"), {title!r}).launch(**launch_options())
+'''
+
+README = """---
+{metadata}---
+
+# {title}
+
+{images:,} images, searched by words or by a picture with a [MiniCLIP](model/README.md) model. The index holds small
+copies of the images and nothing else of them. To try it here: `pip install gradio -r requirements.txt` and
+`python app.py`.
+"""
+
+
+def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], title: str = "Image search") -> int:
+    """Write a Space; the folder appears complete or not at all.
+
+    Args:
+        export: folder of an exported model, or its name on the Hub.
+        folder: to write; must not exist, or be empty.
+        sources: of the images, as `update_index` takes them.
+        title: of the page.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        ModelError: there is no such model.
+        MiniClipError: gradio is not installed.
+        UsageError: there is something in the folder.
+        DataError: a source has no image.
+    """
+    target = Path(folder).expanduser()
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UsageError(f"{target}: there is something already, and nothing is overwritten; name a new folder")
+    try:
+        sdk_version = version("gradio")
+    except PackageNotFoundError as error:
+        raise MiniClipError("a Space needs gradio: pip install 'miniclip[app]'") from error
+    if not title.strip():
+        raise UsageError("--title is empty: name the page")
+    title = " ".join(title.split())
+    model = model_folder(export)
+    with replaced_folder(target) as fresh, tempfile.TemporaryDirectory() as scratch:
+        update_index(Path(scratch) / "index", sources, model)
+        shutil.copytree(model, fresh / "model", ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        count = _write_portable(ImageIndex.open(Path(scratch) / "index"), fresh / "index", fresh / "model")
+        for path in PACKAGE.rglob("*.py"):
+            copy = fresh / PACKAGE.name / path.relative_to(PACKAGE)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        (fresh / "app.py").write_text(APP.format(title=title), encoding="utf-8")
+        pins = [f"{library}=={version(library).partition('+')[0]}" for library in LIBRARIES]
+        (fresh / "requirements.txt").write_text("\n".join(pins) + "\n", encoding="utf-8")
+        card = README.format(metadata=_metadata(model, title, sdk_version), title=title, images=count)
+        (fresh / "README.md").write_text(card, encoding="utf-8")
+    return count
+
+
+def _write_portable(index: ImageIndex, target: Path, model: Path) -> int:
+    """The same index without a path, source, date or hash of this machine, but with thumbnails."""
+    entries = index.read_entries()
+    small: dict[int, bytes] = {}
+    for row in range(len(index)):
+        if (picture := picture_of(index, row, PIXELS)) is not None:
+            small[row] = encode_thumbnail(picture, PIXELS)
+    kept = list(small)
+    names = _unique_names([entries["id"][row].as_py() for row in kept])
+    changed: dict[str, Any] = {
+        "id": pa.array(names, pa.string()),
+        "path": pa.nulls(len(kept), pa.string()),
+        "source": pa.array(["images"] * len(kept)),
+        "mtime": pa.array([-1] * len(kept), pa.int64()),
+        "date": pa.nulls(len(kept), pa.timestamp("s")),
+        "thumbnail": pa.array(list(small.values()), pa.large_binary()),
+    }
+    entries = entries.take(pa.array(kept, pa.int64()))
+    for name, column in changed.items():
+        entries = entries.set_column(entries.schema.get_field_index(name), name, column)
+    former = index.manifest
+    manifest = Manifest(
+        model="model", fingerprint=former.fingerprint, dim=former.dim, dtype=former.dtype, files=describe_files(model),
+        sources=["images"],
+    )  # fmt: skip
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start in range(0, len(kept), BLOCK):
+            yield np.asarray(index.embeddings[kept[start : start + BLOCK]])
+
+    return len(write_index(target, manifest, entries, blocks()))
+
+
+def _unique_names(ids: list[str]) -> list[str]:
+    """The last part of each id; those that would be alike are numbered."""
+    names: dict[str, None] = {}
+    for place, name in enumerate(PurePath(one).name for one in ids):
+        while name in names:
+            name = f"{place}-{name}"
+        names[name] = None
+    return list(names)
+
+
+def _metadata(model: Path, title: str, sdk_version: str) -> str:
+    """What the Hub reads at the head of the README."""
+    from huggingface_hub import ModelCard, SpaceCardData
+
+    card = model / "README.md"
+    license = ModelCard.load(card).data.to_dict().get("license") if card.is_file() else None
+    data = SpaceCardData(
+        title=title, emoji="🔎", colorFrom="blue", colorTo="gray", sdk="gradio",
+        sdk_version=sdk_version, app_file="app.py", license=license if license != "unknown" else None,
+        tags=["miniclip", "image-search"],
+    )  # fmt: skip
+    return str(data.to_yaml()) + "\n"

@@ -1,0 +1,1 @@
+"""What the steps of `train_miniclip.py` are made of."""

@@ -1,0 +1,239 @@
+"""Model and processor as a run's arguments ask for them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from torch import nn
+
+from ..configuration_miniclip import MiniClipConfig
+from ..errors import ModelError, UsageError, did_you_mean, one_line
+from ..modeling_miniclip import MiniClipModel
+from ..processing_miniclip import MiniClipProcessor, image_processor_from_timm, max_text_length
+from ..utils.checksums import check_weights
+from ..utils.resources import named_file
+from .arguments import MODEL_SOURCES, TrainingArguments
+
+DEFAULT_VISION, DEFAULT_TEXT = "resnet50.a1_in1k", "distilbert-base-uncased"
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def build_model(arguments: TrainingArguments, captions: list[list[str]]) -> tuple[MiniClipModel, MiniClipProcessor]:
+    """Model and processor as the arguments ask: from a preset, from an export or from two pretrained towers.
+
+    Args:
+        arguments: of the run. Where they name no model at all, the default towers are entered in them.
+        captions: of the training images; a preset trains its vocabulary on them.
+
+    Returns:
+        The model in evaluation mode and float32, and the processor that belongs to it.
+
+    Raises:
+        ModelError: the weights cannot be found, are damaged or do not fit.
+        UsageError: arguments or a preset that no model can follow.
+    """
+    asked = {
+        "text_pooling": arguments.text_pooling,
+        "projection_dim": arguments.projection_dim,
+        "projection_depth": arguments.projection_depth,
+        "loss_type": arguments.loss_type,
+    }
+    overrides = {name: value for name, value in asked.items() if value is not None}
+    try:
+        if arguments.preset is not None:
+            model, processor = _from_preset(arguments, overrides, captions)
+        elif arguments.model_name_or_path is not None:
+            model, processor = _from_export(arguments, overrides)
+        else:
+            model, processor = _from_towers(arguments, overrides)
+        if arguments.train_image_size is not None:  # refused by towers of a fixed size
+            image_processor_from_timm(model.config.vision_config, arguments.train_image_size)
+    except Exception as error:  # the libraries raise all sorts at values that they did not write
+        named = [f"--{name} {getattr(arguments, name)}" for names in MODEL_SOURCES for name in names]
+        sources = " and ".join(text for text in named if not text.endswith(" None"))
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        wrong = UsageError if isinstance(error, UsageError) else ModelError
+        raise wrong(f"no model of {sources}: {kind}{one_line(error)}") from error
+    if arguments.dropout is not None:
+        set_dropout(model, arguments.dropout)
+    if arguments.projection_dropout is not None:
+        for head in (model.visual_projection, model.text_projection):
+            set_dropout(head, arguments.projection_dropout)
+        model.config.projection_dropout = arguments.projection_dropout
+    return model, processor
+
+
+def _from_towers(arguments: TrainingArguments, overrides: dict[str, Any]) -> tuple[MiniClipModel, MiniClipProcessor]:
+    vision = arguments.vision_model = arguments.vision_model or DEFAULT_VISION
+    text = arguments.text_model = arguments.text_model or DEFAULT_TEXT
+    for flag, source in (("--vision_model", vision), ("--text_model", text)):
+        _check_folder(flag, source)
+    sizes = (arguments.image_size, arguments.max_length, arguments.crop_pct)
+    processor = MiniClipProcessor.from_towers(vision, text, *sizes)
+    return MiniClipModel.from_towers(vision, text, **overrides), processor
+
+
+def _from_preset(
+    arguments: TrainingArguments, overrides: dict[str, Any], captions: list[list[str]]
+) -> tuple[MiniClipModel, MiniClipProcessor]:
+    config = read_preset(named_file(str(arguments.preset), "presets", ".json"), overrides)
+    tokenizer = train_tokenizer(captions, config.text_config.vocab_size)
+    config.text_config.pad_token_id = tokenizer.pad_token_id
+    limit = max_text_length(config.text_config, tokenizer)
+    tokenizer.model_max_length = _text_length(arguments, limit)
+    images = image_processor_from_timm(config.vision_config, arguments.image_size, arguments.crop_pct)
+    processor = MiniClipProcessor(images, tokenizer)
+    return MiniClipModel(config).eval(), processor
+
+
+def read_preset(path: Path, overrides: dict[str, Any] | None = None) -> MiniClipConfig:
+    """The configuration in a preset's JSON.
+
+    Args:
+        path: of the file.
+        overrides: fields that outweigh it.
+
+    Raises:
+        UsageError: not JSON, a key that is no field of [`MiniClipConfig`], or a value that it does not take.
+        OSError: it cannot be read.
+    """
+    try:
+        preset = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON: {error}") from error
+    if not isinstance(preset, dict):
+        raise UsageError(f"{path}: expected the fields of a MiniClipConfig, found {type(preset).__name__}")
+    known = ["model_type", *MiniClipConfig.__annotations__]
+    for key in preset:
+        if key not in known:  # the configuration would keep it without a word
+            expected = f"; expected one of {', '.join(known)}"
+            raise UsageError(f"{path}: unknown key {key!r}{did_you_mean(key, known, expected)}")
+    try:
+        return MiniClipConfig.from_dict(preset | (overrides or {}))
+    except StrictDataclassError as error:
+        raise UsageError(f"{path}: {one_line(error)}") from error
+
+
+def _from_export(arguments: TrainingArguments, overrides: dict[str, Any]) -> tuple[MiniClipModel, MiniClipProcessor]:
+    source = str(arguments.model_name_or_path)
+    model, processor = load_export(source, "--model_name_or_path")
+    for name, value in overrides.items():
+        own = getattr(model.config, name)
+        if value != own:
+            raise UsageError(f"--{name} {value} cannot change a trained model: that of {source} is {own}")
+    processor.tokenizer.model_max_length = _text_length(arguments, processor.tokenizer.model_max_length)
+    if arguments.image_size is not None or arguments.crop_pct is not None:
+        size = arguments.image_size or processor.image_processor.crop_size["height"]
+        processor.image_processor = image_processor_from_timm(model.config.vision_config, size, arguments.crop_pct)
+    return model, processor
+
+
+def load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcessor]:
+    """Model and processor of an export.
+
+    Args:
+        source: folder, or repository on the Hub.
+        flag: that named it, for the errors.
+
+    Returns:
+        The model in evaluation mode and float32, and its processor.
+
+    Raises:
+        ValueError: no such folder, one without a model or with another model, or weights that are not complete.
+        OSError: it cannot be read.
+    """
+    from .. import auto  # noqa: F401  (or transformers would ask whether to trust the code in the folder)
+
+    _check_folder(flag, source)
+    weights = Path(source, "model.safetensors")
+    if weights.is_file():
+        check_weights(weights)
+    try:
+        return _load_export(source, flag)
+    except (HTTPError, OSError, ValueError, StrictDataclassError):
+        raise
+    except Exception as error:  # whatever the libraries raise at files that no library wrote
+        raise ValueError(f"{flag} {source}: damaged, or not what MiniCLIP exports: {one_line(error)}") from error
+
+
+def _load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcessor]:
+    model_type = MiniClipConfig.get_config_dict(source)[0].get("model_type")
+    if model_type != MiniClipConfig.model_type:
+        raise ValueError(f"{flag} {source}: a model of type {model_type!r}, not one that MiniCLIP exported")
+    model, info = MiniClipModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
+    if info["missing_keys"]:
+        raise ValueError(f"{source} lacks weights: {', '.join(sorted(info['missing_keys']))}")
+    return model, MiniClipProcessor.from_pretrained(source, revision=model.loaded_revision or "main")
+
+
+def _check_folder(flag: str, source: str) -> None:
+    """Tell a missing folder from a missing repository, and find the export within a run's folder."""
+    if os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") > 1:
+        if not os.path.isdir(source):
+            raise ValueError(f"{flag} {source}: no such folder")
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        inner = os.path.join(source, "export")
+        hint = f"; did you mean {inner}?" if os.path.isfile(os.path.join(inner, "config.json")) else ""
+        raise ValueError(f"{flag} {source}: this folder has no config.json{hint}")
+
+
+def _text_length(arguments: TrainingArguments, limit: int) -> int:
+    if arguments.max_length is None:
+        return limit
+    if not 0 < arguments.max_length <= limit:
+        raise UsageError(f"--max_length must be in 1..{limit}, the limit of this model, not {arguments.max_length}")
+    return arguments.max_length
+
+
+def train_tokenizer(captions: list[list[str]], vocab_size: int) -> Any:
+    """A lower-casing WordPiece tokenizer as BERT's, its vocabulary learnt from the captions.
+
+    It knows every character of the captions. The same captions give the same vocabulary, in every process and in every
+    run.
+
+    Args:
+        captions: lists of texts.
+        vocab_size: upper bound of the vocabulary, special tokens included.
+
+    Raises:
+        ValueError: the captions have too many different characters for a vocabulary of that size.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizer
+
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    texts = [text for row in captions for text in row]
+    normal = (learner.normalizer.normalize_str(text) for text in texts)
+    words = {word for text in normal for word, _ in learner.pre_tokenizer.pre_tokenize_str(text)}
+    inner = {character for word in words for character in word[1:]}
+    # The library numbers single characters in the order of a hash table, and breaks ties between pieces by these
+    # numbers. Named as special tokens they have fixed numbers; in the final tokenizer they are plain pieces.
+    alphabet = sorted({word[0] for word in words} | inner) + sorted(f"##{character}" for character in inner)
+    fixed = [*SPECIAL_TOKENS, *alphabet]
+    if len(fixed) > vocab_size:
+        raise ValueError(
+            f"the captions need {len(fixed)} tokens for their single characters alone, more than vocab_size "
+            f"{vocab_size} of the preset's text_config: raise it"
+        )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=fixed, limit_alphabet=vocab_size, show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    return BertTokenizer(vocab=learner.get_vocab(), do_lower_case=True)
+
+
+def set_dropout(part: nn.Module, probability: float) -> None:
+    """Set every dropout of a model or a part: modules, attention dropout kept as a number, and stochastic depth."""
+    if isinstance(part, MiniClipModel):
+        part.config.projection_dropout = probability
+    for module in part.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = probability
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(module, name, probability)

@@ -1,0 +1,278 @@
+"""What is wrong with a run that does not learn: lines with the likely cause, from values that training has anyway.
+
+The thresholds are far from what a healthy run shows: a warning that is often wrong is not read.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..errors import MiniClipError
+from ..evaluation.metrics import ranks
+
+# Steps behind the warm-up before anything is said: until then a good model may look like one that learns nothing.
+PATIENCE = 100
+WINDOW = 50  # steps over which the loss is averaged, for single batches are easier or harder
+MOST_ROWS = 2000  # images of the validation split that are looked at, which bounds the cost to a second or two
+# With less than so many the shuffled-caption probe cannot tell captions that fit from captions that do not: with
+# untrained towers on photographs its z is about 2 with 200 images and 14 with 1,000 (see `relation`).
+FEWEST_ROWS, ENOUGH_ROWS = 64, 500
+CLEAR = 3.0  # standard deviations
+
+
+def chance_loss(images: float, texts: float, loss_type: str) -> float:
+    """The loss of a model that cannot tell one pair of a batch from another; ln(batch) for the softmax losses.
+
+    With several captions per image their probabilities add up in `softmax_sum`; in `softmax_mean` the log-probability
+    of each is that of any other text. The sigmoid loss is that of the best of all constant logits.
+
+    Args:
+        images: of the batch, each with as many texts.
+        texts: of the batch.
+        loss_type: of the model's configuration.
+    """
+    if loss_type == "sigmoid":
+        return math.log(images) + (images - 1) * math.log(images / (images - 1)) if images > 1 else 0.0
+    return math.log(images) if loss_type == "softmax_sum" else (math.log(images) + math.log(texts)) / 2
+
+
+def diagnose_loss(loss: float, chance: float, gradient_norm: float, moved: bool = True) -> str | None:
+    """A loss that stays at, or above, what guessing gives, although training has gone on for a while.
+
+    Args:
+        loss: mean over many steps, nats.
+        chance: [`chance_loss`] of the same steps.
+        gradient_norm: of the last step, before clipping.
+        moved: whether training has changed anything.
+    """
+    if loss < 0.98 * chance or chance < 0.5:
+        return None
+    found = f"the loss is stuck at that of guessing, ln(batch) = {chance:.3f}"
+    if loss > 1.1 * chance:
+        found = f"the loss, {loss:.3f}, is above that of guessing, ln(batch) = {chance:.3f}"
+    cause = "the learning rates are too high (divide them by ten, those of the towers first)"
+    if not moved:
+        cause = "the learning rates are too low, or too much is frozen"
+    return (
+        f"{found}, at a gradient norm of {gradient_norm:.2g}: likely {cause}, or captions do not belong to their "
+        "images; --overfit_batch true tells which"
+    )
+
+
+def diagnose_temperature(logit_scale: float, largest: float, loss: float, chance: float) -> str | None:
+    """A temperature that has run to one of its ends while the loss is high.
+
+    A good model ends at the upper bound of the inverse temperature too, but with a low loss.
+
+    Args:
+        logit_scale: inverse temperature.
+        largest: its bound.
+        loss: mean over many steps, nats.
+        chance: [`chance_loss`] of the same steps.
+    """
+    if loss < chance / 2:
+        return None
+    if logit_scale > 0.99 * largest:
+        return (
+            f"the inverse temperature has run into its bound {largest:g} while the loss is {loss:.3f}: likely "
+            "--learning_rate, which is also the temperature's, is too high; divide it by ten"
+        )
+    if logit_scale < 2:
+        return (
+            f"the temperature has exploded (its inverse fell to {logit_scale:.2g}): the model gives all pairs the "
+            "same probability, likely because captions do not belong to their images, or --learning_rate is too high"
+        )
+    return None
+
+
+def mean_cosine(embeds: Tensor) -> float:
+    """Mean cosine between two different rows of `[n, dim]` unit-norm embeddings."""
+    n = len(embeds)
+    total = embeds.double().sum(dim=0).square().sum().item()
+    return (total - n) / (n * (n - 1))
+
+
+def diagnose_collapse(image_embeds: Tensor, text_embeds: Tensor, moved: bool = True) -> str | None:
+    """Embeddings that are all but one and the same.
+
+    Args:
+        image_embeds: `[B, dim]`, unit norm, of a split.
+        text_embeds: `[N, dim]`, unit norm.
+        moved: whether training has changed anything: untrained towers may begin like that.
+    """
+    for name, embeds, flag in (("image", image_embeds, "vision"), ("text", text_embeds, "text")):
+        cosine = mean_cosine(embeds) if len(embeds) > 1 else 0.0
+        if cosine > 0.98:
+            cause = (
+                f"is too high; divide them by ten, or --freeze {flag}" if moved else "is too low: nothing has moved"
+            )
+            return (
+                f"the {name} embeddings have collapsed, their mean cosine is {cosine:.4f}: likely "
+                f"--{flag}_learning_rate or --learning_rate {cause}"
+            )
+    return None
+
+
+def diagnose_captions(
+    image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor, share: float | None
+) -> str | None:
+    """The shuffled-caption probe: whether unseen images fit their own captions better than those of other images.
+
+    It looks at the model's retrieval and, where that shows nothing, at what a linear map finds in the embeddings: that
+    does not depend on whether the optimiser gets anywhere, and tells wrong data from wrong learning rates.
+
+    Args:
+        image_embeds: `[B, dim]`, unit norm, of the validation split.
+        text_embeds: `[N, dim]`, unit norm.
+        text_image_id: `[N]`, for each text the row of its image.
+        share: last training loss as a share of [`chance_loss`]; None if unknown.
+    """
+    images = len(image_embeds)
+    if images < FEWEST_ROWS or above_chance(text_embeds, image_embeds, text_image_id) > CLEAR:
+        return None
+    learned = share is not None and share < 0.9
+    z = relation(image_embeds, text_embeds, text_image_id)
+    if z > CLEAR:
+        if share is None or share < 0.98:
+            return None
+        return (
+            f"the model finds no image by its caption, but the captions do fit the images (a linear map finds that, "
+            f"z = {z:.1f}): not the data but likely the learning rates are wrong; divide them by ten"
+        )
+    if images < ENOUGH_ROWS and not learned:
+        return None
+    return (
+        f"{images} validation images fit their own captions no better than shuffled ones (z = {z:.1f})"
+        f"{' although the training loss fell' if learned else ''}: likely captions are unrelated to their images; "
+        "look at some rows (a shifted column, a sorted list of files)"
+    )
+
+
+def above_chance(queries: Tensor, keys: Tensor, owner: Tensor) -> float:
+    """How far right keys rank above the middle, in standard deviations of a model that knows nothing.
+
+    Ranks of n keys are then uniform, with variance n^2 / 12. Queries of the same key count as one.
+
+    Args:
+        queries: `[Q, dim]`.
+        keys: `[n, dim]`.
+        owner: `[Q]`, the right key of each query; every key has one.
+    """
+    n = len(keys)
+    place = (ranks(queries, keys, owner, torch.arange(n)).double() - 1) / max(1, n - 1)  # 0 the best, 1 the worst
+    return (0.5 - mean_per_image(place[:, None], owner, n).mean().item()) * math.sqrt(12 * n)
+
+
+def mean_per_image(rows: Tensor, owner: Tensor, images: int) -> Tensor:
+    """Mean of the `[N, width]` rows of each image, as `[images, width]` float64."""
+    total = torch.zeros(images, rows.shape[1], dtype=torch.double).index_add_(0, owner, rows.double())
+    return total / torch.bincount(owner, minlength=images).unsqueeze(1)
+
+
+def relation(image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor) -> float:
+    """How much a linear map fitted on one half of the images finds in the other, as [`above_chance`], both ways round.
+
+    The map is a regularised canonical correlation analysis (Vinod 1976). It finds the little that untrained or
+    collapsed towers let through: with the towers of the preset scenes_tiny, untrained, z is 50 for 1,000 of the
+    built-in scenes and 14 for 1,000 photographs, and about 1 for shuffled captions.
+
+    Args:
+        image_embeds: `[B, dim]`.
+        text_embeds: `[N, dim]`.
+        text_image_id: `[N]`.
+    """
+    images = len(image_embeds)
+    sides = (image_embeds.double(), mean_per_image(text_embeds, text_image_id, images))
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
+    halves = order.tensor_split(2)
+    found = []
+    for seen, unseen in (halves, halves[::-1]):
+        seen_white, unseen_white = zip(*(whiten(side[seen], side[unseen]) for side in sides), strict=True)
+        u, strength, vh = torch.linalg.svd(seen_white[0].t() @ seen_white[1] / len(seen), full_matrices=False)
+        keys, queries = (
+            normalize(x @ directions * strength.sqrt(), dim=-1)
+            for x, directions in zip(unseen_white, (u, vh.t()), strict=True)
+        )
+        found.append(above_chance(queries, keys, torch.arange(len(unseen))))
+    return sum(found) / math.sqrt(2)
+
+
+def whiten(seen: Tensor, unseen: Tensor) -> tuple[Tensor, Tensor]:
+    """Both centred and with the covariance of the first made the identity, damped by its mean eigenvalue."""
+    mean = seen.mean(dim=0)
+    values, vectors = torch.linalg.eigh((seen - mean).t() @ (seen - mean) / len(seen))
+    values = values.clamp(min=0)
+    scaled = vectors * (values + values.mean() + 1e-30).rsqrt()
+    return (seen - mean) @ scaled, (unseen - mean) @ scaled
+
+
+def not_finite(what: str, value: float, mixed_precision: str) -> MiniClipError:
+    """The error that ends a run whose numbers are none."""
+    cause = "a learning rate is too high: lower --learning_rate, --vision_learning_rate and --text_learning_rate"
+    if mixed_precision == "fp16":
+        cause = f"fp16 was left by a large number (--mixed_precision bf16 or no), or {cause}"
+    return MiniClipError(
+        f"the {what} became {value}, likely because {cause}; the last checkpoint and the export are untouched"
+    )
+
+
+class Diagnosis:
+    """Looks at a run while it goes on, and tells each kind of trouble once.
+
+    Args:
+        tell: prints a line.
+        warmup_steps: of the schedule.
+        largest_scale: bound of the inverse temperature.
+        has_softmax: whether the loss is one of the softmax losses. The sigmoid loss begins anywhere, and may be at
+            that of guessing for a moment while it falls.
+    """
+
+    def __init__(self, tell: Callable[[str], None], warmup_steps: int, largest_scale: float, has_softmax: bool = True):
+        self.tell, self.first_step, self.largest_scale = tell, warmup_steps + PATIENCE, largest_scale
+        self.has_softmax = has_softmax
+        self.told: set[str] = set()
+        self.windows: deque[tuple[int, float, float]] = deque()
+        self.first: dict[str, float] | None = None
+        self.share: float | None = None
+        self.moved = True
+
+    def after_steps(self, step: int, values: dict[str, float], steps: int, chance: float) -> None:
+        """Look at a logged line.
+
+        Args:
+            step: of the run.
+            values: `loss`, `gradient_norm` and `logit_scale`.
+            steps: over which the loss is the mean.
+            chance: [`chance_loss`] of these.
+        """
+        self.windows.append((steps, values["loss"], chance))
+        while sum(n for n, *_ in self.windows) - self.windows[0][0] >= WINDOW:
+            self.windows.popleft()
+        total = sum(n for n, *_ in self.windows)
+        loss, expected = (sum(w[0] * w[i] for w in self.windows) / total for i in (1, 2))
+        self.first = self.first or dict(values)
+        # More than batches differ, or more than a rate of 2e-5 moves the temperature in a hundred steps.
+        self.moved = abs(loss - self.first["loss"]) > 0.05 * expected or not math.isclose(
+            values["logit_scale"], self.first["logit_scale"], rel_tol=0.002
+        )
+        self.share = loss / expected if expected > 0 and total >= WINDOW else None
+        if self.has_softmax and step >= self.first_step and total >= WINDOW:
+            self._tell("loss", diagnose_loss(loss, expected, values["gradient_norm"], self.moved))
+            self._tell("temperature", diagnose_temperature(values["logit_scale"], self.largest_scale, loss, expected))
+
+    def after_validation(self, step: int, image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor) -> None:
+        """Look at the embeddings of the validation split; arguments as of [`diagnose_captions`]."""
+        images, keep = image_embeds[:MOST_ROWS], text_image_id < MOST_ROWS
+        if step >= self.first_step:
+            self._tell("collapse", diagnose_collapse(images, text_embeds[keep], self.moved))
+        share = self.share if step >= self.first_step else None
+        self._tell("captions", diagnose_captions(images, text_embeds[keep], text_image_id[keep], share))
+
+    def _tell(self, kind: str, line: str | None) -> None:
+        if line is not None and kind not in self.told:
+            self.told.add(kind)
+            self.tell(line)

@@ -1,0 +1,549 @@
+"""Tests of the sources of captioned images."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from modeling_miniclip import DataError, load_captions
+from modeling_miniclip.data.captions import caption_columns, split_by_image
+from tests.helpers.hubs import local_hub
+from tests.helpers.towers import CAPTIONS
+
+
+def save_images(folder: Path, *names: str) -> None:
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10 + i, 9), (20 * i, 0, 0)).save(folder / name, format="PNG")
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def captions_by_id(splits) -> dict[str, list[str]]:
+    """Captions of every image over all splits; an image in two of them fails."""
+    rows = [(row["image_id"], row["captions"]) for split in splits.values() for row in split.remove_columns("image")]
+    assert len(dict(rows)) == len(rows), "an image is in two rows"
+    return dict(rows)
+
+
+def names(split) -> set[str]:
+    return set(split["image_id"])
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A folder with the images a.png and b.png, and a writer of a caption file beside them that gives its path."""
+    save_images(tmp_path / "Images", "a.png", "b.png")
+    return lambda text, name="own.csv": write(tmp_path / name, text)
+
+
+# --- caption files --------------------------------------------------------------------------------------------------
+
+
+def test_csv_gives_one_row_per_image_with_all_its_captions(captioned_folder):
+    splits = load_captions(captioned_folder / "captions.csv", validation_fraction=0.25)
+    assert list(splits) == ["train", "validation"] and [len(s) for s in splits.values()] == [3, 1]
+    assert captions_by_id(splits) == {f"{i}.png": captions for i, captions in enumerate(CAPTIONS)}
+    row = splits["train"][0]
+    assert row["image"].size == (40 + 4 * int(row["image_id"][0]), 36)
+
+
+def test_id_is_kept_but_neither_groups_nor_splits(two):
+    # the ids would group the rows of different images together
+    splits = load_captions(two("id,image,caption\n1,a.png,one\n1,b.png,two\n2,a.png,three\n2,b.png,four\n"))
+    rows = {row["image_id"]: row for split in splits.values() for row in split}
+    assert rows["a.png"]["captions"] == ["one", "three"] and rows["a.png"]["caption_ids"] == ["1", "2"]
+    assert rows["b.png"]["captions"] == ["two", "four"]
+
+
+def test_csv_without_id_and_with_other_column_names(two):
+    path = two("text,file,number\none,a.png,7\ntwo,b.png,8\n")
+    splits = load_captions(path, image_column="file", caption_column="text")
+    assert captions_by_id(splits) == {"a.png": ["one"], "b.png": ["two"]}
+    assert "caption_ids" not in splits["train"].column_names
+    with_id = load_captions(path, image_column="file", caption_column="text", id_column="number")
+    assert sorted(i for split in with_id.values() for ids in split["caption_ids"] for i in ids) == ["7", "8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("windows.csv", "\ufeffid,image,caption\r\n0,a.png,one\r\n1,b.png,two\r\n"),
+        ("tabs.tsv", "id\timage\tcaption\n0\ta.png\tone\n1\tb.png\ttwo\n"),
+        ("tabs.txt", "image\tcaption\na.png\tone\nb.png\ttwo\n"),
+        ("spaces.csv", ' id , image , caption \n0 , a.png , one \n1 ,b.png,"two"\n\n   \n'),
+        ("old_mac.csv", "image,caption\ra.png,one\rb.png,two\r"),
+        ("no_last_line_end.csv", "image,caption\na.png,one\nb.png,two"),
+        ("blank_lines.csv", "image,caption\n\na.png,one\n\nb.png,two\n"),
+    ],
+)
+def test_line_ends_bom_tabs_and_whitespace_do_not_matter(two, name, text):
+    assert captions_by_id(load_captions(two(text, name))) == {"a.png": ["one"], "b.png": ["two"]}
+
+
+def test_quoted_captions_keep_commas_quotation_marks_and_line_ends(two):
+    text = 'image,caption\na.png,"red, green\nand ""blue"""\nb.png,a 5" disc\n'
+    assert captions_by_id(load_captions(two(text))) == {"a.png": ['red, green\nand "blue"'], "b.png": ['a 5" disc']}
+
+
+def test_image_names_may_have_folders_and_every_spelling_is_one_image(tmp_path):
+    save_images(tmp_path / "Images", "x/a.png", "y/a.png")
+    path = write(tmp_path / "c.csv", "image,caption\nx/a.png,one\nx\\a.png,two\n./x//a.png,three\ny/a.png,four\n")
+    assert captions_by_id(load_captions(path)) == {"x/a.png": ["one", "two", "three"], "y/a.png": ["four"]}
+
+
+@pytest.mark.parametrize("place", ["Images", "images", ".", "Flicker8k_Dataset"])
+def test_images_are_found_beside_the_file_or_in_image_dir(tmp_path, place):
+    text = "image,caption\na.png,one\nb.png,two\n"
+    save_images(tmp_path / place, "a.png", "b.png")
+    assert len(captions_by_id(load_captions(write(tmp_path / "c.csv", text)))) == 2
+    elsewhere = write(tmp_path / "elsewhere" / "c.csv", text)
+    assert len(captions_by_id(load_captions(elsewhere, image_dir=tmp_path / place))) == 2
+
+
+def test_images_stay_files_until_they_are_read(two):
+    from datasets import Image as ImageFeature
+
+    train = load_captions(two("image,caption\na.png,one\nb.png,two\n"))["train"]
+    stored = train.cast_column("image", ImageFeature(decode=False))[0]["image"]
+    assert stored["bytes"] is None and Path(stored["path"]).name == train[0]["image_id"]
+
+
+# Each case: text of the file, and what the message has to name. `row` counts lines as an editor does.
+BAD_FILES = {
+    "missing_image_column": ("id,picture,caption\n0,a.png,one\n", ["row 1", "'image'", "picture", "image_column"]),
+    "missing_caption_column": ("id,image,captoin\n0,a.png,one\n", ["row 1", "'caption'", "captoin", "caption_column"]),
+    "empty_file": ("", ["no captions", "header"]),
+    "blank_first_line": ("\nimage,caption\na.png,one\n", ["row 1", "'image'", "nothing"]),
+    "only_a_header": ("image,caption\n", ["no captions"]),
+    "missing_image_file": ("image,caption\na.png,one\nc.png,two\n", ["row 3", "'image'", "c.png", "1 of 2"]),
+    "empty_caption": ("id,image,caption\n0,a.png,one\n1,b.png,  \n", ["row 3", "'caption'", "empty"]),
+    "empty_image_name": ("id,image,caption\n0,a.png,one\n1, ,two\n", ["row 3", "'image'"]),
+    "too_many_fields": ("image,caption\na.png,one\nb.png,red, green\n", ["row 3", "3 fields", "quotation marks"]),
+    "too_few_fields": ("id,image,caption\n0,a.png,one\n1,b.png\n", ["row 3", "2 fields", "id, image, caption"]),
+    "after_a_quoted_line_end": ('image,caption\na.png,"one\nor\r\nmore"\n\nb.png,\n', ["row 6", "'caption'"]),
+    "row_of_several_lines": ('image,caption\na.png,one\nc.png,"two\nthree"\n', ["row 3", "c.png"]),
+    "open_quotation_mark": ('image,caption\na.png,"one\nb.png,two\n', ["row 2", "quotation mark"]),
+    "windows_line_ends": ("image,caption\r\na.png,one\r\nb.png,\r\n", ["row 3", "'caption'"]),
+    "not_utf8": ("image,caption\r\na.png,one\r\nb.png,caf\u00e9\n".encode("latin-1"), ["row 3", "0xe9", "UTF-8"]),
+    "utf16": ("image,caption\na.png,one\n".encode("utf-16"), ["row 1", "UTF-8"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_wrong_caption_file_is_named_with_row_and_column(two, case):
+    text, expected = BAD_FILES[case]
+    path = two(text)
+    with pytest.raises(DataError) as error:
+        load_captions(path)
+    for part in [str(path), *expected]:
+        assert part in str(error.value), f"{part!r} is not in {error.value}"
+
+
+@pytest.mark.parametrize(
+    "source", ["nowhere/captions.csv", "captions.tsv", "/nowhere", "./nowhere", "~/nowhere", "a/b/c"]
+)
+def test_a_wrong_path_is_not_looked_for_on_the_hub(source):
+    with pytest.raises(DataError, match="no such file or folder"):
+        load_captions(source)
+
+
+def test_a_wrong_folder_of_images_is_named(two, tmp_path):
+    path = two("image,caption\na.png,one\nb.png,two\n")
+    with pytest.raises(DataError, match="nothere.*image_dir"):
+        load_captions(path, image_dir=tmp_path / "nothere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="a.png.*empty.*2 of 2"):
+        load_captions(path, image_dir=tmp_path / "empty")
+    with pytest.raises(DataError, match="no captions found.*captions.csv.*metadata"):
+        load_captions(tmp_path / "empty")
+
+
+# --- Flickr8k and splits --------------------------------------------------------------------------------------------
+
+STRAY = "2258277193_586949ec62.jpg.1"
+FOUR = ("1_a.jpg", "2_b.jpg", "3_c.jpg", "4_d.jpg")
+
+
+def flickr_folder(folder: Path, form: str) -> Path:
+    """Four images with two captions each, in one of the forms in which people have Flickr8k."""
+    rows = [(name, k, f"{name} is , number {k} .") for name in FOUR for k in range(2)]
+    if form == "token":
+        save_images(folder / "Flicker8k_Dataset", *FOUR)
+        stray = [f"{STRAY}#{k}\tno image {k}" for k in range(5)]
+        lines = [f"{name}#{k}\t{text}" for name, k, text in rows]
+        write(folder / "Flickr8k.token.txt", "\n".join(lines[:4] + stray + lines[4:]) + "\n")
+        return folder
+    save_images(folder / "Images", *FOUR)
+    kaggle = form == "kaggle"
+    with (folder / ("captions.txt" if kaggle else "captions.csv")).open("w", newline="") as file:
+        csv.writer(file).writerow(["image", "caption"] if kaggle else ["id", "image", "caption"])
+        csv.writer(file).writerows([row[0], row[2]] if kaggle else [i, row[0], row[2]] for i, row in enumerate(rows))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["csv", "kaggle", "token"])
+def test_flickr8k_folder_in_each_form(tmp_path, form):
+    flickr_folder(tmp_path, form)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        splits = load_captions(tmp_path)
+    assert captions_by_id(splits) == {name: [f"{name} is , number {k} ." for k in range(2)] for name in FOUR}
+    messages = [str(w.message) for w in caught]
+    if form == "token":
+        assert len(messages) == 1 and "dropped 5 rows" in messages[0] and STRAY in messages[0]
+    else:
+        assert messages == []
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("train.txt", "validation.txt", "test.txt"),
+        ("Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt", "Flickr_8k.testImages.txt"),
+    ],
+)
+def test_split_files_decide_and_images_in_none_are_left_out_and_counted(tmp_path, files):
+    folder = flickr_folder(tmp_path, "kaggle")
+    for file, name in zip(files, FOUR[1:], strict=True):
+        write(folder / file, f"\ufeff{name} \r\n\r\n")
+    with pytest.warns(UserWarning, match="left out 1 images"):
+        splits = load_captions(folder)
+    assert {split: names(rows) for split, rows in splits.items()} == {
+        "train": {"2_b.jpg"}, "validation": {"3_c.jpg"}, "test": {"4_d.jpg"}
+    }  # fmt: skip
+
+
+def test_a_missing_validation_file_is_made_up_for_from_train(tmp_path):
+    folder = flickr_folder(tmp_path, "csv")
+    write(folder / "train.txt", "\n".join(FOUR[:3]))
+    write(folder / "test.txt", FOUR[3])
+    splits = load_captions(folder, validation_fraction=0.34)
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 2, "validation": 1, "test": 1}
+    assert names(splits["train"]) | names(splits["validation"]) == set(FOUR[:3])
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "expected"),
+    [
+        ("1_a.jpg\n2_b.jpg\n", "3_c.jpg\n\n2_b.jpg\n", ["validation.txt, row 3", "2_b.jpg", "train.txt, row 2"]),
+        ("1_a.jpg\n2_b.jpg\n1_a.jpg\n", "3_c.jpg\n", ["train.txt, row 3", "1_a.jpg", "train.txt, row 1"]),
+        ("1_a.jpg\n", "no.jpg\n", ["validation.txt, row 1", "no.jpg", "no caption"]),
+        ("1_a.jpg\n", "\n", ["validation.txt", "no image names"]),
+        (None, "1_a.jpg\n", ["validation.txt", "train.txt"]),
+    ],
+)
+def test_wrong_split_files_are_named_with_row(tmp_path, train, validation, expected):
+    folder = flickr_folder(tmp_path, "csv")
+    for name, text in (("train.txt", train), ("validation.txt", validation)):
+        if text is not None:
+            write(folder / name, text)
+    with pytest.raises(DataError) as error:
+        load_captions(folder)
+    for part in expected:
+        assert part in str(error.value), f"{part!r} is not in {error.value}"
+
+
+def test_the_seeded_split_is_by_image_repeatable_and_blind_to_the_order_of_rows(tmp_path):
+    many = [f"{i}.png" for i in range(20)]
+    save_images(tmp_path, *many)
+    one = write(tmp_path / "one.csv", "image,caption\n" + "".join(f"{name},x\n" * 3 for name in many))
+    other = write(tmp_path / "other.csv", "image,caption\n" + "".join(f"{name},x\n" for name in reversed(many)))
+    splits = load_captions(one, validation_fraction=0.2)
+    assert len(splits["validation"]) == 4 and len(captions_by_id(splits)) == 20
+    assert names(load_captions(one, validation_fraction=0.2)["validation"]) == names(splits["validation"])
+    assert names(load_captions(other, validation_fraction=0.2)["validation"]) == names(splits["validation"])
+    assert names(load_captions(one, validation_fraction=0.2, seed=1)["validation"]) != names(splits["validation"])
+
+
+@pytest.mark.parametrize(
+    ("images", "fraction", "held_out"), [(2, 0.001, 1), (2, 0.999, 1), (10, 0.25, 2), (10, 0.3, 3)]
+)
+def test_both_parts_of_a_seeded_split_have_an_image(images, fraction, held_out):
+    parts = split_by_image([str(i) for i in range(images)], fraction, 0)
+    assert len(parts["validation"]) == held_out
+    assert sorted(parts["train"] + parts["validation"]) == [str(i) for i in range(images)]
+
+
+@pytest.mark.parametrize(
+    ("images", "fraction", "message"), [(1, 0.5, "at least two"), (4, 0.0, "between"), (4, 1.0, "between")]
+)
+def test_what_cannot_be_split_is_told(images, fraction, message):
+    with pytest.raises(DataError, match=message):
+        split_by_image(["a"] * images, fraction, 0)
+
+
+def test_scenes_are_built_in():
+    splits = load_captions("scenes")
+    assert {"image", "image_id", "captions"} == set(splits["train"].column_names)
+    assert len(splits["train"]) == 6000 and not names(splits["train"]) & names(splits["validation"])
+
+
+def test_the_real_flickr8k_has_its_official_splits(shared):
+    with pytest.warns(UserWarning, match="left out 91 images"):
+        splits = load_captions(shared / "flickr8k")
+    assert [len(rows) for rows in splits.values()] == [6000, 1000]
+    assert all(len(captions) == 5 for rows in splits.values() for captions in rows["captions"])
+    assert not names(splits["train"]) & names(splits["validation"])
+    assert splits["validation"][0]["image"].size == (224, 224)
+
+
+# --- imagefolder ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_imagefolder_with_one_metadata_file(tmp_path, kind):
+    save_images(tmp_path, "a.png", "sub/b.png")
+    if kind == "csv":
+        write(tmp_path / "metadata.csv", "file_name,text\na.png,one\nsub/b.png,two\na.png,three\n")
+    else:
+        lines = [{"file_name": "a.png", "captions": ["one", "three"]}, {"file_name": "sub/b.png", "captions": ["two"]}]
+        write(tmp_path / "metadata.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n")
+    splits = load_captions(tmp_path)
+    assert list(splits) == ["train", "validation"]
+    assert captions_by_id(splits) == {"a.png": ["one", "three"], "sub/b.png": ["two"]}
+
+
+@pytest.mark.parametrize("one_file", [True, False])
+def test_imagefolder_with_a_folder_per_split(tmp_path, one_file):
+    images = ("train/a.png", "val/a.png", "test/b.png")
+    save_images(tmp_path, *images)
+    if one_file:
+        write(tmp_path / "metadata.csv", "file_name,caption\n" + "".join(f"{name},{name}\n" for name in images))
+    else:
+        for name in images:
+            folder, file = name.split("/")
+            write(tmp_path / folder / "metadata.jsonl", json.dumps({"file_name": file, "caption": name}))
+    splits = load_captions(tmp_path)
+    assert {split: names(rows) for split, rows in splits.items()} == {
+        "train": {"train/a.png"}, "validation": {"val/a.png"}, "test": {"test/b.png"}
+    }  # fmt: skip
+    assert captions_by_id(splits) == {name: [name] for name in images}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("metadata.csv", "file,caption\na.png,one\n", ["metadata.csv, row 1", "'file_name'", "image_column"]),
+        ("metadata.csv", "file_name,label\na.png,one\n", ["metadata.csv, row 1", "'caption'", "caption_column"]),
+        ("metadata.csv", "file_name,text\na.png,one\nno.png,two\n", ["metadata.csv, row 3", "'file_name'", "no.png"]),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "text": ""}', ["row 2"]),
+        ("metadata.jsonl", '{"file_name": "a.png", "captions": []}', ["row 1", "'captions'"]),
+        ("metadata.jsonl", '{"file_name": "a.png", "caption": [5]}', ["row 1", "'caption'", "5"]),
+        ("metadata.jsonl", '{"file_name": "a.png", "caption": "x"}\n{"caption": "x"}', ["row 2", "'file_name'"]),
+        ("metadata.jsonl", '{"file_name": 3, "caption": "x"}', ["row 1", "'file_name'", "3"]),
+        ("metadata.jsonl", '\n{"file_name": "a.png"', ["row 2", "not JSON"]),
+        ("metadata.jsonl", '["a.png"]', ["row 1", "object"]),
+    ],
+)  # fmt: skip
+def test_wrong_metadata_is_named_with_row_and_column(tmp_path, file, text, expected):
+    save_images(tmp_path, "a.png", "b.png")
+    write(tmp_path / file, text)
+    with pytest.raises(DataError) as error:
+        load_captions(tmp_path)
+    for part in expected:
+        assert part in str(error.value), f"{part!r} is not in {error.value}"
+
+
+def test_an_image_in_two_metadata_files_is_told(tmp_path):
+    save_images(tmp_path, "a.png", "b.png")
+    write(tmp_path / "metadata.csv", "file_name,text\na.png,one\nb.png,two\n")
+    write(tmp_path / "metadata.jsonl", '{"file_name": "b.png", "text": "x"}')
+    with pytest.raises(DataError, match="metadata.jsonl, row 1.*b.png.*metadata.csv, row 3"):
+        load_captions(tmp_path)
+
+
+# --- the Hub --------------------------------------------------------------------------------------------------------
+
+
+def test_numbered_caption_columns_are_taken_in_the_order_of_their_numbers():
+    columns = ["image", *(f"caption_{i}" for i in (10, 2, 1)), "caption_source"]
+    assert caption_columns(columns, "", "caption") == ["caption_1", "caption_2", "caption_10"]
+    assert caption_columns(["caption", "caption_0"], "", "caption") == ["caption"]
+    with pytest.raises(DataError, match="x, y"):
+        caption_columns(["x", "y"], "here", "caption")
+
+
+PUSH = """
+import datasets, huggingface_hub, numpy
+from PIL import Image
+from datasets import Dataset, DatasetDict, Features, Value
+datasets.disable_progress_bars()
+def table(shades, **columns):
+    images = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in shades]
+    kind = {k: [Value("string")] if isinstance(v[0], list) else Value("string") for k, v in columns.items()}
+    return Dataset.from_dict({"image": images, **columns}, features=Features({"image": datasets.Image(), **kind}))
+def numbered(split, shades):
+    return table(shades, **{f"caption_{k}": [f"{split} {i} {k}" for i in shades] for k in range(5)})
+flickr8k = DatasetDict(train=numbered("train", range(4)), validation=numbered("validation", [10, 11]),
+                       test=numbered("test", [20]))
+flickr8k.push_to_hub("test-user/flickr8k")
+shades = range(6)
+table(shades, caption=[[f"a{i}", f"b{i}"] for i in shades], sentids=[[str(i)] for i in shades],
+      split=["train", "train", "val", "test", "restval", "val"], img_id=[str(i) for i in shades],
+      filename=[f"{i}.jpg" for i in shades]).push_to_hub("test-user/flickr30k", split="test")
+table([1, 2, 1, 3, 2], caption=["one", "two", "one more", "three", "two more"]).push_to_hub("test-user/rows")
+leak = DatasetDict(train=table([1, 2], caption=["x", "x"]), test=table([3, 2], caption=["x", "x"]))
+leak.push_to_hub("test-user/leak")
+table([1, 2], caption=["x", " "]).push_to_hub("test-user/empty-caption")
+table([1, 2], label=["x", "y"]).push_to_hub("test-user/no-captions")
+table(range(30, 38), caption=["x"] * 8).push_to_hub("test-user/shards", num_shards=4)
+table([40, 41], caption=["x", "x"]).push_to_hub("test-user/private", private=True)
+table([50, 51], caption=["x", "x"]).push_to_hub("test-user/unavailable")
+table([60, 61], caption=["x", "x"]).push_to_hub("test-user/broken")
+api = huggingface_hub.HfApi()
+api.create_repo("test-user/folder", repo_type="dataset")
+rows = "".join(f"{shade}.png,x{shade}\\n" for shade in range(3))
+contents = {"metadata.csv": f"file_name,text\\n{rows}".encode()}
+for shade in range(3):
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(f"{shade}.png")
+    contents[f"{shade}.png"] = open(f"{shade}.png", "rb").read()
+adding = [huggingface_hub.CommitOperationAdd(f"train/{name}", content) for name, content in contents.items()]
+api.create_commit("test-user/folder", adding, commit_message="add", repo_type="dataset")
+"""
+
+LOAD = """
+import json, os, time
+import datasets
+from modeling_miniclip import DataError, load_captions
+datasets.disable_progress_bars()
+time.sleep = lambda seconds: None  # what a client waits for does not change within a test
+result = {}
+def load(name, title, token="hf_test", **how):
+    os.environ["HF_TOKEN"] = token
+    try:
+        splits = load_captions("test-user/" + name, validation_fraction=0.34, **how)
+        result[title] = {split: [[row["image"].getpixel((0, 0))[0], row["image_id"], row["captions"]] for row in rows]
+                         for split, rows in splits.items()}
+    except DataError as error:
+        result[title] = str(error)
+# First those who may not read: what another token has loaded would be taken from the cache.
+load("private", "stranger", token="hf_other")
+load("private", "stranger streamed", token="hf_other", stream_rows=2)
+load("rows", "unknown token", token="hf_wrong")
+load("rows", "unknown token streamed", token="hf_wrong", stream_rows=2)
+for name in ["shards", "flickr8k", "folder", "private", "unavailable", "broken"]:
+    load(name, name + " streamed", stream_rows=2)
+for name in ["flickr8k", "flickr30k", "rows", "leak", "empty-caption", "no-captions", "nothere", "script", "folder",
+             "private", "unavailable", "broken"]:
+    load(name, name)
+print("RESULT", json.dumps(result))
+"""
+
+
+def shards_of(hub, name):
+    """Storage keys of a data set's Parquet files."""
+    repository = hub.store.repo("dataset", f"test-user/{name}")
+    files = hub.store.at(repository, repository["refs"]["refs/heads/main"])["files"]
+    return [entry["sha256"] for path, entry in files.items() if path.endswith(".parquet")]
+
+
+@pytest.fixture(scope="module")
+def from_hub(tmp_path_factory):
+    """What load_captions gives, in a process of its own, for data sets on a Hub on loopback."""
+    root = tmp_path_factory.mktemp("hub")
+    with local_hub(root / "server", tokens=("hf_test=test-user", "hf_other=other")) as hub:
+        env = {**os.environ, **hub.client_env(root / "home"), "PYTHONPATH": str(Path(__file__).parents[2])}
+        env.pop("HF_HUB_OFFLINE")
+        script = (
+            "api.create_repo('test-user/script', repo_type='dataset')\n"
+            "api.upload_file(path_or_fileobj=b'import datasets', path_in_repo='script.py', "
+            "repo_id='test-user/script', repo_type='dataset')\n"
+        )
+        output = ""
+        for code in (PUSH + script, LOAD):
+            if code is LOAD:
+                hub.fault(path="/test-user/unavailable/resolve/.*parquet", status=503, times=-1)
+                hub.fault(path=shards_of(hub, "broken")[0], method="GET", drop=100, times=-1)
+            run = subprocess.run(
+                [sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=120
+            )
+            assert run.returncode == 0, run.stderr[-3000:]
+            output = run.stdout
+        result = json.loads(output.partition("RESULT ")[2])
+        result["shards read"] = [bool(hub.requests(key, "GET")) for key in shards_of(hub, "shards")]
+    return result
+
+
+def test_hub_set_with_numbered_columns(from_hub):
+    found = from_hub["flickr8k"]
+    assert {split: [row[0] for row in rows] for split, rows in found.items()} == {
+        "train": [0, 1, 2, 3], "validation": [10, 11], "test": [20]
+    }  # fmt: skip
+    assert found["validation"][1][2] == [f"validation 11 {k}" for k in range(5)]
+    ids = [row[1] for rows in found.values() for row in rows]
+    assert len(set(ids)) == len(ids)
+
+
+def test_hub_set_that_is_streamed_has_the_first_rows_of_each_split(from_hub):
+    whole = from_hub["flickr8k"]
+    assert from_hub["flickr8k streamed"] == {split: rows[:2] for split, rows in whole.items()}
+    assert len(whole["train"]) == 4
+    assert [len(rows) for rows in from_hub["shards streamed"].values()] == [1, 1]
+    assert True in from_hub["shards read"] and False in from_hub["shards read"]
+
+
+def test_an_imagefolder_on_the_hub_is_taken_streamed_and_not(from_hub):
+    images = {row[0]: row[2] for rows in from_hub["folder"].values() for row in rows}
+    assert images == {shade: [f"x{shade}"] for shade in range(3)}
+    streamed = {row[0]: row[2] for rows in from_hub["folder streamed"].values() for row in rows}
+    assert len(streamed) == 2 and streamed.items() <= images.items()
+
+
+@pytest.mark.parametrize("how", ["", " streamed"])
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("unavailable", "503|locate the file on the Hub"),
+        ("broken", "peer closed connection"),
+        ("stranger", "doesn't exist on the Hub or cannot be accessed"),
+        ("unknown token", "the Hub does not know this token"),
+    ],
+)
+def test_a_hub_that_gives_no_data_is_told_by_one_sentence(from_hub, case, reason, how):
+    told = from_hub[case + how]
+    assert re.search(f"^'test-user/.*data set that the Hub gives: .*({reason})", told) and "\n" not in told
+    assert "hf_" not in told and "Signature" not in told
+    assert [len(rows) for rows in from_hub["private" + how].values()] == [1, 1]
+
+
+def test_hub_set_with_lists_and_a_split_column(from_hub):
+    assert from_hub["flickr30k"] == {
+        "train": [[i, f"{i}.jpg", [f"a{i}", f"b{i}"]] for i in (0, 1, 4)],
+        "validation": [[i, f"{i}.jpg", [f"a{i}", f"b{i}"]] for i in (2, 5)],
+        "test": [[3, "3.jpg", ["a3", "b3"]]],
+    }
+
+
+def test_hub_set_with_a_row_per_caption_is_grouped_by_the_pictures_themselves(from_hub):
+    rows = [row for rows in from_hub["rows"].values() for row in rows]
+    assert {shade: captions for shade, _, captions in rows} == {
+        1: ["one", "one more"], 2: ["two", "two more"], 3: ["three"]
+    }  # fmt: skip
+    assert len(rows) == 3 and len(from_hub["rows"]["validation"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("leak", ["split test, row 1", "split train", "one split"]),
+        ("empty-caption", ["split train, row 1", "'caption'", "empty"]),
+        ("no-captions", ["'caption'", "label", "caption_column"]),
+        ("nothere", ["neither a file or folder", "test-user/nothere"]),
+        ("script", ["script", "refs/convert/parquet"]),
+    ],
+)
+def test_wrong_hub_sets_are_told_with_split_and_row(from_hub, name, expected):
+    for part in expected:
+        assert part in from_hub[name], f"{part!r} is not in {from_hub[name]}"

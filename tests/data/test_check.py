@@ -1,0 +1,247 @@
+"""`miniclip check`: each problem is found at its row, the mended copy has none, figures are those of a count."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from modeling_miniclip import UsageError, load_captions
+from modeling_miniclip.cli import cli
+from modeling_miniclip.data.check import CHECKS, KINDS, check, expected_false_negatives, look, quick_look
+
+NAMES = [f"{i}.png" for i in range(40)]
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    """A CSV with forty images of noise, two captions each, in which nothing is wrong."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "Images").mkdir()
+    for name in NAMES:
+        save_noise(tmp_path / "Images" / name, rng)
+    lines = [f"{name},{word} number {name[:-4]}" for name in NAMES for word in ("first", "second")]
+    path = tmp_path / "captions.csv"
+    path.write_text("\n".join(["image,caption", *lines]) + "\n")
+    return path
+
+
+def save_noise(path: Path, rng: np.random.Generator) -> None:
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8))
+    coarse.resize((90, 80), Image.Resampling.BICUBIC).save(path)
+
+
+def append(path: Path, line: str | bytes) -> int:
+    """Add a row; its number."""
+    data = path.read_bytes() + (line if isinstance(line, bytes) else line.encode()) + b"\n"
+    path.write_bytes(data)
+    return data.count(b"\n")
+
+
+def found(path: Path, **options) -> list[tuple[str, str, int | None]]:
+    problems = check(str(path), num_workers=0, validation_fraction=0.3, batch_size=8, **options).problems
+    return [(problem.kind, Path(problem.file).name, problem.row) for problem in problems]
+
+
+def test_nothing_is_wrong_with_good_data(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert found(good) == []
+    argv = ["check", str(good), "--validation_fraction=0.3", "--batch_size=8", "--num_workers=2"]
+    assert cli(argv) == 0
+    assert "no problems found" in capsys.readouterr().out
+
+
+ROWS: dict[str, tuple[str | bytes, str]] = {
+    "not utf-8": ("0.png,caf\u00e9".encode("latin-1"), "encoding"),
+    "open quotation mark": ('0.png,"open', "quotes"),
+    "one field": ("0.png", "fields"),
+    "three fields": ("0.png,red, green", "fields"),
+    "no name": (" ,words", "no-name"),
+    "empty caption": ("0.png,  ", "empty-caption"),
+    "long caption": ("0.png," + "word " * 300, "long-caption"),
+    "control characters": ("0.png,red\x1b[2J", "odd-caption"),
+    "null byte": ("0.png,re\x00d", "odd-caption"),
+    "twice": ("0.png,first number 0", "duplicate-caption"),
+    "missing": ("none.png,words", "missing"),
+    "parent folder": ("../captions.csv,words", "outside"),
+    "absolute path": ("/etc/hostname,words", "outside"),
+    "null byte in the name": ("a\x00.png,words", "missing"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_bad_row_is_found_at_its_number_and_the_rows_behind_it_are_read(good: Path, case: str) -> None:
+    line, kind = ROWS[case]
+    row = append(good, line)
+    last = append(good, "last.png,words")
+    assert sorted(found(good)) == sorted([(kind, "captions.csv", row), ("missing", "captions.csv", last)])
+
+
+def gigantic(path: Path) -> None:
+    header = Image.new("1", (1, 1))
+    header.save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = (20000).to_bytes(4, "big") * 2  # of PNG's header, whose checksum then has to be mended
+    import zlib
+
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "text": (lambda path: path.write_bytes(b"<html>"), "undecodable"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:300]), "undecodable"),
+    "gigantic": (gigantic, "huge"),
+    "gone": (lambda path: path.unlink(), "missing"),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), "missing"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_bad_file_is_found_at_the_row_that_names_it_first(good: Path, case: str) -> None:
+    FILES[case][0](good.parent / "Images" / "5.png")
+    assert found(good) == [(FILES[case][1], "captions.csv", 12)]
+
+
+def test_a_link_that_leaves_the_folder_is_found_and_one_within_it_is_none(good: Path, tmp_path: Path) -> None:
+    images = good.parent / "Images"
+    (images / "5.png").rename(tmp_path / "elsewhere.png")
+    (images / "5.png").symlink_to(tmp_path / "elsewhere.png")
+    (images / "6.png").rename(images / "other.png")
+    (images / "6.png").symlink_to("other.png")
+    kinds = {"outside", "no-captions"}  # other.png has no row of its own
+    assert {kind for kind, *_ in found(good)} == kinds
+    assert {kind for kind, *_ in found(good, allow_outside_images=True)} == {"no-captions"}
+
+
+def test_copies_are_found_in_any_format_and_told_apart_by_split(good: Path) -> None:
+    images = good.parent / "Images"
+    splits = load_captions(good, validation_fraction=0.3)
+    train, validation = splits["train"]["image_id"], splits["validation"]["image_id"]
+    (images / train[1]).write_bytes((images / train[0]).read_bytes())
+    with Image.open(images / train[2]) as image:
+        image.resize((180, 160), Image.Resampling.BICUBIC).save(images / validation[0])
+    kinds = [kind for kind, *_ in found(good)]
+    assert sorted(kinds) == ["duplicate-image", "two-splits"]
+
+
+def test_other_pictures_are_no_copies(good: Path) -> None:
+    images = good.parent / "Images"
+    Image.new("RGB", (30, 30), "red").save(images / "0.png")
+    Image.new("RGB", (30, 30), "blue").save(images / "1.png")
+    with Image.open(images / "2.png") as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(images / "3.png")
+        image.filter(ImageFilter.GaussianBlur(1)).rotate(90, expand=True).save(images / "4.png")
+    assert found(good) == []
+
+
+def test_a_header_that_is_none_is_told_with_a_mend(tmp_path: Path, good: Path) -> None:
+    rows = good.read_text().split("\n", 1)[1]
+    for text, mend in ((rows, "write a header"), ("image,Caption\n" + rows, "did you mean 'Caption'")):
+        good.write_text(text)
+        (problem,) = check(str(good)).problems
+        assert (problem.kind, problem.row) == ("unusable", 1) and mend in problem.text
+    good.write_text("image;caption\n" + rows.replace(",", ";"))
+    assert found(good) == [("separator", "captions.csv", 1)]
+
+
+def test_an_imagefolder_is_checked_file_by_file(good: Path) -> None:
+    folder = good.parent / "set"
+    folder.mkdir()
+    (good.parent / "Images").rename(folder / "train")
+    rows = good.read_text().replace("image,", "file_name,", 1) + "none.png,words\n"
+    (folder / "train" / "metadata.csv").write_text(rows)
+    (folder / "train" / "5.png").write_bytes(b"")
+    (folder / "train" / "6.png").write_bytes(b"broken")
+    assert sorted(found(folder)) == [
+        ("empty", "metadata.csv", 12), ("missing", "metadata.csv", 82), ("undecodable", "metadata.csv", 14)
+    ]  # fmt: skip
+
+
+def test_split_files_and_splits_are_checked(good: Path) -> None:
+    (good.parent / "train.txt").write_text("\n".join([*NAMES[:7], "ghost.png"]) + "\n")
+    (good.parent / "validation.txt").write_text("\n".join([*NAMES[6:20]]) + "\n")
+    assert sorted(found(good), key=str) == [
+        ("no-captions", "train.txt", 8), ("small-split", "captions.csv", None), ("two-splits", "validation.txt", 1)
+    ]  # fmt: skip
+
+
+def test_a_mended_copy_has_no_problem_and_the_original_is_untouched(good: Path, tmp_path: Path) -> None:
+    images = good.parent / "Images"
+    for line, _ in ROWS.values():
+        append(good, line)
+    (images / "5.png").write_bytes(b"")
+    (images / "6.png").write_bytes(b"broken")
+    (images / "8.png").write_bytes((images / "7.png").read_bytes())
+    before = good.read_bytes()
+    mended = tmp_path / "mended.csv"
+    argv = ["check", str(good), "--num_workers=0", "--batch_size=8", "--fix", str(mended)]
+    assert cli(argv) == 1 and good.read_bytes() == before
+    rows = list(csv.reader(mended.open(encoding="utf-8")))[1:]
+    assert {name for name, _ in rows} == set(NAMES) - {"5.png", "6.png", "8.png"}
+    assert [text for name, text in rows if name == "7.png"] == [
+        "first number 7", "second number 7", "first number 8", "second number 8"
+    ]  # fmt: skip
+    assert {kind for kind, *_ in found(mended)} <= {"long-caption", "odd-caption", "no-captions"}
+    report = (tmp_path / "mended.report.txt").read_text()
+    assert "row 12" in report and "\x1b" not in report
+    assert cli(argv) == 2  # nothing is overwritten
+    for name in ("mended.txt", "nowhere/mended.csv"):
+        with pytest.raises(UsageError, match="--fix"):
+            check(str(good), fix=str(tmp_path / name))
+
+
+def test_json_has_every_problem(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = append(good, "none.png,words")
+    assert cli(["check", str(good), "--quick", "--json", "--batch_size=8", "--validation_fraction=0.3"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["counts"] == {"missing": 1} and [p["row"] for p in told["problems"]] == [row]
+    assert told["figures"]["images_in_train"] + told["figures"]["images_in_validation"] == 41
+
+
+def test_what_is_no_data_set_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["check", str(tmp_path / "nowhere.csv")]) == 1
+    assert "nowhere.csv: no such file or folder" in capsys.readouterr().err
+
+
+def test_terminal_shows_no_control_characters(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("\x1b[31mred\u202e.png,words", "0.png,red\x1b[2J"):
+        append(good, line)
+    assert cli(["check", str(good), "--quick"]) == 1
+    told = capsys.readouterr().out
+    assert "\\x1b[31mred\\u202e.png" in told and not any(c in told for c in "\x1b\u202e")
+
+
+def test_expected_false_negatives_are_those_of_drawn_batches() -> None:
+    captions = [["A dog.", "two"], ["a  dog"], ["two", "two", "three"], ["four"], ["a dog", "four"]]
+    rng, total, draws = Random(0), 0, 20000
+    for _ in range(draws):
+        batch = [rng.choice(texts).lower().replace("  ", " ").rstrip(".") for texts in rng.sample(captions, 3)]
+        total += sum(batch[i] == batch[j] for i in range(3) for j in range(3) if i != j)
+    assert expected_false_negatives(captions, 3) == pytest.approx(total / draws, rel=0.05)
+    assert expected_false_negatives([["a"]], 8) == 0
+
+
+def test_a_run_tells_in_short_what_is_wrong(good: Path) -> None:
+    append(good, "0.png,first number 0")
+    lines = quick_look(load_captions(good, validation_fraction=0.3), "captions.csv", 32)
+    assert [line.split(";")[0] for line in lines] == [
+        f"1 {KINDS['duplicate-caption']}", f"1 {KINDS['small-split']}"
+    ]  # fmt: skip
+    assert len(CHECKS) == 3
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16", "F"])
+def test_every_mode_that_the_processor_reads_is_fine(tmp_path: Path, mode: str) -> None:
+    suffix = {"CMYK": "jpg", "YCbCr": "jpg", "F": "tiff"}.get(mode, "png")
+    Image.new(mode, (20, 20)).save(tmp_path / f"a.{suffix}")
+    assert look(str(tmp_path / f"a.{suffix}")).kind is None
+
+
+def test_the_real_flickr8k_has_nine_captions_twice_and_no_missing_image(shared: Path) -> None:
+    report = check(str(shared / "flickr8k"), decode=False)
+    assert report.counts == {"duplicate-caption": 9}

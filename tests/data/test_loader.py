@@ -1,0 +1,390 @@
+"""Tests of what makes a batch: its rows, its captions, augmentation, collation."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections import Counter
+from contextlib import suppress
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_miniclip import DataError, UsageError, load_captions
+from modeling_miniclip.data import loader as batches
+from modeling_miniclip.data.loader import (
+    BY_VALUE,
+    DEFAULT_AUGMENTATION,
+    FILLER,
+    Batch,
+    CaptionRows,
+    Collator,
+    GlobalBatches,
+    build_augmentation,
+    make_loader,
+)
+from tests.helpers.runs import ROOT
+from tests.helpers.towers import CAPTIONS, PIXELS, tiny_processor
+
+SIZE = (PIXELS, PIXELS)
+
+
+class Rows(list):
+    """Rows in memory with the little that CaptionRows asks of a `datasets` split."""
+
+    features = {"image": SimpleNamespace(decode_example=lambda image: image)}
+
+    def select_columns(self, names):
+        return self
+
+    def cast_column(self, name, feature):
+        return self
+
+    def __getitem__(self, key):
+        if isinstance(key, list):
+            return {name: [self[i][name] for i in key] for name in self[0]}
+        return [row[key] for row in self] if isinstance(key, str) else list.__getitem__(self, key)
+
+
+def noise_rows(count: int, captions: int = 5) -> Rows:
+    rng = np.random.default_rng(0)
+    return Rows(
+        {
+            "image": Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)),
+            "image_id": f"{i}.png",
+            "captions": [f"a dog number {i} {' runs' * k}" for k in range(captions)],
+        }
+        for i in range(count)
+    )
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def training_rows(processor, count: int = 10, seed: int = 0, captions_per_image: int | None = 2) -> CaptionRows:
+    return CaptionRows(noise_rows(count), processor, build_augmentation(DEFAULT_AUGMENTATION, SIZE),
+                       captions_per_image, seed)  # fmt: skip
+
+
+def rows_seen(rows: CaptionRows, batch_size: int, epochs=(0,), num_workers=0, rank=0, world_size=1, seed=0):
+    """(epoch, row) -> (pixels, ids of its captions) of everything that this process's loader gives."""
+    batches = GlobalBatches(len(rows), batch_size, True, seed, rank, world_size)
+    loader = make_loader(rows, batches, num_workers)
+    seen = {}
+    for epoch in epochs:
+        batches.epoch = epoch
+        for batch in loader:
+            for image_id, pixels in zip(batch["image_id"].tolist(), batch["pixel_values"], strict=True):
+                texts = batch["input_ids"][batch["text_image_id"] == image_id]
+                seen[epoch, image_id] = (pixels, sorted(tuple(i for i in text if i) for text in texts.tolist()))
+    return seen
+
+
+def assert_same(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    for key, (pixels, texts) in first.items():
+        assert torch.equal(pixels, second[key][0]) and texts == second[key][1], key
+
+
+# --- everything random ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(processor):
+    return rows_seen(training_rows(processor), 4, epochs=(0, 1))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_worker_processes_change_nothing(processor, reference, num_workers):
+    assert_same(reference, rows_seen(training_rows(processor), 4, epochs=(0, 1), num_workers=num_workers))
+
+
+def test_the_number_of_processes_and_the_batch_change_nothing(processor, reference):
+    for world_size, batch_size in ((2, 4), (3, 10), (1, 7)):
+        union = {}
+        for rank in range(world_size):
+            part = rows_seen(training_rows(processor), batch_size, (0, 1), rank=rank, world_size=world_size)
+            union |= {key: value for key, value in part.items() if key[1] >= 0}
+        assert_same(reference, union)
+
+
+def test_seed_and_epoch_change_captions_and_augmentation(processor, reference):
+    other = rows_seen(training_rows(processor, seed=1), 4)
+    for row in range(10):
+        assert not torch.equal(reference[0, row][0], reference[1, row][0])
+        assert not torch.equal(reference[0, row][0], other[0, row][0])
+    for epoch_or_seed in ({key: reference[1, key[1]] for key in other}, other):
+        assert sum(reference[key][1] != value[1] for key, value in epoch_or_seed.items()) >= 5
+
+
+def test_a_loader_does_not_touch_the_random_state_that_dropout_uses(processor):
+    rows = training_rows(processor, count=3)
+    before = torch.random.get_rng_state()
+    assert len(list(make_loader(rows, GlobalBatches(3, 2, True), 0))) == 2
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_transforms_draw_independently_of_each_other(processor):
+    picture = np.zeros((8, 8, 3), dtype=np.uint8)
+    picture[:, :4] = 200
+    augmentation = build_augmentation([{"name": "HorizontalFlip"}, {"name": "InvertImg"}], (8, 8))
+    one = Rows([{"image": Image.fromarray(picture), "image_id": "a", "captions": ["x"]}])
+    rows = CaptionRows(one, processor, augmentation)
+    seen = Counter()
+    for epoch in range(200):
+        left, right = rows[epoch, 0]["pixels"][0, 0, [0, 7]].tolist()
+        seen[left, right] += 1
+    # plain, flipped, inverted, both: 50 each are expected, 25 is four standard deviations away
+    assert set(seen) == {(200, 0), (0, 200), (55, 255), (255, 55)} and min(seen.values()) > 25
+
+
+# --- captions -------------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_drawn_without_repetition_and_all_get_their_turn(processor):
+    rows = CaptionRows(noise_rows(1), processor, captions_per_image=3)
+    drawn = [rows[epoch, 0]["captions"] for epoch in range(100)]
+    assert all(len(set(captions)) == 3 for captions in drawn)
+    counts = Counter(caption for captions in drawn for caption in captions)
+    assert len(counts) == 5 and min(counts.values()) > 35  # 60 are expected, with a standard deviation of 5
+
+
+@pytest.mark.parametrize("wanted", [None, 5, 9])
+def test_all_captions_in_their_order_where_no_choice_is_left(processor, wanted):
+    rows = CaptionRows(noise_rows(2), processor, captions_per_image=wanted)
+    assert rows[3, 1]["captions"] == rows.captions[1]
+
+
+def test_captions_are_padded_to_the_longest_of_the_batch_only(processor):
+    rows = CaptionRows(Rows(
+        {"image": Image.new("RGB", SIZE), "image_id": str(i), "captions": captions}
+        for i, captions in enumerate(CAPTIONS)
+    ), processor)  # fmt: skip
+    lengths = [[len(ids) for ids in processor.tokenizer(captions)["input_ids"]] for captions in CAPTIONS]
+    collate = Collator(processor.tokenizer)
+    for chosen in ([0], [1, 2], [3, 0, 2]):
+        batch = collate([rows[0, i] for i in chosen])
+        expected = [length for i in chosen for length in lengths[i]]
+        assert batch["input_ids"].shape == (len(expected), max(expected))
+        assert batch["attention_mask"].sum(dim=1).tolist() == expected
+
+
+def test_a_batch_tells_which_caption_belongs_to_which_image(processor):
+    rows = CaptionRows(Rows(
+        {"image": Image.new("RGB", (50, 40), (60 * i, 0, 0)), "image_id": str(i), "captions": captions}
+        for i, captions in enumerate(CAPTIONS)
+    ), processor)  # fmt: skip
+    batch = Collator(processor.tokenizer)([rows[0, 2], rows[0, FILLER - 1], rows[0, 0]])
+    assert batch["image_id"].tolist() == [2, FILLER - 1, 0]
+    assert batch["text_image_id"].tolist() == [2, 2] + [FILLER - 1] * 3 + [0, 0]
+    texts = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    assert texts == CAPTIONS[2] + CAPTIONS[1] + CAPTIONS[0]
+    assert batch["pixel_values"].dtype == torch.uint8 and batch["pixel_values"].shape == (3, 3, *SIZE)
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [120, 60, 0]
+
+
+def test_the_rows_of_a_batch_are_those_asked_for_one_by_one(processor, monkeypatch):
+    monkeypatch.setattr(batches, "READ_TOGETHER", 3)
+    rows, keys = training_rows(processor), [(1, 4), (0, FILLER - 2), (2, 9), (1, 0), (0, 7)]
+    together = rows.__getitems__(keys)
+    for key, row in zip(keys, together, strict=True):
+        alone = rows[key]
+        assert row["captions"] == alone["captions"] and row["image_id"] == alone["image_id"] == key[1]
+        assert np.array_equal(row["pixels"], alone["pixels"])
+
+
+def test_pixels_reach_the_model_laid_out_for_convolutions(processor):
+    rows = training_rows(processor)
+    batch = next(iter(make_loader(rows, GlobalBatches(10, 4, False), 0)))
+    assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last)
+    for i in range(4):
+        assert np.array_equal(batch["pixel_values"][i].numpy(), rows[0, i]["pixels"])
+
+
+def test_long_captions_are_cut_to_the_limit_of_the_tokenizer(processor):
+    rows = CaptionRows(
+        Rows([{"image": Image.new("RGB", SIZE), "image_id": "a", "captions": ["dog " * 99]}]), processor
+    )
+    assert Collator(processor.tokenizer)([rows[0, 0]])["input_ids"].shape == (1, 24)
+
+
+def test_features_take_the_place_of_images_and_texts(processor):
+    texts = [torch.arange(5.0).unsqueeze(1) + 10 * i for i in range(3)]
+    rows = CaptionRows(noise_rows(3), processor, None, 2, 0, [torch.eye(3)], texts)
+    plain = CaptionRows(noise_rows(3), processor, None, 2, 0)
+    batch = Collator(processor.tokenizer)([rows[4, 2], rows[4, 0]])
+    assert set(batch) == {"image_id", "text_image_id", "vision_pooler_output", "text_pooler_output"}
+    assert torch.equal(batch["vision_pooler_output"], torch.eye(3)[[2, 0]])
+    chosen = [i * 10 + rows.captions[i].index(text) for i in (2, 0) for text in plain[4, i]["captions"]]
+    assert batch["text_pooler_output"].flatten().tolist() == chosen  # the features are those of the drawn captions
+
+
+# --- global batches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(10, 4), (9, 4), (8, 4), (3, 8), (1, 1), (13, 6)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_processes_together_have_the_global_batch(rows, batch_size, world_size, shuffle):
+    whole = list(GlobalBatches(rows, batch_size, shuffle, seed=3))
+    shares = [list(GlobalBatches(rows, batch_size, shuffle, 3, rank, world_size)) for rank in range(world_size)]
+    assert sorted(index for batch in whole for _, index in batch) == list(range(rows))
+    assert {len(share) for share in shares} == {len(whole)} == {-(-rows // batch_size)}
+    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert all(parts), "a process without a row would leave the others waiting"
+        real = [key for part in parts for key in part if key[1] >= 0]
+        fillers = [key for part in parts for key in part if key[1] < 0]
+        assert sorted(real) == sorted(batch)
+        assert len(fillers) == max(0, world_size - len(batch)) and set(fillers) <= {(0, FILLER - batch[0][1])}
+
+
+def test_a_filler_is_the_row_that_its_id_tells(processor):
+    rows = CaptionRows(noise_rows(4), processor)
+    real, filler = rows[0, 3], rows[0, FILLER - 3]
+    assert filler["image_id"] == -4 and filler["captions"] == real["captions"]
+    assert np.array_equal(filler["pixels"], real["pixels"])
+    assert rows[0, FILLER - 0]["captions"] == rows[0, 0]["captions"]
+
+
+def test_the_order_changes_by_epoch_and_seed_and_is_kept_without_shuffle():
+    batches = GlobalBatches(20, 4, shuffle=True)
+    orders = []
+    for epoch in range(3):
+        batches.epoch = epoch
+        orders.append([index for batch in batches for _, index in batch])
+        assert all(key[0] == epoch for batch in batches for key in batch)
+    other_seed = [index for batch in GlobalBatches(20, 4, True, seed=1) for _, index in batch]
+    assert len({tuple(order) for order in [*orders, other_seed, range(20)]}) == 5
+    plain = GlobalBatches(20, 4, shuffle=False)
+    plain.epoch = 2
+    assert [index for batch in plain for _, index in batch] == list(range(20))
+
+
+@pytest.mark.parametrize("first", [0, 1, 4, 5])
+def test_an_epoch_resumes_at_any_batch(first):
+    whole = GlobalBatches(18, 4, True, seed=2, rank=1, world_size=2)
+    rest = GlobalBatches(18, 4, True, seed=2, rank=1, world_size=2)
+    whole.epoch = rest.epoch = 3
+    rest.first_batch = first
+    assert list(rest) == list(whole)[first:] and len(rest) == 5 - first
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_augmented_in_training_only(processor):
+    image = noise_rows(1)[0]["image"]
+    plain, training = CaptionRows(noise_rows(1), processor), training_rows(processor, 1)
+    expected = processor(images=image, return_tensors="pt")["pixel_values"]
+    for epoch in range(2):
+        pixels = torch.from_numpy(plain[epoch, 0]["pixels"])[None]
+        assert torch.allclose(processor.normalize(pixels), expected, atol=1e-6)
+        assert not np.array_equal(training[epoch, 0]["pixels"], plain[epoch, 0]["pixels"])
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        DEFAULT_AUGMENTATION,
+        [{"name": "HorizontalFlip"}],
+        [{"name": "RandomCrop", "height": 20, "width": 24}],
+        [{"name": "LongestMaxSize", "max_size": 100}],
+        [{"name": "RandomResizedCrop", "size": [60, 61], "scale": [0.5, 1.0]}, {"name": "Rotate", "limit": [-9, 9]}],
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
+def test_augmentation_ends_in_the_right_size_for_every_kind_of_image(processor, transforms, mode):
+    rows = Rows([{"image": Image.new(mode, (50, 41)), "image_id": "a", "captions": ["x"]}])
+    pixels = CaptionRows(rows, processor, build_augmentation(transforms, (32, 48)))[0, 0]["pixels"]
+    assert pixels.shape == (3, 32, 48) and pixels.dtype == np.uint8
+
+
+def test_no_transforms_mean_no_augmentation():
+    assert build_augmentation([], SIZE) is None
+
+
+@pytest.mark.parametrize(
+    ("transform", "expected"),
+    [
+        ({"name": "HorizontalFlipp"}, ["'HorizontalFlipp'", "HorizontalFlip?"]),
+        ({"name": "ColorJitter", "brightnes": 0.2}, ["ColorJitter", "brightnes;", "brightness?", "saturation"]),
+        ({"name": "Compose"}, ["'Compose'"]),
+        ({"p": 0.5}, ["no transform"]),
+        ({"name": "HorizontalFlip", "p": 3}, ["HorizontalFlip", "less than or equal to 1"]),
+        ({"name": "RandomCrop"}, ["RandomCrop", "height", "width"]),
+        ({"name": "Normalize"}, ["Normalize", "8-bit RGB", "float32"]),
+        ({"name": "ToTensorV2"}, ["ToTensorV2", "8-bit RGB"]),
+        ({"name": "FDA"}, ["FDA", "image alone"]),
+    ],
+)
+def test_a_wrong_augmentation_is_told_before_training(transform, expected):
+    with pytest.raises(UsageError) as error:
+        build_augmentation([transform], SIZE)
+    for part in expected:
+        assert part in str(error.value), f"{part!r} is not in {error.value}"
+
+
+@pytest.mark.parametrize(("content", "num_workers"), [("text", 0), ("cut", 0), ("text", 1)])
+def test_an_image_that_cannot_be_decoded_is_named(captioned_folder, processor, content, num_workers):
+    path = captioned_folder / "Images" / "2.png"
+    data = {"text": b"<html>", "cut": path.read_bytes()[:60]}[content]
+    path.write_bytes(data)
+    splits = load_captions(captioned_folder, validation_fraction=0.25, seed=1)
+    split = splits["train" if "2.png" in splits["train"]["image_id"] else "validation"]
+    rows = CaptionRows(split, processor)
+    batches = make_loader(rows, GlobalBatches(len(rows), 2, False), num_workers)
+    ((index, why),) = (found for batch in batches for found in batch.get("undecodable", []))
+    assert rows.image_ids[index] == "2.png" and why.startswith("image '2.png' cannot be decoded: ")
+    with pytest.raises(DataError, match="'2.png' cannot be decoded"):
+        rows[0, index]
+
+
+def test_an_image_too_small_for_a_crop_is_named(processor):
+    augmentation = build_augmentation([{"name": "RandomCrop", "height": 500, "width": 500}], SIZE)
+    with pytest.raises(DataError, match="'0.png' of 48x40 pixels.*--augmentation"):
+        CaptionRows(noise_rows(1), processor, augmentation)[0, 0]
+
+
+def test_a_batch_survives_the_way_between_processes_whatever_its_tensors_size():
+    ids = torch.arange(6).reshape(2, 3)
+    small, large = {"input_ids": ids, "image_id": ids[:, 0]}, torch.arange(BY_VALUE // 4, dtype=torch.float32)
+    batch = Batch(small | {"pixel_values": torch.cat([large, large[:1]]), "undecodable": [(3, "empty")]})
+
+    there = pickle.loads(pickle.dumps(batch))
+
+    assert list(there) == ["input_ids", "image_id", "pixel_values", "undecodable"]
+    assert there["undecodable"] == [(3, "empty")]
+    assert all(torch.equal(there[name], batch[name]) for name in list(there)[:3])
+    by_value, as_tensors = batch.__reduce__()[1]
+    assert set(by_value) == {"input_ids", "image_id"}
+    assert set(as_tensors) == {"pixel_values", "undecodable"}
+
+
+KILLED = """
+import os, signal, time
+from tests.data.test_loader import make_loader, tiny_processor, training_rows
+rows = training_rows(tiny_processor(), captions_per_image=None)
+batches = iter(make_loader(rows, [[(0, i % 10) for i in range(200)]] * 40, 2, prefetch_factor=8))
+print(next(batches)["input_ids"].nbytes, flush=True)
+time.sleep(2)  # by now the workers are ahead by more than a pipe takes
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_loader_processes_end_with_a_trainer_that_was_killed() -> None:
+    """They hold its standard output open: there is no end of it while one lives."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    trainer = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, start_new_session=True, **pipes)
+    try:
+        printed, errors = trainer.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(trainer.pid, signal.SIGKILL)
+    assert trainer.returncode == -signal.SIGKILL, errors.decode()
+    assert 2**16 < 8 * int(printed) and int(printed) <= BY_VALUE

@@ -1,0 +1,373 @@
+"""`miniclip eval`: figures against brute force, every query read back, hostile names, a baseline beside it."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+from torch.overrides import TorchFunctionMode
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
+from modeling_miniclip import MiniClipModel, encode_images, encode_texts, export, retrieval_metrics
+from modeling_miniclip.cli import cli
+from modeling_miniclip.errors import DataError, UsageError
+from modeling_miniclip.evaluation import metrics
+from modeling_miniclip.evaluation.encoders import open_encoder
+from modeling_miniclip.evaluation.eval_sets import load_eval_set
+from modeling_miniclip.evaluation.evaluate import FILES, describe_report, evaluate_model
+from modeling_miniclip.evaluation.metrics import named_intervals, rank_keys, resampled_recalls
+from modeling_miniclip.evaluation.zero_shot import zero_shot_accuracy
+from tests.helpers.towers import CAPTIONS, PIXELS, tiny_model, tiny_processor
+from tests.utils.test_html import Reader, of
+
+HOSTILE = "<script>alert(1)</script> & \"quotes\" 'too'"
+
+
+# --- ranks in blocks ------------------------------------------------------------------------------------------------
+
+
+def brute_force(queries: torch.Tensor, keys: torch.Tensor, query_id: Any, key_id: Any) -> list[int]:
+    """Ranks written out in loops."""
+    similarity = (queries @ keys.t()).tolist()
+    found = []
+    for row, wanted in zip(similarity, query_id.tolist(), strict=True):
+        best = max(value for value, there in zip(row, key_id.tolist(), strict=True) if there == wanted)
+        found.append(
+            1 + sum(value >= best for value, there in zip(row, key_id.tolist(), strict=True) if there != wanted)
+        )
+    return found
+
+
+def small_integers(rows: int, seed: int) -> torch.Tensor:
+    """Vectors whose products are exact in float32, with many ties."""
+    return torch.randint(-2, 3, (rows, 4), generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (3, 5), (64, 7), (1024, 4096)])
+def test_ranks_and_first_results_do_not_depend_on_the_blocks(
+    blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "BLOCK", blocks[0])
+    monkeypatch.setattr(metrics, "KEY_BLOCK", blocks[1])
+    queries, keys = small_integers(23, 0), small_integers(31, 1)
+    key_id = torch.randint(0, 9, (31,), generator=torch.Generator().manual_seed(2))  # in no order
+    query_id = key_id[torch.arange(23)]
+    found = rank_keys(queries, keys, query_id, key_id, top=6)
+    assert found.rank.tolist() == brute_force(queries, keys, query_id, key_id)
+    similarity = queries @ keys.t()
+    assert torch.equal(found.scores, similarity.sort(dim=1, descending=True).values[:, :6])
+    assert torch.equal(found.scores, similarity.gather(1, found.indices))
+    assert all(len(set(row)) == 6 for row in found.indices.tolist())
+    right = query_id[:, None] == key_id[None]
+    assert torch.equal(found.right_score, similarity.masked_fill(~right, -torch.inf).amax(dim=1))
+
+
+def test_embeddings_that_are_no_numbers_come_last_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "KEY_BLOCK", 2)
+    nothing = torch.full((5, 3), torch.nan)
+    assert rank_keys(nothing, nothing, torch.arange(5), torch.arange(5)).rank.tolist() == [5] * 5
+
+
+def test_more_results_than_keys_are_all_keys() -> None:
+    found = rank_keys(torch.eye(3), torch.eye(3), torch.arange(3), torch.arange(3), top=10)
+    assert found.indices.sort(dim=1).values.tolist() == [[0, 1, 2]] * 3
+
+
+class Largest(TorchFunctionMode):
+    """The number of elements of the largest tensor that any function of torch returns."""
+
+    elements = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_the_matrix_of_similarities_is_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "BLOCK", 16)
+    monkeypatch.setattr(metrics, "KEY_BLOCK", 32)
+    embeds, group = torch.randn(400, 2), torch.arange(400)
+    with Largest() as seen:
+        rank_keys(embeds, embeds, group, group, top=5)
+    assert 16 * 32 <= seen.elements <= 400 * 5
+
+
+# --- the bootstrap of a difference ----------------------------------------------------------------------------------
+
+
+def test_two_models_are_compared_on_the_same_draws() -> None:
+    image_of = {"text_to_image": torch.arange(40) // 2, "image_to_text": torch.arange(20)}
+    generator = torch.Generator().manual_seed(0)
+    rank_of = {name: torch.randint(1, 20, (len(rows),), generator=generator) for name, rows in image_of.items()}
+    # One image more or less is found in one of the two: differences stay near, single figures vary by much more.
+    other = {name: rank.clone() for name, rank in rank_of.items()}
+    other["image_to_text"][3], rank_of["image_to_text"][3] = 99, 1
+    ours = resampled_recalls(rank_of, image_of, 20)
+    theirs = resampled_recalls(other, image_of, 20)
+    assert torch.equal(ours, resampled_recalls(rank_of, image_of, 20))
+    names = [f"t{k}" for k in (1, 5, 10)] + [f"i{k}" for k in (1, 5, 10)]
+    spans = named_intervals(names, ours - theirs, None)
+    assert list(spans) == names
+    assert spans["t1"] == spans["t5"] == spans["t10"] == (0, 0)
+    # The image is drawn 0 to 3 times in 95 % of samples of 20: Binomial(20, 1/20), 5 points each.
+    assert spans["i1"] == spans["i5"] == pytest.approx((0, 15))
+
+
+# --- sets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def class_folders(tmp_path: Path) -> Path:
+    """Three classes with 3, 2 and 2 pictures."""
+    for name, colours in (("red_thing", ["red"] * 3), ("sky", ["blue"] * 2), ("wood", ["brown"] * 2)):
+        (tmp_path / "things" / name).mkdir(parents=True)
+        for i, colour in enumerate(colours):
+            Image.new("RGB", (PIXELS + i, PIXELS), colour).save(tmp_path / "things" / name / f"{i}.png")
+    (tmp_path / "things" / "wood" / "notes.md").write_text("no picture")
+    return tmp_path / "things"
+
+
+def test_a_folder_of_class_folders_is_a_classification(class_folders: Path) -> None:
+    data = load_eval_set(str(class_folders))
+    assert (data.split, data.texts, data.at) == ("all", ["red thing", "sky", "wood"], (1,))
+    assert data.image_ids[2:4] == ["red_thing/2.png", "sky/0.png"]
+    assert data.image_group.tolist() == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_class_folders_may_lie_in_folders_of_splits(class_folders: Path) -> None:
+    top = class_folders.with_name("split")
+    for name in ("train", "val"):
+        (top / name).mkdir(parents=True)
+        for folder in class_folders.iterdir():
+            (top / name / folder.name).symlink_to(folder)
+    (top / "val" / "sky").unlink()
+    assert load_eval_set(str(top), "train").texts == ["red thing", "sky", "wood"]
+    assert (load_eval_set(str(top)).split, load_eval_set(str(top)).texts) == ("validation", ["red thing", "wood"])
+    with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
+        load_eval_set(str(top), "test")
+
+
+def test_words_for_class_folders_come_from_a_file(class_folders: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words.json"
+    words.write_text(json.dumps({"red_thing": "apple", "sky": "heaven", "wood": "tree", "more": "unused"}))
+    assert load_eval_set(str(class_folders), class_names=words).texts == ["apple", "heaven", "tree"]
+    words.write_text(json.dumps({"red_thing": "apple"}))
+    with pytest.raises(DataError, match="2 folders without words, first 'sky'"):
+        load_eval_set(str(class_folders), class_names=words)
+
+
+def test_wrong_sets_are_told(class_folders: Path, captioned_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--split test, but its folders are red_thing, sky, wood"):
+        load_eval_set(str(class_folders), "test")
+    (class_folders / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no images"):
+        load_eval_set(str(class_folders))
+    with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
+        load_eval_set(str(captioned_folder), "test")
+    with pytest.raises(UsageError, match="is no folder of class folders"):
+        load_eval_set(str(captioned_folder), class_names="words.json")
+    with pytest.raises(DataError, match="1 class folder; expected captions"):
+        (tmp_path / "one" / "Images").mkdir(parents=True)
+        load_eval_set(str(tmp_path / "one"))
+
+
+# --- whole evaluations ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`mine`, an export; `clip`, a CLIP of transformers; both tiny and of random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    export(tiny_model(), tiny_processor(), folder / "mine")
+    tokenizer = tiny_processor().tokenizer
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 12,
+                     "eos_token_id": tokenizer.sep_token_id, "bos_token_id": 0, "pad_token_id": 0},
+        vision_config={**tower, "image_size": PIXELS, "patch_size": 8},
+        projection_dim=8,
+    )  # fmt: skip
+    CLIPModel(config).save_pretrained(folder / "clip")
+    CLIPProcessor(tiny_processor().image_processor, tokenizer).save_pretrained(folder / "clip")
+    return folder
+
+
+@pytest.fixture
+def hostile_folder(tmp_path: Path) -> Path:
+    """Six pictures, captions and file names that would be markup."""
+    folder = tmp_path / "hostile"
+    (folder / "Images").mkdir(parents=True)
+    with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        for i, colour in enumerate(("red", "green", "blue", "white", "gray", "pink")):
+            name = f'<img src=x onerror="a()">{i}.png'
+            Image.new("RGB", (40, 30 + i), colour).save(folder / "Images" / name)
+            writer.writerows([[name, f"{HOSTILE} {colour} {CAPTIONS[i % 4][0]}"], [name, CAPTIONS[i % 4][1]]])
+    (folder / "train.txt").write_text("".join(f'<img src=x onerror="a()">{i}.png\n' for i in range(6)))
+    return folder
+
+
+def test_figures_are_those_of_the_package_and_every_query_is_kept(
+    models: Path, captioned_folder: Path, tmp_path: Path
+) -> None:
+    data = load_eval_set(str(captioned_folder), "train")
+    report = evaluate_model(str(models / "mine"), data, output_dir=tmp_path / "out")
+    model = MiniClipModel.from_pretrained(models / "mine")
+    images = encode_images(model, data.images, progress=False)
+    texts = encode_texts(model, data.texts, progress=False)
+    assert report["metrics"] == retrieval_metrics(images, texts, data.text_group)
+    assert all(low <= report["metrics"][name] <= high for name, (low, high) in report["intervals"].items())
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"] == report["metrics"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+    rows = pq.read_table(tmp_path / "out" / "queries.parquet").to_pylist()
+    assert len(rows) == len(data.texts) + len(data.image_ids) and "baseline_rank" not in rows[0]
+    for direction in data.directions:
+        ranks = [row["rank"] for row in rows if row["direction"] == direction]
+        assert 100 * sum(rank == 1 for rank in ranks) / len(ranks) == pytest.approx(
+            report["metrics"][f"{direction}_R@1"]
+        )
+    for row, text, owner in zip(rows, data.texts, data.text_group.tolist(), strict=False):
+        scores = [result["score"] for result in row["results"]]
+        assert (row["query"], row["image_id"]) == (text, data.image_ids[owner]) and row["right"] == row["image_id"]
+        assert scores == sorted(scores, reverse=True)
+        assert [result["answer"] == row["right"] for result in row["results"]] == [
+            result["is_right"] for result in row["results"]
+        ]
+        assert row["rank"] > len(scores) or row["results"][row["rank"] - 1]["is_right"]
+
+
+def test_a_clip_of_transformers_stands_beside_it_and_the_difference_is_that_of_the_two(
+    models: Path, captioned_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, clip, out = str(models / "mine"), str(models / "clip"), tmp_path / "out"
+    argv = [mine, str(captioned_folder), "--split", "train", "--baseline", clip, f"--output_dir={out}", "--json"]
+    assert cli(["eval", *argv]) == 0
+    report = json.loads(capsys.readouterr().out)
+    data = load_eval_set(str(captioned_folder), "train")
+    other, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
+    with torch.no_grad():
+        pixels = processor(images=[data.open(i) for i in range(len(data.images))], return_tensors="pt")
+        images = normalize(other.get_image_features(**pixels).pooler_output, dim=-1)
+        words = processor(text=data.texts, return_tensors="pt", padding=True, truncation=True, max_length=12)
+        texts = normalize(other.get_text_features(**words).pooler_output, dim=-1)
+    expected = retrieval_metrics(images, texts, data.text_group)
+    assert report["baseline_metrics"] == pytest.approx(expected)
+    for name, value in report["difference"].items():
+        assert value == pytest.approx(report["metrics"][name] - expected[name])
+        low, high = report["difference_intervals"][name]
+        assert low <= value <= high
+    rows = pq.read_table(out / "queries.parquet").to_pylist()
+    assert {row["baseline_rank"] for row in rows} <= set(range(1, 1 + len(data.texts)))
+    found = [row["baseline_rank"] == 1 for row in rows if row["direction"] == "image_to_text"]
+    assert 100 * sum(found) / len(found) == pytest.approx(expected["image_to_text_R@1"])
+    table = describe_report(report).splitlines()
+    assert "difference" in table[1] and table[2].startswith("text to image R@1")
+
+
+def test_a_model_beside_itself_differs_by_nothing(models: Path, captioned_folder: Path) -> None:
+    data = load_eval_set(str(captioned_folder), "train")
+    report = evaluate_model(str(models / "clip"), data, baseline=str(models / "clip"))
+    assert set(report["difference"].values()) == {0.0}
+    assert set(report["difference_intervals"].values()) == {(0.0, 0.0)}
+
+
+def test_classification_counts_as_zero_shot_accuracy_does(models: Path, class_folders: Path, tmp_path: Path) -> None:
+    data = load_eval_set(str(class_folders))
+    report = evaluate_model(str(models / "mine"), data, output_dir=tmp_path / "out", templates="photo")
+    model = MiniClipModel.from_pretrained(models / "mine")
+    labels = data.image_group.tolist()
+    expected = zero_shot_accuracy(model, data.images, labels, data.texts, "photo", top_k=(1,), progress=False)
+    assert report["metrics"] == expected and set(report["intervals"]) == {"top-1"}
+    rows = pq.read_table(tmp_path / "out" / "queries.parquet").to_pylist()
+    assert [row["right"] for row in rows] == [data.texts[label] for label in labels]
+    assert [len(row["results"]) for row in rows] == [3] * 7
+
+
+def test_the_gallery_shows_failures_and_hostile_names_stay_text(
+    models: Path, hostile_folder: Path, tmp_path: Path
+) -> None:
+    data = load_eval_set(str(hostile_folder), "train")
+    report = evaluate_model(str(models / "mine"), data, output_dir=tmp_path / "out")
+    reader = Reader((tmp_path / "out" / "failures.html").read_text(encoding="utf-8"))
+    text = "".join(reader.texts)
+    assert not of("script", reader) and reader.open == []
+    assert not any(name.startswith("on") for _, attributes in reader.tags for name in attributes)
+    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in of("img", reader))  # type: ignore
+    failed = [row for row in pq.read_table(tmp_path / "out" / "queries.parquet").to_pylist() if row["rank"] > 1]
+    worst = max((row for row in failed if row["direction"] == "text_to_image"), key=lambda row: row["rank"])
+    assert worst["query"] in text and f"right, rank {worst['rank']}" in text
+    assert HOSTILE in text and data.image_ids[0] in text
+    assert f"{report['metrics']['rsum']:.1f}" in text
+    rights = [figure for figure in of("figure", reader) if figure["class"] == "right"]
+    assert len(rights) >= len(of("section", reader)) > 0  # each query shows its right answer
+
+
+@pytest.mark.parametrize(
+    ("argv", "message", "code"),
+    [
+        (["nowhere", "{data}"], "MODEL nowhere", 1),
+        (["{models}", "{data}"], "this folder has no config.json", 1),
+        (["open_clip:ViT-B-32", "{data}"], "expected open_clip:ARCHITECTURE/CHECKPOINT", 2),
+        (["{mine}", "{data}", "--baseline", "{text}"], "does not embed images and texts", 1),
+        (["{mine}", "{data}", "--output_dir", "{data}"], "there is something else already", 2),
+        (["{mine}", "{data}", "--batch_size", "0"], "--batch_size must be at least 1", 2),
+        (["{mine}", "nothing.csv"], "nothing.csv: no such file", 1),
+    ],
+)
+def test_errors_are_one_line(
+    argv: list[str], message: str, code: int, models: Path, captioned_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model().text_model.save_pretrained(models / "text")
+    names = {"models": models, "mine": models / "mine", "text": models / "text", "data": captioned_folder}
+    assert cli(["eval", *(word.format(**names) for word in argv)]) == code
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: ") and message in told
+
+
+def test_images_outside_their_folder_are_measured_where_that_is_allowed(
+    models: Path, captioned_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (captioned_folder / "captions.csv").read_text().splitlines()
+    images = [row["image"] for row in csv.DictReader(lines)]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in set(images):
+        (captioned_folder / "Images" / name).rename(elsewhere / name)
+    with (tmp_path / "outside.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        writer.writerows([str(elsewhere / row["image"]), row["caption"]] for row in csv.DictReader(lines))
+    (tmp_path / "pictures").mkdir()
+    argv = ["eval", str(models / "mine"), str(tmp_path / "outside.csv"), "--split=train", "--json",
+            f"--image_dir={tmp_path / 'pictures'}", "--validation_fraction=0.2"]  # fmt: skip
+    assert cli(argv) == 1
+    assert "--allow_outside_images" in capsys.readouterr().err
+    assert cli([*argv, "--allow_outside_images"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["rsum"] > 0
+
+
+def test_an_earlier_result_is_replaced_and_other_files_are_not(
+    models: Path, captioned_folder: Path, tmp_path: Path
+) -> None:
+    data = load_eval_set(str(captioned_folder), "train")
+    for _ in range(2):
+        evaluate_model(str(models / "clip"), data, output_dir=tmp_path / "out")
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="there is something else already"):
+        evaluate_model(str(models / "clip"), data, output_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_long_texts_are_cut_to_what_a_clip_takes(models: Path) -> None:
+    encoder = open_encoder(str(models / "clip"), "MODEL")
+    embeds = encoder.encode_texts(["a dog " * 100, "a dog"], 2, False)
+    assert embeds.shape == (2, 8) and embeds.norm(dim=1).tolist() == pytest.approx([1, 1])

@@ -1,0 +1,65 @@
+"""The loopback Hub that lies beside the shared data, and client processes of it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.runs import shared_folder
+
+# Put before a client's code: the process then cannot import the package, be it installed or not.
+WITHOUT_PACKAGE = "import sys; sys.modules['modeling_miniclip'] = None\n"
+
+
+# Alice may write and has a token that may only read; Bob may write too.
+TOKENS = ("hf_alice=alice", "hf_reader=alice:read", "hf_bob=bob")
+
+
+def local_hub(root: Path, tokens: tuple[str, ...] = TOKENS) -> Any:
+    """A Hub on loopback, not started yet. Skips the test where `tools/local_hub.py` is not there."""
+    path = shared_folder() / "tools" / "local_hub.py"
+    if not path.is_file():
+        pytest.skip(f"no Hub on loopback at {path}: set MINICLIP_SHARED")
+    spec = importlib.util.spec_from_file_location("local_hub", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+    spec.loader.exec_module(module)
+    sys.dont_write_bytecode = before
+    return module.LocalHub(root, tokens=tokens)
+
+
+def add_repository(hub: Any, repo_id: str, files: dict[str, Path] | None = None, private: bool = False) -> None:
+    """A model repository with these files, of its namespace's user."""
+    author = repo_id.split("/")[0]
+    hub.store.create("model", repo_id, private, author, sdk=None)
+    if files:
+        entries = {}
+        for name, path in files.items():
+            with path.open("rb") as file:
+                sha256 = hub.store.put(iter(lambda: file.read(1 << 20), b""))  # noqa: B023
+            large = name.endswith(".safetensors")
+            entries[name] = hub.store.lfs(sha256) if large else hub.store.regular(path.read_bytes())
+        repo = hub.store.repo("model", repo_id)
+        head = repo["refs"]["refs/heads/main"]
+        hub.store.commit(repo, "refs/heads/main", head, entries, author, "add files")
+
+
+def run(code_or_argv: str | list[str], cwd: Path, **env: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python in another process and folder, away from the checkout and from this process's offline mode.
+
+    Args:
+        code_or_argv: of `python -c`, or all arguments of Python.
+        cwd: its working folder, whose `home` becomes HF_HOME.
+        **env: more variables; `PYTHONPATH` is unset unless given.
+    """
+    argv = ["-c", code_or_argv] if isinstance(code_or_argv, str) else code_or_argv
+    inherited = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "PYTHONPATH", "HF_TOKEN")}
+    env = {"HF_HOME": str(cwd / "home"), **env}
+    return subprocess.run(
+        [sys.executable, *argv], cwd=cwd, env=inherited | env, capture_output=True, text=True, timeout=300
+    )

@@ -1,0 +1,116 @@
+"""Small training runs for the tests: a folder of captioned scenes, a preset of tiny towers, and ways to launch."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from modeling_miniclip.data.scenes import describe, render, sample_scenes
+from tests.helpers.towers import PIXELS, TEXT, VISION
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def shared_folder() -> Path:
+    """Where real data and weights lie, if they are there: `MINICLIP_SHARED`, else `../shared` beside the checkout."""
+    return Path(os.environ.get("MINICLIP_SHARED", ROOT.parent / "shared"))
+
+
+def write_scene_folder(folder: Path, count: int = 26) -> Path:
+    """`captions.csv` and `Images/` of so many small scenes, five captions each. Returns the CSV."""
+    (folder / "Images").mkdir(parents=True)
+    with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "image", "caption"])
+        for i, scene in enumerate(sample_scenes(count, seed=3)):
+            render(scene, Random(i), PIXELS).save(folder / "Images" / f"{i:03d}.png")
+            for caption in describe(scene, Random(i)):
+                writer.writerow([i, f"{i:03d}.png", caption])
+    return folder / "captions.csv"
+
+
+def write_preset(folder: Path, **fields: Any) -> Path:
+    """A preset of the tiny resnet and DistilBERT of `tests.helpers.towers`."""
+    config = {
+        "model_type": "miniclip",
+        "projection_dim": 16,
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            **VISION["resnet"],
+            "pretrained_cfg": {"input_size": [3, PIXELS, PIXELS], "crop_pct": 1.0, "interpolation": "bicubic"},
+        },
+        "text_config": {"model_type": "distilbert", **TEXT["distilbert"], "max_position_embeddings": 48},
+        **fields,
+    }
+    path = folder / "preset.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def flags(folder: Path, output_dir: str = "run", **values: Any) -> list[str]:
+    """Flags of a tiny run in `folder`: data and preset are written when they are not there yet."""
+    csv_file = folder / "scenes" / "captions.csv"
+    if not csv_file.exists():
+        write_scene_folder(folder / "scenes")
+        write_preset(folder)
+    arguments: dict[str, Any] = {
+        "dataset": csv_file,
+        "preset": folder / "preset.json",
+        "output_dir": folder / output_dir,
+        "batch_size": 8,
+        "feature_cache_dir": folder / "features",
+        "num_train_epochs": 2,
+        "validation_fraction": 0.2,
+        "num_workers": 0,
+        "logging_steps": 1,
+        "text_learning_rate": 1e-3,
+        "vision_learning_rate": 1e-3,
+    }
+    return [f"--{name}={value}" for name, value in (arguments | values).items() if value is not None]
+
+
+def launch(argv: list[str], processes: int = 1, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run `train_miniclip.py` in a process of its own, or in several by `accelerate launch`."""
+    return subprocess.run(
+        command(argv, processes), env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300, **options
+    )
+
+
+def command(argv: list[str], processes: int = 1, script: str = str(ROOT / "train_miniclip.py")) -> list[str]:
+    """The command line of a run."""
+    if processes == 1:
+        return [sys.executable, script, *argv]
+    config = ROOT / "configuration" / "accelerate" / "cpu2.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}"]
+    return [*launcher, f"--num_processes={processes}", "--main_process_port=0", script, *argv]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, one thread, no network."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def assert_same_log(one: Path, other: Path, norms: float = 1e-4) -> None:
+    """The runs in two folders took the same steps and measured the same, but for the time that it took.
+
+    Args:
+        one, other: output folders.
+        norms: relative difference of gradient norms that is allowed. In a long run the last bits of sums in another
+            order grow, and there first.
+    """
+    for expected, found in zip(metrics_of(one), metrics_of(other), strict=True):
+        assert found.keys() == expected.keys() and found["split"] == expected["split"]
+        for name in found.keys() - {"split", "seconds", "pairs_per_second"}:
+            tolerance = norms if name == "gradient_norm" else 1e-4
+            assert found[name] == pytest.approx(expected[name], rel=tolerance), (name, expected["step"])
+
+
+def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]

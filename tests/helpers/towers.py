@@ -1,0 +1,106 @@
+"""Tiny towers with random weights, one for each family that the tests go through. Nothing here needs a network."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, TimmWrapperConfig
+
+from modeling_miniclip import MiniClipConfig, MiniClipModel, MiniClipProcessor
+from modeling_miniclip.processing_miniclip import image_processor_from_timm
+from modeling_miniclip.training.build_model import train_tokenizer
+
+PIXELS = 32
+
+# timm's own miniatures of each family; they take any input size but for vit and swin, which are told theirs.
+VISION = {
+    "resnet": {"architecture": "test_resnet"},
+    "efficientnet": {"architecture": "test_efficientnet"},
+    "convnext": {"architecture": "test_convnext"},
+    "vit": {"architecture": "test_vit", "model_args": {"img_size": PIXELS}},
+    "swin": {
+        "architecture": "swin_tiny_patch4_window7_224",
+        "model_args": {"img_size": PIXELS, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+    },
+}
+
+_SMALL = {"vocab_size": 200, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+TEXT: dict[str, dict[str, Any]] = {
+    "distilbert": {"vocab_size": 200, "n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 64,
+                   "max_position_embeddings": 24},
+    "bert": {**_SMALL, "hidden_size": 32, "max_position_embeddings": 24},
+    "roberta": {**_SMALL, "hidden_size": 32, "max_position_embeddings": 26, "pad_token_id": 1},
+    "mpnet": {**_SMALL, "hidden_size": 32, "max_position_embeddings": 26, "pad_token_id": 1},
+    "modernbert": {**_SMALL, "hidden_size": 32, "max_position_embeddings": 24, "pad_token_id": 0, "cls_token_id": 2,
+                   "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
+    "t5": {"vocab_size": 200, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+}  # fmt: skip
+
+CAPTIONS = [
+    ["a red dog runs over the green grass", "a dog is running on grass"],
+    ["two children play with a yellow ball", "children and a ball on the beach", "kids playing"],
+    ["a man climbs a steep rock", "someone is climbing"],
+    ["a white boat on a blue lake", "a small boat on the water near a shore"],
+]
+
+
+def vision_config(family: str = "resnet") -> TimmWrapperConfig:
+    """Configuration of a tiny timm tower that takes images of `PIXELS` x `PIXELS`."""
+    preprocessing = {"input_size": [3, PIXELS, PIXELS], "crop_pct": 1.0, "interpolation": "bicubic"}
+    return TimmWrapperConfig(**VISION[family], pretrained_cfg=preprocessing)
+
+
+def text_config(family: str = "distilbert") -> Any:
+    """Configuration of a tiny text tower."""
+    return AutoConfig.for_model(family, **TEXT[family])
+
+
+def tiny_config(vision: str = "resnet", text: str = "distilbert", **fields: Any) -> MiniClipConfig:
+    """Configuration of a tiny model, 16-d unless told otherwise."""
+    fields.setdefault("projection_dim", 16)
+    return MiniClipConfig(vision_config=vision_config(vision), text_config=text_config(text), **fields)
+
+
+def tiny_model(vision: str = "resnet", text: str = "distilbert", **fields: Any) -> MiniClipModel:
+    """A tiny model with random weights, in evaluation mode."""
+    return MiniClipModel(tiny_config(vision, text, **fields)).eval()
+
+
+def tiny_processor() -> MiniClipProcessor:
+    """A processor for the tiny resnet and DistilBERT, its vocabulary learnt from `CAPTIONS`."""
+    tokenizer = train_tokenizer(CAPTIONS, 200)
+    tokenizer.model_max_length = 24
+    return MiniClipProcessor(image_processor_from_timm(vision_config()), tokenizer)
+
+
+def save_towers(folder: Path, vision: str = "resnet", text: str = "distilbert") -> tuple[Path, Path]:
+    """Pretrained towers as they lie on the Hub: a timm repository, and a text encoder with its tokenizer."""
+    import json
+
+    import timm
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModel
+
+    torch.manual_seed(0)
+    vision_folder, text_folder = folder / f"vision-{vision}", folder / f"text-{text}"
+    vision_folder.mkdir(parents=True)
+    spec = VISION[vision]
+    tower = timm.create_model(spec["architecture"], num_classes=10, **spec.get("model_args", {}))
+    save_file(tower.state_dict(), vision_folder / "model.safetensors", metadata={"format": "pt"})
+    cfg = {
+        "input_size": [3, PIXELS, PIXELS],
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
+    config = {
+        "architecture": spec["architecture"],
+        "num_classes": 10,
+        "pretrained_cfg": cfg,
+        "model_args": spec.get("model_args"),
+    }
+    (vision_folder / "config.json").write_text(json.dumps(config))
+    AutoModel.from_config(text_config(text)).save_pretrained(text_folder)
+    tiny_processor().tokenizer.save_pretrained(text_folder)
+    return vision_folder, text_folder

@@ -1,0 +1,371 @@
+"""`miniclip export --onnx` and torch.export: the same values as the model, free axes, nothing half-written."""
+
+import copy
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images, encode_texts, export, load_captions
+from modeling_miniclip.cli import build_parser, cli
+from modeling_miniclip.data.scenes import describe, sample_scenes
+from modeling_miniclip.errors import MiniClipError, ModelError, UsageError
+from modeling_miniclip.evaluation.metrics import retrieval_metrics
+from modeling_miniclip.hub import onnx_export as module
+from modeling_miniclip.hub.onnx_export import ENCODERS, LIBRARIES, export_onnx, write_encoders
+from modeling_miniclip.inference.encode import open_image
+from modeling_miniclip.processing_miniclip import image_processor_from_timm
+from modeling_miniclip.training.build_model import train_tokenizer
+from tests.helpers.runs import ROOT, write_scene_folder
+from tests.helpers.towers import CAPTIONS, PIXELS, TEXT, VISION, tiny_config, tiny_model, tiny_processor
+
+needs_onnx = pytest.mark.skipif(
+    any(find_spec(name) is None for name in LIBRARIES), reason=f"pip install {' '.join(LIBRARIES)}"
+)
+FILES = {
+    "equality.json", "example.py", "image_encoder.onnx", "model.json", "preprocessor_config.json",
+    "text_encoder.onnx", "tokenizer.json",
+}  # fmt: skip
+LIMIT = 24  # tokens of the tiny text towers
+
+
+def save_export(folder: Path, seed: int = 0, **settings: Any) -> Path:
+    """An export of tiny towers whose images are cropped with an odd margin; `settings` are of the image processor."""
+    torch.manual_seed(seed)
+    config = tiny_config(text_pooling="mean", logit_scale_init_value=3.0, loss_type="sigmoid")
+    config.vision_config.pretrained_cfg = {**config.vision_config.pretrained_cfg, "crop_pct": 0.85}
+    tokenizer = train_tokenizer([describe(scene, Random(0)) for scene in sample_scenes(200, seed=3)], 200)
+    tokenizer.model_max_length = LIMIT
+    processor = MiniClipProcessor(image_processor_from_timm(config.vision_config), tokenizer)
+    processor.image_processor = type(processor.image_processor)(**(processor.image_processor.to_dict() | settings))
+    return export(MiniClipModel(config).eval(), processor, folder)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: Any) -> Path:
+    """A folder with `export`, `scenes/captions.csv` and, made of them, `onnx`."""
+    folder = tmp_path_factory.mktemp("exported")
+    save_export(folder / "export")
+    csv_file = write_scene_folder(folder / "scenes", 120)
+    export_onnx(str(folder / "export"), folder / "onnx", csv_file, 200, 1e-4)
+    return folder
+
+
+@pytest.fixture
+def ready_encoders(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ONNX files of `exported` instead of a new conversion, which takes seconds."""
+
+    def copied(folder: Path, *_: Any) -> None:
+        for name in ENCODERS:
+            shutil.copy(exported / "onnx" / f"{name}.onnx", folder)
+
+    monkeypatch.setattr(module, "write_encoders", copied)
+
+
+def odd_pictures(folder: Path) -> list[Path]:
+    """Files as users have them: tall, with transparency, rotated by EXIF, 16 bits of grey, and tiny."""
+    noise = np.random.default_rng(0).integers(0, 256, (61, 43, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    Image.fromarray(noise[..., :3]).save(folder / "tall.png")
+    Image.fromarray(noise).save(folder / "transparent.png")
+    Image.fromarray(noise[..., :3]).resize((90, 50)).save(folder / "rotated.jpg", exif=exif)
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(folder / "grey16.png")
+    Image.fromarray(noise[:3, :20, :3]).save(folder / "tiny.png")
+    return sorted(folder.glob("*.*g"))
+
+
+def run_example(folder: Path, argv: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run `example.py` where PyTorch and everything around it cannot be imported."""
+    code = f"""
+import runpy, sys
+for name in ("torch", "torchvision", "transformers", "timm", "modeling_miniclip"):
+    sys.modules[name] = None
+sys.argv = ["example.py", *{argv!r}]
+runpy.run_path({str(folder / "example.py")!r}, run_name="__main__")
+"""
+    return subprocess.run([sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+@needs_onnx
+def test_the_example_gives_the_models_logits_without_pytorch(exported: Path, tmp_path: Path) -> None:
+    paths = odd_pictures(tmp_path)
+    texts = ["a red circle", "a small blue square left of it, " * 10, "zebra"]
+    done = run_example(exported / "onnx", [*map(str, paths), "--text", *texts])
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:: len(texts) + 1] == [str(path) for path in paths]
+    rows = [line.split(maxsplit=1) for line in lines if line not in map(str, paths)]
+    assert [text.strip() for _, text in rows] == [text.strip() for text in texts] * len(paths)
+    model = MiniClipModel.from_pretrained(exported / "export")
+    processor = MiniClipProcessor.from_pretrained(exported / "export")
+    with pytest.warns(UserWarning, match="1 of 3 captions were truncated"):
+        inputs = processor(images=[open_image(path) for path in paths], text=texts, return_tensors="pt")
+    logits = model(**inputs).logits_per_image
+    scores = torch.tensor([float(score) for score, _ in rows]).view(len(paths), len(texts))
+    torch.testing.assert_close(scores, logits, atol=2e-4, rtol=0)
+    assert logits.std(dim=0).min() > 0.01 and logits.std(dim=1).min() > 0.01  # or any answer would be right
+
+
+@needs_onnx
+def test_batch_and_length_are_free_and_the_values_those_of_pytorch(exported: Path) -> None:
+    from onnxruntime import InferenceSession
+
+    model = MiniClipModel.from_pretrained(exported / "export")
+    session = {name: InferenceSession(str(exported / "onnx" / f"{name}.onnx")) for name in ENCODERS}
+    shapes = {axis.name: axis.shape for s in session.values() for axis in (*s.get_inputs(), *s.get_outputs())}
+    assert shapes == {
+        "pixel_values": ["batch", 3, PIXELS, PIXELS],
+        "image_embeds": ["batch", 16],
+        "input_ids": ["batch", "length"],
+        "attention_mask": ["batch", "length"],
+        "text_embeds": ["batch", 16],
+    }
+    for batch in (1, 2, 7):
+        pixels = torch.randn(batch, 3, PIXELS, PIXELS)
+        found = session["image_encoder"].run(None, {"pixel_values": pixels.numpy()})[0]
+        np.testing.assert_allclose(found, model(pixel_values=pixels).image_embeds.detach(), atol=1e-6)
+    for batch, length in ((1, 1), (5, 1), (1, LIMIT), (4, 9)):
+        ids = torch.randint(5, 150, (batch, length))
+        mask = (torch.arange(length) < torch.randint(1, length + 1, (batch, 1))).long()
+        found = session["text_encoder"].run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
+        expected = model(input_ids=ids, attention_mask=mask).text_embeds.detach()
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@needs_onnx
+def test_the_report_holds_the_recall_that_the_library_measures(exported: Path) -> None:
+    report = json.loads((exported / "onnx" / "equality.json").read_text())
+    rows = load_captions(exported / "scenes" / "captions.csv")["validation"]
+    texts = [caption for row in rows for caption in row["captions"]]
+    image_of_text = [index for index, row in enumerate(rows) for _ in row["captions"]]
+    model = MiniClipModel.from_pretrained(exported / "export")
+    with warnings.catch_warnings(action="ignore"):  # of captions that are cut
+        embeds = encode_images(model, rows, progress=False), encode_texts(model, texts, progress=False)
+    assert report["pytorch"] == pytest.approx(retrieval_metrics(*embeds, image_of_text))
+    runtime = runpy.run_path(str(exported / "onnx" / "example.py"))["MiniClip"](exported / "onnx")
+    onnx_embeds = runtime.encode_images([row["image"] for row in rows]), runtime.encode_texts(texts)
+    expected = retrieval_metrics(*map(torch.from_numpy, onnx_embeds), image_of_text)
+    assert report["onnxruntime"] == pytest.approx(expected)
+    assert (report["images"], report["captions"]) == (len(rows), len(texts)) == (12, 60)
+    assert report["text_lengths"] == [1, LIMIT] and report["batch_sizes"] == [1, 32]
+    assert set(report["largest_difference"]) == {"image_embeds", "text_embeds"}
+    assert all(0 < value < 1e-5 for value in report["largest_difference"].values())
+
+
+@needs_onnx
+def test_the_folder_is_complete_and_tells_nothing_of_this_machine(exported: Path) -> None:
+    assert {path.name for path in (exported / "onnx").iterdir()} == FILES
+    for path in (exported / "onnx").iterdir():
+        content = path.read_bytes()
+        for place in (str(ROOT), str(exported), str(Path(torch.__file__).parent)):
+            assert place.encode() not in content, f"{path.name} names {place}"
+    settings = json.loads((exported / "onnx" / "preprocessor_config.json").read_text())
+    assert settings["size"] == {"shortest_edge": 37} and "auto_map" not in settings
+    logits = json.loads((exported / "onnx" / "model.json").read_text())
+    assert logits == {"logit_scale": pytest.approx(np.exp(3.0)), "logit_bias": -10.0}
+
+
+@needs_onnx
+def test_the_example_is_short_and_lacks_no_name(exported: Path) -> None:
+    example = exported / "onnx" / "example.py"
+    assert len(example.read_text().splitlines()) <= 125
+    argv = ["ruff", "check", "--isolated", "--select", "F,E7,E9", str(example)]
+    done = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_onnx
+def test_files_that_differ_from_pytorch_never_appear(exported: Path, tmp_path: Path, ready_encoders: None) -> None:
+    other = save_export(tmp_path / "other", seed=1)  # its files will be those of the first model
+    with pytest.raises(ModelError, match=r"differ from PyTorch by \d.*more than --tolerance 1.0e-04"):
+        export_onnx(str(other), tmp_path / "onnx", exported / "scenes" / "captions.csv", 200, 1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@needs_onnx
+def test_a_processor_that_the_example_does_not_match_is_refused(
+    exported: Path, tmp_path: Path, ready_encoders: None
+) -> None:
+    other = save_export(tmp_path / "other", do_normalize=False)
+    with pytest.raises(ModelError, match="does not prepare pixel_values as CLIPImageProcessorPil"):
+        export_onnx(str(other), tmp_path / "onnx", exported / "scenes" / "captions.csv", 200, 1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@needs_onnx
+def test_the_command_prints_differences_recall_and_files(
+    exported: Path, tmp_path: Path, ready_encoders: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, csv_file = str(exported / "export"), str(exported / "scenes" / "captions.csv")
+    assert cli(["export", source, "--onnx", str(tmp_path / "onnx"), "--dataset", csv_file, "--images", "3"]) == 0
+    told = capsys.readouterr().out
+    assert "compared on 3 images and 15 captions, batches of 1 to 15, texts of 1 to 24 tokens" in told
+    assert re.search(r"image_embeds \d\.\de-\d\d, text_embeds \d\.\de-\d\d", told)
+    report = json.loads((tmp_path / "onnx" / "equality.json").read_text())
+    rsum = report["pytorch"]["rsum"], report["onnxruntime"]["rsum"]
+    (line,) = [line.split() for line in told.splitlines() if line.startswith("rsum")]
+    assert line == ["rsum", f"{rsum[0]:.2f}", f"{rsum[1]:.2f}", f"{rsum[1] - rsum[0]:+.2f}"]
+    assert all(name in told for name in FILES)
+
+
+def test_an_error_of_usage_comes_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: name)
+    monkeypatch.setattr(module, "load_captions", lambda _: pytest.fail("data were loaded"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "run" / "export" / "config.json").write_text("{}")
+    new = tmp_path / "new"
+    with pytest.raises(UsageError, match="full: there is something already, and nothing is overwritten"):
+        export_onnx("export", tmp_path / "full", "scenes", 200, 1e-4)
+    with pytest.raises(UsageError, match="--images must be at least 1, not 0"):
+        export_onnx("export", new, "scenes", 0, 1e-4)
+    with pytest.raises(ModelError, match="EXPORT ./nowhere: no such folder"):
+        export_onnx("./nowhere", new, "scenes", 200, 1e-4)
+    with pytest.raises(ModelError, match="this folder has no config.json; did you mean .*run/export"):
+        export_onnx(str(tmp_path / "run"), new, "scenes", 200, 1e-4)
+    assert not new.exists() and (tmp_path / "full" / "mine.txt").exists()
+
+
+def test_a_missing_library_is_told_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(MiniClipError, match="--onnx needs onnxscript: pip install onnx onnxscript onnxruntime"):
+        export_onnx("export", tmp_path / "new", "scenes", 200, 1e-4)
+
+
+def test_the_command_in_the_readme_is_one() -> None:
+    lines = re.findall(r"^miniclip export.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert lines
+    for line in lines:
+        build_parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+class Undecided(torch.nn.Module):
+    """Does one thing or another, by the values that it gets: nothing that a graph can express."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[:, :16] if hidden.sum() > 0 else -hidden[:, :16]
+
+
+@needs_onnx
+def test_a_tower_that_cannot_be_exported_is_told(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.visual_projection = Undecided()
+    rows = [{"image": Image.new("RGB", (40, 40)), "captions": CAPTIONS[0]}]
+    with pytest.raises(ModelError, match="torch.onnx cannot export the image encoder: "):
+        write_encoders(tmp_path, model, tiny_processor(), rows)
+
+
+@pytest.mark.parametrize(("vision", "text"), [("resnet", "distilbert"), ("vit", "modernbert")])
+def test_torch_export_takes_the_whole_model_and_each_tower(vision: str, text: str) -> None:
+    model = tiny_model(vision, text, text_pooling="mean")
+    images, texts = torch.export.Dim("images", min=1), torch.export.Dim("texts", min=1)
+    length = torch.export.Dim("length", min=1, max=LIMIT)
+    axes = {
+        "pixel_values": {0: images},
+        "input_ids": {0: texts, 1: length},
+        "attention_mask": {0: texts, 1: length},
+    }
+
+    def sample(num_images: int, num_texts: int, num_tokens: int) -> dict[str, torch.Tensor]:
+        mask = (torch.arange(num_tokens) < torch.randint(1, num_tokens + 1, (num_texts, 1))).long()
+        return {
+            "pixel_values": torch.randn(num_images, 3, PIXELS, PIXELS),
+            "input_ids": torch.randint(5, 150, (num_texts, num_tokens)),
+            "attention_mask": mask,
+        }
+
+    for names in (["pixel_values"], ["input_ids", "attention_mask"], list(axes)):
+        with torch.no_grad():
+            program = torch.export.export(
+                model,
+                (),
+                {name: sample(2, 3, 7)[name] for name in names},
+                dynamic_shapes={name: axes[name] for name in names},
+            ).module()
+            for sizes in ((1, 1, 1), (4, 1, LIMIT), (1, 5, 9)):
+                inputs = {name: values for name, values in sample(*sizes).items() if name in names}
+                found, expected = program(**inputs), model(**inputs)
+                assert found.keys() == expected.keys()
+                for name in expected.keys() & {"image_embeds", "text_embeds", "logits_per_image"}:
+                    torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5)
+
+
+def encoders_agree(model: MiniClipModel, processor: MiniClipProcessor, folder: Path, atol: float = 2e-6) -> None:
+    """Write both encoders and hold them against PyTorch."""
+    from onnxruntime import InferenceSession
+
+    folder.mkdir(exist_ok=True)
+    rows = [{"image": Image.new("RGB", (40, 40)), "captions": CAPTIONS[0]}]
+    before = copy.deepcopy(model.state_dict())
+    write_encoders(folder, model, processor, rows)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    crop = processor.image_processor.crop_size
+    for batch, length in ((1, 1), (3, 11), (2, LIMIT)):
+        mask = (torch.arange(length) < torch.randint(1, length + 1, (batch, 1))).long()
+        inputs = {
+            "image_encoder": {"pixel_values": torch.randn(batch, 3, crop["height"], crop["width"])},
+            "text_encoder": {"input_ids": torch.randint(5, 150, (batch, length)), "attention_mask": mask},
+        }
+        for name, encoder in ENCODERS.items():
+            session = InferenceSession(str(folder / f"{name}.onnx"))
+            found = session.run(None, {key: value.numpy() for key, value in inputs[name].items()})[0]
+            with torch.no_grad():
+                expected = getattr(model(**inputs[name]), encoder.output)
+            np.testing.assert_allclose(found, expected, atol=atol)
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize(("vision", "text"), [(list(VISION)[i % len(VISION)], text) for i, text in enumerate(TEXT)])
+def test_every_family_of_towers_can_be_exported(vision: str, text: str, tmp_path: Path) -> None:
+    pooling = "mean" if text == "t5" else "cls"
+    encoders_agree(tiny_model(vision, text, text_pooling=pooling), tiny_processor(), tmp_path)
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_weights_beyond_the_formats_limit_go_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    encoders_agree(tiny_model(), tiny_processor(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.onnx{suffix}" for name in ENCODERS for suffix in ("", ".data")
+    }
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_real_towers_on_real_photographs(shared: Path, tmp_path: Path) -> None:
+    towers = (shared / "weights" / "tf_efficientnet_lite0", shared / "weights" / "all-MiniLM-L6-v2")
+    torch.manual_seed(0)
+    model = MiniClipModel.from_towers(*towers, text_pooling="mean")
+    export(model, MiniClipProcessor.from_towers(*towers), tmp_path / "export")
+    report = export_onnx(str(tmp_path / "export"), tmp_path / "onnx", shared / "flickr8k", 40, 1e-5)
+    assert (report["images"], report["captions"], report["text_lengths"]) == (40, 200, [1, 512])
+    photographs = sorted((shared / "flickr8k" / "Images").glob("*.jpg"))[:2]
+    texts = ["a dog in the snow", "a child on stairs"]
+    done = run_example(tmp_path / "onnx", [*map(str, photographs), "--text", *texts])
+    assert done.returncode == 0, done.stderr
+    found = [float(line.split()[0]) for line in done.stdout.splitlines() if not line.endswith(".jpg")]
+    embeds = (
+        encode_images(model, photographs, MiniClipProcessor.from_pretrained(tmp_path / "export"), progress=False),
+        encode_texts(model, texts, MiniClipProcessor.from_pretrained(tmp_path / "export"), progress=False),
+    )
+    expected = model.inverse_temperature() * embeds[0] @ embeds[1].T
+    torch.testing.assert_close(torch.tensor(found), expected.flatten().detach(), atol=2e-4, rtol=0)

@@ -1,0 +1,356 @@
+"""Tests of encoding and search with a trained model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_miniclip import DataError, encode_images, encode_texts, export, find_matches, load_captions
+from modeling_miniclip.inference.encode import Match, _pixel_values, open_image, processor_of
+from tests.helpers.hubs import local_hub
+from tests.helpers.towers import CAPTIONS, tiny_model, tiny_processor
+
+TEXTS = [text for captions in CAPTIONS for text in captions]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def arrays() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (36 + i, 40, 3), dtype=np.uint8) for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def files(arrays, tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(folder / f"{i}.png")
+    return [folder / f"{i}.png" for i in range(len(arrays))]
+
+
+@pytest.fixture(scope="module")
+def embeddings(model, processor, files):
+    return encode_images(model, files, processor, progress=False)
+
+
+# --- encode ---------------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_are_the_models_own_of_unit_norm_in_order(model, processor, arrays, embeddings):
+    with torch.no_grad():
+        own = [model(**processor(images=Image.fromarray(a), return_tensors="pt")).image_embeds[0] for a in arrays]
+        texts = [model(**processor(text=text, return_tensors="pt")).text_embeds[0] for text in TEXTS]
+    assert embeddings.shape == (7, 16) and embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings, torch.stack(own), atol=1e-5, rtol=0)
+    found = encode_texts(model, TEXTS, processor, progress=False)
+    torch.testing.assert_close(found, torch.stack(texts), atol=1e-5, rtol=0)
+    for rows in (embeddings, found):
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda files, arrays: files,
+        lambda files, arrays: [str(file) for file in files],
+        lambda files, arrays: (file for file in files),
+        lambda files, arrays: map(Image.open, files),
+        lambda files, arrays: tuple(Image.open(file).convert("RGBA") for file in files),
+        lambda files, arrays: arrays,
+        lambda files, arrays: [torch.from_numpy(array) for array in arrays],
+        lambda files, arrays: [{"image": Image.open(file), "captions": ["x"]} for file in files],
+    ],
+    ids=["paths", "strings", "generator", "map_of_pil", "rgba", "arrays", "tensors", "rows"],
+)
+def test_images_come_as_any_iterable_of_any_kind(model, processor, files, arrays, embeddings, form):
+    found = encode_images(model, form(files, arrays), processor, batch_size=3, progress=False)
+    torch.testing.assert_close(found, embeddings, atol=1e-5, rtol=0)
+
+
+def test_a_split_of_a_data_set_is_an_iterable_of_rows(model, processor, captioned_folder, capfd):
+    split = load_captions(captioned_folder, validation_fraction=0.25)["train"]
+    paths = [captioned_folder / "Images" / name for name in split["image_id"]]
+    found = encode_images(model, split, processor)
+    torch.testing.assert_close(found, encode_images(model, paths, processor, progress=False), atol=1e-5, rtol=0)
+    assert "3/3" in capfd.readouterr().err  # its length is known to the progress bar
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_normalize": False}, {"do_rescale": False}, {"do_resize": False}])
+def test_images_are_prepared_as_the_processor_does(arrays, settings):
+    processor = tiny_processor()
+    for name, value in settings.items():
+        setattr(processor.image_processor, name, value)
+    images = [Image.fromarray(array) for array in arrays]
+    expected = processor(images=images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(_pixel_values(images, processor, torch.device("cpu")), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_the_batch_size_changes_nothing(model, processor, files, embeddings, batch_size):
+    found = encode_images(model, files, processor, batch_size, progress=False)
+    torch.testing.assert_close(found, embeddings, atol=1e-5, rtol=0)
+    texts = encode_texts(model, TEXTS, processor, batch_size, progress=False)
+    torch.testing.assert_close(texts, encode_texts(model, TEXTS, processor, 4, progress=False), atol=1e-5, rtol=0)
+
+
+def test_grey_and_transparent_pictures_are_read(tmp_path):
+    grey = np.full((5, 6), 77, dtype=np.uint8)
+    for image in (grey, grey[:, :, None], Image.fromarray(grey), {"image": grey}):
+        assert open_image(image).mode == "RGB" and open_image(image).getpixel((0, 0)) == (77, 77, 77)
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_the_mode_of_every_part_of_the_model_is_restored(processor, files):
+    model = tiny_model(projection_depth=2, projection_dropout=0.5)
+    model.train()
+    model.vision_model.eval()  # as with frozen batch norm statistics
+    before = {name: module.training for name, module in model.named_modules()}
+    first = encode_images(model, files, processor, progress=False)
+    assert torch.equal(first, encode_images(model, files, processor, progress=False))  # no dropout
+    assert {name: module.training for name, module in model.named_modules()} == before
+    with pytest.raises(DataError):
+        encode_images(model, [*files, "no.png"], processor, progress=False)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_embeddings_carry_no_graph_but_can_be_trained_on(embeddings):
+    assert not embeddings.requires_grad and not embeddings.is_inference()
+    weight = torch.ones(16, requires_grad=True)
+    (embeddings * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, embeddings.sum(dim=0))
+
+
+def test_a_model_in_half_precision_gives_float32(processor, files, embeddings):
+    found = encode_images(tiny_model().to(torch.bfloat16), files[:2], processor, progress=False)
+    assert found.dtype == torch.float32 and found.shape == (2, 16)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_progress_bar_on_request(model, processor, capfd, progress):
+    encode_texts(model, iter(TEXTS), processor, batch_size=2, progress=progress)
+    assert ("encode texts" in capfd.readouterr().err) is progress
+
+
+def test_images_are_read_when_their_batch_is_due(model, processor, files):
+    opened = []
+
+    def reader():
+        for file in files:
+            opened.append(file)
+            yield file if len(opened) < 5 else "no.png"
+
+    with pytest.raises(DataError, match="no.png"):
+        encode_images(model, reader(), processor, batch_size=2, progress=False)
+    assert len(opened) == 6  # the third batch has the bad one, the last image was not asked for
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ([], ValueError, "no images"),
+        ("a.png", ValueError, "in a list"),
+        (Path("a.png"), ValueError, "in a list"),
+        (Image.new("RGB", (9, 9)), ValueError, "in a list"),
+        (["no.png"], DataError, "no.png"),
+        ([np.zeros((3, 9, 9), np.uint8)], DataError, r"\(3, 9, 9\).*\[H, W, 3\]"),
+        ([np.zeros((9, 9, 3), np.float32)], DataError, "float32.*uint8"),
+        ([{"picture": 1}], DataError, "'image'.*picture"),
+        ([5], DataError, "expected a path"),
+    ],
+)
+def test_wrong_images_are_told(model, processor, images, error, message):
+    with pytest.raises(error, match=message):
+        encode_images(model, images, processor, progress=False)
+
+
+def test_broken_and_huge_files_are_named(model, processor, tmp_path, files, monkeypatch):
+    (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:80])
+    with pytest.raises(DataError, match="cut.png"):
+        encode_images(model, [tmp_path / "cut.png"], processor, progress=False)
+    with pytest.raises(DataError, match="cut.png"):
+        encode_images(model, [Image.open(tmp_path / "cut.png")], processor, progress=False)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses twice as many as a bomb
+    with pytest.raises(DataError, match="0.png.*bomb"):
+        encode_images(model, files, processor, progress=False)
+
+
+@pytest.mark.parametrize(("texts", "message"), [([], "no texts"), ("a dog", "in a list")])
+def test_wrong_texts_are_told(model, processor, texts, message):
+    with pytest.raises(ValueError, match=message):
+        encode_texts(model, texts, processor, progress=False)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_wrong_batch_size_is_told(model, processor, batch_size):
+    with pytest.raises(ValueError, match="batch_size"):
+        encode_texts(model, TEXTS, processor, batch_size, progress=False)
+
+
+# --- find_matches ---------------------------------------------------------------------------------------------------
+
+
+def test_matches_of_a_text_are_the_best_by_cosine_in_order(model, processor, files, embeddings):
+    found = find_matches(model, 3 * embeddings, query=TEXTS[0], image_filenames=files, n=4, processor=processor)
+    text = encode_texts(model, [TEXTS[0]], processor, progress=False)[0].double().numpy()
+    cosine = embeddings.double().numpy() @ text
+    assert [match.index for match in found] == np.argsort(-cosine)[:4].tolist()
+    assert [match.name for match in found] == [os.fspath(files[match.index]) for match in found]
+    assert [match.score for match in found] == pytest.approx(sorted(cosine)[::-1][:4], abs=1e-5)
+
+
+@pytest.mark.parametrize("form", [lambda file: file, Image.open, lambda file: np.asarray(Image.open(file))])
+def test_an_image_finds_itself_first(model, processor, files, embeddings, form):
+    for i in (0, 4):
+        best = find_matches(model, embeddings, form(files[i]), files, n=1, processor=processor)
+        assert best == [Match(os.fspath(files[i]), pytest.approx(1.0, abs=1e-5), i)]
+
+
+def test_an_image_is_one_entry_with_its_best_score(model, processor, embeddings):
+    names = ["a", "b", "a", "c", "b", "a", "c"]  # as in a table with a row per caption
+    found = find_matches(model, embeddings, TEXTS[1], names, n=9, processor=processor)
+    text = encode_texts(model, [TEXTS[1]], processor, progress=False)[0]
+    scores = embeddings @ text
+    best = {name: max(scores[i].item() for i in range(7) if names[i] == name) for name in "abc"}
+    assert {m.name: m.score for m in found} == pytest.approx(best, abs=1e-5)
+    assert [m.name for m in found] == sorted(best, key=lambda name: -best[name])
+    assert all(names[m.index] == m.name for m in found)
+    assert find_matches(model, embeddings, TEXTS[1], names, n=2, processor=processor) == found[:2]
+
+
+def test_names_and_embeddings_may_be_arrays(model, processor, embeddings, files):
+    names = np.array([file.name for file in files])
+    found = find_matches(model, embeddings.numpy(), TEXTS[2], names, processor=processor)
+    assert len(found) == 7 and found == find_matches(model, embeddings, TEXTS[2], list(names), processor=processor)
+
+
+def test_the_grid_of_matches_is_drawn(model, processor, embeddings, files, tmp_path):
+    found = find_matches(model, embeddings, TEXTS[0], files, 5, processor, draw=tmp_path / "grid.png")
+    assert len(found) == 5
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.format == "PNG" and grid.width > 600 and grid.height > 400
+    find_matches(model, embeddings, files[0], files, 1, processor, draw=str(tmp_path / "one.png"))
+    with pytest.raises(DataError, match="nowhere"):
+        find_matches(model, embeddings, "x", [f"nowhere/{i}" for i in range(7)], 5, processor, draw=tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_filenames": ["a"]}, r"\(7, 16\).* 1 image_filenames"),
+        ({"n": 0}, "n must be"),
+        ({"image_embeddings": torch.ones(7, 5)}, "5-dimensional.*16"),
+        ({"image_embeddings": torch.ones(7)}, r"\(7,\)"),
+        ({"query": Path("no.png")}, "no.png"),
+    ],
+)
+def test_wrong_arguments_of_a_search_are_told(model, processor, embeddings, arguments, message):
+    given = {"image_embeddings": embeddings, "query": "x", "image_filenames": list("abcdefg"), "processor": processor}
+    with pytest.raises(ValueError, match=message):
+        find_matches(model, **(given | arguments))
+
+
+# --- the processor that belongs to a model --------------------------------------------------------------------------
+
+
+def processor_with(mean: float):
+    processor = tiny_processor()
+    processor.image_processor.image_mean = [mean] * 3
+    return processor
+
+
+def test_an_export_brings_its_processor(files, tmp_path):
+    from modeling_miniclip import MiniClipModel
+
+    own = processor_with(0.25)
+    model = MiniClipModel.from_pretrained(export(tiny_model(), own, tmp_path / "export"))
+    assert processor_of(model).image_processor.image_mean == pytest.approx((0.25, 0.25, 0.25))
+    found = encode_images(model, files, progress=False)
+    assert torch.equal(found, encode_images(model, files, own, progress=False))
+    assert not torch.allclose(found, encode_images(model, files, tiny_processor(), progress=False), atol=1e-4)
+    assert torch.equal(encode_texts(model, TEXTS, progress=False), encode_texts(model, TEXTS, own, progress=False))
+    assert find_matches(model, found, files[2], files, n=1)[0].index == 2
+
+
+def test_without_a_known_processor_the_error_says_to_pass_one(model, files, tmp_path):
+    from modeling_miniclip import MiniClipModel
+
+    with pytest.raises(ValueError, match="pass processor="):
+        encode_images(model, files, progress=False)
+    with pytest.raises(ValueError, match="pass processor="):
+        find_matches(model, torch.ones(1, 16), "a dog", ["a"])
+    model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"bare.*pass processor="):
+        encode_texts(MiniClipModel.from_pretrained(tmp_path / "bare"), TEXTS, progress=False)
+
+
+REVISIONS = """
+import json, sys
+from huggingface_hub import HfApi
+from modeling_miniclip import MiniClipModel, export
+from modeling_miniclip.inference.encode import processor_of
+from transformers import AutoModel
+from tests.inference.test_encode import processor_with
+from tests.helpers.towers import tiny_model
+api, repo, folder = HfApi(), "test-user/clip", sys.argv[1]
+api.create_repo(repo)
+def push(mean):
+    export(tiny_model(), processor_with(mean), folder)
+    return api.upload_folder(folder_path=folder, repo_id=repo, commit_message=str(mean)).oid
+first = push(0.1)
+unpinned = MiniClipModel.from_pretrained(repo)
+second = push(0.2)
+api.create_tag(repo, tag="v2", revision=second)
+push(0.3)
+def mean(model):
+    return processor_of(model).image_processor.image_mean[0]
+found = {
+    "commit": mean(MiniClipModel.from_pretrained(repo, revision=first)),
+    "tag": mean(MiniClipModel.from_pretrained(repo, revision="v2")),
+    "main": mean(MiniClipModel.from_pretrained(repo)),
+    "main_before_two_pushes": mean(unpinned),
+    "auto": mean(AutoModel.from_pretrained(repo, revision=first)),
+    "with_info": mean(MiniClipModel.from_pretrained(repo, revision=first, output_loading_info=True)[0]),
+}
+print("FOUND", json.dumps(found))
+"""
+
+
+def test_a_model_of_the_hub_brings_the_processor_of_its_own_revision(tmp_path):
+    with local_hub(tmp_path / "server", tokens=("hf_test=test-user",)) as hub:
+        root = str(Path(__file__).parents[2])
+        env = {**os.environ, **hub.client_env(tmp_path / "home"), "PYTHONPATH": root}
+        env.pop("HF_HUB_OFFLINE")
+        command = [sys.executable, "-c", REVISIONS, str(tmp_path / "export")]
+        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads(run.stdout.partition("FOUND ")[2]) == {
+        "commit": 0.1, "tag": 0.2, "main": 0.3, "main_before_two_pushes": 0.1, "auto": 0.1, "with_info": 0.1
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*left out 91 images")
+def test_real_photographs_go_all_the_way_from_the_csv_to_the_search(shared):
+    splits = load_captions(shared / "flickr8k")
+    rows = splits["validation"].select(range(4))
+    model, processor = tiny_model(), tiny_processor()
+    names = [str(shared / "flickr8k" / "Images" / name) for name in rows["image_id"]]
+    embeddings = encode_images(model, names, processor, progress=False)
+    torch.testing.assert_close(embeddings, encode_images(model, rows, processor, progress=False), atol=1e-5, rtol=0)
+    assert find_matches(model, embeddings, Path(names[3]), names, n=1, processor=processor)[0].name == names[3]

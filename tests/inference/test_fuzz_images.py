@@ -1,0 +1,226 @@
+"""Images of any mode, size and type, damaged files, and any text: right pixels and embeddings, or a `DataError`."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_texts
+from modeling_miniclip.inference.encode import open_image
+from modeling_miniclip.training.build_model import train_tokenizer
+from tests.helpers.fuzzing import CAPTIONS, NASTY, TEXT, cases, damaged, fuzz, result_or_error
+from tests.helpers.towers import PIXELS, tiny_model, tiny_processor
+
+# Bytes a pixel of Pillow's modes; those of 8 bits without transparency have but one conversion to RGB.
+MODES = {"1": 1, "L": 1, "P": 1, "RGB": 3, "CMYK": 4, "YCbCr": 3, "HSV": 3, "LAB": 3, "RGBX": 4}
+MORE_MODES = {"LA": 2, "PA": 2, "RGBA": 4, "RGBa": 4, "La": 2, "I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}
+SIDES = st.one_of(st.integers(1, 40), st.sampled_from((1, 2, 3, 300)))
+FORMATS = {"PNG": "RGBA", "JPEG": "RGB", "GIF": "P", "WEBP": "RGB", "TIFF": "I;16", "BMP": "RGB", "PPM": "L"}
+
+
+@pytest.fixture(scope="module")
+def processor() -> MiniClipProcessor:
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniClipModel:
+    torch.manual_seed(0)
+    return tiny_model()
+
+
+@st.composite
+def pictures(draw: Any, modes: dict[str, int]) -> Image.Image:
+    mode, size = draw(st.sampled_from(sorted(modes))), (draw(SIDES), draw(SIDES))
+    count = modes[mode] * size[0] * size[1]
+    content = draw(st.binary(min_size=1, max_size=64))
+    data = (content * (count // len(content) + 1))[:count]
+    if mode == "1":
+        return Image.frombytes("L", size, data).convert("1")
+    image = Image.frombytes(mode, size, data)
+    if mode in ("P", "PA"):
+        image.putpalette(data[:768].ljust(768, b"\x80"))
+    return image
+
+
+def assert_pixels(processor: MiniClipProcessor, image: Any) -> None:
+    pixels = processor(images=image, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, PIXELS, PIXELS) and pixels.dtype == torch.float32 and pixels.isfinite().all()
+
+
+@cases(60, 3000)
+def test_modes_with_one_conversion_to_rgb_come_out_as_it(
+    processor: MiniClipProcessor, record_property: Any, count: int
+) -> None:
+    @fuzz(count, record_property)
+    @given(image=pictures(MODES))
+    def check(image: Image.Image) -> None:
+        opened, _ = result_or_error(open_image, image)
+        assert opened.mode == "RGB" and opened.size == image.size
+        assert opened.tobytes() == image.convert("RGB").tobytes()
+        assert_pixels(processor, opened)
+
+    check()
+
+
+@cases(60, 3000)
+def test_every_mode_gives_pixels_of_its_size(processor: MiniClipProcessor, record_property: Any, count: int) -> None:
+    @fuzz(count, record_property)
+    @given(image=pictures(MODES | MORE_MODES))
+    def check(image: Image.Image) -> None:
+        opened, told = result_or_error(open_image, image)
+        assert not told and opened.mode == "RGB" and opened.size == image.size
+        assert_pixels(processor, image)
+        assert processor.crop(opened).shape == (3, PIXELS, PIXELS)
+
+    check()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 60_000), (60_000, 1), (3, 65_000), (65_000, 2)])
+def test_the_thinnest_images_take_no_more_memory_than_others(
+    processor: MiniClipProcessor, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    areas = []
+    resize = Image.Image.resize
+
+    def counted(image: Image.Image, size: Any, *args: Any, **kwargs: Any) -> Image.Image:
+        areas.append(size[0] * size[1])
+        assert areas[-1] < 10**6, "the whole length of the image is made wider"
+        return resize(image, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    image = Image.effect_noise(size, 90).convert("RGB")
+    assert_pixels(processor, image)
+    processor.crop(image)
+    assert len(areas) >= 2
+
+
+@pytest.mark.parametrize("size", [(4, 2000), (2701, 3), (2, 831)])
+def test_the_middle_of_a_thin_image_has_the_pixels_that_the_whole_image_has(
+    processor: MiniClipProcessor, size: tuple[int, int]
+) -> None:
+    image = Image.effect_noise(size, 90).convert("RGB")
+    whole = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    cut = processor(images=image, return_tensors="pt")["pixel_values"]
+    step = 1 / 255 / min(processor.image_processor.image_std)
+    assert (whole - cut).abs().max() <= 1.01 * step
+
+
+@cases(60, 3000)
+def test_any_array_is_an_image_or_told_with_its_shape_and_type(
+    processor: MiniClipProcessor, record_property: Any, count: int
+) -> None:
+    shapes = st.one_of(
+        arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=12),
+        st.tuples(SIDES, SIDES),
+        st.tuples(SIDES, SIDES, st.sampled_from((1, 3, 4))),
+    )
+    dtypes = st.one_of(st.just(np.dtype("uint8")), arrays.scalar_dtypes())
+
+    @fuzz(count, record_property)
+    @given(dtype=dtypes, shape=shapes, fill=st.integers(0, 255))
+    @example(dtype=np.dtype("uint8"), shape=(0, 0), fill=0)
+    @example(dtype=np.dtype("uint8"), shape=(0, 5, 3), fill=0)
+    def check(dtype: np.dtype, shape: tuple[int, ...], fill: int) -> None:
+        array = np.full(shape, fill).astype(dtype)
+        opened, told = result_or_error(open_image, array)
+        if opened is None:
+            assert str(array.shape) in told or str(array.dtype) in told
+        else:
+            assert opened.mode == "RGB" and opened.size == array.shape[1::-1]
+            assert_pixels(processor, opened)
+
+    check()
+
+
+def encoded(name: str, mode: str, **options: Any) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 255, (12, 20, 4), dtype=np.uint8)
+    image = Image.fromarray(noise).convert("I" if mode == "I;16" else mode)
+    buffer = io.BytesIO()
+    (image.convert(mode) if mode == "I;16" else image).save(buffer, format=name, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's and the decoders', of damaged files
+@cases(70, 5000)
+def test_damaged_image_files_are_images_or_told_with_their_name(
+    tmp_path: Path, processor: MiniClipProcessor, record_property: Any, count: int
+) -> None:
+    seeds = {name: encoded(name, mode) for name, mode in FORMATS.items()}
+    seeds["JPEG"] = encoded("JPEG", "RGB", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0")
+
+    @fuzz(count, record_property)
+    @given(name=st.sampled_from(sorted(seeds)), data=st.data())
+    def check(name: str, data: Any) -> None:
+        path = tmp_path / f"image.{name.lower()}"
+        path.write_bytes(data.draw(damaged(st.just(seeds[name])), label="content"))
+        with_size, _ = result_or_error(lambda: Image.open(path).size if _opens(path) else (0, 0))
+        assume(with_size[0] * with_size[1] < 10**7)  # a flipped bit of a header may ask for gigabytes
+        opened, told = result_or_error(open_image, path)
+        if opened is None:
+            assert str(path) in told
+        else:
+            assert opened.mode == "RGB"
+            assert_pixels(processor, opened)
+
+    check()
+
+
+def _opens(path: Path) -> bool:
+    try:
+        Image.open(path).close()
+    except Exception:
+        return False
+    return True
+
+
+# --- texts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*truncated")
+@cases(25, 1500)
+def test_texts_are_embedded_as_if_each_was_alone(
+    model: MiniClipModel, processor: MiniClipProcessor, record_property: Any, count: int
+) -> None:
+    @fuzz(count, record_property)
+    @given(texts=st.lists(TEXT, min_size=1, max_size=4))
+    @example(texts=list(NASTY))
+    def check(texts: list[str]) -> None:
+        together, told = result_or_error(encode_texts, model, texts, processor, progress=False)
+        assert not told
+        torch.testing.assert_close(together.norm(dim=1), torch.ones(len(texts)), atol=1e-5, rtol=0)
+        alone = torch.cat([encode_texts(model, [text], processor, progress=False) for text in texts])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+    check()
+
+
+@pytest.mark.parametrize("wrong", [None, 3, b"dog", ["dog"], "\ud83d", "dog \udc00"])
+def test_what_is_no_text_is_told_with_its_number(
+    model: MiniClipModel, processor: MiniClipProcessor, wrong: Any
+) -> None:
+    embeddings, told = result_or_error(encode_texts, model, ["a dog", wrong], processor, progress=False)
+    assert embeddings is None and told.startswith("text 1: ")
+
+
+@cases(20, 1000)
+def test_a_vocabulary_of_any_captions_knows_their_words(record_property: Any, count: int) -> None:
+    @fuzz(count, record_property)
+    @given(captions=st.lists(st.lists(CAPTIONS, min_size=1, max_size=3), min_size=1, max_size=4))
+    @example(captions=[list(NASTY)])
+    def check(captions: list[list[str]]) -> None:
+        tokenizer = train_tokenizer(captions, 3000)
+        assert tokenizer.get_vocab() == train_tokenizer(captions, 3000).get_vocab()
+        for text in (text for row in captions for text in row):
+            tokens = tokenizer.tokenize(text[:400])
+            longest = max(map(len, text.split()), default=0)
+            assert longest > 90 or "[UNK]" not in tokens  # WordPiece takes no words of more than 100 characters
+
+    check()

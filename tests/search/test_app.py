@@ -1,0 +1,296 @@
+"""`miniclip app` and `miniclip space`: what the page answers, in a real browser too, and what nobody gets from it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Barrier, get_ident
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_miniclip import MiniClipModel, encode_images, encode_texts
+from modeling_miniclip.cli import cli
+from modeling_miniclip.search import app
+from modeling_miniclip.search.app import LARGE, NEIGHBOURS, THUMBNAIL, IndexPage, build_page, launch_options
+from modeling_miniclip.search.index import ImageIndex
+from modeling_miniclip.search.pictures import picture_of
+from modeling_miniclip.search.update import update_index
+from tests.helpers.browsers import browser_page
+from tests.helpers.indexes import write_model, write_pictures
+from tests.helpers.runs import ROOT, environment
+
+NAMES = " ".join(f"{folder}/{i:02d}.png" for folder in ("sea", "town") for i in range(8))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model`, 16 `pictures` in two folders, one of them larger than is shown, and `pictures.index` of them."""
+    folder = tmp_path_factory.mktemp("app")
+    write_model(folder / "model")
+    write_pictures(folder / "pictures", NAMES)
+    noise = np.random.default_rng(9).integers(0, 256, (30, 60, 3), dtype=np.uint8)
+    large = Image.fromarray(noise).resize((2 * LARGE, LARGE))
+    exif = large.getexif()
+    exif[0x010E] = "taken at home"
+    large.save(folder / "pictures" / "sea" / "large.jpg", exif=exif)
+    (folder / "secret.txt").write_text("nobody may read this")
+    update_index(folder / "pictures.index", [folder / "pictures"], folder / "model", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(place: Path, tmp_path_factory: pytest.TempPathFactory) -> IndexPage:
+    """The page's answers."""
+    return IndexPage(ImageIndex.open(place / "pictures.index"), tmp_path_factory.mktemp("small"))
+
+
+def nearest(place: Path, embedding: Any) -> list[str]:
+    """Names of the pictures by descending similarity, from the pictures themselves."""
+    paths = sorted((place / "pictures").rglob("*.*"))
+    model = MiniClipModel.from_pretrained(place / "model")
+    scores = encode_images(model, paths, progress=False) @ embedding
+    return [paths[i].name for i in scores.argsort(descending=True).tolist()]
+
+
+def embedding_of(place: Path, words: str) -> Any:
+    """Of a text, by the model."""
+    return encode_texts(MiniClipModel.from_pretrained(place / "model"), [words], progress=False)[0]
+
+
+def test_words_find_the_nearest_images(place: Path, page: IndexPage) -> None:
+    shown, rows, told = page.search("a dog on the grass", None)
+    names = [caption.split("  ")[1] for _, caption in shown]
+    assert names == nearest(place, embedding_of(place, "a dog on the grass"))
+    assert [page.index.entry(row)["id"].rpartition("/")[2] for row in rows] == names
+    assert told == "The nearest 17 of 17 images."
+    for file, _ in shown:
+        with Image.open(file) as image:
+            assert image.mode == "RGB" and not image.getexif() and max(image.size) <= THUMBNAIL
+
+
+def test_small_pictures_are_those_of_their_rows_and_made_once(page: IndexPage, tmp_path: Path) -> None:
+    shown, rows, _ = page.search("a dog on the grass", None)
+    whole = {row: picture_of(page.index, row, THUMBNAIL) for row in rows}
+    for (file, _), row in zip(shown, rows, strict=True):
+        with Image.open(file) as image:
+            pixels = np.asarray(image, dtype=int)
+            alike = {r: np.asarray(w) for r, w in whole.items() if w is not None and w.size == image.size}
+        assert min(alike, key=lambda r: np.abs(pixels - alike[r]).mean()) == row
+    made = {file: file.stat().st_ino for file, _ in shown}
+    os.utime(shown[0][0], (1, 1))
+    assert {file: file.stat().st_ino for file, _ in page.search("a dog on the grass", None)[0]} == made
+    assert shown[0][0].stat().st_mtime > 1  # or it would be deleted as one that nobody saw
+    shown[0][0].unlink()
+    page.search("a dog on the grass", None)
+    assert shown[0][0].is_file()
+
+
+def test_a_picture_finds_itself_first(place: Path, page: IndexPage) -> None:
+    shown, _, _ = page.search("", Image.open(place / "pictures" / "town" / "03.png"))
+    assert shown[0][1].startswith("1.000  03.png")
+
+
+def test_filters_leave_out_the_other_images(place: Path, page: IndexPage) -> None:
+    folder = str(place / "pictures" / "town")
+    assert folder in page.folders()
+    _, rows, told = page.search("a dog", None, folder=folder)
+    assert {os.path.dirname(page.index.entry(row)["id"]) for row in rows} == {folder} and len(rows) == 8
+    assert "of 8 images" in told
+    assert page.search("a dog", None, until="1999") == ([], [], "No image passes the filters.")
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"), [({"words": " "}, "Nothing to search for"), ({"words": "a", "since": "soon"}, "is no date")]
+)
+def test_what_cannot_be_answered_is_told(page: IndexPage, asked: dict[str, str], told: str) -> None:
+    shown, rows, sentence = page.search(**{"picture": None, **asked})
+    assert shown == [] and rows == [] and told in sentence
+
+
+def test_a_chosen_image_is_shown_with_its_neighbours(place: Path, page: IndexPage) -> None:
+    _, rows, _ = page.search("a dog", None)
+    large = next(i for i, row in enumerate(rows) if page.index.entry(row)["id"].endswith("large.jpg"))
+    image, facts, shown, near = page.show(rows, large)
+    assert image is not None and image.size == (LARGE, LARGE // 2) and not image.info and not image.getexif()
+    assert str(place / "pictures" / "sea" / "large.jpg") in facts
+    order = nearest(place, np.array(page.index.embeddings[rows[large]]))
+    assert [caption.split("  ")[1] for _, caption in shown] == order[1 : NEIGHBOURS + 1]
+    assert rows[large] not in near and len(near) == NEIGHBOURS
+
+
+@pytest.mark.parametrize("wrong", [-1, 17, 10**9])
+def test_only_places_among_the_results_can_be_chosen(page: IndexPage, wrong: int) -> None:
+    assert page.show(list(range(17)), wrong) == (None, "", [], [])
+
+
+def test_an_image_that_is_gone_keeps_the_places_of_the_others(place: Path, tmp_path: Path) -> None:
+    files = write_pictures(tmp_path / "pictures", "0.png 1.png 2.png")
+    update_index(tmp_path / "index", [tmp_path / "pictures"], place / "model", progress=False)
+    files[1].unlink()
+    shown, rows, _ = IndexPage(ImageIndex.open(tmp_path / "index"), tmp_path).search("a dog", None)
+    assert len(shown) == len(rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [(["app", "{place}/nothing"], 1), (["space", "{place}/model", "{place}/pictures", "--images", "{place}"], 2)],
+)
+def test_wrong_folders_are_told_in_one_line(
+    command: list[str], code: int, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
+    assert cli([word.format(place=place) for word in command]) == code
+    assert re.fullmatch(r"error: .*(no index here|there is something already).*\n", capsys.readouterr().err)
+
+
+def test_one_thread_embeds_for_all_that_ask(page: IndexPage, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding = np.ones(page.index.manifest.dim, dtype=np.float32)
+    idents, all_ask = [], Barrier(4)
+
+    def embed_queries(*_: Any, **__: Any) -> np.ndarray:
+        idents.append(get_ident())
+        return embedding[None]
+
+    def ask(_: int) -> str:
+        all_ask.wait(60)  # so that the four are not one
+        return page.search("a dog", None)[2]
+
+    monkeypatch.setattr(app, "embed_queries", embed_queries)
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(ask, range(4))) == {"The nearest 17 of 17 images."}
+    assert len(idents) == 4 and len(set(idents)) == 1
+
+
+def test_what_the_page_keeps_does_not_grow_with_its_visitors(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
+    import pandas
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(app, "SESSIONS", 3)
+    blocks = build_page(ImageIndex.open(place / "pictures.index"))
+    tables: list[Any] = []
+    monkeypatch.setattr(pandas, "DataFrame", lambda records: tables.append(records))  # of gradio's statistics
+    options = {**launch_options(), "quiet": True, "prevent_thread_lock": True}
+    blocks.launch(server_name="127.0.0.1", **options)
+    try:
+        config = json.loads(status_and_content(f"{blocks.local_url}config")[1])
+        for visitor in range(5):
+            answer = ask_page(blocks.local_url.rstrip("/"), config, "a dog", None, f"visitor{visitor}")
+            assert '"success":true' in answer and "17 of 17 images" in answer
+        assert len(blocks.state_holder.session_data) == 3 and not tables
+    finally:
+        blocks.close(verbose=False)
+
+
+# --- the page itself ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(argv: list[str], **options: Any) -> Iterator[str]:
+    """Address of a page while the command runs that serves it."""
+    pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
+    process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, text=True, **options)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                yield found[0]
+                return
+        pytest.fail(f"the page ended with code {process.wait()}")
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def status_and_content(url: str, data: bytes | None = None) -> tuple[int, bytes]:
+    """Of a request."""
+    headers = {"Content-Type": "application/json"} if data else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def ask_page(address: str, config: Any, words: str, picture: Any, session: str) -> str:
+    """What the page answers to a search, by the requests of a browser."""
+    search = next(d for d in config["dependencies"] if len(d["inputs"]) == 7)
+    asked = {"data": [words, picture, "", "", "", "", ""], "fn_index": search["id"], "session_hash": session}
+    status_and_content(f"{address}/gradio_api/queue/join?", json.dumps(asked).encode())
+    return status_and_content(f"{address}/gradio_api/queue/data?session_hash={session}")[1].decode()
+
+
+@pytest.mark.slow
+def test_the_page_answers_in_a_browser_and_gives_no_file(place: Path, tmp_path: Path) -> None:
+    argv = ["-m", "modeling_miniclip", "app", str(place / "pictures.index")]
+    with served(argv, env=environment(), cwd=ROOT) as address, browser_page() as page:
+        page.goto(address)
+        page.get_by_label("Words").fill("a dog on the grass")
+        page.keyboard.press("Enter")  # by keyboard alone
+        first = page.locator("#results button.thumbnail-item").first
+        first.wait_for()
+        expected = nearest(place, embedding_of(place, "a dog on the grass"))
+        assert expected[0] in first.inner_text()
+        page.set_viewport_size({"width": 400, "height": 700})
+        first.focus()
+        page.keyboard.press("Enter")
+        page.locator("#neighbours button.thumbnail-item").first.wait_for()
+        assert expected[0] in page.locator("#facts textarea").input_value()
+        page.wait_for_function("() => document.getElementById('chosen').getBoundingClientRect().top < 100")
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 400  # nothing beside a phone's screen
+        page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
+        assert_no_file_is_served(address, place)
+
+
+def assert_no_file_is_served(address: str, place: Path) -> None:
+    """Neither by its path, in any spelling, nor as a picture that was not uploaded."""
+    secret, photo = place / "secret.txt", place / "pictures" / "sea" / "large.jpg"
+    climbing = "../" * 12
+    for path in ("/etc/passwd", str(secret), str(photo), f"{climbing}etc/passwd", f"{climbing}{secret}"):
+        for name in (path, urllib.parse.quote(path, safe=""), urllib.parse.quote(urllib.parse.quote(path, safe=""))):
+            for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/"):
+                status, content = status_and_content(f"{address}{route}{name}")
+                assert b"root:" not in content and b"nobody may" not in content and photo.read_bytes() != content
+                assert status != 200 or b"<html" in content.lower(), (route, name)
+    config = json.loads(status_and_content(f"{address}/config")[1])
+    for path in ("/etc/passwd", str(secret), str(photo)):
+        picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        answer = ask_page(address, config, "", picture, "stranger")
+        assert '"success":false' in answer.replace(" ", "") and "1.000" not in answer
+
+
+@pytest.mark.slow
+def test_a_space_runs_here_and_holds_nothing_but_small_pictures(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
+    space = tmp_path / "space"
+    assert cli(["space", str(place / "model"), str(space), "--images", str(place / "pictures"), "--title", "Sea"]) == 0
+    for path in (path for path in space.rglob("*") if path.is_file()):
+        assert str(place).encode() not in path.read_bytes(), path
+    index = ImageIndex.open(space / "index")
+    assert len(index) == 17 and set(index.entries["path"].to_pylist()) == {None}
+    head = (space / "README.md").read_text(encoding="utf-8").split("---")[1]
+    assert {"sdk: gradio", "app_file: app.py", "title: Sea"} <= set(head.splitlines())
+    assert re.search(r"^transformers==\d", (space / "requirements.txt").read_text(), re.MULTILINE)
+    moved = space.rename(tmp_path / "elsewhere")
+    env = {**environment(), "PYTHONPATH": "", "GRADIO_SERVER_PORT": "0"}
+    del env["GRADIO_SERVER_PORT"]
+    with served(["-u", "app.py"], env=env, cwd=moved) as address, browser_page() as page:
+        page.goto(address)
+        page.locator("#examples button").first.click()
+        first = page.locator("#results button.thumbnail-item").first
+        first.wait_for()
+        words = page.get_by_label("Words").input_value()
+        assert nearest(place, embedding_of(place, words))[0] in first.inner_text()

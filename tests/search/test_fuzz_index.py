@@ -1,0 +1,121 @@
+"""Damaged index files: the answer that was given before, or an error that names the folder."""
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeling_miniclip.errors import DataError
+from modeling_miniclip.search import index as image_index
+from modeling_miniclip.search.approximate import FILE as NEIGHBOURS
+from modeling_miniclip.search.index import EMBEDDINGS, ENTRIES, MANIFEST, SCHEMA, ImageIndex, Manifest, write_index
+from tests.helpers.fuzzing import cases, damaged, fuzz, result_or_error
+
+ROWS, DIM = 12, 8
+NAMES = [f"/photos/{i}.jpg" for i in range(ROWS)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "photos.index"
+    columns: dict[str, list[Any]] = {name: [None] * ROWS for name in SCHEMA.names}
+    columns |= {"id": NAMES, "path": NAMES, "size": [1] * ROWS, "mtime": [1] * ROWS, "thumbnail": [b"jpeg"] * ROWS}
+    entries = pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, SCHEMA)
+    vectors = np.eye(ROWS, DIM, dtype=np.float32) + 0.01
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    neighbours = "approximate" if find_spec("faiss") else "exact"
+    write_index(folder, Manifest("model", "f" * 64, DIM, neighbours=neighbours), entries, [vectors])
+    return folder
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "photos.index"))
+
+
+def use(folder: Path) -> tuple[list[str], list[float], list[bytes | None], dict[str, Any]]:
+    """Everything that one does with an index."""
+    index = ImageIndex.open(folder)
+    found = index.search(np.ones(DIM), 5)
+    for match in found:
+        assert index.entry(match.index)["id"] == match.name
+    thumbnails = [index.thumbnail(match.index) for match in found]
+    rows = index.read_entries().to_pydict()
+    return [match.name for match in found], [match.score for match in found], thumbnails, rows
+
+
+@cases(60, 3000)
+def test_a_damaged_index_gives_the_answer_of_the_whole_one_or_is_told(
+    whole: Path, copy: Path, record_property: Any, count: int
+) -> None:
+    expected = use(whole)
+    assert len(expected[0]) == 5 and set(expected[0]) <= set(NAMES) and set(expected[2]) == {b"jpeg"}
+    names = sorted(path.name for path in whole.iterdir())
+    assert {MANIFEST, ENTRIES, EMBEDDINGS} <= set(names) and (find_spec("faiss") is None or NEIGHBOURS in names)
+
+    @fuzz(count, record_property)
+    @given(name=st.sampled_from(names), data=st.data())
+    def check(name: str, data: Any) -> None:
+        (copy / name).write_bytes(data.draw(damaged(st.just((whole / name).read_bytes())), label="content"))
+        found, told = result_or_error(use, copy)
+        shutil.copy(whole / name, copy / name)
+        assert str(copy) in told if found is None else found == expected
+
+    check()
+
+
+@pytest.mark.parametrize("name", [MANIFEST, ENTRIES, EMBEDDINGS])
+def test_each_flipped_bit_is_told_or_means_nothing(whole: Path, copy: Path, name: str, record_property: Any) -> None:
+    content = (whole / name).read_bytes()
+    expected, told = use(whole), 0
+    places = range(0, len(content), max(1, len(content) // 150))
+    record_property("cases", len(places))
+    for place in places:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        (copy / name).write_bytes(flipped)
+        found, error = result_or_error(use, copy)
+        assert str(copy) in error if found is None else found == expected
+        told += found is None
+    assert told == len(places) if name != MANIFEST else told > 0.8 * len(places)  # white space means nothing
+
+
+@cases(40, 1500)
+def test_a_large_index_is_compared_when_asked_and_gives_images_or_is_told_when_not(
+    whole: Path, copy: Path, record_property: Any, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_index, "VERIFIED", 0)
+
+    @fuzz(count, record_property)
+    @given(name=st.sampled_from([ENTRIES, EMBEDDINGS]), data=st.data())
+    def check(name: str, data: Any) -> None:
+        content = data.draw(damaged(st.just((whole / name).read_bytes())), label="content")
+        (copy / name).write_bytes(content)
+        found, told = result_or_error(use, copy)
+        if content != (whole / name).read_bytes():
+            with pytest.raises(DataError, match=f"{name} does not have the checksum"):
+                ImageIndex.open(copy, verify=True)
+        shutil.copy(whole / name, copy / name)
+        assert str(copy) in told if found is None else len(found[0]) <= 5
+
+    check()
+
+
+def test_pages_of_a_large_index_are_compared_as_they_are_read(
+    whole: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_index, "VERIFIED", 0)
+    content = bytearray((whole / ENTRIES).read_bytes())
+    place = content.index(b"jpeg")
+    content[place] ^= 1
+    (copy / ENTRIES).write_bytes(content)
+    index = ImageIndex.open(copy)
+    assert index.search(np.ones(DIM), 1)
+    with pytest.raises(DataError, match="photos.index: .*CRC"):
+        index.thumbnail(0)

@@ -1,0 +1,115 @@
+"""Search gives what sorting all inner products gives, for both types of numbers, with and without a choice of rows."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modeling_miniclip import ImageIndex
+from modeling_miniclip.errors import MiniClipError, UsageError
+from modeling_miniclip.search.approximate import ApproximateNeighbours, build_neighbours, cells, is_chosen
+from modeling_miniclip.search.exact import Neighbours, largest
+from tests.helpers.indexes import write_model, write_pictures
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def by_sorting(scores: np.ndarray, rows: np.ndarray, k: int) -> list[int]:
+    """The independent answer: a plain sort by falling score, then by row."""
+    return sorted(rows.tolist(), key=lambda row: (-scores[row], row))[:k]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 9])
+def test_the_largest_are_in_order_and_of_equal_ones_the_first(k: int) -> None:
+    scores = np.array([0.5, 0.9, 0.5, 0.1, 0.9, 0.5], dtype=np.float32)
+    assert largest(scores, k).tolist() == [1, 4, 0, 2, 5, 3][:k]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("share", [None, 0.0, 0.02, 0.9])
+def test_search_is_a_sort_of_all_products(dtype: str, share: float | None) -> None:
+    rng = np.random.default_rng(0)
+    centre = unit(rng.standard_normal(64))
+    embeddings = unit(centre + 0.4 * rng.standard_normal((3000, 64))).astype(dtype)  # close to one another
+    query = unit(centre + 0.1 * rng.standard_normal(64)).astype(np.float32)
+    rows = None if share is None else np.flatnonzero(rng.random(3000) < share)
+    scores, found = Neighbours(embeddings).search(query, 25, rows)
+    exact = embeddings.astype(np.float32) @ query
+    wanted = by_sorting(exact, np.arange(3000) if rows is None else rows, 25)
+    np.testing.assert_allclose(scores, exact[wanted], atol=2e-7)
+    assert [int(row) for row in found] == wanted and len(found) == (0 if share == 0.0 else 25)
+
+
+def test_more_than_there_are_is_all_there_are() -> None:
+    scores, found = Neighbours(np.eye(3, dtype=np.float32)).search(np.array([0, 1, 0], np.float32), 10)
+    assert found.tolist() == [1, 0, 2] and scores.tolist() == [1, 0, 0]
+
+
+# --- approximate search ---------------------------------------------------------------------------------------------
+
+needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="without FAISS: pip install 'miniclip[search]'")
+
+
+@needs_faiss
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_approximate_search_finds_most_of_the_nearest_with_their_exact_scores(tmp_path: Path, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    centres = unit(rng.standard_normal((60, 48)))
+    embeddings = unit(centres[rng.integers(0, 60, 6000)] + 0.08 * rng.standard_normal((6000, 48))).astype(dtype)
+    queries = unit(centres[:40] + 0.08 * rng.standard_normal((40, 48))).astype(np.float32)
+    build_neighbours(embeddings, tmp_path / "neighbours")
+    exact, approximate = Neighbours(embeddings), ApproximateNeighbours(embeddings, tmp_path / "neighbours")
+    shares = []
+    for query in queries:
+        scores, found = approximate.search(query, 10)
+        np.testing.assert_allclose(scores, embeddings[found].astype(np.float32) @ query, atol=1e-6)
+        assert (np.diff(scores) <= 0).all()
+        shares.append(len(set(found) & set(exact.search(query, 10)[1])) / 10)
+    assert np.mean(shares) > 0.9
+    everything = ApproximateNeighbours(embeddings, tmp_path / "neighbours", probes=approximate.index.nlist)
+    for query in queries:  # with every cell, 8 bits and the comparison that follows lose nothing
+        assert everything.search(query, 10)[1].tolist() == exact.search(query, 10)[1].tolist()
+    rows = np.arange(0, 6000, 7)
+    assert approximate.search(queries[0], 5, rows)[1].tolist() == exact.search(queries[0], 5, rows)[1].tolist()
+
+
+@needs_faiss
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_few_vectors_are_all_found(tmp_path: Path, count: int) -> None:
+    embeddings = unit(np.random.default_rng(0).standard_normal((count, 8))).astype(np.float32)
+    build_neighbours(embeddings, tmp_path / "neighbours")
+    found = ApproximateNeighbours(embeddings, tmp_path / "neighbours").search(embeddings[0], 50)[1]
+    assert found[0] == 0 and sorted(found.tolist()) == list(range(count))
+
+
+def test_the_kind_of_search_is_chosen_by_size_and_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from modeling_miniclip.search import approximate
+
+    monkeypatch.setattr(approximate, "find_spec", lambda name: object())
+    assert [is_chosen("auto", count) for count in (499_999, 500_000)] == [False, True]
+    assert is_chosen("approximate", 3) and not is_chosen("exact", 10**9)
+    monkeypatch.setattr(approximate, "find_spec", lambda name: None)
+    assert not is_chosen("auto", 10**9)
+    with pytest.raises(MiniClipError, match=r"needs FAISS: pip install 'miniclip\[search\]'"):
+        is_chosen("approximate", 10**9)
+    with pytest.raises(UsageError, match="expected one of auto, exact, approximate"):
+        is_chosen("best", 1)
+    assert [cells(count) for count in (0, 1, 1_000, 10_000, 100_000, 1_000_000)] == [1, 1, 16, 128, 512, 2048]
+
+
+@needs_faiss
+def test_an_index_keeps_the_kind_of_search_it_was_told(tmp_path: Path) -> None:
+    from modeling_miniclip import update_index
+
+    write_pictures(tmp_path / "photos", "a.png b.png c.png")
+    model = write_model(tmp_path / "export")
+    for told, approximate in (("approximate", True), (None, True), ("exact", False), (None, False)):
+        update_index(tmp_path / "index", [tmp_path / "photos"], model, neighbours=told, progress=False)
+        index = ImageIndex.open(tmp_path / "index")
+        assert isinstance(index.neighbours, ApproximateNeighbours) == approximate
+        assert (tmp_path / "index" / "neighbours.faiss").is_file() == approximate
+        query = np.array(index.embeddings[1])
+        assert index.search(query, 2) == index.search(query, 2, exact=True)

@@ -1,0 +1,282 @@
+"""A search of an index: the query, the filter, the table, the JSON and the page."""
+
+import base64
+import io
+import json
+import re
+from datetime import datetime
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from modeling_miniclip import (
+    EntryFilter,
+    ImageIndex,
+    MiniClipModel,
+    UsageError,
+    encode_images,
+    encode_texts,
+    update_index,
+)
+from modeling_miniclip.cli import cli
+from modeling_miniclip.inference.loading import load_tower
+from modeling_miniclip.search.index import SCHEMA, Manifest, write_index
+from modeling_miniclip.search.query import Query, cut, display_width, embed_queries
+from tests.helpers.indexes import write_model, write_pictures
+
+NAMES = "a.png b.png c.png sub/d.png sub/e.png f.png"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `export`, `photos` and their `index`."""
+    home = tmp_path_factory.mktemp("home")
+    write_model(home / "export")
+    write_pictures(home / "photos", NAMES)
+    update_index(home / "index", [home / "photos"], home / "export", progress=False)
+    return home
+
+
+@pytest.fixture(scope="module")
+def model(home: Path) -> MiniClipModel:
+    return MiniClipModel.from_pretrained(home / "export")
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_one_tower_embeds_as_the_whole_model_does(home: Path, model: MiniClipModel, side: str) -> None:
+    half, processor = load_tower(home / "export", side)
+    encode, what = {"image": (encode_images, [home / "photos" / "a.png"]), "text": (encode_texts, ["a dog"])}[side]
+    whole = encode(model, what, progress=False)
+    assert (encode(half, what, processor, progress=False) == whole).all()
+    other = {"image": "text_model.", "text": "vision_model."}[side]
+    assert not [name for name, _ in half.named_parameters() if name.startswith(other)]
+    assert not any(parameter.is_meta for parameter in half.parameters())
+    assert not any(buffer.is_meta for buffer in half.buffers())
+
+
+def test_a_picture_of_the_index_finds_itself_first(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("c.png", "sub/e.png"):
+        assert cli(["search", str(home / "index"), "--image", str(home / "photos" / name), "-k", "2"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert (
+            lines[1].split()[:2] == ["1", "1.000"] and lines[1].split()[3] == name.split("/")[-1] or name in lines[1]
+        )
+        assert len(lines) == 4 and lines[3].startswith("2 of 6 images; imports")
+
+
+def test_the_json_is_the_sorted_product_of_the_embeddings(
+    home: Path, model: MiniClipModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["search", str(home / "index"), "a red dog", "--json", "-k", "4"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    index = ImageIndex.open(home / "index")
+    scores = index.embeddings @ encode_texts(model, ["a red dog"], progress=False)[0].numpy()
+    order = np.argsort(-scores)[:4]
+    assert [match["id"] for match in told["matches"]] == [index.entry(int(i))["id"] for i in order]
+    assert [match["score"] for match in told["matches"]] == pytest.approx(scores[order].tolist(), abs=2e-6)
+    assert [match["rank"] for match in told["matches"]] == [1, 2, 3, 4]
+    assert set(told["seconds"]) == {"imports", "load", "search"} and told["query"]["words"] == "a red dog"
+
+
+def test_words_picture_and_what_is_not_wanted_are_weighted(home: Path, model: MiniClipModel) -> None:
+    index, picture = ImageIndex.open(home / "index"), home / "photos" / "b.png"
+    red, not_blue = encode_texts(model, ["red", "blue"], progress=False).numpy()
+    like = encode_images(model, [picture], progress=False).numpy()[0]
+    expected = {
+        Query("red"): red,
+        Query(image=picture): like,
+        Query("red", picture): 0.5 * red + 0.5 * like,
+        Query("red", picture, 0.25): 0.75 * red + 0.25 * like,
+        Query("red", without=("blue",)): red - 0.5 * not_blue,
+        Query(image=picture, without=("blue",)): like - 0.5 * not_blue,
+    }
+    found = embed_queries(index, list(expected))
+    for row, (query, vector) in zip(found, expected.items(), strict=True):
+        np.testing.assert_allclose(row, vector / np.linalg.norm(vector), atol=1e-5, err_msg=str(query))
+    np.testing.assert_allclose(embed_queries(index, [Query("red", picture)])[0], found[2], atol=1e-5)
+    with pytest.raises(UsageError, match="cancel out"):
+        embed_queries(index, [Query("red", without=("red", "red"))])
+
+
+@pytest.mark.parametrize(
+    ("argv", "told", "code"),
+    [
+        ([], "nothing to search for", 2),
+        (["dog", "-k", "0"], "-k 0: expected at least 1 image", 2),
+        (["dog", "--weight", "1.5"], "--weight 1.5: expected a number between 0", 2),
+        (["dog", "--image", "no.png"], "no.png", 1),
+        (["dog", "--since", "yesterday"], "'yesterday' is no date: expected 2024", 2),
+        (["dog", "--folder", "/nowhere"], "no image of", 2),
+        (["dog", "--html", "/nowhere/x.html"], "--html /nowhere/x.html: there is no folder /nowhere", 2),
+    ],
+)
+def test_what_cannot_be_searched_for_is_told_in_one_line(
+    home: Path, argv: list[str], told: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["search", str(home / "index"), *argv]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and told in error and len(error.splitlines()) == 1
+
+
+def test_a_model_that_has_changed_is_not_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pictures(tmp_path / "photos", "a.png")
+    update_index(tmp_path / "index", [tmp_path / "photos"], write_model(tmp_path / "export"), progress=False)
+    write_model(tmp_path / "export", seed=1)
+    assert cli(["search", str(tmp_path / "index"), "dog"]) == 1
+    assert f"index anew: miniclip index {tmp_path}/export {tmp_path}/photos -o" in capsys.readouterr().err
+
+
+# --- filters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def entries() -> pa.Table:
+    rows = [
+        ("/p/a.jpg", datetime(2023, 12, 31, 23, 59, 59), ["A dog, running."], "train"),
+        ("/p/sub/b.jpg", datetime(2024, 1, 1), ["two dogs", "snow and a Dog"], "train"),
+        ("/p/subway/c.jpg", datetime(2024, 2, 29, 12), [], "validation"),
+        ("/p/sub/x/d.jpg", datetime(2024, 3, 1), ["ein Mädchen", "hotdog"], ""),
+        ("set/train/000001", None, ["dog"], "train"),
+    ]
+    names = ("id", "date", "captions", "split")
+    return pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], schema=SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "rows"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"folder": "/p/sub"}, [1, 3]),
+        ({"folder": "/p/sub/"}, [1, 3]),
+        ({"folder": "set"}, [4]),
+        ({"since": "2024"}, [1, 2, 3]),
+        ({"until": "2023"}, [0]),
+        ({"since": "2024-02", "until": "2024-02"}, [2]),
+        ({"until": "2024-02-29"}, [0, 1, 2]),
+        ({"until": "2024-02-29T11:59"}, [0, 1]),
+        ({"words": "dog"}, [0, 1, 4]),
+        ({"words": "DOG snow"}, [1]),
+        ({"words": "mädchen"}, [3]),
+        ({"words": "do."}, []),
+        ({"split": "train", "words": "dog"}, [0, 1, 4]),
+        ({"split": "validation"}, [2]),
+    ],
+)
+def test_a_filter_passes_what_meets_all_conditions(entries: pa.Table, conditions: dict, rows: list[int]) -> None:
+    assert EntryFilter(**conditions).rows(entries).tolist() == rows
+    assert bool(EntryFilter(**conditions)) == bool(conditions)
+
+
+def test_a_filtered_search_finds_the_best_of_those_that_pass(home: Path) -> None:
+    index = ImageIndex.open(home / "index")
+    query = index.embeddings[0]
+    inside = [match.name for match in index.search(query, 10, EntryFilter(folder=str(home / "photos" / "sub")))]
+    everything = [match.name for match in index.search(query, 10)]
+    assert inside == [name for name in everything if "/sub/" in name] and len(inside) == 2
+    assert [match.index for match in index.search(query, 3, np.array([2, 4]))] in ([2, 4], [4, 2])
+
+
+# --- table and page -------------------------------------------------------------------------------------------------
+
+
+def test_wide_characters_keep_the_table_in_its_columns() -> None:
+    assert (display_width("abc"), display_width("犬と雪"), display_width("e\u0301")) == (3, 6, 1)
+    assert cut("犬と雪だ", 5) == "犬と…" and cut("abc", 3) == "abc"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and all text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_holds_its_pictures_escapes_everything_and_loads_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = '<img src=x onerror="alert(1)">.png'
+    write_pictures(tmp_path / "photos", "a.png gone.png")
+    (tmp_path / "photos" / "a.png").rename(tmp_path / "photos" / evil)
+    quoted = evil.replace('"', '""')
+    (tmp_path / "photos" / "captions.csv").write_text(
+        f'image,caption\n"{quoted}","<script>alert(2)</script> & ""x"""\n'
+    )
+    update_index(tmp_path / "index", [tmp_path / "photos"], write_model(tmp_path / "export"), progress=False)
+    (tmp_path / "photos" / "gone.png").unlink()
+    page = tmp_path / "found.html"
+    assert cli(["search", str(tmp_path / "index"), '<u>"dogs"</u>', "--html", str(page)]) == 0
+    found = Page(page.read_text(encoding="utf-8"))
+    assert not {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object", "u"}
+    images = [attributes for tag, attributes in found.tags if tag == "img"]
+    assert len(images) == 1 and set(images[0]) == {"alt", "src", "loading"}
+    with Image.open(io.BytesIO(base64.b64decode(str(images[0]["src"]).removeprefix("data:image/jpeg;base64,")))) as im:
+        assert im.size == (44, 40)
+    assert '<u>"dogs"</u>' in found.text and '<script>alert(2)</script> & "x"' in found.text and evil in found.text
+    assert "no longer there" in found.text
+    links = [attributes["href"] for tag, attributes in found.tags if tag == "a"]
+    assert links == [(tmp_path / "photos" / evil).as_uri()]
+    assert not re.findall(r"https?://", page.read_text(encoding="utf-8"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "found.html", "index", "photos"]
+
+
+# --- export and duplicates ------------------------------------------------------------------------------------------
+
+
+def write_vectors(folder: Path, vectors: np.ndarray, hashes: str, splits: list[str]) -> ImageIndex:
+    """An index of given embeddings, without any image."""
+    rows = [
+        {"id": f"/p/{i}.jpg", "hash": content, "split": split}
+        for i, (content, split) in enumerate(zip(hashes, splits, strict=True))
+    ]
+    manifest = Manifest("model", "0" * 32, vectors.shape[1])
+    return write_index(folder, manifest, pa.Table.from_pylist(rows, schema=SCHEMA), [vectors.astype(np.float32)])
+
+
+def test_embeddings_leave_as_parquet_that_datasets_reads(home: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    index = ImageIndex.open(home / "index")
+    table = Dataset.from_parquet(str(index.to_parquet(tmp_path / "e.parquet")), cache_dir=str(tmp_path / "cache"))
+    np.testing.assert_array_equal(np.array(table["embedding"], dtype=np.float32), index.embeddings)
+    assert table["id"][:] == index.entries["id"].to_pylist()
+
+
+def test_duplicates_are_grouped_by_content_and_by_cosine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from modeling_miniclip.search import duplicates
+
+    monkeypatch.setattr(duplicates, "BLOCK", 2)  # pairs lie within and across blocks
+    angles = np.deg2rad([0, 90, 3, 180, 6, 90, 270])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    index = write_vectors(tmp_path / "index", vectors, "abcdebf", ["train"] * 3 + ["", "validation", "train", "train"])
+    groups = duplicates.find_duplicates(index, threshold=float(np.cos(np.deg2rad(4))))
+    # 1 and 5 have the same bytes; 0 is 3 degrees from 2, and 2 from 4; 0 and 4 are linked by 2 alone
+    assert [(group.rows, group.exact) for group in groups] == [([1, 5], True), ([0, 2, 4], False)]
+    assert [group.similarity for group in groups] == pytest.approx([1, np.cos(np.deg2rad(3))], abs=1e-6)
+    across = duplicates.find_duplicates(index, float(np.cos(np.deg2rad(4))), across_splits=True)
+    assert [group.rows for group in across] == [[0, 2, 4]]
+    assert duplicates.find_duplicates(index, threshold=1.0)[0].rows == [1, 5]
+    assert cli(["duplicates", str(tmp_path / "index"), "--threshold", "0.9975"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "identical" and told[1:3] == ["  /p/1.jpg  (train)", "  /p/5.jpg  (train)"]
+    assert told[-1] == (
+        "2 groups among 7 images: 1 identical, 1 near-identical, 3 images more than needed; 1 across splits"
+    )
+    assert cli(["duplicates", str(tmp_path / "index"), "--threshold", "0.9975", "--json"]) == 0
+    assert [len(group["images"]) for group in json.loads(capsys.readouterr().out)] == [2, 3]
+    with pytest.raises(UsageError, match="threshold 0: expected a cosine"):
+        duplicates.find_duplicates(index, threshold=0)

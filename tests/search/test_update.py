@@ -1,0 +1,430 @@
+"""An index holds what its sources hold, encodes nothing twice, and is complete whenever a run ends."""
+
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as DatasetImage
+from PIL import ExifTags, Image
+from safetensors.numpy import load_file
+
+from modeling_miniclip import (
+    DataError,
+    ImageIndex,
+    MiniClipError,
+    MiniClipModel,
+    ModelError,
+    UsageError,
+    encode_images,
+    update_index,
+)
+from modeling_miniclip.cli import cli
+from modeling_miniclip.data.sources import ColumnNames
+from modeling_miniclip.search import shards as shards_module
+from modeling_miniclip.search import update
+from tests.helpers.indexes import write_model, write_picture, write_pictures
+from tests.helpers.runs import ROOT, command, environment
+
+NAMES = "b.png a.png sub/c.jpg sub/deep/d.png"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "export")
+
+
+def ids(index: ImageIndex) -> list[str]:
+    return index.entries["id"].to_pylist()
+
+
+def expected(model: Path, paths: list[str]) -> np.ndarray:
+    """The embeddings of images as the package gives them one by one."""
+    return encode_images(MiniClipModel.from_pretrained(model), paths, batch_size=1, progress=False).numpy()
+
+
+def test_an_index_holds_every_image_below_a_folder_with_its_embedding(tmp_path: Path, model: Path) -> None:
+    write_pictures(tmp_path / "photos", NAMES + " .hidden/e.png .f.png")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    report = update_index(tmp_path / "index", [tmp_path / "photos"], model, batch_size=3, progress=False)
+    assert (report.images, report.encoded, report.reused, report.dropped, report.skipped) == (4, 4, 0, 0, {})
+    index = ImageIndex.open(tmp_path / "index")
+    assert [os.path.relpath(name, tmp_path / "photos") for name in ids(index)] == [
+        "a.png", "b.png", "sub/c.jpg", "sub/deep/d.png"
+    ]  # fmt: skip
+    np.testing.assert_allclose(index.embeddings, expected(model, ids(index)), atol=1e-5)
+    assert len(index) == 4 and index.model == str(model)
+    row = index.entry(2)
+    stat = (tmp_path / "photos" / "sub" / "c.jpg").stat()
+    assert (row["size"], row["mtime"], row["width"], row["height"]) == (stat.st_size, stat.st_mtime_ns, 44, 40)
+    assert row["date"] == datetime.fromtimestamp(int(stat.st_mtime)) and row["captions"] == []
+    assert index.thumbnail(2) is None
+    assert sorted(os.listdir(tmp_path)) == ["index", "photos"]
+
+
+def test_the_embeddings_are_a_safetensors_file_that_the_library_reads(tmp_path: Path, model: Path) -> None:
+    write_pictures(tmp_path / "photos", NAMES)
+    for dtype in ("float32", "float16"):
+        update_index(tmp_path / dtype, [tmp_path / "photos"], model, dtype=dtype, progress=False)
+        read = load_file(tmp_path / dtype / "embeddings.safetensors")["embeddings"]
+        index = ImageIndex.open(tmp_path / dtype)
+        assert read.dtype == index.embeddings.dtype == np.dtype(dtype)
+        assert isinstance(index.embeddings, np.memmap)
+        np.testing.assert_array_equal(read, index.embeddings)
+    np.testing.assert_allclose(read, ImageIndex.open(tmp_path / "float32").embeddings, atol=1e-3)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the images that the model encodes from here on."""
+    names: list[str] = []
+    encode = shards_module.Encoding._encode
+
+    def noting(self: shards_module.Encoding, batch: list[shards_module.Prepared]) -> None:
+        names.extend(os.path.basename(prepared.facts["id"]) for prepared in batch)
+        encode(self, batch)
+
+    monkeypatch.setattr(shards_module.Encoding, "_encode", noting)
+    return names
+
+
+def test_a_second_run_encodes_what_is_new_or_changed_and_drops_what_is_gone(
+    tmp_path: Path, model: Path, encoded: list[str]
+) -> None:
+    photos = tmp_path / "photos"
+    write_pictures(photos, NAMES)
+    update_index(tmp_path / "index", [photos], model, progress=False)
+    before = ImageIndex.open(tmp_path / "index")
+    old = dict(zip(map(os.path.basename, ids(before)), np.array(before.embeddings), strict=True))
+    encoded.clear()
+    assert update_index(tmp_path / "index", progress=False).encoded == 0
+    assert encoded == []
+
+    (photos / "a.png").unlink()  # gone
+    write_picture(photos / "b.png", seed=50)  # changed
+    write_picture(photos / "new.png", seed=51)
+    (photos / "sub" / "c.jpg").rename(photos / "moved.jpg")
+    os.utime(photos / "sub" / "deep" / "d.png", ns=(1, 1))  # touched
+    report = update_index(tmp_path / "index", progress=False)
+    assert sorted(encoded) == ["b.png", "new.png"]
+    assert (report.images, report.encoded, report.reused, report.dropped) == (4, 2, 2, 2)
+    after = ImageIndex.open(tmp_path / "index")
+    now = dict(zip(map(os.path.basename, ids(after)), after.embeddings, strict=True))
+    assert set(now) == {"b.png", "new.png", "moved.jpg", "d.png"}
+    np.testing.assert_array_equal(now["moved.jpg"], old["c.jpg"])
+    np.testing.assert_array_equal(now["d.png"], old["d.png"])
+    np.testing.assert_allclose(after.embeddings, expected(model, ids(after)), atol=1e-5)
+    touched = after.entries.to_pylist()[[name.endswith("d.png") for name in ids(after)].index(True)]
+    assert touched["mtime"] == 1
+    encoded.clear()
+    assert update_index(tmp_path / "index", progress=False).encoded == 0 and encoded == []
+
+
+def test_other_sources_stay_until_they_are_removed(tmp_path: Path, model: Path, encoded: list[str]) -> None:
+    one, two = write_pictures(tmp_path / "one", "a.png b.png"), [write_picture(tmp_path / "two" / "c.png", 9)]
+    update_index(tmp_path / "index", [tmp_path / "one"], model, progress=False)
+    report = update_index(tmp_path / "index", [tmp_path / "two"], progress=False)
+    assert (report.images, report.encoded, report.dropped) == (3, 1, 0)
+    assert ids(ImageIndex.open(tmp_path / "index")) == [str(path) for path in [*one, *two]]
+    with pytest.raises(UsageError, match="three is none of the sources of this index: .*one, .*two"):
+        update_index(tmp_path / "index", remove=[tmp_path / "three"], progress=False)
+    report = update_index(tmp_path / "index", remove=[tmp_path / "one"], progress=False)
+    assert (report.images, report.dropped) == (1, 2)
+    index = ImageIndex.open(tmp_path / "index")
+    assert ids(index) == [str(two[0])] and index.manifest.sources == [str(tmp_path / "two")]
+    np.testing.assert_allclose(index.embeddings, expected(model, ids(index)), atol=1e-5)
+    assert encoded == ["a.png", "b.png", "c.png"]
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    write_pictures(photos, NAMES)
+    (photos / "broken.jpg").write_bytes((photos / "sub" / "c.jpg").read_bytes()[:300])
+    (photos / "empty.png").touch()
+    assert cli(["index", str(model), str(photos), "-o", str(tmp_path / "index")]) == 1
+    told = capsys.readouterr()
+    assert "4 images; 4 encoded, 0 as before, 0 dropped" in told.out
+    assert "2 of 6 images could not be read and were left out of the index" in told.err
+    for name in ("broken.jpg", "empty.png"):
+        assert f"skipped: {photos / name}" in told.err
+    index = ImageIndex.open(tmp_path / "index")
+    assert len(index) == 4 and set(index.manifest.skipped) == {str(photos / "broken.jpg"), str(photos / "empty.png")}
+    shutil.copy(photos / "a.png", photos / "empty.png")
+    (photos / "broken.jpg").unlink()
+    assert cli(["index", str(model), "-o", str(tmp_path / "index")]) == 0
+    assert (
+        ImageIndex.open(tmp_path / "index").manifest.skipped == {} and "5 images; 0 encoded" in capsys.readouterr().out
+    )
+
+
+def test_a_source_without_a_readable_image_drops_nothing(tmp_path: Path, model: Path) -> None:
+    photos = write_pictures(tmp_path / "photos", "a.png")
+    update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
+    photos[0].unlink()  # as a disk that is not mounted
+    with pytest.raises(DataError, match="photos: no images found; nothing that was indexed"):
+        update_index(tmp_path / "index", progress=False)
+    assert len(ImageIndex.open(tmp_path / "index")) == 1
+    with pytest.raises(DataError, match="nowhere: no such file or folder"):
+        update_index(tmp_path / "index", [tmp_path / "nowhere"], progress=False)
+
+
+def test_another_model_is_refused_with_the_command_that_mends_it(tmp_path: Path, model: Path) -> None:
+    write_pictures(tmp_path / "photos", NAMES)
+    update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
+    other = write_model(tmp_path / "other", seed=1)
+    before = np.array(ImageIndex.open(tmp_path / "index").embeddings)
+    with pytest.raises(ModelError) as refused:
+        update_index(tmp_path / "index", [tmp_path / "photos"], other, progress=False)
+    np.testing.assert_array_equal(before, ImageIndex.open(tmp_path / "index").embeddings)
+    mend = str(refused.value).partition("index anew: miniclip ")[2].split()
+    assert cli(mend) == 0
+    index = ImageIndex.open(tmp_path / "index")
+    assert index.model == str(other)
+    np.testing.assert_allclose(index.embeddings, expected(other, ids(index)), atol=1e-5)
+    # The same model under another name is none other.
+    shutil.copytree(other, tmp_path / "renamed")
+    assert update_index(tmp_path / "index", model=tmp_path / "renamed", progress=False).encoded == 0
+
+
+def test_a_model_that_was_trained_again_in_its_place_is_noticed(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "export")
+    write_pictures(tmp_path / "photos", "a.png")
+    update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
+    write_model(tmp_path / "export", seed=1)
+    with pytest.raises(ModelError, match="other weights than .*export has now"):
+        update_index(tmp_path / "index", progress=False)
+
+
+def test_captions_are_those_of_now_and_splits_those_of_the_files(
+    tmp_path: Path, model: Path, captioned_folder: Path, encoded: list[str]
+) -> None:
+    (captioned_folder / "train.txt").write_text("0.png\n1.png\n")
+    (captioned_folder / "validation.txt").write_text("3.png\n")
+    update_index(tmp_path / "index", [captioned_folder], model, progress=False)
+    rows = ImageIndex.open(tmp_path / "index").entries.to_pylist()
+    assert [row["split"] for row in rows] == ["train", "train", "", "validation"]
+    assert rows[2]["captions"] == ["a man climbs a steep rock", "someone is climbing"]
+    text = (captioned_folder / "captions.csv").read_text()
+    (captioned_folder / "captions.csv").write_text(text.replace("someone", "somebody"))
+    encoded.clear()
+    update_index(tmp_path / "index", progress=False)
+    rows = ImageIndex.open(tmp_path / "index").entries.to_pylist()
+    assert rows[2]["captions"] == ["a man climbs a steep rock", "somebody is climbing"] and encoded == []
+
+
+def test_a_csv_may_lack_captions_but_not_name_images_elsewhere(tmp_path: Path, model: Path) -> None:
+    write_pictures(tmp_path / "set", "Images/a.png Images/sub/b.png")
+    secret = write_picture(tmp_path / "secret.png", 7)
+    (tmp_path / "set" / "list.csv").write_text("file_name\na.png\nsub/b.png\n../../secret.png\ngone.png\n")
+    source, index = tmp_path / "set" / "list.csv", tmp_path / "index"
+    report = update_index(index, [source], model, progress=False)
+    images = tmp_path / "set" / "Images"
+    assert ids(ImageIndex.open(index)) == [str(images / "a.png"), str(images / "sub" / "b.png")]
+    assert set(report.skipped) == {str(secret), str(images / "gone.png")}
+    assert report.skipped[str(secret)].startswith("lies outside")
+    columns = ColumnNames(allow_outside_images=True)
+    assert set(update_index(index, columns=columns, progress=False).skipped) == {str(images / "gone.png")}
+    assert str(secret) in ids(ImageIndex.open(index))
+
+
+def test_the_date_is_the_cameras_and_the_size_that_of_the_turned_picture(tmp_path: Path, model: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2019:07:14 18:30:05"
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photos" / "a.jpg", exif=exif)
+    update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
+    row = ImageIndex.open(tmp_path / "index").entry(0)
+    assert (row["date"], row["width"], row["height"]) == (datetime(2019, 7, 14, 18, 30, 5), 30, 40)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_tar_archive_gives_images_captions_and_thumbnails(
+    tmp_path: Path, model: Path, encoded: list[str], suffix: str
+) -> None:
+    write_pictures(tmp_path / "photos", "train/x.png train/y.jpg")
+    (tmp_path / "photos" / "train" / "x.txt").write_text("a caption\n")
+    (tmp_path / "photos" / "train" / "y.json").write_text(json.dumps({"caption": ["one", "two"], "width": 3}))
+    archive = tmp_path / f"photos{suffix}"
+    with tarfile.open(archive, "w:gz" if suffix.endswith("gz") else "w") as tar:
+        for name in ("x.png", "x.txt", "y.json", "y.jpg"):
+            tar.add(tmp_path / "photos" / "train" / name, f"train/{name}")
+    update_index(tmp_path / "index", [archive], model, progress=False)
+    index = ImageIndex.open(tmp_path / "index")
+    rows = index.entries.to_pylist()
+    assert ids(index) == [f"{archive}/train/x.png", f"{archive}/train/y.jpg"]
+    assert [(row["path"], row["captions"], row["split"]) for row in rows] == [
+        (None, ["a caption"], "train"), (None, ["one", "two"], "train")
+    ]  # fmt: skip
+    files = [str(tmp_path / "photos" / "train" / name) for name in ("x.png", "y.jpg")]
+    np.testing.assert_allclose(index.embeddings, expected(model, files), atol=1e-5)
+    thumbnail = index.thumbnail(1)
+    assert thumbnail is not None and thumbnail[:2] == b"\xff\xd8"
+    encoded.clear()
+    assert update_index(tmp_path / "index", progress=False).reused == 2 and encoded == []
+    assert ImageIndex.open(tmp_path / "index").thumbnail(1) == thumbnail
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_data_set_is_read_again_but_encoded_once(tmp_path: Path, model: Path, encoded: list[str], kind: str) -> None:
+    files = write_pictures(tmp_path / "files", "a.png b.jpg c.png")
+    rows = {
+        "image": [{"bytes": path.read_bytes(), "path": None} for path in files],
+        "captions": [["one", "two"], ["three"], []],
+    }
+    data = Dataset.from_dict(rows, features=Features({"image": DatasetImage(), "captions": [Value("string")]}))
+    source = tmp_path / ("rows.parquet" if kind == "parquet" else "saved")
+    data.to_parquet(source) if kind == "parquet" else DatasetDict(test=data).save_to_disk(source)
+    update_index(tmp_path / "index", [source], model, progress=False)
+    assert len(encoded) == 3
+    assert update_index(tmp_path / "index", progress=False).reused == 3 and len(encoded) == 3
+    index = ImageIndex.open(tmp_path / "index")
+    split = "train" if kind == "parquet" else "test"
+    assert ids(index) == [f"{source}/{split}/{i:06d}" for i in range(3)]
+    assert index.entries["captions"].to_pylist() == rows["captions"] and index.entry(0)["split"] == split
+    assert index.thumbnail(2) is not None and index.entry(2)["path"] is None
+    np.testing.assert_allclose(index.embeddings, expected(model, [str(path) for path in files]), atol=1e-5)
+
+
+# --- interruptions --------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_keeps_what_it_encoded_and_the_former_index(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[str]
+) -> None:
+    photos = tmp_path / "photos"
+    write_pictures(photos, " ".join(f"{i:02d}.png" for i in range(4)))
+    update_index(tmp_path / "index", [photos], model, progress=False)
+    for i in range(4, 14):
+        write_picture(photos / f"{i:02d}.png", i)
+    counting = shards_module.Encoding._encode
+
+    def interrupted(self: shards_module.Encoding, batch: list[shards_module.Prepared]) -> None:
+        if len(encoded) >= 8:
+            raise KeyboardInterrupt
+        counting(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module.Encoding, "_encode", interrupted)
+        encoded.clear()
+        with pytest.raises(KeyboardInterrupt):
+            update_index(tmp_path / "index", batch_size=4, progress=False)
+    assert len(encoded) == 8 and len(ImageIndex.open(tmp_path / "index")) == 4
+    encoded.clear()
+    report = update_index(tmp_path / "index", progress=False)
+    assert (report.images, report.encoded, report.reused) == (14, 2, 12) and encoded == ["12.png", "13.png"]
+    index = ImageIndex.open(tmp_path / "index")
+    np.testing.assert_allclose(index.embeddings, expected(model, ids(index)), atol=1e-5)
+    assert sorted(os.listdir(tmp_path)) == ["index", "photos"]
+
+
+def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path, model: Path) -> None:
+    from filelock import FileLock
+
+    write_pictures(tmp_path / "photos", "a.png")
+    (tmp_path / ".index.shards").mkdir()
+    with FileLock(tmp_path / ".index.shards" / "lock"):
+        with pytest.raises(MiniClipError, match="index is being written by another run"):
+            update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
+
+
+def test_an_index_that_is_damaged_or_of_a_later_format_is_told(tmp_path: Path, model: Path) -> None:
+    write_pictures(tmp_path / "photos", NAMES)
+    update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
+    with pytest.raises(DataError, match="nothing: no index here; make one with: miniclip index MODEL SOURCE -o"):
+        ImageIndex.open(tmp_path / "nothing")
+    file = tmp_path / "index" / "embeddings.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8])
+    with pytest.raises(DataError, match="embeddings.safetensors does not have .*delete it and index again"):
+        ImageIndex.open(tmp_path / "index")
+    file.write_bytes(whole)
+    manifest = tmp_path / "index" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "count": 3}))
+    with pytest.raises(DataError, match="manifest.json does not have the checksum"):
+        ImageIndex.open(tmp_path / "index")
+    del values["sha256"]
+    manifest.write_text(json.dumps({**values, "count": 3}))
+    with pytest.raises(DataError, match="tells of"):
+        ImageIndex.open(tmp_path / "index")
+    manifest.write_text(json.dumps({**values, "format": 2, "more": 1}))
+    with pytest.raises(DataError, match="format 2, this version reads up to 1: upgrade"):
+        ImageIndex.open(tmp_path / "index")
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+# `miniclip` with shards of four images. The second process, if told to, dies by SIGKILL when it has encoded six of its
+# images, of which four are in a shard, and the first process has kept all its twelve.
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from modeling_miniclip.search import shards
+from modeling_miniclip.cli import cli
+
+shards.SHARD = 4
+encode = shards.Encoding._encode
+
+def dying(self, batch):
+    encode(self, batch)
+    if self.encoded == 6:
+        for _ in range(1200):
+            if len(list(self.shards.glob("shard-*"))) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.1)
+
+if os.environ["RANK"] == "1" and os.environ.get("DIE"):
+    shards.Encoding._encode = dying
+sys.exit(cli(sys.argv[1:]))
+"""
+
+
+def test_shards_that_another_machine_wrote_to_its_own_disk_are_missed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = update._together
+
+    def elsewhere(encoding: update.Encoding) -> update.Report:
+        for shard in encoding.shards.glob("shard-*"):
+            shutil.rmtree(shard)
+        return together(encoding)
+
+    write_pictures(tmp_path / "photos", "0.png 1.png 2.png")
+    with monkeypatch.context() as patched:
+        patched.setattr(update, "_together", elsewhere)
+        with pytest.raises(MiniClipError, match="3 of 3 images are not in .*the first .*0.png: all processes have to"):
+            update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
+    assert not (tmp_path / "index").exists()
+    assert update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False).images == 3
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_costs_only_its_unfinished_shard(tmp_path: Path, model: Path) -> None:
+    write_pictures(tmp_path / "photos", " ".join(f"{i:02d}.png" for i in range(24)))
+    (tmp_path / "run.py").write_text(SCRIPT)
+    argv = ["index", str(model), str(tmp_path / "photos"), "-o", str(tmp_path / "index"), "--batch_size", "2"]
+    line = command(argv, 2, str(tmp_path / "run.py"))
+
+    def launch(**env: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(line, env=environment() | env, cwd=ROOT, text=True, capture_output=True, timeout=900)
+
+    died = launch(DIE="1")
+    assert died.returncode != 0 and not (tmp_path / "index").exists()
+    shards = [ImageIndex.open(path) for path in (tmp_path / ".index.shards").glob("shard-*")]
+    assert sorted(map(len, shards)) == [4, 4, 4, 4]
+    done = launch()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"{tmp_path / 'index'}: 24 images; 8 encoded, 16 as before, 0 dropped" in done.stdout
+    index = ImageIndex.open(tmp_path / "index")
+    assert [os.path.basename(name) for name in ids(index)] == [f"{i:02d}.png" for i in range(24)]
+    np.testing.assert_allclose(index.embeddings, expected(model, ids(index)), atol=1e-5)
+    assert not (tmp_path / ".index.shards").exists()

@@ -1,0 +1,390 @@
+"""Models and processors from presets, towers and exports, and the flags that change them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoProcessor, AutoTokenizer, BertTokenizer
+
+from modeling_miniclip import MiniClipError, MiniClipModel, MiniClipProcessor, ModelError, UsageError, export
+from modeling_miniclip.training.arguments import TrainingArguments
+from modeling_miniclip.training.build_model import build_model, read_preset, set_dropout, train_tokenizer
+from tests.helpers.runs import ROOT, environment, write_preset
+from tests.helpers.towers import CAPTIONS, PIXELS, TEXT, VISION, save_towers, tiny_model, tiny_processor
+
+TEXTS = [caption for row in CAPTIONS for caption in row]
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Flags of two pretrained towers in local folders."""
+    vision, text = save_towers(tmp_path_factory.mktemp("towers"))
+    return {"vision_model": str(vision), "text_model": str(text)}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny export."""
+    return str(export(tiny_model(), tiny_processor(), tmp_path_factory.mktemp("exported") / "run" / "export"))
+
+
+def build(**flags: Any) -> tuple[MiniClipModel, MiniClipProcessor]:
+    return build_model(TrainingArguments(**flags), CAPTIONS)
+
+
+def inputs_of(processor: MiniClipProcessor) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    size = processor.image_processor.crop_size["height"]
+    pixels = torch.randn(4, 3, size, size)
+    return {"pixel_values": pixels, **processor(text=TEXTS[:4], return_tensors="pt")}
+
+
+@pytest.mark.parametrize("source", ["towers", "preset", "export"])
+def test_the_crop_is_that_of_the_flag_from_each_source(
+    source: str, towers: dict[str, str], exported: str, tmp_path: Path
+) -> None:
+    flags = {"towers": towers, "preset": {"preset": str(write_preset(tmp_path))},
+             "export": {"model_name_or_path": exported}}[source]  # fmt: skip
+    images = build(**flags, crop_pct=0.5)[1].image_processor
+    assert (images.size["shortest_edge"], images.crop_size["height"]) == (2 * PIXELS, PIXELS)
+
+
+def test_the_heads_have_their_own_dropout_and_the_towers_theirs(towers: dict[str, str]) -> None:
+    model, _ = build(**towers, dropout=0.2, projection_dropout=0.6)
+    found = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    heads = {name for name in found if "projection" in name}
+    assert heads and heads != set(found)
+    assert all(p == (0.6 if name in heads else 0.2) for name, p in found.items())
+    assert model.config.projection_dropout == 0.6
+
+
+def test_a_tower_of_one_size_refuses_to_be_trained_on_another(tmp_path: Path) -> None:
+    preset = write_preset(tmp_path, vision_config={"model_type": "timm_wrapper", **VISION["vit"],
+                                                   "pretrained_cfg": {"input_size": [3, PIXELS, PIXELS],
+                                                                      "fixed_input_size": True}})  # fmt: skip
+    build(preset=str(preset), train_image_size=PIXELS)
+    with pytest.raises(ModelError, match="takes images of 32x32 pixels only: image_size 64"):
+        build(preset=str(preset), train_image_size=64)
+
+
+# --- three sources ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_towers_has_their_weights_and_the_shapes_of_the_flags(towers: dict[str, str]) -> None:
+    flags = {"projection_dim": 24, "projection_depth": 1, "text_pooling": "mean", "max_length": 20, "image_size": 48}
+    model, processor = build(**towers, **flags)
+    config = model.config
+    assert (config.projection_dim, config.projection_depth, config.text_pooling) == (24, 1, "mean")
+    assert processor.tokenizer.model_max_length == 20
+    assert processor.image_processor.crop_size == {"height": 48, "width": 48}
+    output = model(**inputs_of(processor))
+    assert output.image_embeds.shape == output.text_embeds.shape == (4, 24)
+    from safetensors.torch import load_file
+
+    saved = load_file(Path(towers["text_model"]) / "model.safetensors")
+    own = model.text_model.state_dict()
+    assert saved.keys() == own.keys()
+    assert all(torch.equal(own[name], saved[name]) for name in saved)
+
+
+def test_without_a_model_the_default_towers_are_entered_in_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(MiniClipProcessor, "from_towers", lambda *args: asked.append(args))
+    monkeypatch.setattr(MiniClipModel, "from_towers", lambda *args: asked.append(args))
+    arguments = TrainingArguments()
+    build_model(arguments, CAPTIONS)
+    names = ("resnet50.a1_in1k", "distilbert-base-uncased")
+    assert asked == [(*names, None, None, None), names]
+    assert (arguments.vision_model, arguments.text_model) == names
+
+
+def test_a_preset_gives_random_weights_and_a_vocabulary_of_the_captions(tmp_path: Path) -> None:
+    preset = str(write_preset(tmp_path))
+    torch.manual_seed(0)
+    model, processor = build(preset=preset, projection_dim=8, max_length=10, image_size=64)
+    assert model.config.projection_dim == 8
+    assert processor.tokenizer.model_max_length == 10
+    assert processor.image_processor.crop_size == {"height": 64, "width": 64}
+    assert len(processor.tokenizer) <= model.config.text_config.vocab_size
+    assert model(**inputs_of(processor)).text_embeds.shape == (4, 8)
+    torch.manual_seed(0)
+    again, _ = build(preset=preset, projection_dim=8)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_limit_of_a_preset_is_that_of_its_position_table(tmp_path: Path) -> None:
+    _, processor = build(preset=str(write_preset(tmp_path)))
+    assert processor.tokenizer.model_max_length == 48
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert", "t5"])
+def test_a_preset_may_have_any_text_tower_and_its_padding_is_that_of_the_vocabulary(
+    tmp_path: Path, family: str
+) -> None:
+    preset = write_preset(tmp_path, text_config={"model_type": family, **TEXT[family]})
+    model, processor = build(preset=str(preset))
+    assert model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id == 0
+    assert model.get_input_embeddings().padding_idx in (0, None)
+    together = processor(text=["a dog", "a white boat on a blue lake"], return_tensors="pt")
+    alone = processor(text="a dog", return_tensors="pt")
+    with torch.inference_mode():
+        assert torch.allclose(model(**together).text_embeds[0], model(**alone).text_embeds[0], atol=1e-5)
+
+
+def test_an_export_is_taken_up_with_its_weights_and_its_processor(exported: str) -> None:
+    model, processor = build(model_name_or_path=exported)
+    reference = MiniClipModel.from_pretrained(exported)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+    assert processor.tokenizer.model_max_length == 24
+    assert processor.image_processor.crop_size == {"height": PIXELS, "width": PIXELS}
+
+
+def test_an_export_takes_shorter_texts_other_images_and_what_it_already_has(exported: str) -> None:
+    model, processor = build(model_name_or_path=exported, max_length=8, image_size=64, projection_dim=16)
+    assert processor.tokenizer.model_max_length == 8
+    assert processor.image_processor.crop_size == {"height": 64, "width": 64}
+    assert model(**inputs_of(processor)).image_embeds.shape == (4, 16)
+
+
+def test_an_export_in_half_precision_is_trained_in_full(tmp_path: Path) -> None:
+    export(tiny_model().half(), tiny_processor(), tmp_path / "export")
+    model, _ = build(model_name_or_path=str(tmp_path / "export"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def training_passes(model: MiniClipModel) -> list[Any]:
+    """Two forward passes in training mode, but for batch norm, over the same batch."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    torch.manual_seed(0)
+    batch = {"pixel_values": torch.randn(4, 3, PIXELS, PIXELS), "input_ids": torch.randint(5, 150, (4, 12))}
+    with torch.no_grad():
+        return [model(**batch) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("vision", "text"), [*((v, "distilbert") for v in VISION), *(("resnet", t) for t in TEXT if t != "distilbert")]
+)
+def test_without_dropout_two_training_passes_are_equal_and_with_it_each_tower_differs(vision: str, text: str) -> None:
+    model = tiny_model(vision, text)
+    set_dropout(model, 0.0)
+    first, second = training_passes(model)
+    assert torch.equal(first.logits_per_image, second.logits_per_image)
+    assert model.config.projection_dropout == 0.0
+
+    set_dropout(model, 0.5)
+    first, second = training_passes(model)
+    assert not torch.equal(first.text_model_output.pooler_output, second.text_model_output.pooler_output)
+    pooled = first.vision_model_output.pooler_output, second.vision_model_output.pooler_output
+    assert not torch.equal(*pooled)
+    heads = [model.visual_projection.train()(pooled[0]) for _ in range(2)]
+    assert not torch.equal(*heads)
+
+
+def test_text_towers_have_dropout_of_their_own_where_the_flag_is_left_out() -> None:
+    first, second = training_passes(tiny_model("resnet", "bert", projection_dropout=0.0))
+    assert not torch.equal(first.text_embeds, second.text_embeds)
+    assert torch.equal(first.image_embeds, second.image_embeds)
+
+
+@pytest.mark.parametrize("source", ["towers", "preset", "export"])
+def test_the_dropout_flag_reaches_every_module_from_each_source(
+    tmp_path: Path, towers: dict[str, str], exported: str, source: str
+) -> None:
+    flags = {"towers": towers, "preset": {}, "export": {"model_name_or_path": exported}}[source]
+    if source == "preset":
+        flags = {"preset": str(write_preset(tmp_path))}
+    model, _ = build(**flags, dropout=0.25)
+    probabilities = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert len(probabilities) > 4
+    assert set(probabilities) == {0.25}
+    assert model.vision_model.timm_model.drop_rate == 0.25
+    assert model.config.projection_dropout == 0.25
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"vision_model": "resnet5O"}, "'resnet5O' is neither a folder nor a timm model.*near names: .*resnet50"),
+        ({"vision_model": "./nowhere"}, "--vision_model ./nowhere: no such folder"),
+        ({"text_model": "/nowhere/bert"}, "--text_model /nowhere/bert: no such folder"),
+        ({"text_model": "no-such-text-tower"}, "--text_model no-such-text-tower: .*connect"),
+        ({"max_length": 25}, r"max_length must be in 1\.\.24"),
+        ({"projection_dim": 0}, "projection_dim must be at least 1, not 0"),
+        ({"projection_depth": 0}, "projection_depth must be at least 1"),
+    ],
+)
+def test_wrong_towers_and_sizes_are_told(towers: dict[str, str], flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(MiniClipError, match=message) as raised:
+        build(**(towers | flags))
+    assert str(raised.value).startswith("no model of --vision_model ")
+
+
+def test_a_tower_in_the_wrong_place_is_told(towers: dict[str, str]) -> None:
+    with pytest.raises(ModelError, match="text-distilbert is not a timm image model"):
+        build(vision_model=towers["text_model"], text_model=towers["text_model"])
+    with pytest.raises(ModelError, match="no model of .*--text_model .*vision-resnet"):
+        build(vision_model=towers["vision_model"], text_model=towers["vision_model"])
+
+
+def test_a_tower_of_fixed_size_refuses_another_image_size(tmp_path: Path) -> None:
+    vision, text = save_towers(tmp_path, vision="vit")
+    config = json.loads((vision / "config.json").read_text())
+    config["pretrained_cfg"]["fixed_input_size"] = True
+    (vision / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="takes images of 32x32 pixels only: image_size 64"):
+        build(vision_model=str(vision), text_model=str(text), image_size=64)
+
+
+def test_another_model_than_an_export_is_told_by_its_type(towers: dict[str, str]) -> None:
+    with pytest.raises(ModelError, match="a model of type 'distilbert', not one that MiniCLIP exported"):
+        build(model_name_or_path=towers["text_model"])
+
+
+def test_an_export_is_loaded_in_a_fresh_process_without_asking_to_trust_its_code(exported: str) -> None:
+    code = f"from modeling_miniclip.training.build_model import load_export; load_export({exported!r}, '--model')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, input=""
+    )
+    assert done.returncode == 0, done.stderr
+    assert "custom code" not in done.stdout + done.stderr
+
+
+def test_a_folder_without_a_model_is_told_with_the_export_inside_it(exported: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"run: this folder has no config.json; did you mean .*run/export\?"):
+        build(model_name_or_path=str(Path(exported).parent))
+    with pytest.raises(ModelError, match="this folder has no config.json$"):
+        build(model_name_or_path=str(tmp_path))
+    with pytest.raises(ModelError, match="--model_name_or_path ./nowhere: no such folder"):
+        build(model_name_or_path="./nowhere")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"projection_dim": 32}, "--projection_dim 32 cannot change a trained model: that of .* is 16"),
+        ({"projection_depth": 1}, "--projection_depth 1 cannot change"),
+        ({"text_pooling": "mean"}, "--text_pooling mean cannot change .* is cls"),
+        ({"loss_type": "sigmoid"}, "--loss_type sigmoid cannot change .* is softmax_sum"),
+        ({"max_length": 25}, r"--max_length must be in 1\.\.24"),
+    ],
+)
+def test_what_a_trained_model_cannot_change_is_told(exported: str, flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(model_name_or_path=exported, **flags)
+
+
+def test_an_export_that_lacks_a_weight_is_refused(exported: str, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(exported, tmp_path / "export")
+    weights = load_file(tmp_path / "export" / "model.safetensors")
+    del weights["logit_scale"]
+    save_file(weights, tmp_path / "export" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lacks weights: logit_scale"):
+        build(model_name_or_path=str(tmp_path / "export"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"projection_dims": 3}', r"preset.json: unknown key 'projection_dims'; did you mean projection_dim\?"),
+        ('{"projection_dim": "3"}', "projection_dim"),
+        ('{"projection_dim": 3', "preset.json: not JSON"),
+        ("[]", "preset.json: expected the fields of a MiniClipConfig, found list"),
+        ('{"text_pooling": "max"}', "text_pooling must be one of cls, mean"),
+    ],
+)
+def test_a_wrong_preset_is_told_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "preset.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        build(preset=str(tmp_path / "preset.json"))
+
+
+def test_an_unknown_preset_is_told_with_those_that_come_with_the_package() -> None:
+    with pytest.raises(UsageError, match="scenes_tinny: neither a file nor .*scenes_tiny"):
+        build(preset="scenes_tinny")
+
+
+def test_a_preset_is_read_with_the_fields_that_outweigh_it(tmp_path: Path) -> None:
+    config = read_preset(write_preset(tmp_path, projection_depth=3), {"projection_dim": 99})
+    assert (config.projection_dim, config.projection_depth) == (99, 3)
+    assert config.vision_config.architecture == VISION["resnet"]["architecture"]
+
+
+# --- vocabulary ------------------------------------------------------------------------------------------------------
+
+ODD_CAPTIONS = [
+    ["Ein Café in Köln, 5°C – “schön”!", "日本の犬 on the beach"],
+    ["a dog 🐕 runs", "ＦＵＬＬ width", "x" * 90],
+    ["Привет мир", "don't re-use the t-shirt..."],
+]
+
+
+@pytest.mark.parametrize("captions", [CAPTIONS, ODD_CAPTIONS])
+def test_the_vocabulary_knows_every_caption_and_spells_it_again(captions: list[list[str]]) -> None:
+    tokenizer = train_tokenizer(captions, 400)
+    assert len(tokenizer) <= 400
+    assert tokenizer.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    for text in (text for row in captions for text in row):
+        ids = tokenizer(text)["input_ids"]
+        assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        assert tokenizer.unk_token_id not in ids
+        normal = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+        assert tokenizer.decode(ids[1:-1]).replace(" ", "") == normal.replace(" ", "")
+
+
+def test_frequent_words_become_single_tokens_and_strangers_are_spelt_from_known_letters() -> None:
+    tokenizer = train_tokenizer(CAPTIONS, 200)
+    assert tokenizer.tokenize("the dog children") == ["the", "dog", "children"]
+    assert len(tokenizer.tokenize("godlike")) > 1
+    assert tokenizer.tokenize("€") == ["[UNK]"]
+
+
+def test_the_vocabulary_is_the_same_in_every_process() -> None:
+    code = "from tests.helpers.towers import *; print(train_tokenizer(CAPTIONS, 160).get_vocab())"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT).stdout
+    own = train_tokenizer(CAPTIONS, 160).get_vocab()
+    assert eval(other) == own  # noqa: S307
+    assert all(train_tokenizer(CAPTIONS, 160).get_vocab() == own for _ in range(5))
+
+
+def test_too_many_characters_for_the_vocabulary_are_told(tmp_path: Path) -> None:
+    captions = [["".join(chr(0x4E00 + i) for i in range(300))]]
+    with pytest.raises(ValueError, match="the captions need 305 tokens .* vocab_size 200 .*raise it"):
+        train_tokenizer(captions, 200)
+    with pytest.raises(ModelError, match="vocab_size 200"):
+        build_model(TrainingArguments(preset=str(write_preset(tmp_path))), captions)
+    assert tiny_processor().tokenizer.unk_token_id not in train_tokenizer(captions, 305)(captions[0])["input_ids"][0]
+
+
+def test_the_tokenizer_of_an_export_reloads_as_the_same_class_with_the_same_ids(exported: str) -> None:
+    own = tiny_processor().tokenizer
+    for tokenizer in (
+        AutoTokenizer.from_pretrained(exported),
+        AutoProcessor.from_pretrained(exported).tokenizer,
+        MiniClipProcessor.from_pretrained(exported).tokenizer,
+    ):
+        assert type(tokenizer) is type(own) is BertTokenizer
+        assert tokenizer.get_vocab() == own.get_vocab()
+        assert tokenizer.model_max_length == 24
+        assert tokenizer(TEXTS)["input_ids"] == own(TEXTS)["input_ids"]
+        assert tokenizer.special_tokens_map == own.special_tokens_map

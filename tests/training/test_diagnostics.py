@@ -1,0 +1,335 @@
+"""Each thing that can go wrong is told in one line with its cause, and nothing is told of a run that learns."""
+
+import csv
+import math
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from modeling_miniclip import MiniClipError
+from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
+from modeling_miniclip.training.arguments import parse_arguments
+from modeling_miniclip.training.diagnostics import (
+    Diagnosis,
+    above_chance,
+    chance_loss,
+    diagnose_captions,
+    diagnose_collapse,
+    diagnose_loss,
+    diagnose_temperature,
+    mean_cosine,
+    relation,
+)
+from modeling_miniclip.training.overfit import judge_overfit, least_loss, row_keys
+from modeling_miniclip.utils.match_grid import read_metrics
+from tests.helpers.runs import ROOT, flags, launch, write_preset, write_scene_folder
+from train_miniclip import cli, main
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def pairs(images: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Image embeddings, two captions of each, which are the image's with noise, and their owners."""
+    image_embeds = unit(images, 16, seed=seed)
+    owner = torch.arange(images).repeat_interleave(2)
+    return image_embeds, normalize(image_embeds[owner] + noise * unit(2 * images, 16, seed=seed + 1), dim=-1), owner
+
+
+# --- the loss of guessing, and the least one ------------------------------------------------------------------------
+
+
+LOSSES = ["softmax_sum", "softmax_mean", "sigmoid"]
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("captions", [1, 3])
+def test_chance_loss_is_that_of_a_model_that_gives_all_the_same_embedding(captions: int, loss_type: str) -> None:
+    images = 6
+    image_id = torch.arange(images)
+    same = torch.ones(1, 4) / 2
+    best_bias = -math.log(images - 1) - 20.0  # one pair in six is right
+    owner = image_id.repeat_interleave(captions)
+    rows = same.expand(images, 4), same.expand(len(owner), 4)
+    loss = symmetric_contrastive_loss(*rows, 20.0, image_id, owner, loss_type, best_bias)
+    assert chance_loss(images, images * captions, loss_type) == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES[:2])
+@pytest.mark.parametrize(
+    ("image_key", "text_key", "expected"),
+    [
+        ("abc", "uvw", 0.0),  # of [0, 1, 2], one caption each
+        ("aab", "uvw", 2 * math.log(2) / 3),  # two equal pictures: neither they nor their texts can be told apart
+        ("abc", "uuw", 2 * math.log(2) / 3),
+        ("aaa", "uuu", math.log(3)),
+        ("aaa", "uvw", math.log(3)),
+    ],
+)
+def test_least_loss_of_a_batch_with_equal_rows_worked_by_hand(
+    image_key: str, text_key: str, expected: float, loss_type: str
+) -> None:
+    found = least_loss([0, 1, 2], [0, 1, 2], list(image_key), list(text_key), loss_type)
+    assert found == pytest.approx(expected)
+
+
+def test_least_loss_with_several_captions_worked_by_hand() -> None:
+    owner = [0, 0, 1, 1, 2, 2]
+    for texts in ("uvwxyz", "uuwxyz"):
+        assert least_loss([0, 1, 2], owner, list("abc"), list(texts), "softmax_mean") == pytest.approx(math.log(2) / 2)
+        assert least_loss([0, 1, 2], owner, list("abc"), list(texts), "softmax_sum") == pytest.approx(0)
+    # A text that two images share: each image has one of its own besides, but the text cannot tell the two apart.
+    shared = least_loss([0, 1, 2], owner, list("abc"), list("uvuxyz"), "softmax_sum")
+    assert shared == pytest.approx(2 * math.log(2) / 6 / 2, abs=1e-3)
+    assert least_loss([0, 1], [0, 1], list("aa"), list("uv"), "sigmoid") == pytest.approx(2 * math.log(2))
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_no_optimiser_gets_below_the_least_loss_but_next_to_it(loss_type: str) -> None:
+    """Free embeddings, one a different row: 5 images, two of them equal; 8 texts, of which two pairs are equal."""
+    image_key, text_key = [0, 0, 1, 2, 3], [0, 1, 2, 0, 3, 3, 4, 5]
+    image_id, owner = torch.arange(5), torch.tensor([0, 0, 1, 2, 3, 3, 4, 4])
+    least = least_loss(image_id.tolist(), owner.tolist(), image_key, text_key, loss_type)
+    images, texts = (unit(n, 16, seed=n).requires_grad_() for n in (4, 6))
+    bias = torch.tensor(-6.0, requires_grad=True)
+    optimizer = torch.optim.Adam([images, texts, bias], lr=0.02)
+    for _ in range(1000):
+        rows = normalize(images, dim=-1)[image_key], normalize(texts, dim=-1)[text_key]
+        loss = symmetric_contrastive_loss(*rows, 14.0, image_id, owner, loss_type, bias)
+        assert loss.item() >= least - 1e-4
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert least > 0.1 and loss.item() == pytest.approx(least, abs=5e-3)
+
+
+def test_row_keys_are_equal_for_equal_rows_alone() -> None:
+    rows = torch.tensor([[1, 2], [1, 3], [1, 2]])
+    keys = row_keys(list(rows)).tolist()
+    assert keys[0] == keys[2] != keys[1]
+
+
+# --- what is told, and what is not ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "moved", "told"),
+    [
+        (3.47, True, "stuck at that of guessing, ln.batch. = 3.466.*too high"),
+        (3.47, False, "stuck.*too low, or too much is frozen"),
+        (3.9, True, "3.900, is above that of guessing.*too high"),
+        (3.9, False, "above that of guessing.*too low"),
+        (3.3, True, None),
+        (0.1, False, None),
+    ],
+)
+def test_loss_of_guessing_is_told(loss: float, moved: bool, told: str | None) -> None:
+    line = diagnose_loss(loss, math.log(32), 1.0, moved)
+    assert line is None if told is None else re.search(told, str(line))
+
+
+@pytest.mark.parametrize(
+    ("scale", "loss", "told"),
+    [(100.0, 3.0, "run into its bound 100"), (100.0, 0.3, None), (0.5, 3.4, "exploded"), (14.3, 3.4, None)],
+)
+def test_temperature_at_an_end_is_told_unless_the_loss_is_low(scale: float, loss: float, told: str | None) -> None:
+    line = diagnose_temperature(scale, 100.0, loss, math.log(32))
+    assert line is None if told is None else told in str(line)
+
+
+def test_mean_cosine_is_that_of_all_pairs() -> None:
+    embeds = unit(7, 5)
+    expected = torch.tensor([embeds[i] @ embeds[j] for i in range(7) for j in range(7) if i != j]).mean()
+    assert mean_cosine(embeds) == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_collapsed_side_is_told_by_name() -> None:
+    spread, collapsed = unit(50, 16), normalize(torch.ones(50, 16) + 0.1 * unit(50, 16), dim=-1)
+    assert diagnose_collapse(spread, spread) is None
+    assert "image embeddings have collapsed" in str(diagnose_collapse(collapsed, spread))
+    assert "--text_learning_rate or --learning_rate is too high" in str(diagnose_collapse(spread, collapsed))
+    assert "is too low: nothing has moved" in str(diagnose_collapse(spread, collapsed, moved=False))
+
+
+def test_above_chance_is_a_standard_score() -> None:
+    scores = [above_chance(unit(200, 16, seed=i), unit(200, 16, seed=i + 500), torch.arange(200)) for i in range(100)]
+    assert abs(sum(scores) / 100) < 0.4
+    assert torch.tensor(scores).std().item() == pytest.approx(1, abs=0.25)
+    images, texts, owner = pairs(200, 0.5)
+    assert above_chance(texts, images, owner) > 20
+
+
+def test_probe_finds_a_relation_that_the_model_does_not_and_none_in_shuffled_captions() -> None:
+    images, texts, owner = pairs(600, 1.0)
+    turned = texts @ torch.linalg.qr(unit(16, 16, seed=9))[0]  # a model whose sides know nothing of each other
+    constant = torch.full((1, 16), 0.25)
+    images, turned = (normalize(constant + 1e-3 * x, dim=-1) for x in (images, turned))  # and are all but collapsed
+    assert relation(images, turned, owner) > 10
+    shuffled = torch.randperm(600, generator=torch.Generator().manual_seed(0))[owner]
+    assert abs(relation(images, turned, shuffled)) < 3
+    assert diagnose_captions(images, turned, owner, None) is None
+    assert "not the data but likely the learning rates" in str(diagnose_captions(images, turned, owner, 1.0))
+    assert "captions are unrelated" in str(diagnose_captions(images, turned, shuffled, 1.0))
+
+
+def test_captions_are_judged_by_enough_images_only() -> None:
+    images, texts, owner = pairs(100, 0.5)
+    shuffled = torch.randperm(100, generator=torch.Generator().manual_seed(0))[owner]
+    assert diagnose_captions(images, texts, owner, 0.3) is None
+    assert diagnose_captions(images, texts, shuffled, 0.95) is None, "100 are not enough"
+    assert "although the training loss fell" in str(diagnose_captions(images, texts, shuffled, 0.3))
+    few = shuffled[:20] % 10
+    assert diagnose_captions(images[:10], texts[:20], few, 0.3) is None
+
+
+def test_each_kind_is_told_once_and_not_before_its_time() -> None:
+    lines: list[str] = []
+    diagnosis = Diagnosis(lines.append, warmup_steps=20, largest_scale=100.0)
+    values = {"loss": 3.466, "gradient_norm": 1.0, "logit_scale": 100.0}
+    for step in range(10, 120, 10):
+        diagnosis.after_steps(step, values, 10, math.log(32))
+    assert lines == []
+    for step in range(120, 200, 10):
+        diagnosis.after_steps(step, values, 10, math.log(32))
+    assert len(lines) == 2 and "stuck" in lines[0] and "too low" in lines[0] and "bound" in lines[1]
+
+
+@pytest.mark.parametrize("recorded", ["demo", "heads", "lit", "heads_then_full", "full"])
+def test_nothing_is_told_of_the_recorded_runs(recorded: str) -> None:
+    lines: list[str] = []
+    recipe = {"demo": "scenes"}.get(recorded, recorded)
+    arguments = parse_arguments(["--recipe", recipe, "--dataset", "any"])
+    images, captions = arguments.batch_size, arguments.captions_per_image
+    diagnosis = Diagnosis(lines.append, arguments.warmup_steps, 100.0)
+    steps = 0
+    for line in read_metrics(ROOT / "benchmarks" / recorded / "metrics.jsonl"):
+        if line["split"] == "train":
+            steps += 1
+            diagnosis.after_steps(line["step"], line, 10, chance_loss(images, images * captions, "softmax_sum"))
+    assert steps >= 15 and lines == []
+
+
+def test_loss_is_judged_by_many_steps_not_by_one_batch() -> None:
+    lines: list[str] = []
+    diagnosis = Diagnosis(lines.append, 0, 100.0)
+    rng = random.Random(0)
+    for step in range(1, 400):  # 6 % below that of guessing; single batches are above it
+        values = {"loss": 3.26 + rng.gauss(0, 0.2), "gradient_norm": 1.0, "logit_scale": 14.0}
+        diagnosis.after_steps(step, values, 1, math.log(32))
+    assert lines == []
+
+
+# --- the verdict on one batch ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "least", "reached", "cause"),
+    [
+        ([3.5, 1.0, 0.01], 0.0, True, "it reaches zero"),
+        ([3.5, 1.0, 0.37], 0.3466, True, "below 0.3466"),
+        ([3.5, 1.0, 0.37], 0.0, False, "part of the way"),
+        ([3.5, 3.49, 3.48], 0.0, False, "too low, or too much is frozen"),
+        ([3.5, 9.0, 3.47], 0.0, False, "too high, and all embeddings became alike"),
+        ([3.9, 3.47, 3.47], 0.0, False, "all embeddings became alike"),
+        ([3.5, 1.0, 2.5], 0.0, False, "goes up again"),
+        ([3.5, 3.47, 3.47], 3.46, False, "all alike"),
+    ],
+)
+def test_verdict_on_one_batch(losses: list[float], least: float, reached: bool, cause: str) -> None:
+    lines = [{"loss": loss} for loss in losses]
+    found, line = judge_overfit(lines, least, math.log(32))
+    assert found == reached and cause in line
+
+
+# --- real runs ------------------------------------------------------------------------------------------------------
+
+
+def warnings_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+
+
+def test_rates_that_are_too_high_are_told_as_stuck_and_collapsed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = dict.fromkeys(("learning_rate", "vision_learning_rate", "text_learning_rate"), 0.3)
+    main(flags(tmp_path, batch_size=3, num_train_epochs=16, logging_steps=5,
+               best_metric="image_to_text_R@1", **rates))  # fmt: skip
+    lines = warnings_of(capsys)
+    assert any(re.search("that of guessing, ln.batch. = 1.09.*too high", line) for line in lines), lines
+    assert any("embeddings have collapsed" in line for line in lines), lines
+    assert len(lines) == len({line[:30] for line in lines}), "each is told once"
+
+
+def test_a_run_that_becomes_nan_ends_with_its_last_good_checkpoint_and_export(tmp_path: Path) -> None:
+    still = dict.fromkeys(("learning_rate", "vision_learning_rate", "text_learning_rate"), 1e-4)
+    main(flags(tmp_path, num_train_epochs=1, **still))
+    # The optimiser's state would bring back its rates: this is a run of its own, from the model of the first.
+    absurd = dict.fromkeys(still, 1e30)
+    argv = flags(tmp_path, "nan", num_train_epochs=3, preset=None, model_name_or_path=tmp_path / "run" / "export",
+                 logging_steps=100, checkpointing_steps=1, **absurd)  # fmt: skip
+    with pytest.raises(MiniClipError, match="the (weights|training loss) became nan.*--learning_rate"):
+        main(argv)
+    for path in (tmp_path / "nan").rglob("model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+@pytest.mark.parametrize(("captions", "equal"), [(1, False), (2, False), (1, True)])
+def test_overfit_batch_tells_whether_one_batch_can_be_learned_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, captions: int, equal: bool
+) -> None:
+    argv = flags(tmp_path, overfit_batch=True, captions_per_image=captions, learning_rate=3e-3, projection_dim=32,
+                 loss_type="softmax_mean")  # fmt: skip
+    if equal:
+        pictures = sorted((tmp_path / "scenes" / "Images").iterdir())
+        for picture in pictures:
+            picture.write_bytes(pictures[0].read_bytes())
+    monkeypatch.setattr("sys.argv", ["train_miniclip.py", *argv])
+    assert cli() == int(equal)
+    out, error = capsys.readouterr()
+    assert ("all alike" in error) if equal else ("it reaches zero" in out)
+    assert (f"below {math.log(2) / 2:.4f}" in out) == (captions == 2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_overfit_batch_that_fails_says_why(tmp_path: Path) -> None:
+    rates = dict.fromkeys(("learning_rate", "vision_learning_rate", "text_learning_rate"), 1e-9)
+    with pytest.raises(MiniClipError, match="does not reach zero.*rates are too low"):
+        main(flags(tmp_path, overfit_batch=True, max_steps=5, **rates))
+
+
+@pytest.mark.slow
+def test_two_processes_overfit_the_batch_that_one_does(tmp_path: Path) -> None:
+    result = launch(flags(tmp_path, overfit_batch=True, captions_per_image=2, learning_rate=3e-3,
+                          loss_type="softmax_mean"), processes=2)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "no model can be below 0.3466" in result.stdout and "one batch of 8 images" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_shuffled_captions_are_told_and_right_ones_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shuffled: bool
+) -> None:
+    table = write_scene_folder(tmp_path / "scenes", 220)
+    write_preset(tmp_path)
+    if shuffled:
+        header, *rows = csv.reader(table.read_text(encoding="utf-8").splitlines())
+        images = sorted({row[1] for row in rows})
+        other = dict(zip(images, random.Random(0).sample(images, len(images)), strict=True))
+        with table.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *([number, other[image], text] for number, image, text in rows)])
+    main(flags(tmp_path, validation_fraction=0.5, batch_size=10, captions_per_image=5, augmentation="[]",
+               num_train_epochs=30, learning_rate=3e-3, best_metric="rsum"))  # fmt: skip
+    lines = warnings_of(capsys)
+    if shuffled:
+        assert "although the training loss fell: likely captions are unrelated" in lines[-1], lines
+        assert not any("collapsed" in line or "temperature" in line for line in lines), lines
+    else:
+        assert lines == []

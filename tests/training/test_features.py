@@ -1,0 +1,343 @@
+"""Features of frozen towers: right values, computed once, resumed, shared, and never taken for others."""
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+import train_miniclip
+from modeling_miniclip import load_captions
+from modeling_miniclip.data.loader import CaptionRows, build_augmentation
+from modeling_miniclip.errors import MiniClipError, UsageError
+from modeling_miniclip.modeling_miniclip import MiniClipModel
+from modeling_miniclip.training import feature_cache, features
+from modeling_miniclip.training.feature_cache import FeatureTable, default_cache_dir, digest
+from modeling_miniclip.training.features import frozen_image_features, frozen_text_features
+from tests.helpers.runs import flags, launch, metrics_of, write_scene_folder
+from tests.helpers.towers import CAPTIONS, PIXELS, tiny_model, tiny_processor
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> CaptionRows:
+    """Twelve scenes."""
+    split = load_captions(write_scene_folder(tmp_path / "scenes", 13))["train"]
+    return CaptionRows(split, tiny_processor())
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "EVALUATION_BATCH", 5)
+    monkeypatch.setattr(features, "TEXT_BLOCK", 4)
+
+
+def model_of(seed: int = 0, **fields: Any) -> MiniClipModel:
+    torch.manual_seed(seed)
+    return tiny_model(**fields)
+
+
+def image_features(model: MiniClipModel, rows: CaptionRows, cache: Path, views: int = 1) -> list[torch.Tensor]:
+    return frozen_image_features(model, rows, views, 0, cache, Accelerator(cpu=True))
+
+
+def count_calls(model: Any, name: str, monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[int]:
+    """Rows of each call of a method; the call number `fail_at` is interrupted instead."""
+    calls: list[int] = []
+    plain = getattr(model, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if len(calls) == fail_at:
+            raise KeyboardInterrupt
+        calls.append(len(args[0] if args else kwargs["input_ids"]))
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(model, name, counted)
+    return calls
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def table(cache: Path, **depends_on: Any) -> FeatureTable:
+    return FeatureTable(cache, depends_on, rows=7, width=2, block=3)
+
+
+def test_a_table_is_filled_in_blocks_and_remembers_them(tmp_path: Path) -> None:
+    assert table(tmp_path).missing() == [range(0, 3), range(3, 6), range(6, 7)]
+    values = torch.arange(14.0).view(7, 2)
+    table(tmp_path).write(range(3, 6), values[3:6])
+    assert table(tmp_path).missing() == [range(0, 3), range(6, 7)]
+    table(tmp_path).write(range(6, 7), values[6:])
+    table(tmp_path).write(range(0, 3), values[:3])
+    assert table(tmp_path).missing() == []
+    assert torch.equal(table(tmp_path).read(), values)
+
+
+def test_processes_share_the_blocks_whatever_is_done_already(tmp_path: Path) -> None:
+    first = table(tmp_path).missing(0, 2)
+    table(tmp_path).write(range(0, 3), torch.zeros(3, 2))  # done before the second process looks
+    assert first == [range(0, 3), range(6, 7)]
+    assert table(tmp_path).missing(1, 2) == [range(3, 6)]
+
+
+def test_what_depends_on_something_else_is_another_table(tmp_path: Path) -> None:
+    folders = {table(tmp_path, weights=w, view=v).folder for w in "ab" for v in (0, 1)}
+    folders.add(FeatureTable(tmp_path, {"weights": "a", "view": 0}, 7, 3, 3).folder)
+    assert len(folders) == 5
+    assert all((folder / "about.json").is_file() for folder in folders)
+
+
+@pytest.mark.parametrize("name", ["features.npy", "done.npy"])
+def test_a_table_that_was_cut_off_is_made_anew(tmp_path: Path, name: str) -> None:
+    before = table(tmp_path)
+    for rows in before.missing():
+        before.write(rows, torch.ones(len(rows), 2))
+    path = before.folder / name
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(table(tmp_path).missing()) == 3
+
+
+def test_a_full_disk_is_told_and_keeps_what_was_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(tmp_path).write(range(0, 3), torch.ones(3, 2))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(feature_cache, "_write_at", full)
+        with pytest.raises(MiniClipError, match="No space left on device; make room, or name another folder"):
+            table(tmp_path).write(range(3, 6), torch.ones(3, 2))
+    assert table(tmp_path).missing() == [range(3, 6), range(6, 7)]
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MiniClipError, match="--feature_cache_dir .*file/cache cannot be written: Not a directory"):
+        table(tmp_path / "file" / "cache")
+
+
+def test_parts_of_a_digest_do_not_run_together() -> None:
+    assert digest([b"ab", b"c"]) != digest([b"a", b"bc"])
+
+
+def test_the_cache_lies_beside_those_of_the_other_libraries() -> None:
+    from huggingface_hub.constants import HF_HOME
+
+    assert default_cache_dir().parts[-2:] == ("miniclip", "features")
+    assert str(default_cache_dir()).startswith(HF_HOME)
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_image_features_are_those_of_each_image_alone(tmp_path: Path, rows: CaptionRows, small_blocks: None) -> None:
+    model = model_of()
+    (found,) = image_features(model, rows, tmp_path / "cache")
+    assert found.shape == (len(rows), model.vision_model.pooled_size)
+    for i in range(len(rows)):
+        pixels = rows.processor.normalize(torch.from_numpy(rows[0, i]["pixels"])[None])
+        with torch.no_grad():
+            expected = model.pool_images(pixels).pooler_output[0]
+        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norms_are_folded_while_features_are_computed(
+    tmp_path: Path, rows: CaptionRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> torch.Tensor:
+        raise AssertionError("a batch norm was computed")
+
+    model = model_of()
+    plain = model.pool_images
+
+    def without_batch_norm(pixels: torch.Tensor) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.nn.functional, "batch_norm", refuse)
+            return plain(pixels)
+
+    monkeypatch.setattr(model, "pool_images", without_batch_norm)
+    image_features(model, rows, tmp_path / "cache")
+    with pytest.raises(AssertionError, match="batch norm"):
+        model.pool_images(torch.zeros(1, 3, PIXELS, PIXELS))
+
+
+def test_image_features_are_computed_once(
+    tmp_path: Path, rows: CaptionRows, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = image_features(model_of(), rows, tmp_path / "cache")
+    again = model_of()  # another run
+    calls = count_calls(again, "pool_images", monkeypatch)
+    (second,) = image_features(again, rows, tmp_path / "cache")
+    assert calls == []
+    assert torch.equal(first, second)
+
+
+def test_an_interrupted_pass_goes_on_and_ends_with_the_same_bits(
+    tmp_path: Path, rows: CaptionRows, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (expected,) = image_features(model_of(), rows, tmp_path / "whole")
+    model = model_of()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        count_calls(model, "pool_images", patched, fail_at=1)
+        image_features(model, rows, tmp_path / "cache")
+    calls = count_calls(model, "pool_images", monkeypatch)
+    (found,) = image_features(model, rows, tmp_path / "cache")
+    assert calls == [5, len(rows) - 10]
+    assert torch.equal(found, expected)
+
+
+def test_other_weights_pixels_or_settings_are_not_taken_from_the_cache(
+    tmp_path: Path, rows: CaptionRows, small_blocks: None
+) -> None:
+    def tables() -> int:
+        return len(list((tmp_path / "cache").iterdir()))
+
+    def computed(model: MiniClipModel) -> int:
+        before = tables()
+        image_features(model, rows, tmp_path / "cache")
+        return tables() - before
+
+    image_features(model_of(), rows, tmp_path / "cache")
+    assert computed(model_of()) == 0
+    other = model_of()
+    with torch.no_grad():
+        next(other.vision_model.parameters()).flatten()[0] += 1e-6
+    assert computed(other) == 1
+    other = model_of()
+    next(other.vision_model.buffers()).flatten()[0] += 1e-6  # a running mean
+    assert computed(other) == 1
+    other = model_of()
+    next(other.text_model.parameters()).data += 1  # the text tower has no part in it
+    assert computed(other) == 0
+    rows.processor.image_processor.image_mean = [0.4, 0.5, 0.5]
+    assert computed(model_of()) == 1
+    path = Path(next(iter(rows.undecoded_images()))["path"])
+    with Image.open(path) as image:
+        changed = image.convert("RGB")
+    changed.putpixel((0, 0), (1, 2, 3))
+    changed.save(path)
+    assert computed(model_of()) == 1
+
+
+def test_a_data_set_that_moved_keeps_its_features(tmp_path: Path, rows: CaptionRows, small_blocks: None) -> None:
+    image_features(model_of(), rows, tmp_path / "cache")
+    (tmp_path / "scenes").rename(tmp_path / "elsewhere")
+    moved = CaptionRows(load_captions(tmp_path / "elsewhere" / "captions.csv")["train"], rows.processor)
+    image_features(model_of(), moved, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_views_are_the_augmentations_of_the_epochs_and_taken_in_turn(
+    tmp_path: Path, rows: CaptionRows, small_blocks: None
+) -> None:
+    crop = {"name": "RandomResizedCrop", "scale": [0.2, 0.9]}
+    rows.augmentation = build_augmentation([crop], (PIXELS, PIXELS))
+    model = model_of()
+    pixels = [rows.processor.normalize(torch.from_numpy(rows[view, 2]["pixels"])[None]) for view in (0, 1)]
+    rows.vision_features = image_features(model, rows, tmp_path / "cache", views=2)
+    with torch.no_grad():
+        expected = [model.pool_images(p).pooler_output[0] for p in pixels]
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
+    for epoch in range(4):
+        torch.testing.assert_close(rows[epoch, 2]["vision_features"], expected[epoch % 2], rtol=1e-4, atol=1e-5)
+
+
+def test_more_views_are_added_to_those_that_are_there(
+    tmp_path: Path, rows: CaptionRows, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows.augmentation = build_augmentation([{"name": "HorizontalFlip"}], (PIXELS, PIXELS))
+    model = model_of()
+    image_features(model, rows, tmp_path / "cache", views=1)
+    calls = count_calls(model, "pool_images", monkeypatch)
+    image_features(model, rows, tmp_path / "cache", views=2)
+    assert sum(calls) == len(rows)
+    rows.seed = 1
+    image_features(model, rows, tmp_path / "cache", views=1)
+    assert sum(calls) == 2 * len(rows)
+
+
+# --- texts ----------------------------------------------------------------------------------------------------------
+
+
+def text_features(model: MiniClipModel, cache: Path, captions: list[list[str]] = CAPTIONS) -> list[torch.Tensor]:
+    return frozen_text_features(model, captions, tiny_processor(), cache, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_text_features_are_those_of_each_caption_alone(tmp_path: Path, small_blocks: None, pooling: str) -> None:
+    model, tokenizer = model_of(text_pooling=pooling), tiny_processor().tokenizer
+    found = text_features(model, tmp_path)
+    assert [len(f) for f in found] == [len(row) for row in CAPTIONS]
+    for row, values in zip(CAPTIONS, found, strict=True):
+        for caption, value in zip(row, values, strict=True):
+            with torch.no_grad():
+                expected = model.pool_texts(**tokenizer([caption], return_tensors="pt")).pooler_output[0]
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_text_features_are_computed_once_and_for_these_captions_and_this_pooling(
+    tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text_features(model_of(), tmp_path)
+    model = model_of()
+    calls = count_calls(model, "pool_texts", monkeypatch)
+    text_features(model, tmp_path)
+    assert calls == []
+    changed = [["a blue dog"], *CAPTIONS[1:]]
+    text_features(model, tmp_path, changed)
+    assert sum(calls) == sum(map(len, changed))
+    model.config.text_pooling = "mean"
+    text_features(model, tmp_path)
+    assert sum(calls) == sum(map(len, changed)) + sum(map(len, CAPTIONS))
+
+
+# --- in a run -------------------------------------------------------------------------------------------------------
+
+
+def test_views_need_a_frozen_tower_and_an_augmentation() -> None:
+    from modeling_miniclip.training.arguments import parse_arguments
+
+    with pytest.raises(UsageError, match="--num_views needs a frozen image tower"):
+        parse_arguments(["--num_views=2"])
+    with pytest.raises(UsageError, match="--num_views needs an augmentation"):
+        parse_arguments(["--num_views=2", "--freeze=both", "--augmentation=[]"])
+
+
+def test_a_run_runs_the_frozen_image_tower_once_for_each_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images: list[int] = []
+    plain = MiniClipModel.pool_images
+
+    def counted(model: MiniClipModel, pixel_values: torch.Tensor, *args: Any) -> Any:
+        images.append(len(pixel_values))
+        return plain(model, pixel_values, *args)
+
+    monkeypatch.setattr(MiniClipModel, "pool_images", counted)
+    train_miniclip.main(flags(tmp_path, freeze="both"))
+    assert sum(images) == sum(
+        len(split) for split in load_captions(tmp_path / "scenes", validation_fraction=0.2).values()
+    )
+    assert (tmp_path / "run" / "retrieval.png").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_fill_one_cache_that_one_process_reuses(tmp_path: Path) -> None:
+    def lines(name: str) -> Iterator[tuple[Any, ...]]:
+        return ((line["step"], line["loss"]) for line in metrics_of(tmp_path / name))
+
+    for name, processes in (("two", 2), ("one", 1)):
+        done = launch(flags(tmp_path, name, freeze="both", dropout=0, num_views=2, num_workers=1), processes)
+        assert done.returncode == 0, done.stderr
+        assert ("image features, view 2 of 2" in done.stderr) == (name == "two")
+    for (step, loss), (other_step, other_loss) in zip(lines("one"), lines("two"), strict=True):
+        assert step == other_step
+        assert loss == pytest.approx(other_loss, rel=1e-5)
+    tables = list((tmp_path / "features").iterdir())
+    assert len(tables) == 5  # two views, validation images, captions of both splits
+    assert all(np.load(path / "done.npy").all() for path in tables)

@@ -1,0 +1,179 @@
+"""A run has its folder to itself; on a disk that takes no more it says what is left, and the next start goes on."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modeling_miniclip import MiniClipError
+from modeling_miniclip.errors import refusal
+from modeling_miniclip.training.arguments import TrainingArguments
+from modeling_miniclip.training.output_dir import LOCK_FILE, own_folder
+from tests.helpers.runs import environment, flags
+from tests.training.test_checkpoints import (
+    NEVER,
+    PLATEAU,
+    PRELOADED,
+    SETTINGS,
+    Point,
+    assert_same_result,
+    at_change,
+    killed,
+    result_of,
+    whole,  # noqa: F401  (a fixture)
+)
+from train_miniclip import main
+
+# Holds a folder, with a child that outlives it, until it is killed.
+HOLDER = """
+import os, sys, time
+from modeling_miniclip.training.arguments import TrainingArguments
+from modeling_miniclip.training.output_dir import own_folder
+with own_folder(TrainingArguments(output_dir=sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(100)
+"""
+
+
+def arguments_of(folder: Path, **values: Any) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(folder), **values)
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead_although_its_workers_live(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        for resume in ("--resume_from_checkpoint=latest", "--overwrite_output_dir=true"):
+            with pytest.raises(MiniClipError, match=f"used by another run, process {holder.pid} on .*: wait"):
+                main([*flags(tmp_path), resume])
+        with own_folder(arguments_of(folder, overfit_batch=True)):  # writes nothing
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with own_folder(arguments_of(folder)):
+            assert (folder / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        holder.stdout.close()
+    assert os.listdir(folder) == []
+
+
+def test_of_several_processes_the_first_holds_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with own_folder(arguments_of(tmp_path / "run")):
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MiniClipError, match="file/run cannot be written: Not a directory"):
+        main(flags(tmp_path, output_dir="file/run"))
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_a_run_that_is_refused_leaves_the_disk_as_it_was(tmp_path: Path, made_before: bool) -> None:
+    if made_before:
+        (tmp_path / "run").mkdir()
+    with pytest.raises(MiniClipError, match="missing.csv"):
+        main(flags(tmp_path, dataset="missing.csv"))
+    assert (tmp_path / "run").exists() == made_before
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Any:
+    """A folder that nobody may write, not even root."""
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    if os.getuid() != 0:
+        folder.chmod(0o500)
+        yield folder
+        folder.chmod(0o700)
+        return
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("root may write everywhere, and may not mount here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_read_only_folder_is_told_before_any_work(tmp_path: Path, read_only: Path) -> None:
+    with pytest.raises(MiniClipError, match="cannot be written: (Read-only file system|Permission denied)"):
+        main(flags(tmp_path, output_dir="read-only/run"))
+
+
+def test_what_a_disk_refuses_is_known_by_whatever_library_it_is_told() -> None:
+    assert refusal(OSError(28, "No space left on device", "/a")) == (
+        "the disk refused: [Errno 28] No space left on device: '/a'"
+    )
+    rust = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert "(os error 28)" in str(refusal(rust))
+    assert refusal(RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0: file write failed"))
+    assert refusal(OSError(2, "No such file or directory")) is None
+    assert refusal(RuntimeError("mat1 and mat2 (os error 2)")) is None
+
+
+# --- a disk that is full from some moment on ------------------------------------------------------------------------
+
+# From a change to files on, no file may become longer than so many bytes: a write fails at that byte, whoever writes.
+FULL: list[tuple[Point, int]] = [
+    (("os.mkdir", "/checkpoints/.step-00000002.new", 1), 5_000),  # the first checkpoint
+    (("os.mkdir", "/.export.new", 2), 100_001),  # the second best model, within its weights
+    (("open", "/metrics.jsonl", 6), 200),  # a line of the log
+]
+MORE_FULL: list[tuple[Point, int]] = [
+    (("os.mkdir", "/.export.new", 1), 0),
+    (("open", "/.export.new/README.md", 2), 1_000),
+    (("os.mkdir", "/checkpoints/.step-00000006.new", 1), 0),
+    (("os.mkdir", "/checkpoints/.step-00000008.new", 1), 200_000),
+    (("os.mkdir", "/checkpoints/.step-00000011.new", 1), 400_000),
+    (("open", "/curves.png", 1), 4_096),
+    (("open", "/retrieval.png", 1), 1),
+]
+
+
+def run_on_full_disk(argv: list[str], output_dir: str, point: Point, limit: int, told: Any) -> None:
+    at_change(output_dir, point, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    try:
+        main(argv)
+    except MiniClipError as error:
+        told.send(str(error))
+
+
+@pytest.mark.parametrize(
+    ("point", "limit"), [*FULL, *(pytest.param(*values, marks=pytest.mark.slow) for values in MORE_FULL)]
+)
+def test_run_on_a_full_disk_says_what_is_left_and_ends_the_same_when_there_is_room(
+    tmp_path: Path,
+    whole: Any,  # noqa: F811
+    point: Point,
+    limit: int,
+    record_property: Any,
+) -> None:
+    record_property("faults", 1)
+    argv, run = flags(tmp_path, **SETTINGS[PLATEAU]), tmp_path / "run"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    told, tell = context.Pipe(duplex=False)
+    process = context.Process(target=run_on_full_disk, args=(argv, str(run), point, limit, tell))
+    process.start()
+    process.join(900)
+    assert process.exitcode == 0 and told.poll(), "it ended in no error, or in another one"
+    message = told.recv()
+    assert message.startswith("the disk refused: ") and "--resume_from_checkpoint latest" in message
+    assert not [path for path in (run / "checkpoints").glob(".*")] and not list(run.glob(".export*"))
+    last = sorted((run / "checkpoints").glob("step-*"))[-1:]
+    assert (f"{last[0]} is complete" if last else "there is no checkpoint yet") in message
+    assert not killed([*argv, "--resume_from_checkpoint=latest"], run, NEVER)[0]
+    assert_same_result(result_of(run), whole(PLATEAU)[0])

@@ -1,0 +1,68 @@
+"""What trained models can do: the built-in recipe from nothing, and real photographs through real towers."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images, encode_texts
+from modeling_miniclip.data.scenes import build_scenes, describe_pair, swap_attributes, validation_scenes
+from tests.helpers.runs import metrics_of
+from train_miniclip import main
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in recipe, run as `make demo` runs it."""
+    run = tmp_path_factory.mktemp("demo") / "run"
+    main([f"--output_dir={run}"])
+    return run
+
+
+@pytest.mark.slow
+def test_the_built_in_recipe_learns(demo: Path) -> None:
+    best = min((line for line in metrics_of(demo) if line["split"] == "validation"), key=lambda line: line["loss"])
+    assert best["text_to_image_R@1"] >= 50 and best["text_to_image_R@10"] >= 90, best
+
+
+@pytest.mark.slow
+def test_true_captions_are_no_worse_than_captions_with_swapped_attributes(demo: Path) -> None:
+    """Prints the share of scenes whose true caption wins; `benchmarks/README.md` reports it as it is."""
+    model = MiniClipModel.from_pretrained(demo / "export")
+    processor = MiniClipProcessor.from_pretrained(demo / "export")
+    images = encode_images(model, build_scenes(num_train=1)["validation"], processor, progress=False)
+    wins = []
+    for i, scene in enumerate(validation_scenes()):
+        true, swapped = describe_pair(scene, swap_attributes(scene, Random(i)), Random(i))
+        texts = encode_texts(model, [true[0], swapped[0]], processor, progress=False)
+        wins.append(bool(texts[0] @ images[i] > texts[1] @ images[i]))
+    share = sum(wins) / len(wins)
+    print(f"true captions preferred over swapped ones: {100 * share:.1f} % of {len(wins)}")
+    assert share > 0.45  # by chance 0.5, with a standard deviation of 0.016
+
+
+def test_real_photographs_train_through_real_towers(shared: Path, tmp_path: Path) -> None:
+    weights = shared / "weights"
+    arguments = {
+        "dataset": shared / "flickr8k",
+        "vision_model": weights / "tf_efficientnet_lite0",
+        "text_model": weights / "all-MiniLM-L6-v2",
+        "text_pooling": "mean",
+        "output_dir": tmp_path / "run",
+        "max_train_images": 48,
+        "max_validation_images": 40,
+        "batch_size": 16,
+        "max_steps": 3,
+        "num_workers": 0,
+        "logging_steps": 1,
+        "vision_learning_rate": 1e-5,
+    }
+    with pytest.warns(UserWarning, match="left out 91 images"):
+        export = main([f"--{name}={value}" for name, value in arguments.items()])
+    lines = metrics_of(tmp_path / "run")
+    assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3]
+    assert lines[-1]["split"] == "validation" and lines[-1]["rsum"] > 110  # by chance about 80
+    model = MiniClipModel.from_pretrained(export)
+    assert model.config.vision_config.architecture == "tf_efficientnet_lite0"
+    assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -1,0 +1,195 @@
+"""Tests of the two pictures of a run."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_miniclip.evaluation.metrics import METRIC_NAMES
+from modeling_miniclip.utils.match_grid import (
+    MatchRow,
+    draw_curves,
+    draw_matches,
+    example_queries,
+    match_rows,
+    read_metrics,
+)
+
+GREEN = (21, 128, 61)
+
+
+def validation(step: int, **values: float) -> dict:
+    metrics = {"loss": 3.0 - step / 100, **{name: min(90.0, 10.0 + step) for name in METRIC_NAMES}}
+    return {"step": step, "epoch": step / 10, "split": "validation", **metrics, **values}
+
+
+def training(step: int, **values: float) -> dict:
+    rates = {f"{name}_learning_rate": 1e-3 / step for name in ("vision", "text", "heads")}
+    return {"step": step, "epoch": step / 10, "split": "train", "loss": 2.0, "logit_scale": 14.3, **rates, **values}
+
+
+@pytest.fixture(autouse=True)
+def no_warning_of_matplotlib():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a legend without lines, a scale without positive values
+        yield
+
+
+def picture(path) -> np.ndarray:
+    """`[H, W, 3]` of a PNG of a size that fits a README."""
+    with Image.open(path) as image:
+        assert image.format == "PNG" and 300 <= image.width <= 3000 and 150 <= image.height <= 4000, image.size
+        return np.asarray(image.convert("RGB"))
+
+
+def has_color(pixels: np.ndarray, color: tuple[int, int, int], at_least: int = 20) -> bool:
+    return int((pixels == color).all(axis=2).sum()) >= at_least
+
+
+# --- curves ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        [line for step in range(1, 60) for line in (training(step), validation(step))],
+        [validation(5)],
+        [training(5)],
+        [validation(5), validation(10)],
+        [training(5), validation(5)],
+        [training(step, vision_learning_rate=0.0, text_learning_rate=0.0, heads_learning_rate=0.0) for step in (1, 2)],
+        [training(1), {key: value for key, value in training(2).items() if key != "logit_scale"}],
+        [validation(1, **dict.fromkeys(METRIC_NAMES, 0.0))],
+        [],
+    ],
+    ids=["usual", "one_validation", "one_step", "no_training", "one_of_each", "rates_of_zero", "without_scale",
+         "nothing_found", "empty"],
+)  # fmt: skip
+def test_curves_are_drawn_whatever_was_logged(tmp_path, metrics):
+    draw_curves(metrics, tmp_path / "curves.png", best_step=5)
+    pixels = picture(tmp_path / "curves.png")
+    assert pixels.shape == (770, 1320, 3)
+    assert (pixels < 250).any()
+
+
+@pytest.mark.parametrize(("line", "color"), [(validation(5), (221, 107, 32)), (training(5), (128, 90, 213))])
+def test_a_single_point_is_seen(tmp_path, line, color):
+    draw_curves([], tmp_path / "none.png")
+    draw_curves([line], tmp_path / "one.png")
+    none, one = picture(tmp_path / "none.png"), picture(tmp_path / "one.png")
+    assert has_color(one, color, 8) and not has_color(none, color, 1)
+
+
+def test_the_exported_step_is_marked(tmp_path):
+    metrics = [line for step in range(1, 60) for line in (training(step), validation(step))]
+    for name, best_step in (("without", None), ("with", 30)):
+        draw_curves(metrics, tmp_path / f"{name}.png", best_step)
+    green = [(pixels[..., 1] > pixels[..., 0] + 50.0) & (pixels[..., 1] > pixels[..., 2] + 30.0)
+             for pixels in (picture(tmp_path / "with.png"), picture(tmp_path / "without.png"))]  # fmt: skip
+    assert green[0].any(axis=1).mean() > 0.35 and not green[1].any()
+
+
+def test_metrics_are_read_line_by_line(tmp_path):
+    lines = [training(1), validation(1, loss=0.1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines
+
+
+# --- matches --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(count: int, found: int = 3, query: str = "a red disc", size=(64, 64), right: int = -1) -> list[MatchRow]:
+    images = [Image.new("RGB", size, (40 * i, 90, 200)) for i in range(found)]
+    return [MatchRow(query, "rank 1 of 9", [(im, "0.30", i == right) for i, im in enumerate(images)])] * count
+
+
+@pytest.mark.parametrize(("count", "found"), [(1, 1), (1, 3), (1, 9), (2, 1), (6, 3), (3, 9)])
+def test_grids_of_every_shape_are_drawn(tmp_path, count, found):
+    draw_matches(tmp_path / "grid.png", rows_of(count, found), "What was found")
+    pixels = picture(tmp_path / "grid.png")
+    assert all(has_color(pixels, (40 * i, 90, 200), 1000) for i in range(min(found, 6)))
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["costs $\\frac$ of 5", "<b>a & b</b> {x} %d %%", "a_b^c \\alpha \\n", "", "x" * 900, "a long caption " * 90,
+     "two\nlines", "é ü ж Ω", "$", "WWWW " * 60],
+    ids=["dollars", "markup", "backslashes", "empty", "one_word", "long", "lines", "alphabets", "one_dollar", "wide"],
+)  # fmt: skip
+def test_captions_are_drawn_as_they_are_and_the_size_stays(tmp_path, query):
+    for count in (1, 2):
+        draw_matches(tmp_path / "grid.png", rows_of(count, 3, query), query)
+        draw_matches(tmp_path / "plain.png", rows_of(count, 3))
+        pixels, plain = picture(tmp_path / "grid.png"), picture(tmp_path / "plain.png")
+        assert pixels.shape[1] == plain.shape[1] and pixels.shape[0] < plain.shape[0] + 250
+        assert (pixels[:, -15:] == 255).all()
+        if count == 2:  # the text stays in its column: between it and the images is nothing
+            assert ((pixels[-400:, :335] < 250).any() or not query) and (pixels[-400:, 335:345] == 255).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 900), (900, 3), (4000, 3000), (64, 64), (300, 200)])
+def test_tiny_huge_and_narrow_images_fit_their_tile(tmp_path, size):
+    draw_matches(tmp_path / "grid.png", rows_of(2, 2, size=size))
+    draw_matches(tmp_path / "plain.png", rows_of(2, 2))
+    assert picture(tmp_path / "grid.png").shape == picture(tmp_path / "plain.png").shape
+    # As large as a tile in its longer side, the other side in proportion.
+    where = np.argwhere((picture(tmp_path / "grid.png") == (40, 90, 200)).all(axis=2))
+    found = (where.max(axis=0) - where.min(axis=0) + 1)[1]  # in both rows, so the width alone
+    assert found == pytest.approx(174 * size[0] / max(size), abs=4)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
+def test_images_of_every_mode_are_drawn(tmp_path, mode):
+    row = MatchRow("x", "", [(Image.new(mode, (20, 20)), "0.1", False)])
+    draw_matches(tmp_path / "grid.png", [row, row])
+    picture(tmp_path / "grid.png")
+
+
+def test_only_the_right_image_is_framed_green(tmp_path):
+    draw_matches(tmp_path / "right.png", rows_of(2, 3, right=1))
+    draw_matches(tmp_path / "none.png", rows_of(2, 3))
+    right, none = picture(tmp_path / "right.png"), picture(tmp_path / "none.png")
+    green = (right == GREEN).all(axis=2)
+    assert not has_color(none, GREEN, 1)
+    columns = np.flatnonzero(green[:, 360:].sum(axis=0) > 100) + 360  # the two upright sides of the frames
+    assert columns.max() - columns.min() == pytest.approx(174, abs=10)
+
+
+def test_rows_with_unequal_numbers_of_images_are_drawn(tmp_path):
+    rows = [*rows_of(1, 5), *rows_of(1, 1), MatchRow("nothing", "", [])]
+    draw_matches(tmp_path / "grid.png", rows)
+    picture(tmp_path / "grid.png")
+
+
+@pytest.mark.parametrize("rows", [[], [MatchRow("x", "", [])]])
+def test_nothing_to_draw_is_told(tmp_path, rows):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_matches(tmp_path / "grid.png", rows)
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_the_callers_images_are_not_changed(tmp_path):
+    image = Image.new("RGB", (500, 400), "red")
+    draw_matches(tmp_path / "grid.png", [MatchRow("x", "", [(image, "", False)])])
+    assert image.size == (500, 400) and image.getpixel((9, 9)) == (255, 0, 0)
+
+
+def test_queries_are_spread_over_the_split_and_never_too_many():
+    captions = [[f"first {i}", "second"] for i in range(10)]
+    assert example_queries(captions, 5) == [(i, f"first {i}") for i in (0, 2, 4, 6, 8)]
+    assert example_queries(captions[:2], 5) == [(0, "first 0"), (1, "first 1")]
+
+
+def test_rows_show_the_best_images_the_score_and_the_rank_of_the_right_one():
+    images = [Image.new("L", (1, 1), i) for i in range(5)]
+    scores = torch.tensor([[0.1, 0.5, 0.3, 0.2, 0.4], [0.2, 0.9, 0.2, 0.1, 0.2]])
+    rows = match_rows([(2, "a"), (4, "b")], scores, lambda i: images[i], top=3)
+    assert [row.query for row in rows] == ["a", "b"]
+    assert [image.getpixel((0, 0)) for image, *_ in rows[0].found] == [1, 4, 2]
+    assert [found[1:] for found in rows[0].found] == [("0.50", False), ("0.40", False), ("0.30", True)]
+    # 0.3 is third; 0.2 is behind 0.9 and two equal ones, which count against it as in the metrics
+    assert [row.remark for row in rows] == ["right image: rank 3 of 5", "right image: rank 4 of 5"]
+    assert len(match_rows([(0, "a")], scores[:1], lambda i: images[i], top=99)[0].found) == 5

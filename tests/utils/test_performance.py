@@ -1,0 +1,71 @@
+"""What makes a run faster changes no result."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import train_miniclip
+from modeling_miniclip.utils.performance import allow_tf32, compile_towers, one_thread
+from tests.helpers.runs import assert_same_log, flags, metrics_of
+from tests.helpers.towers import tiny_model
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """In the place of the compiler: runs what it is given, and counts the graphs."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    yield counter
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_compiled_towers_give_the_same_and_serve_all_lengths(counter: CompileCounterWithBackend) -> None:
+    model = tiny_model()
+    pixels = torch.rand(3, 3, 32, 32)
+    texts = [torch.randint(5, 200, (number, length)) for number, length in ((4, 7), (6, 9), (5, 12))]
+    expected = [model(pixel_values=pixels, input_ids=ids).logits_per_image for ids in texts]
+    names = list(model.state_dict())
+    compile_towers(model.vision_model, model.text_model)
+    graphs = set()
+    for ids, logits in zip(texts, expected, strict=True):
+        assert torch.equal(model(pixel_values=pixels, input_ids=ids).logits_per_image, logits)
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1 and min(graphs) >= 2, graphs  # both towers, once for all lengths
+    assert list(model.state_dict()) == names
+
+
+def test_a_run_with_compiled_towers_is_the_same_run(counter: CompileCounterWithBackend, tmp_path: Path) -> None:
+    train_miniclip.main(flags(tmp_path, "plain", num_train_epochs=1))
+    assert counter.frame_count == 0
+    train_miniclip.main(flags(tmp_path, "compiled", num_train_epochs=1, compile_towers=True))
+    assert counter.frame_count >= 2
+    assert metrics_of(tmp_path / "plain")
+    assert_same_log(tmp_path / "plain", tmp_path / "compiled")
+
+
+def test_tf32_is_for_gpus_alone() -> None:
+    before = torch.get_float32_matmul_precision()
+    allow_tf32(torch.device("cpu"))
+    assert torch.get_float32_matmul_precision() == before
+    try:
+        allow_tf32(torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_one_thread_computes_within_the_block_and_as_many_as_before_behind_it() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError), one_thread():
+            assert torch.get_num_threads() == 1
+            raise ValueError
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
