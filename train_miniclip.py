@@ -24,8 +24,9 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no network call at imp
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's processes are the parallelism
 
 from modeling_miniclip.errors import DataError, MiniClipError, ModelError, UsageError, run_command  # noqa: E402
-from modeling_miniclip.training.arguments import TrainingArguments, checkpoint_interval, parse_arguments  # noqa: E402
-from modeling_miniclip.training.ranks import own_rank  # noqa: E402
+from modeling_miniclip.training.arguments import TrainingArguments
+from modeling_miniclip.training.output_dir import own_rank
+from modeling_miniclip.training.parsing import checkpoint_interval, parse_arguments
 
 
 @dataclass
@@ -129,10 +130,12 @@ def prepare(arguments: TrainingArguments) -> Run:
     """Output folder, data, model, loaders, optimiser, schedule; a resumed run's state."""
     from modeling_miniclip.data.check import quick_look
     from modeling_miniclip.training.bad_images import BadImages
-    from modeling_miniclip.training.checkpoints import Interrupt, MetricsLog, Progress
+    from modeling_miniclip.training.checkpoints import Progress
     from modeling_miniclip.training.diagnostics import Diagnosis
     from modeling_miniclip.training.optimizer import build_scheduler
-    from modeling_miniclip.training.reporting import StepMeter, data_for_card, describe_splits, say, split_sizes
+    from modeling_miniclip.training.publish import data_for_card
+    from modeling_miniclip.training.reporting import MetricsLog, StepMeter, describe_splits, say, split_sizes
+    from modeling_miniclip.training.signals import Interrupt
 
     if arguments.overfit_batch:
         arguments = without_noise(arguments)
@@ -194,8 +197,8 @@ def prepare(arguments: TrainingArguments) -> Run:
 
 def begin(run: Run, checkpoint: Path | None) -> None:
     """From where: a checkpoint, or an empty output folder; from now on the run leaves its marks there."""
-    from modeling_miniclip.training.arguments import save_arguments
-    from modeling_miniclip.training.checkpoints import clear_output_dir
+    from modeling_miniclip.training.output_dir import clear_output_dir
+    from modeling_miniclip.training.parsing import save_arguments
     from modeling_miniclip.training.reporting import say
 
     arguments, accelerator = run.arguments, run.accelerator
@@ -307,7 +310,8 @@ def build_model(arguments: TrainingArguments, accelerator: Any, splits: Any) -> 
     from accelerate.utils import DistributedType
 
     from modeling_miniclip.training import build_model as building
-    from modeling_miniclip.training.optimizer import TEXT_GROUPS, freeze_layers
+    from modeling_miniclip.training.layers import freeze_layers
+    from modeling_miniclip.training.optimizer import TEXT_GROUPS
     from modeling_miniclip.training.reporting import describe_model, say
     from modeling_miniclip.utils.performance import compile_towers, to_channels_last
 
@@ -333,10 +337,12 @@ def build_loaders(
     arguments: TrainingArguments, accelerator: Any, model: Any, processor: Any, splits: Any
 ) -> tuple[Any, Any]:
     """Loaders of this process's share of the training and validation batches; frozen features are computed here."""
-    from modeling_miniclip.data.loader import CaptionRows, GlobalBatches, build_augmentation, make_loader
+    from modeling_miniclip.data.augmentation import build_augmentation
+    from modeling_miniclip.data.dataset import CaptionRows
+    from modeling_miniclip.data.loader import GlobalBatches, make_loader
     from modeling_miniclip.training import features
-    from modeling_miniclip.training.arguments import augmentation_list
     from modeling_miniclip.training.feature_cache import default_cache_dir
+    from modeling_miniclip.training.parsing import augmentation_list
 
     cache_dir = Path(arguments.feature_cache_dir or default_cache_dir())
     crop, side = processor.image_processor.crop_size, arguments.train_image_size
@@ -421,8 +427,7 @@ def save(run: Run) -> None:
     Raises:
         MiniClipError: a weight is not finite.
     """
-    from modeling_miniclip.training.checkpoints import save_checkpoint
-    from modeling_miniclip.training.optimizer import check_weights
+    from modeling_miniclip.training.checkpoints import check_weights, save_checkpoint
 
     if run.saved == run.position:
         return
@@ -498,9 +503,9 @@ def forward_and_backward(run: Run, batch: dict[str, Any]) -> Any:
     """
     import torch
 
+    from modeling_miniclip.data.loader import forward_inputs
     from modeling_miniclip.training.distributed import global_contrastive_loss
     from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
-    from modeling_miniclip.training.optimizer import forward_inputs
 
     accelerator, chunk_size = run.accelerator, run.arguments.chunk_size
     chunks = [batch] if chunk_size is None else split_batch(batch, chunk_size, accelerator.device)
@@ -596,7 +601,8 @@ def validate(run: Run) -> bool:
 def export_best(run: Run, metrics: dict[str, float], intervals: dict[str, tuple[float, float]]) -> None:
     """Replace `export/` by the model as it is now, with its measured card; upload it if each best is to be."""
     from modeling_miniclip.hub.export import export
-    from modeling_miniclip.training.reporting import arguments_for_card, command_for_card, say
+    from modeling_miniclip.training.publish import arguments_for_card, command_for_card
+    from modeling_miniclip.training.reporting import say
 
     arguments = run.arguments
     state_dict = run.accelerator.get_state_dict(run.model)  # by all processes: with FSDP each has but a part
@@ -696,8 +702,8 @@ def overfit_batch(run: Run) -> Path:
 
 def finish(run: Run) -> Path:
     """Curves, a picture of what the exported model finds, the trackers' end, and the push."""
+    from modeling_miniclip.training.figures import draw_curves, read_metrics
     from modeling_miniclip.training.reporting import say
-    from modeling_miniclip.utils.match_grid import draw_curves, read_metrics
 
     export_dir, progress = run.output_dir / "export", run.progress
     image_features = run.validation_loader.dataset.vision_features
@@ -728,7 +734,8 @@ def draw_retrieval(run: Run, export_dir: Path, image_features: Any) -> None:
 
     from modeling_miniclip.inference.encode import encode_batches, encode_images, encode_texts
     from modeling_miniclip.modeling_miniclip import MiniClipModel
-    from modeling_miniclip.utils.match_grid import draw_matches, example_queries, match_rows
+    from modeling_miniclip.training.figures import example_queries
+    from modeling_miniclip.utils.match_grid import draw_matches, match_rows
 
     def project(features: list[Any]) -> Any:
         return model(vision_pooler_output=torch.stack(features).to(model.device)).image_embeds

@@ -29,10 +29,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from modeling_miniclip import retrieval_metrics
-from modeling_miniclip.data.loader import build_augmentation
-from modeling_miniclip.training.arguments import TrainingArguments, augmentation_list, parse_arguments
+from modeling_miniclip.data.augmentation import build_augmentation
+from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.build_model import build_model
-from modeling_miniclip.training.optimizer import freeze_layers, parameter_groups, set_training_mode
+from modeling_miniclip.training.layers import freeze_layers, set_training_mode
+from modeling_miniclip.training.optimizer import parameter_groups
+from modeling_miniclip.training.parsing import augmentation_list, parse_arguments
 from train_miniclip import load_splits
 
 

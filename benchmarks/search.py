@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from modeling_miniclip.search.approximate import FILE, ApproximateNeighbours, build_neighbours
+from modeling_miniclip.search.embeddings_file import map_embeddings, write_embeddings
 from modeling_miniclip.search.exact import Neighbours
-from modeling_miniclip.search.index import ImageIndex, map_embeddings, write_embeddings
+from modeling_miniclip.search.index import ImageIndex
 from modeling_miniclip.search.query import Query, embed_queries
 
 K = 10

@@ -25,8 +25,11 @@ from plain_loop import PlainLoop
 
 import train_miniclip
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images
-from modeling_miniclip.data.loader import CaptionRows, GlobalBatches, build_augmentation, make_loader
-from modeling_miniclip.training.arguments import TrainingArguments, augmentation_list, parse_arguments
+from modeling_miniclip.data.augmentation import build_augmentation
+from modeling_miniclip.data.dataset import CaptionRows
+from modeling_miniclip.data.loader import GlobalBatches, make_loader
+from modeling_miniclip.training.arguments import TrainingArguments
+from modeling_miniclip.training.parsing import augmentation_list, parse_arguments
 from modeling_miniclip.utils.performance import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent

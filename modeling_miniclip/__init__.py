@@ -21,7 +21,7 @@ _MODULE_OF = {
     "retrieval_metrics": "evaluation.metrics",
     "encode_images": "inference.encode",
     "encode_texts": "inference.encode",
-    "find_matches": "inference.encode",
+    "find_matches": "search.in_memory",
     "keep_freed_memory": "utils.performance",
     "zero_shot_weights": "evaluation.zero_shot",
     "zero_shot_accuracy": "evaluation.zero_shot",
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from .hub.push import push as push
     from .inference.encode import encode_images as encode_images
     from .inference.encode import encode_texts as encode_texts
-    from .inference.encode import find_matches as find_matches
     from .modeling_miniclip import MiniClipModel as MiniClipModel
     from .modeling_miniclip import MiniClipOutput as MiniClipOutput
     from .modeling_miniclip import contrastive_loss as contrastive_loss
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
     from .modeling_miniclip import symmetric_contrastive_loss as symmetric_contrastive_loss
     from .processing_miniclip import MiniClipProcessor as MiniClipProcessor
     from .search.filters import EntryFilter as EntryFilter
+    from .search.in_memory import find_matches as find_matches
     from .search.index import ImageIndex as ImageIndex
     from .search.update import update_index as update_index
     from .utils.performance import keep_freed_memory as keep_freed_memory

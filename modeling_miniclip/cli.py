@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EXIT_CODES, DataError, UsageError, run_command
-from .training.ranks import own_rank
+from .training.output_dir import own_rank
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ def run_search(args: argparse.Namespace) -> None:
     """Print what was found, and what took how long; write a page of it."""
     start = time.perf_counter()
     from .search.filters import EntryFilter
-    from .search.query import Query, Timing, format_json, format_table, search_index
+    from .search.formatting import format_json, format_table
+    from .search.query import Query, Timing, search_index
 
     timing = Timing(imports=time.perf_counter() - start)
     if args.k < 1:
@@ -217,7 +218,8 @@ def declare_duplicates(parser: argparse.ArgumentParser) -> None:
 
 def run_duplicates(args: argparse.Namespace) -> None:
     """Print groups of images that are the same or nearly so."""
-    from .search.duplicates import find_duplicates, format_groups, format_groups_json
+    from .search.duplicates import find_duplicates
+    from .search.formatting import format_groups, format_groups_json
     from .search.index import ImageIndex
 
     index = ImageIndex.open(args.index, verify=True)

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 
 def printable(text: object) -> str:
@@ -80,15 +80,6 @@ class Problem:
     def __str__(self) -> str:
         place = [self.file, *([f"row {self.row}"] if self.row is not None else [])]
         return f"{', '.join(place + ([f'column {self.column!r}'] if self.column else []))}: {self.text}"
-
-
-def refuse(problem: Problem) -> NoReturn:
-    """What a reader does with a problem, unless it is told to go on without the row.
-
-    Raises:
-        DataError: always.
-    """
-    raise DataError(str(problem))
 
 
 # What an answer of the Hub means to its user; other ones explain themselves.

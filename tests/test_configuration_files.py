@@ -16,9 +16,10 @@ from accelerate.utils import DistributedType
 from PIL import Image
 
 from modeling_miniclip import MiniClipModel, packaged_file
-from modeling_miniclip.data.loader import build_augmentation
-from modeling_miniclip.training.arguments import TrainingArguments, augmentation_list, parse_arguments
+from modeling_miniclip.data.augmentation import build_augmentation
+from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.build_model import build_model, read_preset
+from modeling_miniclip.training.parsing import augmentation_list, parse_arguments
 from tests.helpers.hubs import add_repository, local_hub, run
 from tests.helpers.runs import ROOT, metrics_of
 from tests.helpers.towers import CAPTIONS

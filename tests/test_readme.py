@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from modeling_miniclip.cli import build_parser
-from modeling_miniclip.training.arguments import flag_tables, parse_arguments, read_recipe
+from modeling_miniclip.training.arguments import flag_tables
+from modeling_miniclip.training.parsing import parse_arguments, read_recipe
 from tests.helpers.runs import ROOT, environment
 from tests.helpers.towers import save_towers
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, UsageError, encode_images, encode_texts
 from modeling_miniclip.data.captions import load_captions
 from modeling_miniclip.evaluation.metrics import METRIC_NAMES, measure
-from modeling_miniclip.training.arguments import parse_arguments
+from modeling_miniclip.training.parsing import parse_arguments
 from tests.helpers.runs import ROOT, assert_same_log, command, environment, flags, launch, metrics_of
 from tests.helpers.towers import PIXELS
 from train_miniclip import main, prepare

@@ -17,9 +17,10 @@ from PIL import Image
 from modeling_miniclip import DataError, MiniClipError, MiniClipModel, UsageError, load_captions
 from modeling_miniclip.cli import build_parser
 from modeling_miniclip.errors import one_line, printable
-from modeling_miniclip.hub.export import rename_card, write_card
-from modeling_miniclip.training.arguments import TrainingArguments, parse_arguments
+from modeling_miniclip.hub.model_card import rename_card, write_card
+from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.optimizer import arguments
+from modeling_miniclip.training.parsing import parse_arguments
 from modeling_miniclip.training.reporting import say
 from modeling_miniclip.utils.match_grid import MatchRow, draw_matches
 from tests.helpers.runs import ROOT

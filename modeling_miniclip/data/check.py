@@ -1,7 +1,6 @@
 """`miniclip check`: what is wrong with captioned images, each problem with its file and row, before any training."""
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -10,46 +9,22 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from ..errors import DataError, MiniClipError, ModelError, Problem, UsageError, printable
+from ..errors import DataError, ModelError, Problem, UsageError, printable
 from ..utils.files import replace_text
-from .captions import UNDECODED, CaptionedImage, Columns, Source, load_captions, read_source, split_by_image
-from .sources import IMAGE_SUFFIXES
+from .caption_files import UNDECODED, CaptionedImage, Columns
+from .captions import Source, load_captions, read_source
+from .image_files import IMAGE_SUFFIXES
+from .near_duplicates import Look, look_at, same_images
+from .problems import KINDS
+from .splits import split_by_image
 
-# What each kind of problem is called in a summary.
-KINDS = {
-    "unusable": "nothing to go on with",
-    "encoding": "rows with bytes that are not UTF-8",
-    "separator": "files with another separator",
-    "quotes": "rows with wrong quotation marks",
-    "fields": "rows with too many or too few fields",
-    "json": "rows that are not JSON objects",
-    "no-name": "rows without an image name",
-    "empty-caption": "captions that are empty or no text",
-    "long-caption": "captions that are much too long",
-    "odd-caption": "captions with control characters",
-    "duplicate-caption": "captions that an image has twice",
-    "outside": "images outside the folder of images",
-    "missing": "image files that are not there",
-    "empty": "image files of no bytes",
-    "undecodable": "images that cannot be decoded",
-    "huge": "images that are too large to decode safely",
-    "duplicate-image": "images that look like another one of their split",
-    "two-splits": "images in two splits",
-    "no-captions": "images without captions, or captions without images",
-    "small-split": "splits that are too small",
-}
 LONGEST_CAPTION = 1000  # characters; no text tower reads as many
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # but for tabs and line ends
 FEWEST_VALIDATION_IMAGES = 11  # with ten, recall at 10 is 100 %
-FULL_PART = 100  # images with an equal part of their hash, as flat pictures have: the search stays linear
 SHOWN = 100  # problems of a kind on the terminal; --json and the report of --fix have all
 
 
@@ -63,16 +38,6 @@ class Entry(NamedTuple):
     file: str
     column: str | None
     content: str | bytes  # path, or the encoded image
-
-
-class Look(NamedTuple):
-    """What decoding an image gives: a kind of problem and what it is, or hashes of its bytes and of its pixels."""
-
-    kind: str | None = None
-    told: str = ""
-    of_bytes: bytes = b""
-    of_gradients: bytes = b""  # 64 bits, the same for a copy of another size or compression
-    thumbnail: bytes = b""  # 8x8 RGB
 
 
 @dataclass
@@ -234,84 +199,6 @@ def quick_look(splits: Any, dataset: str, batch_size: int) -> list[str]:
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
-
-
-def look_at(contents: list[str | bytes], num_workers: int) -> Iterator[Look]:
-    """Decode images, in their order, by so many processes.
-
-    Raises:
-        MiniClipError: a process died.
-    """
-    if num_workers < 1 or len(contents) < 2:
-        yield from map(look, contents)
-        return
-    try:
-        with ProcessPoolExecutor(num_workers) as pool:
-            yield from pool.map(look, contents, chunksize=32)
-    except BrokenProcessPool as error:
-        raise MiniClipError(
-            "a process that decodes images died, likely for lack of memory or because an image crashed a decoder: "
-            "--num_workers 0 tells which, --quick does without decoding"
-        ) from error
-
-
-def look(content: str | bytes) -> Look:
-    """Decode one image."""
-    from PIL import Image
-
-    from ..processing_miniclip import to_rgb
-
-    try:
-        data = content if isinstance(content, bytes) else Path(content).read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a bomb is told below, before it is decoded
-            with Image.open(io.BytesIO(data)) as opened:
-                width, height = opened.size
-                if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
-                    return Look("huge", f"has {width}x{height} pixels; scale it down, it may be a decompression bomb")
-                image = to_rgb(opened)
-    except Image.DecompressionBombError:
-        return Look("huge", "has more pixels than can be decoded safely; scale it down")
-    except Exception as error:  # Pillow's decoders raise all sorts
-        return Look("undecodable", f"cannot be decoded: {error}; replace the file or delete its rows")
-    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
-    gradients = np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
-    thumbnail = image.resize((8, 8), Image.Resampling.BOX).tobytes()
-    return Look(None, "", hashlib.blake2b(data, digest_size=16).digest(), gradients, thumbnail)
-
-
-def same_images(looks: Mapping[str, Look]) -> list[tuple[str, str, bool]]:
-    """Images that look like an earlier one: the name of both, and whether the files are equal byte for byte.
-
-    Found by equal bytes, or by a "difference hash" (8x8 signs of brightness gradients) of which one of four parts is
-    equal, and 8x8 colours that hardly differ. For photographs compressed anew at quality 50, halved or doubled, 95 %
-    differ in 3 of the 64 signs at most, and colours by 5 of 255 at most; two different ones by 14 and 66 at least.
-    """
-    by_bytes: dict[bytes, str] = {}
-    by_part: dict[tuple[int, bytes], list[str]] = defaultdict(list)
-    found = []
-    for name, one in looks.items():
-        if one.kind is not None:
-            continue
-        first = by_bytes.setdefault(one.of_bytes, name)
-        if first != name:
-            found.append((name, first, True))
-            continue
-        parts = [by_part[i, one.of_gradients[i : i + 2]] for i in range(0, 8, 2)]
-        near = next((other for part in parts for other in part if _alike(one, looks[other])), None)
-        if near is not None:
-            found.append((name, near, False))
-            continue
-        for part in parts:
-            if len(part) < FULL_PART:
-                part.append(name)
-    return found
-
-
-def _alike(one: Look, other: Look) -> bool:
-    colours, others = (np.frombuffer(look.thumbnail, np.uint8).astype(int) for look in (one, other))
-    signs = int.from_bytes(one.of_gradients, "big") ^ int.from_bytes(other.of_gradients, "big")
-    return signs.bit_count() <= 8 and int(np.abs(colours - others).max()) <= 12
 
 
 # --- checks: each takes the entries, what decoding them gave and the batch size --------------------------------------

@@ -4,258 +4,26 @@ Everything random depends on the seed, the epoch and the row alone, never on the
 that any number of processes trains on the same global batches.
 """
 
-import inspect
-import math
 import os
-import random
 import re
 import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
-from torch.utils.data import Dataset as TorchDataset
 
-from ..errors import DataError, MiniClipError, UsageError, did_you_mean
-from ..processing_miniclip import MiniClipProcessor, to_rgb
+from ..errors import MiniClipError
+from ..processing_miniclip import MiniClipProcessor
+from .dataset import FILLER, CaptionRows
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-# What a run that names no augmentation gets: mild, for captions name colours and what is at the edge. Flips are usual,
-# though they make captions wrong that say left or right.
-DEFAULT_AUGMENTATION: list[dict[str, Any]] = [
-    {"name": "RandomResizedCrop", "scale": [0.6, 1.0], "ratio": [0.8, 1.25]},
-    {"name": "HorizontalFlip", "p": 0.5},
-    {"name": "ColorJitter", "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02, "p": 0.5},
-]
-
-
-def build_augmentation(transforms: list[dict[str, Any]], image_size: tuple[int, int]) -> Any:
-    """An albumentations pipeline for training images.
-
-    Args:
-        transforms: one dictionary a transform: `name` of an albumentations class and its arguments. A transform that
-            takes a `size` and names none gets `image_size`.
-        image_size: `(height, width)` in pixels that every image has afterwards.
-
-    Returns:
-        `albumentations.Compose` from `[H, W, 3]` uint8 to `image_size`; None for an empty list.
-
-    Raises:
-        UsageError: no such transform, arguments that it does not take, or a result that is no 8-bit RGB image.
-    """
-    if not transforms:
-        return None
-    import albumentations
-
-    steps = [_build_transform(transform, image_size) for transform in transforms]
-    steps.append(albumentations.Resize(*image_size))  # does nothing to an image of that size
-    try:
-        # None is left to chance, so that what is wrong is seen now.
-        certain = albumentations.Compose(
-            [_build_transform({**t, "p": 1.0}, image_size) for t in transforms] + steps[-1:]
-        )
-        trial = certain(image=np.zeros((1024, 1024, 3), dtype=np.uint8))["image"]
-        if trial.dtype != np.uint8 or trial.shape != (*image_size, 3):
-            raise ValueError(f"it gives {trial.dtype} of shape {tuple(trial.shape)}")
-    except Exception as error:  # whatever a transform raises that needs more than an image
-        raise UsageError(
-            f"augmentation ({', '.join(transform['name'] for transform in transforms)}) must turn an image alone into "
-            "an 8-bit RGB image; the processor normalises and makes the tensor, so leave out Normalize, ToFloat and "
-            f"ToTensorV2: {error}"
-        ) from error
-    return albumentations.Compose(steps)
-
-
-def _build_transform(transform: dict[str, Any], image_size: tuple[int, int]) -> Any:
-    import albumentations
-
-    arguments = dict(transform)
-    name = str(arguments.pop("name", None))
-    known = {
-        key: value
-        for key, value in vars(albumentations).items()
-        if isinstance(value, type) and issubclass(value, albumentations.BasicTransform)
-    }
-    if name not in known:
-        raise UsageError(f"augmentation: albumentations has no transform {name!r}{did_you_mean(name, known)}")
-    accepted = inspect.signature(known[name]).parameters
-    for argument in arguments:
-        if argument not in accepted:
-            raise UsageError(
-                f"augmentation: {name} takes no {argument}{did_you_mean(argument, accepted)}; it takes "
-                f"{', '.join(accepted)}"
-            )
-    if "size" in accepted:
-        arguments.setdefault("size", image_size)
-    try:
-        return known[name](**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})
-    except Exception as error:  # a wrong value, a missing argument, an abstract class
-        raise UsageError(f"augmentation: {name}: {error}") from error
-
-
-# A row i that only keeps a process busy has the image id FILLER - i, which is negative.
-FILLER = -1
 BY_VALUE = 2**18  # bytes of a tensor
 SECONDS_BETWEEN_LOOKS = 2  # of a loader's process at whether the trainer lives
-READ_TOGETHER = 32  # image files that a loader's process holds undecoded
-
-
-def _index_of(image_id: int) -> int:
-    return image_id if image_id >= 0 else FILLER - image_id
-
-
-class CaptionRows(TorchDataset):
-    """Rows of a split, ready to be collated; an item is asked for by `(epoch, index)`.
-
-    A list of items may hold images that cannot be decoded: see `__getitems__`.
-
-    Args:
-        split: rows `{image, image_id, captions}`.
-        processor: gives an image that is not augmented its resize and crop.
-        augmentation: of [`build_augmentation`], or None.
-        captions_per_image: how many captions are drawn per image and epoch; None takes all of them.
-        seed: of the draws and of the augmentation.
-        vision_features: pooled features `[n, width]` of the frozen image tower, instead of the images: one tensor a
-            view, taken in turn by the epochs. NaN stands for an image that could not be decoded.
-        text_features: one `[captions, width]` tensor an image, of the frozen text tower, instead of the texts.
-    """
-
-    def __init__(
-        self,
-        split: "Dataset",
-        processor: MiniClipProcessor,
-        augmentation: Any = None,
-        captions_per_image: int | None = None,
-        seed: int = 0,
-        vision_features: list[Tensor] | None = None,
-        text_features: list[Tensor] | None = None,
-    ):
-        from datasets import Image
-
-        self.decode = split.features["image"].decode_example
-        self.undecoded = split.select_columns(["image"]).cast_column("image", Image(decode=False))
-        self.image_ids: list[str] = list(split["image_id"])
-        self.captions: list[list[str]] = list(split["captions"])
-        self.processor = processor
-        self.augmentation = augmentation
-        self.captions_per_image = captions_per_image
-        self.seed = seed
-        self.vision_features = vision_features
-        self.text_features = text_features
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        row = self._row(key, self._draw(key), None)
-        if "undecodable" in row:
-            raise DataError(row["undecodable"])
-        return row
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        """The rows of a batch, which the DataLoader asks for at once.
-
-        A row whose image cannot be decoded is `{"image_id", "undecodable": why}`. Where none is left, one more row
-        that can be decoded follows as a filler.
-
-        Raises:
-            DataError: no image of the split can be decoded, or a file cannot be read.
-        """
-        draws = [self._draw(key) for key in keys]  # first, for between images it takes several times as long
-        rows = [self._row(*row) for row in zip(keys, draws, self._files(keys), strict=True)]
-        if all("undecodable" in row for row in rows):
-            rows.append(self._filler(*keys[0]))
-        return rows
-
-    def _files(self, keys: list[tuple[int, int]]) -> Iterator[dict[str, Any] | None]:
-        # `datasets` takes as long for one row as for many.
-        for start in range(0, len(keys), READ_TOGETHER):
-            indices = [_index_of(image_id) for _, image_id in keys[start : start + READ_TOGETHER]]
-            yield from [None] * len(indices) if self.vision_features is not None else self.undecoded[indices]["image"]
-
-    def _draw(self, key: tuple[int, int]) -> tuple[np.ndarray, np.random.Generator, random.Random]:
-        """What chance gives to a row: the captions chosen, and two sources for the augmentation."""
-        epoch, index = key[0], _index_of(key[1])
-        rng = np.random.default_rng([self.seed, epoch, index])
-        available = len(self.captions[index])
-        if self.captions_per_image is None or self.captions_per_image >= available:
-            chosen = np.arange(available)
-        else:
-            chosen = rng.choice(available, size=self.captions_per_image, replace=False)
-        return chosen, rng, random.Random(int(rng.integers(2**63)))
-
-    def _row(
-        self,
-        key: tuple[int, int],
-        draw: tuple[np.ndarray, np.random.Generator, random.Random],
-        file: dict[str, Any] | None,
-    ) -> dict[str, Any]:
-        """A row, its undecoded image given if it was read already."""
-        epoch, image_id = key
-        index = _index_of(image_id)
-        chosen, rng, draws = draw
-        row: dict[str, Any] = {"image_id": image_id, "captions": [self.captions[index][i] for i in chosen]}
-        if self.vision_features is not None:
-            features = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
-            image: Any = self._image(index, file) if math.isnan(features[0]) else None
-            row["vision_features"] = features
-        else:
-            image = self._image(index, file)
-            if not isinstance(image, str):
-                row["pixels"] = self._pixels(image, index, rng, draws)  # [3, H, W] uint8
-        if isinstance(image, str):
-            return {"image_id": image_id, "undecodable": image}
-        if self.text_features is not None:
-            row["text_features"] = self.text_features[index][torch.from_numpy(chosen)]  # [K, width]
-        return row
-
-    def _filler(self, epoch: int, image_id: int) -> dict[str, Any]:
-        start = _index_of(image_id)
-        keys = ((epoch, FILLER - (start + i) % len(self)) for i in range(1, len(self)))
-        rows = (self._row(key, self._draw(key), None) for key in keys)
-        found = next((row for row in rows if "undecodable" not in row), None)
-        if found is None:
-            raise DataError(
-                f"none of {len(self)} images can be decoded, among them {self.image_ids[start]!r}; replace the files"
-            )
-        return found
-
-    def undecoded_images(self) -> Iterator[dict[str, Any]]:
-        """`{"bytes", "path"}` of each row's image file."""
-        yield from (row["image"] for row in self.undecoded)
-
-    def _image(self, index: int, file: dict[str, Any] | None) -> Any:
-        """The image of a row as RGB, or why it cannot be decoded."""
-        name = f"image {self.image_ids[index]!r}"
-        try:
-            return to_rgb(self.decode(self.undecoded[index]["image"] if file is None else file))
-        except MemoryError:  # says nothing of the image
-            raise
-        except Exception as error:  # Pillow's decoders raise all sorts
-            if getattr(error, "errno", None) is not None:  # nor does a disk that is gone
-                raise DataError(f"{name} cannot be read: {error}; mend that, then resume the run") from error
-            return f"{name} cannot be decoded: {error}; replace the file or delete its rows"
-
-    def _pixels(self, image: Any, index: int, rng: np.random.Generator, draws: random.Random) -> np.ndarray:
-        if self.augmentation is None:
-            return self.processor.crop(image)
-        for transform in self.augmentation.transforms:  # one after the other from the same source, so none alike
-            transform.set_random_state(rng, draws)
-        try:
-            return self.augmentation(image=np.array(image))["image"].transpose(2, 0, 1)
-        except Exception as error:  # a crop larger than the image, for instance
-            raise DataError(
-                f"image {self.image_ids[index]!r} of {image.width}x{image.height} pixels: the augmentation failed: "
-                f"{error}; change --augmentation"
-            ) from error
 
 
 class GlobalBatches(Sampler[list[tuple[int, int]]]):
@@ -433,3 +201,13 @@ def explained_workers() -> Iterator[None]:
         raise MiniClipError(
             f"a loader process died ({str(error).strip().splitlines()[-1]}): likely {cause}"
         ) from error
+
+
+def forward_inputs(batch: dict[str, Tensor], processor: MiniClipProcessor, device: torch.device) -> dict[str, Tensor]:
+    """A collated batch on the device, as keyword arguments of the model: pixels normalised, ids left out."""
+    names = ("pixel_values", "input_ids", "attention_mask", "vision_pooler_output", "text_pooler_output")
+    inputs = {name: batch[name].to(device, non_blocking=True) for name in names if name in batch}
+    if "pixel_values" in inputs:
+        pixels = processor.normalize(inputs["pixel_values"])
+        inputs["pixel_values"] = pixels.contiguous(memory_format=torch.channels_last)
+    return inputs

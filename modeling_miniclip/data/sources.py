@@ -11,24 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError, UsageError, one_line
-from .captions import (
-    CAPTION_FILES,
-    FILE_SUFFIXES,
-    METADATA_FILES,
-    CaptionedImage,
-    Columns,
-    bad_files,
-    caption_columns,
-    find_image_column,
-    image_folder,
-    read_caption_file,
-    read_splits,
-    split_of,
-)
+from .caption_files import CAPTION_FILES, METADATA_FILES, CaptionedImage, Columns, caption_columns, read_caption_file
+from .captions import FILE_SUFFIXES
+from .hub_datasets import find_image_column
+from .image_files import IMAGE_SUFFIXES, bad_files, image_folder
+from .splits import read_splits, split_of
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .jp2 .ppm .pgm .pbm .pnm .mpo .tga".split()
-)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".jsonl"})
 SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")  # of Dataset.save_to_disk and DatasetDict.save_to_disk

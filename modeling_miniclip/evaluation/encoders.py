@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 from ..configuration_miniclip import MiniClipConfig
 from ..errors import MiniClipError, ModelError, UsageError, one_line
 from ..inference.encode import encode_batches, encode_images, encode_texts, open_image
+from ..inference.loading import load_export
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
-from ..training.build_model import load_export
 
 OPEN_CLIP = "open_clip:"
 # Trained with every text padded to the same length, which they therefore need (transformers' docs of SigLIP).

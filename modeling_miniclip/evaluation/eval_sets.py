@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.captions import CAPTION_FILES, METADATA_FILES, SPLIT_ALIASES, SPLITS, load_captions
+from ..data.caption_files import CAPTION_FILES, METADATA_FILES
+from ..data.captions import load_captions
+from ..data.splits import SPLIT_ALIASES, SPLITS
 from ..errors import DataError, UsageError
 from ..inference.encode import open_image
 from .metrics import DIRECTIONS, RECALL_AT

@@ -23,9 +23,9 @@ from ..data.captions import load_captions
 from ..errors import MiniClipError, ModelError, UsageError, one_line
 from ..evaluation.metrics import retrieval_metrics
 from ..inference.encode import open_image
+from ..inference.loading import load_export
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor, to_rgb
-from ..training.build_model import load_export
 from ..utils.files import replaced_folder
 
 Inputs = dict[str, np.ndarray]  # of an encoder

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundEr
 from ..configuration_miniclip import MiniClipConfig
 from ..errors import MiniClipError, ModelError, one_line
 from ..utils.resources import PACKAGE
-from .export import rename_card
+from .model_card import rename_card
 
 VERIFICATION_TIMEOUT = 1800  # seconds that downloading and loading what was uploaded may take
 HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # what its client raises; RuntimeError: of an upload

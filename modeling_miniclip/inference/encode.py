@@ -1,9 +1,8 @@
 """Use of a trained model: embed images and texts once, then find what matches a query."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessorPil
 
-from ..data.loader import stack_pixels
+from ..data.loader import forward_inputs, stack_pixels
 from ..errors import DataError
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor, load_rgb, to_rgb
-from ..search.exact import Match
-from ..training.optimizer import forward_inputs
 
 
 def open_image(image: Any) -> Image.Image:
@@ -205,64 +202,3 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def find_matches(
-    model: MiniClipModel,
-    image_embeddings: Tensor,
-    query: Any,
-    image_filenames: Sequence[str | os.PathLike],
-    n: int = 9,
-    processor: MiniClipProcessor | None = None,
-    draw: str | os.PathLike | None = None,
-) -> list[Match]:
-    """The images that match a query best, best first.
-
-    Args:
-        model: the model that made the embeddings.
-        image_embeddings: `[images, projection_dim]` of [`encode_images`].
-        query: a text, or an image: `PIL.Image`, array or `Path`.
-        image_filenames: one name an embedding; a name that stands several times is returned once, with its best score.
-        n: how many.
-        processor: by default the one saved with the model.
-        draw: file name of a picture (PNG) of the found images to be written; the names must then be readable paths.
-
-    Returns:
-        At most `n` [`Match`]es, one a name.
-
-    Raises:
-        ValueError: as many names as embeddings are needed, and embeddings of this model; no processor.
-        DataError: the query or an image to be drawn cannot be read.
-
-    Example:
-        >>> find_matches(model, embeddings, "two dogs playing in the snow", filenames, n=3)  # doctest: +SKIP
-    """
-    embeddings = torch.as_tensor(image_embeddings).detach().float().cpu()
-    names = [os.fspath(name) for name in image_filenames]
-    if embeddings.ndim != 2 or len(names) != len(embeddings):
-        raise ValueError(f"image_embeddings of shape {tuple(embeddings.shape)} but {len(names)} image_filenames")
-    if n < 1:
-        raise ValueError(f"n must be at least 1, not {n}")
-    if isinstance(query, str):
-        embedding = encode_texts(model, [query], processor, progress=False)
-    else:
-        embedding = encode_images(model, [query], processor, progress=False)
-    if embedding.shape[1] != embeddings.shape[1]:
-        raise ValueError(
-            f"image_embeddings are {embeddings.shape[1]}-dimensional, the model's {embedding.shape[1]}: encode the "
-            "images with this model"
-        )
-    scores = (torch.nn.functional.normalize(embeddings, dim=-1) @ embedding.T).squeeze(1)  # [images]
-    matches: dict[str, Match] = {}
-    for index in scores.argsort(descending=True, stable=True).tolist():
-        matches.setdefault(names[index], Match(names[index], scores[index].item(), index))
-        if len(matches) == n:
-            break
-    found = list(matches.values())
-    if draw is not None:
-        from ..utils.match_grid import MatchRow, draw_matches
-
-        title = query if isinstance(query, str) else "Images like the query"
-        row = MatchRow(title, "", [(open_image(m.name), f"{m.score:.2f}", False) for m in found])
-        draw_matches(Path(draw), [row])
-    return found

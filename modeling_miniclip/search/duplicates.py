@@ -1,13 +1,12 @@
 """Images of an index that are the same, byte for byte, or nearly so, by the cosine of their embeddings."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UsageError, printable
+from ..errors import UsageError
 from .index import ImageIndex
 
 BLOCK = 2_048  # rows and columns of the part of the similarities that is held at a time
@@ -98,37 +97,3 @@ def _near(embeddings: np.ndarray, rows: np.ndarray, threshold: float) -> Iterato
             for i, j in zip(ones, others, strict=True):
                 if i + top < j + left:
                     yield int(rows[i + top]), int(rows[j + left]), min(float(cosines[i, j]), 1.0)
-
-
-def format_groups(index: ImageIndex, groups: list[Group]) -> str:
-    """Groups as a list for people; the first image of each is the one that would be kept."""
-    ids, splits = index.entries["id"].to_pylist(), index.entries["split"].to_pylist()
-    lines = []
-    for group in groups:
-        lines.append("identical" if group.exact else f"near-identical, cosine {group.similarity:.4f}")
-        lines += [printable(f"  {ids[row]}" + (f"  ({splits[row]})" if splits[row] else "")) for row in group.rows]
-    across = sum(len({splits[row] for row in group.rows} - {""}) > 1 for group in groups)
-    more = sum(len(group.rows) - 1 for group in groups)
-    exact = sum(group.exact for group in groups)
-    lines.append(
-        f"{len(groups)} groups among {len(index)} images: {exact} identical, {len(groups) - exact} near-identical, "
-        f"{more} images more than needed; {across} across splits"
-    )
-    return "\n".join(lines)
-
-
-def format_groups_json(index: ImageIndex, groups: list[Group]) -> str:
-    """Groups as JSON."""
-    entries = index.entries.select(["id", "split", "hash"])
-    return json.dumps(
-        [
-            {
-                "exact": group.exact,
-                "similarity": round(group.similarity, 6),
-                "images": entries.take(group.rows).to_pylist(),
-            }
-            for group in groups
-        ],
-        indent=1,
-        ensure_ascii=False,
-    )

@@ -2,39 +2,12 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
-
-from ..errors import ModelError, one_line
 
 # What may change in config.json without changing an embedding.
 VOLATILE = ("transformers_version", "_name_or_path", "auto_map", "architectures", "dtype", "torch_dtype")
 IMAGE_SETTINGS = ("processor_config.json", "preprocessor_config.json")
-
-
-def model_folder(model: str | os.PathLike) -> Path:
-    """The folder with the files of a model: an export, or the local copy of a repository on the Hub.
-
-    Raises:
-        ModelError: neither is there.
-    """
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-
-        try:
-            path = Path(snapshot_download(os.fspath(model), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
-        except (HfHubHTTPError, HFValidationError, HTTPError, OSError, ValueError) as error:
-            raise ModelError(
-                f"{model}: neither the folder of an export nor a model that the Hub gives: {one_line(error)}"
-            ) from error
-    if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-        inner = path / "export"
-        hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
-        raise ModelError(f"{model} is not an export: it has no config.json and weights (*.safetensors){hint}")
-    return path
 
 
 def describe_files(folder: Path) -> list[list[Any]]:

@@ -13,10 +13,8 @@ package could misread a folder.
 """
 
 import json
-import math
 import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -32,13 +30,12 @@ from ..utils.checksums import file_checksum, value_checksum
 from ..utils.files import recover_folder, replaced_folder
 from .approximate import FILE as NEIGHBOURS
 from .approximate import ApproximateNeighbours, build_neighbours, is_chosen
+from .embeddings_file import BLOCK, map_embeddings, write_embeddings
 from .exact import Match, Neighbours
 from .filters import EntryFilter
 
 FORMAT = 1
 MANIFEST, ENTRIES, EMBEDDINGS = "manifest.json", "entries.parquet", "embeddings.safetensors"
-DTYPES = {"float32": "F32", "float16": "F16"}  # safetensors' names of them
-BLOCK = 65_536  # rows copied at a time
 ROW_GROUP = 2_048  # entries of one read of thumbnails
 VERIFIED = 256 << 20  # bytes of which the checksum costs little beside the imports and the model that a search needs
 OWN = "sha256"  # the manifest's key for the checksum of all other keys
@@ -334,61 +331,3 @@ def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Ite
 
 
 # --- embeddings as safetensors, written in blocks and memory-mapped -------------------------------------------------
-
-
-def write_embeddings(path: Path, rows: int, dim: int, dtype: str, blocks: Iterable[np.ndarray]) -> None:
-    """One tensor `embeddings` in safetensors' format, without ever holding all of it.
-
-    The format: https://huggingface.co/docs/safetensors/index#format.
-
-    Raises:
-        ValueError: the blocks have other rows than announced.
-    """
-    size = rows * dim * np.dtype(dtype).itemsize
-    tensor = {"dtype": DTYPES[dtype], "shape": [rows, dim], "data_offsets": [0, size]}
-    header = json.dumps({"embeddings": tensor}).encode()
-    header += b" " * (-(len(header) + 8) % 64)  # so that the numbers are aligned to a cache line
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for block in blocks:
-            file.write(np.ascontiguousarray(block, dtype=np.dtype(dtype).newbyteorder("<")).tobytes())
-        written = file.tell() - len(header) - 8
-    if written != size:
-        raise ValueError(f"{path}: {written} bytes of embeddings instead of {size}")
-
-
-def map_embeddings(path: Path) -> np.ndarray:
-    """`[rows, dim]` of [`write_embeddings`], memory-mapped.
-
-    Raises:
-        ValueError: another file, or one that was cut off.
-    """
-    if sys.byteorder != "little":
-        raise ValueError("embeddings are little-endian, this machine is not")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        tensor = json.loads(file.read(length))["embeddings"]
-    dtype = next(name for name, code in DTYPES.items() if code == tensor["dtype"])
-    size = math.prod(tensor["shape"]) * np.dtype(dtype).itemsize
-    if tensor["data_offsets"] != [0, size] or path.stat().st_size != 8 + length + size:
-        raise ValueError(f"{path} was cut off")
-    if 0 in tensor["shape"]:
-        return np.zeros(tensor["shape"], dtype)
-    # "c": what a caller writes stays in its memory; torch warns of arrays that cannot be written.
-    return np.memmap(path, dtype, "c", 8 + length, tuple(tensor["shape"]))
-
-
-def gather_blocks(parts: Sequence[np.ndarray], part_of: np.ndarray, row_of: np.ndarray) -> Iterator[np.ndarray]:
-    """Rows of several arrays in any order, block by block.
-
-    Args:
-        parts: `[n, dim]` each.
-        part_of, row_of: `[rows]`, where each row is.
-    """
-    for start in range(0, len(part_of), BLOCK):
-        which, rows = part_of[start : start + BLOCK], row_of[start : start + BLOCK]
-        block = np.empty((len(which), parts[0].shape[1]), parts[0].dtype)
-        for part in np.unique(which):
-            here = which == part
-            block[here] = parts[part][rows[here]]
-        yield block

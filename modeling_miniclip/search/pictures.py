@@ -5,7 +5,7 @@ import io
 from PIL import Image
 
 from ..processing_miniclip import to_rgb
-from ..utils.html import shrunk
+from ..utils.thumbnails import shrunk
 from .index import ImageIndex
 
 

@@ -1,18 +1,15 @@
 """A query in words, by a picture or both, answered from an index by the one or two towers that it needs."""
 
-import json
 import os
 import shlex
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import ModelError, UsageError, printable
+from ..errors import ModelError, UsageError
 from .exact import Match
 from .filters import EntryFilter
 from .index import ImageIndex
@@ -99,8 +96,8 @@ def load_checked(index: ImageIndex, side: Literal["image", "text"]) -> tuple[Any
     Raises:
         ModelError: the model is not there any more, or has changed since.
     """
-    from ..inference.loading import load_tower
-    from .fingerprints import describe_files, fingerprint, model_folder
+    from ..inference.loading import load_tower, model_folder
+    from .fingerprints import describe_files, fingerprint
 
     folder = model_folder(index.model)
     if describe_files(folder) != index.manifest.files and fingerprint(folder) != index.manifest.fingerprint:
@@ -192,55 +189,3 @@ def search_index(
 
 
 # --- what is printed ------------------------------------------------------------------------------------------------
-
-
-def format_table(index: ImageIndex, matches: list[Match], width: int) -> str:
-    """Rank, score, date, image and first caption in as many columns of a terminal as there are.
-
-    Args:
-        index: that was searched.
-        matches: found in it.
-        width: of a line.
-    """
-    rows = [index.entry(match.index) for match in matches]
-    home = os.path.commonpath([row["id"] for row in rows]) if rows and all(row["path"] for row in rows) else ""
-    home = os.path.dirname(home) if len(rows) == 1 else home
-    names = [os.path.relpath(row["id"], home) if home else row["id"] for row in rows]
-    longest = max((display_width(name) for name in names), default=0)
-    lines = [f"in {home}"] if home else []
-    for rank, (match, row, name) in enumerate(zip(matches, rows, names, strict=True), 1):
-        date = row["date"].strftime("%Y-%m-%d") if row["date"] else " " * 10
-        padded = name + " " * (longest - display_width(name))
-        line = f"{rank:4d}  {match.score:6.3f}  {date}  {padded}  {row['captions'][0] if row['captions'] else ''}"
-        lines.append(cut(printable(line.rstrip()), max(width, 24 + longest)))
-    return "\n".join(lines)
-
-
-def display_width(text: str) -> int:
-    """Columns of a terminal that a text takes: wide characters (Chinese, emoji) two, combining ones none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def cut(line: str, width: int) -> str:
-    """A line that is not longer than so many columns."""
-    if display_width(line) <= width:
-        return line
-    while display_width(line) > width - 1:
-        line = line[:-1]
-    return line + "…"
-
-
-def format_json(index: ImageIndex, query: Query, matches: list[Match], timing: Timing) -> str:
-    """Query, matches with all that is known of their images, and seconds, as JSON."""
-    found: list[dict[str, Any]] = []
-    for rank, match in enumerate(matches, 1):
-        entry = index.entry(match.index)
-        entry["date"] = entry["date"].isoformat() if entry["date"] else None
-        found.append({"rank": rank, "score": round(match.score, 6), **entry})
-    values = {
-        "index": str(Path(index.folder).resolve()),
-        "query": {**asdict(query), "image": None if query.image is None else os.fspath(query.image)},
-        "matches": found,
-        "seconds": {name: round(value, 4) for name, value in asdict(timing).items()},
-    }
-    return json.dumps(values, indent=1, ensure_ascii=False)

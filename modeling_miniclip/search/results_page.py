@@ -4,7 +4,8 @@ from pathlib import Path
 
 from ..errors import MiniClipError
 from ..utils.files import replace_text
-from ..utils.html import THUMBNAIL, grid, page, thumbnail, tile
+from ..utils.html import grid, page, thumbnail, tile
+from ..utils.thumbnails import THUMBNAIL
 from .exact import Match
 from .index import ImageIndex
 from .pictures import picture_of

@@ -26,15 +26,14 @@ from accelerate import PartialState
 from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
+from ..data.loader import forward_inputs
 from ..data.sources import UNKNOWN, Item
 from ..errors import MiniClipError, printable
-from ..inference.loading import load_tower
+from ..inference.loading import load_tower, model_folder
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor, to_rgb
-from ..training.optimizer import forward_inputs
-from ..utils.html import encode_thumbnail
 from ..utils.performance import to_channels_last
-from .fingerprints import model_folder
+from ..utils.thumbnails import encode_thumbnail
 from .index import MANIFEST, SCHEMA, ImageIndex, Manifest, write_index
 
 SHARD = 1024  # images that an interruption costs at most, in each process

@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import MiniClipError, UsageError
+from ..inference.loading import model_folder
 from ..utils.files import replaced_folder
-from ..utils.html import encode_thumbnail
 from ..utils.resources import PACKAGE
-from .fingerprints import describe_files, model_folder
-from .index import BLOCK, ImageIndex, Manifest, write_index
+from ..utils.thumbnails import encode_thumbnail
+from .embeddings_file import BLOCK
+from .fingerprints import describe_files
+from .index import ImageIndex, Manifest, write_index
 from .pictures import picture_of
 from .update import update_index
 

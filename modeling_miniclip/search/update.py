@@ -24,10 +24,12 @@ from accelerate.utils import gather_object
 from ..configuration_miniclip import MiniClipConfig
 from ..data.sources import DEFAULT_COLUMNS, ColumnNames, Item, is_listed_at_once, resolve_source, walk_sources
 from ..errors import DataError, MiniClipError, ModelError, UsageError, one_line
+from ..inference.loading import model_folder
 from ..utils.files import discard_folder, recover_folder
 from .approximate import is_chosen
-from .fingerprints import describe_files, fingerprint, model_folder
-from .index import DTYPES, ImageIndex, Manifest, gather_blocks, write_index
+from .embeddings_file import DTYPES, gather_blocks
+from .fingerprints import describe_files, fingerprint
+from .index import ImageIndex, Manifest, write_index
 from .shards import Encoding, Pool, default_workers, open_pool
 
 PATIENCE = timedelta(days=7)  # that processes wait for the slowest

@@ -1,19 +1,17 @@
 """Model and processor as a run's arguments ask for them."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.errors import HTTPError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from ..configuration_miniclip import MiniClipConfig
 from ..errors import ModelError, UsageError, did_you_mean, one_line
+from ..inference.loading import _check_folder, load_export
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor, image_processor_from_timm, max_text_length
-from ..utils.checksums import check_weights
 from ..utils.resources import named_file
 from .arguments import MODEL_SOURCES, TrainingArguments
 
@@ -129,55 +127,6 @@ def _from_export(arguments: TrainingArguments, overrides: dict[str, Any]) -> tup
         size = arguments.image_size or processor.image_processor.crop_size["height"]
         processor.image_processor = image_processor_from_timm(model.config.vision_config, size, arguments.crop_pct)
     return model, processor
-
-
-def load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcessor]:
-    """Model and processor of an export.
-
-    Args:
-        source: folder, or repository on the Hub.
-        flag: that named it, for the errors.
-
-    Returns:
-        The model in evaluation mode and float32, and its processor.
-
-    Raises:
-        ValueError: no such folder, one without a model or with another model, or weights that are not complete.
-        OSError: it cannot be read.
-    """
-    from .. import auto  # noqa: F401  (or transformers would ask whether to trust the code in the folder)
-
-    _check_folder(flag, source)
-    weights = Path(source, "model.safetensors")
-    if weights.is_file():
-        check_weights(weights)
-    try:
-        return _load_export(source, flag)
-    except (HTTPError, OSError, ValueError, StrictDataclassError):
-        raise
-    except Exception as error:  # whatever the libraries raise at files that no library wrote
-        raise ValueError(f"{flag} {source}: damaged, or not what MiniCLIP exports: {one_line(error)}") from error
-
-
-def _load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcessor]:
-    model_type = MiniClipConfig.get_config_dict(source)[0].get("model_type")
-    if model_type != MiniClipConfig.model_type:
-        raise ValueError(f"{flag} {source}: a model of type {model_type!r}, not one that MiniCLIP exported")
-    model, info = MiniClipModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
-    if info["missing_keys"]:
-        raise ValueError(f"{source} lacks weights: {', '.join(sorted(info['missing_keys']))}")
-    return model, MiniClipProcessor.from_pretrained(source, revision=model.loaded_revision or "main")
-
-
-def _check_folder(flag: str, source: str) -> None:
-    """Tell a missing folder from a missing repository, and find the export within a run's folder."""
-    if os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") > 1:
-        if not os.path.isdir(source):
-            raise ValueError(f"{flag} {source}: no such folder")
-    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
-        inner = os.path.join(source, "export")
-        hint = f"; did you mean {inner}?" if os.path.isfile(os.path.join(inner, "config.json")) else ""
-        raise ValueError(f"{flag} {source}: this folder has no config.json{hint}")
 
 
 def _text_length(arguments: TrainingArguments, limit: int) -> int:

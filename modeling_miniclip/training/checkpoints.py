@@ -1,13 +1,9 @@
 """What a run keeps on disk while it trains: its log, its resumable state, its folder; and how a signal ends it."""
 
 import filecmp
-import json
+import math
 import os
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +11,10 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..utils.files import commit_folder, discard_folder, link_folder, recover_folder, replace_text, replaced_folder
-from .arguments import TrainingArguments
+from ..modeling_miniclip import MiniClipModel
+from ..utils.files import commit_folder, discard_folder, link_folder, replaced_folder
+from .diagnostics import not_finite
+from .distributed import own_part
 
 
 @dataclass
@@ -40,45 +38,6 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what [`state_dict`][Progress.state_dict] gave."""
         vars(self).update(state)
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one object a line, in the order of the steps. Only the main process writes."""
-
-    def __init__(self, path: Path, is_main: bool):
-        self.path, self.is_main = path, is_main
-        self.lines = 0
-
-    def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
-        """Append a line: `step`, `epoch`, `split`, then the values (`loss` first)."""
-        if self.is_main:
-            line = {"step": step, "epoch": round(epoch, 4), "split": split} | {
-                k: significant(v) for k, v in values.items()
-            }
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            self.lines += 1
-
-    def state_dict(self) -> dict[str, int]:
-        """For `accelerator.register_for_checkpointing`: how long the log is."""
-        return {"lines": self.lines}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take over what [`state_dict`][MetricsLog.state_dict] gave; the file itself is left to `rewind`."""
-        self.lines = state["lines"]
-
-    def rewind(self) -> None:
-        """Forget the lines behind the checkpoint from which a run is resumed: they will be written again."""
-        if self.is_main and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines[: self.lines] if line.endswith("\n")]
-            replace_text(self.path, "".join(kept))
-            self.lines = len(kept)
-
-
-def significant(value: float, digits: int = 6) -> float:
-    """A number with so many significant digits, as a log needs them."""
-    return float(f"{value:.{digits}g}")
 
 
 def save_checkpoint(accelerator: Any, folder: Path, progress: Progress, keep: int, export_dir: Path) -> Path:
@@ -202,88 +161,13 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     )
 
 
-RESULTS = ("checkpoints", "export", "metrics.jsonl", "curves.png", "retrieval.png", "arguments.yaml")
-
-
-def prepare_output_dir(arguments: TrainingArguments) -> Path:
-    """The run's folder, new or to be resumed. Nothing in it is deleted yet: see [`clear_output_dir`].
+@torch.no_grad()
+def check_weights(model: MiniClipModel, accelerator: Any) -> None:
+    """Make sure that what is going to be saved are numbers; every process has to ask, and gets the same answer.
 
     Raises:
-        UsageError: it holds an earlier run and neither resuming nor overwriting was asked for.
+        MiniClipError: a parameter holds NaN or infinity, in any process.
     """
-    output_dir = Path(arguments.output_dir)
-    may_exist = arguments.overwrite_output_dir or arguments.resume_from_checkpoint is not None
-    if not may_exist and any((output_dir / name).exists() for name in RESULTS):
-        raise UsageError(
-            f"{output_dir} holds an earlier run: go on with it by --resume_from_checkpoint latest, choose another "
-            "--output_dir, or delete it by --overwrite_output_dir"
-        )
-    recover_folder(output_dir / "export")
-    return output_dir
-
-
-def clear_output_dir(output_dir: Path) -> None:
-    """Delete an earlier run's results; called when everything else about the new run has been found right."""
-    for path in (output_dir / name for name in RESULTS):
-        if path.is_file():
-            path.unlink()
-        else:
-            discard_folder(path)
-
-
-# What is told at a signal. SIGTERM, which leaves less time, goes first where processes got different ones.
-HANDLED = {
-    signal.SIGTERM: "SIGTERM: saving after this step",
-    signal.SIGINT: "Ctrl-C: saving after this step; again to stop at once",
-}
-
-
-class Interrupt:
-    """Within the block Ctrl-C and SIGTERM only make themselves known, so that a run ends in good order.
-
-    A second Ctrl-C ends it at once, as SIGKILL does. SIGTERM is what schedulers (Slurm, Kubernetes) send some seconds
-    before that.
-
-    Args:
-        told: called with a line when the first one came.
-    """
-
-    def __init__(self, told: Callable[[str], None]):
-        self.told = told
-        self.received: signal.Signals | None = None
-        self.agreed: signal.Signals | None = None  # as `in_any_process` found last
-        self.since = 0.0
-
-    def __enter__(self) -> "Interrupt":
-        self.process = os.getpid()
-        self.previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # the only one that gets signals
-            self.previous = {number: signal.signal(number, self._handle) for number in HANDLED}
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
-
-    def _handle(self, number: int, _: object) -> None:
-        if os.getpid() != self.process:  # a loader's process that was just forked
-            return
-        # A launcher passes on what the terminal or the scheduler sent to all: that is not a second one.
-        if self.received is None:
-            self.received, self.since = signal.Signals(number), time.monotonic()
-            self.told(HANDLED[self.received])
-        elif number == signal.SIGTERM:
-            self.received = signal.SIGTERM
-        elif time.monotonic() > self.since + 1:
-            signal.signal(number, self.previous[number] or signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def in_any_process(self, accelerator: Any) -> bool:
-        """Whether any process was interrupted; every process has to ask at the same step and gets the same answer."""
-        if accelerator.num_processes == 1:
-            self.agreed = self.received
-        else:
-            flags = torch.tensor([self.received == s for s in HANDLED], device=accelerator.device).int()
-            flags = accelerator.reduce(flags, "sum")
-            self.agreed = next((s for s, count in zip(HANDLED, flags, strict=True) if count), None)
-        return self.agreed is not None
+    wrong = torch.stack([~own_part(parameter).isfinite().all() for parameter in model.parameters()]).any()
+    if accelerator.reduce(wrong.int(), "sum").item():
+        raise not_finite("weights", math.nan, accelerator.mixed_precision)

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from ..data.loader import CaptionRows, make_loader
+from ..data.dataset import CaptionRows
+from ..data.loader import forward_inputs, make_loader
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from .diagnostics import not_finite
 from .distributed import gather_rows
 from .feature_cache import FeatureTable, digest, digest_of_images, digest_of_weights
 from .fold_batch_norm import folded_batch_norms
-from .optimizer import forward_inputs
 
 EVALUATION_BATCH = 64  # images a forward pass
 TEXT_BLOCK = 256  # captions a forward pass of the text tower alone

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..data.loader import FILLER
+from ..data.dataset import FILLER
 from ..modeling_miniclip import MiniClipOutput
 from .distributed import largest
 

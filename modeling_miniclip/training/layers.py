@@ -4,8 +4,11 @@ from typing import Any
 
 from timm.models import group_parameters
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UsageError
+from ..modeling_miniclip import MiniClipModel
+from .arguments import TrainingArguments
 
 
 def vision_layers(vision_model: Any) -> list[list[nn.Parameter]]:
@@ -70,3 +73,34 @@ def rate_multipliers(layers: list[list[nn.Parameter]], decay: float) -> dict[nn.
     Layer-wise rate decay, as in ELECTRA (Clark et al. 2020) and BEiT (Bao et al. 2021).
     """
     return {parameter: decay ** (len(layers) - 1 - i) for i, layer in enumerate(layers) for parameter in layer}
+
+
+def set_training_mode(model: MiniClipModel, freeze: str, freeze_batch_norm: bool) -> None:
+    """Training mode, but evaluation mode for what keeps its state: frozen towers and frozen batch-norm statistics."""
+    model.train()
+    for tower in frozen_towers(model, freeze):
+        tower.eval()
+    if freeze_batch_norm:
+        for module in model.vision_model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def frozen_towers(model: MiniClipModel, freeze: str) -> list[nn.Module]:
+    """The towers that `--freeze` names."""
+    towers = {"none": [], "vision": ["vision_model"], "text": ["text_model"], "both": ["vision_model", "text_model"]}
+    return [getattr(model, name) for name in towers[freeze]]
+
+
+def freeze_layers(model: MiniClipModel, arguments: TrainingArguments) -> None:
+    """Let the frozen towers and the first layers of the others keep their weights.
+
+    Raises:
+        UsageError: timm does not tell the layers of the image tower.
+    """
+    for tower in frozen_towers(model, arguments.freeze):
+        tower.requires_grad_(False)
+    if arguments.frozen_vision_layers:
+        freeze_first_layers(vision_layers(model.vision_model), arguments.frozen_vision_layers)
+    if arguments.frozen_text_layers:
+        freeze_first_layers(text_layers(model.text_model), arguments.frozen_text_layers)

@@ -4,61 +4,15 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from ..modeling_miniclip import MiniClipModel
-from ..processing_miniclip import MiniClipProcessor
 from .arguments import TrainingArguments
-from .diagnostics import not_finite
-from .distributed import own_part
-from .layers import freeze_first_layers, rate_multipliers, text_layers, vision_layers
+from .layers import rate_multipliers, text_layers, vision_layers
 
 # With four groups 256 captions of Flickr8k take 18 tokens each, with one 30: the longest of a batch sets the length.
 TEXT_GROUPS = 4
-
-
-def forward_inputs(batch: dict[str, Tensor], processor: MiniClipProcessor, device: torch.device) -> dict[str, Tensor]:
-    """A collated batch on the device, as keyword arguments of the model: pixels normalised, ids left out."""
-    names = ("pixel_values", "input_ids", "attention_mask", "vision_pooler_output", "text_pooler_output")
-    inputs = {name: batch[name].to(device, non_blocking=True) for name in names if name in batch}
-    if "pixel_values" in inputs:
-        pixels = processor.normalize(inputs["pixel_values"])
-        inputs["pixel_values"] = pixels.contiguous(memory_format=torch.channels_last)
-    return inputs
-
-
-def set_training_mode(model: MiniClipModel, freeze: str, freeze_batch_norm: bool) -> None:
-    """Training mode, but evaluation mode for what keeps its state: frozen towers and frozen batch-norm statistics."""
-    model.train()
-    for tower in frozen_towers(model, freeze):
-        tower.eval()
-    if freeze_batch_norm:
-        for module in model.vision_model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-
-
-def frozen_towers(model: MiniClipModel, freeze: str) -> list[nn.Module]:
-    """The towers that `--freeze` names."""
-    towers = {"none": [], "vision": ["vision_model"], "text": ["text_model"], "both": ["vision_model", "text_model"]}
-    return [getattr(model, name) for name in towers[freeze]]
-
-
-def freeze_layers(model: MiniClipModel, arguments: TrainingArguments) -> None:
-    """Let the frozen towers and the first layers of the others keep their weights.
-
-    Raises:
-        UsageError: timm does not tell the layers of the image tower.
-    """
-    for tower in frozen_towers(model, arguments.freeze):
-        tower.requires_grad_(False)
-    if arguments.frozen_vision_layers:
-        freeze_first_layers(vision_layers(model.vision_model), arguments.frozen_vision_layers)
-    if arguments.frozen_text_layers:
-        freeze_first_layers(text_layers(model.text_model), arguments.frozen_text_layers)
 
 
 def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list[dict[str, Any]]:
@@ -118,15 +72,3 @@ def build_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArgumen
 def clamp_temperature(model: MiniClipModel) -> None:
     """Bring the parameter back to its bound after a step, so that a later gradient finds it there."""
     model.logit_scale.clamp_(max=math.log(model.config.logit_scale_max))
-
-
-@torch.no_grad()
-def check_weights(model: MiniClipModel, accelerator: Any) -> None:
-    """Make sure that what is going to be saved are numbers; every process has to ask, and gets the same answer.
-
-    Raises:
-        MiniClipError: a parameter holds NaN or infinity, in any process.
-    """
-    wrong = torch.stack([~own_part(parameter).isfinite().all() for parameter in model.parameters()]).any()
-    if accelerator.reduce(wrong.int(), "sum").item():
-        raise not_finite("weights", math.nan, accelerator.mixed_precision)

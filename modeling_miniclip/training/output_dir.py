@@ -3,13 +3,14 @@
 import errno
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import MiniClipError, refusal
+from ..errors import MiniClipError, UsageError, refusal
+from ..utils.files import discard_folder, recover_folder
 from .arguments import TrainingArguments
-from .ranks import own_rank
 
 try:
     import fcntl
@@ -92,3 +93,40 @@ def _what_is_left(output_dir: Path) -> str:
     found = checkpoints(output_dir / "checkpoints")
     left = f"{found[-1]} is complete" if found else "there is no checkpoint yet"
     return f"{left}: make room and repeat the command with --resume_from_checkpoint latest"
+
+
+def own_rank() -> int:
+    """This process among those of the run, whether a launcher told it or has joined the processes already."""
+    joined = sys.modules.get("torch.distributed")  # not imported here: it takes seconds
+    if joined is not None and joined.is_available() and joined.is_initialized():
+        return int(joined.get_rank())
+    return int(os.environ.get("RANK", "0"))
+
+
+RESULTS = ("checkpoints", "export", "metrics.jsonl", "curves.png", "retrieval.png", "arguments.yaml")
+
+
+def prepare_output_dir(arguments: TrainingArguments) -> Path:
+    """The run's folder, new or to be resumed. Nothing in it is deleted yet: see [`clear_output_dir`].
+
+    Raises:
+        UsageError: it holds an earlier run and neither resuming nor overwriting was asked for.
+    """
+    output_dir = Path(arguments.output_dir)
+    may_exist = arguments.overwrite_output_dir or arguments.resume_from_checkpoint is not None
+    if not may_exist and any((output_dir / name).exists() for name in RESULTS):
+        raise UsageError(
+            f"{output_dir} holds an earlier run: go on with it by --resume_from_checkpoint latest, choose another "
+            "--output_dir, or delete it by --overwrite_output_dir"
+        )
+    recover_folder(output_dir / "export")
+    return output_dir
+
+
+def clear_output_dir(output_dir: Path) -> None:
+    """Delete an earlier run's results; called when everything else about the new run has been found right."""
+    for path in (output_dir / name for name in RESULTS):
+        if path.is_file():
+            path.unlink()
+        else:
+            discard_folder(path)

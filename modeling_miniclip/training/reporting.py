@@ -1,9 +1,8 @@
 """What a training run tells: lines on the terminal, the log of its steps, and the data for its card."""
 
+import json
 import math
-import shlex
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,11 @@ from tqdm.auto import tqdm
 from ..errors import printable
 from ..evaluation.metrics import DIRECTIONS, RECALL_AT
 from ..modeling_miniclip import MiniClipModel
-from .arguments import TrainingArguments
+from ..utils.files import replace_text
 from .diagnostics import not_finite
 
-# Arguments that say where things lie on the machine of the run, or what it showed and kept there: no business of a
-# card's readers.
-LOCAL_ARGUMENTS = frozenset(
-    "recipe num_workers output_dir overwrite_output_dir resume_from_checkpoint save_total_limit "
-    "checkpointing_steps overfit_batch logging_steps report_to feature_cache_dir push_to_hub hub_model_id "
-    "hub_private_repo hub_revision hub_strategy hub_license".split()
-)
 # Groups of parameters whose rate is logged: that of each part, which the others follow.
 RATES = ("heads", "vision", "text")
-# Arguments that may be a path.
-PATH_ARGUMENTS = frozenset("dataset image_dir vision_model text_model preset model_name_or_path".split())
 
 
 def say(accelerator: Any, text: str) -> None:
@@ -69,40 +59,6 @@ def describe_validation(epoch: float, metrics: dict[str, float], improved: bool)
     ]
     line = f"epoch {epoch:g}: loss {metrics['loss']:.4f}, R@1/5/10 {', '.join(recalls)}, rsum {metrics['rsum']:.1f}"
     return line + (" *" if improved else "")
-
-
-def data_for_card(arguments: TrainingArguments, splits: Any) -> dict[str, Any]:
-    """What the card says of the data: its name, never a path of this machine, and the size of its splits."""
-    dataset = arguments.dataset or "scenes"
-    data = {"name": without_path(dataset), "splits": split_sizes(splits)}
-    on_hub = dataset != "scenes" and not Path(dataset).expanduser().exists()
-    return data | ({"hub_id": dataset} if on_hub else {})
-
-
-def arguments_for_card(arguments: TrainingArguments) -> dict[str, Any]:
-    """The arguments that were given a value, without what only means something on this machine."""
-    return {
-        name: without_path(value) if name in PATH_ARGUMENTS else value
-        for name, value in asdict(arguments).items()
-        if name not in LOCAL_ARGUMENTS and value is not None
-    }
-
-
-def command_for_card(arguments: TrainingArguments) -> str:
-    """The command line that repeats a run, given what its paths stand for."""
-    defaults = TrainingArguments()
-    flags = [
-        f"--{name}={value}"
-        for name, value in arguments_for_card(arguments).items()
-        if value != getattr(defaults, name)
-    ]
-    return shlex.join(["python", "train_miniclip.py", *flags])
-
-
-def without_path(value: str) -> str:
-    """The last part of a path that exists here; anything else as it is (a Hub name, a timm name)."""
-    path = Path(value).expanduser()
-    return path.resolve().name if path.exists() else value
 
 
 class StepMeter:
@@ -174,3 +130,42 @@ class StepMeter:
         losses = torch.tensor(state["losses"], device=self.accelerator.device)
         self.losses = list(losses if self.accelerator.is_main_process else torch.zeros_like(losses))
         self.chances = list(state["chances"])
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one object a line, in the order of the steps. Only the main process writes."""
+
+    def __init__(self, path: Path, is_main: bool):
+        self.path, self.is_main = path, is_main
+        self.lines = 0
+
+    def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
+        """Append a line: `step`, `epoch`, `split`, then the values (`loss` first)."""
+        if self.is_main:
+            line = {"step": step, "epoch": round(epoch, 4), "split": split} | {
+                k: significant(v) for k, v in values.items()
+            }
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self.lines += 1
+
+    def state_dict(self) -> dict[str, int]:
+        """For `accelerator.register_for_checkpointing`: how long the log is."""
+        return {"lines": self.lines}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over what [`state_dict`][MetricsLog.state_dict] gave; the file itself is left to `rewind`."""
+        self.lines = state["lines"]
+
+    def rewind(self) -> None:
+        """Forget the lines behind the checkpoint from which a run is resumed: they will be written again."""
+        if self.is_main and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines[: self.lines] if line.endswith("\n")]
+            replace_text(self.path, "".join(kept))
+            self.lines = len(kept)
+
+
+def significant(value: float, digits: int = 6) -> float:
+    """A number with so many significant digits, as a log needs them."""
+    return float(f"{value:.{digits}g}")

@@ -1,1 +1,10 @@
-"""Helpers that know nothing of models: files, HTML, pictures, memory."""
+"""Helpers that know nothing of models.
+
+files.py: files and folders written whole or not at all
+checksums.py: checksums of an export
+resources.py: data files that come with the package
+performance.py: allocator, precision, memory format
+html.py: HTML pages without scripts
+thumbnails.py: small copies of images
+match_grid.py: a picture of queries and the images found for them
+"""

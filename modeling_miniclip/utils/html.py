@@ -4,13 +4,12 @@ All text that is handed over is escaped here; only [`page`] and [`grid`] take HT
 """
 
 import base64
-import io
 from collections.abc import Iterable
 from html import escape
 
 from PIL import Image
 
-THUMBNAIL = 224  # pixels of the longer side
+from .thumbnails import THUMBNAIL, encode_thumbnail
 
 # The browser itself refuses whatever would be loaded from outside of the file, or run.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -111,23 +110,3 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> str:
     """A small JPEG as the address of an `<img>`; arguments as in [`encode_thumbnail`]."""
     return "data:image/jpeg;base64," + base64.b64encode(encode_thumbnail(image, pixels)).decode("ascii")
-
-
-def encode_thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> bytes:
-    """A small JPEG of an image.
-
-    Args:
-        image: RGB; not changed. Nothing of its metadata (place, camera) is kept.
-        pixels: of the longer side; a smaller image stays as it is.
-    """
-    buffer = io.BytesIO()
-    shrunk(image, pixels).save(buffer, "JPEG", quality=82, optimize=True)
-    return buffer.getvalue()
-
-
-def shrunk(image: Image.Image, pixels: int) -> Image.Image:
-    """A copy without metadata; arguments as in [`encode_thumbnail`]."""
-    small = Image.new("RGB", image.size)
-    small.paste(image)
-    small.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return small

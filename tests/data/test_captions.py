@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from modeling_miniclip import DataError, load_captions
-from modeling_miniclip.data.captions import caption_columns, split_by_image
+from modeling_miniclip.data.caption_files import caption_columns
+from modeling_miniclip.data.splits import split_by_image
 from tests.helpers.hubs import local_hub
 from tests.helpers.towers import CAPTIONS
 

@@ -12,7 +12,9 @@ from PIL import Image, ImageFilter
 
 from modeling_miniclip import UsageError, load_captions
 from modeling_miniclip.cli import cli
-from modeling_miniclip.data.check import CHECKS, KINDS, check, expected_false_negatives, look, quick_look
+from modeling_miniclip.data.check import CHECKS, check, expected_false_negatives, quick_look
+from modeling_miniclip.data.near_duplicates import look
+from modeling_miniclip.data.problems import KINDS
 
 NAMES = [f"{i}.png" for i in range(40)]
 

@@ -16,17 +16,9 @@ from PIL import Image
 
 from modeling_miniclip import DataError, UsageError, load_captions
 from modeling_miniclip.data import loader as batches
-from modeling_miniclip.data.loader import (
-    BY_VALUE,
-    DEFAULT_AUGMENTATION,
-    FILLER,
-    Batch,
-    CaptionRows,
-    Collator,
-    GlobalBatches,
-    build_augmentation,
-    make_loader,
-)
+from modeling_miniclip.data.augmentation import DEFAULT_AUGMENTATION, build_augmentation
+from modeling_miniclip.data.dataset import FILLER, CaptionRows
+from modeling_miniclip.data.loader import BY_VALUE, Batch, Collator, GlobalBatches, make_loader
 from tests.helpers.runs import ROOT
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_processor
 

@@ -18,11 +18,11 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, ModelError, export, push
 from modeling_miniclip.hub import export as hub
-from modeling_miniclip.hub.export import rename_card
-from modeling_miniclip.hub.sentence_files import SENTENCE_FILES
+from modeling_miniclip.hub.export import SENTENCE_FILES
+from modeling_miniclip.hub.model_card import rename_card
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.build_model import build_model
-from modeling_miniclip.training.reporting import arguments_for_card
+from modeling_miniclip.training.publish import arguments_for_card
 from tests.helpers.hubs import WITHOUT_PACKAGE, add_repository, local_hub, run
 from tests.helpers.runs import ROOT, flags, metrics_of
 from tests.helpers.towers import CAPTIONS, save_towers, tiny_model, tiny_processor

@@ -24,8 +24,9 @@ from modeling_miniclip import (
 )
 from modeling_miniclip.cli import cli
 from modeling_miniclip.inference.loading import load_tower
+from modeling_miniclip.search.formatting import cut, display_width
 from modeling_miniclip.search.index import SCHEMA, Manifest, write_index
-from modeling_miniclip.search.query import Query, cut, display_width, embed_queries
+from modeling_miniclip.search.query import Query, embed_queries
 from tests.helpers.indexes import write_model, write_pictures
 
 NAMES = "a.png b.png c.png sub/d.png sub/e.png f.png"

@@ -11,18 +11,16 @@ import pytest
 import yaml
 
 from modeling_miniclip import UsageError
-from modeling_miniclip.data.loader import DEFAULT_AUGMENTATION
+from modeling_miniclip.data.augmentation import DEFAULT_AUGMENTATION
 from modeling_miniclip.training.arguments import (
     FLAG_GROUPS,
     LOWER_BOUNDS,
     TrainingArguments,
-    augmentation_list,
     describe_flags,
     flag_tables,
-    parse_arguments,
-    save_arguments,
     write_flag_tables,
 )
+from modeling_miniclip.training.parsing import augmentation_list, parse_arguments, save_arguments
 from tests.helpers.runs import ROOT
 
 DEFAULTS = TrainingArguments()

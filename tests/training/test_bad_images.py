@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_miniclip import DataError, MiniClipError, MiniClipModel, MiniClipProcessor, load_captions
-from modeling_miniclip.data.loader import CaptionRows, GlobalBatches, explained_workers, make_loader
+from modeling_miniclip.data.dataset import CaptionRows
+from modeling_miniclip.data.loader import GlobalBatches, explained_workers, forward_inputs, make_loader
 from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.bad_images import BadImages
 from modeling_miniclip.training.features import embed_split
 from modeling_miniclip.training.grad_cache import split_batch
-from modeling_miniclip.training.optimizer import forward_inputs
 from tests.helpers.runs import assert_same_log, flags, launch, metrics_of
 from tests.helpers.towers import tiny_model, tiny_processor
 from train_miniclip import main

@@ -20,14 +20,10 @@ import torch
 
 from modeling_miniclip import ModelError, UsageError
 from modeling_miniclip.training import optimizer
-from modeling_miniclip.training.checkpoints import (
-    MetricsLog,
-    clear_output_dir,
-    find_checkpoint,
-    rewind_folders,
-    surplus,
-)
+from modeling_miniclip.training.checkpoints import find_checkpoint, rewind_folders, surplus
 from modeling_miniclip.training.optimizer import clamp_temperature
+from modeling_miniclip.training.output_dir import clear_output_dir
+from modeling_miniclip.training.reporting import MetricsLog
 from tests.helpers.runs import command, environment, flags, launch, metrics_of
 from train_miniclip import main
 

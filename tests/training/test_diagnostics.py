@@ -14,7 +14,6 @@ from torch.nn.functional import normalize
 
 from modeling_miniclip import MiniClipError
 from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
-from modeling_miniclip.training.arguments import parse_arguments
 from modeling_miniclip.training.diagnostics import (
     Diagnosis,
     above_chance,
@@ -26,8 +25,9 @@ from modeling_miniclip.training.diagnostics import (
     mean_cosine,
     relation,
 )
+from modeling_miniclip.training.figures import read_metrics
 from modeling_miniclip.training.overfit import judge_overfit, least_loss, row_keys
-from modeling_miniclip.utils.match_grid import read_metrics
+from modeling_miniclip.training.parsing import parse_arguments
 from tests.helpers.runs import ROOT, flags, launch, write_preset, write_scene_folder
 from train_miniclip import cli, main
 

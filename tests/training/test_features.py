@@ -13,7 +13,8 @@ from PIL import Image
 
 import train_miniclip
 from modeling_miniclip import load_captions
-from modeling_miniclip.data.loader import CaptionRows, build_augmentation
+from modeling_miniclip.data.augmentation import build_augmentation
+from modeling_miniclip.data.dataset import CaptionRows
 from modeling_miniclip.errors import MiniClipError, UsageError
 from modeling_miniclip.modeling_miniclip import MiniClipModel
 from modeling_miniclip.training import feature_cache, features
@@ -300,7 +301,7 @@ def test_text_features_are_computed_once_and_for_these_captions_and_this_pooling
 
 
 def test_views_need_a_frozen_tower_and_an_augmentation() -> None:
-    from modeling_miniclip.training.arguments import parse_arguments
+    from modeling_miniclip.training.parsing import parse_arguments
 
     with pytest.raises(UsageError, match="--num_views needs a frozen image tower"):
         parse_arguments(["--num_views=2"])

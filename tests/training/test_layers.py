@@ -8,8 +8,14 @@ from torch import nn
 
 from modeling_miniclip.errors import UsageError
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.layers import freeze_first_layers, rate_multipliers, text_layers, vision_layers
-from modeling_miniclip.training.optimizer import freeze_layers, parameter_groups
+from modeling_miniclip.training.layers import (
+    freeze_first_layers,
+    freeze_layers,
+    rate_multipliers,
+    text_layers,
+    vision_layers,
+)
+from modeling_miniclip.training.optimizer import parameter_groups
 from tests.helpers.towers import PIXELS, TEXT, VISION, tiny_model
 
 IDS, PIXEL_VALUES = torch.tensor([[3, 7, 6]]), torch.randn(2, 3, PIXELS, PIXELS)

@@ -6,15 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from modeling_miniclip.data.loader import forward_inputs
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.build_model import set_dropout
-from modeling_miniclip.training.optimizer import (
-    build_scheduler,
-    clamp_temperature,
-    forward_inputs,
-    parameter_groups,
-    set_training_mode,
-)
+from modeling_miniclip.training.layers import set_training_mode
+from modeling_miniclip.training.optimizer import build_scheduler, clamp_temperature, parameter_groups
 from tests.helpers.towers import PIXELS, tiny_model, tiny_processor
 
 

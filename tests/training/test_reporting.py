@@ -11,19 +11,17 @@ import pytest
 import torch
 
 from modeling_miniclip import MiniClipError
-from modeling_miniclip.training.arguments import TrainingArguments, parse_arguments
+from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.optimizer import reporting
-from modeling_miniclip.training.reporting import (
+from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.publish import (
     LOCAL_ARGUMENTS,
-    StepMeter,
     arguments_for_card,
     command_for_card,
     data_for_card,
-    describe_model,
-    describe_splits,
-    describe_validation,
     without_path,
 )
+from modeling_miniclip.training.reporting import StepMeter, describe_model, describe_splits, describe_validation
 from tests.helpers.towers import tiny_model
 
 

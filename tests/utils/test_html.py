@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from modeling_miniclip.utils.html import THUMBNAIL, grid, heading, page, section, table, thumbnail, tile
+from modeling_miniclip.utils.html import grid, heading, page, section, table, thumbnail, tile
+from modeling_miniclip.utils.thumbnails import THUMBNAIL
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;' onload='a"
 VOID = {"meta", "img"}

@@ -9,14 +9,8 @@ import torch
 from PIL import Image
 
 from modeling_miniclip.evaluation.metrics import METRIC_NAMES
-from modeling_miniclip.utils.match_grid import (
-    MatchRow,
-    draw_curves,
-    draw_matches,
-    example_queries,
-    match_rows,
-    read_metrics,
-)
+from modeling_miniclip.training.figures import draw_curves, example_queries, read_metrics
+from modeling_miniclip.utils.match_grid import MatchRow, draw_matches, match_rows
 
 GREEN = (21, 128, 61)
 

@@ -1,0 +1,133 @@
+"""Fill the template `model_card.md` with what was measured."""
+
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..errors import printable
+from ..modeling_miniclip import MiniClipModel
+from ..utils.resources import packaged_file
+
+# Libraries whose version decides whether a result can be reproduced.
+REPORTED_LIBRARIES = ("torch", "transformers", "timm", "datasets", "accelerate", "albumentations")
+
+
+# What the Hub's page offers to try: the picture that the cards of CLIP models use.
+WIDGET = {
+    "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png",
+    "candidate_labels": "a cat and a dog, people making music, a bowl of soup",
+    "example_title": "Cat and dog",
+}
+
+
+def _is_hub_id(name: str | None) -> bool:
+    return (
+        bool(name)
+        and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)) is not None
+        and not Path(str(name)).exists()
+    )
+
+
+def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None:
+    """Fill `model_card.md` and write it, with the metadata that the Hub reads.
+
+    Args:
+        path: of the card.
+        model: that it describes.
+        values: `card` of [`export`].
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = values.get("data") or {}
+    metrics = values.get("metrics") or {}
+    repository = values.get("name") or "miniclip"
+    towers = (model.config.vision_config, model.config.text_config)
+    base_models = [config.name_or_path for config in towers if _is_hub_id(config.name_or_path)]
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        license=values.get("license") or "unknown",
+        metrics=["recall"] if metrics else None,
+        tags=["miniclip", "clip", "image-text-retrieval", "timm"],
+        base_model=base_models or None,
+        datasets=[data["hub_id"]] if data.get("hub_id") else None,
+        model_name=_short(repository) if metrics else None,
+        eval_results=_eval_results(metrics, data) or None,
+        widget=[WIDGET],
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(packaged_file("model_card.md")),
+        title=markdown(_short(repository)),
+        repository=json.dumps(printable(repository), ensure_ascii=False)[1:-1],
+        config=model.config,
+        vision_name=_vision_name(model),
+        text_name=base_models[-1] if _is_hub_id(towers[1].name_or_path) else towers[1].model_type,
+        base_models=base_models,
+        parameters=sum(p.numel() for p in model.parameters()),
+        metrics=metrics,
+        intervals=values.get("intervals") or {},
+        license=values.get("license"),
+        command=code(values["command"]) if values.get("command") else None,
+        arguments={name: code(value) for name, value in (values.get("arguments") or {}).items()},
+        data=data | ({"name": code(data["name"])} if data.get("name") else {}),
+        versions={library: version(library) for library in REPORTED_LIBRARIES},
+    )
+    path.write_text(str(card), encoding="utf-8")
+
+
+def markdown(text: object) -> str:
+    """A name as a card shows it: no markup, no line end, no control characters."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(text))
+
+
+def code(text: object) -> str:
+    """A value as it may stand between backticks, alone or in a block of code."""
+    return printable(text).replace("`", "'")
+
+
+def _eval_results(metrics: dict[str, float], data: dict[str, Any]) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="image-text-retrieval",
+            dataset_type=data.get("hub_id") or "unknown",
+            dataset_name=str(data.get("name") or "unknown"),
+            dataset_split="validation",
+            metric_type=key,
+            metric_name=key.replace("_", " "),
+            metric_value=round(value, 2),
+        )
+        for key, value in metrics.items()
+        if "R@" in key or key == "rsum"
+    ]
+
+
+def _short(repository: str) -> str:
+    return repository.rpartition("/")[2]
+
+
+def _vision_name(model: MiniClipModel) -> str:
+    cfg = getattr(model.config.vision_config, "pretrained_cfg", None) or {}
+    tag = cfg.get("tag")
+    return str(model.config.vision_config.architecture) + (f".{tag}" if tag else "")
+
+
+def rename_card(text: str, repository: str) -> str:
+    """A card with another repository in its code sample, its title and its metadata; anything else as it is."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    former = re.search(r'^repository = "(.*)"$', text, flags=re.MULTILINE)
+    if former is None:
+        return text
+    name = _short(json.loads(f'"{former[1]}"'))
+    text = text.replace(former[0], f'repository = "{repository}"')
+    text = re.sub(rf"^# {re.escape(markdown(name))}$", f"# {_short(repository)}", text, count=1, flags=re.MULTILINE)
+    card = ModelCard(text)
+    assert isinstance(card.data, ModelCardData)
+    if card.data.model_name == name:
+        card.data.model_name = _short(repository)
+    return str(card)

@@ -1,0 +1,100 @@
+"""Search results and groups of duplicates as a table or as JSON."""
+
+import json
+import os
+import unicodedata
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import printable
+from .duplicates import Group
+from .exact import Match
+from .index import ImageIndex
+from .query import Query, Timing
+
+
+def format_groups(index: ImageIndex, groups: list[Group]) -> str:
+    """Groups as a list for people; the first image of each is the one that would be kept."""
+    ids, splits = index.entries["id"].to_pylist(), index.entries["split"].to_pylist()
+    lines = []
+    for group in groups:
+        lines.append("identical" if group.exact else f"near-identical, cosine {group.similarity:.4f}")
+        lines += [printable(f"  {ids[row]}" + (f"  ({splits[row]})" if splits[row] else "")) for row in group.rows]
+    across = sum(len({splits[row] for row in group.rows} - {""}) > 1 for group in groups)
+    more = sum(len(group.rows) - 1 for group in groups)
+    exact = sum(group.exact for group in groups)
+    lines.append(
+        f"{len(groups)} groups among {len(index)} images: {exact} identical, {len(groups) - exact} near-identical, "
+        f"{more} images more than needed; {across} across splits"
+    )
+    return "\n".join(lines)
+
+
+def format_groups_json(index: ImageIndex, groups: list[Group]) -> str:
+    """Groups as JSON."""
+    entries = index.entries.select(["id", "split", "hash"])
+    return json.dumps(
+        [
+            {
+                "exact": group.exact,
+                "similarity": round(group.similarity, 6),
+                "images": entries.take(group.rows).to_pylist(),
+            }
+            for group in groups
+        ],
+        indent=1,
+        ensure_ascii=False,
+    )
+
+
+def format_table(index: ImageIndex, matches: list[Match], width: int) -> str:
+    """Rank, score, date, image and first caption in as many columns of a terminal as there are.
+
+    Args:
+        index: that was searched.
+        matches: found in it.
+        width: of a line.
+    """
+    rows = [index.entry(match.index) for match in matches]
+    home = os.path.commonpath([row["id"] for row in rows]) if rows and all(row["path"] for row in rows) else ""
+    home = os.path.dirname(home) if len(rows) == 1 else home
+    names = [os.path.relpath(row["id"], home) if home else row["id"] for row in rows]
+    longest = max((display_width(name) for name in names), default=0)
+    lines = [f"in {home}"] if home else []
+    for rank, (match, row, name) in enumerate(zip(matches, rows, names, strict=True), 1):
+        date = row["date"].strftime("%Y-%m-%d") if row["date"] else " " * 10
+        padded = name + " " * (longest - display_width(name))
+        line = f"{rank:4d}  {match.score:6.3f}  {date}  {padded}  {row['captions'][0] if row['captions'] else ''}"
+        lines.append(cut(printable(line.rstrip()), max(width, 24 + longest)))
+    return "\n".join(lines)
+
+
+def display_width(text: str) -> int:
+    """Columns of a terminal that a text takes: wide characters (Chinese, emoji) two, combining ones none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def cut(line: str, width: int) -> str:
+    """A line that is not longer than so many columns."""
+    if display_width(line) <= width:
+        return line
+    while display_width(line) > width - 1:
+        line = line[:-1]
+    return line + "…"
+
+
+def format_json(index: ImageIndex, query: Query, matches: list[Match], timing: Timing) -> str:
+    """Query, matches with all that is known of their images, and seconds, as JSON."""
+    found: list[dict[str, Any]] = []
+    for rank, match in enumerate(matches, 1):
+        entry = index.entry(match.index)
+        entry["date"] = entry["date"].isoformat() if entry["date"] else None
+        found.append({"rank": rank, "score": round(match.score, 6), **entry})
+    values = {
+        "index": str(Path(index.folder).resolve()),
+        "query": {**asdict(query), "image": None if query.image is None else os.fspath(query.image)},
+        "matches": found,
+        "seconds": {name: round(value, 4) for name, value in asdict(timing).items()},
+    }
+    return json.dumps(values, indent=1, ensure_ascii=False)

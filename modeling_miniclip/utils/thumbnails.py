@@ -1,0 +1,27 @@
+"""Small copies of images, embedded in HTML pages and indexes."""
+
+import io
+
+from PIL import Image
+
+THUMBNAIL = 224  # pixels of the longer side
+
+
+def encode_thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> bytes:
+    """A small JPEG of an image.
+
+    Args:
+        image: RGB; not changed. Nothing of its metadata (place, camera) is kept.
+        pixels: of the longer side; a smaller image stays as it is.
+    """
+    buffer = io.BytesIO()
+    shrunk(image, pixels).save(buffer, "JPEG", quality=82, optimize=True)
+    return buffer.getvalue()
+
+
+def shrunk(image: Image.Image, pixels: int) -> Image.Image:
+    """A copy without metadata; arguments as in [`encode_thumbnail`]."""
+    small = Image.new("RGB", image.size)
+    small.paste(image)
+    small.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return small
