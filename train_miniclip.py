@@ -108,9 +108,9 @@ def main(argv: list[str] | None = None) -> Path:
 
 def run_to_the_end(arguments: TrainingArguments) -> Path:
     """What [`main`] does once the output folder is its own."""
-    from modeling_miniclip.data.loader import explained_workers
+    from modeling_miniclip.data.loader import readable_worker_errors
 
-    with explained_workers():
+    with readable_worker_errors():
         run = prepare(arguments)
         if run.arguments.overfit_batch:
             return overfit_batch(run)
@@ -128,7 +128,7 @@ def run_to_the_end(arguments: TrainingArguments) -> Path:
 
 def prepare(arguments: TrainingArguments) -> Run:
     """Output folder, data, model, loaders, optimiser, schedule; a resumed run's state."""
-    from modeling_miniclip.data.check import quick_look
+    from modeling_miniclip.data.check import quick_check
     from modeling_miniclip.training.bad_images import BadImages
     from modeling_miniclip.training.checkpoints import Progress
     from modeling_miniclip.training.diagnostics import Diagnosis
@@ -151,7 +151,7 @@ def prepare(arguments: TrainingArguments) -> Run:
     splits = load_splits(arguments)
     say(accelerator, describe_splits(splits))
     if accelerator.is_main_process:
-        for line in quick_look(splits, str(arguments.dataset), arguments.batch_size):
+        for line in quick_check(splits, str(arguments.dataset), arguments.batch_size):
             warn(line)
     bad_images = BadImages(split_sizes(splits), arguments.max_bad_images, warn, accelerator.device)
     model, processor = build_model(arguments, accelerator, splits)
@@ -503,7 +503,7 @@ def forward_and_backward(run: Run, batch: dict[str, Any]) -> Any:
     """
     import torch
 
-    from modeling_miniclip.data.loader import forward_inputs
+    from modeling_miniclip.data.loader import model_inputs
     from modeling_miniclip.training.distributed import global_contrastive_loss
     from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
 
@@ -514,7 +514,7 @@ def forward_and_backward(run: Run, batch: dict[str, Any]) -> Any:
     )
 
     def inputs_of(rows: dict[str, Any]) -> dict[str, Any]:
-        return forward_inputs(rows, run.processor, accelerator.device)
+        return model_inputs(rows, run.processor, accelerator.device)
 
     def loss_of(output: Any) -> Any:
         return global_contrastive_loss(

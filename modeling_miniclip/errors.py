@@ -83,7 +83,7 @@ class Problem:
 
 
 # What an answer of the Hub means to its user; other ones explain themselves.
-MEANINGS = {
+HUB_STATUS_MESSAGES = {
     401: "the Hub does not know this token",
     403: "this token does not allow it",
     412: "somebody else committed in the meantime",
@@ -106,7 +106,7 @@ def one_line(error: BaseException | str) -> str:
     if link is not None and str(link) not in text:
         text += f" ({type(link).__name__}: {link})"
     if isinstance(link, HfHubHTTPError) and not isinstance(link, RepositoryNotFoundError):
-        meaning = MEANINGS.get(link.response.status_code)
+        meaning = HUB_STATUS_MESSAGES.get(link.response.status_code)
         text = f"{meaning}: {text}" if meaning else text
     for pattern, instead in (
         (r"\s+", " "),
@@ -119,15 +119,15 @@ def one_line(error: BaseException | str) -> str:
 
 
 # What a file system answers when it takes no more, by whatever library the file is written.
-REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 
-def refusal(error: BaseException) -> str | None:
+def disk_error_message(error: BaseException) -> str | None:
     """What a file system refused, of an error of any library that writes files; None for other errors."""
     text = one_line(error)
     by_rust = re.search(r"\(os error (\d+)\)", text)  # safetensors
     number = error.errno if isinstance(error, OSError) else int(by_rust[1]) if by_rust else None
-    if number in REFUSALS:
+    if number in DISK_ERRNOS:
         return f"the disk refused: {text}"
     # torch.save tells its own place and not the file system's reason.
     return "the disk refused: torch could not write a file" if "PytorchStreamWriter" in text else None
@@ -158,7 +158,7 @@ def run_command(command: Callable[[], object], debug: bool) -> int:
             raise
         line, code = f"error: {error}", error.exit_code
     except Exception as error:
-        reason = None if debug else refusal(error)
+        reason = None if debug else disk_error_message(error)
         if reason is None:
             raise
         line, code = f"error: {printable(reason)}; make room there or write elsewhere, and start again", 1

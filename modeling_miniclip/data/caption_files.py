@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, Problem, one_line
-from .problems import refuse
+from .problems import raise_problem
 
 CAPTION_FILES = ("captions.csv", "captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
 
@@ -43,7 +43,7 @@ class CaptionedImage:
 
 
 @dataclass(frozen=True)
-class Columns:
+class ResolvedColumns:
     """Names of the columns of a source; `captions` are several where each caption has a column of its own."""
 
     image: str
@@ -52,18 +52,20 @@ class Columns:
 
 
 # Number of a row as an editor shows it (that of its first line), its cells by column, and what is where.
-Row = tuple[int, Mapping[str, Any], Columns]
+Row = tuple[int, Mapping[str, Any], ResolvedColumns]
 
 
 # Tells from the names of the columns what is where; file and row are for its errors.
-FindColumns = Callable[[Collection[str], str], Columns]
+FindColumns = Callable[[Collection[str], str], ResolvedColumns]
 
 
 # Told of what is wrong; if it returns, the reader goes on without the row.
-Found = Callable[[Problem], Any]
+OnProblem = Callable[[Problem], Any]
 
 
-def read_caption_file(path: Path, find_columns: FindColumns, found: Found = refuse) -> dict[str, CaptionedImage]:
+def read_caption_file(
+    path: Path, find_columns: FindColumns, found: OnProblem = raise_problem
+) -> dict[str, CaptionedImage]:
     """Captions by image name, in the order of the file.
 
     Args:
@@ -97,7 +99,7 @@ def read_caption_file(path: Path, find_columns: FindColumns, found: Found = refu
     return images
 
 
-def _read_rows(path: Path, find_columns: FindColumns, found: Found) -> Iterator[Row]:
+def _read_rows(path: Path, find_columns: FindColumns, found: OnProblem) -> Iterator[Row]:
     text = _read_utf8(path, found)
     if path.suffix.lower() == ".jsonl":
         return _json_rows(path, text, find_columns, found)
@@ -111,7 +113,7 @@ def _read_rows(path: Path, find_columns: FindColumns, found: Found) -> Iterator[
     return _csv_rows(path, text, "\t" if tabs else other or ",", find_columns, found)
 
 
-def _csv_rows(path: Path, text: str, delimiter: str, find_columns: FindColumns, found: Found) -> Iterator[Row]:
+def _csv_rows(path: Path, text: str, delimiter: str, find_columns: FindColumns, found: OnProblem) -> Iterator[Row]:
     lines = list(io.StringIO(text, newline=""))
     start = 0  # line behind which the reader began
 
@@ -151,7 +153,7 @@ def _csv_rows(path: Path, text: str, delimiter: str, find_columns: FindColumns, 
             yield number, dict(zip(header, row, strict=True)), columns
 
 
-def _json_rows(path: Path, text: str, find_columns: FindColumns, found: Found) -> Iterator[Row]:
+def _json_rows(path: Path, text: str, find_columns: FindColumns, found: OnProblem) -> Iterator[Row]:
     for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
@@ -167,9 +169,9 @@ def _json_rows(path: Path, text: str, find_columns: FindColumns, found: Found) -
         yield number, cells, find_columns(cells, f"{path}, row {number}")
 
 
-def _token_rows(path: Path, text: str, found: Found) -> Iterator[Row]:
+def _token_rows(path: Path, text: str, found: OnProblem) -> Iterator[Row]:
     """Rows of the original `Flickr8k.token.txt`, which has no header."""
-    columns = Columns("image", ["caption"])
+    columns = ResolvedColumns("image", ["caption"])
     for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
@@ -184,7 +186,7 @@ def _token_rows(path: Path, text: str, found: Found) -> Iterator[Row]:
 UNDECODED = re.compile("[\udc80-\udcff]")  # what stands for a byte that is not UTF-8
 
 
-def _read_utf8(path: Path, found: Found) -> str:
+def _read_utf8(path: Path, found: OnProblem) -> str:
     """The text of a file, in which a byte that is not UTF-8 is a lone surrogate; each row with one is a problem."""
     data = path.read_bytes()
     text = data.decode("utf-8-sig", "surrogateescape")
@@ -230,7 +232,7 @@ def caption_columns(names: Collection[str], where: str, wanted: str) -> list[str
     )
 
 
-def _image_name(cell: Any, file: str, row: int, column: str | None, found: Found) -> str | None:
+def _image_name(cell: Any, file: str, row: int, column: str | None, found: OnProblem) -> str | None:
     # One spelling for a file, that an image may not be two: "a.jpg" is also "./a.jpg", and "sub\\a.jpg" on Windows.
     name = cell.strip().replace("\\", "/") if isinstance(cell, str) else ""
     if not name:
@@ -239,7 +241,9 @@ def _image_name(cell: Any, file: str, row: int, column: str | None, found: Found
     return posixpath.normpath(name)
 
 
-def _captions_of(cells: Mapping[str, Any], columns: Columns, file: str, row: int, found: Found = refuse) -> list[str]:
+def _captions_of(
+    cells: Mapping[str, Any], columns: ResolvedColumns, file: str, row: int, found: OnProblem = raise_problem
+) -> list[str]:
     """All captions of a row: of one column with text or a list of texts, or of several columns."""
     captions = []
     for column in columns.captions:

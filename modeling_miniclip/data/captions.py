@@ -16,15 +16,15 @@ from .caption_files import (
     CAPTION_FILES,
     METADATA_FILES,
     CaptionedImage,
-    Columns,
-    Found,
+    OnProblem,
+    ResolvedColumns,
     _header_hint,
     caption_columns,
     read_caption_file,
 )
 from .hub_datasets import _from_hub
 from .image_files import _check_image_files, image_folder
-from .problems import refuse
+from .problems import raise_problem
 from .splits import SPLITS, read_splits, split_by_image, split_of
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def load_captions(
 
         return build_scenes()
     path = Path(source).expanduser()
-    columns = Columns(image_column, [caption_column], id_column)
+    columns = ResolvedColumns(image_column, [caption_column], id_column)
     if os.path.exists(path):  # Path.exists() raises an error at an impossible name
         local = read_source(path, image_dir, columns, allow_outside_images)
         return _dataset_dict(local, validation_fraction, seed)
@@ -109,9 +109,9 @@ def load_captions(
 def read_source(
     path: Path,
     image_dir: str | os.PathLike | None,
-    columns: Columns,
+    columns: ResolvedColumns,
     allow_outside: bool = False,
-    found: Found = refuse,
+    found: OnProblem = raise_problem,
 ) -> Source:
     """What a caption file or a folder says of its images, which are looked for but not opened.
 
@@ -137,7 +137,7 @@ def read_source(
 
 
 def _read_caption_folder(
-    caption_file: Path, root: Path, image_dir: Any, columns: Columns, allow_outside: bool, found: Found
+    caption_file: Path, root: Path, image_dir: Any, columns: ResolvedColumns, allow_outside: bool, found: OnProblem
 ) -> Source:
     images = read_caption_file(caption_file, lambda names, where: _exact_columns(names, where, columns), found)
     folder = Path(image_dir).expanduser() if image_dir is not None else image_folder(root, images)
@@ -147,7 +147,7 @@ def _read_caption_folder(
     return Source(images, folder, read_splits(root, images, caption_file, found))
 
 
-def _exact_columns(names: Collection[str], where: str, wanted: Columns) -> Columns:
+def _exact_columns(names: Collection[str], where: str, wanted: ResolvedColumns) -> ResolvedColumns:
     """The columns of a caption file: exactly those that were asked for, `id` if it is there."""
     for role, column in (("image", wanted.image), ("caption", wanted.captions[0])):
         if column not in names:
@@ -155,16 +155,16 @@ def _exact_columns(names: Collection[str], where: str, wanted: Columns) -> Colum
                 f"{where}: no column {column!r}; the header has {', '.join(names) or 'nothing'}. Name the right one "
                 f"with {role}_column{_header_hint(column, names)}"
             )
-    return Columns(wanted.image, wanted.captions, wanted.id if wanted.id in names else None)
+    return ResolvedColumns(wanted.image, wanted.captions, wanted.id if wanted.id in names else None)
 
 
-def _metadata_columns(names: Collection[str], where: str, wanted: Columns) -> Columns:
+def _metadata_columns(names: Collection[str], where: str, wanted: ResolvedColumns) -> ResolvedColumns:
     """The columns of an imagefolder's metadata, where the Hub's documentation names the image `file_name`."""
     image = next((column for column in (wanted.image, "file_name") if column in names), None)
     if image is None:
         raise DataError(f"{where}: no column 'file_name' among {', '.join(names)}; name it with image_column")
-    found = Columns(image, caption_columns(names, where, wanted.captions[0]))
-    return Columns(found.image, found.captions, wanted.id if wanted.id in names else None)
+    found = ResolvedColumns(image, caption_columns(names, where, wanted.captions[0]))
+    return ResolvedColumns(found.image, found.captions, wanted.id if wanted.id in names else None)
 
 
 def _dataset_dict(source: Source, validation_fraction: float, seed: int) -> "DatasetDict":
@@ -197,7 +197,7 @@ def _dataset_dict(source: Source, validation_fraction: float, seed: int) -> "Dat
 # --- imagefolder ----------------------------------------------------------------------------------------------------
 
 
-def _read_image_folder(path: Path, columns: Columns, allow_outside: bool, found: Found) -> Source:
+def _read_image_folder(path: Path, columns: ResolvedColumns, allow_outside: bool, found: OnProblem) -> Source:
     metadata = sorted(file for name in METADATA_FILES for file in path.rglob(name))
     if not metadata:
         raise DataError(

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from ..errors import DataError, ModelError, Problem, UsageError, printable
 from ..utils.files import replace_text
-from .caption_files import UNDECODED, CaptionedImage, Columns
+from .caption_files import UNDECODED, CaptionedImage, ResolvedColumns
 from .captions import Source, load_captions, read_source
 from .image_files import IMAGE_SUFFIXES
-from .near_duplicates import Look, look_at, same_images
+from .near_duplicates import ImageInspection, inspect_images, same_images
 from .problems import KINDS
 from .splits import split_by_image
 
@@ -87,7 +87,7 @@ def check(
     allow_outside_images: bool = False,
     fix: str | None = None,
 ) -> Report:
-    """Look for everything that would stop a run or spoil what it learns.
+    """ImageInspection for everything that would stop a run or spoil what it learns.
 
     Args:
         dataset, image_dir, image_column, caption_column, validation_fraction, seed, allow_outside_images: as in
@@ -105,7 +105,7 @@ def check(
     target = _fix_target(fix) if fix else None
     if batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, not {batch_size}")
-    report, columns = Report(dataset), Columns(image_column, [caption_column], "id")
+    report, columns = Report(dataset), ResolvedColumns(image_column, [caption_column], "id")
     try:
         source, entries = _read(dataset, image_dir, columns, validation_fraction, seed, allow_outside_images, report)
     except DataError as error:
@@ -115,22 +115,24 @@ def check(
         return report
     bad = {problem.image for problem in report.problems}
     there = [entry for entry in entries if decode and entry.name not in bad]
-    looks = dict(zip((e.name for e in there), look_at([e.content for e in there], num_workers), strict=True))
-    report.problems += [problem for one in CHECKS for problem in one(entries, looks, batch_size)]
+    inspections = dict(
+        zip((e.name for e in there), inspect_images([e.content for e in there], num_workers), strict=True)
+    )
+    report.problems += [problem for one in CHECKS for problem in one(entries, inspections, batch_size)]
     if source is not None:
         report.problems += files_without_captions(source)
     report.figures = _figures(entries, batch_size, tokenizer)
     if target is not None:
         if source is None:
             raise UsageError(f"--fix: {dataset} is no caption file or folder here that could be written anew")
-        write_fix(target, entries, looks, report, source)
+        write_fix(target, entries, inspections, report, source)
     return report
 
 
 def _read(
     dataset: str,
     image_dir: str | None,
-    columns: Columns,
+    columns: ResolvedColumns,
     validation_fraction: float,
     seed: int,
     allow_outside: bool,
@@ -191,7 +193,7 @@ def entries_of_splits(splits: Any, dataset: str, with_images: bool = True) -> li
     return entries
 
 
-def quick_look(splits: Any, dataset: str, batch_size: int) -> list[str]:
+def quick_check(splits: Any, dataset: str, batch_size: int) -> list[str]:
     """What a run tells at its start, without opening an image: a line for each kind of problem."""
     entries = entries_of_splits(splits, dataset, with_images=False)
     counts = Report(dataset, [problem for one in CHECKS for problem in one(entries, {}, batch_size)]).counts
@@ -208,7 +210,9 @@ def _at(kind: str, told: str, entry: Entry, i: int = 0) -> Problem:
     return Problem(kind, told, entry.file, entry.rows[i])
 
 
-def caption_problems(entries: list[Entry], looks: Mapping[str, Look], batch_size: int) -> Iterator[Problem]:
+def caption_problems(
+    entries: list[Entry], inspections: Mapping[str, ImageInspection], batch_size: int
+) -> Iterator[Problem]:
     """Captions that are much too long, hold control characters, or stand twice."""
     for entry in entries:
         seen: dict[str, int] = {}
@@ -224,17 +228,19 @@ def caption_problems(entries: list[Entry], looks: Mapping[str, Look], batch_size
                 yield _at("duplicate-caption", f"{told}; delete one", entry, i)
 
 
-def image_problems(entries: list[Entry], looks: Mapping[str, Look], batch_size: int) -> Iterator[Problem]:
+def image_problems(
+    entries: list[Entry], inspections: Mapping[str, ImageInspection], batch_size: int
+) -> Iterator[Problem]:
     """Images that cannot be decoded, and those that look like another one."""
     by_name = {entry.name: entry for entry in entries}
-    for name, one in looks.items():
+    for name, one in inspections.items():
         if one.kind is not None:
             entry = by_name[name]
             told = f"image {name!r} {one.told}"
             yield Problem(one.kind, told, entry.file, entry.rows[0], entry.column, name)
-    for name, first, equal in same_images(looks):
+    for name, first, equal in same_images(inspections):
         entry, other = by_name[name], by_name[first]
-        how = "is byte for byte" if equal else "looks like"
+        how = "is byte for byte" if equal else "inspections like"
         if entry.split == other.split:
             told = f"image {name!r} {how} {first!r} (row {other.rows[0]}); give its captions to that one"
             yield _at("duplicate-image", told, entry)
@@ -243,7 +249,9 @@ def image_problems(entries: list[Entry], looks: Mapping[str, Look], batch_size: 
             yield _at("two-splits", told + "measured is not on unseen images; delete one", entry)
 
 
-def split_problems(entries: list[Entry], looks: Mapping[str, Look], batch_size: int) -> Iterator[Problem]:
+def split_problems(
+    entries: list[Entry], inspections: Mapping[str, ImageInspection], batch_size: int
+) -> Iterator[Problem]:
     """Splits that are too small to train on or to measure."""
     sizes, files = Counter(entry.split for entry in entries), {entry.split: entry.file for entry in entries}
     if sizes["train"] < batch_size:
@@ -254,7 +262,7 @@ def split_problems(entries: list[Entry], looks: Mapping[str, Look], batch_size: 
         yield Problem("small-split", told, files["validation"])
 
 
-Check = Callable[[list[Entry], Mapping[str, Look], int], Iterator[Problem]]
+Check = Callable[[list[Entry], Mapping[str, ImageInspection], int], Iterator[Problem]]
 CHECKS: tuple[Check, ...] = (caption_problems, image_problems, split_problems)
 
 
@@ -341,14 +349,16 @@ def _report_path(target: Path) -> Path:
     return target.with_suffix(".report.txt")
 
 
-def write_fix(target: Path, entries: list[Entry], looks: Mapping[str, Look], report: Report, source: Source) -> None:
+def write_fix(
+    target: Path, entries: list[Entry], inspections: Mapping[str, ImageInspection], report: Report, source: Source
+) -> None:
     """Write the rows that are in order as a new CSV, and beside it a report of what was found.
 
     Captions that an image has twice are written once; those of a file that equals an earlier one byte for byte go to
     that one, where both are in one split or the source has no splits of its own.
     """
     bad = {problem.image for problem in report.problems}
-    first_of = {name: first for name, first, equal in same_images(looks) if equal}
+    first_of = {name: first for name, first, equal in same_images(inspections) if equal}
     split_of = {entry.name: entry.split for entry in entries}
     captions: dict[str, list[str]] = {}
     for entry in entries:

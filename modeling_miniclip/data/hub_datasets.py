@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import DataError, one_line
-from .caption_files import Columns, _captions_of, caption_columns
+from .caption_files import ResolvedColumns, _captions_of, caption_columns
 from .splits import SPLIT_ALIASES, SPLITS, split_by_image
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def _from_hub(
     name: str,
-    columns: Columns,
+    columns: ResolvedColumns,
     validation_fraction: float,
     seed: int,
     revision: str | None,
@@ -56,7 +56,7 @@ def _first_rows(streamed: "IterableDatasetDict", count: int) -> "DatasetDict":
 
 
 def _one_row_per_image(
-    raw: "DatasetDict", name: str, columns: Columns, validation_fraction: float, seed: int
+    raw: "DatasetDict", name: str, columns: ResolvedColumns, validation_fraction: float, seed: int
 ) -> "DatasetDict":
     from datasets import DatasetDict, concatenate_datasets
 
@@ -64,7 +64,7 @@ def _one_row_per_image(
     first_use: dict[str, tuple[str, str]] = {}
     for raw_split, rows in raw.items():
         where = f"{name}, split {raw_split}"
-        found = Columns(
+        found = ResolvedColumns(
             find_image_column(rows, where, columns.image),
             caption_columns(rows.column_names, where, columns.captions[0]),
         )
@@ -87,7 +87,7 @@ def _one_row_per_image(
 
 
 def _group_captions(
-    rows: "Dataset", columns: Columns, where: str, split: str, first_use: dict[str, tuple[str, str]]
+    rows: "Dataset", columns: ResolvedColumns, where: str, split: str, first_use: dict[str, tuple[str, str]]
 ) -> tuple["Dataset", list[int], list[str]]:
     """Rows that show the same image become one, the first of them.
 

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import Problem
-from .caption_files import CaptionedImage, Found
+from .caption_files import CaptionedImage, OnProblem
 
 IMAGE_FOLDERS = (
     "Images",
@@ -30,7 +30,7 @@ def image_folder(root: Path, images: Iterable[str]) -> Path:
 
 
 def _check_image_files(
-    folder: Path, bounds: Path, images: Mapping[str, CaptionedImage], allow_outside: bool, found: Found
+    folder: Path, bounds: Path, images: Mapping[str, CaptionedImage], allow_outside: bool, found: OnProblem
 ) -> None:
     """Find out which image files are not there, are empty, or lie outside.
 

@@ -174,7 +174,7 @@ DEATHS = (
 
 
 @contextmanager
-def explained_workers() -> Iterator[None]:
+def readable_worker_errors() -> Iterator[None]:
     """Within the block, what happens in a loader's process is told as if it had happened here.
 
     Raises:
@@ -203,7 +203,7 @@ def explained_workers() -> Iterator[None]:
         ) from error
 
 
-def forward_inputs(batch: dict[str, Tensor], processor: MiniClipProcessor, device: torch.device) -> dict[str, Tensor]:
+def model_inputs(batch: dict[str, Tensor], processor: MiniClipProcessor, device: torch.device) -> dict[str, Tensor]:
     """A collated batch on the device, as keyword arguments of the model: pixels normalised, ids left out."""
     names = ("pixel_values", "input_ids", "attention_mask", "vision_pooler_output", "text_pooler_output")
     inputs = {name: batch[name].to(device, non_blocking=True) for name in names if name in batch}

@@ -17,7 +17,7 @@ from ..errors import MiniClipError
 FULL_PART = 100  # images with an equal part of their hash, as flat pictures have: the search stays linear
 
 
-class Look(NamedTuple):
+class ImageInspection(NamedTuple):
     """What decoding an image gives: a kind of problem and what it is, or hashes of its bytes and of its pixels."""
 
     kind: str | None = None
@@ -27,18 +27,18 @@ class Look(NamedTuple):
     thumbnail: bytes = b""  # 8x8 RGB
 
 
-def look_at(contents: list[str | bytes], num_workers: int) -> Iterator[Look]:
+def inspect_images(contents: list[str | bytes], num_workers: int) -> Iterator[ImageInspection]:
     """Decode images, in their order, by so many processes.
 
     Raises:
         MiniClipError: a process died.
     """
     if num_workers < 1 or len(contents) < 2:
-        yield from map(look, contents)
+        yield from map(inspect_image, contents)
         return
     try:
         with ProcessPoolExecutor(num_workers) as pool:
-            yield from pool.map(look, contents, chunksize=32)
+            yield from pool.map(inspect_image, contents, chunksize=32)
     except BrokenProcessPool as error:
         raise MiniClipError(
             "a process that decodes images died, likely for lack of memory or because an image crashed a decoder: "
@@ -46,7 +46,7 @@ def look_at(contents: list[str | bytes], num_workers: int) -> Iterator[Look]:
         ) from error
 
 
-def look(content: str | bytes) -> Look:
+def inspect_image(content: str | bytes) -> ImageInspection:
     """Decode one image."""
     from PIL import Image
 
@@ -59,19 +59,21 @@ def look(content: str | bytes) -> Look:
             with Image.open(io.BytesIO(data)) as opened:
                 width, height = opened.size
                 if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
-                    return Look("huge", f"has {width}x{height} pixels; scale it down, it may be a decompression bomb")
+                    return ImageInspection(
+                        "huge", f"has {width}x{height} pixels; scale it down, it may be a decompression bomb"
+                    )
                 image = to_rgb(opened)
     except Image.DecompressionBombError:
-        return Look("huge", "has more pixels than can be decoded safely; scale it down")
+        return ImageInspection("huge", "has more pixels than can be decoded safely; scale it down")
     except Exception as error:  # Pillow's decoders raise all sorts
-        return Look("undecodable", f"cannot be decoded: {error}; replace the file or delete its rows")
+        return ImageInspection("undecodable", f"cannot be decoded: {error}; replace the file or delete its rows")
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     gradients = np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
     thumbnail = image.resize((8, 8), Image.Resampling.BOX).tobytes()
-    return Look(None, "", hashlib.blake2b(data, digest_size=16).digest(), gradients, thumbnail)
+    return ImageInspection(None, "", hashlib.blake2b(data, digest_size=16).digest(), gradients, thumbnail)
 
 
-def same_images(looks: Mapping[str, Look]) -> list[tuple[str, str, bool]]:
+def same_images(inspections: Mapping[str, ImageInspection]) -> list[tuple[str, str, bool]]:
     """Images that look like an earlier one: the name of both, and whether the files are equal byte for byte.
 
     Found by equal bytes, or by a "difference hash" (8x8 signs of brightness gradients) of which one of four parts is
@@ -81,7 +83,7 @@ def same_images(looks: Mapping[str, Look]) -> list[tuple[str, str, bool]]:
     by_bytes: dict[bytes, str] = {}
     by_part: dict[tuple[int, bytes], list[str]] = defaultdict(list)
     found = []
-    for name, one in looks.items():
+    for name, one in inspections.items():
         if one.kind is not None:
             continue
         first = by_bytes.setdefault(one.of_bytes, name)
@@ -89,7 +91,7 @@ def same_images(looks: Mapping[str, Look]) -> list[tuple[str, str, bool]]:
             found.append((name, first, True))
             continue
         parts = [by_part[i, one.of_gradients[i : i + 2]] for i in range(0, 8, 2)]
-        near = next((other for part in parts for other in part if _alike(one, looks[other])), None)
+        near = next((other for part in parts for other in part if _alike(one, inspections[other])), None)
         if near is not None:
             found.append((name, near, False))
             continue
@@ -99,7 +101,7 @@ def same_images(looks: Mapping[str, Look]) -> list[tuple[str, str, bool]]:
     return found
 
 
-def _alike(one: Look, other: Look) -> bool:
-    colours, others = (np.frombuffer(look.thumbnail, np.uint8).astype(int) for look in (one, other))
+def _alike(one: ImageInspection, other: ImageInspection) -> bool:
+    colours, others = (np.frombuffer(inspection.thumbnail, np.uint8).astype(int) for inspection in (one, other))
     signs = int.from_bytes(one.of_gradients, "big") ^ int.from_bytes(other.of_gradients, "big")
     return signs.bit_count() <= 8 and int(np.abs(colours - others).max()) <= 12

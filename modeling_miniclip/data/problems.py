@@ -29,7 +29,7 @@ KINDS = {
 }
 
 
-def refuse(problem: Problem) -> NoReturn:
+def raise_problem(problem: Problem) -> NoReturn:
     """What a reader does with a problem, unless it is told to go on without the row.
 
     Raises:

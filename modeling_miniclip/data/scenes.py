@@ -269,7 +269,7 @@ def _box(x: float, y: float, radius: float) -> tuple[float, float, float, float]
     return x - radius, y - radius, x + radius, y + radius
 
 
-def describe(scene: Scene, rng: Random) -> list[str]:
+def describe_scene(scene: Scene, rng: Random) -> list[str]:
     """Words a scene in five different captions.
 
     Every caption names the colour and the shape of each object and the whole arrangement; one of the five leaves out
@@ -303,9 +303,9 @@ def describe_pair(scene: Scene, swapped: Scene, rng: Random) -> tuple[list[str],
     if (scene.pair, scene.single) != (swapped.pair, swapped.single):
         raise ValueError("the two scenes must have the same layout")
     state = rng.getstate()
-    captions = describe(scene, rng)
+    captions = describe_scene(scene, rng)
     rng.setstate(state)
-    return captions, describe(swapped, rng)
+    return captions, describe_scene(swapped, rng)
 
 
 def _name(item: SceneObject, words: dict[str, str], with_size: bool = False, article: str = "a") -> str:
@@ -411,7 +411,7 @@ def _build_split(scenes: Sequence[Scene], start: int, image_size: int, seed: int
         buffer = io.BytesIO()
         render(scene, Random(f"image-{seed}-{index}"), image_size).save(buffer, format="PNG")
         images.append({"bytes": buffer.getvalue(), "path": None})
-        captions.append(describe(scene, Random(f"captions-{seed}-{index}")))
+        captions.append(describe_scene(scene, Random(f"captions-{seed}-{index}")))
     image_ids = [f"scene-{index:06d}.png" for index in range(start, start + len(scenes))]
     features = Features({"image": ImageFeature(), "image_id": Value("string"), "captions": [Value("string")]})
     return Dataset.from_dict({"image": images, "image_id": image_ids, "captions": captions}, features=features)

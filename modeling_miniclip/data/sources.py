@@ -11,7 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError, UsageError, one_line
-from .caption_files import CAPTION_FILES, METADATA_FILES, CaptionedImage, Columns, caption_columns, read_caption_file
+from .caption_files import (
+    CAPTION_FILES,
+    METADATA_FILES,
+    CaptionedImage,
+    ResolvedColumns,
+    caption_columns,
+    read_caption_file,
+)
 from .captions import FILE_SUFFIXES
 from .hub_datasets import find_image_column
 from .image_files import IMAGE_SUFFIXES, bad_files, image_folder
@@ -182,12 +189,12 @@ def _read_table(file: Path, columns: ColumnNames) -> dict[str, CaptionedImage]:
     return read_caption_file(file, lambda names, where: _find_columns(names, where, columns))
 
 
-def _find_columns(names: Collection[str], where: str, columns: ColumnNames) -> Columns:
+def _find_columns(names: Collection[str], where: str, columns: ColumnNames) -> ResolvedColumns:
     """An image column by its given or any usual name, and captions where there are some: an index needs none."""
     image = next((name for name in (columns.image, *IMAGE_COLUMNS) if name in names), None)
     if image is None:
         raise DataError(f"{where}: no column {columns.image!r} among {', '.join(names)}; name it with --image_column")
-    return Columns(image, _find_captions(names, where, columns.caption))
+    return ResolvedColumns(image, _find_captions(names, where, columns.caption))
 
 
 def _find_captions(names: Collection[str], where: str, wanted: str) -> list[str]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError, Problem
-from .caption_files import CaptionedImage, Found, _image_name, _lines, _read_utf8
-from .problems import refuse
+from .caption_files import CaptionedImage, OnProblem, _image_name, _lines, _read_utf8
+from .problems import raise_problem
 
 SPLITS = ("train", "validation", "test")
 
@@ -31,7 +31,7 @@ SPLIT_ALIASES = {
 
 
 def read_splits(
-    root: Path, images: Mapping[str, CaptionedImage], caption_file: Path, found: Found = refuse
+    root: Path, images: Mapping[str, CaptionedImage], caption_file: Path, found: OnProblem = raise_problem
 ) -> dict[str, list[str]]:
     """Image names by split from the split files beside a caption file; empty where there are none."""
     there = {split: [root / name for name in names if (root / name).is_file()] for split, names in SPLIT_FILES.items()}

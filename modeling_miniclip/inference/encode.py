@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessorPil
 
-from ..data.loader import forward_inputs, stack_pixels
+from ..data.loader import model_inputs, stack_pixels
 from ..errors import DataError
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor, load_rgb, to_rgb
@@ -114,7 +114,7 @@ def _pixel_values(images: list[Image.Image], processor: MiniClipProcessor, devic
     if type(settings) is not CLIPImageProcessorPil or not (settings.do_rescale and settings.do_normalize):
         return processor(images=images, return_tensors="pt")["pixel_values"].to(device)
     pixels = stack_pixels([processor.crop(image) for image in images])
-    return forward_inputs({"pixel_values": pixels}, processor, device)["pixel_values"]
+    return model_inputs({"pixel_values": pixels}, processor, device)["pixel_values"]
 
 
 def encode_texts(

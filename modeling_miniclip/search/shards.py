@@ -26,7 +26,7 @@ from accelerate import PartialState
 from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
-from ..data.loader import forward_inputs
+from ..data.loader import model_inputs
 from ..data.sources import UNKNOWN, Item
 from ..errors import MiniClipError, printable
 from ..inference.loading import load_tower, model_folder
@@ -188,7 +188,7 @@ class Encoding:
             return
         model, processor = self.tower
         pixels = torch.from_numpy(np.stack([prepared.pixels for prepared in batch if prepared.pixels is not None]))
-        inputs = forward_inputs({"pixel_values": pixels}, processor, model.device)
+        inputs = model_inputs({"pixel_values": pixels}, processor, model.device)
         embeddings = model(**inputs).image_embeds.float().cpu().numpy()
         if not np.isfinite(embeddings).all():
             raise MiniClipError(f"{self.manifest.model} gives embeddings that are no numbers (NaN): train it again")

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..data.dataset import CaptionRows
-from ..data.loader import forward_inputs, make_loader
+from ..data.loader import make_loader, model_inputs
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from .diagnostics import not_finite
@@ -53,7 +53,7 @@ def embed_split(
     lost: list[tuple[int, str]] = []
     for batch in tqdm(loader, desc="validate", unit="batch", leave=False, disable=not progress):
         lost += batch.pop("undecodable", [])
-        output = model(**forward_inputs(batch, processor, device))
+        output = model(**model_inputs(batch, processor, device))
         for name, values in (("images", output.image_embeds), ("image_id", batch["image_id"])):
             parts[name].append(values[batch["image_id"] >= 0].to(device))
         for name, values in (("texts", output.text_embeds), ("text_image_id", batch["text_image_id"])):
@@ -99,7 +99,7 @@ def frozen_image_features(
     def compute(view: int, blocks: list[range]) -> Iterator[Tensor]:
         loader = make_loader(rows, [[(view, i) for i in block] for block in blocks], num_workers)
         for block, batch in zip(blocks, loader, strict=True):
-            pixels = forward_inputs(batch, rows.processor, accelerator.device)["pixel_values"]
+            pixels = model_inputs(batch, rows.processor, accelerator.device)["pixel_values"]
             pooled = model.pool_images(pixels).pooler_output.float().cpu()
             if not pooled.isfinite().all():
                 raise not_finite("image tower's features", math.nan, accelerator.mixed_precision)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import MiniClipError, UsageError, refusal
+from ..errors import MiniClipError, UsageError, disk_error_message
 from ..utils.files import discard_folder, recover_folder
 from .arguments import TrainingArguments
 
@@ -45,7 +45,7 @@ def own_folder(arguments: TrainingArguments) -> Iterator[None]:
     except MiniClipError:
         raise
     except Exception as error:
-        reason = refusal(error)
+        reason = disk_error_message(error)
         if reason is None:
             raise
         raise MiniClipError(f"{reason}; {_what_is_left(output_dir)}") from error

@@ -12,8 +12,8 @@ from PIL import Image, ImageFilter
 
 from modeling_miniclip import UsageError, load_captions
 from modeling_miniclip.cli import cli
-from modeling_miniclip.data.check import CHECKS, check, expected_false_negatives, quick_look
-from modeling_miniclip.data.near_duplicates import look
+from modeling_miniclip.data.check import CHECKS, check, expected_false_negatives, quick_check
+from modeling_miniclip.data.near_duplicates import inspect_image
 from modeling_miniclip.data.problems import KINDS
 
 NAMES = [f"{i}.png" for i in range(40)]
@@ -230,7 +230,7 @@ def test_expected_false_negatives_are_those_of_drawn_batches() -> None:
 
 def test_a_run_tells_in_short_what_is_wrong(good: Path) -> None:
     append(good, "0.png,first number 0")
-    lines = quick_look(load_captions(good, validation_fraction=0.3), "captions.csv", 32)
+    lines = quick_check(load_captions(good, validation_fraction=0.3), "captions.csv", 32)
     assert [line.split(";")[0] for line in lines] == [
         f"1 {KINDS['duplicate-caption']}", f"1 {KINDS['small-split']}"
     ]  # fmt: skip
@@ -241,7 +241,7 @@ def test_a_run_tells_in_short_what_is_wrong(good: Path) -> None:
 def test_every_mode_that_the_processor_reads_is_fine(tmp_path: Path, mode: str) -> None:
     suffix = {"CMYK": "jpg", "YCbCr": "jpg", "F": "tiff"}.get(mode, "png")
     Image.new(mode, (20, 20)).save(tmp_path / f"a.{suffix}")
-    assert look(str(tmp_path / f"a.{suffix}")).kind is None
+    assert inspect_image(str(tmp_path / f"a.{suffix}")).kind is None
 
 
 def test_the_real_flickr8k_has_nine_captions_twice_and_no_missing_image(shared: Path) -> None:

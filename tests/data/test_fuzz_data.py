@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from modeling_miniclip import load_captions
-from modeling_miniclip.data.caption_files import Columns, read_caption_file
+from modeling_miniclip.data.caption_files import ResolvedColumns, read_caption_file
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.parsing import parse_arguments, read_recipe
 from tests.helpers.fuzzing import CAPTIONS, NASTY, TEXT, VALUES, cases, damaged, fuzz, result_or_error
@@ -41,8 +41,8 @@ SEEDS: dict[str, bytes] = {
 IMAGES = ("a.png", "b.png", "ä.png", "sub/c.png")
 
 
-def exactly(names: Any, where: str) -> Columns:
-    return Columns("image", ["caption"])
+def exactly(names: Any, where: str) -> ResolvedColumns:
+    return ResolvedColumns("image", ["caption"])
 
 
 def grouped(rows: list[tuple[str, str]]) -> dict[str, list[str]]:

@@ -23,8 +23,8 @@ from modeling_miniclip.data.scenes import (
     Scene,
     SceneObject,
     build_scenes,
-    describe,
     describe_pair,
+    describe_scene,
     render,
     sample_scenes,
     swap_attributes,
@@ -218,7 +218,7 @@ def _mentions(caption: str) -> list[tuple[str | None, str, str]]:
 
 def test_five_different_captions_name_every_object(sample):
     for index, scene in enumerate(sample):
-        captions = describe(scene, random.Random(index))
+        captions = describe_scene(scene, random.Random(index))
         assert len(captions) == 5 and len(set(captions)) == 5
         with_sizes = with_background = 0
         name = re.compile(scene.background.replace("pale", "(pale|light)"))
@@ -262,7 +262,7 @@ def test_what_captions_say_is_true_of_the_pixels(sample):
     for index, scene in enumerate(sample):
         masks = _masks(scene, render(scene, random.Random(index)))
         by_name = {(item.colour, item.shape): mask for item, mask in zip(scene.objects, masks, strict=True)}
-        for caption in describe(scene, random.Random(index)):
+        for caption in describe_scene(scene, random.Random(index)):
             objects, relations, places = _claims(caption)
             for first, relation, second in relations:
                 assert _lies(by_name[objects[first]], relation, by_name[objects[second]]), caption
@@ -276,7 +276,9 @@ def test_what_captions_say_is_true_of_the_pixels(sample):
 
 
 def test_captions_tell_scenes_apart(sample):
-    captions = [caption for index, scene in enumerate(sample) for caption in describe(scene, random.Random(index))]
+    captions = [
+        caption for index, scene in enumerate(sample) for caption in describe_scene(scene, random.Random(index))
+    ]
     assert len(set(captions)) == len(captions)
 
 
@@ -289,8 +291,8 @@ def test_swap_keeps_the_words_and_changes_captions_and_picture(sample):
         assert swapped != scene
         assert render(swapped, random.Random(0)).tobytes() != render(scene, random.Random(0)).tobytes()
         true, false = describe_pair(scene, swapped, random.Random(index))
-        assert true == describe(scene, random.Random(index))
-        assert false == describe(swapped, random.Random(index))
+        assert true == describe_scene(scene, random.Random(index))
+        assert false == describe_scene(swapped, random.Random(index))
         for caption, wrong in zip(true, false, strict=True):
             assert caption != wrong
             bags = [

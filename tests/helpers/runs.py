@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from modeling_miniclip.data.scenes import describe, render, sample_scenes
+from modeling_miniclip.data.scenes import describe_scene, render, sample_scenes
 from tests.helpers.towers import PIXELS, TEXT, VISION
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ def write_scene_folder(folder: Path, count: int = 26) -> Path:
         writer.writerow(["id", "image", "caption"])
         for i, scene in enumerate(sample_scenes(count, seed=3)):
             render(scene, Random(i), PIXELS).save(folder / "Images" / f"{i:03d}.png")
-            for caption in describe(scene, Random(i)):
+            for caption in describe_scene(scene, Random(i)):
                 writer.writerow([i, f"{i:03d}.png", caption])
     return folder / "captions.csv"
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images, encode_texts, export, load_captions
 from modeling_miniclip.cli import build_parser, cli
-from modeling_miniclip.data.scenes import describe, sample_scenes
+from modeling_miniclip.data.scenes import describe_scene, sample_scenes
 from modeling_miniclip.errors import MiniClipError, ModelError, UsageError
 from modeling_miniclip.evaluation.metrics import retrieval_metrics
 from modeling_miniclip.hub import onnx_export as module
@@ -47,7 +47,7 @@ def save_export(folder: Path, seed: int = 0, **settings: Any) -> Path:
     torch.manual_seed(seed)
     config = tiny_config(text_pooling="mean", logit_scale_init_value=3.0, loss_type="sigmoid")
     config.vision_config.pretrained_cfg = {**config.vision_config.pretrained_cfg, "crop_pct": 0.85}
-    tokenizer = train_tokenizer([describe(scene, Random(0)) for scene in sample_scenes(200, seed=3)], 200)
+    tokenizer = train_tokenizer([describe_scene(scene, Random(0)) for scene in sample_scenes(200, seed=3)], 200)
     tokenizer.model_max_length = LIMIT
     processor = MiniClipProcessor(image_processor_from_timm(config.vision_config), tokenizer)
     processor.image_processor = type(processor.image_processor)(**(processor.image_processor.to_dict() | settings))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from modeling_miniclip import DataError, MiniClipError, MiniClipModel, MiniClipProcessor, load_captions
 from modeling_miniclip.data.dataset import CaptionRows
-from modeling_miniclip.data.loader import GlobalBatches, explained_workers, forward_inputs, make_loader
+from modeling_miniclip.data.loader import GlobalBatches, make_loader, model_inputs, readable_worker_errors
 from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.bad_images import BadImages
 from modeling_miniclip.training.features import embed_split
@@ -243,12 +243,12 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint_to_go_on_from(
     main(flags(tmp_path, "parts", num_train_epochs=1))
 
     def inputs_with_nan(*args: Any) -> Any:
-        inputs = forward_inputs(*args)
+        inputs = model_inputs(*args)
         inputs["pixel_values"] = inputs["pixel_values"] * float("nan")
         return inputs
 
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_miniclip.training.optimizer.forward_inputs", inputs_with_nan)
+        patch.setattr("modeling_miniclip.training.optimizer.model_inputs", inputs_with_nan)
         with pytest.raises(MiniClipError, match="training loss became nan.*checkpoint"):
             main(flags(tmp_path, "parts", resume_from_checkpoint="latest"))
     main(flags(tmp_path, "parts", resume_from_checkpoint="latest"))
@@ -287,13 +287,13 @@ def test_a_loader_process_that_dies_is_told_with_the_likely_cause(
     tmp_path: Path, fail: Callable[[], None], cause: str
 ) -> None:
     rows = Dying(split_of(tmp_path), fail)
-    with pytest.raises(MiniClipError, match=cause) as caught, explained_workers():
+    with pytest.raises(MiniClipError, match=cause) as caught, readable_worker_errors():
         list(make_loader(rows, [[(0, 1)]], 1))
     assert "\n" not in str(caught.value)
 
 
 def test_an_error_of_a_loader_process_is_told_as_it_is(tmp_path: Path) -> None:
     rows = Dying(split_of(tmp_path), lambda: fail_with(DataError("image 'a b': too small; change it")))
-    with pytest.raises(DataError) as caught, explained_workers():
+    with pytest.raises(DataError) as caught, readable_worker_errors():
         list(make_loader(rows, [[(0, 1)]], 1))
     assert str(caught.value) == "image 'a b': too small; change it"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_miniclip.data.loader import forward_inputs
+from modeling_miniclip.data.loader import model_inputs
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.build_model import set_dropout
 from modeling_miniclip.training.layers import set_training_mode
@@ -100,7 +100,7 @@ def test_forward_inputs_are_what_the_processor_gives() -> None:
     processor = tiny_processor()
     pixels = torch.randint(0, 256, (2, 3, PIXELS, PIXELS), dtype=torch.uint8)
     batch = {"pixel_values": pixels, "image_id": torch.tensor([0, 1]), "text_image_id": torch.tensor([0, 1])}
-    inputs = forward_inputs(batch, processor, torch.device("cpu"))
+    inputs = model_inputs(batch, processor, torch.device("cpu"))
     as_it_is = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
     expected = processor.image_processor(list(pixels.numpy()), **as_it_is)
     assert set(inputs) == {"pixel_values"}

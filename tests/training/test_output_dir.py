@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from modeling_miniclip import MiniClipError
-from modeling_miniclip.errors import refusal
+from modeling_miniclip.errors import disk_error_message
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.output_dir import LOCK_FILE, own_folder
 from tests.helpers.runs import environment, flags
@@ -114,14 +114,16 @@ def test_a_read_only_folder_is_told_before_any_work(tmp_path: Path, read_only: P
 
 
 def test_what_a_disk_refuses_is_known_by_whatever_library_it_is_told() -> None:
-    assert refusal(OSError(28, "No space left on device", "/a")) == (
+    assert disk_error_message(OSError(28, "No space left on device", "/a")) == (
         "the disk refused: [Errno 28] No space left on device: '/a'"
     )
     rust = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert "(os error 28)" in str(refusal(rust))
-    assert refusal(RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0: file write failed"))
-    assert refusal(OSError(2, "No such file or directory")) is None
-    assert refusal(RuntimeError("mat1 and mat2 (os error 2)")) is None
+    assert "(os error 28)" in str(disk_error_message(rust))
+    assert disk_error_message(
+        RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0: file write failed")
+    )
+    assert disk_error_message(OSError(2, "No such file or directory")) is None
+    assert disk_error_message(RuntimeError("mat1 and mat2 (os error 2)")) is None
 
 
 # --- a disk that is full from some moment on ------------------------------------------------------------------------
