@@ -242,19 +242,20 @@ def resume(run: Run, checkpoint: Path) -> None:
 def prepare_places(arguments: TrainingArguments) -> tuple[Path, Path | None]:
     """The output folder, and the checkpoint to go on from; the repository of a push is created now."""
     from modeling_miniclip.hub.push import prepare_push
-    from modeling_miniclip.training import checkpoints
+    from modeling_miniclip.training.checkpoints import find_checkpoint
+    from modeling_miniclip.training.output_dir import prepare_output_dir
 
     output_dir = Path(arguments.output_dir)
     if arguments.overfit_batch:
         return output_dir, None
     if own_rank() == 0:  # one process speaks for all, before there is an Accelerator
-        checkpoints.prepare_output_dir(arguments)
+        prepare_output_dir(arguments)
         if arguments.push_to_hub:
             private, revision = arguments.hub_private_repo, arguments.hub_revision
             arguments.hub_model_id = prepare_push(arguments.hub_model_id, output_dir, private, revision)
     if arguments.resume_from_checkpoint is None:
         return output_dir, None
-    return output_dir, checkpoints.find_checkpoint(output_dir, arguments.resume_from_checkpoint)
+    return output_dir, find_checkpoint(output_dir, arguments.resume_from_checkpoint)
 
 
 def build_accelerator(arguments: TrainingArguments, output_dir: Path) -> Any:
@@ -441,10 +442,10 @@ def train_epoch(run: Run) -> None:
     """The rest of the current epoch, one optimiser step a batch."""
     from tqdm.auto import tqdm
 
-    from modeling_miniclip.training import optimizer as training
+    from modeling_miniclip.training.layers import set_training_mode
 
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
-    training.set_training_mode(run.plain, arguments.freeze, bool(arguments.freeze_batch_norm))
+    set_training_mode(run.plain, arguments.freeze, bool(arguments.freeze_batch_norm))
     sampler = run.train_loader.batch_sampler
     sampler.epoch, sampler.first_batch = progress.epoch, progress.step_in_epoch
     title = f"epoch {progress.epoch + 1}/{arguments.num_train_epochs}"
@@ -479,15 +480,15 @@ def take_step(run: Run, batch: dict[str, Any], images: int) -> None:
         batch: this process's share of the global batch.
         images: of the global batch.
     """
-    from modeling_miniclip.training import optimizer as training
     from modeling_miniclip.training.diagnostics import chance_loss
     from modeling_miniclip.training.distributed import whole_tensor
+    from modeling_miniclip.training.optimizer import clamp_temperature
 
     run.optimizer.zero_grad(set_to_none=True)
     loss = forward_and_backward(run, batch)
     norm = whole_tensor(run.accelerator.clip_grad_norm_(run.plain.parameters(), run.arguments.max_grad_norm))
     run.optimizer.step()
-    training.clamp_temperature(run.plain)
+    clamp_temperature(run.plain)
     if run.averages is not None:
         run.averages.update()
     pairs = len(batch["text_image_id"])

@@ -1,30 +1,82 @@
-"""Fixtures: the shared real data where it is there, small captioned pictures everywhere."""
+"""Fixtures for all tests: real data where it exists, small captioned images, and a tiny export, run and index.
+
+`tiny_towers`, `tiny_export`, `tiny_run` and `tiny_index` are built once per session, shared by all workers, and
+READ-ONLY: copy them (`shutil.copytree`) before you write. A test that changes one of them fails the session.
+"""
 
 import csv
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network; those with a Hub of their own say so
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in parallel already
-# Where weights lie in memory, mapped from a file or not, must not decide on the last bits of a product of matrices.
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests never use the network; those with a local Hub override this
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests themselves run in parallel
+# The last bits of a matrix product must not depend on where in memory the weights are, mapped from a file or not.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from tests.helpers.runs import shared_folder  # noqa: E402
-from tests.helpers.towers import CAPTIONS  # noqa: E402
+from tests.helpers.runs import flags, shared_folder  # noqa: E402
+from tests.helpers.session import shared_once  # noqa: E402
+from tests.helpers.towers import CAPTIONS, save_towers  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data and weights: `MINICLIP_SHARED`, else `../shared` beside the checkout."""
+    """Folder of real data and weights: `MINICLIP_SHARED`, else `../shared` next to the checkout."""
     folder = shared_folder()
     if not (folder / "flickr8k" / "captions.csv").is_file():
         pytest.skip(f"no shared data at {folder}: set MINICLIP_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_towers(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
+    """Folders of a pretrained ResNet (timm) and DistilBERT (with tokenizer). Read-only."""
+    for folder in shared_once(request, "towers", save_towers):
+        yield folder / "vision-resnet", folder / "text-distilbert"
+
+
+@pytest.fixture(scope="session")
+def tiny_export(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A finished export of a tiny model (ResNet, DistilBERT, random weights): model, processor, card. Read-only."""
+    from tests.helpers.indexes import write_model
+
+    for folder in shared_once(request, "export", lambda folder: write_model(folder / "export")):
+        yield folder / "export"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Output folder of a finished run of two epochs: checkpoints, `metrics.jsonl`, figures, export. Read-only.
+
+    Next to it are its data, `scenes/captions.csv` (21 scenes to train on, 5 for validation), and `preset.json`.
+    """
+
+    def train(folder: Path) -> None:
+        from train_miniclip import main
+
+        main(flags(folder))
+
+    for folder in shared_once(request, "training", train):
+        yield folder / "run"
+
+
+@pytest.fixture(scope="session")
+def tiny_index(request: pytest.FixtureRequest, tiny_export: Path) -> Iterator[Path]:
+    """Index of the six images in the folder `photos` next to it, made with `tiny_export`. Read-only."""
+    from modeling_miniclip import update_index
+    from tests.helpers.indexes import write_pictures
+
+    def index(folder: Path) -> None:
+        write_pictures(folder / "photos", "a.png b.png c.png sub/d.png sub/e.png f.png")
+        update_index(folder / "index", [folder / "photos"], tiny_export, progress=False)
+
+    for folder in shared_once(request, "search", index):
+        yield folder / "index"
 
 
 @pytest.fixture

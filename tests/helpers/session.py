@@ -1,0 +1,59 @@
+"""Folders that are made once for a whole test session, by whichever worker needs them first, and only read."""
+
+import fcntl
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+Snapshot = dict[str, tuple[int, int]]
+
+
+def shared_once(request: pytest.FixtureRequest, name: str, build: Callable[[Path], object]) -> Iterator[Path]:
+    """Yield a folder that all workers of this session share, and fail at the end if a test has changed it.
+
+    Args:
+        request: pytest's, of a fixture of the session.
+        name: name of the folder.
+        build: fills the empty folder; it runs in one worker, and leaves the random number generators untouched.
+    """
+    base: Path = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    if hasattr(request.config, "workerinput"):  # under xdist each worker has a folder within the session's
+        base = base.parent
+    folder, done = base / "shared" / name, base / "shared" / f"{name}.done"
+    folder.parent.mkdir(exist_ok=True)
+    with (base / "shared" / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # left by a worker that failed
+            folder.mkdir()
+            with untouched_generators():
+                build(folder)
+            done.touch()
+    before = snapshot(folder)
+    yield folder
+    changed = {path for path, _ in before.items() ^ snapshot(folder).items()}
+    assert not changed, f"tests must not change the shared folder {name}, copy it first: {sorted(changed)}"
+
+
+def snapshot(folder: Path) -> Snapshot:
+    """Size and time of change of each file below a folder."""
+    stats = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+@contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Restores the states of Python's, NumPy's and torch's random number generators after the block."""
+    python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(pytorch)
