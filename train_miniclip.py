@@ -556,7 +556,7 @@ def validate(run: Run) -> bool:
     """
     from accelerate.utils import broadcast_object_list
 
-    from modeling_miniclip.evaluation.metrics import is_better, measure, recall_intervals
+    from modeling_miniclip.evaluation.metrics import is_better, recall_intervals, validation_metrics
     from modeling_miniclip.training.diagnostics import not_finite
     from modeling_miniclip.training.distributed import share_buffers, whole_tensor
     from modeling_miniclip.training.features import embed_split
@@ -580,7 +580,7 @@ def validate(run: Run) -> bool:
     logit_scale, bias = whole_tensor(run.plain.inverse_temperature()).item(), run.plain.logit_bias
     logit_bias = None if bias is None else whole_tensor(bias).item()
     if accelerator.is_main_process:
-        told[0] = measure(*embeddings, logit_scale, run.plain.config.loss_type, logit_bias)
+        told[0] = validation_metrics(*embeddings, logit_scale, run.plain.config.loss_type, logit_bias)
     metrics = broadcast_object_list(told)[0]
     if not math.isfinite(metrics["loss"]):
         raise not_finite("validation loss", metrics["loss"], accelerator.mixed_precision)

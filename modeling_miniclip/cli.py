@@ -160,17 +160,21 @@ def run_index(args: argparse.Namespace) -> None:
 def declare_search(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip search`."""
     parser.add_argument("index", metavar="INDEX", help="folder of an index, made by `miniclip index`")
-    parser.add_argument("words", metavar="WORDS", nargs="?", help="what the images shall show")
-    parser.add_argument("--image", metavar="FILE", help="a picture that the images shall be like, also beside words")
-    parser.add_argument("--weight", type=float, default=0.5, help="of the picture beside words, from 0 to 1 (0.5)")
+    parser.add_argument("words", metavar="WORDS", nargs="?", help="text to search for")
+    parser.add_argument("--image", metavar="FILE", help="find images similar to this one; can be combined with WORDS")
+    parser.add_argument(
+        "--image_weight", type=float, default=0.5, help="weight of the image when combined with WORDS, 0 to 1 (0.5)"
+    )
     parser.add_argument("--not", dest="without", metavar="WORDS", action="append", default=[], help="and not this")
     parser.add_argument("-k", type=int, default=10, metavar="N", help="how many images (10)")
     parser.add_argument("--folder", help="only images in it or below it")
     parser.add_argument("--since", metavar="DATE", help="only images of this time or later: 2024, 2024-07, 2024-07-14")
     parser.add_argument("--until", metavar="DATE", help="only images of this time or earlier")
-    parser.add_argument("--caption", metavar="WORDS", help="only images that have each of these words in a caption")
+    parser.add_argument(
+        "--caption_contains", metavar="WORDS", help="only images whose captions contain each of these words"
+    )
     parser.add_argument("--split", help="only images of this split")
-    parser.add_argument("--exact", action="store_true", help="leave an approximate index aside")
+    parser.add_argument("--exact", action="store_true", help="exact search, even if there is an approximate index")
     parser.add_argument("--verify", action="store_true", help="also of a large index compare all files' checksums")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", metavar="FILE", help="write a page with the images found; it opens without network")
@@ -189,8 +193,8 @@ def run_search(args: argparse.Namespace) -> None:
         raise UsageError(f"-k {args.k}: expected at least 1 image")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise UsageError(f"--html {args.html}: there is no folder {Path(args.html).parent} to write it into")
-    query = Query(args.words, args.image, args.weight, args.without)
-    chosen = EntryFilter(args.folder, args.since, args.until, args.caption, args.split)
+    query = Query(args.words, args.image, args.image_weight, args.without)
+    chosen = EntryFilter(args.folder, args.since, args.until, args.caption_contains, args.split)
     index, matches = search_index(args.index, query, args.k, chosen, timing, args.exact, args.verify or None)
     if args.json:
         print(format_json(index, query, matches, timing))
@@ -199,10 +203,10 @@ def run_search(args: argparse.Namespace) -> None:
         own = f"imports {timing.imports:.2f} s, load of the model {timing.load:.2f} s, search {timing.search:.3f} s"
         print(f"{len(matches)} of {len(index)} images; {own}")
     if args.html or args.open:
-        from .search.results_page import write_contact_sheet
+        from .search.results_page import write_results_page
 
         page = Path(args.html or tempfile.mkdtemp(prefix="miniclip-")) / ("" if args.html else "found.html")
-        write_contact_sheet(page, index, str(query), matches)
+        write_results_page(page, index, str(query), matches)
         print(f"written: {page}", file=sys.stderr)
         if args.open:
             webbrowser.open(page.resolve().as_uri())
@@ -247,7 +251,7 @@ def run_eval(args: argparse.Namespace) -> None:
     import json
 
     from .evaluation.eval_sets import load_eval_set
-    from .evaluation.evaluate import describe_report, evaluate_model
+    from .evaluation.evaluate import evaluate_model, format_report
     from .utils.performance import keep_freed_memory
 
     if args.batch_size < 1:
@@ -264,7 +268,7 @@ def run_eval(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         progress=sys.stderr.isatty(),
     )
-    print(json.dumps(report, indent=2) if args.json else describe_report(report))
+    print(json.dumps(report, indent=2) if args.json else format_report(report))
 
 
 def declare_app(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, UsageError, encode_images, encode_texts
 from modeling_miniclip.data.captions import load_captions
-from modeling_miniclip.evaluation.metrics import METRIC_NAMES, measure
+from modeling_miniclip.evaluation.metrics import METRIC_NAMES, validation_metrics
 from modeling_miniclip.training.parsing import parse_arguments
 from tests.helpers.runs import ROOT, assert_same_log, command, environment, flags, launch, metrics_of
 from tests.helpers.towers import PIXELS
@@ -58,7 +58,7 @@ def test_run_leaves_a_model_that_measures_what_its_log_and_card_say(tmp_path: Pa
     images = encode_images(model, split, processor, progress=False)
     texts = encode_texts(model, [text for row in split["captions"] for text in row], processor, progress=False)
     owner = torch.arange(len(split)).repeat_interleave(5)
-    metrics = measure(images, texts, owner, model.inverse_temperature().item())
+    metrics = validation_metrics(images, texts, owner, model.inverse_temperature().item())
     assert metrics["loss"] == pytest.approx(best["loss"], rel=1e-4)
     card = (export / "README.md").read_text()
     assert f"{best['loss']:.4f} nats" in card and f"{best['rsum']:.1f}" in card

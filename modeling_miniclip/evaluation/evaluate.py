@@ -26,7 +26,7 @@ ROWS = 10_000  # of the Parquet file that are in memory at a time
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelScores:
     """What a model does with a set: the ranking of each direction's queries, and bootstrap samples of its recalls."""
 
     rankings: dict[str, Ranking]
@@ -69,7 +69,7 @@ def evaluate_model(
     target = None if output_dir is None else _checked_target(Path(output_dir))
     named = [("MODEL", model)] + ([("--baseline", baseline)] if baseline is not None else [])
     encoders = [open_encoder(name, flag) for flag, name in named]  # both, before the long work with the first
-    ours, *theirs = [_measure(encoder, data, templates, batch_size, progress) for encoder in encoders]
+    ours, *theirs = [score_model(encoder, data, templates, batch_size, progress) for encoder in encoders]
     names = [data.metric(direction, k) for direction in data.directions for k in data.at]
     report = {
         "model": model,
@@ -100,9 +100,9 @@ def _checked_target(folder: Path) -> Path:
     return folder
 
 
-def _measure(
+def score_model(
     encoder: ClipEncoder, data: EvalSet, templates: str | Sequence[str], batch_size: int, progress: bool
-) -> Measured:
+) -> ModelScores:
     def encode(texts: list[str]) -> Tensor:
         return encoder.encode_texts(texts, 4 * batch_size, progress)
 
@@ -121,14 +121,14 @@ def _measure(
     else:
         metrics = metrics_of_ranks(rank_of)
     image_of = {direction: data.image_of_query(direction) for direction in data.directions}
-    return Measured(rankings, metrics, resampled_recalls(rank_of, image_of, len(images), data.at))
+    return ModelScores(rankings, metrics, resampled_recalls(rank_of, image_of, len(images), data.at))
 
 
 def _intervals(names: list[str], recalls: Tensor, data: EvalSet) -> dict[str, tuple[float, float]]:
     return named_intervals(names, recalls, None if data.is_classification else "rsum")
 
 
-def _comparison(ours: Measured, theirs: Measured, recalls: list[str], data: EvalSet) -> dict[str, Any]:
+def _comparison(ours: ModelScores, theirs: ModelScores, recalls: list[str], data: EvalSet) -> dict[str, Any]:
     intervals = _intervals(recalls, ours.recalls - theirs.recalls, data)
     return {
         "baseline_metrics": theirs.metrics,
@@ -138,7 +138,7 @@ def _comparison(ours: Measured, theirs: Measured, recalls: list[str], data: Eval
     }
 
 
-def describe_report(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """A report of [`evaluate_model`] as a table of text."""
     head, rows = table_of(report)
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]

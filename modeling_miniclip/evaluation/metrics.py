@@ -280,7 +280,7 @@ def dataset_loss(
     return total
 
 
-def measure(
+def validation_metrics(
     image_embeds: Tensor,
     text_embeds: Tensor,
     text_image_id: Tensor,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MiniClipError, UsageError
-from .exact import Neighbours, largest
+from .exact import Neighbours, top_k_rows
 
 FILE = "neighbours.faiss"
 CHOICES = ("auto", "exact", "approximate")
@@ -97,5 +97,5 @@ class ApproximateNeighbours(Neighbours):
         if len(candidates) < min(k, len(self.embeddings)):  # the cells were too empty
             return super().search(query, k)
         scores = self.embeddings[candidates].astype(np.float32) @ query
-        best = largest(scores, k)
+        best = top_k_rows(scores, k)
         return scores[best], candidates[best]

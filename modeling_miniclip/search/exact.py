@@ -43,13 +43,13 @@ class Neighbours:
         """
         if rows is not None and len(rows) < LEAST_SELECTED * len(self.embeddings):
             scores = self._products(self.embeddings[rows], query, k)
-            best = largest(scores, k)
+            best = top_k_rows(scores, k)
             return scores[best], rows[best]
         scores = self._products(self.embeddings, query, k, rows)
         if rows is None:
-            best = largest(scores, k)
+            best = top_k_rows(scores, k)
         else:
-            best = rows[largest(scores[rows], k)]
+            best = rows[top_k_rows(scores[rows], k)]
         return scores[best], best
 
     def _products(
@@ -68,13 +68,13 @@ class Neighbours:
         with one_thread() if os.getpid() != PROCESS else nullcontext():
             scores = (half @ torch.from_numpy(query).half()).float().numpy()
         candidates = scores if rows is None else scores[rows]
-        bound = candidates[largest(candidates, k)[-1]] - HALF_MARGIN if len(candidates) else 0.0
+        bound = candidates[top_k_rows(candidates, k)[-1]] - HALF_MARGIN if len(candidates) else 0.0
         near = np.flatnonzero(scores >= bound)
         scores[near] = embeddings[near].astype(np.float32) @ query
         return scores
 
 
-def largest(scores: np.ndarray, k: int) -> np.ndarray:
+def top_k_rows(scores: np.ndarray, k: int) -> np.ndarray:
     """Positions of the `k` largest, largest first and equal ones in their order.
 
     Args:

@@ -19,14 +19,14 @@ class EntryFilter:
     Args:
         folder: the image lies in it or below it; also an archive or a data set.
         since, until: bounds of its date, both included: `2024`, `2024-07`, `2024-07-14` or with a time behind `T`.
-        words: each of them, as a whole word in any case, stands in one of its captions.
+        caption_contains: words that must all occur in its captions, as whole words in any case.
         split: `train`, `validation`, ...
     """
 
     folder: str | None = None
     since: str | None = None
     until: str | None = None
-    words: str | None = None
+    caption_contains: str | None = None
     split: str | None = None
 
     def __bool__(self) -> bool:
@@ -47,7 +47,7 @@ class EntryFilter:
             passed &= _numpy(pc.less(entries["date"], pa.scalar(_bounds(self.until)[1], pa.timestamp("s"))))
         if self.split is not None:
             passed &= _numpy(pc.equal(entries["split"], self.split))
-        for word in (self.words or "").split():
+        for word in (self.caption_contains or "").split():
             passed &= _with_word(entries["captions"], word)
         return np.flatnonzero(passed)
 

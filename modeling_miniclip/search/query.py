@@ -24,21 +24,21 @@ class Query:
     Args:
         words: text, or None.
         image: a picture, as [`open_image`][modeling_miniclip.inference.encode.open_image] takes it, or None.
-        weight: of the picture where there are both; the words have 1 - weight.
+        image_weight: weight of the image when combined with words, 0 to 1; the words get 1 - image_weight.
         without: texts that the images shall not fit.
     """
 
     words: str | None = None
     image: Any = None
-    weight: float = 0.5
+    image_weight: float = 0.5
     without: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not (self.words or "").strip() and self.image is None:
             raise UsageError('nothing to search for: give words ("two dogs in the snow"), --image FILE or both')
-        if not 0 <= self.weight <= 1:
+        if not 0 <= self.image_weight <= 1:
             raise UsageError(
-                f"--weight {self.weight}: expected a number between 0 (words alone) and 1 (picture alone)"
+                f"--image_weight {self.image_weight}: expected a number between 0 (words alone) and 1 (picture alone)"
             )
         if any(not text.strip() for text in self.without):
             raise UsageError("--not needs words")
@@ -102,7 +102,9 @@ def load_checked(index: ImageIndex, side: Literal["image", "text"]) -> tuple[Any
     folder = model_folder(index.model)
     if describe_files(folder) != index.manifest.files and fingerprint(folder) != index.manifest.fingerprint:
         words = ["miniclip", "index", index.model, *index.manifest.sources, "-o", str(index.folder), "--overwrite"]
-        raise ModelError(f"{index.model} has changed since {index.folder} was made; index anew: {shlex.join(words)}")
+        raise ModelError(
+            f"{index.model} has changed since {index.folder} was built; rebuild the index: {shlex.join(words)}"
+        )
     return load_tower(folder, side)
 
 
@@ -132,20 +134,26 @@ def embed_queries(
     text_tower = load(index, "text") if texts else None
     image_tower = load(index, "image") if images else None
     timing.load += time.perf_counter() - start
-    said = iter(encode_texts(text_tower[0], texts, text_tower[1], progress=False).numpy() if text_tower else ())
-    seen = iter(encode_images(image_tower[0], images, image_tower[1], progress=False).numpy() if image_tower else ())
-    return np.stack([_combined(query, said, seen) for query in queries])
+    text_embeddings = iter(
+        encode_texts(text_tower[0], texts, text_tower[1], progress=False).numpy() if text_tower else ()
+    )
+    image_embeddings = iter(
+        encode_images(image_tower[0], images, image_tower[1], progress=False).numpy() if image_tower else ()
+    )
+    return np.stack([_combined(query, text_embeddings, image_embeddings) for query in queries])
 
 
-def _combined(query: Query, said: Iterator[np.ndarray], seen: Iterator[np.ndarray]) -> np.ndarray:
+def _combined(
+    query: Query, text_embeddings: Iterator[np.ndarray], image_embeddings: Iterator[np.ndarray]
+) -> np.ndarray:
     """One embedding of a query's weighted parts, taken from those of all texts and all images."""
     words, image = bool(query.texts[: len(query.texts) - len(query.without)]), query.image is not None
     parts: list[tuple[float, np.ndarray]] = []
     if words:
-        parts.append((1 - query.weight if image else 1.0, next(said)))
-    parts += [(-NEGATIVE_WEIGHT, next(said)) for _ in query.without]
+        parts.append((1 - query.image_weight if image else 1.0, next(text_embeddings)))
+    parts += [(-NEGATIVE_WEIGHT, next(text_embeddings)) for _ in query.without]
     if image:
-        parts.append((query.weight if words else 1.0, next(seen)))
+        parts.append((query.image_weight if words else 1.0, next(image_embeddings)))
     return combine(parts)
 
 

@@ -11,7 +11,7 @@ from .index import ImageIndex
 from .pictures import picture_of
 
 
-def write_contact_sheet(target: Path, index: ImageIndex, title: str, matches: list[Match]) -> None:
+def write_results_page(target: Path, index: ImageIndex, title: str, matches: list[Match]) -> None:
     """Write the page. A click on a picture opens its file.
 
     Args:

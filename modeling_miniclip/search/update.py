@@ -72,10 +72,10 @@ class _Plan:
     """What a run is going to do."""
 
     target: Path
-    there: ImageIndex | None  # the index as it is
+    existing: ImageIndex | None  # the index as it is
     manifest: Manifest  # of the index to be
-    walked: list[str]  # sources to walk through
-    kept: list[str]  # sources whose part of the index stays as it is
+    sources_to_scan: list[str]  # sources to walk through
+    sources_kept: list[str]  # sources whose part of the index stays as it is
     overwrite: bool
 
     @property
@@ -84,7 +84,7 @@ class _Plan:
 
     def pool(self) -> Pool:
         """What has been encoded up to now."""
-        return open_pool(None if self.overwrite else self.there, self.shards, self.manifest)
+        return open_pool(None if self.overwrite else self.existing, self.shards, self.manifest)
 
 
 def update_index(
@@ -134,14 +134,14 @@ def update_index(
     processes = _processes()
     target = Path(folder).expanduser()
     recover_folder(target)
-    there = ImageIndex.open(target, verify=True) if target.exists() else None
-    walked, kept = _sources_of(there, list(sources), list(remove))
-    manifest = _manifest(target, there, model, dtype, neighbours, overwrite)
-    plan = _Plan(target, there, manifest, walked, [] if overwrite else kept, overwrite)
+    existing = ImageIndex.open(target, verify=True) if target.exists() else None
+    sources_to_scan, sources_kept = _sources_of(existing, list(sources), list(remove))
+    manifest = _manifest(target, existing, model, dtype, neighbours, overwrite)
+    plan = _Plan(target, existing, manifest, sources_to_scan, [] if overwrite else sources_kept, overwrite)
     with _locked(plan, processes):
         encoding = Encoding(manifest, plan.pool(), plan.shards, batch_size, num_workers or default_workers())
-        listed = _encode_share(encoding, walked, columns, processes, progress)
-        report = _together(encoding)
+        listed = _encode_share(encoding, sources_to_scan, columns, processes, progress)
+        report = gather_reports(encoding)
         if processes.is_main_process:
             _merge(plan, listed, report)
     if processes.is_main_process:
@@ -162,9 +162,9 @@ def _processes() -> PartialState:
     return PartialState(cpu=told or not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
-def _sources_of(there: ImageIndex | None, sources: list[Any], remove: list[Any]) -> tuple[list[str], list[str]]:
+def _sources_of(existing: ImageIndex | None, sources: list[Any], remove: list[Any]) -> tuple[list[str], list[str]]:
     """The sources to walk through, and those whose part of the index stays as it is."""
-    known = there.manifest.sources if there else []
+    known = existing.manifest.sources if existing else []
     gone = []
     for name in map(os.fspath, remove):
         found = next((s for s in (name, os.path.abspath(os.path.expanduser(name))) if s in known), None)
@@ -181,14 +181,14 @@ def _sources_of(there: ImageIndex | None, sources: list[Any], remove: list[Any])
 
 
 def _manifest(
-    target: Path, there: ImageIndex | None, model: Any, dtype: str | None, neighbours: str | None, overwrite: bool
+    target: Path, existing: ImageIndex | None, model: Any, dtype: str | None, neighbours: str | None, overwrite: bool
 ) -> Manifest:
     """What can be told of the new index before any image is read."""
-    if model is None and there is None:
+    if model is None and existing is None:
         raise UsageError(f"{target}: no index here; make one with: miniclip index MODEL SOURCE -o {target}")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    name = os.fspath(model) if model is not None else there.model if there else ""
+    name = os.fspath(model) if model is not None else existing.model if existing else ""
     if os.path.isdir(os.path.expanduser(name)):
         name = os.path.abspath(os.path.expanduser(name))
     folder = model_folder(name)
@@ -196,23 +196,25 @@ def _manifest(
     if values.get("model_type") != MiniClipConfig.model_type:
         raise ModelError(f"{name}: a model of type {values.get('model_type')!r}, not one that MiniCLIP exported")
     files = describe_files(folder)
-    unchanged = there is not None and (there.model, there.manifest.files) == (name, files)
-    print_of = there.manifest.fingerprint if there and unchanged else fingerprint(folder)
-    neighbours = neighbours or (there.manifest.neighbours if there else "auto")
+    unchanged = existing is not None and (existing.model, existing.manifest.files) == (name, files)
+    print_of = existing.manifest.fingerprint if existing and unchanged else fingerprint(folder)
+    neighbours = neighbours or (existing.manifest.neighbours if existing else "auto")
     is_chosen(neighbours, 0)  # tells now what it would tell at the end
     manifest = Manifest(name, print_of, MiniClipConfig.from_pretrained(folder).projection_dim, dtype or "float32",
                         files=files, neighbours=neighbours)  # fmt: skip
-    if there is None or overwrite:
+    if existing is None or overwrite:
         return manifest
-    anew = shlex.join(["miniclip", "index", name, *there.manifest.sources, "-o", str(target), "--overwrite"])
-    if there.manifest.fingerprint != print_of:
+    rebuild = shlex.join(["miniclip", "index", name, *existing.manifest.sources, "-o", str(target), "--overwrite"])
+    if existing.manifest.fingerprint != print_of:
         raise ModelError(
-            f"{target} was made by {there.model} with other weights than {name} has now, and their embeddings do not "
-            f"compare; index anew: {anew}"
+            f"{target} was built by {existing.model} with other weights than {name} has now, so their embeddings are "
+            f"not comparable; rebuild the index: {rebuild}"
         )
-    if dtype not in (None, there.manifest.dtype):
-        raise UsageError(f"{target} holds {there.manifest.dtype}, not {dtype}; index anew: {anew} --dtype {dtype}")
-    return replace(manifest, dtype=there.manifest.dtype)
+    if dtype not in (None, existing.manifest.dtype):
+        raise UsageError(
+            f"{target} holds {existing.manifest.dtype}, not {dtype}; rebuild the index: {rebuild} --dtype {dtype}"
+        )
+    return replace(manifest, dtype=existing.manifest.dtype)
 
 
 @contextmanager
@@ -235,19 +237,19 @@ def _locked(plan: _Plan, processes: PartialState) -> Iterator[None]:
 
 
 def _encode_share(
-    encoding: Encoding, walked: list[str], columns: ColumnNames, processes: PartialState, progress: bool
+    encoding: Encoding, sources_to_scan: list[str], columns: ColumnNames, processes: PartialState, progress: bool
 ) -> list[Listed]:
     """Encode this process's share of what is new. Returns all images that the sources list."""
     listed: list[Listed] = []
 
     def share() -> Iterator[Item]:
-        for number, (source, item) in enumerate(walk_sources(walked, columns) if walked else ()):
+        for number, (source, item) in enumerate(walk_sources(sources_to_scan, columns) if sources_to_scan else ()):
             listed.append(Listed(source, item.id, item.path, item.captions, item.split))
             if number % processes.num_processes == processes.process_index and encoding.pool.find(item) is None:
                 yield item
 
     shown = progress and processes.is_main_process
-    if all(map(is_listed_at_once, walked)):
+    if all(map(is_listed_at_once, sources_to_scan)):
         items = list(share())
         encoding.run(items, len(items), shown)
     else:
@@ -255,7 +257,7 @@ def _encode_share(
     return listed
 
 
-def _together(encoding: Encoding) -> Report:
+def gather_reports(encoding: Encoding) -> Report:
     """The reports of all processes, which are waited for, as one."""
     try:
         parts = gather_object([(encoding.encoded, encoding.skipped)])
@@ -271,7 +273,7 @@ def _together(encoding: Encoding) -> Report:
 def _merge(plan: _Plan, listed: list[Listed], report: Report) -> None:
     """Write the index: what it has of sources that were not walked through, then what is listed and was encoded."""
     pool = plan.pool()
-    former = pool.parts[0].read_entries() if plan.kept else None
+    former = pool.parts[0].read_entries() if plan.sources_kept else None
     new = [image for image in listed if image.id not in report.skipped]
     if lost := [image.id for image in new if image.id not in pool.by_id]:
         raise MiniClipError(
@@ -279,8 +281,12 @@ def _merge(plan: _Plan, listed: list[Listed], report: Report) -> None:
             "see this folder on a file system that they share; start the same command again there"
         )
     met = {image.id for image in new}
-    stays = [row for row, (source, name) in enumerate(zip(former["source"].to_pylist(), former["id"].to_pylist(),
-             strict=True)) if source in plan.kept and name not in met] if former is not None else []  # fmt: skip
+    stays = []
+    if former is not None:
+        listed_before = zip(former["source"].to_pylist(), former["id"].to_pylist(), strict=True)
+        for row, (source, name) in enumerate(listed_before):
+            if source in plan.sources_kept and name not in met:
+                stays.append(row)
     places = [*((0, row) for row in stays), *(pool.by_id[image.id] for image in new)]
     if not places:
         raise DataError(
@@ -294,9 +300,9 @@ def _merge(plan: _Plan, listed: list[Listed], report: Report) -> None:
         now = pa.array([getattr(image, name) for image in new], type=facts.schema.field(name).type)
         values = pa.chunked_array([old, now] if len(stays) else [now])
         facts = facts.set_column(facts.schema.get_field_index(name), facts.schema.field(name), values)
-    manifest = replace(plan.manifest, sources=[*plan.kept, *plan.walked], skipped=report.skipped)
+    manifest = replace(plan.manifest, sources=[*plan.sources_kept, *plan.sources_to_scan], skipped=report.skipped)
     write_index(plan.target, manifest, facts, gather_blocks([part.embeddings for part in pool.parts], part_of, row_of))
     now = set(facts["id"].to_pylist())
-    before = plan.there.entries["id"].to_pylist() if plan.there else []
+    before = plan.existing.entries["id"].to_pylist() if plan.existing else []
     report.images, report.reused = len(places), len(new) - report.encoded
     report.dropped = sum(name not in now for name in before)

@@ -19,7 +19,7 @@ from modeling_miniclip.errors import DataError, UsageError
 from modeling_miniclip.evaluation import metrics
 from modeling_miniclip.evaluation.encoders import open_encoder
 from modeling_miniclip.evaluation.eval_sets import load_eval_set
-from modeling_miniclip.evaluation.evaluate import FILES, describe_report, evaluate_model
+from modeling_miniclip.evaluation.evaluate import FILES, evaluate_model, format_report
 from modeling_miniclip.evaluation.metrics import named_intervals, rank_keys, resampled_recalls
 from modeling_miniclip.evaluation.zero_shot import zero_shot_accuracy
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_model, tiny_processor
@@ -269,7 +269,7 @@ def test_a_clip_of_transformers_stands_beside_it_and_the_difference_is_that_of_t
     assert {row["baseline_rank"] for row in rows} <= set(range(1, 1 + len(data.texts)))
     found = [row["baseline_rank"] == 1 for row in rows if row["direction"] == "image_to_text"]
     assert 100 * sum(found) / len(found) == pytest.approx(expected["image_to_text_R@1"])
-    table = describe_report(report).splitlines()
+    table = format_report(report).splitlines()
     assert "difference" in table[1] and table[2].startswith("text to image R@1")
 
 

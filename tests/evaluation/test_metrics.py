@@ -18,9 +18,9 @@ from modeling_miniclip.evaluation.metrics import (
     RECALL_AT,
     dataset_loss,
     is_better,
-    measure,
     ranks,
     recall_intervals,
+    validation_metrics,
 )
 from modeling_miniclip.retrieval_metric import RetrievalMetric
 from modeling_miniclip.utils.resources import PACKAGE
@@ -204,7 +204,7 @@ def test_the_loss_of_equal_embeddings_is_the_logarithm_of_the_candidates():
 
 def test_measure_gives_loss_and_metrics():
     image, text, text_image_id = split_of(12, 2)
-    found = measure(image, text, text_image_id, 10.0, "sigmoid", -5.0)
+    found = validation_metrics(image, text, text_image_id, 10.0, "sigmoid", -5.0)
     assert list(found) == ["loss", *retrieval_metrics(image, text, text_image_id)]
     assert found["loss"] == dataset_loss(image, text, 10.0, text_image_id, "sigmoid", -5.0)
 

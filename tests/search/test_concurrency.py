@@ -45,7 +45,7 @@ def queries(count: int = 40) -> np.ndarray:
 def ask(index: ImageIndex, query: np.ndarray) -> list[Any]:
     """What the page does for a query."""
     found = index.search(query, 5)
-    odd = index.search(query, 5, EntryFilter(words="odd"))
+    odd = index.search(query, 5, EntryFilter(caption_contains="odd"))
     assert all(match.index % 2 == 1 for match in odd)
     return [*found, *odd, index.entry(found[0].index), index.thumbnail(found[0].index)]
 

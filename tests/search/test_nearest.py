@@ -9,7 +9,7 @@ import pytest
 from modeling_miniclip import ImageIndex
 from modeling_miniclip.errors import MiniClipError, UsageError
 from modeling_miniclip.search.approximate import ApproximateNeighbours, build_neighbours, cells, is_chosen
-from modeling_miniclip.search.exact import Neighbours, largest
+from modeling_miniclip.search.exact import Neighbours, top_k_rows
 from tests.helpers.indexes import write_model, write_pictures
 
 
@@ -25,7 +25,7 @@ def by_sorting(scores: np.ndarray, rows: np.ndarray, k: int) -> list[int]:
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 9])
 def test_the_largest_are_in_order_and_of_equal_ones_the_first(k: int) -> None:
     scores = np.array([0.5, 0.9, 0.5, 0.1, 0.9, 0.5], dtype=np.float32)
-    assert largest(scores, k).tolist() == [1, 4, 0, 2, 5, 3][:k]
+    assert top_k_rows(scores, k).tolist() == [1, 4, 0, 2, 5, 3][:k]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -108,7 +108,7 @@ def test_words_picture_and_what_is_not_wanted_are_weighted(home: Path, model: Mi
     [
         ([], "nothing to search for", 2),
         (["dog", "-k", "0"], "-k 0: expected at least 1 image", 2),
-        (["dog", "--weight", "1.5"], "--weight 1.5: expected a number between 0", 2),
+        (["dog", "--image_weight", "1.5"], "--image_weight 1.5: expected a number between 0", 2),
         (["dog", "--image", "no.png"], "no.png", 1),
         (["dog", "--since", "yesterday"], "'yesterday' is no date: expected 2024", 2),
         (["dog", "--folder", "/nowhere"], "no image of", 2),
@@ -128,7 +128,7 @@ def test_a_model_that_has_changed_is_not_asked(tmp_path: Path, capsys: pytest.Ca
     update_index(tmp_path / "index", [tmp_path / "photos"], write_model(tmp_path / "export"), progress=False)
     write_model(tmp_path / "export", seed=1)
     assert cli(["search", str(tmp_path / "index"), "dog"]) == 1
-    assert f"index anew: miniclip index {tmp_path}/export {tmp_path}/photos -o" in capsys.readouterr().err
+    assert f"rebuild the index: miniclip index {tmp_path}/export {tmp_path}/photos -o" in capsys.readouterr().err
 
 
 # --- filters --------------------------------------------------------------------------------------------------------
@@ -159,11 +159,11 @@ def entries() -> pa.Table:
         ({"since": "2024-02", "until": "2024-02"}, [2]),
         ({"until": "2024-02-29"}, [0, 1, 2]),
         ({"until": "2024-02-29T11:59"}, [0, 1]),
-        ({"words": "dog"}, [0, 1, 4]),
-        ({"words": "DOG snow"}, [1]),
-        ({"words": "mädchen"}, [3]),
-        ({"words": "do."}, []),
-        ({"split": "train", "words": "dog"}, [0, 1, 4]),
+        ({"caption_contains": "dog"}, [0, 1, 4]),
+        ({"caption_contains": "DOG snow"}, [1]),
+        ({"caption_contains": "mädchen"}, [3]),
+        ({"caption_contains": "do."}, []),
+        ({"split": "train", "caption_contains": "dog"}, [0, 1, 4]),
         ({"split": "validation"}, [2]),
     ],
 )

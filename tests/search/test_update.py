@@ -184,7 +184,7 @@ def test_another_model_is_refused_with_the_command_that_mends_it(tmp_path: Path,
     with pytest.raises(ModelError) as refused:
         update_index(tmp_path / "index", [tmp_path / "photos"], other, progress=False)
     np.testing.assert_array_equal(before, ImageIndex.open(tmp_path / "index").embeddings)
-    mend = str(refused.value).partition("index anew: miniclip ")[2].split()
+    mend = str(refused.value).partition("rebuild the index: miniclip ")[2].split()
     assert cli(mend) == 0
     index = ImageIndex.open(tmp_path / "index")
     assert index.model == str(other)
@@ -391,7 +391,7 @@ sys.exit(cli(sys.argv[1:]))
 def test_shards_that_another_machine_wrote_to_its_own_disk_are_missed(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = update._together
+    together = update.gather_reports
 
     def elsewhere(encoding: update.Encoding) -> update.Report:
         for shard in encoding.shards.glob("shard-*"):
@@ -400,7 +400,7 @@ def test_shards_that_another_machine_wrote_to_its_own_disk_are_missed(
 
     write_pictures(tmp_path / "photos", "0.png 1.png 2.png")
     with monkeypatch.context() as patched:
-        patched.setattr(update, "_together", elsewhere)
+        patched.setattr(update, "gather_reports", elsewhere)
         with pytest.raises(MiniClipError, match="3 of 3 images are not in .*the first .*0.png: all processes have to"):
             update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
     assert not (tmp_path / "index").exists()
