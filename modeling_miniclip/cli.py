@@ -103,12 +103,12 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """Write the ONNX files and print how far they are from PyTorch."""
-    from .hub.onnx_export import describe, export_onnx
+    from .hub.onnx_export import export_onnx, format_onnx_report
     from .utils.performance import keep_freed_memory
 
     keep_freed_memory()
     report = export_onnx(args.export, args.onnx, args.dataset, args.images, args.tolerance, **data_options(args))
-    print(describe(report))
+    print(format_onnx_report(report))
     for path in sorted(Path(args.onnx).iterdir()):
         print(f"{path.stat().st_size / 1e6:10.3f} MB  {path}")
 

@@ -146,7 +146,7 @@ def without_pooler(tower_class: type[PreTrainedModel]) -> dict[str, bool]:
     return {"add_pooling_layer": False} if takes_it else {}
 
 
-def _load_tower(tower_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+def _load_pretrained_tower(tower_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     """The pretrained tower at `config.name_or_path`; heads in its checkpoint are dropped without a word."""
     source = config.name_or_path
     verbosity = logging.get_verbosity()
@@ -484,8 +484,8 @@ class MiniClipModel(PreTrainedModel):
             vision_config=vision_config.to_dict(), text_config=text_config.to_dict(), **config
         )
         towers = {
-            "vision_model": _load_tower(MiniClipVisionModel, vision_config),
-            "text_model": _load_tower(text_class, text_config),
+            "vision_model": _load_pretrained_tower(MiniClipVisionModel, vision_config),
+            "text_model": _load_pretrained_tower(text_class, text_config),
         }
         # Built as from_pretrained would build it, so that a fresh model and its reload are the same in every respect.
         model = cls(model_config)

@@ -22,7 +22,7 @@ from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.optimizer import arguments
 from modeling_miniclip.training.parsing import parse_arguments
 from modeling_miniclip.training.reporting import say
-from modeling_miniclip.utils.match_grid import MatchRow, draw_matches
+from modeling_miniclip.utils.match_grid import LabelledImage, MatchRow, draw_matches
 from tests.helpers.runs import ROOT
 from tests.helpers.towers import save_towers, tiny_model
 
@@ -204,7 +204,7 @@ def test_a_card_shows_hostile_names_as_text(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_drawn_with_any_query(tmp_path: Path) -> None:
-    found = [(Image.new("RGB", (8, 8)), HOSTILE, True)]
+    found = [LabelledImage(Image.new("RGB", (8, 8)), HOSTILE, True)]
     draw_matches(tmp_path / "found.png", [MatchRow(HOSTILE + "\ud800 $\\frac{$ \x00", "", found)] * 2)
     with Image.open(tmp_path / "found.png") as picture:
         assert min(picture.size) > 100

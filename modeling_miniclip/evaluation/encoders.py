@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from ..configuration_miniclip import MiniClipConfig
 from ..errors import MiniClipError, ModelError, UsageError, one_line
 from ..inference.encode import encode_batches, encode_images, encode_texts, open_image
-from ..inference.loading import load_export
+from ..inference.loading import export_hint, load_export
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 
@@ -135,9 +135,7 @@ def _of_transformers(source: str, flag: str, device: torch.device) -> ClipEncode
     from .. import auto  # noqa: F401  (from now on an export loads without its own code)
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        inner = Path(source) / "export"
-        hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
-        raise ModelError(f"{flag} {source}: this folder has no config.json{hint}")
+        raise ModelError(f"{flag} {source}: this folder has no config.json{export_hint(source)}")
     if AutoConfig.from_pretrained(source).model_type == MiniClipConfig.model_type:
         model, processor = load_export(source, flag)
         return MiniClipEncoder(model.to(device), processor)

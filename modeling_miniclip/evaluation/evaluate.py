@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from ..errors import UsageError
-from ..utils.files import replaced_folder
+from ..utils.files import check_new_folder, replaced_folder
 from ..utils.html import table
 from .encoders import ClipEncoder, open_encoder
 from .eval_sets import EvalSet
@@ -66,7 +65,9 @@ def evaluate_model(
         UsageError: the output folder holds something else.
         DataError: an image cannot be read.
     """
-    target = None if output_dir is None else _checked_target(Path(output_dir))
+    target = None if output_dir is None else Path(output_dir)
+    if target is not None:
+        check_new_folder(target, "--output_dir ", allowed=FILES)
     named = [("MODEL", model)] + ([("--baseline", baseline)] if baseline is not None else [])
     encoders = [open_encoder(name, flag) for flag, name in named]  # both, before the long work with the first
     ours, *theirs = [score_model(encoder, data, templates, batch_size, progress) for encoder in encoders]
@@ -90,14 +91,6 @@ def evaluate_model(
             gallery = failure_page(report, data, ours.rankings, table(*table_of(report)))
             (fresh / FILES[2]).write_text(gallery, encoding="utf-8")
     return report
-
-
-def _checked_target(folder: Path) -> Path:
-    """A folder that is new, empty, or holds what an earlier call wrote."""
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if folder.is_file() or not set(there) <= set(FILES):
-        raise UsageError(f"--output_dir {folder}: there is something else already; name a new folder")
-    return folder
 
 
 def score_model(

@@ -11,7 +11,7 @@ from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from ..utils.checksums import seal_weights
 from ..utils.files import replaced_folder
-from .model_card import _is_hub_id, write_card
+from .model_card import is_hub_id, write_card
 
 
 def export(
@@ -60,7 +60,7 @@ def export(
 def _forget_machine(model: MiniClipModel, processor: MiniClipProcessor) -> None:
     # Saved, these would tell where the towers lay on this machine, and how they were loaded.
     for config in (model.config.vision_config, model.config.text_config):
-        if not _is_hub_id(config.name_or_path):
+        if not is_hub_id(config.name_or_path):
             config.name_or_path = ""
     for key in ("is_local", "local_files_only"):
         processor.tokenizer.init_kwargs.pop(key, None)

@@ -22,7 +22,7 @@ WIDGET = {
 }
 
 
-def _is_hub_id(name: str | None) -> bool:
+def is_hub_id(name: str | None) -> bool:
     return (
         bool(name)
         and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)) is not None
@@ -44,7 +44,7 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
     metrics = values.get("metrics") or {}
     repository = values.get("name") or "miniclip"
     towers = (model.config.vision_config, model.config.text_config)
-    base_models = [config.name_or_path for config in towers if _is_hub_id(config.name_or_path)]
+    base_models = [config.name_or_path for config in towers if is_hub_id(config.name_or_path)]
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
@@ -60,30 +60,30 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
     card = ModelCard.from_template(
         card_data,
         template_path=str(packaged_file("model_card.md")),
-        title=markdown(_short(repository)),
+        title=escape_markdown(_short(repository)),
         repository=json.dumps(printable(repository), ensure_ascii=False)[1:-1],
         config=model.config,
         vision_name=_vision_name(model),
-        text_name=base_models[-1] if _is_hub_id(towers[1].name_or_path) else towers[1].model_type,
+        text_name=base_models[-1] if is_hub_id(towers[1].name_or_path) else towers[1].model_type,
         base_models=base_models,
         parameters=sum(p.numel() for p in model.parameters()),
         metrics=metrics,
         intervals=values.get("intervals") or {},
         license=values.get("license"),
-        command=code(values["command"]) if values.get("command") else None,
-        arguments={name: code(value) for name, value in (values.get("arguments") or {}).items()},
-        data=data | ({"name": code(data["name"])} if data.get("name") else {}),
+        command=inline_code(values["command"]) if values.get("command") else None,
+        arguments={name: inline_code(value) for name, value in (values.get("arguments") or {}).items()},
+        data=data | ({"name": inline_code(data["name"])} if data.get("name") else {}),
         versions={library: version(library) for library in REPORTED_LIBRARIES},
     )
     path.write_text(str(card), encoding="utf-8")
 
 
-def markdown(text: object) -> str:
+def escape_markdown(text: object) -> str:
     """A name as a card shows it: no markup, no line end, no control characters."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(text))
 
 
-def code(text: object) -> str:
+def inline_code(text: object) -> str:
     """A value as it may stand between backticks, alone or in a block of code."""
     return printable(text).replace("`", "'")
 
@@ -125,7 +125,9 @@ def rename_card(text: str, repository: str) -> str:
         return text
     name = _short(json.loads(f'"{former[1]}"'))
     text = text.replace(former[0], f'repository = "{repository}"')
-    text = re.sub(rf"^# {re.escape(markdown(name))}$", f"# {_short(repository)}", text, count=1, flags=re.MULTILINE)
+    text = re.sub(
+        rf"^# {re.escape(escape_markdown(name))}$", f"# {_short(repository)}", text, count=1, flags=re.MULTILINE
+    )
     card = ModelCard(text)
     assert isinstance(card.data, ModelCardData)
     if card.data.model_name == name:

@@ -26,7 +26,7 @@ from ..inference.encode import open_image
 from ..inference.loading import load_export
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor, to_rgb
-from ..utils.files import replaced_folder
+from ..utils.files import check_new_folder, replaced_folder
 
 Inputs = dict[str, np.ndarray]  # of an encoder
 
@@ -112,8 +112,7 @@ def export_onnx(
     if missing:
         raise MiniClipError(f"--onnx needs {', '.join(missing)}: pip install {' '.join(LIBRARIES)}")
     target = Path(folder)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UsageError(f"--onnx {target}: there is something already, and nothing is overwritten; name a new folder")
+    check_new_folder(target, "--onnx ")
     if num_images < 1:
         raise UsageError(f"--images must be at least 1, not {num_images}")
     model, processor = _load_exportable(source)
@@ -307,7 +306,7 @@ def _embed(name: str, batches: Iterable[Inputs], model: MiniClipModel, runtime: 
     return torch.cat(ours), torch.cat(theirs)
 
 
-def describe(report: dict[str, Any]) -> str:
+def format_onnx_report(report: dict[str, Any]) -> str:
     """What `miniclip export` prints of a [`compare`]: counts, differences, and each metric by both with its change."""
     (smallest, largest), (shortest, longest) = report["batch_sizes"], report["text_lengths"]
     differences = ", ".join(f"{name} {value:.1e}" for name, value in report["largest_difference"].items())

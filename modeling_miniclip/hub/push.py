@@ -55,7 +55,7 @@ def prepare_push(
     """
     api, name = HfApi(), repo_id or Path(output_dir).resolve().name
     advice = "Check the --hub_ flags and the token's rights, or train without --push_to_hub and push later"
-    with _told(f"--push_to_hub: {name} cannot be created or written", advice):
+    with hub_errors_as_miniclip_error(f"--push_to_hub: {name} cannot be created or written", advice):
         _check_token()
         full_name = api.create_repo(name, private=private, exist_ok=True).repo_id
         _find_target(api, full_name, private, revision or "main")
@@ -100,13 +100,13 @@ def push(
     command = ["miniclip", "push", str(folder), repo_id, *["--private"] * private]
     command += [] if revision is None else ["--revision", revision]
     safe = f"The model is safe in {folder}: try again by `{shlex.join(command)}`"
-    with _told(f"{folder} cannot be pushed to {repo_id}", safe):
+    with hub_errors_as_miniclip_error(f"{folder} cannot be pushed to {repo_id}", safe):
         _check_token()
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         target = _find_target(api, repo_id, private, revision or "main")
     advice = f"Nothing that was in {repo_id} has changed. {safe}"
     with _temporary_branch(api, target, f"{folder} cannot be uploaded to {repo_id}", advice) as branch:
-        with _told(f"{folder} cannot be uploaded to {repo_id}, branch {branch}", advice):
+        with hub_errors_as_miniclip_error(f"{folder} cannot be uploaded to {repo_id}, branch {branch}", advice):
             files = _operations(root, repo_id)
             contents = [_content(file) for file in files]  # now: the client would read them when it needs them
             staged = api.create_commit(repo_id, files, commit_message=message, revision=branch).oid
@@ -117,7 +117,9 @@ def push(
         try:
             commit = _publish(api, target, staged, again, message)
         except HUB_ERRORS as error:
-            with _told(f"{folder} was uploaded, and whether {repo_id} took it cannot be asked", safe):
+            with hub_errors_as_miniclip_error(
+                f"{folder} was uploaded, and whether {repo_id} took it cannot be asked", safe
+            ):
                 lost = _published(api, target, staged)
             if lost is None:
                 what = f"{folder} was uploaded, but cannot be committed to {repo_id}"
@@ -162,7 +164,7 @@ def _temporary_branch(api: HfApi, target: Target, what: str, advice: str) -> Ite
     """A branch for the time of a block. Whatever ends the block, it is deleted, or the user told that it is left."""
     branch, made = f"upload-{secrets.token_hex(4)}", True
     try:
-        with _told(what, advice):
+        with hub_errors_as_miniclip_error(what, advice):
             try:
                 api.create_branch(target.repo_id, branch=branch, revision=target.start)
             except HfHubHTTPError as error:
@@ -250,7 +252,7 @@ def _delete_branch(api: HfApi, repo_id: str, branch: str) -> None:
 
 
 @contextmanager
-def _told(what: str, advice: str) -> Iterator[None]:
+def hub_errors_as_miniclip_error(what: str, advice: str) -> Iterator[None]:
     """Errors of the Hub's client in the package's own words, without the token, which some of them carry."""
     try:
         yield

@@ -67,9 +67,9 @@ def find_matches(
             break
     found = list(matches.values())
     if draw is not None:
-        from ..utils.match_grid import MatchRow, draw_matches
+        from ..utils.match_grid import LabelledImage, MatchRow, draw_matches
 
         title = query if isinstance(query, str) else "Images like the query"
-        row = MatchRow(title, "", [(open_image(m.name), f"{m.score:.2f}", False) for m in found])
+        row = MatchRow(title, "", [LabelledImage(open_image(m.name), f"{m.score:.2f}", False) for m in found])
         draw_matches(Path(draw), [row])
     return found

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ..errors import MiniClipError, UsageError
 from ..inference.loading import model_folder
-from ..utils.files import replaced_folder
+from ..utils.files import check_new_folder, replaced_folder
 from ..utils.resources import PACKAGE
 from ..utils.thumbnails import encode_thumbnail
 from .embeddings_file import BLOCK
@@ -77,8 +77,7 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], 
         DataError: a source has no image.
     """
     target = Path(folder).expanduser()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UsageError(f"{target}: there is something already, and nothing is overwritten; name a new folder")
+    check_new_folder(target)
     try:
         sdk_version = version("gradio")
     except PackageNotFoundError as error:

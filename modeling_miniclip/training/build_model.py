@@ -9,7 +9,7 @@ from torch import nn
 
 from ..configuration_miniclip import MiniClipConfig
 from ..errors import ModelError, UsageError, did_you_mean, one_line
-from ..inference.loading import _check_folder, load_export
+from ..inference.loading import check_export_folder, load_export
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor, image_processor_from_timm, max_text_length
 from ..utils.resources import named_file
@@ -68,7 +68,7 @@ def _from_towers(arguments: TrainingArguments, overrides: dict[str, Any]) -> tup
     vision = arguments.vision_model = arguments.vision_model or DEFAULT_VISION
     text = arguments.text_model = arguments.text_model or DEFAULT_TEXT
     for flag, source in (("--vision_model", vision), ("--text_model", text)):
-        _check_folder(flag, source)
+        check_export_folder(flag, source)
     sizes = (arguments.image_size, arguments.max_length, arguments.crop_pct)
     processor = MiniClipProcessor.from_towers(vision, text, *sizes)
     return MiniClipModel.from_towers(vision, text, **overrides), processor

@@ -4,12 +4,33 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import UsageError
+
 # Linux's numbers for renameat2(2) (fcntl.h, linux/fs.h).
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+def check_new_folder(folder: Path, label: str = "", allowed: Collection[str] = ()) -> None:
+    """Check that a folder can be written without overwriting anything.
+
+    Args:
+        folder: path that must not exist, or be an empty folder.
+        label: start of the error message, such as the flag that named the folder.
+        allowed: names of files that may exist in the folder.
+
+    Raises:
+        UsageError: it is a file, or a folder with other contents.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or not names <= set(allowed):
+        other = "something else" if allowed else "something"
+        raise UsageError(
+            f"{label}{folder}: there is already {other} here, and nothing is overwritten; name a new folder"
+        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The two pictures of a run: its curves, and what it finds for queries of the validation split."""
+"""A picture of text queries and the images found for them, one query per row."""
 
 import textwrap
 from collections.abc import Callable
@@ -13,53 +13,52 @@ from ..processing_miniclip import to_rgb
 
 INK, GREY, GRID, FRAME = "#1a202c", "#718096", "#e2e8f0", "#cbd5e0"
 BLUE, ORANGE, PURPLE, GREEN = "#2b6cb0", "#dd6b20", "#805ad5", "#15803d"
-# (image, label under it, whether it is the right one)
-Found = tuple[Image.Image, str, bool]
+
+# Sizes in inches.
+MARGIN, GAP, LABEL, LINE = 0.2, 0.12, 0.22, 0.19
+DPI = 120
+
+
+class LabelledImage(NamedTuple):
+    """An image of the grid, the label under it, and whether it is the right answer."""
+
+    image: Image.Image
+    label: str
+    is_right: bool
 
 
 class MatchRow(NamedTuple):
-    """A query, a remark on how it went (or nothing), and the images found for it, best first."""
+    """A query, a remark under it (may be empty), and the images found for it, best first."""
 
     query: str
     remark: str
-    found: list[Found]
-
-
-# --- curves ---------------------------------------------------------------------------------------------------------
-
-
-# --- matches --------------------------------------------------------------------------------------------------------
+    found: list[LabelledImage]
 
 
 def match_rows(
     queries: list[tuple[int, str]], scores: Tensor, image_at: Callable[[int], Image.Image], top: int = 6
 ) -> list[MatchRow]:
-    """Rows for [`draw_matches`]: each query's best images with their scores, and the rank of the right one.
+    """Rows for [`draw_matches`]: the best images of each query with their scores, and the rank of the right image.
 
     Args:
-        queries: (row of the right image, text).
+        queries: pairs of the right image's column in `scores` and the text.
         scores: `[queries, images]` cosine similarities.
-        image_at: gives the image of a row.
-        top: images a query.
+        image_at: function that returns the image of a column.
+        top: number of images per query.
     """
     rows = []
     for (right, text), score in zip(queries, scores, strict=True):
         best = score.topk(min(top, len(score))).indices.tolist()
         rank = int((~(score < score[right])).sum())  # ties count against the model, as in the metrics
-        found = [(image_at(i), f"{score[i]:.2f}", i == right) for i in best]
+        found = [LabelledImage(image_at(i), f"{score[i]:.2f}", i == right) for i in best]
         rows.append(MatchRow(text, f"right image: rank {rank:,} of {len(score):,}", found))
     return rows
 
 
-# Measures of the grid in inches.
-DPI = 120
-MARGIN, GAP, LABEL, LINE = 0.2, 0.12, 0.22, 0.19
-
-
 def draw_matches(target: Path, rows: list[MatchRow], heading: str = "") -> None:
-    """A grid, one row a query with its text at the left and the found images in order; the right one is framed green.
+    """Draw a grid with one row per query: its text on the left, then its images. The right image has a green frame.
 
-    A single query stands above its images, three in a line. Captions are drawn as they are, never as markup.
+    A single query is drawn above its images, three per line. Captions are drawn literally, never as markup.
 
     Args:
         target: PNG file to write.
@@ -67,9 +66,9 @@ def draw_matches(target: Path, rows: list[MatchRow], heading: str = "") -> None:
         heading: text above the grid.
 
     Raises:
-        ValueError: no query, or none with an image.
+        ValueError: there is no query, or none of them has an image.
     """
-    rows = [MatchRow(_lines_of(query), remark, found) for query, remark, found in rows]
+    rows = [MatchRow(_printable_lines(query), remark, found) for query, remark, found in rows]
     if not any(row.found for row in rows):
         raise ValueError("nothing to draw: no images were found")
     if len(rows) == 1:
@@ -80,7 +79,7 @@ def draw_matches(target: Path, rows: list[MatchRow], heading: str = "") -> None:
         _draw_grid(target, rows, heading, 1.45, 2.7)
 
 
-def _lines_of(text: str) -> str:
+def _printable_lines(text: str) -> str:
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
@@ -105,8 +104,8 @@ def _draw_grid(target: Path, rows: list[MatchRow], heading: str, tile: float, te
         words = _wrap(query, text_width - GAP, 6, 10)
         start = y + (tile - LINE * (len(words) + bool(remark))) / 2
         write(MARGIN, start, "\n".join(words), va="top", fontsize=10, color=INK, linespacing=1.25)
-        seen = any(is_right for *_, is_right in found)
-        write(MARGIN, start + LINE * len(words) + 0.04, remark, va="top", fontsize=8.5, color=GREEN if seen else GREY)
+        color = GREEN if any(item.is_right for item in found) else GREY
+        write(MARGIN, start + LINE * len(words) + 0.04, remark, va="top", fontsize=8.5, color=color)
         for j, (image, label, is_right) in enumerate(found):
             x = MARGIN + text_width + j * (tile + GAP)
             _draw_image(figure, image, (x, y, tile), is_right)
@@ -124,30 +123,32 @@ def _draw_grid(target: Path, rows: list[MatchRow], heading: str, tile: float, te
 
 
 def _wrap(text: str, width: float, most_lines: int, points: int, weight: str = "normal") -> list[str]:
-    """Lines that are no wider than `width` inches, the last one ending in an ellipsis where text was left out."""
+    """Lines no wider than `width` inches; the last one ends in an ellipsis if text was left out."""
     from matplotlib.font_manager import FontProperties, findfont
 
     font = ImageFont.truetype(findfont(FontProperties(weight=weight)), points * DPI / 72)
     parts = text[:2000].split("\n")
-    characters = max(int(width * 40), 1)  # of the narrowest letters
+    characters = max(int(width * 40), 1)  # as many as fit of the narrowest letter
     lines = [""]
     while characters > 0:
         lines = [line for part in parts for line in textwrap.wrap(part, characters)]
         if len(lines) > most_lines:
             lines = [*lines[: most_lines - 1], lines[most_lines - 1][: characters - 2].rstrip() + " …"]
-        if all(font.getlength(line) <= 0.97 * width * DPI for line in lines):  # matplotlib rounds each letter
+        if all(
+            font.getlength(line) <= 0.97 * width * DPI for line in lines
+        ):  # matplotlib rounds the width of each letter
             break
         characters -= 1
     return lines
 
 
 def _draw_image(figure: Any, image: Image.Image, place: tuple[float, float, float], is_right: bool) -> None:
-    """An image in the middle of a square tile, at the pixels of the picture, with a frame around it."""
+    """Draw a framed image in the middle of a square tile, aligned to the pixels of the picture."""
     from matplotlib.patches import Rectangle
 
     x, y, tile = place
     ratio = tile * DPI / max(image.size)
-    size = (max(round(image.width * ratio), 4), max(round(image.height * ratio), 4))  # more than its frame
+    size = (max(round(image.width * ratio), 4), max(round(image.height * ratio), 4))  # wider than its frame
     image = image if image.mode == "RGB" else to_rgb(image)
     width, height = figure.get_size_inches()
     left, bottom = x + (tile - size[0] / DPI) / 2, height - y - (tile + size[1] / DPI) / 2

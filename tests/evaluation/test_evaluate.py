@@ -318,7 +318,7 @@ def test_the_gallery_shows_failures_and_hostile_names_stay_text(
         (["{models}", "{data}"], "this folder has no config.json", 1),
         (["open_clip:ViT-B-32", "{data}"], "expected open_clip:ARCHITECTURE/CHECKPOINT", 2),
         (["{mine}", "{data}", "--baseline", "{text}"], "does not embed images and texts", 1),
-        (["{mine}", "{data}", "--output_dir", "{data}"], "there is something else already", 2),
+        (["{mine}", "{data}", "--output_dir", "{data}"], "there is already something else", 2),
         (["{mine}", "{data}", "--batch_size", "0"], "--batch_size must be at least 1", 2),
         (["{mine}", "nothing.csv"], "nothing.csv: no such file", 1),
     ],
@@ -362,7 +362,7 @@ def test_an_earlier_result_is_replaced_and_other_files_are_not(
     for _ in range(2):
         evaluate_model(str(models / "clip"), data, output_dir=tmp_path / "out")
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match="there is something else already"):
+    with pytest.raises(UsageError, match="there is already something else"):
         evaluate_model(str(models / "clip"), data, output_dir=tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 

@@ -230,7 +230,7 @@ def test_an_error_of_usage_comes_before_any_work(tmp_path: Path, monkeypatch: py
     (tmp_path / "run" / "export").mkdir(parents=True)
     (tmp_path / "run" / "export" / "config.json").write_text("{}")
     new = tmp_path / "new"
-    with pytest.raises(UsageError, match="full: there is something already, and nothing is overwritten"):
+    with pytest.raises(UsageError, match="full: there is already something here, and nothing is overwritten"):
         export_onnx("export", tmp_path / "full", "scenes", 200, 1e-4)
     with pytest.raises(UsageError, match="--images must be at least 1, not 0"):
         export_onnx("export", new, "scenes", 0, 1e-4)

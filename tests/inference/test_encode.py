@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from modeling_miniclip import DataError, encode_images, encode_texts, export, find_matches, load_captions
-from modeling_miniclip.inference.encode import Match, _pixel_values, open_image, processor_of
+from modeling_miniclip.inference.encode import _pixel_values, open_image, processor_of
+from modeling_miniclip.search.exact import Match
 from tests.helpers.hubs import local_hub
 from tests.helpers.towers import CAPTIONS, tiny_model, tiny_processor
 

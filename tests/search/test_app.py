@@ -151,7 +151,7 @@ def test_wrong_folders_are_told_in_one_line(
 ) -> None:
     pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
     assert cli([word.format(place=place) for word in command]) == code
-    assert re.fullmatch(r"error: .*(no index here|there is something already).*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: .*(no index here|there is already something).*\n", capsys.readouterr().err)
 
 
 def test_one_thread_embeds_for_all_that_ask(page: IndexPage, monkeypatch: pytest.MonkeyPatch) -> None:

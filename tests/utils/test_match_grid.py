@@ -10,7 +10,7 @@ from PIL import Image
 
 from modeling_miniclip.evaluation.metrics import METRIC_NAMES
 from modeling_miniclip.training.figures import draw_curves, example_queries, read_metrics
-from modeling_miniclip.utils.match_grid import MatchRow, draw_matches, match_rows
+from modeling_miniclip.utils.match_grid import LabelledImage, MatchRow, draw_matches, match_rows
 
 GREEN = (21, 128, 61)
 
@@ -97,7 +97,9 @@ def test_metrics_are_read_line_by_line(tmp_path):
 
 def rows_of(count: int, found: int = 3, query: str = "a red disc", size=(64, 64), right: int = -1) -> list[MatchRow]:
     images = [Image.new("RGB", size, (40 * i, 90, 200)) for i in range(found)]
-    return [MatchRow(query, "rank 1 of 9", [(im, "0.30", i == right) for i, im in enumerate(images)])] * count
+    return [
+        MatchRow(query, "rank 1 of 9", [LabelledImage(im, "0.30", i == right) for i, im in enumerate(images)])
+    ] * count
 
 
 @pytest.mark.parametrize(("count", "found"), [(1, 1), (1, 3), (1, 9), (2, 1), (6, 3), (3, 9)])
@@ -137,7 +139,7 @@ def test_tiny_huge_and_narrow_images_fit_their_tile(tmp_path, size):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
 def test_images_of_every_mode_are_drawn(tmp_path, mode):
-    row = MatchRow("x", "", [(Image.new(mode, (20, 20)), "0.1", False)])
+    row = MatchRow("x", "", [LabelledImage(Image.new(mode, (20, 20)), "0.1", False)])
     draw_matches(tmp_path / "grid.png", [row, row])
     picture(tmp_path / "grid.png")
 
@@ -167,7 +169,7 @@ def test_nothing_to_draw_is_told(tmp_path, rows):
 
 def test_the_callers_images_are_not_changed(tmp_path):
     image = Image.new("RGB", (500, 400), "red")
-    draw_matches(tmp_path / "grid.png", [MatchRow("x", "", [(image, "", False)])])
+    draw_matches(tmp_path / "grid.png", [MatchRow("x", "", [LabelledImage(image, "", False)])])
     assert image.size == (500, 400) and image.getpixel((9, 9)) == (255, 0, 0)
 
 
