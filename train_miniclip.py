@@ -153,7 +153,7 @@ def prepare(arguments: TrainingArguments) -> Run:
     if accelerator.is_main_process:
         for line in quick_check(splits, str(arguments.dataset), arguments.batch_size):
             warn(line)
-    bad_images = BadImages(split_sizes(splits), arguments.max_bad_images, warn, accelerator.device)
+    bad_images = BadImages(split_sizes(splits), arguments.max_bad_image_fraction, warn, accelerator.device)
     model, processor = build_model(arguments, accelerator, splits)
 
     if arguments.overfit_batch:
@@ -297,7 +297,7 @@ def load_splits(arguments: TrainingArguments) -> Any:
         validation_fraction=arguments.validation_fraction,
         seed=arguments.seed,
         revision=arguments.dataset_revision,
-        stream_rows=arguments.stream_rows,
+        stream_first_rows=arguments.stream_first_rows,
         allow_outside_images=arguments.allow_outside_images,
     )
     for name, limit in (("train", arguments.max_train_images), ("validation", arguments.max_validation_images)):

@@ -149,7 +149,7 @@ def test_the_flickr8k_recipe_is_the_run_of_the_well_known_tutorial() -> None:
     arguments = asdict(parse_arguments(["--recipe", "flickr8k", "--dataset", "my.csv"]))
     expected = {
         "vision_model": "resnet50.a1_in1k", "text_model": "distilbert-base-uncased", "projection_dim": 256,
-        "image_size": 224, "max_length": 200, "batch_size": 32, "num_train_epochs": 4, "learning_rate": 1e-3,
+        "image_size": 224, "max_length": 200, "batch_size": 32, "num_train_epochs": 4, "head_learning_rate": 1e-3,
         "vision_learning_rate": 1e-4, "text_learning_rate": 1e-5, "weight_decay": 1e-3,
         "lr_scheduler_type": "plateau", "lr_plateau_patience": 1, "lr_plateau_factor": 0.8,
         "freeze": "none", "freeze_batch_norm": None, "dropout": None,
@@ -212,7 +212,7 @@ def test_the_flickr8k_recipe_trains_with_towers_of_the_real_shape_from_the_hub(t
     train = [line for line in lines if line["split"] == "train"]
     assert train[-1]["step"] == 2 and all(0 < line["loss"] < 10 for line in train)
     assert lines[-1]["split"] == "validation" and lines[-1]["loss"] == 0  # one image: there is nothing else to find
-    rates = {"heads_learning_rate": 1e-3, "vision_learning_rate": 1e-4, "text_learning_rate": 1e-5}
+    rates = {"head_learning_rate": 1e-3, "vision_learning_rate": 1e-4, "text_learning_rate": 1e-5}
     assert {name: train[-1][name] for name in rates} == pytest.approx(rates)
 
     export = tmp_path / "miniclip-flickr8k" / "export"

@@ -188,7 +188,7 @@ def test_twenty_steps_of_one_two_and_four_processes_have_the_same_losses(
 def test_frozen_towers_keep_their_weights_and_their_features_stand_for_them(tmp_path: Path, freeze: str) -> None:
     # Batch norm of the resnet apart, the features computed once must train like the tower itself run each step.
     main(flags(tmp_path, "cached", freeze=freeze, augmentation="[]"))
-    main(flags(tmp_path, "start", freeze=freeze, augmentation="[]", max_steps=1, learning_rate=1e-12))
+    main(flags(tmp_path, "start", freeze=freeze, augmentation="[]", max_steps=1, head_learning_rate=1e-12))
     frozen = {"vision": ["vision_model"], "text": ["text_model"], "both": ["vision_model", "text_model"]}[freeze]
     start, end = last_state(tmp_path / "start"), last_state(tmp_path / "cached")
     moved = {name for name in start if not torch.allclose(start[name], end[name], rtol=0, atol=1e-7)}
@@ -202,7 +202,7 @@ def test_frozen_towers_keep_their_weights_and_their_features_stand_for_them(tmp_
 
 def test_augmented_images_have_their_own_size_and_those_of_validation_the_models(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    run = prepare(parse_arguments(flags(tmp_path, train_image_size=PIXELS + 16, frozen_vision_layers=0.5)))
+    run = prepare(parse_arguments(flags(tmp_path, train_image_size=PIXELS + 16, frozen_vision_fraction=0.5)))
     shapes = [next(iter(loader))["pixel_values"].shape[1:] for loader in (run.train_loader, run.validation_loader)]
     assert shapes == [(3, PIXELS + 16, PIXELS + 16), (3, PIXELS, PIXELS)]
     frozen = [name for name, p in run.plain.named_parameters() if not p.requires_grad]
@@ -211,8 +211,11 @@ def test_augmented_images_have_their_own_size_and_those_of_validation_the_models
 
 def test_early_stopping_ends_after_patience_epochs_and_keeps_the_best(tmp_path: Path) -> None:
     # A learning rate that destroys the model: the first validation stays the best.
-    rates = dict.fromkeys(("learning_rate", "vision_learning_rate", "text_learning_rate"), 0.5)
-    main(flags(tmp_path, num_train_epochs=9, early_stopping_patience=2, best_metric="text_to_image_R@1", **rates))
+    main(
+        flags(
+            tmp_path, num_train_epochs=9, early_stopping_patience=2, best_metric="text_to_image_R@1", learning_rate=0.5
+        )
+    )
     validations = [line for line in metrics_of(tmp_path / "run") if line["split"] == "validation"]
     recalls = [line["text_to_image_R@1"] for line in validations]
     best = recalls.index(max(recalls))
@@ -224,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_export(tmp_path: 
     main(flags(tmp_path, num_train_epochs=1))
     before = weights(tmp_path / "run")
     monkeypatch.setattr(MiniClipModel, "inverse_temperature", lambda self: self.logit_scale * math.nan)
-    with pytest.raises(Exception, match="training loss became nan.*--learning_rate"):
+    with pytest.raises(Exception, match="training loss became nan.*--head_learning_rate"):
         main(flags(tmp_path, num_train_epochs=2, resume_from_checkpoint="latest"))
     assert_same(before, weights(tmp_path / "run"))
 
@@ -242,8 +245,8 @@ def test_earlier_run_is_not_overwritten_unless_told(tmp_path: Path) -> None:
 
 def test_warm_start_goes_on_from_an_export(tmp_path: Path) -> None:
     export = main(flags(tmp_path))
-    still = dict.fromkeys(("learning_rate", "vision_learning_rate", "text_learning_rate"), 1e-12)
-    main(flags(tmp_path, "more", preset=None, model_name_or_path=export, max_steps=1, freeze_batch_norm=True, **still))
+    main(flags(tmp_path, "more", preset=None, model_name_or_path=export, max_steps=1, freeze_batch_norm=True,
+               learning_rate=1e-12))  # fmt: skip
     first = metrics_of(tmp_path / "more")[-1]
     best = min(line["loss"] for line in metrics_of(tmp_path / "run") if line["split"] == "validation")
     assert first["loss"] == pytest.approx(best, rel=1e-4)

@@ -59,7 +59,7 @@ def load_captions(
     validation_fraction: float = 0.1,
     seed: int = 0,
     revision: str | None = None,
-    stream_rows: int | None = None,
+    stream_first_rows: int | None = None,
     allow_outside_images: bool = False,
 ) -> "DatasetDict":
     """Captioned images as `datasets` splits with one row per image.
@@ -80,8 +80,8 @@ def load_captions(
         validation_fraction: share of the images that a seeded split sets aside where the source has no splits.
         seed: of that split.
         revision: commit, branch or tag of a Hub data set.
-        stream_rows: of a Hub data set, take the first so many rows of each split as they arrive, into memory, instead
-            of downloading all of it.
+        stream_first_rows: number of rows to stream from the start of each split of a Hub dataset, into memory,
+            instead of downloading all of it.
         allow_outside_images: let a caption file name images outside the folder of images (by `..`, an absolute path or
             a symbolic link): whoever wrote it then chooses which files of yours are read.
 
@@ -103,7 +103,7 @@ def load_captions(
         return _dataset_dict(local, validation_fraction, seed)
     if path.suffix.lower() in FILE_SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)):
         raise DataError(f"{source}: no such file or folder; name a CSV, a folder or a data set on the Hub")
-    return _from_hub(str(source), columns, validation_fraction, seed, revision, stream_rows)
+    return _from_hub(str(source), columns, validation_fraction, seed, revision, stream_first_rows)
 
 
 def read_source(

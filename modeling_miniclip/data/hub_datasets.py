@@ -21,16 +21,16 @@ def _from_hub(
     validation_fraction: float,
     seed: int,
     revision: str | None,
-    stream_rows: int | None,
+    stream_first_rows: int | None,
 ) -> "DatasetDict":
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
     try:
-        raw = load_dataset(name, revision=revision, streaming=stream_rows is not None)
-        if stream_rows is not None:
-            raw = _first_rows(raw, stream_rows)
+        raw = load_dataset(name, revision=revision, streaming=stream_first_rows is not None)
+        if stream_first_rows is not None:
+            raw = _first_rows(raw, stream_first_rows)
     except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
         hint = ""
         if "script" in str(error):

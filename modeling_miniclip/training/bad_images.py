@@ -50,7 +50,7 @@ class BadImages:
         if len(known) > self.limit * size:
             raise DataError(
                 f"{len(known)} of {size} images of {split} cannot be decoded so far, the last one: {lost[-1][1]}. "
-                f"--max_bad_images {self.limit:g} allows a share of {self.limit:.2%}: mend the files "
+                f"--max_bad_image_fraction {self.limit:g} allows a share of {self.limit:.2%}: mend the files "
                 "(`miniclip check` names them all) or raise it"
             )
         return len(lost)

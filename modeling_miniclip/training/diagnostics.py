@@ -79,12 +79,12 @@ def diagnose_temperature(logit_scale: float, largest: float, loss: float, chance
     if logit_scale > 0.99 * largest:
         return (
             f"the inverse temperature has run into its bound {largest:g} while the loss is {loss:.3f}: likely "
-            "--learning_rate, which is also the temperature's, is too high; divide it by ten"
+            "--head_learning_rate, which also applies to the temperature, is too high; divide it by ten"
         )
     if logit_scale < 2:
         return (
             f"the temperature has exploded (its inverse fell to {logit_scale:.2g}): the model gives all pairs the "
-            "same probability, likely because captions do not belong to their images, or --learning_rate is too high"
+            "same probability; likely captions do not belong to their images, or --head_learning_rate is too high"
         )
     return None
 
@@ -112,7 +112,7 @@ def diagnose_collapse(image_embeds: Tensor, text_embeds: Tensor, moved: bool = T
             )
             return (
                 f"the {name} embeddings have collapsed, their mean cosine is {cosine:.4f}: likely "
-                f"--{flag}_learning_rate or --learning_rate {cause}"
+                f"--{flag}_learning_rate or --head_learning_rate {cause}"
             )
     return None
 
@@ -212,7 +212,7 @@ def whiten(seen: Tensor, unseen: Tensor) -> tuple[Tensor, Tensor]:
 
 def not_finite(what: str, value: float, mixed_precision: str) -> MiniClipError:
     """The error that ends a run whose numbers are none."""
-    cause = "a learning rate is too high: lower --learning_rate, --vision_learning_rate and --text_learning_rate"
+    cause = "a learning rate is too high: lower --head_learning_rate, --vision_learning_rate and --text_learning_rate"
     if mixed_precision == "fp16":
         cause = f"fp16 was left by a large number (--mixed_precision bf16 or no), or {cause}"
     return MiniClipError(

@@ -28,7 +28,7 @@ def vision_layers(vision_model: Any) -> list[list[nn.Parameter]]:
     except (AttributeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             f"timm does not tell the layers of {type(tower).__name__}: leave out --layer_decay and "
-            "--frozen_vision_layers, or choose another --vision_model"
+            "--frozen_vision_fraction, or choose another --vision_model"
         ) from error
     layers: list[list[nn.Parameter]] = [[] for _ in range(max(layer_of.values()) + 1)]
     for name, parameter in tower.named_parameters():
@@ -100,7 +100,7 @@ def freeze_layers(model: MiniClipModel, arguments: TrainingArguments) -> None:
     """
     for tower in frozen_towers(model, arguments.freeze):
         tower.requires_grad_(False)
-    if arguments.frozen_vision_layers:
-        freeze_first_layers(vision_layers(model.vision_model), arguments.frozen_vision_layers)
-    if arguments.frozen_text_layers:
-        freeze_first_layers(text_layers(model.text_model), arguments.frozen_text_layers)
+    if arguments.frozen_vision_fraction:
+        freeze_first_layers(vision_layers(model.vision_model), arguments.frozen_vision_fraction)
+    if arguments.frozen_text_fraction:
+        freeze_first_layers(text_layers(model.text_model), arguments.frozen_text_fraction)

@@ -19,7 +19,7 @@ def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list
     """AdamW's groups: a learning rate a part and layer, weight decay for matrices only (no norm, bias or temperature).
 
     Returns:
-        Groups with `params`, `lr`, `weight_decay` and `name`: `heads`, `vision`, `text`, for the layers below a
+        Groups with `params`, `lr`, `weight_decay` and `name`: `head`, `vision`, `text`, for the layers below a
         tower's last one with the multiplier of their rate (`vision*0.8`), and `_no_decay` where that is so. Groups
         without a trainable parameter are left out.
 
@@ -29,7 +29,7 @@ def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list
     rates = {
         "vision": arguments.vision_learning_rate,
         "text": arguments.text_learning_rate,
-        "heads": arguments.learning_rate,
+        "head": arguments.head_learning_rate,
     }
     parts = {"vision_model": "vision", "text_model": "text"}
     multipliers: dict[Parameter, float] = {}
@@ -40,7 +40,7 @@ def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = parts.get(name.partition(".")[0], "heads")
+        part = parts.get(name.partition(".")[0], "head")
         multiplier = multipliers.get(parameter, 1.0)
         decays = parameter.ndim > 1
         key = (part if multiplier == 1 else f"{part}*{multiplier:.4g}") + ("" if decays else "_no_decay")

@@ -1,12 +1,12 @@
-"""Flags and recipes become `TrainingArguments`: code default < recipe < flag."""
+"""Parse flags and recipes into `TrainingArguments`, and check them."""
 
 import importlib.util
 import json
 import math
 import re
 import reprlib
-from argparse import ArgumentParser
-from dataclasses import asdict
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -15,38 +15,39 @@ import yaml
 from ..errors import MiniClipError, UsageError, did_you_mean, one_line
 from ..utils.files import replace_text
 from ..utils.resources import named_file
-from .arguments import LOWER_BOUNDS, MODEL_SOURCES, TrainingArguments, _choices, describe_flags
+from .arguments import LOWER_BOUNDS, MODEL_SOURCES, PART_RATES, TrainingArguments, choices_of, describe_flags
 
 LIST = "; --help lists them all"
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
-    """Arguments of a run: code defaults < recipe < flags.
+    """Arguments of a run. Flags override the recipe, and the recipe overrides the defaults.
 
-    A flag that says where the model comes from also outweighs a recipe that says otherwise: with `--preset` the
-    recipe's `vision_model` and `text_model` do not count.
+    A flag that says where the model comes from drops the recipe's other sources: with `--preset` a recipe's
+    `vision_model` and `text_model` are ignored. In the same way `--learning_rate` overrides all rates of a recipe.
 
     Args:
-        argv: flags; None takes those of the process.
+        argv: flags; None takes the command line of this process.
+
+    Returns:
+        The checked arguments. `learning_rate` is None in them: the rates of the parts have taken it over.
 
     Raises:
-        UsageError: an unknown key or flag (the nearest valid name is told), a value of the wrong kind, or values that
-            exclude each other.
+        UsageError: an unknown key or flag (the message suggests the nearest valid name), a value of the wrong type, or
+            values that exclude each other.
     """
-    parser = build_parser()
-    given = _parse(parser, argv)
-    recipe = given.recipe or ("scenes" if given.dataset is None else None)
+    given = parse_flags(argv)
+    recipe = given.get("recipe") or ("scenes" if given.get("dataset") is None else None)
+    values: dict[str, Any] = {}
     if recipe is not None:
-        path = named_file(recipe, "recipes", ".yaml")
-        values = read_recipe(path)
-        for name in _outweighed(given):
+        values = spread_learning_rate(read_recipe(named_file(recipe, "recipes", ".yaml"))) | {"recipe": recipe}
+        for name in _replaced_sources(given):
             values.pop(name, None)
-        parser.set_defaults(**values, recipe=recipe)
-    arguments = _parse(parser, argv)
+    arguments = TrainingArguments(**(values | spread_learning_rate(given)))
     if arguments.dataset is None:
         raise UsageError(f"--dataset is missing: the recipe {recipe} names no data to train on")
-    validate(arguments)
-    return arguments
+    check_arguments(arguments)
+    return replace(arguments, learning_rate=None)
 
 
 def build_parser() -> ArgumentParser:
@@ -63,20 +64,32 @@ def build_parser() -> ArgumentParser:
     return Parser(TrainingArguments, prog="train_miniclip.py", allow_abbrev=False)
 
 
-def _parse(parser: ArgumentParser, argv: list[str] | None) -> TrainingArguments:
-    namespace, rest = parser.parse_known_args(argv)
+def parse_flags(argv: list[str] | None) -> dict[str, Any]:
+    """The flags on a command line with their values; flags that are not given are missing.
+
+    Raises:
+        UsageError: an unknown flag, or a value of the wrong type.
+    """
+    flags = [field.name for field in fields(TrainingArguments)]
+    missing = object()  # where argparse finds a value, it does not fill in the default
+    namespace, rest = build_parser().parse_known_args(argv, Namespace(**dict.fromkeys(flags, missing)))
     if rest and not rest[0].startswith("-"):
-        raise UsageError(f"{rest[0]!r} belongs to no flag; --help lists them all")
+        raise UsageError(f"unexpected argument {rest[0]!r}{LIST}")
     if rest:
         name = f"--{rest[0].lstrip('-').split('=')[0].replace('-', '_')}"
-        flags = [f"--{known}" for known in vars(namespace)]
-        raise UsageError(f"unknown flag {rest[0]!r}{did_you_mean(name, flags, LIST)}")
-    return TrainingArguments(**vars(namespace))
+        raise UsageError(f"unknown flag {rest[0]!r}{did_you_mean(name, [f'--{flag}' for flag in flags], LIST)}")
+    return {name: value for name, value in vars(namespace).items() if value is not missing}
 
 
-def _outweighed(given: TrainingArguments) -> list[str]:
-    """Fields that say where the model comes from and that the given flags leave no room for."""
-    chosen = [names for names in MODEL_SOURCES if any(getattr(given, name) is not None for name in names)]
+def spread_learning_rate(values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a recipe or a command line, with its `learning_rate` as the rate of each part that has none in it."""
+    rate = values.get("learning_rate")
+    return values if rate is None else dict.fromkeys(PART_RATES, rate) | values
+
+
+def _replaced_sources(given: dict[str, Any]) -> list[str]:
+    """Fields that say where the model comes from, and that the given flags replace."""
+    chosen = [names for names in MODEL_SOURCES if any(given.get(name) is not None for name in names)]
     return [name for names in MODEL_SOURCES if chosen and names not in chosen for name in names]
 
 
@@ -147,7 +160,7 @@ def _as_flag(key: str, value: Any, hint: Any) -> str:
     if isinstance(value, bool):
         if bool in kinds:
             return str(value)
-        if not value and "no" in _choices(hint):  # YAML's word for false
+        if not value and "no" in choices_of(hint):  # YAML's word for false
             return "no"
     elif isinstance(value, list) and key == "augmentation":
         try:
@@ -172,13 +185,13 @@ def _expected(key: str, hint: Any) -> str:
     """A type as a user reads it."""
     if key == "augmentation":
         return "a list of mappings with a name each"
-    if _choices(hint):
-        return f"one of {', '.join(_choices(hint))}"
+    if choices_of(hint):
+        return f"one of {', '.join(choices_of(hint))}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes if need be)"}
     return next(word for kind, word in words.items() if kind in (hint, *get_args(hint)))
 
 
-def validate(arguments: TrainingArguments) -> None:
+def check_arguments(arguments: TrainingArguments) -> None:
     """Check ranges and combinations that the parser cannot know.
 
     Raises:
@@ -205,20 +218,21 @@ def validate(arguments: TrainingArguments) -> None:
             raise UsageError(f"--{name} must be at least {bound}, not {value}")
     if arguments.seed >= 2**32:
         raise UsageError(f"--seed must be below 2**32, not {arguments.seed}")
-    for name in ("learning_rate", "vision_learning_rate", "text_learning_rate", "max_grad_norm"):
-        if getattr(arguments, name) <= 0:
-            raise UsageError(f"--{name} must be positive, not {getattr(arguments, name)}")
+    for name in ("learning_rate", *PART_RATES, "max_grad_norm"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{name} must be positive, not {value}")
     for name in ("lr_plateau_factor", "validation_fraction"):
         if not 0 < getattr(arguments, name) < 1:
             raise UsageError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
-    for name in ("dropout", "projection_dropout", "frozen_vision_layers", "frozen_text_layers", "ema_decay"):
+    for name in ("dropout", "projection_dropout", "frozen_vision_fraction", "frozen_text_fraction", "ema_decay"):
         if not 0 <= (getattr(arguments, name) or 0) < 1:
             raise UsageError(f"--{name} must be in [0, 1), not {getattr(arguments, name)}")
     for name in ("layer_decay", "crop_pct"):
         if getattr(arguments, name) is not None and not 0 < getattr(arguments, name) <= 1:
             raise UsageError(f"--{name} must be in (0, 1], not {getattr(arguments, name)}")
-    if not 0 <= arguments.max_bad_images <= 1:
-        raise UsageError(f"--max_bad_images must be a share in [0, 1], not {arguments.max_bad_images}")
+    if not 0 <= arguments.max_bad_image_fraction <= 1:
+        raise UsageError(f"--max_bad_image_fraction must be in [0, 1], not {arguments.max_bad_image_fraction}")
     if arguments.num_views is not None and arguments.freeze not in ("vision", "both"):
         raise UsageError("--num_views needs a frozen image tower: add --freeze vision or --freeze both")
     if arguments.num_views is not None and not augmentation_list(arguments):

@@ -17,7 +17,7 @@ from ..utils.files import replace_text
 from .diagnostics import not_finite
 
 # Groups of parameters whose rate is logged: that of each part, which the others follow.
-RATES = ("heads", "vision", "text")
+RATES = ("head", "vision", "text")
 
 
 def say(accelerator: Any, text: str) -> None:

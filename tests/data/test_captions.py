@@ -431,11 +431,11 @@ def load(name, title, token="hf_test", **how):
         result[title] = str(error)
 # First those who may not read: what another token has loaded would be taken from the cache.
 load("private", "stranger", token="hf_other")
-load("private", "stranger streamed", token="hf_other", stream_rows=2)
+load("private", "stranger streamed", token="hf_other", stream_first_rows=2)
 load("rows", "unknown token", token="hf_wrong")
-load("rows", "unknown token streamed", token="hf_wrong", stream_rows=2)
+load("rows", "unknown token streamed", token="hf_wrong", stream_first_rows=2)
 for name in ["shards", "flickr8k", "folder", "private", "unavailable", "broken"]:
-    load(name, name + " streamed", stream_rows=2)
+    load(name, name + " streamed", stream_first_rows=2)
 for name in ["flickr8k", "flickr30k", "rows", "leak", "empty-caption", "no-captions", "nothere", "script", "folder",
              "private", "unavailable", "broken"]:
     load(name, name)

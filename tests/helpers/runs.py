@@ -69,8 +69,7 @@ def flags(folder: Path, output_dir: str = "run", **values: Any) -> list[str]:
         "validation_fraction": 0.2,
         "num_workers": 0,
         "logging_steps": 1,
-        "text_learning_rate": 1e-3,
-        "vision_learning_rate": 1e-3,
+        "learning_rate": 1e-3,
     }
     return [f"--{name}={value}" for name, value in (arguments | values).items() if value is not None]
 

@@ -15,6 +15,7 @@ from modeling_miniclip.data.augmentation import DEFAULT_AUGMENTATION
 from modeling_miniclip.training.arguments import (
     FLAG_GROUPS,
     LOWER_BOUNDS,
+    PART_RATES,
     TrainingArguments,
     describe_flags,
     flag_tables,
@@ -25,8 +26,9 @@ from tests.helpers.runs import ROOT
 
 DEFAULTS = TrainingArguments()
 PROMISED = """dataset image_dir output_dir vision_model text_model projection_dim image_size max_length num_workers
-dropout freeze_batch_norm batch_size captions_per_image num_train_epochs max_steps learning_rate vision_learning_rate
-text_learning_rate weight_decay seed freeze best_metric early_stopping_patience logging_steps report_to
+dropout freeze_batch_norm batch_size captions_per_image num_train_epochs max_steps learning_rate
+head_learning_rate vision_learning_rate text_learning_rate
+weight_decay seed freeze best_metric early_stopping_patience logging_steps report_to
 mixed_precision resume_from_checkpoint checkpointing_steps save_total_limit overfit_batch push_to_hub
 hub_model_id""".split()
 
@@ -63,6 +65,35 @@ def test_a_recipe_outweighs_the_code_and_a_flag_the_recipe(recipe: Any) -> None:
     assert changed(parse_arguments(["--dataset=b.csv"])) == {}
 
 
+def rates(*argv: str) -> tuple[float, float, float]:
+    """Learning rates of heads, image tower and text tower."""
+    arguments = parse_arguments(["--dataset=a.csv", *argv])
+    assert arguments.learning_rate is None, "the parts have taken it over"
+    return arguments.head_learning_rate, arguments.vision_learning_rate, arguments.text_learning_rate
+
+
+def test_learning_rate_sets_all_parts_at_once() -> None:
+    assert rates() == (1e-3, 1e-4, 1e-5)
+    assert rates("--learning_rate=3e-4") == (3e-4, 3e-4, 3e-4)
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_the_rate_of_a_part_overrides_learning_rate(part: int) -> None:
+    expected = [3e-4, 3e-4, 3e-4]
+    expected[part] = 0.5
+    flag = f"--{PART_RATES[part]}=0.5"
+    assert rates(flag, "--learning_rate=3e-4") == rates("--learning_rate=3e-4", flag) == tuple(expected)
+
+
+def test_learning_rate_on_the_command_line_overrides_a_recipe(recipe: Any) -> None:
+    flag = recipe("vision_learning_rate: 0.2\nlearning_rate: 0.1\n")
+    assert rates(flag) == (0.1, 0.2, 0.1)
+    assert rates(flag, "--learning_rate=0.3") == (0.3, 0.3, 0.3)
+    assert rates(flag, "--text_learning_rate=0.4") == (0.1, 0.2, 0.4)
+    assert rates(flag, "--learning_rate=0.3", "--text_learning_rate=0.4") == (0.3, 0.3, 0.4)
+    assert rates(recipe("text_learning_rate: 0.2\nlearning_rate: null\n")) == (1e-3, 1e-4, 0.2)
+
+
 def test_without_recipe_and_dataset_the_built_in_recipe_is_taken() -> None:
     arguments = parse_arguments(["--seed=1"])
     assert (arguments.recipe, arguments.dataset, arguments.preset) == ("scenes", "scenes", "scenes_tiny")
@@ -77,10 +108,10 @@ def test_a_recipe_without_data_asks_for_a_dataset(recipe: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "name", "value"),
     [
-        ("learning_rate: 1e-3", "learning_rate", 0.001),  # a string for PyYAML
-        ("learning_rate: 1.0e-3", "learning_rate", 0.001),
-        ("learning_rate: '2e-3'", "learning_rate", 0.002),
-        ("learning_rate: 1", "learning_rate", 1.0),
+        ("head_learning_rate: 1e-3", "head_learning_rate", 0.001),  # a string for PyYAML
+        ("head_learning_rate: 1.0e-3", "head_learning_rate", 0.001),
+        ("head_learning_rate: '2e-3'", "head_learning_rate", 0.002),
+        ("head_learning_rate: 1", "head_learning_rate", 1.0),
         ("batch_size: 64", "batch_size", 64),
         ("batch_size: '64'", "batch_size", 64),
         ("max_steps: null", "max_steps", None),
@@ -174,7 +205,7 @@ def test_a_missing_recipe_is_told_with_those_that_come_with_the_package(tmp_path
         (["--learning_rat=3"], r"did you mean --learning_rate\?"),
         (["--max-step", "3"], r"did you mean --max_steps\?"),
         (["--batch", "3"], r"unknown flag '--batch'"),  # no abbreviations: they would change with a new flag
-        (["captions.csv"], "'captions.csv' belongs to no flag"),
+        (["captions.csv"], "unexpected argument 'captions.csv'"),
         (["--batch_size", "x"], "--batch_size: invalid int value: 'x'"),
         (["--batch_size"], "--batch_size: expected one argument"),
         (["--push_to_hub", "maybe"], "--push_to_hub: .*true"),
@@ -184,20 +215,21 @@ def test_a_missing_recipe_is_told_with_those_that_come_with_the_package(tmp_path
         (["--text_model", "a", "--preset", "b"], "--text_model and --preset exclude each other"),
         (["--best_metric", "R@1"], "--best_metric R@1: choose from loss, text_to_image_R@1, .*rsum"),
         (["--learning_rate", "0"], "--learning_rate must be positive"),
+        (["--vision_learning_rate", "-1"], "--vision_learning_rate must be positive"),
         (["--learning_rate", "nan"], "--learning_rate must be a finite number"),
         (["--weight_decay", "inf"], "--weight_decay must be a finite number"),
         (["--weight_decay", "-0.1"], "--weight_decay must be at least 0"),
         (["--max_grad_norm", "0"], "--max_grad_norm must be positive"),
         (["--dropout", "1"], r"--dropout must be in \[0, 1\)"),
         (["--projection_dropout", "-0.1"], r"--projection_dropout must be in \[0, 1\)"),
-        (["--frozen_vision_layers", "1"], r"--frozen_vision_layers must be in \[0, 1\)"),
-        (["--frozen_text_layers", "-0.5"], r"--frozen_text_layers must be in \[0, 1\)"),
+        (["--frozen_vision_fraction", "1"], r"--frozen_vision_fraction must be in \[0, 1\)"),
+        (["--frozen_text_fraction", "-0.5"], r"--frozen_text_fraction must be in \[0, 1\)"),
         (["--ema_decay", "1"], r"--ema_decay must be in \[0, 1\)"),
         (["--layer_decay", "0"], r"--layer_decay must be in \(0, 1\]"),
         (["--crop_pct", "1.1"], r"--crop_pct must be in \(0, 1\]"),
         (["--train_image_size", "64", "--augmentation", "[]"], "--train_image_size is the size of augmented images"),
         (["--lr_plateau_factor", "1"], "--lr_plateau_factor must be between 0 and 1"),
-        (["--max_bad_images", "1.5"], r"--max_bad_images must be a share in \[0, 1\], not 1.5"),
+        (["--max_bad_image_fraction", "1.5"], r"--max_bad_image_fraction must be in \[0, 1\], not 1.5"),
         (["--validation_fraction", "0"], "--validation_fraction must be between 0 and 1"),
         (["--seed", str(2**32)], "--seed must be below"),
         (["--augmentation", "HorizontalFlip"], "--augmentation must be a list"),
@@ -297,15 +329,16 @@ def test_every_argument_is_read_somewhere() -> None:
     read: set[str] = set()
     for path in [ROOT / "train_miniclip.py", *(ROOT / "modeling_miniclip").rglob("*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if path.name == "arguments.py":  # to check a value, or to save it, is not to use it
-            tree.body = [node for node in tree.body if getattr(node, "name", "") not in ("validate", "save_arguments")]
+        if path.name == "parsing.py":  # checking or saving a value is not using it
+            unused = ("check_arguments", "save_arguments")
+            tree.body = [node for node in tree.body if getattr(node, "name", "") not in unused]
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = node.value
                 name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
                 if name in ("arguments", "given"):
                     read.add(node.attr)
-    assert {field.name for field in fields(TrainingArguments)} - read == set()
+    assert {field.name for field in fields(TrainingArguments)} - read == {"recipe", "learning_rate"}
 
 
 def test_help_lists_every_flag_once_under_its_group_with_choices_and_defaults(

@@ -22,7 +22,9 @@ from tests.helpers.towers import tiny_model, tiny_processor
 from train_miniclip import main
 
 # What makes the steps of any number of processes equal; 21 training images give batches of 8, 8 and 5.
-EXACT: dict[str, Any] = {"dropout": 0, "freeze_batch_norm": True, "captions_per_image": 2, "max_bad_images": 0.5}
+EXACT: dict[str, Any] = {
+    "dropout": 0, "freeze_batch_norm": True, "captions_per_image": 2, "max_bad_image_fraction": 0.5,
+}  # fmt: skip
 
 
 def split_of(folder: Path, split: str = "train") -> Any:
@@ -130,7 +132,7 @@ def test_images_are_told_once_and_the_limit_is_a_share_of_the_split() -> None:
     resumed.load_state_dict(bad.state_dict())
     assert resumed.lose("train", [(3, "image 'b'")]) == 1 and len(told) == 3
     assert resumed.good_rows("validation") == [*range(5), *range(6, 100)]
-    with pytest.raises(DataError, match=r"3 of 200 images of train .* image 'd'\. --max_bad_images 0.01"):
+    with pytest.raises(DataError, match=r"3 of 200 images of train .* image 'd'\. --max_bad_image_fraction 0.01"):
         resumed.lose("train", [(9, "image 'd'")])
 
 
@@ -140,8 +142,7 @@ def test_images_are_told_once_and_the_limit_is_a_share_of_the_split() -> None:
 def test_the_first_step_has_the_loss_of_the_batch_without_its_bad_images(tmp_path: Path) -> None:
     batch = [row for _, row in next(iter(GlobalBatches(21, 8, True)))]
     break_rows(tmp_path, batch[2:4])
-    export = main(flags(tmp_path, "run", max_steps=1, augmentation="[]", learning_rate=1e-12, **EXACT
-                        | {"vision_learning_rate": 1e-12, "text_learning_rate": 1e-12}))  # fmt: skip
+    export = main(flags(tmp_path, "run", max_steps=1, augmentation="[]", learning_rate=1e-12, **EXACT))
     model, processor = MiniClipModel.from_pretrained(export), MiniClipProcessor.from_pretrained(export)
     rows = CaptionRows(split_of(tmp_path), processor, captions_per_image=2)
     good = [rows[0, row] for row in batch if row not in batch[2:4]]
@@ -186,10 +187,10 @@ def test_a_resumed_run_ends_as_one_that_went_on_and_remembers_the_bad_images(
 
 
 def test_more_bad_images_than_allowed_end_the_run_and_leave_its_checkpoint(tmp_path: Path) -> None:
-    main(flags(tmp_path, num_train_epochs=1, max_bad_images=0))
+    main(flags(tmp_path, num_train_epochs=1, max_bad_image_fraction=0))
     before = last_state(tmp_path / "run")
     (name,) = break_rows(tmp_path, [0])
-    with pytest.raises(DataError, match=f"1 of 21 images of train .*{name}.*--max_bad_images 0.01"):
+    with pytest.raises(DataError, match=f"1 of 21 images of train .*{name}.*--max_bad_image_fraction 0.01"):
         main(flags(tmp_path, resume_from_checkpoint="latest"))
     assert_same(before, last_state(tmp_path / "run"))
 

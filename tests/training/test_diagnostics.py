@@ -154,7 +154,7 @@ def test_collapsed_side_is_told_by_name() -> None:
     spread, collapsed = unit(50, 16), normalize(torch.ones(50, 16) + 0.1 * unit(50, 16), dim=-1)
     assert diagnose_collapse(spread, spread) is None
     assert "image embeddings have collapsed" in str(diagnose_collapse(collapsed, spread))
-    assert "--text_learning_rate or --learning_rate is too high" in str(diagnose_collapse(spread, collapsed))
+    assert "--text_learning_rate or --head_learning_rate is too high" in str(diagnose_collapse(spread, collapsed))
     assert "is too low: nothing has moved" in str(diagnose_collapse(spread, collapsed, moved=False))
 
 
@@ -258,9 +258,8 @@ def warnings_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_rates_that_are_too_high_are_told_as_stuck_and_collapsed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = dict.fromkeys(("learning_rate", "vision_learning_rate", "text_learning_rate"), 0.3)
     main(flags(tmp_path, batch_size=3, num_train_epochs=16, logging_steps=5,
-               best_metric="image_to_text_R@1", **rates))  # fmt: skip
+               best_metric="image_to_text_R@1", learning_rate=0.3))  # fmt: skip
     lines = warnings_of(capsys)
     assert any(re.search("that of guessing, ln.batch. = 1.09.*too high", line) for line in lines), lines
     assert any("embeddings have collapsed" in line for line in lines), lines
@@ -268,13 +267,11 @@ def test_rates_that_are_too_high_are_told_as_stuck_and_collapsed(
 
 
 def test_a_run_that_becomes_nan_ends_with_its_last_good_checkpoint_and_export(tmp_path: Path) -> None:
-    still = dict.fromkeys(("learning_rate", "vision_learning_rate", "text_learning_rate"), 1e-4)
-    main(flags(tmp_path, num_train_epochs=1, **still))
+    main(flags(tmp_path, num_train_epochs=1, learning_rate=1e-4))
     # The optimiser's state would bring back its rates: this is a run of its own, from the model of the first.
-    absurd = dict.fromkeys(still, 1e30)
     argv = flags(tmp_path, "nan", num_train_epochs=3, preset=None, model_name_or_path=tmp_path / "run" / "export",
-                 logging_steps=100, checkpointing_steps=1, **absurd)  # fmt: skip
-    with pytest.raises(MiniClipError, match="the (weights|training loss) became nan.*--learning_rate"):
+                 logging_steps=100, checkpointing_steps=1, learning_rate=1e30)  # fmt: skip
+    with pytest.raises(MiniClipError, match="the (weights|training loss) became nan.*--head_learning_rate"):
         main(argv)
     for path in (tmp_path / "nan").rglob("model.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
@@ -284,7 +281,7 @@ def test_a_run_that_becomes_nan_ends_with_its_last_good_checkpoint_and_export(tm
 def test_overfit_batch_tells_whether_one_batch_can_be_learned_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, captions: int, equal: bool
 ) -> None:
-    argv = flags(tmp_path, overfit_batch=True, captions_per_image=captions, learning_rate=3e-3, projection_dim=32,
+    argv = flags(tmp_path, overfit_batch=True, captions_per_image=captions, head_learning_rate=3e-3, projection_dim=32,
                  loss_type="softmax_mean")  # fmt: skip
     if equal:
         pictures = sorted((tmp_path / "scenes" / "Images").iterdir())
@@ -299,14 +296,13 @@ def test_overfit_batch_tells_whether_one_batch_can_be_learned_and_writes_nothing
 
 
 def test_overfit_batch_that_fails_says_why(tmp_path: Path) -> None:
-    rates = dict.fromkeys(("learning_rate", "vision_learning_rate", "text_learning_rate"), 1e-9)
     with pytest.raises(MiniClipError, match="does not reach zero.*rates are too low"):
-        main(flags(tmp_path, overfit_batch=True, max_steps=5, **rates))
+        main(flags(tmp_path, overfit_batch=True, max_steps=5, learning_rate=1e-9))
 
 
 @pytest.mark.slow
 def test_two_processes_overfit_the_batch_that_one_does(tmp_path: Path) -> None:
-    result = launch(flags(tmp_path, overfit_batch=True, captions_per_image=2, learning_rate=3e-3,
+    result = launch(flags(tmp_path, overfit_batch=True, captions_per_image=2, head_learning_rate=3e-3,
                           loss_type="softmax_mean"), processes=2)  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert "no model can be below 0.3466" in result.stdout and "one batch of 8 images" in result.stdout
@@ -326,7 +322,7 @@ def test_shuffled_captions_are_told_and_right_ones_are_not(
         with table.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header, *([number, other[image], text] for number, image, text in rows)])
     main(flags(tmp_path, validation_fraction=0.5, batch_size=10, captions_per_image=5, augmentation="[]",
-               num_train_epochs=30, learning_rate=3e-3, best_metric="rsum"))  # fmt: skip
+               num_train_epochs=30, head_learning_rate=3e-3, best_metric="rsum"))  # fmt: skip
     lines = warnings_of(capsys)
     if shuffled:
         assert "although the training loss fell: likely captions are unrelated" in lines[-1], lines

@@ -84,7 +84,7 @@ def test_the_share_is_rounded_to_layers_and_leaves_the_last(share: float, frozen
 def test_rates_fall_from_the_top_of_each_tower_by_hand() -> None:
     model = tiny_model()  # five layers of the resnet, three of DistilBERT
     arguments = TrainingArguments(
-        learning_rate=1.0, vision_learning_rate=0.16, text_learning_rate=0.04, layer_decay=0.5
+        head_learning_rate=1.0, vision_learning_rate=0.16, text_learning_rate=0.04, layer_decay=0.5
     )
     groups = parameter_groups(model, arguments)
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
@@ -100,7 +100,7 @@ def test_rates_fall_from_the_top_of_each_tower_by_hand() -> None:
 
 def test_frozen_layers_get_neither_gradient_nor_optimiser_state_nor_statistics() -> None:
     model = tiny_model()
-    arguments = TrainingArguments(frozen_vision_layers=0.6, frozen_text_layers=0.34, layer_decay=0.9)
+    arguments = TrainingArguments(frozen_vision_fraction=0.6, frozen_text_fraction=0.34, layer_decay=0.9)
     freeze_layers(model, arguments)
     optimizer = torch.optim.AdamW(parameter_groups(model, arguments))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -122,7 +122,7 @@ def test_frozen_layers_get_neither_gradient_nor_optimiser_state_nor_statistics()
 
 def test_no_gradient_is_computed_below_the_first_layer_that_learns() -> None:
     model = tiny_model()
-    freeze_layers(model, TrainingArguments(frozen_vision_layers=0.4, frozen_text_layers=0.34))
+    freeze_layers(model, TrainingArguments(frozen_vision_fraction=0.4, frozen_text_fraction=0.34))
     seen = {}
     tower = model.vision_model.timm_model
     for name, module in (("below", tower.layer1), ("above", tower.layer2)):
@@ -133,7 +133,7 @@ def test_no_gradient_is_computed_below_the_first_layer_that_learns() -> None:
 
 def test_frozen_layers_go_with_a_frozen_tower() -> None:
     model = tiny_model()
-    freeze_layers(model, TrainingArguments(freeze="vision", frozen_text_layers=0.7))
+    freeze_layers(model, TrainingArguments(freeze="vision", frozen_text_fraction=0.7))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any(name.startswith("vision_model") for name in trained)
     assert {name.split(".")[3] for name in trained if name.startswith("text_model")} == {"1"}

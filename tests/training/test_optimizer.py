@@ -17,23 +17,23 @@ from tests.helpers.towers import PIXELS, tiny_model, tiny_processor
 def test_groups_hold_each_trainable_parameter_once_with_its_rate_and_decay() -> None:
     model = tiny_model()
     arguments = TrainingArguments(
-        learning_rate=1.0, vision_learning_rate=0.1, text_learning_rate=0.01, weight_decay=0.5
+        head_learning_rate=1.0, vision_learning_rate=0.1, text_learning_rate=0.01, weight_decay=0.5
     )
     groups = {group["name"]: group for group in parameter_groups(model, arguments)}
-    assert set(groups) == {"heads", "heads_no_decay", "vision", "vision_no_decay", "text", "text_no_decay"}
+    assert set(groups) == {"head", "head_no_decay", "vision", "vision_no_decay", "text", "text_no_decay"}
     grouped = [id(p) for group in groups.values() for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     rates = {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()}
-    assert rates["heads"] == (1.0, 0.5) and rates["vision_no_decay"] == (0.1, 0.0) and rates["text"] == (0.01, 0.5)
-    assert any(p is model.logit_scale for p in groups["heads_no_decay"]["params"])
-    assert all(p.ndim > 1 for name in ("heads", "vision", "text") for p in groups[name]["params"])
+    assert rates["head"] == (1.0, 0.5) and rates["vision_no_decay"] == (0.1, 0.0) and rates["text"] == (0.01, 0.5)
+    assert any(p is model.logit_scale for p in groups["head_no_decay"]["params"])
+    assert all(p.ndim > 1 for name in ("head", "vision", "text") for p in groups[name]["params"])
 
 
 def test_frozen_tower_has_no_group() -> None:
     model = tiny_model()
     model.vision_model.requires_grad_(False)
     names = {group["name"] for group in parameter_groups(model, TrainingArguments())}
-    assert names == {"heads", "heads_no_decay", "text", "text_no_decay"}
+    assert names == {"head", "head_no_decay", "text", "text_no_decay"}
 
 
 def optimizer_at(rate: float) -> torch.optim.Optimizer:

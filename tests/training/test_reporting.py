@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from modeling_miniclip import MiniClipError
+from modeling_miniclip.training import reporting
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.optimizer import reporting
 from modeling_miniclip.training.parsing import parse_arguments
 from modeling_miniclip.training.publish import (
     LOCAL_ARGUMENTS,
@@ -42,8 +42,8 @@ OPTIMIZER = SimpleNamespace(
     param_groups=[
         {"name": "vision", "lr": 1e-4},
         {"name": "vision_no_decay", "lr": 7.0},
-        {"name": "heads", "lr": 1e-3},
-        {"name": "heads_no_decay", "lr": 7.0},
+        {"name": "head", "lr": 1e-3},
+        {"name": "head_no_decay", "lr": 7.0},
     ]
 )
 
@@ -61,7 +61,7 @@ def test_the_meter_gives_the_means_since_its_last_reading(clock: SimpleNamespace
     for loss, norm, pairs in ((1.0, 9.0, 64), (2.0, 9.0, 64), (4.5, 0.5, 32)):
         meter.update(torch.tensor(loss, requires_grad=True), torch.tensor(norm), pairs, chance=loss + 2)
     clock.time = 104.0
-    expected = {"vision_learning_rate": 1e-4, "heads_learning_rate": 1e-3, "gradient_norm": 0.5}
+    expected = {"vision_learning_rate": 1e-4, "head_learning_rate": 1e-3, "gradient_norm": 0.5}
     assert meter.read() == expected | {"loss": 2.5, "pairs_per_second": 40.0}  # 7.5 / 3 and 160 / 4
     assert (meter.steps, meter.chance) == (3, 4.5)
 
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_in_any_process_ends_the_run_with_advice(bad: 
     meter = StepMeter(Processes([bad if where != "here" else 1.0, 1.0]), OPTIMIZER)
     meter.update(torch.tensor(bad if where == "here" else 1.0), 1.0, 1, 3.0)
     with pytest.raises(
-        MiniClipError, match=f"the training loss became {bad}, likely because .*: lower --learning_rate"
+        MiniClipError, match=f"the training loss became {bad}, likely because .*: lower --head_learning_rate"
     ):
         meter.read()
 
@@ -134,7 +134,7 @@ def test_a_card_gets_the_arguments_that_matter_and_no_path(tmp_path: Path, monke
     hidden = {"recipe", "output_dir", "hub_model_id", "resume_from_checkpoint", "push_to_hub"}
     assert hidden.isdisjoint(told)
     assert None not in told.values()
-    assert {"batch_size", "learning_rate", "seed", "weight_decay", "best_metric"} <= set(told)
+    assert {"batch_size", "head_learning_rate", "seed", "weight_decay", "best_metric"} <= set(told)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_card_gets_the_arguments_that_matter_and_no_path(tmp_path: Path, monke
         [],
         ["--recipe", "heads", "--dataset", "flickr8k", "--vision_model=a/b", "--text_model=c", "--seed", "3"],
         ["--dataset", "captions.csv", "--image_dir", "my pictures", "--freeze_batch_norm", "--learning_rate", "1e-5"],
-        ["--dataset", "bob/birds", "--stream_rows=9", "--augmentation", '[{"name": "Blur"}]', "--hub_license", "mit"],
+        ["--dataset", "bob/birds", "--stream_first_rows=9", "--augmentation=[{name: Blur}]", "--hub_license=mit"],
     ],
 )
 def test_the_command_of_a_card_gives_all_arguments_but_those_of_the_machine(argv: list[str]) -> None:

@@ -54,7 +54,7 @@ def has_color(pixels: np.ndarray, color: tuple[int, int, int], at_least: int = 2
         [training(5)],
         [validation(5), validation(10)],
         [training(5), validation(5)],
-        [training(step, vision_learning_rate=0.0, text_learning_rate=0.0, heads_learning_rate=0.0) for step in (1, 2)],
+        [training(step, vision_learning_rate=0.0, text_learning_rate=0.0, head_learning_rate=0.0) for step in (1, 2)],
         [training(1), {key: value for key, value in training(2).items() if key != "logit_scale"}],
         [validation(1, **dict.fromkeys(METRIC_NAMES, 0.0))],
         [],
