@@ -249,7 +249,7 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint_to_go_on_from(
         return inputs
 
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_miniclip.training.optimizer.model_inputs", inputs_with_nan)
+        patch.setattr("modeling_miniclip.data.loader.model_inputs", inputs_with_nan)
         with pytest.raises(MiniClipError, match="training loss became nan.*checkpoint"):
             main(flags(tmp_path, "parts", resume_from_checkpoint="latest"))
     main(flags(tmp_path, "parts", resume_from_checkpoint="latest"))
