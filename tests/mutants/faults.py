@@ -1,0 +1,533 @@
+"""The faults: one small change of the package each, and the fast tests that must fail because of it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change that a test must notice.
+
+    Args:
+        what: the mistake, in a few words.
+        file: path of the changed file, from the root of the checkout.
+        old: text that occurs exactly once in this file.
+        new: text that replaces it.
+        tests: arguments of pytest that select the tests, of which at least one must fail.
+    """
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+PACKAGE = "modeling_miniclip"
+CAPTIONS, LOADER, CHECK, SCENES = (f"tests/data/test_{name}.py" for name in ("captions", "loader", "check", "scenes"))
+ENCODE = "tests/inference/test_encode.py"
+METRICS, ZERO_SHOT, EVALUATE = (f"tests/evaluation/test_{name}.py" for name in ("metrics", "zero_shot", "evaluate"))
+EXPORT, FUZZ_EXPORTS = "tests/hub/test_export.py", "tests/hub/test_fuzz_exports.py"
+NEAREST, QUERY, UPDATE = (f"tests/search/test_{name}.py" for name in ("nearest", "query", "update"))
+HTML, MATCH_GRID, FILES, RESOURCES = (
+    f"tests/utils/test_{name}.py" for name in ("html", "match_grid", "files", "resources")
+)
+LAYERS, OPTIMIZER, EMA, GRAD_CACHE, DISTRIBUTED, CHECKPOINTS, DIAGNOSTICS, FOLD, FEATURES, BAD_IMAGES = (
+    f"tests/training/test_{name}.py"
+    for name in (
+        "layers",
+        "optimizer",
+        "ema",
+        "grad_cache",
+        "distributed",
+        "checkpoints",
+        "diagnostics",
+        "fold_batch_norm",
+        "features",
+        "bad_images",
+    )
+)
+LOSS, MODEL, PROCESSOR, UNTRUSTED = (f"tests/test_{name}.py" for name in ("loss", "model", "processor", "untrusted"))
+
+
+def faults_in(folder: str, *faults: tuple[str, str, str, str, str]) -> list[Fault]:
+    """Faults of one folder, from `(file, what, old, new, tests)`; `tests` is split at spaces."""
+    prefix = f"{folder}/" if folder else ""
+    return [Fault(what, f"{prefix}{file}", old, new, tuple(tests.split())) for file, what, old, new, tests in faults]
+
+
+FAULTS = [
+    *faults_in(
+        f"{PACKAGE}/data",
+        (
+            "splits.py",
+            "an image is in both splits",
+            "for i in sorted(order[held_out:])",
+            "for i in sorted(order[held_out - 1 :])",
+            CAPTIONS,
+        ),
+        (
+            "splits.py",
+            "a small split may stay empty",
+            "max(1, round(validation_fraction",
+            "max(0, round(validation_fraction",
+            CAPTIONS,
+        ),
+        (
+            "splits.py",
+            "the split ignores its seed",
+            "np.random.default_rng(seed)",
+            "np.random.default_rng(0)",
+            CAPTIONS,
+        ),
+        (
+            "splits.py",
+            "a file name counts as a folder",
+            'image_id.split("/")[:-1]',
+            'image_id.split("/")',
+            CAPTIONS,
+        ),
+        (
+            "caption_files.py",
+            "row numbers are one too low",
+            "number = start + reader.line_num + 1",
+            "number = start + reader.line_num",
+            CAPTIONS,
+        ),
+        (
+            "caption_files.py",
+            "an open quotation mark swallows rows",
+            "skipinitialspace=True, strict=True",
+            "skipinitialspace=True, strict=False",
+            CAPTIONS,
+        ),
+        (
+            "image_files.py",
+            "a folder with the same prefix counts as inside",
+            'real.startswith(os.path.join(root, ""))',
+            "real.startswith(root)",
+            UNTRUSTED,
+        ),
+        (
+            "near_duplicates.py",
+            "similar hashes suffice",
+            "signs.bit_count() <= 8 and",
+            "signs.bit_count() <= 8 or",
+            CHECK,
+        ),
+        (
+            "dataset.py",
+            "every epoch draws the same captions",
+            "default_rng([self.seed, epoch, index])",
+            "default_rng([self.seed, index])",
+            LOADER,
+        ),
+        ("dataset.py", "a caption may be drawn twice", "replace=False)", "replace=True)", LOADER),
+        (
+            "dataset.py",
+            "every epoch gets the first view",
+            "self.vision_features[epoch % len(self.vision_features)]",
+            "self.vision_features[0]",
+            f"{LOADER} {FEATURES}",
+        ),
+        (
+            "loader.py",
+            "every epoch has the same order",
+            "default_rng([self.seed, self.epoch])",
+            "default_rng([self.seed])",
+            LOADER,
+        ),
+        (
+            "loader.py",
+            "a resumed epoch skips a batch",
+            "range(self.first_batch * self.batch_size",
+            "range((self.first_batch + 1) * self.batch_size",
+            LOADER,
+        ),
+        (
+            "loader.py",
+            "the short last batch is not counted",
+            "return -(-self.num_rows // self.batch_size)",
+            "return (self.num_rows // self.batch_size)",
+            LOADER,
+        ),
+        (
+            "loader.py",
+            "processes share rows",
+            "batch[self.rank :: self.world_size]",
+            "batch[self.rank :]",
+            LOADER,
+        ),
+        ("scenes.py", "left and right are swapped", "_NEAR, _FAR = 0.26, 0.74", "_NEAR, _FAR = 0.74, 0.26", SCENES),
+    ),
+    *faults_in(
+        f"{PACKAGE}/inference",
+        (
+            "encode.py",
+            "encoding leaves the model in evaluation mode",
+            "module.training = training",
+            "module.training = False",
+            ENCODE,
+        ),
+        (
+            "loading.py",
+            "the text side loads the image head",
+            '"text": ("text_model", "text_projection")',
+            '"text": ("text_model", "visual_projection")',
+            QUERY,
+        ),
+    ),
+    *faults_in(
+        f"{PACKAGE}/evaluation",
+        ("metrics.py", "ranks begin at 0", "rank = torch.ones(len(block)", "rank = torch.zeros(len(block)", METRICS),
+        (
+            "metrics.py",
+            "ties count for the model",
+            "before = ~(similarity < best)",
+            "before = similarity > best",
+            METRICS,
+        ),
+        (
+            "metrics.py",
+            "keys of later blocks get the wrong number",
+            "found.indices + i * KEY_BLOCK",
+            "found.indices + i * BLOCK",
+            METRICS,
+        ),
+        ("metrics.py", "recall at K counts K - 1", "100 * (rank <= k)", "100 * (rank < k)", METRICS),
+        (
+            "metrics.py",
+            "image-to-text ranks the images of texts",
+            '"image_to_text": ranks(image_embeds, text_embeds, image_id, text_image_id)',
+            '"image_to_text": ranks(text_embeds, image_embeds, text_image_id, image_id)',
+            METRICS,
+        ),
+        (
+            "metrics.py",
+            "the larger loss is better",
+            "return value < best if smaller_is_better",
+            "return value > best if smaller_is_better",
+            METRICS,
+        ),
+        ("metrics.py", "the interval covers 90 %", "[0.025, 0.975]", "[0.05, 0.95]", METRICS),
+        (
+            "zero_shot.py",
+            "classes and templates are swapped",
+            ".view(len(names), len(sentences), -1).mean(dim=1)",
+            ".view(len(sentences), len(names), -1).mean(dim=0)",
+            ZERO_SHOT,
+        ),
+        (
+            "zero_shot.py",
+            "the mean of sentences is not normalised",
+            "return torch.nn.functional.normalize(per_class, dim=-1)",
+            "return per_class",
+            ZERO_SHOT,
+        ),
+        (
+            "failure_page.py",
+            "right answers are listed as failures",
+            "data.image_of_query(direction), ranking.rank > 1)",
+            "data.image_of_query(direction), ranking.rank >= 1)",
+            EVALUATE,
+        ),
+    ),
+    *faults_in(
+        f"{PACKAGE}/hub",
+        (
+            "model_card.py",
+            "HTML in a name is not escaped",
+            r'r"([\\`*\[\]<>|])"',
+            r'r"([\\`*\[\]|])"',
+            EXPORT,
+        ),
+        ("model_card.py", "a backtick ends the code of a card", '.replace("`", "\'")', "", EXPORT),
+        (
+            "export.py",
+            "local paths stay in the configuration",
+            "if not _is_hub_id(config.name_or_path)",
+            "if _is_hub_id(config.name_or_path)",
+            EXPORT,
+        ),
+    ),
+    *faults_in(
+        f"{PACKAGE}/training",
+        ("layers.py", "all layers may be frozen", "len(layers) - 1)]:", "len(layers))]:", LAYERS),
+        (
+            "layers.py",
+            "the first layer learns fastest",
+            "decay ** (len(layers) - 1 - i)",
+            "decay**i",
+            LAYERS,
+        ),
+        ("optimizer.py", "biases decay", "decays = parameter.ndim > 1", "decays = parameter.ndim >= 1", OPTIMIZER),
+        (
+            "optimizer.py",
+            "warm-up begins with rate 0",
+            "return (step + 1) / arguments.warmup_steps",
+            "return step / arguments.warmup_steps",
+            OPTIMIZER,
+        ),
+        ("optimizer.py", "the cosine rises", "0.5 * (1 + math.cos(", "0.5 * (1 - math.cos(", OPTIMIZER),
+        (
+            "optimizer.py",
+            "the temperature's bound is not a logarithm",
+            "clamp_(max=math.log(model.config.logit_scale_max))",
+            "clamp_(max=model.config.logit_scale_max)",
+            OPTIMIZER,
+        ),
+        (
+            "ema.py",
+            "the average warms up too slowly",
+            "(1 + self.steps) / (10 + self.steps)",
+            "self.steps / (10 + self.steps)",
+            EMA,
+        ),
+        (
+            "grad_cache.py",
+            "every chunk gets the gradient of the first",
+            "gradients[name][start[name] : end]",
+            "gradients[name][: end - start[name]]",
+            GRAD_CACHE,
+        ),
+        (
+            "grad_cache.py",
+            "dropout draws other masks in the second pass",
+            "torch.set_rng_state(state[0])",
+            "pass",
+            GRAD_CACHE,
+        ),
+        (
+            "grad_cache.py",
+            "the loss keeps its graph",
+            "return loss.detach()",
+            "return loss",
+            GRAD_CACHE,
+        ),
+        (
+            "grad_cache.py",
+            "batch norm counts each chunk twice",
+            "norm.track_running_stats = False",
+            "norm.track_running_stats = True",
+            GRAD_CACHE,
+        ),
+        (
+            "distributed.py",
+            "gradients go to the next process",
+            "start = sum(counts[:rank])",
+            "start = sum(counts[: rank + 1])",
+            DISTRIBUTED,
+        ),
+        (
+            "distributed.py",
+            "gradients of other processes are dropped",
+            "dist.all_reduce(gradient)",
+            "gradient",
+            DISTRIBUTED,
+        ),
+        (
+            "checkpoints.py",
+            "one checkpoint too many is deleted",
+            "max(0, len(paths) - keep)",
+            "max(0, len(paths) - keep + 1)",
+            CHECKPOINTS,
+        ),
+        (
+            "checkpoints.py",
+            "rewinding deletes the checkpoint itself",
+            "if path.name > checkpoint.name:",
+            "if path.name >= checkpoint.name:",
+            CHECKPOINTS,
+        ),
+        (
+            "diagnostics.py",
+            "the chance loss has a wrong sign",
+            "math.log(images) + (images - 1) *",
+            "math.log(images) - (images - 1) *",
+            DIAGNOSTICS,
+        ),
+        (
+            "diagnostics.py",
+            "the mean cosine counts rows with themselves",
+            "return (total - n) / (n * (n - 1))",
+            "return total / (n * n)",
+            DIAGNOSTICS,
+        ),
+        (
+            "fold_batch_norm.py",
+            "mean and variance are swapped",
+            "(norm.running_mean, norm.running_var,",
+            "(norm.running_var, norm.running_mean,",
+            FOLD,
+        ),
+        (
+            "feature_cache.py",
+            "a hash ignores where parts end",
+            'whole.update(len(part).to_bytes(8, "little"))',
+            "pass",
+            FEATURES,
+        ),
+        (
+            "features.py",
+            "text features stay sorted by length",
+            "place = torch.tensor(order).argsort()",
+            "place = torch.tensor(order)",
+            FEATURES,
+        ),
+    ),
+    *faults_in(
+        f"{PACKAGE}/search",
+        ("exact.py", "equal scores come in the wrong order", "np.lexsort((best,", "np.lexsort((-best,", NEAREST),
+        (
+            "exact.py",
+            "half precision drops images near the bound",
+            "[-1]] - HALF_MARGIN",
+            "[-1]] + HALF_MARGIN",
+            NEAREST,
+        ),
+        (
+            "duplicates.py",
+            "a group reports its largest cosine",
+            "min(similarity, self.weakest.get(low, 1.0)",
+            "max(similarity, self.weakest.get(low, 1.0)",
+            "tests/search",
+        ),
+        ("filters.py", "the last day is left out", "_bounds(self.until)[1]", "_bounds(self.until)[0]", QUERY),
+        ("filters.py", "the next day is let in", 'pc.less(entries["date"]', 'pc.less_equal(entries["date"]', QUERY),
+        ("query.py", "unwanted words attract", "(-NEGATIVE_WEIGHT,", "(NEGATIVE_WEIGHT,", QUERY),
+        ("query.py", "a combined query is not normalised", "(total / norm).astype", "total.astype", QUERY),
+        (
+            "approximate.py",
+            "the first image is never found",
+            "found[0][found[0] >= 0]",
+            "found[0][found[0] > 0]",
+            NEAREST,
+        ),
+        (
+            "shards.py",
+            "an image turned by 90 degrees keeps its size",
+            "exif.get(ExifTags.Base.Orientation, 1) >= 5",
+            "exif.get(ExifTags.Base.Orientation, 1) > 6",
+            UPDATE,
+        ),
+    ),
+    *faults_in(
+        f"{PACKAGE}/utils",
+        ("html.py", "a label is not escaped", "<b>{escape(label)}</b>", "<b>{label}</b>", HTML),
+        (
+            "match_grid.py",
+            "a tie counts for the model",
+            "(~(score < score[right])).sum()",
+            "(score > score[right]).sum() + 1",
+            MATCH_GRID,
+        ),
+        (
+            "files.py",
+            "recovery replaces a finished folder",
+            "if former.exists() and not target.exists():",
+            "if former.exists():",
+            FILES,
+        ),
+        (
+            "resources.py",
+            "a name may leave the folder of data files",
+            'path.is_relative_to(_root() / "configuration")',
+            "path.is_relative_to(_root())",
+            RESOURCES,
+        ),
+    ),
+    *faults_in(
+        PACKAGE,
+        (
+            "modeling_miniclip.py",
+            "the mean counts padding",
+            "/ weights.sum(dim=1).clamp(min=1)",
+            "/ weights.shape[1]",
+            MODEL,
+        ),
+        (
+            "modeling_miniclip.py",
+            "only wrong keys are right",
+            "logits.masked_fill(~positives,",
+            "logits.masked_fill(positives,",
+            LOSS,
+        ),
+        (
+            "modeling_miniclip.py",
+            "positives are counted along the wrong axis",
+            "/ positives.sum(dim=1)",
+            "/ positives.sum(dim=0).max()",
+            LOSS,
+        ),
+        (
+            "modeling_miniclip.py",
+            "SigLIP's signs are swapped",
+            "torch.where(positives, logits, -logits)",
+            "torch.where(positives, -logits, logits)",
+            LOSS,
+        ),
+        (
+            "modeling_miniclip.py",
+            "the text loss is divided by the images",
+            "text_loss / len(all_texts)",
+            "text_loss / len(all_images)",
+            LOSS,
+        ),
+        (
+            "modeling_miniclip.py",
+            "the bias is subtracted from the output",
+            "logits_per_image = logits_per_image + logit_bias",
+            "logits_per_image = logits_per_image - logit_bias",
+            f"{MODEL} {LOSS}",
+        ),
+        (
+            "modeling_miniclip.py",
+            "the temperature has no bound",
+            "self.logit_scale.clamp(max=math.log(self.config.logit_scale_max)).exp()",
+            "self.logit_scale.exp()",
+            f"{MODEL} {LOSS}",
+        ),
+        (
+            "modeling_miniclip.py",
+            "grouped texts come back in the wrong order",
+            "[order.argsort()]",
+            "[order]",
+            MODEL,
+        ),
+        (
+            "modeling_miniclip.py",
+            "texts are normalised over the batch",
+            "self.text_projection(text_pooler_output), dim=-1)",
+            "self.text_projection(text_pooler_output), dim=0)",
+            MODEL,
+        ),
+        (
+            "processing_miniclip.py",
+            "the longer edge is resized",
+            "* side / min(image.size))",
+            "* side / max(image.size))",
+            PROCESSOR,
+        ),
+        (
+            "processing_miniclip.py",
+            "the crop rounds its margin up",
+            '- crop["width"]) // 2,',
+            '- crop["width"] + 1) // 2,',
+            PROCESSOR,
+        ),
+        (
+            "processing_miniclip.py",
+            "pixels are multiplied by the deviation",
+            ".sub_(mean).div_(std)",
+            ".sub_(mean).mul_(std)",
+            PROCESSOR,
+        ),
+        (
+            "processing_miniclip.py",
+            "RoBERTa gets one position too many",
+            "rows -= text_config.pad_token_id + 1",
+            "rows -= text_config.pad_token_id",
+            PROCESSOR,
+        ),
+        ("processing_miniclip.py", "16 bits are divided by 256", "values /= 257", "values /= 260", PROCESSOR),
+    ),
+]
