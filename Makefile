@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-long test-min test-clients conformance lint audit constraints format docs clean
+.PHONY: help demo test test-slow test-long test-min test-clients conformance coverage mutants lint audit constraints format docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ test-long: $(VENV)/.installed-dev  ## run thousands of random inputs and dozens 
 	.venv-min/bin/pip install --quiet --constraint .venv-min/constraints.txt --editable '.[dev]'
 	touch $@
 
+coverage: $(VENV)/.installed-dev  ## measure which lines of the package the test suite runs, child processes included
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered
+
 test-min: .venv-min/.installed  ## run the test suite with the oldest versions that pyproject.toml allows
 	.venv-min/bin/python -m pytest -n 2 --dist worksteal
 
@@ -59,6 +62,9 @@ $(VENV)/.installed-conformance: $(VENV)/.installed-dev
 conformance: $(VENV)/.installed-conformance  ## run transformers' own common tests (a minute or two; fetches their source once)
 	$(BIN)/python tests/conformance/upstream.py $(VENV)
 	RUN_SLOW=1 TRANSFORMERS_SOURCE=$(VENV) $(BIN)/python -m pytest -n 2 -m '' -r fE tests/conformance
+
+mutants: $(VENV)/.installed-dev  ## apply small faults one at a time and check that the tests catch each (minutes)
+	$(BIN)/python -m tests.mutants
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -83,4 +89,4 @@ docs: $(VENV)/.installed-dev  ## write the generated parts of the Markdown files
 	$(BIN)/python benchmarks/reliability.py --write
 
 clean:  ## delete environments, runs and builds
-	rm -rf $(VENV) .venv-min .venv-clients .venv-audit .venv-wheel runs dist build .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-min .venv-clients .venv-audit .venv-wheel runs dist build .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -244,8 +244,8 @@ FAULTS = [
         (
             "export.py",
             "local paths stay in the configuration",
-            "if not _is_hub_id(config.name_or_path)",
-            "if _is_hub_id(config.name_or_path)",
+            "if not is_hub_id(config.name_or_path)",
+            "if is_hub_id(config.name_or_path)",
             EXPORT,
         ),
     ),
