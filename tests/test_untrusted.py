@@ -18,8 +18,8 @@ from modeling_miniclip import DataError, MiniClipError, MiniClipModel, UsageErro
 from modeling_miniclip.cli import build_parser
 from modeling_miniclip.errors import one_line, printable
 from modeling_miniclip.hub.model_card import rename_card, write_card
+from modeling_miniclip.training import parsing
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.optimizer import arguments
 from modeling_miniclip.training.parsing import parse_arguments
 from modeling_miniclip.training.reporting import say
 from modeling_miniclip.utils.match_grid import LabelledImage, MatchRow, draw_matches
@@ -63,8 +63,8 @@ def test_no_source_runs_what_it_reads(path: Path) -> None:
 
 
 def test_the_loader_of_yaml_is_a_safe_one() -> None:
-    assert issubclass(arguments._FlatLoader, yaml.SafeLoader)
-    assert set(arguments._FlatLoader.yaml_constructors) == set(yaml.SafeLoader.yaml_constructors)
+    assert issubclass(parsing._FlatLoader, yaml.SafeLoader)
+    assert set(parsing._FlatLoader.yaml_constructors) == set(yaml.SafeLoader.yaml_constructors)
 
 
 class Program:
