@@ -312,8 +312,8 @@ def build_model(arguments: TrainingArguments, accelerator: Any, splits: Any) -> 
 
     from modeling_miniclip.training import build_model as building
     from modeling_miniclip.training.layers import freeze_layers
-    from modeling_miniclip.training.optimizer import TEXT_GROUPS
     from modeling_miniclip.training.reporting import describe_model, say
+    from modeling_miniclip.training.text_groups import group_texts_by_length
     from modeling_miniclip.utils.performance import compile_towers, to_channels_last
 
     captions = list(splits["train"]["captions"])
@@ -323,7 +323,7 @@ def build_model(arguments: TrainingArguments, accelerator: Any, splits: Any) -> 
     freeze_layers(model, arguments)
     if accelerator.distributed_type != DistributedType.FSDP:
         to_channels_last(model.vision_model)  # FSDP takes contiguous parameters only
-        model.text_groups = TEXT_GROUPS  # and all processes have to run a tower equally often
+        group_texts_by_length(model)  # and every process must run a tower equally often
     if arguments.compile_towers:
         compile_towers(model.vision_model, model.text_model)
     say(accelerator, describe_model(model))

@@ -1,6 +1,6 @@
-"""MiniCLIP: a timm image tower and a Hugging Face text tower with projection heads into one space.
+"""MiniCLIP: a timm image tower and a Hugging Face text tower, with projection heads into a shared space.
 
-Read from top to bottom, the functions stand in the order in which data meets them.
+The functions are in the order in which data passes through them.
 """
 
 import difflib
@@ -30,18 +30,18 @@ from .configuration_miniclip import MiniClipConfig
 
 logger = logging.get_logger(__name__)
 
-AUTO_CLASSES = ("AutoModel", "AutoModelForZeroShotImageClassification")  # that load a MiniClipModel
+AUTO_CLASSES = ("AutoModel", "AutoModelForZeroShotImageClassification")  # those that load a MiniClipModel
 
 
 class MiniClipVisionModel(TimmWrapperModel):
-    """`TimmWrapperModel` that keeps the initial weights which timm gave its own modules.
+    """`TimmWrapperModel` that keeps timm's initial weights.
 
-    transformers would draw them anew with its general rule (convolutions with standard deviation 0.02 instead of
+    transformers would initialise them again by its general rule (convolutions with standard deviation 0.02 instead of
     0.18, the zero-initialised last batch norm of a block set to 1), which slows training from scratch. A weight that
     is missing from a checkpoint (built on the meta device) still gets the general rule.
     """
 
-    _no_split_modules = ["MiniClipVisionModel"]  # the parent's name would be looked for in vain by FSDP
+    _no_split_modules = ["MiniClipVisionModel"]  # FSDP would not find the name of the parent class
 
     def post_init(self) -> None:
         for tensor in (*self.timm_model.parameters(), *self.timm_model.buffers()):
@@ -49,10 +49,10 @@ class MiniClipVisionModel(TimmWrapperModel):
         super().post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
-        """As `TimmWrapperModel.forward`, also with weights that accelerate offloaded.
+        """Like `TimmWrapperModel.forward`, but also works with weights that accelerate has offloaded.
 
-        Its hooks fetch a module's weights when the module is called, but timm's features are computed past the call
-        of the whole, and some of its layers read the weights of a part that they do not call.
+        accelerate's hooks fetch the weights of a module when the module is called. timm computes features without
+        calling the whole model, and some of its layers read the weights of a submodule without calling it.
         """
         if self.device.type != "meta":
             return super().forward(pixel_values, **kwargs)
@@ -66,9 +66,9 @@ class MiniClipVisionModel(TimmWrapperModel):
                 module._hf_hook.post_forward(module, None)
 
     def train(self, mode: bool = True) -> "MiniClipVisionModel":
-        """As `Module.train`; a batch norm whose weights are frozen keeps its statistics too.
+        """Like `Module.train`, but a batch norm with frozen weights keeps its running statistics too.
 
-        They would drift with every step, while an adapter of a frozen tower (PEFT) does not save them.
+        Otherwise they would drift with every step, and an adapter of a frozen tower (PEFT) does not save them.
         """
         super().train(mode)
         for module in self.timm_model.modules():
@@ -78,25 +78,25 @@ class MiniClipVisionModel(TimmWrapperModel):
         return self
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        super()._set_gradient_checkpointing(enable)  # timm's own switch, which transformers cannot see
+        super()._set_gradient_checkpointing(enable)  # timm's own switch, unknown to transformers
         self.gradient_checkpointing = enable
 
     @property
     def pooled_size(self) -> int:
-        """Width of the pooled feature, for instance 2048 for ResNet-50."""
+        """Width of the pooled feature: 2048 for ResNet-50."""
         return getattr(self.timm_model, "head_hidden_size", None) or self.timm_model.num_features
 
 
 def timm_config(name: str) -> TimmWrapperConfig:
-    """Configuration of a pretrained timm model; its `name_or_path` is where the weights are.
+    """Configuration of a pretrained timm model, with `name_or_path` set to where its weights are.
 
     Args:
-        name: a local folder, a Hub repository (`timm/resnet50.a1_in1k`) or a timm name (`resnet50`,
-            `resnet50.a1_in1k`); a name without tag means timm's default weights.
+        name: local folder, Hub repository (`timm/resnet50.a1_in1k`) or timm name (`resnet50`, `resnet50.a1_in1k`);
+            a name without a tag means timm's default weights.
 
     Raises:
-        ValueError: no such timm model, or one without weights on the Hub (near names are proposed), or a folder or
-            repository of something else.
+        ValueError: timm has no such model (the message suggests similar names) or no weights for it on the Hub, or
+            the folder or repository holds something else.
         OSError: the folder or repository cannot be read.
     """
     changes = {}
@@ -120,7 +120,7 @@ def timm_config(name: str) -> TimmWrapperConfig:
 
 
 def text_tower_class(text_config: Any) -> type[PreTrainedModel]:
-    """The class that encodes text for a configuration: the encoder alone of an encoder-decoder such as T5.
+    """The class that encodes text for a configuration; for an encoder-decoder such as T5, that of the encoder alone.
 
     Raises:
         ValueError: transformers has no text encoder for this configuration.
@@ -138,16 +138,16 @@ def text_tower_class(text_config: Any) -> type[PreTrainedModel]:
 
 
 def without_pooler(tower_class: type[PreTrainedModel]) -> dict[str, bool]:
-    """Arguments of a text tower that leave out its pooler, where it has one.
+    """Keyword arguments that build a text tower without its pooler; empty if the class has none.
 
-    BERT's would never get a gradient here, which DistributedDataParallel refuses.
+    The pooler of BERT would never get a gradient here, and DistributedDataParallel does not allow that.
     """
-    takes_it = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
-    return {"add_pooling_layer": False} if takes_it else {}
+    has_pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
+    return {"add_pooling_layer": False} if has_pooler else {}
 
 
 def _load_pretrained_tower(tower_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
-    """The pretrained tower at `config.name_or_path`; heads in its checkpoint are dropped without a word."""
+    """Load the pretrained tower at `config.name_or_path`; heads in its checkpoint are silently dropped."""
     source = config.name_or_path
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -165,12 +165,12 @@ def _load_pretrained_tower(tower_class: type[PreTrainedModel], config: Any) -> P
 
 
 def pool_text(last_hidden_state: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
-    """One vector a text.
+    """Pool the token states of each text into one vector.
 
     Args:
-        last_hidden_state: `[N, L, width]`.
+        last_hidden_state: `[N, L, width]` token states.
         attention_mask: `[N, L]`, 1 for tokens and 0 for padding; None means no padding.
-        pooling: `"cls"` (first token) or `"mean"` (over the tokens that are not padding).
+        pooling: `"cls"` (state of the first token) or `"mean"` (average over the tokens, without padding).
 
     Returns:
         `[N, width]`.
@@ -198,7 +198,7 @@ class ResidualBlock(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """From a tower's pooled feature into the shared space: `[N, in_features] -> [N, dim]`.
+    """Projection of a tower's pooled feature into the shared space: `[N, in_features] -> [N, dim]`.
 
     A linear layer followed by `depth - 1` residual blocks; `depth=1` is CLIP's linear projection without bias.
     """
@@ -223,36 +223,37 @@ def contrastive_loss(
     key_id: Tensor,
     reduction: str = "sum",
 ) -> Tensor:
-    """Cross-entropy of each query over all keys, every key with the query's id being right (InfoNCE).
+    """Cross-entropy of each query over all keys (InfoNCE); every key with the query's id is a positive.
 
-    Averaged over the queries of both directions this is CLIP's loss (Radford et al. 2021). Queries may be one
-    process's share while keys are those of all processes.
+    Averaged over the queries of both directions this is CLIP's loss (Radford et al. 2021). The queries may be those
+    of one process and the keys those of all processes.
 
     Args:
         queries: `[Q, dim]`, unit norm.
         keys: `[K, dim]`, unit norm.
-        logit_scale: inverse temperature, multiplies the dot products.
-        query_id: `[Q]` integers.
-        key_id: `[K]` integers; a key with the same integer is a positive. Each query needs at least one.
-        reduction: of several right keys: minus the logarithm of the `"sum"` of their probabilities (MIL-NCE, Miech et
-            al. 2020, "End-to-End Learning of Visual Representations from Uncurated Videos"), or minus the `"mean"` of
-            their log-probabilities (the "out" form of Khosla et al. 2020, "Supervised Contrastive Learning").
+        logit_scale: inverse temperature, the factor of the dot products.
+        query_id: `[Q]` integer ids of the queries.
+        key_id: `[K]` integer ids of the keys; each query needs at least one key with its id.
+        reduction: how several positives are combined: `"sum"` is minus the logarithm of their summed probability
+            (MIL-NCE, Miech et al. 2020, "End-to-End Learning of Visual Representations from Uncurated Videos"),
+            `"mean"` is minus the mean of their log-probabilities (the "out" form of Khosla et al. 2020, "Supervised
+            Contrastive Learning").
 
     Returns:
-        `[Q]` losses in nats, one a query.
+        `[Q]` losses in nats, one per query.
 
     Raises:
-        ValueError: another reduction.
+        ValueError: unknown `reduction`.
     """
     logits = logit_scale * queries @ keys.t()  # [Q, K]
     positives = query_id.unsqueeze(1) == key_id.unsqueeze(0)  # [Q, K]
     if reduction == "sum":
-        right = logits.masked_fill(~positives, -torch.inf).logsumexp(dim=1)
+        positive = logits.masked_fill(~positives, -torch.inf).logsumexp(dim=1)
     elif reduction == "mean":
-        right = torch.where(positives, logits, 0).sum(dim=1) / positives.sum(dim=1)
+        positive = torch.where(positives, logits, 0).sum(dim=1) / positives.sum(dim=1)
     else:
-        raise ValueError(f"several positives are reduced by 'sum' or 'mean', not {reduction!r}")
-    return logits.logsumexp(dim=1) - right
+        raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
+    return logits.logsumexp(dim=1) - positive
 
 
 def sigmoid_loss(
@@ -263,18 +264,18 @@ def sigmoid_loss(
     query_id: Tensor,
     key_id: Tensor,
 ) -> Tensor:
-    """SigLIP's loss of each query: is it a pair with this key, asked for every key (Zhai et al. 2023, algorithm 1).
+    """SigLIP's loss of each query: for every key, do the two belong together? (Zhai et al. 2023, algorithm 1)
 
     Args:
         queries: `[Q, dim]`, unit norm.
         keys: `[K, dim]`, unit norm.
-        logit_scale: inverse temperature, multiplies the dot products.
-        logit_bias: added to them; None is 0.
-        query_id: `[Q]` integers.
-        key_id: `[K]` integers; with the same integer the answer is yes.
+        logit_scale: inverse temperature, the factor of the dot products.
+        logit_bias: constant added to the scaled dot products; None means 0.
+        query_id: `[Q]` integer ids of the queries.
+        key_id: `[K]` integer ids of the keys; a query and a key with the same id belong together.
 
     Returns:
-        `[Q]`, the sum over the keys of -log sigmoid(+-logit) in nats.
+        `[Q]` losses in nats: for each query the sum of -log sigmoid(+-logit) over the keys.
     """
     logits = logit_scale * queries @ keys.t()  # [Q, K]
     if logit_bias is not None:
@@ -293,26 +294,26 @@ def symmetric_contrastive_loss(
     logit_bias: Tensor | float | None = None,
     candidates: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The loss of a batch: images and texts have to find each other.
+    """The loss of a batch: images have to find their texts, and texts their image.
 
     The softmax losses are the mean of the image-to-text and text-to-image [`contrastive_loss`]. The sigmoid loss is
-    [`sigmoid_loss`] summed over all pairs and divided by the number of texts: SigLIP's, where each image has one, and
-    with K captions an image the mean over K batches of one each.
+    [`sigmoid_loss`] summed over all pairs and divided by the number of texts. With one text per image this is
+    SigLIP's loss; with K captions per image it is the mean over K batches with one caption each.
 
     Args:
         image_embeds: `[B, dim]`, unit norm.
         text_embeds: `[N, dim]`, unit norm.
-        logit_scale: inverse temperature.
-        image_id: `[B]`.
-        text_image_id: `[N]`, the id of the image that each text describes.
-        loss_type: that of [`MiniClipConfig`].
-        logit_bias: of the sigmoid loss.
-        candidates: the whole batch, if the above are a share of it: embeddings of images and of texts, their ids in
-            the same order. The losses of shares add up to that of the whole, and no similarity of a pair with neither
-            part in the share is computed.
+        logit_scale: inverse temperature, the factor of the dot products.
+        image_id: `[B]` integer ids of the images.
+        text_image_id: `[N]` ids of the images that the texts describe.
+        loss_type: `"softmax_sum"`, `"softmax_mean"` or `"sigmoid"`, see [`MiniClipConfig`].
+        logit_bias: constant added to the logits of the sigmoid loss.
+        candidates: the whole batch, if the arguments above are only a share of it: image embeddings, text
+            embeddings, image ids, text ids. The losses of all shares add up to that of the whole batch, and only
+            pairs with at least one member in the share are compared.
 
     Returns:
-        A scalar in nats; with the default ln(B) for B images and any number of texts whose embeddings are all alike.
+        Scalar in nats. If all embeddings are equal, the default loss is ln(B) for B images and any number of texts.
 
     Example:
         >>> import torch
@@ -335,19 +336,19 @@ def symmetric_contrastive_loss(
 
 @dataclass
 class MiniClipOutput(ModelOutput):
-    """Output of [`MiniClipModel`]; what a call did not compute is None and left out of the tuple form.
+    """Output of [`MiniClipModel`]. Values that a call did not compute are None, and left out of the tuple form.
 
     Args:
-        loss: scalar, with `return_loss=True`.
-        logits_per_image: `[B, N]` scaled cosine similarities, with the bias of the sigmoid loss added.
-        logits_per_text: `[N, B]`.
+        loss: scalar loss in nats; only with `return_loss=True`.
+        logits_per_image: `[B, N]` scaled cosine similarities, plus the bias of the sigmoid loss.
+        logits_per_text: `[N, B]`, the transpose of `logits_per_image`.
         text_embeds: `[N, projection_dim]`, unit norm.
         image_embeds: `[B, projection_dim]`, unit norm.
-        text_model_output: the text tower's output, its `pooler_output` being the pooled feature.
-        vision_model_output: the image tower's output, its `pooler_output` being the pooled feature.
-        logit_scale: `[1]`, the clamped inverse temperature used for the logits; only with both modalities.
-        logit_bias: `[1]`, likewise; only with the sigmoid loss.
-        pooler_output: of one modality alone, its embeddings once more: the feature that a pipeline pools.
+        text_model_output: output of the text tower, with the pooled feature as `pooler_output`.
+        vision_model_output: output of the image tower, with the pooled feature as `pooler_output`.
+        logit_scale: `[1]` clamped inverse temperature of the logits; only with both modalities.
+        logit_bias: `[1]` bias of the logits; only with both modalities and the sigmoid loss.
+        pooler_output: the embeddings again if there is only one modality, because pipelines look for them here.
     """
 
     loss: Tensor | None = None
@@ -362,14 +363,14 @@ class MiniClipOutput(ModelOutput):
     pooler_output: Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are not None, nested outputs as tuples too."""
+        """The values that are not None; nested outputs become tuples too."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class MiniClipModel(PreTrainedModel):
     """Image tower, text tower, projection heads and temperature.
 
-    Example of a model from scratch (for pretrained towers see [`from_towers`][MiniClipModel.from_towers]):
+    Example, a model from scratch (for pretrained towers see [`from_towers`][MiniClipModel.from_towers]):
         >>> import torch
         >>> from modeling_miniclip import MiniClipConfig, MiniClipModel
         >>> config = MiniClipConfig(
@@ -387,9 +388,8 @@ class MiniClipModel(PreTrainedModel):
     base_model_prefix = "miniclip"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
-    accepts_loss_kwargs = False  # the loss of a batch is no sum over items that Trainer could divide by their number
-    text_groups = 1  # in training: parts of a batch's texts, by length, that the text tower computes one by one
-    loaded_revision: str | None = None  # the commit of the Hub repository that the weights came from
+    accepts_loss_kwargs = False  # a batch's loss is not a sum over items, which Trainer could divide by their number
+    loaded_revision: str | None = None  # commit of the Hub repository that the weights came from
     _no_split_modules = ["MiniClipVisionModel", "ProjectionHead"]
     _supports_sdpa = True
     supports_gradient_checkpointing = True
@@ -397,13 +397,13 @@ class MiniClipModel(PreTrainedModel):
     def __init__(self, config: MiniClipConfig):
         super().__init__(config)
         tower_class = text_tower_class(config.text_config)
-        dtype = torch.get_default_dtype()  # that of the heads, whatever the towers' checkpoints were stored in
+        dtype = torch.get_default_dtype()  # as the heads, whatever the dtype of the towers' checkpoints
         self.vision_model = MiniClipVisionModel._from_config(config.vision_config, dtype=dtype)
         self.text_model = tower_class._from_config(config.text_config, dtype=dtype, **without_pooler(tower_class))
         head = (config.projection_dim, config.projection_depth, config.projection_dropout)
         self.visual_projection = ProjectionHead(self.vision_model.pooled_size, *head)
         self.text_projection = ProjectionHead(config.text_config.hidden_size, *head)
-        self.logit_scale = nn.Parameter(torch.empty(1))  # shape [1]: FSDP refuses 0-d parameters
+        self.logit_scale = nn.Parameter(torch.empty(1))  # shape [1]: FSDP rejects 0-d parameters
         self.logit_bias = nn.Parameter(torch.empty(1)) if config.loss_type == "sigmoid" else None
         self.post_init()
 
@@ -415,7 +415,7 @@ class MiniClipModel(PreTrainedModel):
             if self.logit_bias is not None:
                 init.constant_(self.logit_bias, self.config.logit_bias_init_value)
         elif isinstance(module, nn.Linear):
-            # The heads take PyTorch's own rule: a standard deviation of 0.02 is meant for 768-wide transformers.
+            # PyTorch's own rule for the heads: a standard deviation of 0.02 is meant for 768-wide transformers.
             bound = 1 / math.sqrt(module.in_features)
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
@@ -423,10 +423,10 @@ class MiniClipModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: transformers may take this model for one of its own.
+        """False, so that transformers treats this model as one of its own.
 
-        In custom code that writes weights in place it leaves out modules without weights of their own, and with them
-        the rule by which ModernBERT draws the layers that a checkpoint lacks.
+        In custom code that initialises weights in place, it skips modules without direct weights. With them it would
+        skip ModernBERT's rule for layers that a checkpoint lacks.
         """
         return False
 
@@ -434,9 +434,9 @@ class MiniClipModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, revision: str = "main", **kwargs: Any
     ) -> Any:
-        """As `PreTrainedModel.from_pretrained`, but of safetensors alone: a pickle can hold any program.
+        """Like `PreTrainedModel.from_pretrained`, but reads safetensors only: a pickle can hold any program.
 
-        Keeps `loaded_revision`, where the processor of this model is too.
+        Sets `loaded_revision`, the commit from which to load the matching processor.
         """
         kwargs.setdefault("use_safetensors", True)
         where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs}
@@ -447,28 +447,28 @@ class MiniClipModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`; every Auto class finds the code that is saved beside the weights."""
+        """Like `PreTrainedModel.save_pretrained`, but every Auto class finds the code saved with the weights."""
         if self.is_remote_code():
-            # transformers enters but the one class that the model was registered for or loaded by.
+            # transformers enters only the one class that the model was registered for or loaded with.
             auto_map = dict.fromkeys(AUTO_CLASSES, "modeling_miniclip.MiniClipModel")
             self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_towers(cls, vision: str | os.PathLike, text: str | os.PathLike, **config: Any) -> "MiniClipModel":
-        """A model of two pretrained towers and fresh heads.
+        """A model made of two pretrained towers and new heads.
 
         Args:
-            vision: a timm name, a timm repository on the Hub, or a local folder of one.
-            text: a Hugging Face text encoder: Hub name or local folder.
-            **config: fields of [`MiniClipConfig`] but the towers', for instance `text_pooling="mean"`.
+            vision: timm name, timm repository on the Hub, or local folder of an image model.
+            text: Hub name or local folder of a Hugging Face text encoder.
+            **config: fields of [`MiniClipConfig`] other than the towers, such as `text_pooling="mean"`.
 
         Returns:
             The model in evaluation mode and float32.
 
         Raises:
-            ValueError: an unknown or incomplete tower, or a keyword that is no field of [`MiniClipConfig`].
-            StrictDataclassError: a value that [`MiniClipConfig`] does not take.
+            ValueError: a tower is unknown or lacks weights, or a keyword is not a field of [`MiniClipConfig`].
+            StrictDataclassError: a value is not valid in [`MiniClipConfig`].
             OSError: the weights cannot be found.
 
         Example:
@@ -477,7 +477,7 @@ class MiniClipModel(PreTrainedModel):
         fields = [name for name in MiniClipConfig.__annotations__ if name not in ("vision_config", "text_config")]
         unknown = sorted(set(config) - set(fields))
         if unknown:
-            raise ValueError(f"from_towers takes no {', '.join(unknown)}; beside the towers: {', '.join(fields)}")
+            raise ValueError(f"from_towers got unknown fields {', '.join(unknown)}; it takes {', '.join(fields)}")
         vision_config, text_config = timm_config(os.fspath(vision)), AutoConfig.from_pretrained(text)
         text_class = text_tower_class(text_config)
         model_config = MiniClipConfig(
@@ -487,20 +487,21 @@ class MiniClipModel(PreTrainedModel):
             "vision_model": _load_pretrained_tower(MiniClipVisionModel, vision_config),
             "text_model": _load_pretrained_tower(text_class, text_config),
         }
-        # Built as from_pretrained would build it, so that a fresh model and its reload are the same in every respect.
+        # Built as from_pretrained builds it, so that a new model and its reload are the same in every respect.
         model = cls(model_config)
         for name, tower in towers.items():
             getattr(model, name).load_state_dict(tower.state_dict())
         return model.eval()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        """Switch checkpointing in each tower that has it; a tower that has none is named in a warning.
+        """Switch gradient checkpointing on or off in each tower that supports it; warn about one that does not.
 
-        timm's towers have a switch only: `every_n_layers` and the arguments of `torch.utils.checkpoint` go to the text
-        tower. Batch norm in training mode counts a batch twice in its running statistics, as everywhere.
+        timm's towers have nothing but a switch: `every_n_layers` and the arguments of `torch.utils.checkpoint` only
+        reach the text tower. As with any checkpointing, batch norm in training mode counts a batch twice in its
+        running statistics.
 
         Raises:
-            ValueError: neither tower can be checkpointed.
+            ValueError: neither tower supports it.
         """
         towers = {
             self.config.vision_config.architecture: self.vision_model,
@@ -526,12 +527,12 @@ class MiniClipModel(PreTrainedModel):
     def pool_images(
         self, pixel_values: Tensor, output_hidden_states: bool | int | list[int] | None = None
     ) -> BaseModelOutputWithPooling:
-        """The image tower alone.
+        """Run the image tower alone.
 
         Args:
-            pixel_values: `[B, 3, H, W]`, normalised as the processor does.
-            output_hidden_states: also return the feature maps of the tower's stages or blocks; indices keep those
-                alone, with None for the others and no complaint about what the tower has not, as in transformers.
+            pixel_values: `[B, 3, H, W]`, normalised by the processor.
+            output_hidden_states: True to also return the feature maps of the tower's stages or blocks. Indices keep
+                only those maps and set the others to None; as in transformers, indices out of range are ignored.
 
         Returns:
             Output with `pooler_output` `[B, vision width]`.
@@ -548,12 +549,12 @@ class MiniClipModel(PreTrainedModel):
     def pool_texts(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """The text tower alone.
+        """Run the text tower alone.
 
         Args:
             input_ids: `[N, L]` token ids.
             attention_mask: `[N, L]`, 1 for tokens and 0 for padding.
-            **kwargs: of the tower, for instance `output_hidden_states` or `position_ids`.
+            **kwargs: further arguments of the tower, such as `output_hidden_states` or `position_ids`.
 
         Returns:
             Output with `pooler_output` `[N, text width]`.
@@ -566,28 +567,15 @@ class MiniClipModel(PreTrainedModel):
             attentions=outputs.get("attentions"),
         )
 
-    def _pool_texts_by_length(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
-        """`[N, text width]` as of `pool_texts`, in groups of about the same length, each cut to its longest.
-
-        Padded to one length, half of a batch's tokens would be padding.
-        """
-        last = (attention_mask * torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)).amax(1)
-        order = last.argsort()
-        pooled = []
-        for rows in order.chunk(self.text_groups):
-            length = int(last[rows[-1]])
-            pooled.append(self.pool_texts(input_ids[rows, :length], attention_mask[rows, :length], **kwargs))
-        return torch.cat([output.pooler_output for output in pooled])[order.argsort()]
-
     @can_return_tuple
     def get_image_features(
         self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
-        """Images into the shared space, as CLIP's method of that name: not normalised.
+        """Project images into the shared space, without normalisation, like CLIP's method of the same name.
 
         Args:
-            pixel_values: `[B, 3, H, W]`.
-            **kwargs: of these only `output_hidden_states` concerns a timm tower, which has no attentions to give.
+            pixel_values: `[B, 3, H, W]`, normalised by the processor.
+            **kwargs: `output_hidden_states`; others have no effect, since a timm tower returns no attentions.
 
         Returns:
             Output whose `pooler_output` is the projected feature `[B, projection_dim]`.
@@ -600,11 +588,12 @@ class MiniClipModel(PreTrainedModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
-        """Texts into the shared space, as CLIP's method of that name: not normalised.
+        """Project texts into the shared space, without normalisation, like CLIP's method of the same name.
 
         Args:
-            input_ids: `[N, L]`.
-            attention_mask: `[N, L]`.
+            input_ids: `[N, L]` token ids.
+            attention_mask: `[N, L]`, 1 for tokens and 0 for padding.
+            **kwargs: further arguments of the text tower.
 
         Returns:
             Output whose `pooler_output` is the projected feature `[N, projection_dim]`.
@@ -614,7 +603,7 @@ class MiniClipModel(PreTrainedModel):
         return outputs
 
     def inverse_temperature(self) -> Tensor:
-        """`[1]`: what multiplies the cosine similarities, at most `config.logit_scale_max`."""
+        """`[1]` factor of the cosine similarities, at most `config.logit_scale_max`."""
         return self.logit_scale.clamp(max=math.log(self.config.logit_scale_max)).exp()
 
     @can_return_tuple
@@ -630,63 +619,74 @@ class MiniClipModel(PreTrainedModel):
         text_pooler_output: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MiniClipOutput:
-        """Embeds images, texts or both; with both also compares them.
+        """Embed images, texts or both; with both, also compare them.
 
         Args:
             input_ids: `[N, L]` token ids.
-            pixel_values: `[B, 3, H, W]`.
+            pixel_values: `[B, 3, H, W]`, normalised by the processor.
             attention_mask: `[N, L]`, 1 for tokens and 0 for padding.
-            return_loss: compute the loss over this batch, [`symmetric_contrastive_loss`].
-            image_id: `[B]` integers; with `text_image_id`, any number of texts may describe an image. Without, text
-                i describes image i and B must equal N.
-            text_image_id: `[N]`, the id of the image that each text describes.
-            vision_pooler_output: `[B, vision width]`, features of a frozen image tower, instead of `pixel_values`.
-            text_pooler_output: `[N, text width]`, likewise instead of `input_ids`.
-            **kwargs: of the text tower; `output_hidden_states` concerns both.
+            return_loss: whether to compute the loss of this batch, see [`symmetric_contrastive_loss`].
+            image_id: `[B]` integer ids of the images. With `text_image_id`, any number of texts may describe an
+                image. Without them, text i describes image i and B must equal N.
+            text_image_id: `[N]` ids of the images that the texts describe.
+            vision_pooler_output: `[B, vision width]` features of a frozen image tower, instead of `pixel_values`.
+            text_pooler_output: `[N, text width]` features of a frozen text tower, instead of `input_ids`.
+            **kwargs: further arguments of the text tower; `output_hidden_states` applies to both towers.
 
         Raises:
-            ValueError: no input at all, or `return_loss=True` without one of the modalities, without ids for unequal
-                numbers of images and texts, or with ids that leave an image or a text without partner.
+            ValueError: there is no input, or `return_loss=True` without one of the modalities, without ids for unequal
+                numbers of images and texts, or with ids that leave an image or a text without a partner.
         """
         _check_inputs((pixel_values, vision_pooler_output), (input_ids, text_pooler_output), return_loss)
-        vision_output = text_output = None
+        vision_output = text_output = image_embeds = text_embeds = None
         if pixel_values is not None:
             vision_output = self.pool_images(pixel_values, kwargs.get("output_hidden_states"))
             vision_pooler_output = vision_output.pooler_output  # [B, vision width]
-        if input_ids is not None and self.training and self.text_groups > 1 and attention_mask is not None:
-            text_pooler_output = self._pool_texts_by_length(input_ids, attention_mask, **kwargs)
-        elif input_ids is not None:
+        if input_ids is not None:
             text_output = self.pool_texts(input_ids, attention_mask, **kwargs)
             text_pooler_output = text_output.pooler_output  # [N, text width]
-        image_embeds = text_embeds = logit_scale = logit_bias = logits_per_image = loss = None
         if vision_pooler_output is not None:
             image_embeds = nn.functional.normalize(self.visual_projection(vision_pooler_output), dim=-1)
         if text_pooler_output is not None:
             text_embeds = nn.functional.normalize(self.text_projection(text_pooler_output), dim=-1)
-        if image_embeds is not None and text_embeds is not None:
+        if image_embeds is None or text_embeds is None:
+            compared = {"pooler_output": image_embeds if text_embeds is None else text_embeds}
+        else:
             text_embeds = text_embeds.to(image_embeds.device)
-            logit_scale, logit_bias = self.inverse_temperature(), self.logit_bias
-            logits_per_image = logit_scale * image_embeds @ text_embeds.t()  # [B, N]
-            if logit_bias is not None:
-                logits_per_image = logits_per_image + logit_bias
-            if return_loss:
-                ids = _ids_of_pairs(image_embeds, text_embeds, image_id, text_image_id)
-                loss = symmetric_contrastive_loss(
-                    image_embeds, text_embeds, logit_scale, *ids, self.config.loss_type, logit_bias
-                )
-        alone = [embeds for embeds in (image_embeds, text_embeds) if embeds is not None]
+            compared = self._compare(image_embeds, text_embeds, image_id, text_image_id, return_loss)
         return MiniClipOutput(
-            loss=loss,
-            logits_per_image=logits_per_image,
-            logits_per_text=None if logits_per_image is None else logits_per_image.t(),
             text_embeds=text_embeds,
             image_embeds=image_embeds,
             text_model_output=text_output,
             vision_model_output=vision_output,
-            logit_scale=logit_scale,
-            logit_bias=logit_bias,
-            pooler_output=alone[0] if len(alone) == 1 else None,
+            **compared,
         )
+
+    def _compare(
+        self,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        image_id: Tensor | None,
+        text_image_id: Tensor | None,
+        return_loss: bool | None,
+    ) -> dict[str, Tensor | None]:
+        """The fields of [`MiniClipOutput`] that need both images and texts."""
+        logit_scale, logit_bias, loss = self.inverse_temperature(), self.logit_bias, None
+        logits_per_image = logit_scale * image_embeds @ text_embeds.t()  # [B, N]
+        if logit_bias is not None:
+            logits_per_image = logits_per_image + logit_bias
+        if return_loss:
+            ids = _ids_of_pairs(image_embeds, text_embeds, image_id, text_image_id)
+            loss = symmetric_contrastive_loss(
+                image_embeds, text_embeds, logit_scale, *ids, self.config.loss_type, logit_bias
+            )
+        return {
+            "loss": loss,
+            "logits_per_image": logits_per_image,
+            "logits_per_text": logits_per_image.t(),
+            "logit_scale": logit_scale,
+            "logit_bias": logit_bias,
+        }
 
 
 def _check_inputs(images: tuple[Any, Any], texts: tuple[Any, Any], return_loss: bool | None) -> None:
@@ -694,9 +694,9 @@ def _check_inputs(images: tuple[Any, Any], texts: tuple[Any, Any], return_loss: 
     if not has_images and not has_texts:
         raise ValueError("pass input_ids, pixel_values or both: there is nothing to embed")
     if return_loss and not has_images:
-        raise ValueError("return_loss=True needs pixel_values beside input_ids")
+        raise ValueError("return_loss=True needs pixel_values in addition to input_ids")
     if return_loss and not has_texts:
-        raise ValueError("return_loss=True needs input_ids beside pixel_values")
+        raise ValueError("return_loss=True needs input_ids in addition to pixel_values")
 
 
 def _ids_of_pairs(
@@ -709,7 +709,7 @@ def _ids_of_pairs(
                 f"{len(image_embeds)} images and {len(text_embeds)} texts"
             )
         if not torch.equal(image_id.unique(), text_image_id.unique()):
-            raise ValueError("each id in image_id has to be in text_image_id, and the other way round")
+            raise ValueError("each id in image_id must also be in text_image_id, and vice versa")
         return image_id, text_image_id
     if image_id is not None or text_image_id is not None:
         raise ValueError("image_id and text_image_id go together: pass both or neither")

@@ -4,6 +4,7 @@ arguments.py: all flags with their defaults and help
 parsing.py: flags and recipes become arguments
 build_model.py: a model from towers, from a preset or from an export
 layers.py: layers of a tower: freezing, learning rates, training mode
+text_groups.py: the text tower on texts of similar length
 optimizer.py: parameter groups, schedule, temperature
 distributed.py: the loss over all processes
 grad_cache.py: large batches in chunks, with exact gradients

@@ -11,9 +11,6 @@ from ..modeling_miniclip import MiniClipModel
 from .arguments import TrainingArguments
 from .layers import rate_multipliers, text_layers, vision_layers
 
-# With four groups 256 captions of Flickr8k take 18 tokens each, with one 30: the longest of a batch sets the length.
-TEXT_GROUPS = 4
-
 
 def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list[dict[str, Any]]:
     """AdamW's groups: a learning rate a part and layer, weight decay for matrices only (no norm, bias or temperature).

@@ -8,7 +8,6 @@ import torch
 
 from modeling_miniclip.data.loader import model_inputs
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.build_model import set_dropout
 from modeling_miniclip.training.layers import set_training_mode
 from modeling_miniclip.training.optimizer import build_scheduler, clamp_temperature, parameter_groups
 from tests.helpers.towers import PIXELS, tiny_model, tiny_processor
@@ -106,43 +105,3 @@ def test_forward_inputs_are_what_the_processor_gives() -> None:
     assert set(inputs) == {"pixel_values"}
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
     assert inputs["pixel_values"].is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("text", ["distilbert", "roberta", "t5", "modernbert"])
-def test_texts_in_groups_have_the_features_and_gradients_of_one_batch(text: str) -> None:
-    torch.manual_seed(0)
-    model = tiny_model(text=text, text_pooling="mean")
-    model.train()
-    set_dropout(model, 0.0)
-    lengths = torch.tensor([3, 9, 5, 9, 2, 7, 4])
-    mask = (torch.arange(9) < lengths.unsqueeze(1)).long()
-    ids = torch.where(mask.bool(), torch.randint(5, 200, (7, 9)), model.config.text_config.pad_token_id or 0)
-    found = []
-    for groups in (1, 3):
-        model.zero_grad()
-        model.text_groups = groups
-        widths = []
-        hook = model.text_model.register_forward_pre_hook(
-            lambda _, args, kwargs, widths=widths: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-        )
-        embeds = model(input_ids=ids, attention_mask=mask).text_embeds
-        hook.remove()
-        (embeds * torch.linspace(-1, 1, embeds.numel()).view_as(embeds)).sum().backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        found.append((widths, embeds.detach(), gradients))
-    assert found[0][0] == [9] and found[1][0] == [4, 9, 9]
-    torch.testing.assert_close(found[0][1], found[1][1])
-    assert found[0][2].keys() == found[1][2].keys()
-    for name, gradient in found[0][2].items():
-        torch.testing.assert_close(gradient, found[1][2][name], rtol=1e-3, atol=1e-5, msg=name)
-
-
-def test_left_padding_is_not_cut() -> None:
-    model = tiny_model(text_pooling="mean")
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
-    ids = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8], [0, 6, 7, 8]])
-    expected = model(input_ids=ids, attention_mask=mask).text_embeds
-    model.train()
-    set_dropout(model, 0.0)
-    model.text_groups = 3
-    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).text_embeds, expected)
