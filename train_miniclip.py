@@ -340,7 +340,7 @@ def build_loaders(
     """Loaders of this process's share of the training and validation batches; frozen features are computed here."""
     from modeling_miniclip.data.augmentation import build_augmentation
     from modeling_miniclip.data.dataset import CaptionRows
-    from modeling_miniclip.data.loader import GlobalBatches, make_loader
+    from modeling_miniclip.data.loader import BatchLoader, GlobalBatches
     from modeling_miniclip.training import features
     from modeling_miniclip.training.feature_cache import default_cache_dir
     from modeling_miniclip.training.parsing import augmentation_list
@@ -367,7 +367,7 @@ def build_loaders(
         # Rows of features cost nothing to make: handing them from one process to another would cost more.
         workers = arguments.num_workers if rows.vision_features is None else 0
         prefetch = 2 if arguments.chunk_size is None else 1  # batches larger than memory are not kept in store
-        loaders.append(make_loader(rows, batches, workers, accelerator.device.type == "cuda", prefetch))
+        loaders.append(BatchLoader(rows, batches, workers, accelerator.device.type == "cuda", prefetch))
     return loaders[0], loaders[1]
 
 
@@ -707,7 +707,7 @@ def finish(run: Run) -> Path:
     from modeling_miniclip.training.reporting import say
 
     export_dir, progress = run.output_dir / "export", run.progress
-    image_features = run.validation_loader.dataset.vision_features
+    image_features = run.validation_loader.rows.vision_features
     run.train_loader = run.validation_loader = None  # ends their workers now; the garbage collector takes 5 s for each
     # What follows is the first process's alone: the others need not wait for drawing and uploading.
     run.accelerator.wait_for_everyone()

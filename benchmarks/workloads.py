@@ -27,7 +27,7 @@ import train_miniclip
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images
 from modeling_miniclip.data.augmentation import build_augmentation
 from modeling_miniclip.data.dataset import CaptionRows
-from modeling_miniclip.data.loader import GlobalBatches, make_loader
+from modeling_miniclip.data.loader import BatchLoader, GlobalBatches
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.parsing import augmentation_list, parse_arguments
 from modeling_miniclip.utils.performance import keep_freed_memory
@@ -173,7 +173,7 @@ def load_package(arguments: TrainingArguments, size: tuple[int, int] | None = No
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         rows = loader_rows(arguments, Path(folder), size)
-        loader = make_loader(rows, GlobalBatches(len(rows), arguments.batch_size, True), arguments.num_workers)
+        loader = BatchLoader(rows, GlobalBatches(len(rows), arguments.batch_size, True), arguments.num_workers)
         return images_per_second(lambda: deque(loader, maxlen=0), len(rows))
 
 

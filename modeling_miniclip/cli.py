@@ -134,7 +134,7 @@ def declare_index(parser: argparse.ArgumentParser) -> None:
 
 def run_index(args: argparse.Namespace) -> None:
     """Bring an index up to date and tell what was done; images that could not be read end in exit code 1."""
-    from .data.sources import ColumnNames
+    from .data.caption_files import ColumnNames
     from .search.update import update_index
     from .utils.performance import keep_freed_memory
 

@@ -1,4 +1,4 @@
-"""The package's own errors: each message says what is wrong, where, what was expected and how to mend it."""
+"""The package's own errors: each message says what is wrong, where, what was expected and how to fix it."""
 
 import difflib
 import errno
@@ -8,11 +8,30 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+
+# What a status code of the Hub means for the user. Messages of all other codes are clear enough.
+HUB_STATUS_MESSAGES = {
+    401: "the Hub rejected this token",
+    403: "this token does not have permission",
+    412: "somebody else committed in the meantime",
+    429: "too many requests to the Hub",
+    **dict.fromkeys((500, 502, 503, 504), "the Hub is temporarily unavailable"),
+}
+
+# Error numbers of a file system that cannot store any more, whichever library writes the file.
+DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+
+EXIT_CODES = (
+    "Exit codes: 2: the command or recipe is wrong; 1: any other failure (of the data, a model, the disk or the "
+    "network)."
+)
+
 
 def printable(text: object) -> str:
-    r"""Text from outside (a file name, a caption) as it may stand in a line of a terminal, a log or a card.
+    r"""Text from outside (a file name, a caption), made safe for one line of a terminal, a log or a card.
 
-    What would control a terminal, break the line or turn the direction of writing is shown as Python writes it.
+    Control characters, line breaks and changes of the writing direction are escaped as in Python source code.
 
     Example:
         >>> print(printable("cat\x1b[2J\n.jpg"))
@@ -22,52 +41,22 @@ def printable(text: object) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The end of a sentence about an unknown name: the known one that is most like it, or `otherwise`."""
+    """Ending of a message about an unknown name: the most similar known name, or `otherwise` if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else otherwise
 
 
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-
-
-class MiniClipError(Exception):
-    """Base of all errors that the package raises for its user's input, which its text may quote.
-
-    Of itself: something outside failed, the disk, the Hub, a library that is not there.
-    """
-
-    exit_code: ClassVar[int] = 1  # of a command that ends with it
-
-    def __str__(self) -> str:
-        """The message in one line, [`printable`] whatever names it quotes, and without tokens of the Hub."""
-        return TOKEN.sub("hf_***", printable(re.sub(r"\s*\n\s*", " ", super().__str__())))
-
-
-class DataError(MiniClipError, ValueError):
-    """A data set, a caption file or an image is not as expected."""
-
-
-class ModelError(MiniClipError, ValueError):
-    """A model, an export or a checkpoint is missing, damaged, of another kind or other than the one that is needed."""
-
-
-class UsageError(MiniClipError, ValueError):
-    """A flag, an argument, a recipe key or a combination of them is wrong: the command has to be written otherwise."""
-
-    exit_code: ClassVar[int] = 2
-
-
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong at a place of a data set.
+    """Something wrong at one place of a dataset.
 
     Args:
-        kind: a key of `checking.KINDS`.
-        text: what is wrong, what was expected and how to mend it.
-        file: or split of a data set on the Hub.
-        row: as an editor counts them, from 1; of a data set on the Hub from 0.
-        column: name.
-        image: that is of no use because of it.
+        kind: a key of `data.problems.KINDS`.
+        text: what is wrong, what was expected and how to fix it.
+        file: file, or dataset and split on the Hub.
+        row: row of the file as an editor counts, from 1; in a dataset of the Hub, from 0.
+        column: name of the column.
+        image: name of the image that cannot be used because of the problem.
     """
 
     kind: str
@@ -78,24 +67,57 @@ class Problem:
     image: str | None = None
 
     def __str__(self) -> str:
-        place = [self.file, *([f"row {self.row}"] if self.row is not None else [])]
-        return f"{', '.join(place + ([f'column {self.column!r}'] if self.column else []))}: {self.text}"
+        place = self.file
+        if self.row is not None:
+            place += f", row {self.row}"
+        if self.column is not None:
+            place += f", column {self.column!r}"
+        return f"{place}: {self.text}"
 
 
-# What an answer of the Hub means to its user; other ones explain themselves.
-HUB_STATUS_MESSAGES = {
-    401: "the Hub does not know this token",
-    403: "this token does not allow it",
-    412: "somebody else committed in the meantime",
-    429: "these were too many requests for the Hub",
-    **dict.fromkeys((500, 502, 503, 504), "the Hub is out of order"),
-}
+class MiniClipError(Exception):
+    """Base class of all errors that the package raises about its user's input, which the message may quote.
+
+    Raised itself when something outside fails: the disk, the Hub, a library that is not installed.
+    """
+
+    exit_code: ClassVar[int] = 1  # of a command that ends with this error
+
+    def __str__(self) -> str:
+        """The message on one line, made safe with [`printable`] and without tokens of the Hub."""
+        return HUB_TOKEN.sub("hf_***", printable(re.sub(r"\s*\n\s*", " ", super().__str__())))
+
+
+class DataError(MiniClipError, ValueError):
+    """A dataset, a caption file or an image is not as expected.
+
+    Args:
+        problem: what is wrong and where; a plain sentence if it is at no particular place of a dataset.
+
+    Attributes:
+        problem: the [`Problem`], or None after a plain sentence.
+    """
+
+    def __init__(self, problem: Problem | str):
+        super().__init__(str(problem))
+        self.problem = problem if isinstance(problem, Problem) else None
+
+
+class ModelError(MiniClipError, ValueError):
+    """A model, an export or a checkpoint is missing, damaged or of the wrong kind."""
+
+
+class UsageError(MiniClipError, ValueError):
+    """A flag, an argument, a recipe key or a combination of them is wrong."""
+
+    exit_code: ClassVar[int] = 2
 
 
 def one_line(error: BaseException | str) -> str:
-    """An error of a library as part of a sentence: one line, no token, no signed address; what the network said.
+    """An error of another library as part of a sentence: on one line, without tokens and signed URLs.
 
-    Libraries that load from the Hub often tell only what they did not find, and keep the reason as the error's cause.
+    Libraries that load from the Hub often say only what they did not find, and keep the network's error as the cause:
+    its text is added.
     """
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
@@ -108,51 +130,43 @@ def one_line(error: BaseException | str) -> str:
     if isinstance(link, HfHubHTTPError) and not isinstance(link, RepositoryNotFoundError):
         meaning = HUB_STATUS_MESSAGES.get(link.response.status_code)
         text = f"{meaning}: {text}" if meaning else text
-    for pattern, instead in (
+    for pattern, replacement in (
         (r"\s+", " "),
         (r"Bearer [^'\"]*", "Bearer ***"),
-        (r"(https?://[^\s'\"?]+)\?[^\s'\"]*", r"\1"),  # a signature is as good as a token
+        (r"(https?://[^\s'\"?]+)\?[^\s'\"]*", r"\1"),  # a signed URL works like a token
         (r" ?\(Request ID: [^)]*\)|For more information check: \S+ ?", ""),
     ):
-        text = re.sub(pattern, instead, text)
+        text = re.sub(pattern, replacement, text)
     return text.strip().rstrip(".")
 
 
-# What a file system answers when it takes no more, by whatever library the file is written.
-DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
-
-
 def disk_error_message(error: BaseException) -> str | None:
-    """What a file system refused, of an error of any library that writes files; None for other errors."""
+    """Why a file could not be written, from an error of any library that writes files; None for other errors."""
     text = one_line(error)
-    by_rust = re.search(r"\(os error (\d+)\)", text)  # safetensors
-    number = error.errno if isinstance(error, OSError) else int(by_rust[1]) if by_rust else None
+    if isinstance(error, OSError):
+        number = error.errno
+    else:  # safetensors is written in Rust and passes on the number only in its text
+        in_text = re.search(r"\(os error (\d+)\)", text)
+        number = int(in_text[1]) if in_text else None
     if number in DISK_ERRNOS:
-        return f"the disk refused: {text}"
-    # torch.save tells its own place and not the file system's reason.
-    return "the disk refused: torch could not write a file" if "PytorchStreamWriter" in text else None
-
-
-EXIT_CODES = (
-    "Exit codes: 2 where the command or its recipe has to be written otherwise, 1 for any other failure: of data, a "
-    "model, the disk, the network."
-)
+        return f"cannot write: {text}"
+    # torch.save names its own source line and not the file system's reason.
+    return "cannot write: torch could not write a file" if "PytorchStreamWriter" in text else None
 
 
 def run_command(command: Callable[[], object], debug: bool) -> int:
-    """Run what a command line asks for. The package's errors, and a full disk, are told in one line on stderr.
+    """Run the function behind a command line; print the package's errors, and disk errors, as one line on stderr.
 
     Args:
-        command: what to run; it may return an exit code.
-        debug: raise the error instead, for its traceback.
+        command: function to run; it may return an exit code.
+        debug: whether to raise errors, to see their traceback.
 
     Returns:
-        The exit code: the command's own, else 0; of an error its `exit_code`, which is 2 for [`UsageError`], and 1 for
-        all others.
+        The command's own exit code, else 0. After an error, its `exit_code`: 2 for [`UsageError`], 1 for all others.
     """
     try:
-        done = command()
-        return done if isinstance(done, int) else 0
+        result = command()
+        return result if isinstance(result, int) else 0
     except MiniClipError as error:
         if debug:
             raise
@@ -161,6 +175,6 @@ def run_command(command: Callable[[], object], debug: bool) -> int:
         reason = None if debug else disk_error_message(error)
         if reason is None:
             raise
-        line, code = f"error: {printable(reason)}; make room there or write elsewhere, and start again", 1
-    print(line, file=sys.stderr)  # now that the error is gone, and with it the progress bar of its frame
+        line, code = f"error: {printable(reason)}; free some space or choose another folder, then run again", 1
+    print(line, file=sys.stderr)  # only here the error's frame, and with it any progress bar, is gone
     return code

@@ -99,7 +99,7 @@ def test_a_full_disk_is_told_and_a_mistake_of_the_program_is_not_hidden(capsys: 
         raise OSError(errno.ENOSPC, "No space left on device", "a\nb")
 
     assert run_command(full, debug=False) == 1
-    assert re.fullmatch(r"error: the disk refused: .*No space left on device.*a\\+nb.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: cannot write: .*No space left on device.*a\\+nb.*\n", capsys.readouterr().err)
     for mistake, debug in ((full, True), (lambda: [][0], False)):
         with pytest.raises((OSError, IndexError)):
             run_command(mistake, debug)

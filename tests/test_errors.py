@@ -24,8 +24,8 @@ def test_an_error_is_one_line_that_says_what_the_network_said() -> None:
 
 
 def test_an_answer_of_the_hub_is_told_by_its_meaning_and_its_text() -> None:
-    assert one_line(hub_error(503, "Server error '503'")) == "the Hub is out of order: Server error '503'"
-    assert one_line(hub_error(403, "403 Forbidden")) == "this token does not allow it: 403 Forbidden"
+    assert one_line(hub_error(503, "Server error '503'")) == "the Hub is temporarily unavailable: Server error '503'"
+    assert one_line(hub_error(403, "403 Forbidden")) == "this token does not have permission: 403 Forbidden"
     assert one_line(hub_error(404, "404 Not found")) == "404 Not found"
 
 

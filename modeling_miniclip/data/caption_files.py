@@ -1,4 +1,4 @@
-"""Read a caption file (CSV, TSV, JSON, JSON Lines, Flickr8k tokens) into one row per image."""
+"""Read a caption file (CSV, TSV, JSON Lines or Flickr8k tokens) into one entry per image."""
 
 import csv
 import difflib
@@ -14,75 +14,98 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, Problem, one_line
-from .problems import raise_problem
+from .problems import OnProblem, raise_problem
 
 CAPTION_FILES = ("captions.csv", "captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
-
-
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
-
 
 # Five rows of the original Flickr8k.token.txt name an image with a second suffix that was never published.
 FLICKR8K_STRAY = "2258277193_586949ec62.jpg.1"
 
+UNDECODED = re.compile("[\udc80-\udcff]")  # characters in place of bytes that are not UTF-8
 
-@dataclass
-class CaptionedImage:
-    """One image of a caption file with everything that is said of it."""
 
-    captions: list[str] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)  # of each caption
-    file: str = ""
-    column: str = ""  # that names the image
+@dataclass(frozen=True)
+class ColumnNames:
+    """The columns to look for, and whether the image names in them may lead outside the folder of images."""
 
-    @property
-    def where(self) -> str:
-        """File, row and column that name it first."""
-        return f"{self.file}, row {self.rows[0]}, column {self.column!r}"
+    image: str = "image"
+    caption: str = "caption"
+    allow_outside_images: bool = False
+    id: str = "id"
 
 
 @dataclass(frozen=True)
 class ResolvedColumns:
-    """Names of the columns of a source; `captions` are several where each caption has a column of its own."""
+    """The columns that a source has; several of `captions` if each caption has its own column."""
 
     image: str
     captions: list[str]
     id: str | None = None
 
 
-# Number of a row as an editor shows it (that of its first line), its cells by column, and what is where.
+@dataclass
+class CaptionedImage:
+    """One image of a caption file with everything that its rows say.
+
+    Args:
+        captions: all captions of the image.
+        ids: values of the id column, one per row.
+        rows: row number of each caption.
+        file: path of the caption file.
+        column: name of the column that names the image.
+    """
+
+    captions: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    file: str = ""
+    column: str = ""
+
+    @property
+    def where(self) -> str:
+        """File, row and column where the image is named first."""
+        return f"{self.file}, row {self.rows[0]}, column {self.column!r}"
+
+
+# Row number as an editor shows it (of the row's first line), cells by column name, and the columns to read.
 Row = tuple[int, Mapping[str, Any], ResolvedColumns]
 
+# Picks the columns to read from the names in a header; its file and row are for the DataError if one is missing.
+FindColumns = Callable[[Collection[str], str, int], ResolvedColumns]
 
-# Tells from the names of the columns what is where; file and row are for its errors.
-FindColumns = Callable[[Collection[str], str], ResolvedColumns]
+
+def find_caption_file(folder: Path) -> Path | None:
+    """The caption file of a folder of captioned images, by its usual names."""
+    return next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
 
 
-# Told of what is wrong; if it returns, the reader goes on without the row.
-OnProblem = Callable[[Problem], Any]
+def find_metadata_files(folder: Path) -> list[Path]:
+    """All metadata files of an imagefolder, sorted by path."""
+    return sorted(file for name in METADATA_FILES for file in folder.rglob(name))
 
 
 def read_caption_file(
-    path: Path, find_columns: FindColumns, found: OnProblem = raise_problem
+    path: Path, find_columns: FindColumns, on_problem: OnProblem = raise_problem
 ) -> dict[str, CaptionedImage]:
-    """Captions by image name, in the order of the file.
+    """Read the captions by image name, in the order of the file.
 
     Args:
-        path: CSV (also `.txt`), TSV or JSON lines with named columns, or Flickr8k's own `name#0<tab>caption`.
-        find_columns: which columns to take.
-        found: told of each problem: not UTF-8, a row that has too few fields, an empty caption or image name.
+        path: CSV (also `.txt`), TSV or JSON Lines with named columns, or Flickr8k's `name#0<tab>caption`.
+        find_columns: function that picks the columns to read.
+        on_problem: function called with each bad row (not UTF-8, too few fields, no caption, no image name); if it
+            returns, the row is skipped.
 
     Raises:
-        DataError: a column is missing, there are no captions, or by `found`.
+        DataError: a column is missing, or there are no captions.
     """
     images: dict[str, CaptionedImage] = {}
     stray = 0
-    for number, cells, columns in _read_rows(path, find_columns, found):
-        name = _image_name(cells[columns.image], str(path), number, columns.image, found)
+    for number, cells, columns in _read_rows(path, find_columns, on_problem):
+        name = image_name(cells[columns.image], str(path), number, columns.image, on_problem)
         if name == FLICKR8K_STRAY:
             stray += 1
-        captions = _captions_of(cells, columns, str(path), number, found)
+        captions = captions_of_row(cells, columns, str(path), number, on_problem)
         if name in (None, FLICKR8K_STRAY) or (columns.captions and not captions):
             continue
         entry = images.setdefault(str(name), CaptionedImage(file=str(path), column=columns.image))
@@ -91,121 +114,152 @@ def read_caption_file(
         if columns.id is not None:
             entry.ids.append(str(cells[columns.id]).strip())
     if stray:
-        warnings.warn(
-            f"{path}: dropped {stray} rows of {FLICKR8K_STRAY}, an image that was never published", stacklevel=2
-        )
+        message = f"{path}: dropped {stray} rows of {FLICKR8K_STRAY}, an image that was never published"
+        warnings.warn(message, stacklevel=2)
     if not images:
-        raise DataError(f"{path}: no captions; expected a header and one row per caption")
+        text = "no captions; expected a header and one row per caption"
+        raise DataError(Problem("unusable", text, str(path)))
     return images
 
 
-def _read_rows(path: Path, find_columns: FindColumns, found: OnProblem) -> Iterator[Row]:
-    text = _read_utf8(path, found)
+# --- file formats ---------------------------------------------------------------------------------------------------
+
+
+def _read_rows(path: Path, find_columns: FindColumns, on_problem: OnProblem) -> Iterator[Row]:
+    """Rows of a file in whichever format its suffix and first line show."""
+    text = read_utf8(path, on_problem)
     if path.suffix.lower() == ".jsonl":
-        return _json_rows(path, text, find_columns, found)
-    first_line = _lines(text, 1)[0]
+        return _json_rows(path, text, find_columns, on_problem)
+    first_line = split_lines(text, 1)[0]
     if re.match(r"[^\t,]+#\d+\t", first_line):
-        return _token_rows(path, text, found)
+        return _token_rows(path, text, on_problem)
     tabs = path.suffix.lower() == ".tsv" or ("\t" in first_line and "," not in first_line)
     other = next((sign for sign in ";|" if sign in first_line and not tabs and "," not in first_line), None)
     if other is not None:
-        found(Problem("separator", f"fields are separated by {other!r}; save the file with commas", str(path), 1))
-    return _csv_rows(path, text, "\t" if tabs else other or ",", find_columns, found)
+        problem = f"fields are separated by {other!r}; save the file with commas"
+        on_problem(Problem("separator", problem, str(path), 1))
+    return _csv_rows(path, text, "\t" if tabs else other or ",", find_columns, on_problem)
 
 
-def _csv_rows(path: Path, text: str, delimiter: str, find_columns: FindColumns, found: OnProblem) -> Iterator[Row]:
+def read_utf8(path: Path, on_problem: OnProblem) -> str:
+    """Read a text file; bytes that are not UTF-8 become [`UNDECODED`] characters, and their row a problem."""
+    data = path.read_bytes()
+    text = data.decode("utf-8-sig", "surrogateescape")
+    position = 3 if data.startswith(b"\xef\xbb\xbf") else 0
+    row, done, reported = 1, 0, 0
+    for match in UNDECODED.finditer(text):
+        before = text[done : match.start()]
+        position += len(before.encode("utf-8", "surrogateescape"))
+        row, done = row + len(split_lines(before)) - 1, match.start()
+        if row != reported:
+            problem = f"byte {position} (0x{data[position]:02x}) is not UTF-8; save the file as UTF-8 (it is probably "
+            is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+            problem += "UTF-16)" if is_utf16 else "Windows-1252: iconv -f CP1252 -t UTF-8)"
+            on_problem(Problem("encoding", problem, str(path), row))
+            reported = row
+    return text
+
+
+def split_lines(text: str, most: int = 0) -> list[str]:
+    """Lines as an editor counts them: `str.splitlines()` also splits at other characters.
+
+    Args:
+        text: text to split.
+        most: number of splits after which the rest stays in one piece; 0 for no limit.
+    """
+    return re.split("\r\n|\r|\n", text, maxsplit=most)
+
+
+def _csv_rows(
+    path: Path, text: str, delimiter: str, find_columns: FindColumns, on_problem: OnProblem
+) -> Iterator[Row]:
     lines = list(io.StringIO(text, newline=""))
-    start = 0  # line behind which the reader began
+    start = 0  # number of lines before those that the present reader gets
 
-    def reader_behind(line: int) -> Any:
-        # strict: a quotation mark that is never closed would silently swallow the rows behind it
+    def reader_after(line: int) -> Any:
+        # strict: without it, an open quotation mark would silently swallow all rows that follow.
         return csv.reader(islice(lines, line, None), delimiter=delimiter, skipinitialspace=True, strict=True)
 
-    reader = reader_behind(0)
+    reader = reader_after(0)
     header: list[str] = []
     while True:
         number = start + reader.line_num + 1
         try:
             row = next(reader, None)
         except csv.Error as error:
-            told = (
-                f"{error}; put a field that holds a comma or a quotation mark between quotation "
-                'marks ("...") and write those within it twice ("")'
+            problem = (
+                f"{error}; put a field that contains a comma or a quotation mark in quotation "
+                'marks ("...") and double those within it ("")'
             )
-            found(Problem("quotes", told, str(path), number))
-            start, reader = number, reader_behind(number)
+            on_problem(Problem("quotes", problem, str(path), number))
+            start, reader = number, reader_after(number)
             continue
         if row is None:
             return
         if not header:
             header = [cell.strip() for cell in row]
             if twice := next((name for name in header if name and header.count(name) > 1), None):
-                raise DataError(f"{path}, row {number}: two columns are named {twice!r}; rename or delete one")
-            columns = find_columns(header, f"{path}, row {number}")
+                problem = f"two columns are named {twice!r}; rename or delete one"
+                raise DataError(Problem("unusable", problem, str(path), number))
+            columns = find_columns(header, str(path), number)
         elif len(row) > 1 or "".join(row).strip():
             if len(row) != len(header):
-                told = (
-                    f"{len(row)} fields where the header has {len(header)} ({', '.join(header)}); put a caption that "
-                    'holds a comma between quotation marks ("...")'
+                problem = (
+                    f"{len(row)} fields, but the header has {len(header)} ({', '.join(header)}); put a caption that "
+                    'contains a comma in quotation marks ("...")'
                 )
-                found(Problem("fields", told, str(path), number))
+                on_problem(Problem("fields", problem, str(path), number))
                 continue
             yield number, dict(zip(header, row, strict=True)), columns
 
 
-def _json_rows(path: Path, text: str, find_columns: FindColumns, found: OnProblem) -> Iterator[Row]:
-    for number, line in enumerate(_lines(text), 1):
+def _json_rows(path: Path, text: str, find_columns: FindColumns, on_problem: OnProblem) -> Iterator[Row]:
+    for number, line in enumerate(split_lines(text), 1):
         if not line.strip():
             continue
         try:
             cells = json.loads(line)
-            json.dumps(cells, ensure_ascii=False).encode()  # fails at half a character, such as "\\ud800"
+            json.dumps(cells, ensure_ascii=False).encode()  # fails at a lone surrogate, such as "\\ud800"
         except (ValueError, RecursionError) as error:
-            found(Problem("json", f"not JSON that can be read: {one_line(error)}", str(path), number))
+            on_problem(Problem("json", f"not valid JSON: {one_line(error)}", str(path), number))
             continue
         if not isinstance(cells, dict):
-            found(Problem("json", f"expected an object {{...}}, got {line[:80]!r}", str(path), number))
+            on_problem(Problem("json", f"expected an object {{...}}, got {line[:80]!r}", str(path), number))
             continue
-        yield number, cells, find_columns(cells, f"{path}, row {number}")
+        yield number, cells, find_columns(cells, str(path), number)
 
 
-def _token_rows(path: Path, text: str, found: OnProblem) -> Iterator[Row]:
+def _token_rows(path: Path, text: str, on_problem: OnProblem) -> Iterator[Row]:
     """Rows of the original `Flickr8k.token.txt`, which has no header."""
     columns = ResolvedColumns("image", ["caption"])
-    for number, line in enumerate(_lines(text), 1):
+    for number, line in enumerate(split_lines(text), 1):
         if not line.strip():
             continue
         name, tab, caption = line.partition("\t")
         if not tab or "#" not in name:
-            told = f"expected name#number, a tab and a caption, got {line[:80]!r}"
-            found(Problem("fields", told, str(path), number))
+            problem = f"expected name#number, a tab and a caption, got {line[:80]!r}"
+            on_problem(Problem("fields", problem, str(path), number))
             continue
         yield number, {"image": name.rpartition("#")[0], "caption": caption}, columns
 
 
-UNDECODED = re.compile("[\udc80-\udcff]")  # what stands for a byte that is not UTF-8
+# --- columns --------------------------------------------------------------------------------------------------------
 
 
-def _read_utf8(path: Path, found: OnProblem) -> str:
-    """The text of a file, in which a byte that is not UTF-8 is a lone surrogate; each row with one is a problem."""
-    data = path.read_bytes()
-    text = data.decode("utf-8-sig", "surrogateescape")
-    position = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-    row, done, told = 1, 0, 0
-    for match in UNDECODED.finditer(text):
-        before = text[done : match.start()]
-        position += len(before.encode("utf-8", "surrogateescape"))
-        row, done = row + len(_lines(before)) - 1, match.start()
-        if row != told:
-            what = f"byte {position} (0x{data[position]:02x}) is not UTF-8; save the file as UTF-8 (likely it is "
-            what += "UTF-16)" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "Windows-1252: iconv -f CP1252 -t UTF-8)"
-            found(Problem("encoding", what, str(path), row))
-            told = row
-    return text
+def exact_columns(names: Collection[str], file: str, row: int, wanted: ColumnNames) -> ResolvedColumns:
+    """The columns of a caption file: exactly those that were asked for; the id is optional.
 
-
-def _lines(text: str, most: int = 0) -> list[str]:
-    return re.split("\r\n|\r|\n", text, maxsplit=most)  # str.splitlines() also splits where no editor does
+    Raises:
+        DataError: the image column or the caption column is missing.
+    """
+    for role, column in (("image", wanted.image), ("caption", wanted.caption)):
+        if column not in names:
+            text = (
+                f"no column {column!r}; the header has {', '.join(names) or 'nothing'}. Name the right one with "
+                f"{role}_column{_header_hint(column, names)}"
+            )
+            raise DataError(Problem("unusable", text, file, row))
+    return ResolvedColumns(wanted.image, [wanted.caption], wanted.id if wanted.id in names else None)
 
 
 def _header_hint(column: str, names: Collection[str]) -> str:
@@ -215,36 +269,66 @@ def _header_hint(column: str, names: Collection[str]) -> str:
     return f"; did you mean {next(name for name in names if name.lower() == near[0])!r}?" if near else ""
 
 
-def caption_columns(names: Collection[str], where: str, wanted: str) -> list[str]:
-    """Where captions are in a data set of someone else's: in `wanted`, in `wanted_0`, `wanted_1`, ... or as is usual.
+def metadata_columns(names: Collection[str], file: str, row: int, wanted: ColumnNames) -> ResolvedColumns:
+    """The columns of an imagefolder's metadata, where the Hub's documentation calls the image `file_name`.
 
     Raises:
-        DataError: none of them is there.
+        DataError: there is no image column or no caption column.
     """
-    numbered = [name for name in names if re.fullmatch(re.escape(wanted) + r"_?\d+", name)]
-    numbered.sort(key=lambda name: int(name.removeprefix(wanted).lstrip("_")))
-    for candidates in ([wanted], numbered, ["captions"], ["text"], ["sentences"]):
-        if candidates and set(candidates) <= set(names):
-            return candidates
-    raise DataError(
-        f"{where}: no captions: expected a column {wanted!r} (text or list) or columns {wanted}_0, {wanted}_1, ... "
-        f"among {', '.join(names)}; name it with caption_column"
+    image = next((column for column in (wanted.image, "file_name") if column in names), None)
+    if image is None:
+        text = f"no column 'file_name' among {', '.join(names)}; name it with image_column"
+        raise DataError(Problem("unusable", text, file, row))
+    captions = caption_columns(names, file, row, wanted.caption)
+    return ResolvedColumns(image, captions, wanted.id if wanted.id in names else None)
+
+
+def caption_columns(names: Collection[str], file: str, row: int | None, wanted: str) -> list[str]:
+    """The caption columns of a dataset whose names are not known: `wanted`, `wanted_0`, `wanted_1`, ... or usual ones.
+
+    Args:
+        names: names of all columns.
+        file: file, or dataset and split, for the error.
+        row: row of the header, for the error.
+        wanted: name of the caption column that was asked for.
+
+    Raises:
+        DataError: none of them exists.
+    """
+    candidates = ([wanted], _numbered_columns(names, wanted), ["captions"], ["text"], ["sentences"])
+    for columns in candidates:
+        if columns and set(columns) <= set(names):
+            return columns
+    text = (
+        f"no captions: expected a column {wanted!r} (text or list) or columns {wanted}_0, {wanted}_1, ... among "
+        f"{', '.join(names)}; name it with caption_column"
     )
+    raise DataError(Problem("unusable", text, file, row))
 
 
-def _image_name(cell: Any, file: str, row: int, column: str | None, found: OnProblem) -> str | None:
-    # One spelling for a file, that an image may not be two: "a.jpg" is also "./a.jpg", and "sub\\a.jpg" on Windows.
+def _numbered_columns(names: Collection[str], stem: str) -> list[str]:
+    """Columns `stem_0`, `stem_1`, ... (also without `_`), sorted by their number."""
+    numbered = [name for name in names if re.fullmatch(re.escape(stem) + r"_?\d+", name)]
+    return sorted(numbered, key=lambda name: int(name.removeprefix(stem).lstrip("_")))
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
+
+
+def image_name(cell: Any, file: str, row: int, column: str | None, on_problem: OnProblem) -> str | None:
+    """The one spelling of an image's name, which may also be `./a.jpg`, or `sub\\a.jpg` on Windows; None if empty."""
     name = cell.strip().replace("\\", "/") if isinstance(cell, str) else ""
     if not name:
-        found(Problem("no-name", f"no image name, found {cell!r}; fill the cell or delete the row", file, row, column))
+        problem = f"no image name, found {cell!r}; fill the cell or delete the row"
+        on_problem(Problem("no-name", problem, file, row, column))
         return None
     return posixpath.normpath(name)
 
 
-def _captions_of(
-    cells: Mapping[str, Any], columns: ResolvedColumns, file: str, row: int, found: OnProblem = raise_problem
+def captions_of_row(
+    cells: Mapping[str, Any], columns: ResolvedColumns, file: str, row: int, on_problem: OnProblem = raise_problem
 ) -> list[str]:
-    """All captions of a row: of one column with text or a list of texts, or of several columns."""
+    """All captions of a row: from one column with a text or a list of texts, or from several columns."""
     captions = []
     for column in columns.captions:
         value = cells[column]
@@ -252,6 +336,6 @@ def _captions_of(
             if isinstance(caption, str) and caption.strip():
                 captions.append(caption.strip())
             else:
-                told = f"the caption is empty or no text, found {caption!r}; fill it or delete the row"
-                found(Problem("empty-caption", told, file, row, column))
+                problem = f"the caption is empty or not text, found {caption!r}; fill it or delete the row"
+                on_problem(Problem("empty-caption", problem, file, row, column))
     return captions

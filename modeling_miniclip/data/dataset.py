@@ -1,4 +1,4 @@
-"""Rows of a split as a torch dataset: drawn captions, augmented pixels, or cached features."""
+"""The rows of a split as a torch dataset: drawn captions with augmented pixels or cached features."""
 
 import math
 import random
@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-
 from ..errors import DataError
 from ..processing_miniclip import MiniClipProcessor, to_rgb
 
-# A row i that only keeps a process busy has the image id FILLER - i, which is negative.
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL import Image
+
+# A filler, which only keeps a process busy, is row i under the image id FILLER - i, which is negative.
 FILLER = -1
 
+READ_TOGETHER = 32  # image files that a loader process holds undecoded
 
-READ_TOGETHER = 32  # image files that a loader's process holds undecoded
+# The random draws for a row: the captions chosen, and two generators for its augmentation.
+Draw = tuple[np.ndarray, np.random.Generator, random.Random]
 
 
 def _index_of(image_id: int) -> int:
@@ -29,19 +31,20 @@ def _index_of(image_id: int) -> int:
 
 
 class CaptionRows(TorchDataset):
-    """Rows of a split, ready to be collated; an item is asked for by `(epoch, index)`.
+    """Rows of a split, ready to be collated; each item has a key `(epoch, index)`.
 
-    A list of items may hold images that cannot be decoded: see `__getitems__`.
+    A list of items may contain images that cannot be decoded: see `__getitems__`.
 
     Args:
         split: rows `{image, image_id, captions}`.
-        processor: gives an image that is not augmented its resize and crop.
-        augmentation: of [`build_augmentation`], or None.
-        captions_per_image: how many captions are drawn per image and epoch; None takes all of them.
-        seed: of the draws and of the augmentation.
-        vision_features: pooled features `[n, width]` of the frozen image tower, instead of the images: one tensor a
-            view, taken in turn by the epochs. NaN stands for an image that could not be decoded.
-        text_features: one `[captions, width]` tensor an image, of the frozen text tower, instead of the texts.
+        processor: processor that resizes and crops an image without augmentation.
+        augmentation: transforms of [`build_augmentation`], or None.
+        captions_per_image: number of captions to draw per image and epoch; None takes all of them.
+        seed: random seed of the draws and of the augmentation.
+        vision_features: pooled features `[n, width]` of the frozen image tower, used instead of the images: one tensor
+            per view; the epochs take the views in turn. NaN marks an image that could not be decoded.
+        text_features: features `[captions, width]` of the frozen text tower, used instead of the texts: one tensor per
+            image.
     """
 
     def __init__(
@@ -77,28 +80,25 @@ class CaptionRows(TorchDataset):
         return row
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        """The rows of a batch, which the DataLoader asks for at once.
+        """The rows of a batch, which the DataLoader requests together.
 
-        A row whose image cannot be decoded is `{"image_id", "undecodable": why}`. Where none is left, one more row
-        that can be decoded follows as a filler.
+        A row whose image cannot be decoded is `{"image_id", "undecodable": reason}`. If no image of the batch can be
+        decoded, another row of the split is added as a filler.
 
         Raises:
             DataError: no image of the split can be decoded, or a file cannot be read.
         """
-        draws = [self._draw(key) for key in keys]  # first, for between images it takes several times as long
+        draws = [self._draw(key) for key in keys]  # drawing between images would take several times as long
         rows = [self._row(*row) for row in zip(keys, draws, self._files(keys), strict=True)]
         if all("undecodable" in row for row in rows):
             rows.append(self._filler(*keys[0]))
         return rows
 
-    def _files(self, keys: list[tuple[int, int]]) -> Iterator[dict[str, Any] | None]:
-        # `datasets` takes as long for one row as for many.
-        for start in range(0, len(keys), READ_TOGETHER):
-            indices = [_index_of(image_id) for _, image_id in keys[start : start + READ_TOGETHER]]
-            yield from [None] * len(indices) if self.vision_features is not None else self.undecoded[indices]["image"]
+    def undecoded_images(self) -> Iterator[dict[str, Any]]:
+        """The image file of each row, as `{"bytes", "path"}`."""
+        yield from (row["image"] for row in self.undecoded)
 
-    def _draw(self, key: tuple[int, int]) -> tuple[np.ndarray, np.random.Generator, random.Random]:
-        """What chance gives to a row: the captions chosen, and two sources for the augmentation."""
+    def _draw(self, key: tuple[int, int]) -> Draw:
         epoch, index = key[0], _index_of(key[1])
         rng = np.random.default_rng([self.seed, epoch, index])
         available = len(self.captions[index])
@@ -108,67 +108,67 @@ class CaptionRows(TorchDataset):
             chosen = rng.choice(available, size=self.captions_per_image, replace=False)
         return chosen, rng, random.Random(int(rng.integers(2**63)))
 
-    def _row(
-        self,
-        key: tuple[int, int],
-        draw: tuple[np.ndarray, np.random.Generator, random.Random],
-        file: dict[str, Any] | None,
-    ) -> dict[str, Any]:
-        """A row, its undecoded image given if it was read already."""
+    def _files(self, keys: list[tuple[int, int]]) -> Iterator[dict[str, Any] | None]:
+        # `datasets` reads many rows in the time that it needs for one.
+        for start in range(0, len(keys), READ_TOGETHER):
+            indices = [_index_of(image_id) for _, image_id in keys[start : start + READ_TOGETHER]]
+            yield from [None] * len(indices) if self.vision_features is not None else self.undecoded[indices]["image"]
+
+    def _row(self, key: tuple[int, int], draw: Draw, file: dict[str, Any] | None) -> dict[str, Any]:
+        """One row; `file` is its undecoded image if that has been read already."""
         epoch, image_id = key
         index = _index_of(image_id)
-        chosen, rng, draws = draw
+        chosen, rng, augmentation_rng = draw
         row: dict[str, Any] = {"image_id": image_id, "captions": [self.captions[index][i] for i in chosen]}
         if self.vision_features is not None:
             features = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
-            image: Any = self._image(index, file) if math.isnan(features[0]) else None
+            image = self._image(index, file) if math.isnan(features[0]) else None
             row["vision_features"] = features
         else:
             image = self._image(index, file)
             if not isinstance(image, str):
-                row["pixels"] = self._pixels(image, index, rng, draws)  # [3, H, W] uint8
+                row["pixels"] = self._pixels(image, index, rng, augmentation_rng)  # [3, H, W] uint8
         if isinstance(image, str):
             return {"image_id": image_id, "undecodable": image}
         if self.text_features is not None:
             row["text_features"] = self.text_features[index][torch.from_numpy(chosen)]  # [K, width]
         return row
 
-    def _filler(self, epoch: int, image_id: int) -> dict[str, Any]:
-        start = _index_of(image_id)
-        keys = ((epoch, FILLER - (start + i) % len(self)) for i in range(1, len(self)))
-        rows = (self._row(key, self._draw(key), None) for key in keys)
-        found = next((row for row in rows if "undecodable" not in row), None)
-        if found is None:
-            raise DataError(
-                f"none of {len(self)} images can be decoded, among them {self.image_ids[start]!r}; replace the files"
-            )
-        return found
-
-    def undecoded_images(self) -> Iterator[dict[str, Any]]:
-        """`{"bytes", "path"}` of each row's image file."""
-        yield from (row["image"] for row in self.undecoded)
-
-    def _image(self, index: int, file: dict[str, Any] | None) -> Any:
-        """The image of a row as RGB, or why it cannot be decoded."""
+    def _image(self, index: int, file: dict[str, Any] | None) -> "Image.Image | str":
+        """The image of a row as RGB, or the reason why it cannot be decoded."""
         name = f"image {self.image_ids[index]!r}"
         try:
             return to_rgb(self.decode(self.undecoded[index]["image"] if file is None else file))
-        except MemoryError:  # says nothing of the image
+        except MemoryError:  # not the image's fault
             raise
-        except Exception as error:  # Pillow's decoders raise all sorts
-            if getattr(error, "errno", None) is not None:  # nor does a disk that is gone
-                raise DataError(f"{name} cannot be read: {error}; mend that, then resume the run") from error
+        except Exception as error:  # Pillow's decoders raise errors of many classes
+            if getattr(error, "errno", None) is not None:  # a disk failed, which is not the image's fault either
+                raise DataError(f"{name} cannot be read: {error}; fix that, then resume the run") from error
             return f"{name} cannot be decoded: {error}; replace the file or delete its rows"
 
-    def _pixels(self, image: Any, index: int, rng: np.random.Generator, draws: random.Random) -> np.ndarray:
+    def _pixels(
+        self, image: "Image.Image", index: int, rng: np.random.Generator, augmentation_rng: random.Random
+    ) -> np.ndarray:
         if self.augmentation is None:
             return self.processor.crop(image)
-        for transform in self.augmentation.transforms:  # one after the other from the same source, so none alike
-            transform.set_random_state(rng, draws)
+        for transform in self.augmentation.transforms:  # one shared generator, so that no two draw the same numbers
+            transform.set_random_state(rng, augmentation_rng)
         try:
             return self.augmentation(image=np.array(image))["image"].transpose(2, 0, 1)
-        except Exception as error:  # a crop larger than the image, for instance
+        except Exception as error:  # for instance a crop that is larger than the image
             raise DataError(
                 f"image {self.image_ids[index]!r} of {image.width}x{image.height} pixels: the augmentation failed: "
                 f"{error}; change --augmentation"
             ) from error
+
+    def _filler(self, epoch: int, image_id: int) -> dict[str, Any]:
+        """The next row that can be decoded, under the image id of a filler."""
+        start = _index_of(image_id)
+        keys = ((epoch, FILLER - (start + i) % len(self)) for i in range(1, len(self)))
+        rows = (self._row(key, self._draw(key), None) for key in keys)
+        filler = next((row for row in rows if "undecodable" not in row), None)
+        if filler is None:
+            raise DataError(
+                f"none of {len(self)} images can be decoded, among them {self.image_ids[start]!r}; replace the files"
+            )
+        return filler

@@ -1,4 +1,4 @@
-"""Read a dataset of the Hugging Face Hub into one row per image."""
+"""Load a dataset from the Hugging Face Hub as splits with one row per image."""
 
 import hashlib
 import warnings
@@ -7,22 +7,30 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import DataError, one_line
-from .caption_files import ResolvedColumns, _captions_of, caption_columns
+from ..errors import DataError, Problem, one_line
+from .caption_files import ColumnNames, ResolvedColumns, caption_columns, captions_of_row
 from .splits import SPLIT_ALIASES, SPLITS, split_by_image
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDatasetDict
 
+# Columns that identify the image of a row, for datasets that repeat an image once for each caption.
+NAME_COLUMNS = ("filename", "file_name", "image_id", "img_id")
 
-def _from_hub(
+
+def load_from_hub(
     name: str,
-    columns: ResolvedColumns,
+    columns: ColumnNames,
     validation_fraction: float,
     seed: int,
     revision: str | None,
     stream_first_rows: int | None,
 ) -> "DatasetDict":
+    """Load a dataset by its name on the Hub; arguments as of `load_captions`.
+
+    Raises:
+        DataError: the dataset cannot be loaded, or has no usable images and captions.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
@@ -32,17 +40,15 @@ def _from_hub(
         if stream_first_rows is not None:
             raw = _first_rows(raw, stream_first_rows)
     except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
-        hint = ""
-        if "script" in str(error):
-            hint = '; the Hub keeps most such sets as files too: revision="refs/convert/parquet"'
-        raise DataError(
-            f"{name!r} is neither a file or folder here nor a data set that the Hub gives: {one_line(error)}{hint}"
-        ) from error
+        reason = one_line(error)
+        if "script" in reason:  # datasets has no error class of its own for it
+            reason += '; the Hub keeps most such datasets as files too: revision="refs/convert/parquet"'
+        raise DataError(f"{name!r} is neither a local file or folder nor a dataset on the Hub: {reason}") from error
     return _one_row_per_image(raw, name, columns, validation_fraction, seed)
 
 
 def _first_rows(streamed: "IterableDatasetDict", count: int) -> "DatasetDict":
-    """The first rows of each split, their images as they are encoded."""
+    """The first rows of each split, without decoding their images."""
     from datasets import Dataset, DatasetDict, Image
 
     taken = DatasetDict()
@@ -56,26 +62,28 @@ def _first_rows(streamed: "IterableDatasetDict", count: int) -> "DatasetDict":
 
 
 def _one_row_per_image(
-    raw: "DatasetDict", name: str, columns: ResolvedColumns, validation_fraction: float, seed: int
+    raw: "DatasetDict", name: str, columns: ColumnNames, validation_fraction: float, seed: int
 ) -> "DatasetDict":
+    """Group the captions of each image, and sort the rows into the usual splits."""
     from datasets import DatasetDict, concatenate_datasets
 
     parts: dict[str, list[Dataset]] = {}
     first_use: dict[str, tuple[str, str]] = {}
-    for raw_split, rows in raw.items():
-        where = f"{name}, split {raw_split}"
-        found = ResolvedColumns(
+    for hub_split, rows in raw.items():
+        where = f"{name}, split {hub_split}"
+        resolved = ResolvedColumns(
             find_image_column(rows, where, columns.image),
-            caption_columns(rows.column_names, where, columns.captions[0]),
+            caption_columns(rows.column_names, where, None, columns.caption),
         )
-        grouped, first_rows, part_of = _group_captions(rows, found, where, raw_split, first_use)
+        grouped, first_rows, part_of = _group_captions(rows, resolved, where, hub_split, first_use)
         for part in dict.fromkeys(part_of):
             parts.setdefault(part, []).append(grouped.select([i for i in first_rows if part_of[i] == part]))
     splits = {split: concatenate_datasets(several) for split, several in parts.items()}
     if len(splits) == 1:
         splits = {"train": next(iter(splits.values()))}
     if "train" not in splits:
-        raise DataError(f"{name}: no train split among {', '.join(splits)}; name one of them train")
+        text = f"no train split among {', '.join(splits)}; name one of them train"
+        raise DataError(Problem("unusable", text, name))
     left_out = sum(len(rows) for split, rows in splits.items() if split not in SPLITS)
     if left_out:
         warnings.warn(f"{name}: left out {left_out} images that are in none of {', '.join(SPLITS)}", stacklevel=2)
@@ -86,55 +94,83 @@ def _one_row_per_image(
     return DatasetDict({split: splits[split] for split in SPLITS if split in splits})
 
 
+def find_image_column(rows: "Dataset", where: str, wanted: str) -> str:
+    """The image column: `wanted`, or else the only column of images.
+
+    Args:
+        rows: one split of the dataset.
+        where: dataset and split, for the error.
+        wanted: name of the column that was asked for.
+
+    Raises:
+        DataError: there is no image column, or there are several.
+    """
+    from datasets import Image
+
+    candidates = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    if wanted in candidates:
+        return wanted
+    if len(candidates) != 1:
+        text = (
+            f"expected an image column {wanted!r}, found image columns {candidates or 'none'} among "
+            f"{', '.join(rows.column_names)}; name it with image_column"
+        )
+        raise DataError(Problem("unusable", text, where))
+    return candidates[0]
+
+
 def _group_captions(
     rows: "Dataset", columns: ResolvedColumns, where: str, split: str, first_use: dict[str, tuple[str, str]]
 ) -> tuple["Dataset", list[int], list[str]]:
-    """Rows that show the same image become one, the first of them.
+    """Collect the captions of rows that show the same image in the first of these rows.
 
     Args:
-        rows: of one split of the Hub.
-        columns: what is where.
-        where: data set and split, for errors.
-        split: the Hub's name of it.
-        first_use: where each image was met so far, to find one in two splits; added to.
+        rows: one split of the dataset.
+        columns: image column and caption columns.
+        where: dataset and split, for errors.
+        split: name of the split on the Hub.
+        first_use: dataset and split where each image was found first, to detect images in two splits; added to.
 
     Returns:
-        `rows` with `image`, `image_id` and `captions` (all the captions of an image in its first row), the numbers of
-        these first rows, and the split of each row.
+        `rows` with the columns `image`, `image_id` and `captions` (all captions of an image in its first row), the
+        numbers of these first rows, and the split of each row.
     """
     from datasets import Dataset, Features, Value, concatenate_datasets
 
-    # A `split` column (as nlphuji/flickr30k has) tells more than the split of the Hub.
+    # A `split` column (as in nlphuji/flickr30k) is more precise than the split on the Hub.
     part_of = [str(part) for part in rows["split"]] if "split" in rows.column_names else [split] * len(rows)
     part_of = [SPLIT_ALIASES.get(part, part) for part in part_of]
     keys, image_ids = _image_keys(rows, columns.image, where, split)
     captions: list[list[str]] = [[] for _ in keys]
     first: dict[str, int] = {}
     for i, (key, cells) in enumerate(zip(keys, rows.select_columns(columns.captions), strict=True)):
-        captions[first.setdefault(key, i)] += _captions_of(cells, columns, where, i)
+        captions[first.setdefault(key, i)] += captions_of_row(cells, columns, where, i)
         here = (where, part_of[i])
         if first_use.setdefault(key, here) != here:
-            raise DataError(
-                f"{where}, row {i}: image {image_ids[i]!r} is in the split {part_of[i]} here and in the split "
-                f"{first_use[key][1]} of {first_use[key][0]}; an image is in one split"
+            text = (
+                f"image {image_ids[i]!r} is in the split {part_of[i]} here and in the split {first_use[key][1]} of "
+                f"{first_use[key][0]}; an image can be in only one split"
             )
-    text = Dataset.from_dict(
+            raise DataError(Problem("two-splits", text, where, i))
+    text_columns = Dataset.from_dict(
         {"image_id": image_ids, "captions": captions},
         features=Features({"image_id": Value("string"), "captions": [Value("string")]}),
     )
     images = rows.select_columns([columns.image]).rename_columns({columns.image: "image"})
-    # Joined before any row is selected: datasets would copy all images to join a selection.
-    return concatenate_datasets([images, text], axis=1), list(first.values()), part_of
+    # Joined before any rows are selected: datasets would copy all images to join a selection.
+    return concatenate_datasets([images, text_columns], axis=1), list(first.values()), part_of
 
 
 def _image_keys(rows: "Dataset", image_column: str, where: str, split: str) -> tuple[list[str], list[str]]:
-    """What identifies each row's image, and its `image_id`: a column that names it, else the image's content."""
+    """What identifies each row's image (a column that names it, else a hash of its content), and its `image_id`."""
     from datasets import Image
 
     empty = np.flatnonzero(rows.data.column(image_column).is_null().to_numpy())
     if len(empty):
-        raise DataError(f"{where}, row {empty[0]}, column {image_column!r}: no image; fill it or leave the row out")
-    named_by = next((c for c in ("filename", "file_name", "image_id", "img_id") if c in rows.column_names), None)
+        raise DataError(
+            Problem("missing", "no image; fill it or leave the row out", where, int(empty[0]), image_column)
+        )
+    named_by = next((column for column in NAME_COLUMNS if column in rows.column_names), None)
     if named_by is not None:
         names = [str(name) for name in rows[named_by]]
         return names, names
@@ -144,22 +180,3 @@ def _image_keys(rows: "Dataset", image_column: str, where: str, split: str) -> t
         content = row[image_column]["bytes"] or Path(row[image_column]["path"]).read_bytes()
         keys.append(hashlib.sha256(content).hexdigest())
     return keys, [f"{split}-{i:06d}" for i in range(len(rows))]
-
-
-def find_image_column(rows: "Dataset", where: str, wanted: str) -> str:
-    """The column of images: `wanted`, or else the only one that holds any.
-
-    Raises:
-        DataError: there is none, or several; the columns of `where` are named.
-    """
-    from datasets import Image
-
-    candidates = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
-    if wanted in candidates:
-        return wanted
-    if len(candidates) != 1:
-        raise DataError(
-            f"{where}: expected an image column {wanted!r}, found image columns {candidates or 'none'} among "
-            f"{', '.join(rows.column_names)}; name it with image_column"
-        )
-    return candidates[0]

@@ -1,4 +1,4 @@
-"""Image files of a dataset: which names are images, where they are, which cannot be read."""
+"""Image files of a dataset: which files are images, which folder has them, which of them cannot be used."""
 
 import os
 import posixpath
@@ -8,8 +8,14 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import Problem
-from .caption_files import CaptionedImage, OnProblem
+from .caption_files import CaptionedImage
+from .problems import OnProblem
 
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .jp2 .ppm .pgm .pbm .pnm .mpo .tga".split()
+)
+
+# Where the images of a caption file may be, relative to its folder.
 IMAGE_FOLDERS = (
     "Images",
     "images",
@@ -19,9 +25,21 @@ IMAGE_FOLDERS = (
     ".",
 )
 
+# What is wrong with an image file, by the kind of problem.
+BAD_FILES = {
+    "outside": "lies outside {folder}; move it there, or allow this with --allow_outside_images",
+    "missing": "is not in {folder}; name the right folder with image_dir, or delete its rows",
+    "empty": "in {folder} is empty; replace it or delete its rows",
+}
+
+
+def is_image_file(name: str) -> bool:
+    """Whether a file's suffix is that of an image."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
 
 def image_folder(root: Path, images: Iterable[str]) -> Path:
-    """The likely folder that holds most of the first images."""
+    """The folder that has most of the first images, among [`IMAGE_FOLDERS`] of `root`."""
     sample = list(islice(images, 100))
     return max(
         (root / name for name in IMAGE_FOLDERS),
@@ -29,41 +47,43 @@ def image_folder(root: Path, images: Iterable[str]) -> Path:
     )
 
 
-def _check_image_files(
-    folder: Path, bounds: Path, images: Mapping[str, CaptionedImage], allow_outside: bool, found: OnProblem
+def check_image_files(
+    folder: Path, bounds: Path, images: Mapping[str, CaptionedImage], allow_outside: bool, on_problem: OnProblem
 ) -> None:
-    """Find out which image files are not there, are empty, or lie outside.
+    """Report image files that are missing, are empty or lie outside.
 
     Args:
-        folder: that the names are relative to.
+        folder: folder that the names are relative to.
         bounds: folder that no name may leave; it may itself be a symbolic link.
-        images: by name.
-        allow_outside: let names leave it.
-        found: told of each problem.
+        images: images of the caption file, by name.
+        allow_outside: whether names may leave `bounds`.
+        on_problem: function called with each problem.
     """
     by_kind: dict[str, list[str]] = {}
     for name, kind in bad_files(folder, bounds, images, allow_outside):
         by_kind.setdefault(kind, []).append(name)
     for kind, names in by_kind.items():
-        how = f"{BAD_FILES[kind]} ({len(names)} of {len(images)} images are {kind})"
+        reason = BAD_FILES[kind].format(folder=bounds if kind == "outside" else folder)
+        count = f"({len(names)} of {len(images)} images are {kind})"
         for name in names:
-            entry, where = images[name], bounds if kind == "outside" else folder
-            told = f"image file {name!r} {how.format(folder=where)}"
+            entry = images[name]
+            text = f"image file {name!r} {reason} {count}"
             image = name if folder == bounds else Path(os.path.relpath(folder / name, bounds)).as_posix()
-            found(Problem(kind, told, entry.file, entry.rows[0], entry.column, image))
-
-
-BAD_FILES = {
-    "outside": "lies outside {folder}; put it there, or allow that by --allow_outside_images",
-    "missing": "is not in {folder}; name the right folder with image_dir, or delete its rows",
-    "empty": "in {folder} is empty; replace it or delete its rows",
-}
+            on_problem(Problem(kind, text, entry.file, entry.rows[0], entry.column, image))
 
 
 def bad_files(folder: Path, bounds: Path, images: Iterable[str], allow_outside: bool) -> Iterator[tuple[str, str]]:
-    """Name and kind of each file that is none of the data set's, or nothing."""
+    """Find image files that cannot be used, without opening them.
+
+    Args:
+        folder, bounds, allow_outside: as in [`check_image_files`].
+        images: names of the images.
+
+    Returns:
+        The name and the kind of problem, a key of [`BAD_FILES`], of each such file.
+    """
     root = os.path.realpath(bounds)
-    inside: dict[str, bool] = {}  # by folder, that each file costs a system call or two
+    inside: dict[str, bool] = {}  # by folder, so that each file costs only one or two system calls
 
     def is_inside(path: str) -> bool:
         real = os.path.realpath(path)
@@ -89,8 +109,3 @@ def bad_files(folder: Path, bounds: Path, images: Iterable[str], allow_outside: 
                 yield name, "empty"
         except (OSError, ValueError):  # ValueError: a null byte
             yield name, "missing"
-
-
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .jp2 .ppm .pgm .pbm .pnm .mpo .tga".split()
-)

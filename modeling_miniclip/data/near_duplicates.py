@@ -1,4 +1,4 @@
-"""Decode images once and find copies of the same picture."""
+"""Decode every image once, to see whether it can be used and which images are copies of each other."""
 
 import hashlib
 import io
@@ -14,21 +14,35 @@ import numpy as np
 
 from ..errors import MiniClipError
 
-FULL_PART = 100  # images with an equal part of their hash, as flat pictures have: the search stays linear
+LARGEST_BUCKET = 100  # images compared with each new one: flat images share a part of their hash with many others
+MOST_SIGNS = 8  # of 64 signs of gradients that may differ between copies
+MOST_COLOUR = 12  # of 255, by which a colour of the thumbnails of copies may differ
 
 
 class ImageInspection(NamedTuple):
-    """What decoding an image gives: a kind of problem and what it is, or hashes of its bytes and of its pixels."""
+    """What decoding an image shows: a problem, or hashes of its bytes and of its pixels.
+
+    Args:
+        kind: kind of the problem, None for an image that can be used.
+        message: what is wrong with the image, as the end of a sentence.
+        hash_of_bytes: hash of the file's content, 16 bytes.
+        gradients: signs of the brightness gradients, 64 bits, hardly changed by resizing and compression.
+        thumbnail: the image as 8x8 RGB pixels, 192 bytes.
+    """
 
     kind: str | None = None
-    told: str = ""
-    of_bytes: bytes = b""
-    of_gradients: bytes = b""  # 64 bits, the same for a copy of another size or compression
-    thumbnail: bytes = b""  # 8x8 RGB
+    message: str = ""
+    hash_of_bytes: bytes = b""
+    gradients: bytes = b""
+    thumbnail: bytes = b""
 
 
 def inspect_images(contents: list[str | bytes], num_workers: int) -> Iterator[ImageInspection]:
-    """Decode images, in their order, by so many processes.
+    """Decode images, in their order.
+
+    Args:
+        contents: paths of image files, or encoded images.
+        num_workers: number of processes; 0 decodes in this one.
 
     Raises:
         MiniClipError: a process died.
@@ -41,13 +55,13 @@ def inspect_images(contents: list[str | bytes], num_workers: int) -> Iterator[Im
             yield from pool.map(inspect_image, contents, chunksize=32)
     except BrokenProcessPool as error:
         raise MiniClipError(
-            "a process that decodes images died, likely for lack of memory or because an image crashed a decoder: "
-            "--num_workers 0 tells which, --quick does without decoding"
+            "a process that decodes images died, probably because it ran out of memory or an image crashed a decoder: "
+            "--num_workers 0 shows which, --quick checks without decoding"
         ) from error
 
 
 def inspect_image(content: str | bytes) -> ImageInspection:
-    """Decode one image."""
+    """Decode one image, given as the path of its file or as its encoded bytes."""
     from PIL import Image
 
     from ..processing_miniclip import to_rgb
@@ -55,53 +69,60 @@ def inspect_image(content: str | bytes) -> ImageInspection:
     try:
         data = content if isinstance(content, bytes) else Path(content).read_bytes()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a bomb is told below, before it is decoded
+            warnings.simplefilter("ignore")  # decompression bombs are reported below, before they are decoded
             with Image.open(io.BytesIO(data)) as opened:
                 width, height = opened.size
                 if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
-                    return ImageInspection(
-                        "huge", f"has {width}x{height} pixels; scale it down, it may be a decompression bomb"
-                    )
+                    message = f"has {width}x{height} pixels; scale it down, it may be a decompression bomb"
+                    return ImageInspection("huge", message)
                 image = to_rgb(opened)
     except Image.DecompressionBombError:
         return ImageInspection("huge", "has more pixels than can be decoded safely; scale it down")
-    except Exception as error:  # Pillow's decoders raise all sorts
+    except Exception as error:  # Pillow's decoders raise errors of many classes
         return ImageInspection("undecodable", f"cannot be decoded: {error}; replace the file or delete its rows")
-    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
-    gradients = np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)  # [8, 9]
+    gradients = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
     thumbnail = image.resize((8, 8), Image.Resampling.BOX).tobytes()
     return ImageInspection(None, "", hashlib.blake2b(data, digest_size=16).digest(), gradients, thumbnail)
 
 
-def same_images(inspections: Mapping[str, ImageInspection]) -> list[tuple[str, str, bool]]:
-    """Images that look like an earlier one: the name of both, and whether the files are equal byte for byte.
+def find_image_copies(inspections: Mapping[str, ImageInspection]) -> list[tuple[str, str, bool]]:
+    """Images that look like an earlier one.
 
-    Found by equal bytes, or by a "difference hash" (8x8 signs of brightness gradients) of which one of four parts is
-    equal, and 8x8 colours that hardly differ. For photographs compressed anew at quality 50, halved or doubled, 95 %
-    differ in 3 of the 64 signs at most, and colours by 5 of 255 at most; two different ones by 14 and 66 at least.
+    Copies have equal bytes, or a "difference hash" (8x8 signs of brightness gradients) with at least one of its four
+    parts equal and 8x8 colours that hardly differ. Among photographs compressed again at quality 50, halved or
+    doubled, 95 % differ in at most 3 of the 64 signs, and their colours by at most 5 of 255; two different photographs
+    differ by at least 14 and 66.
+
+    Args:
+        inspections: inspections by image name; images that cannot be decoded are skipped.
+
+    Returns:
+        For each copy its name, the name of the first such image, and whether their files are identical.
     """
     by_bytes: dict[bytes, str] = {}
     by_part: dict[tuple[int, bytes], list[str]] = defaultdict(list)
-    found = []
-    for name, one in inspections.items():
-        if one.kind is not None:
+    copies = []
+    for name, inspection in inspections.items():
+        if inspection.kind is not None:
             continue
-        first = by_bytes.setdefault(one.of_bytes, name)
+        first = by_bytes.setdefault(inspection.hash_of_bytes, name)
         if first != name:
-            found.append((name, first, True))
+            copies.append((name, first, True))
             continue
-        parts = [by_part[i, one.of_gradients[i : i + 2]] for i in range(0, 8, 2)]
-        near = next((other for part in parts for other in part if _alike(one, inspections[other])), None)
-        if near is not None:
-            found.append((name, near, False))
+        buckets = [by_part[i, inspection.gradients[i : i + 2]] for i in range(0, 8, 2)]
+        candidates = (other for bucket in buckets for other in bucket)
+        similar = next((other for other in candidates if _look_alike(inspection, inspections[other])), None)
+        if similar is not None:
+            copies.append((name, similar, False))
             continue
-        for part in parts:
-            if len(part) < FULL_PART:
-                part.append(name)
-    return found
+        for bucket in buckets:
+            if len(bucket) < LARGEST_BUCKET:
+                bucket.append(name)
+    return copies
 
 
-def _alike(one: ImageInspection, other: ImageInspection) -> bool:
-    colours, others = (np.frombuffer(inspection.thumbnail, np.uint8).astype(int) for inspection in (one, other))
-    signs = int.from_bytes(one.of_gradients, "big") ^ int.from_bytes(other.of_gradients, "big")
-    return signs.bit_count() <= 8 and int(np.abs(colours - others).max()) <= 12
+def _look_alike(one: ImageInspection, other: ImageInspection) -> bool:
+    signs = int.from_bytes(one.gradients, "big") ^ int.from_bytes(other.gradients, "big")
+    colours, others = (np.frombuffer(image.thumbnail, np.uint8).astype(int) for image in (one, other))  # [192]
+    return signs.bit_count() <= MOST_SIGNS and int(np.abs(colours - others).max()) <= MOST_COLOUR

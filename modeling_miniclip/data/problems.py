@@ -1,25 +1,26 @@
-"""Kinds of problems in a dataset, and the error that lists those that were found."""
+"""The kinds of problems that a dataset can have, and what a reader does when it meets one."""
 
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from ..errors import DataError, Problem
 
-# What each kind of problem is called in a summary.
+# Name of each kind of problem in a summary, after its count.
 KINDS = {
-    "unusable": "nothing to go on with",
+    "unusable": "problems that make the dataset unusable",
     "encoding": "rows with bytes that are not UTF-8",
     "separator": "files with another separator",
     "quotes": "rows with wrong quotation marks",
     "fields": "rows with too many or too few fields",
     "json": "rows that are not JSON objects",
     "no-name": "rows without an image name",
-    "empty-caption": "captions that are empty or no text",
+    "empty-caption": "captions that are empty or not text",
     "long-caption": "captions that are much too long",
     "odd-caption": "captions with control characters",
-    "duplicate-caption": "captions that an image has twice",
+    "duplicate-caption": "duplicate captions of an image",
     "outside": "images outside the folder of images",
-    "missing": "image files that are not there",
-    "empty": "image files of no bytes",
+    "missing": "missing image files",
+    "empty": "empty image files",
     "undecodable": "images that cannot be decoded",
     "huge": "images that are too large to decode safely",
     "duplicate-image": "images that look like another one of their split",
@@ -28,11 +29,14 @@ KINDS = {
     "small-split": "splits that are too small",
 }
 
+# Called with each problem. If it returns, the reader skips the row and goes on.
+OnProblem = Callable[[Problem], Any]
+
 
 def raise_problem(problem: Problem) -> NoReturn:
-    """What a reader does with a problem, unless it is told to go on without the row.
+    """Stop at the first problem: what a reader does by default.
 
     Raises:
         DataError: always.
     """
-    raise DataError(str(problem))
+    raise DataError(problem)

@@ -1,4 +1,4 @@
-"""Which image belongs to which split."""
+"""Which image belongs to which split: split files, folder names, or a seeded split."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError, Problem
-from .caption_files import CaptionedImage, OnProblem, _image_name, _lines, _read_utf8
-from .problems import raise_problem
+from .caption_files import CaptionedImage, image_name, read_utf8, split_lines
+from .problems import OnProblem, raise_problem
 
 SPLITS = ("train", "validation", "test")
-
 
 SPLIT_FILES = {
     "train": ("train.txt", "Flickr_8k.trainImages.txt", "Flickr8k_text/Flickr_8k.trainImages.txt"),
@@ -18,8 +17,7 @@ SPLIT_FILES = {
     "test": ("test.txt", "Flickr_8k.testImages.txt", "Flickr8k_text/Flickr_8k.testImages.txt"),
 }
 
-
-# Data sets name their validation split in several ways; "restval" is Karpathy's extra training part.
+# Datasets name their validation split in several ways; "restval" is Karpathy's extra training part.
 SPLIT_ALIASES = {
     "val": "validation",
     "valid": "validation",
@@ -31,38 +29,61 @@ SPLIT_ALIASES = {
 
 
 def read_splits(
-    root: Path, images: Mapping[str, CaptionedImage], caption_file: Path, found: OnProblem = raise_problem
+    root: Path, images: Mapping[str, CaptionedImage], caption_file: Path, on_problem: OnProblem = raise_problem
 ) -> dict[str, list[str]]:
-    """Image names by split from the split files beside a caption file; empty where there are none."""
-    there = {split: [root / name for name in names if (root / name).is_file()] for split, names in SPLIT_FILES.items()}
-    files = {split: paths[0] for split, paths in there.items() if paths and paths[0] != caption_file}
+    """Image names by split from the split files next to a caption file; empty without such files.
+
+    Args:
+        root: folder of the split files.
+        images: images of the caption file, by name.
+        caption_file: path of the caption file, which is not taken for a split file.
+        on_problem: function called with each name that has no captions or is in a split already.
+
+    Raises:
+        DataError: there is no file for train, or a file without names.
+    """
+    files: dict[str, Path] = {}
+    for split, names in SPLIT_FILES.items():
+        file = next((root / name for name in names if (root / name).is_file()), None)
+        if file is not None and file != caption_file:
+            files[split] = file
     if files and "train" not in files:
-        raise DataError(
-            f"{next(iter(files.values()))}: a split file without a train.txt beside it; add one or move it"
-        )
+        text = "a split file without a train.txt next to it; add one or move this file"
+        raise DataError(Problem("unusable", text, str(next(iter(files.values())))))
     splits: dict[str, list[str]] = {}
-    named: dict[str, str] = {}
+    place: dict[str, str] = {}  # of each name in the split files
     for split, path in files.items():
         splits[split] = []
-        for number, line in enumerate(_lines(_read_utf8(path, found)), 1):
-            name = _image_name(line, str(path), number, None, found) if line.strip() else None
+        for number, line in enumerate(split_lines(read_utf8(path, on_problem)), 1):
+            name = image_name(line, str(path), number, None, on_problem) if line.strip() else None
             if name is None:
                 continue
             if name not in images:
-                found(Problem("no-captions", f"{name!r} has no caption in {caption_file}", str(path), number))
-            elif name in named:
-                told = f"{name!r} is in {named[name]} already; an image is in one split"
-                found(Problem("two-splits", told, str(path), number))
+                on_problem(Problem("no-captions", f"{name!r} has no caption in {caption_file}", str(path), number))
+            elif name in place:
+                text = f"{name!r} is already in {place[name]}; an image can be in only one split"
+                on_problem(Problem("two-splits", text, str(path), number))
             else:
-                named[name] = f"{path}, row {number}"
+                place[name] = f"{path}, row {number}"
                 splits[split].append(name)
         if not splits[split]:
-            raise DataError(f"{path}: no image names; expected one a line")
+            raise DataError(Problem("unusable", "no image names; expected one per line", str(path)))
     return splits
 
 
+def split_of_folder(image_id: str) -> str | None:
+    """The split after which a folder in the image's path is named."""
+    folders = [part.lower() for part in image_id.split("/")[:-1]]
+    return next((split for folder in folders if (split := SPLIT_ALIASES.get(folder, folder)) in SPLITS), None)
+
+
 def split_by_image(names: list[str], validation_fraction: float, seed: int) -> dict[str, list[str]]:
-    """A seeded split into `train` and `validation`; each has at least one image.
+    """A random split into `train` and `validation`, each with at least one image.
+
+    Args:
+        names: names of all images.
+        validation_fraction: fraction of the images for validation, between 0 and 1.
+        seed: random seed of the split.
 
     Raises:
         DataError: fewer than two images, or a fraction outside (0, 1).
@@ -77,9 +98,3 @@ def split_by_image(names: list[str], validation_fraction: float, seed: int) -> d
         "train": [names[i] for i in sorted(order[held_out:])],
         "validation": [names[i] for i in sorted(order[:held_out])],
     }
-
-
-def split_of(image_id: str) -> str | None:
-    """The split that a folder of the image's path is named after."""
-    folders = [part.lower() for part in image_id.split("/")[:-1]]
-    return next((split for folder in folders if (split := SPLIT_ALIASES.get(folder, folder)) in SPLITS), None)

@@ -22,7 +22,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..configuration_miniclip import MiniClipConfig
-from ..data.sources import DEFAULT_COLUMNS, ColumnNames, Item, is_listed_at_once, resolve_source, walk_sources
+from ..data.caption_files import ColumnNames
+from ..data.sources import DEFAULT_COLUMNS, Item, is_listed_at_once, resolve_source, walk_sources
 from ..errors import DataError, MiniClipError, ModelError, UsageError, one_line
 from ..inference.loading import model_folder
 from ..utils.files import discard_folder, recover_folder

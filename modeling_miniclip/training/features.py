@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..data.dataset import CaptionRows
-from ..data.loader import make_loader, model_inputs
+from ..data.loader import BatchLoader, model_inputs
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from .diagnostics import not_finite
@@ -97,7 +97,7 @@ def frozen_image_features(
     }
 
     def compute(view: int, blocks: list[range]) -> Iterator[Tensor]:
-        loader = make_loader(rows, [[(view, i) for i in block] for block in blocks], num_workers)
+        loader = BatchLoader(rows, [[(view, i) for i in block] for block in blocks], num_workers)
         for block, batch in zip(blocks, loader, strict=True):
             pixels = model_inputs(batch, rows.processor, accelerator.device)["pixel_values"]
             pooled = model.pool_images(pixels).pooler_output.float().cpu()

@@ -344,7 +344,7 @@ def test_imagefolder_with_a_folder_per_split(tmp_path, one_file):
         ("metadata.jsonl", '{"file_name": "a.png", "caption": [5]}', ["row 1", "'caption'", "5"]),
         ("metadata.jsonl", '{"file_name": "a.png", "caption": "x"}\n{"caption": "x"}', ["row 2", "'file_name'"]),
         ("metadata.jsonl", '{"file_name": 3, "caption": "x"}', ["row 1", "'file_name'", "3"]),
-        ("metadata.jsonl", '\n{"file_name": "a.png"', ["row 2", "not JSON"]),
+        ("metadata.jsonl", '\n{"file_name": "a.png"', ["row 2", "not valid JSON"]),
         ("metadata.jsonl", '["a.png"]', ["row 1", "object"]),
     ],
 )  # fmt: skip
@@ -370,10 +370,10 @@ def test_an_image_in_two_metadata_files_is_told(tmp_path):
 
 def test_numbered_caption_columns_are_taken_in_the_order_of_their_numbers():
     columns = ["image", *(f"caption_{i}" for i in (10, 2, 1)), "caption_source"]
-    assert caption_columns(columns, "", "caption") == ["caption_1", "caption_2", "caption_10"]
-    assert caption_columns(["caption", "caption_0"], "", "caption") == ["caption"]
+    assert caption_columns(columns, "", None, "caption") == ["caption_1", "caption_2", "caption_10"]
+    assert caption_columns(["caption", "caption_0"], "", None, "caption") == ["caption"]
     with pytest.raises(DataError, match="x, y"):
-        caption_columns(["x", "y"], "here", "caption")
+        caption_columns(["x", "y"], "here", None, "caption")
 
 
 PUSH = """
@@ -509,12 +509,12 @@ def test_an_imagefolder_on_the_hub_is_taken_streamed_and_not(from_hub):
         ("unavailable", "503|locate the file on the Hub"),
         ("broken", "peer closed connection"),
         ("stranger", "doesn't exist on the Hub or cannot be accessed"),
-        ("unknown token", "the Hub does not know this token"),
+        ("unknown token", "the Hub rejected this token"),
     ],
 )
 def test_a_hub_that_gives_no_data_is_told_by_one_sentence(from_hub, case, reason, how):
     told = from_hub[case + how]
-    assert re.search(f"^'test-user/.*data set that the Hub gives: .*({reason})", told) and "\n" not in told
+    assert re.search(f"^'test-user/.*dataset on the Hub: .*({reason})", told) and "\n" not in told
     assert "hf_" not in told and "Signature" not in told
     assert [len(rows) for rows in from_hub["private" + how].values()] == [1, 1]
 
@@ -541,7 +541,7 @@ def test_hub_set_with_a_row_per_caption_is_grouped_by_the_pictures_themselves(fr
         ("leak", ["split test, row 1", "split train", "one split"]),
         ("empty-caption", ["split train, row 1", "'caption'", "empty"]),
         ("no-captions", ["'caption'", "label", "caption_column"]),
-        ("nothere", ["neither a file or folder", "test-user/nothere"]),
+        ("nothere", ["neither a local file or folder", "test-user/nothere"]),
         ("script", ["script", "refs/convert/parquet"]),
     ],
 )

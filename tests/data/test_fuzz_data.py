@@ -41,7 +41,7 @@ SEEDS: dict[str, bytes] = {
 IMAGES = ("a.png", "b.png", "ä.png", "sub/c.png")
 
 
-def exactly(names: Any, where: str) -> ResolvedColumns:
+def exactly(names: Any, file: str, row: int) -> ResolvedColumns:
     return ResolvedColumns("image", ["caption"])
 
 
@@ -161,9 +161,9 @@ def assert_whole(splits: Any, told: str, folder: Path) -> None:
         ("long.csv", f"image,caption\n{'a' * 300},x\nb.png,y\n", "row 2, column 'image'"),
         ("null.csv", "image,caption\na\0.png,x\nb.png,y\n", "row 2, column 'image'"),
         ("twice.csv", "image,caption,image\na.png,x,b.png\n", "row 1: two columns are named 'image'"),
-        ("deep.jsonl", "[" * 100_000, "row 1: not JSON"),
-        ("digits.jsonl", '{"image": "a.png", "caption": ' + "1" * 5000 + "}", "row 1: not JSON"),
-        ("half.jsonl", '{"image": "a.png", "caption": "\\ud800"}', "row 1: not JSON"),
+        ("deep.jsonl", "[" * 100_000, "row 1: not valid JSON"),
+        ("digits.jsonl", '{"image": "a.png", "caption": ' + "1" * 5000 + "}", "row 1: not valid JSON"),
+        ("half.jsonl", '{"image": "a.png", "caption": "\\ud800"}', "row 1: not valid JSON"),
         ("escape.csv", "im\x1b[31mage,caption\na.png,x\n", "the header has im\\x1b[31mage"),
     ],
 )

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from modeling_miniclip import DataError, UsageError, load_captions
-from modeling_miniclip.data import loader as batches
+from modeling_miniclip.data import dataset
 from modeling_miniclip.data.augmentation import DEFAULT_AUGMENTATION, build_augmentation
 from modeling_miniclip.data.dataset import FILLER, CaptionRows
-from modeling_miniclip.data.loader import BY_VALUE, Batch, Collator, GlobalBatches, make_loader
+from modeling_miniclip.data.loader import BY_VALUE, Batch, BatchLoader, Collator, GlobalBatches
 from tests.helpers.runs import ROOT
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_processor
 
@@ -67,7 +67,7 @@ def training_rows(processor, count: int = 10, seed: int = 0, captions_per_image:
 def rows_seen(rows: CaptionRows, batch_size: int, epochs=(0,), num_workers=0, rank=0, world_size=1, seed=0):
     """(epoch, row) -> (pixels, ids of its captions) of everything that this process's loader gives."""
     batches = GlobalBatches(len(rows), batch_size, True, seed, rank, world_size)
-    loader = make_loader(rows, batches, num_workers)
+    loader = BatchLoader(rows, batches, num_workers)
     seen = {}
     for epoch in epochs:
         batches.epoch = epoch
@@ -118,7 +118,7 @@ def test_seed_and_epoch_change_captions_and_augmentation(processor, reference):
 def test_a_loader_does_not_touch_the_random_state_that_dropout_uses(processor):
     rows = training_rows(processor, count=3)
     before = torch.random.get_rng_state()
-    assert len(list(make_loader(rows, GlobalBatches(3, 2, True), 0))) == 2
+    assert len(list(BatchLoader(rows, GlobalBatches(3, 2, True), 0))) == 2
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -182,7 +182,7 @@ def test_a_batch_tells_which_caption_belongs_to_which_image(processor):
 
 
 def test_the_rows_of_a_batch_are_those_asked_for_one_by_one(processor, monkeypatch):
-    monkeypatch.setattr(batches, "READ_TOGETHER", 3)
+    monkeypatch.setattr(dataset, "READ_TOGETHER", 3)
     rows, keys = training_rows(processor), [(1, 4), (0, FILLER - 2), (2, 9), (1, 0), (0, 7)]
     together = rows.__getitems__(keys)
     for key, row in zip(keys, together, strict=True):
@@ -193,7 +193,7 @@ def test_the_rows_of_a_batch_are_those_asked_for_one_by_one(processor, monkeypat
 
 def test_pixels_reach_the_model_laid_out_for_convolutions(processor):
     rows = training_rows(processor)
-    batch = next(iter(make_loader(rows, GlobalBatches(10, 4, False), 0)))
+    batch = next(iter(BatchLoader(rows, GlobalBatches(10, 4, False), 0)))
     assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last)
     for i in range(4):
         assert np.array_equal(batch["pixel_values"][i].numpy(), rows[0, i]["pixels"])
@@ -330,7 +330,7 @@ def test_an_image_that_cannot_be_decoded_is_named(captioned_folder, processor, c
     splits = load_captions(captioned_folder, validation_fraction=0.25, seed=1)
     split = splits["train" if "2.png" in splits["train"]["image_id"] else "validation"]
     rows = CaptionRows(split, processor)
-    batches = make_loader(rows, GlobalBatches(len(rows), 2, False), num_workers)
+    batches = BatchLoader(rows, GlobalBatches(len(rows), 2, False), num_workers)
     ((index, why),) = (found for batch in batches for found in batch.get("undecodable", []))
     assert rows.image_ids[index] == "2.png" and why.startswith("image '2.png' cannot be decoded: ")
     with pytest.raises(DataError, match="'2.png' cannot be decoded"):
@@ -360,9 +360,9 @@ def test_a_batch_survives_the_way_between_processes_whatever_its_tensors_size():
 
 KILLED = """
 import os, signal, time
-from tests.data.test_loader import make_loader, tiny_processor, training_rows
+from tests.data.test_loader import BatchLoader, tiny_processor, training_rows
 rows = training_rows(tiny_processor(), captions_per_image=None)
-batches = iter(make_loader(rows, [[(0, i % 10) for i in range(200)]] * 40, 2, prefetch_factor=8))
+batches = iter(BatchLoader(rows, [[(0, i % 10) for i in range(200)]] * 40, 2, prefetch_factor=8))
 print(next(batches)["input_ids"].nbytes, flush=True)
 time.sleep(2)  # by now the workers are ahead by more than a pipe takes
 os.kill(os.getpid(), signal.SIGKILL)

@@ -122,11 +122,11 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {  # token, repositor
     "a pull request": ("hf_alice", "alice/birds", {"revision": "refs/pr/1"}, "'refs/pr/1' cannot be the name"),
     "no name of a branch": ("hf_alice", "alice/birds", {"revision": "my birds"}, "'my birds' cannot be the name"),
     "no token": ("", "alice/birds", {}, "there is no token; log in by"),
-    "an unknown token": ("hf_stranger", "alice/birds", {}, "the Hub does not know this token"),
-    "a token that may only read": ("hf_reader", "alice/birds", {}, "this token does not allow it"),
-    "a repository of somebody else": ("hf_alice", "bob/birds", {}, "this token does not allow it"),
-    "a private one of somebody else": ("hf_alice", "bob/secret", {}, "this token does not allow it"),
-    "a new one of somebody else": ("hf_alice", "bob/new", {}, "this token does not allow it"),
+    "an unknown token": ("hf_stranger", "alice/birds", {}, "the Hub rejected this token"),
+    "a token that may only read": ("hf_reader", "alice/birds", {}, "this token does not have permission"),
+    "a repository of somebody else": ("hf_alice", "bob/birds", {}, "this token does not have permission"),
+    "a private one of somebody else": ("hf_alice", "bob/secret", {}, "this token does not have permission"),
+    "a new one of somebody else": ("hf_alice", "bob/new", {}, "this token does not have permission"),
 }
 
 
@@ -196,7 +196,7 @@ def test_an_upload_that_cannot_be_loaded_from_the_hub_is_not_published(
     done = run(code, tmp_path, PYTHONPATH=path, **alices_hub.client_env(tmp_path / "home"))
     last = done.stderr.splitlines()[-1]
     assert re.search(
-        "alice/birds was not published: alice/birds does not load: .*the Hub is out of order: .*503", last
+        "alice/birds was not published: alice/birds does not load: .*the Hub is temporarily unavailable: .*503", last
     )
     assert which(alices_hub, "alice/birds", exports) == "old"
     assert branches(alices_hub, "alice/birds") == ["main"]

@@ -26,7 +26,7 @@ from modeling_miniclip import (
     update_index,
 )
 from modeling_miniclip.cli import cli
-from modeling_miniclip.data.sources import ColumnNames
+from modeling_miniclip.data.caption_files import ColumnNames
 from modeling_miniclip.search import shards as shards_module
 from modeling_miniclip.search import update
 from tests.helpers.indexes import write_model, write_picture, write_pictures
@@ -169,7 +169,7 @@ def test_a_source_without_a_readable_image_drops_nothing(tmp_path: Path, model: 
     photos = write_pictures(tmp_path / "photos", "a.png")
     update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
     photos[0].unlink()  # as a disk that is not mounted
-    with pytest.raises(DataError, match="photos: no images found; nothing that was indexed"):
+    with pytest.raises(DataError, match="photos: no images found; the images that were indexed"):
         update_index(tmp_path / "index", progress=False)
     assert len(ImageIndex.open(tmp_path / "index")) == 1
     with pytest.raises(DataError, match="nowhere: no such file or folder"):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from modeling_miniclip import DataError, MiniClipError, MiniClipModel, MiniClipProcessor, load_captions
 from modeling_miniclip.data.dataset import CaptionRows
-from modeling_miniclip.data.loader import GlobalBatches, make_loader, model_inputs, readable_worker_errors
+from modeling_miniclip.data.loader import BatchLoader, GlobalBatches, model_inputs, readable_worker_errors
 from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.bad_images import BadImages
 from modeling_miniclip.training.features import embed_split
@@ -63,10 +63,10 @@ def test_a_batch_without_its_bad_image_is_the_batch_of_the_others(tmp_path: Path
     processor = tiny_processor()
     whole = CaptionRows(split_of(tmp_path), processor, captions_per_image=2)
     keys = [[(0, 4), (0, 7), (0, 2)]]
-    expected = next(iter(make_loader(whole, [[(0, 4), (0, 2)]], 0)))
+    expected = next(iter(BatchLoader(whole, [[(0, 4), (0, 2)]], 0)))
     (name,) = break_rows(tmp_path, [7])
     batch = next(
-        iter(make_loader(CaptionRows(split_of(tmp_path), processor, captions_per_image=2), keys, num_workers))
+        iter(BatchLoader(CaptionRows(split_of(tmp_path), processor, captions_per_image=2), keys, num_workers))
     )
     ((row, why),) = batch.pop("undecodable")
     assert row == 7 and name in why and "cannot be decoded" in why
@@ -77,11 +77,11 @@ def test_a_batch_without_its_bad_image_is_the_batch_of_the_others(tmp_path: Path
 def test_a_share_that_lost_all_its_images_holds_another_image_as_filler(tmp_path: Path) -> None:
     break_rows(tmp_path, [7, 8])
     rows = CaptionRows(split_of(tmp_path), tiny_processor(), captions_per_image=1)
-    (batch,) = make_loader(rows, [[(0, 7)]], 0)
+    (batch,) = BatchLoader(rows, [[(0, 7)]], 0)
     assert batch["image_id"].tolist() == batch["text_image_id"].tolist() == [-1 - 9]
     assert torch.equal(batch["pixel_values"][0], torch.from_numpy(rows[0, 9]["pixels"]))
     assert [row for row, _ in batch["undecodable"]] == [7]
-    (batch,) = make_loader(rows, [[(0, -1 - 7)]], 0)  # a filler itself is told by the process that has its row
+    (batch,) = BatchLoader(rows, [[(0, -1 - 7)]], 0)  # a filler itself is told by the process that has its row
     assert batch["image_id"].tolist() == [-1 - 9] and "undecodable" not in batch
 
 
@@ -89,7 +89,7 @@ def test_a_split_without_any_good_image_is_an_error(tmp_path: Path) -> None:
     break_rows(tmp_path, list(range(21)))
     rows = CaptionRows(split_of(tmp_path), tiny_processor())
     with pytest.raises(DataError, match="none of 21 images can be decoded"):
-        next(iter(make_loader(rows, [[(0, 0)]], 0)))
+        next(iter(BatchLoader(rows, [[(0, 0)]], 0)))
 
 
 def test_a_file_that_cannot_be_read_is_no_bad_image(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_file_that_cannot_be_read_is_no_bad_image(tmp_path: Path) -> None:
     (tmp_path / "scenes" / "Images" / split["image_id"][3]).unlink()
     rows = CaptionRows(split, tiny_processor())
     with pytest.raises(DataError, match=f"{split['image_id'][3]}' cannot be read.*resume"):
-        next(iter(make_loader(rows, [[(0, 2), (0, 3)]], 0)))
+        next(iter(BatchLoader(rows, [[(0, 2), (0, 3)]], 0)))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
@@ -225,7 +225,7 @@ def test_validation_without_a_bad_image_is_that_of_the_others(tmp_path: Path) ->
     def embed(split: Any, lose: Callable[[Any], Any]) -> tuple[torch.Tensor, ...]:
         rows = CaptionRows(split, processor)
         return embed_split(
-            model, make_loader(rows, GlobalBatches(len(rows), 4, False), 0), processor, cpu, False, lose
+            model, BatchLoader(rows, GlobalBatches(len(rows), 4, False), 0), processor, cpu, False, lose
         )
 
     expected = embed(split.select([0, 1, 2, *range(4, 21)]), lambda lost: None)
@@ -280,8 +280,8 @@ def fail_with(error: Exception) -> None:
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "lack of memory: lower --num_workers"),
         (lambda: os.kill(os.getpid(), signal.SIGBUS), "/dev/shm.*--shm-size"),
-        (lambda: os._exit(3), "--num_workers 0` tells which"),
-        (lambda: fail_with(MemoryError()), "lack of memory: lower --batch_size"),
+        (lambda: os._exit(3), "--num_workers 0` shows which"),
+        (lambda: fail_with(MemoryError()), "not enough memory to load an image: lower --batch_size"),
     ],
 )
 def test_a_loader_process_that_dies_is_told_with_the_likely_cause(
@@ -289,12 +289,12 @@ def test_a_loader_process_that_dies_is_told_with_the_likely_cause(
 ) -> None:
     rows = Dying(split_of(tmp_path), fail)
     with pytest.raises(MiniClipError, match=cause) as caught, readable_worker_errors():
-        list(make_loader(rows, [[(0, 1)]], 1))
+        list(BatchLoader(rows, [[(0, 1)]], 1))
     assert "\n" not in str(caught.value)
 
 
 def test_an_error_of_a_loader_process_is_told_as_it_is(tmp_path: Path) -> None:
     rows = Dying(split_of(tmp_path), lambda: fail_with(DataError("image 'a b': too small; change it")))
     with pytest.raises(DataError) as caught, readable_worker_errors():
-        list(make_loader(rows, [[(0, 1)]], 1))
+        list(BatchLoader(rows, [[(0, 1)]], 1))
     assert str(caught.value) == "image 'a b': too small; change it"

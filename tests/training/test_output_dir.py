@@ -115,7 +115,7 @@ def test_a_read_only_folder_is_told_before_any_work(tmp_path: Path, read_only: P
 
 def test_what_a_disk_refuses_is_known_by_whatever_library_it_is_told() -> None:
     assert disk_error_message(OSError(28, "No space left on device", "/a")) == (
-        "the disk refused: [Errno 28] No space left on device: '/a'"
+        "cannot write: [Errno 28] No space left on device: '/a'"
     )
     rust = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert "(os error 28)" in str(disk_error_message(rust))
@@ -173,7 +173,7 @@ def test_run_on_a_full_disk_says_what_is_left_and_ends_the_same_when_there_is_ro
     process.join(900)
     assert process.exitcode == 0 and told.poll(), "it ended in no error, or in another one"
     message = told.recv()
-    assert message.startswith("the disk refused: ") and "--resume_from_checkpoint latest" in message
+    assert message.startswith("cannot write: ") and "--resume_from_checkpoint latest" in message
     assert not [path for path in (run / "checkpoints").glob(".*")] and not list(run.glob(".export*"))
     last = sorted((run / "checkpoints").glob("step-*"))[-1:]
     assert (f"{last[0]} is complete" if last else "there is no checkpoint yet") in message
