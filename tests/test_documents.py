@@ -79,7 +79,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = code_blocks(README, "csv")[0].strip().splitlines()
     rows += [f"{name}.jpg,a picture of the number {name}" for name in names[2:]]
     (folder / "captions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    for name, copies in {"Images": names, "Pictures/sea": names[:3], "places/beach": ["a"], "places/street": ["b"]}.items():
+    for name, copies in {
+        "Images": names,
+        "Pictures/sea": names[:3],
+        "places/beach": ["a"],
+        "places/street": ["b"],
+    }.items():
         (folder / name).mkdir(parents=True)
         for copy in copies:
             picture(names.index(copy) if copy in names else ord(copy)).save(folder / name / f"{copy}.jpg")
