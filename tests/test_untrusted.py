@@ -120,12 +120,15 @@ def escape(data: Path, way: str) -> str:
         return "../../elsewhere/secret.png"
     if way == "absolute":
         return str(secret)
+    if way == "same prefix":
+        secret.parent.rename(data / "Images-private")
+        return "../Images-private/secret.png"
     link, target = {"link": ("c.png", secret), "linked folder": ("sub", secret.parent)}[way]
     (data / "Images" / link).symlink_to(target)
     return "c.png" if way == "link" else "sub/secret.png"
 
 
-@pytest.mark.parametrize("way", ["parent", "absolute", "link", "linked folder"])
+@pytest.mark.parametrize("way", ["parent", "absolute", "same prefix", "link", "linked folder"])
 @pytest.mark.parametrize("form", ["csv", "imagefolder"])
 def test_a_name_cannot_leave_the_folder_of_images_unless_that_is_allowed(data: Path, way: str, form: str) -> None:
     name = escape(data, way)

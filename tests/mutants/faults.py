@@ -84,7 +84,7 @@ FAULTS = [
             "a file name counts as a folder",
             'image_id.split("/")[:-1]',
             'image_id.split("/")',
-            CAPTIONS,
+            "tests/data/test_splits.py",
         ),
         (
             "caption_files.py",
@@ -191,7 +191,7 @@ FAULTS = [
             "keys of later blocks get the wrong number",
             "found.indices + i * KEY_BLOCK",
             "found.indices + i * BLOCK",
-            METRICS,
+            EVALUATE,
         ),
         ("metrics.py", "recall at K counts K - 1", "100 * (rank <= k)", "100 * (rank < k)", METRICS),
         (

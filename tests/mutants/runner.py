@@ -25,7 +25,6 @@ PRELOADED = (
     "accelerate",
     "albumentations",
     "datasets",
-    "hypothesis",
     "pytest",
     "timm",
     "transformers.modeling_utils",
