@@ -8,6 +8,7 @@ from pathlib import Path
 # As in tests/conftest.py, before the libraries are imported.
 os.environ |= {"HF_HUB_OFFLINE": "1", "NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "MKL_CBWR": "AUTO"}
+os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of the process that forks, when it ends
 
 from tests.mutants.faults import FAULTS
 from tests.mutants.runner import try_faults

@@ -339,6 +339,13 @@ FAULTS = [
             CHECKPOINTS,
         ),
         (
+            "text_groups.py",
+            "grouped texts come back in the wrong order",
+            "[order.argsort()]",
+            "[order]",
+            "tests/training/test_text_groups.py",
+        ),
+        (
             "diagnostics.py",
             "the chance loss has a wrong sign",
             "math.log(images) + (images - 1) *",
@@ -485,13 +492,6 @@ FAULTS = [
             "self.logit_scale.clamp(max=math.log(self.config.logit_scale_max)).exp()",
             "self.logit_scale.exp()",
             f"{MODEL} {LOSS}",
-        ),
-        (
-            "modeling_miniclip.py",
-            "grouped texts come back in the wrong order",
-            "[order.argsort()]",
-            "[order]",
-            MODEL,
         ),
         (
             "modeling_miniclip.py",

@@ -124,7 +124,8 @@ def _pytest_in_child(copy: Path, root: Path, log: Path, arguments: list[str]) ->
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(copy)
-    os.environ |= {"PYTHONPATH": str(copy)}
+    os.environ["PYTHONPATH"] = str(copy)
+    os.environ.pop("PYTHONWARNINGS", None)
     os.environ.setdefault("MINICLIP_SHARED", str(root.parent / "shared"))
     sys.path.insert(0, str(copy))
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
