@@ -35,7 +35,9 @@ RUNS = {
     ),
     "heads": Recorded("recipe `heads`: Flickr8k, EfficientNet-Lite0 and all-MiniLM-L6-v2 frozen, heads trained"),
     "lit": Recorded("recipe `lit`: continues from `heads`, text tower fine-tuned too", after="heads"),
-    "heads_then_full": Recorded("recipe `heads_then_full`: continues from `heads`, both towers fine-tuned", after="heads"),
+    "heads_then_full": Recorded(
+        "recipe `heads_then_full`: continues from `heads`, both towers fine-tuned", after="heads"
+    ),
     "full": Recorded("recipe `full`: new heads, both towers fine-tuned from the first step"),
 }
 

@@ -22,7 +22,8 @@ def test_groups_give_the_features_and_gradients_of_one_batch(text: str) -> None:
     found = []
     for groups in (1, 3):
         model.zero_grad()
-        group_texts_by_length(model, groups)
+        if groups > 1:  # the first result is that of the model as it is
+            group_texts_by_length(model, groups)
         widths = []
         hook = model.text_model.register_forward_pre_hook(
             lambda _, args, kwargs, widths=widths: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
