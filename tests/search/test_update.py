@@ -151,7 +151,7 @@ def test_images_that_cannot_be_read_are_named_and_left_out(
     (photos / "empty.png").touch()
     assert cli(["index", str(model), str(photos), "-o", str(tmp_path / "index")]) == 1
     told = capsys.readouterr()
-    assert "4 images; 4 encoded, 0 as before, 0 dropped" in told.out
+    assert "4 images; 4 encoded, 0 reused, 0 dropped" in told.out
     assert "2 of 6 images could not be read and were left out of the index" in told.err
     for name in ("broken.jpg", "empty.png"):
         assert f"skipped: {photos / name}" in told.err
@@ -423,7 +423,7 @@ def test_a_process_that_is_killed_costs_only_its_unfinished_shard(tmp_path: Path
     assert sorted(map(len, shards)) == [4, 4, 4, 4]
     done = launch()
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"{tmp_path / 'index'}: 24 images; 8 encoded, 16 as before, 0 dropped" in done.stdout
+    assert f"{tmp_path / 'index'}: 24 images; 8 encoded, 16 reused, 0 dropped" in done.stdout
     index = ImageIndex.open(tmp_path / "index")
     assert [os.path.basename(name) for name in ids(index)] == [f"{i:02d}.png" for i in range(24)]
     np.testing.assert_allclose(index.embeddings, expected(model, ids(index)), atol=1e-5)
