@@ -1,15 +1,14 @@
-"""Images that are embedded once and searched often: a folder on disk, memory-mapped, that is complete or not there.
+"""`ImageIndex`: images that were embedded once and can be searched often. A folder that is complete or absent.
 
-| file | what it holds |
+| file | contents |
 |---|---|
-| `manifest.json` | what [`Manifest`] says, the checksums of the other files, and its own |
-| `entries.parquet` | one row an image, see [`SCHEMA`], with the thumbnail of an image that is no file of its own |
-| `embeddings.safetensors` | `embeddings` `[images, dim]`, unit norm, float32 or float16, in the order of the entries |
-| `neighbours.faiss` | an approximate index over them, where there are many (see `approximate.py`) |
+| `manifest.json` | the fields of [`Manifest`] with the checksums of the other files, and a checksum of itself |
+| `entries.parquet` | one row per image, see [`SCHEMA`]; a thumbnail if the image has no file |
+| `embeddings.safetensors` | `embeddings` `[images, dim]`, unit norm, float32 or float16, one row per entry |
+| `neighbours.faiss` | an approximate index of the embeddings, for large indexes (see `approximate.py`) |
 
-A bit that flipped on the disk is told: files are compared with their checksums before an index is updated, when one of
-up to `VERIFIED` bytes is opened, and when it is asked for. `FORMAT` is raised whenever an older version of this
-package could misread a folder.
+Checksums detect damage on the disk. They are compared before every update, when an index of up to `VERIFIED` bytes is
+opened, and on request. `FORMAT` goes up whenever an older version of this package could misread a folder.
 """
 
 import json
@@ -36,24 +35,24 @@ from .filters import EntryFilter
 
 FORMAT = 1
 MANIFEST, ENTRIES, EMBEDDINGS = "manifest.json", "entries.parquet", "embeddings.safetensors"
-ROW_GROUP = 2_048  # entries of one read of thumbnails
-VERIFIED = 256 << 20  # bytes of which the checksum costs little beside the imports and the model that a search needs
-OWN = "sha256"  # the manifest's key for the checksum of all other keys
+ROW_GROUP = 2_048  # entries that are read at a time
+VERIFIED = 256 << 20  # bytes; checking fewer takes little time compared with the imports and the model of a search
+OWN = "sha256"  # key of the manifest that holds the checksum of all other keys
 
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),  # absolute path, or source/name
-        ("path", pa.string()),  # null: no file of its own
+        ("path", pa.string()),  # null: the image is not a file
         ("source", pa.string()),
-        ("size", pa.int64()),  # bytes; -1: not known before it is read
-        ("mtime", pa.int64()),  # nanoseconds; -1: not known
+        ("size", pa.int64()),  # bytes; -1: unknown until the image is read
+        ("mtime", pa.int64()),  # nanoseconds; -1: unknown
         ("hash", pa.string()),  # blake2b of the encoded image, 16 bytes in hexadecimal
-        ("date", pa.timestamp("s")),  # when it was taken (EXIF), else of the file; local time
+        ("date", pa.timestamp("s")),  # when it was taken (EXIF), else when its file changed; local time
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("captions", pa.list_(pa.string())),
         ("split", pa.string()),
-        ("thumbnail", pa.large_binary()),  # JPEG; null: the file is there
+        ("thumbnail", pa.large_binary()),  # JPEG; null: the image is a file
     ]
 )
 COLUMNS = [name for name in SCHEMA.names if name != "thumbnail"]
@@ -61,16 +60,19 @@ COLUMNS = [name for name in SCHEMA.names if name != "thumbnail"]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an index says of itself.
+    """Description of an index, stored as `manifest.json`.
 
     Args:
-        model: name or folder of the model, as [`ImageIndex.model`].
-        fingerprint: of the model's weights and settings; embeddings of another one do not compare.
-        files: `[name, size, mtime in ns]` of the files that the fingerprint was taken of.
-        dim, dtype, count: of the embeddings.
-        sources: what was indexed, as `resolve_source` names it.
-        skipped: images that could not be read, and why.
-        neighbours: `exact`, `approximate` or `auto`, by which size decides.
+        model: name or folder of the model.
+        fingerprint: hash of the model's weights and settings. Embeddings are comparable only if it is equal.
+        dim: numbers per embedding.
+        dtype: number format of the embeddings, `float32` or `float16`.
+        count: number of images.
+        files: `[name, size, mtime in ns]` of the model's files when the fingerprint was computed.
+        sources: indexed sources, as named by `resolve_source`.
+        skipped: images that could not be read, with the reason.
+        neighbours: kind of search: `exact`, `approximate`, or `auto`, which depends on the number of images.
+        format: version of the folder's format.
         checksums: SHA-256 of the other files, by name.
     """
 
@@ -88,14 +90,14 @@ class Manifest:
 
 
 class ImageIndex:
-    """An index on disk, opened for search. Nothing but its manifest is read before it is used.
+    """An index on disk, opened for search. Its files are memory-mapped and read when they are needed.
 
-    It may be used by several threads at once, and by processes forked from the one that opened it, before or after its
-    first search. It stays the one that was opened when the folder is updated meanwhile.
+    Several threads may use an index at once, and so may processes that were forked before or after its first search.
+    An open index does not change when its folder is updated.
 
     Args:
-        folder: of the index.
-        manifest: its manifest.
+        folder: folder of the index.
+        manifest: its manifest, read from the folder.
 
     Example:
         >>> index = ImageIndex.open("photos.index")  # doctest: +SKIP
@@ -105,116 +107,98 @@ class ImageIndex:
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
         self.manifest = manifest
-        self._parts: dict[int, pa.Table] = {}
+        # All files are opened here, so that they belong together even if the folder is replaced later.
+        self._entries_file: pa.Buffer = pa.memory_map(str(folder / ENTRIES)).read_buffer()
+        self.embeddings: np.ndarray = map_embeddings(folder / EMBEDDINGS)  # [images, dim], in the order of the entries
+        self.neighbours = _open_neighbours(folder, self.embeddings)
+        self._row_groups: dict[int, pa.Table] = {}
 
     @classmethod
     def open(cls, folder: str | os.PathLike, verify: bool | None = None) -> "ImageIndex":
-        """The index in a folder.
+        """Open the index in a folder.
 
         Args:
-            folder: of the index.
-            verify: compare the files with their checksums; by default those of an index of up to `VERIFIED` bytes.
+            folder: folder of the index.
+            verify: compare the files with their checksums; by default only if they have up to `VERIFIED` bytes.
 
         Raises:
-            DataError: there is none, a later version wrote it, it is damaged, or its files do not belong together.
+            DataError: there is no index, a later version wrote it, or it is damaged.
         """
         path = Path(folder).expanduser()
         recover_folder(path)
         if not (path / MANIFEST).is_file():
             raise DataError(f"{folder}: no index here; make one with: miniclip index MODEL SOURCE -o {folder}")
-        begun = (path / MANIFEST).stat().st_ino
+        inode = (path / MANIFEST).stat().st_ino
         try:
-            index = cls(path, _read_manifest(path))
-            index._check_files(verify)
-        except Exception as error:  # whatever the libraries raise at files that nobody wrote
-            if (path / MANIFEST).is_file() and (path / MANIFEST).stat().st_ino != begun:  # replaced in the meantime
+            manifest = _read_manifest(path)
+            _verify_checksums(path, manifest, verify)
+            index = cls(path, manifest)
+            index._check_sizes()
+        except Exception as error:  # the libraries raise all sorts of errors for damaged files
+            if (path / MANIFEST).is_file() and (path / MANIFEST).stat().st_ino != inode:  # replaced in the meantime
                 return cls.open(folder, verify)
             raise error if isinstance(error, DataError) else _damaged(path, error) from error
         return index
 
-    def _check_files(self, verify: bool | None) -> None:
-        """Hold the files against the manifest; they stay open, so that they are always those of one index."""
-        manifest, files = self.manifest, {name: self.folder / name for name in self.manifest.checksums}
-        if verify or (verify is None and sum(file.stat().st_size for file in files.values()) <= VERIFIED):
-            for name, file in files.items():
-                if file_checksum(file) != manifest.checksums[name]:
-                    raise ValueError(f"{name} does not have the checksum that it was written with")
-        sizes = self.embeddings.shape, pq.read_metadata(pa.BufferReader(self._parquet)).num_rows
+    def _check_sizes(self) -> None:
+        manifest = self.manifest
+        sizes = self.embeddings.shape, pq.read_metadata(pa.BufferReader(self._entries_file)).num_rows
         expected = (manifest.count, manifest.dim), manifest.count
         if sizes != expected or self.embeddings.dtype != manifest.dtype:
             raise DataError(
-                f"{self.folder}: {MANIFEST} tells of {expected[0]} {manifest.dtype} embeddings and {expected[1]} "
-                f"entries, there are {sizes[0]} {self.embeddings.dtype} and {sizes[1]}; delete it and index again"
+                f"{self.folder}: {MANIFEST} lists {expected[0]} {manifest.dtype} embeddings and {expected[1]} "
+                f"entries, but there are {sizes[0]} {self.embeddings.dtype} and {sizes[1]}; delete it and index again"
             )
-        self.neighbours  # noqa: B018  (opened)
 
     def __len__(self) -> int:
         return self.manifest.count
 
     @property
     def model(self) -> str:
-        """Folder or Hub name of the model that made the embeddings."""
+        """Folder or Hub name of the model that computed the embeddings."""
         return self.manifest.model
 
     @cached_property
-    def _parquet(self) -> pa.Buffer:
-        """The whole file of entries, memory-mapped: each reader has its own place in it."""
-        return pa.memory_map(str(self.folder / ENTRIES)).read_buffer()
-
-    @cached_property
     def entries(self) -> pa.Table:
-        """One row an image: the columns of [`SCHEMA`] but for `thumbnail`. `datasets.Dataset(index.entries)` works."""
-        try:
-            return pq.read_table(pa.BufferReader(self._parquet), columns=COLUMNS, page_checksum_verification=True)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise _damaged(self.folder, error) from error
-
-    @cached_property
-    def embeddings(self) -> np.ndarray:
-        """`[images, dim]`, memory-mapped, in the order of the entries."""
-        return map_embeddings(self.folder / EMBEDDINGS)
-
-    @cached_property
-    def neighbours(self) -> Neighbours:
-        """What answers a search: the approximate index if there is one and FAISS to read it, else exact."""
-        path = self.folder / NEIGHBOURS
-        if path.is_file() and find_spec("faiss") is not None:
-            return ApproximateNeighbours(self.embeddings, path)
-        return Neighbours(self.embeddings)
+        """One row per image, with all columns of [`SCHEMA`] except `thumbnail`. Usable as `datasets.Dataset(...)`."""
+        return self._read_entries(columns=COLUMNS)
 
     def read_entries(self) -> pa.Table:
-        """All columns of [`SCHEMA`], thumbnails too."""
+        """One row per image, with all columns of [`SCHEMA`], thumbnails included."""
+        return self._read_entries(schema=SCHEMA)
+
+    def _read_entries(self, **options: Any) -> pa.Table:
         try:
-            source = pa.BufferReader(self._parquet)
-            return pq.read_table(source, schema=SCHEMA, page_checksum_verification=True)
+            source = pa.BufferReader(self._entries_file)
+            return pq.read_table(source, **options, page_checksum_verification=True)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.folder, error) from error
 
     def entry(self, index: int) -> dict[str, Any]:
-        """The row of an image as a dictionary."""
-        row: dict[str, Any] = self._part(index // ROW_GROUP).slice(index % ROW_GROUP, 1).to_pylist()[0]
+        """The entry of one image as a dictionary, without its thumbnail."""
+        row: dict[str, Any] = self._row_group(index // ROW_GROUP).slice(index % ROW_GROUP, 1).to_pylist()[0]
         return row
 
-    def _part(self, number: int) -> pa.Table:
-        """`ROW_GROUP` entries: a search shows a few, and to read all of them would take most of its time."""
-        if "entries" in vars(self):
-            return self.entries.slice(number * ROW_GROUP, ROW_GROUP)
-        if number not in self._parts:
-            self._parts[number] = self._read_part(number, COLUMNS)
-        return self._parts[number]
+    def thumbnail(self, index: int) -> bytes | None:
+        """JPEG of an image that is not a file, otherwise None."""
+        rows = self._read_row_group(index // ROW_GROUP, ["thumbnail"])
+        content: bytes | None = rows["thumbnail"][index % ROW_GROUP].as_py()
+        return content
 
-    def _read_part(self, number: int, columns: list[str]) -> pa.Table:
+    def _row_group(self, number: int) -> pa.Table:
+        """`ROW_GROUP` entries. A search shows a few images; reading all entries would take most of its time."""
+        if "entries" in vars(self):  # all of them were read before
+            return self.entries.slice(number * ROW_GROUP, ROW_GROUP)
+        if number not in self._row_groups:
+            self._row_groups[number] = self._read_row_group(number, COLUMNS)
+        return self._row_groups[number]
+
+    def _read_row_group(self, number: int, columns: list[str]) -> pa.Table:
         try:
-            file = pq.ParquetFile(pa.BufferReader(self._parquet), page_checksum_verification=True)
+            file = pq.ParquetFile(pa.BufferReader(self._entries_file), page_checksum_verification=True)
             return file.read_row_group(number, columns=columns)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.folder, error) from error
-
-    def thumbnail(self, index: int) -> bytes | None:
-        """JPEG of an image that has no file of its own; None for one that has."""
-        part = self._read_part(index // ROW_GROUP, ["thumbnail"])
-        content: bytes | None = part["thumbnail"][index % ROW_GROUP].as_py()
-        return content
 
     def search(
         self,
@@ -223,19 +207,20 @@ class ImageIndex:
         filter: EntryFilter | np.ndarray | None = None,
         exact: bool = False,
     ) -> list[Match]:
-        """The images nearest to a query, best first; equal ones in the order of the index.
+        """Find the images nearest to a query.
 
         Args:
-            query_embedding: `[dim]` or `[1, dim]`, array or tensor, of this index's model; its length does not matter.
-            k: how many.
-            filter: which images may be found: an [`EntryFilter`], or their rows.
-            exact: leave an approximate index aside. What passes a filter is always compared exactly.
+            query_embedding: `[dim]` or `[1, dim]` array or tensor from this index's model, of any length.
+            k: number of images to find.
+            filter: images to consider: an [`EntryFilter`], or `[n]` ascending rows.
+            exact: search exactly even if there is an approximate index. Filtered searches are always exact.
 
         Returns:
-            At most `k` [`Match`]es: `name` is the entry's id, `score` the cosine similarity, `index` the row.
+            At most `k` [`Match`]es, best first, ties in the order of the index: `name` is the entry's id, `score` the
+            cosine similarity, `index` the row.
 
         Raises:
-            UsageError: `k` below 1, or a query that is not a finite vector of the index's dimension.
+            UsageError: `k` is below 1, or the query is not a finite vector of the index's dimension.
         """
         query = self._checked_query(query_embedding)
         if k < 1:
@@ -243,23 +228,26 @@ class ImageIndex:
         rows = filter.rows(self.entries) if isinstance(filter, EntryFilter) else filter
         neighbours = Neighbours(self.embeddings) if exact else self.neighbours
         scores, found = neighbours.search(query, k, rows)
-        names = (self._part(i // ROW_GROUP)["id"][i % ROW_GROUP].as_py() for i in found.tolist())
+        names = (self._row_group(i // ROW_GROUP)["id"][i % ROW_GROUP].as_py() for i in found.tolist())
         return [Match(name, float(s), int(i)) for name, s, i in zip(names, scores, found, strict=True)]
 
     def _checked_query(self, query_embedding: Any) -> np.ndarray:
         query = np.asarray(query_embedding, dtype=np.float32).squeeze()
         if query.shape != (self.manifest.dim,) or not np.isfinite(query).all() or not query.any():
             raise UsageError(
-                f"expected a query of {self.manifest.dim} finite numbers, not all 0, as {self.model} embeds it; got "
+                f"expected a query of {self.manifest.dim} finite numbers, not all 0, embedded by {self.model}; got "
                 f"shape {query.shape}"
             )
         return query / np.linalg.norm(query)
 
     def to_parquet(self, path: str | os.PathLike) -> Path:
-        """Entries and embeddings in one Parquet file, for other engines: the columns of `entries`, and `embedding`.
+        """Write entries and embeddings to one Parquet file, for other engines.
+
+        Args:
+            path: file to write, with the columns of `entries` and `embedding`.
 
         Returns:
-            The file.
+            The path of the file.
         """
         target = Path(path)
         fresh = target.with_name(f".{target.name}.new")
@@ -276,39 +264,58 @@ class ImageIndex:
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    """The manifest of an index.
+    """Read the manifest of an index.
 
     Raises:
         DataError: a later version wrote it.
-        ValueError: it was changed since it was written.
+        ValueError: it does not match its own checksum.
     """
     values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if values["format"] > FORMAT:
         raise DataError(
-            f"{folder}: an index of format {values['format']}, this version reads up to {FORMAT}: upgrade "
+            f"{folder}: an index of format {values['format']}, but this version reads up to {FORMAT}: upgrade "
             "miniclip, or index again into another folder"
         )
     own = values.pop(OWN, None)
     if own is not None and own != value_checksum(values):
-        raise ValueError(f"{MANIFEST} does not have the checksum that it was written with")
+        raise ValueError(f"{MANIFEST} does not match its checksum")
     return Manifest(**values)
 
 
+def _verify_checksums(folder: Path, manifest: Manifest, verify: bool | None) -> None:
+    files = {name: folder / name for name in manifest.checksums}
+    if verify or (verify is None and sum(file.stat().st_size for file in files.values()) <= VERIFIED):
+        for name, file in files.items():
+            if file_checksum(file) != manifest.checksums[name]:
+                raise ValueError(f"{name} does not match its checksum")
+
+
+def _open_neighbours(folder: Path, embeddings: np.ndarray) -> Neighbours:
+    """Approximate search if the index has a file for it and FAISS is installed, otherwise exact search."""
+    path = folder / NEIGHBOURS
+    if path.is_file() and find_spec("faiss") is not None:
+        return ApproximateNeighbours(embeddings, path)
+    return Neighbours(embeddings)
+
+
 def _damaged(folder: Path, error: Exception) -> DataError:
-    return DataError(f"{folder}: an index that cannot be read ({error}); delete it and index again")
+    return DataError(f"{folder}: this index cannot be read ({error}); delete it and index again")
 
 
 def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Iterable[np.ndarray]) -> ImageIndex:
-    """Write an index, or replace one: at any moment the folder is the old one or the new one.
+    """Write or replace an index. The folder holds the old index until the new one is complete.
 
     Args:
-        folder: to write.
-        manifest: of it; `count` and `checksums` are set here.
-        entries: of [`SCHEMA`].
-        blocks: `[n, dim]` embeddings in the order of the entries.
+        folder: folder to write.
+        manifest: manifest of the new index; `count` and `checksums` are filled in here.
+        entries: table with the columns of [`SCHEMA`].
+        blocks: `[n, dim]` arrays of embeddings, together in the order of the entries.
+
+    Returns:
+        The new index, opened.
 
     Raises:
-        MiniClipError: the disk is full or cannot be written; what was there before is kept.
+        MiniClipError: the disk is full or cannot be written; the old index is kept.
     """
     manifest = replace(manifest, count=entries.num_rows)
     try:
@@ -324,10 +331,7 @@ def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Ite
             (fresh / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise MiniClipError(
-            f"{folder} cannot be written: {error.strerror or error}; make room or name another folder, and start "
-            "again: what was there before is kept, and so is what has been encoded"
+            f"{folder} cannot be written: {error.strerror or error}; free some space or choose another folder, then "
+            "run again: the old index and all finished embeddings are kept"
         ) from error
     return ImageIndex(folder, manifest)
-
-
-# --- embeddings as safetensors, written in blocks and memory-mapped -------------------------------------------------

@@ -1,7 +1,7 @@
-"""What has been encoded, kept at once: small indexes beside the one that they will become part of.
+"""Shards: finished embeddings, written as small indexes and merged at the end of an update.
 
-Before an image is encoded it is looked for in the index as it is and in all finished shards, by the size and time of
-its file and by its content.
+Before an image is encoded, it is looked up in the existing index and in all finished shards: by the size and time of
+its file, then by its contents.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -36,23 +35,23 @@ from ..utils.performance import to_channels_last
 from ..utils.thumbnails import encode_thumbnail
 from .index import MANIFEST, SCHEMA, ImageIndex, Manifest, write_index
 
-SHARD = 1024  # images that an interruption costs at most, in each process
+SHARD = 1024  # images per shard; an interruption loses fewer than this, per process
 
 Place = tuple[int, int]  # part of the pool, and row in it
 
 
 class Pool:
-    """Everything that was encoded before with this model.
+    """All embeddings that this model has computed before.
 
     Args:
-        parts: indexes, older ones first.
+        parts: the existing index and the shards, oldest first.
     """
 
     def __init__(self, parts: list[ImageIndex]):
         self.parts = parts
         self.by_id: dict[str, Place] = {}
         self.by_hash: dict[str, Place] = {}
-        self.stats: list[list[tuple[int, int]]] = []
+        self.stats: list[list[tuple[int, int]]] = []  # size and mtime of each row of each part
         for number, part in enumerate(parts):
             columns = part.entries.select(["id", "hash", "size", "mtime"]).to_pydict()
             self.stats.append(list(zip(columns["size"], columns["mtime"], strict=True)))
@@ -60,62 +59,83 @@ class Pool:
                 self.by_id[name] = self.by_hash[content] = (number, row)
 
     def find(self, item: Item) -> Place | None:
-        """Where an image is whose file has not changed, as far as its size and time tell."""
+        """Place of an image whose file has not changed, judged by its size and time; otherwise None."""
         place = self.by_id.get(item.id)
         if place is None or item.mtime == UNKNOWN or self.stats[place[0]][place[1]] != (item.size, item.mtime):
             return None
         return place
 
 
-def open_pool(former: ImageIndex | None, shards: Path, manifest: Manifest) -> Pool:
-    """The index and the finished shards; those that another model or another type of number made are left aside."""
+def open_pool(existing: ImageIndex | None, shards: Path, manifest: Manifest) -> Pool:
+    """Open the existing index and the finished shards, except those of another model or number format.
+
+    Args:
+        existing: the index before the update, if there is one.
+        shards: folder of the shards.
+        manifest: manifest of the index after the update.
+    """
     folders = [path for path in shards.iterdir() if not path.name.startswith(".") and (path / MANIFEST).is_file()]
     folders.sort(key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
-    parts = [*([former] if former else []), *(ImageIndex.open(path) for path in folders)]
+    parts = [*([existing] if existing else []), *(ImageIndex.open(path) for path in folders)]
     same = (manifest.fingerprint, manifest.dtype)
     return Pool([part for part in parts if (part.manifest.fingerprint, part.manifest.dtype) == same])
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as the thread that read it leaves it: what is known of it, and its pixels or where it was found."""
+    """An image after a thread has read it.
 
-    facts: dict[str, Any]
-    pixels: np.ndarray | None = None  # [3, H, W] uint8
+    Args:
+        entry: columns of [`SCHEMA`][modeling_miniclip.search.index.SCHEMA] that the image gives.
+        pixels: `[3, H, W]` uint8, or None if the image was encoded before.
+        place: where in the pool it was encoded before, or None.
+    """
+
+    entry: dict[str, Any]
+    pixels: np.ndarray | None = None
     place: Place | None = None
 
 
 class Encoding:
-    """One process's part of the work: images are read in threads, encoded in batches and kept in shards.
+    """One process's share of the work: threads read images, the model encodes them in batches, shards store them.
 
     Args:
-        manifest: of the index to be.
-        pool: what need not be encoded.
+        manifest: manifest of the new index.
+        pool: embeddings that exist already.
         shards: folder of the shards.
-        batch_size: images a forward pass.
-        num_workers: threads.
+        batch_size: images per forward pass.
+        num_workers: number of threads.
     """
 
     def __init__(self, manifest: Manifest, pool: Pool, shards: Path, batch_size: int, num_workers: int):
         self.manifest, self.pool, self.shards = manifest, pool, shards
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.loading = Lock()
         self.encoded = 0
-        self.skipped: dict[str, str] = {}  # names of images that could not be read, and why
-        self.finished: list[tuple[dict[str, Any], np.ndarray]] = []  # rows of the next shard
+        self.skipped: dict[str, str] = {}  # names of images that could not be read, with the reason
+        self._tower: tuple[MiniClipModel, MiniClipProcessor] | None = None
+        self._loading = Lock()
+        self._next_shard: list[tuple[dict[str, Any], np.ndarray]] = []  # entries and embeddings
 
-    @cached_property
-    def tower(self) -> tuple[MiniClipModel, MiniClipProcessor]:
-        """The image side of the model and its processor, loaded when the first image is to be encoded."""
-        model, processor = load_tower(model_folder(self.manifest.model), "image")
-        to_channels_last(model.vision_model)
-        return model.to(PartialState().device), processor
+    def load(self) -> tuple[MiniClipModel, MiniClipProcessor]:
+        """Image tower of the model and its processor, loaded by the first call, from whichever thread it comes."""
+        with self._loading:
+            if self._tower is None:
+                model, processor = load_tower(model_folder(self.manifest.model), "image")
+                to_channels_last(model.vision_model)
+                self._tower = model.to(PartialState().device), processor
+        return self._tower
 
     def run(self, items: Iterable[Item], total: int | None, progress: bool) -> None:
-        """Encode images and keep them, also those that were finished when an error or Ctrl-C ends it."""
+        """Encode images and store them. An error or Ctrl-C stores those that are finished.
+
+        Args:
+            items: images to encode.
+            total: their number, if it is known.
+            progress: show a progress bar.
+        """
         batch: list[Prepared] = []
         if total:
-            self.tower  # noqa: B018  (loaded before the clock of the progress bar starts)
+            self.load()  # before the clock of the progress bar starts
         try:
             with tqdm(total=total, desc="index", unit="image", disable=not progress) as bar:
                 for prepared in self._read_ahead(items, bar):
@@ -131,7 +151,7 @@ class Encoding:
             self._write_shard()
 
     def _read_ahead(self, items: Iterable[Item], bar: Any) -> Iterator[Prepared]:
-        """Images in order, read by threads while others are encoded; what cannot be read is noted and left out."""
+        """Images in the order of `items`, read by threads while others are encoded. Unreadable ones are skipped."""
         waiting: deque[tuple[Item, Future[Prepared]]] = deque()
         iterator = iter(items)
         with ThreadPoolExecutor(self.num_workers) as threads:
@@ -143,7 +163,7 @@ class Encoding:
                 item, future = waiting.popleft()
                 try:
                     prepared = future.result()
-                except Exception as error:  # Pillow's decoders raise all sorts
+                except Exception as error:  # Pillow's decoders raise all sorts of errors
                     reason = " ".join(str(error).split())[:200] or type(error).__name__
                     self.skipped[item.id] = reason
                     bar.write(printable(f"skipped: {item.id}: {reason}"), file=sys.stderr)
@@ -159,68 +179,69 @@ class Encoding:
             exif = image.getexif()
             turned = exif.get(ExifTags.Base.Orientation, 1) >= 5
             width, height = image.size[::-1] if turned else image.size
-            facts: dict[str, Any] = {
+            entry: dict[str, Any] = {
                 "id": item.id, "path": item.path, "size": item.size, "mtime": item.mtime, "hash": digest,
                 "date": _date_of(exif, item.mtime), "width": width, "height": height,
             }  # fmt: skip
             needs_thumbnail = item.path is None and (place is None or self.pool.by_id.get(item.id) != place)
             if place is not None and not needs_thumbnail:
-                return Prepared(facts, place=place)
+                return Prepared(entry, place=place)
             rgb = to_rgb(image)
         if needs_thumbnail:
-            facts["thumbnail"] = encode_thumbnail(rgb)
+            entry["thumbnail"] = encode_thumbnail(rgb)
         if place is not None:
-            return Prepared(facts, place=place)
-        with self.loading:
-            _, processor = self.tower
-        return Prepared(facts, processor.crop(rgb))
+            return Prepared(entry, place=place)
+        _, processor = self.load()
+        return Prepared(entry, processor.crop(rgb))
 
     def _copy(self, prepared: Prepared) -> None:
-        """An image whose content was encoded before, under another name or, its file being as new, under this one."""
+        """Store an image whose contents were encoded before: under another name, or before its file was touched."""
         assert prepared.place is not None
-        if prepared.facts["mtime"] != UNKNOWN or self.pool.by_id.get(prepared.facts["id"]) != prepared.place:
+        if prepared.entry["mtime"] != UNKNOWN or self.pool.by_id.get(prepared.entry["id"]) != prepared.place:
             part, row = prepared.place
-            self._keep(prepared.facts, self.pool.parts[part].embeddings[row])
+            self._store(prepared.entry, self.pool.parts[part].embeddings[row])
 
     @torch.inference_mode()
     def _encode(self, batch: list[Prepared]) -> None:
         if not batch:
             return
-        model, processor = self.tower
+        model, processor = self.load()
         pixels = torch.from_numpy(np.stack([prepared.pixels for prepared in batch if prepared.pixels is not None]))
-        inputs = model_inputs({"pixel_values": pixels}, processor, model.device)
-        embeddings = model(**inputs).image_embeds.float().cpu().numpy()
+        inputs = model_inputs({"pixel_values": pixels}, processor, model.device)  # pixels [batch, 3, H, W]
+        embeddings = model(**inputs).image_embeds.float().cpu().numpy()  # [batch, dim]
         if not np.isfinite(embeddings).all():
-            raise MiniClipError(f"{self.manifest.model} gives embeddings that are no numbers (NaN): train it again")
+            raise MiniClipError(
+                f"{self.manifest.model} computes embeddings that are not numbers (NaN): train it again"
+            )
         self.encoded += len(batch)
         for prepared, embedding in zip(batch, embeddings, strict=True):
-            self._keep(prepared.facts, embedding)
+            self._store(prepared.entry, embedding)
 
-    def _keep(self, facts: dict[str, Any], embedding: np.ndarray) -> None:
-        self.finished.append((facts, embedding))
-        if len(self.finished) == SHARD:
+    def _store(self, entry: dict[str, Any], embedding: np.ndarray) -> None:
+        self._next_shard.append((entry, embedding))
+        if len(self._next_shard) == SHARD:
             self._write_shard()
 
     def _write_shard(self) -> None:
-        if self.finished:
-            entries = pa.Table.from_pylist([facts for facts, _ in self.finished], schema=SCHEMA)
-            block = np.stack([embedding for _, embedding in self.finished])
+        if self._next_shard:
+            entries = pa.Table.from_pylist([entry for entry, _ in self._next_shard], schema=SCHEMA)
+            block = np.stack([embedding for _, embedding in self._next_shard])
             manifest = replace(self.manifest, neighbours="exact")
             write_index(self.shards / f"shard-{uuid.uuid4().hex[:16]}", manifest, entries, [block])
-            self.finished = []
+            self._next_shard = []
 
 
-def _date_of(exif: Any, mtime: int) -> datetime | None:
-    """When a photograph was taken, as its camera tells, else when its file changed last; local time."""
+def _date_of(exif: Image.Exif, mtime: int) -> datetime | None:
+    """Local time at which a photograph was taken, or else at which its file last changed."""
     details = exif.get_ifd(ExifTags.IFD.Exif)
     for text in (details.get(ExifTags.Base.DateTimeOriginal), exif.get(ExifTags.Base.DateTime)):
         try:
             return datetime.strptime(str(text).strip("\0 "), "%Y:%m:%d %H:%M:%S")
-        except ValueError:  # none, or zeros of a camera whose clock was never set
+        except ValueError:  # missing, or all zeros because the camera's clock was never set
             continue
     return datetime.fromtimestamp(mtime // 10**9) if mtime != UNKNOWN else None
 
 
 def default_workers() -> int:
-    """One thread a core that this process may use."""
+    """Number of threads that read images by default: one per core that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,19 +1,18 @@
-"""An index made and kept up to date: only images that are new or changed are encoded, by one process or by several.
+"""`update_index`: build an index or update it. Only new and changed images are encoded, by one process or by several.
 
-What has been encoded is kept at once in `.NAME.shards` beside the index `NAME` (see `shards.py`), so that a run that
-was interrupted, or a process of several that was lost, costs only its unfinished shard. At the end everything becomes
-one index, which replaces the former one at once.
+Finished embeddings go to `.NAME.shards` next to the index `NAME` at once (see `shards.py`), so an interrupted run, or
+a lost process, costs only its unfinished shard. At the end everything is merged into one index, which replaces the old
+one in a single step.
 """
 
 import os
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +32,7 @@ from .fingerprints import describe_files, fingerprint
 from .index import ImageIndex, Manifest, write_index
 from .shards import Encoding, Pool, default_workers, open_pool
 
-PATIENCE = timedelta(days=7)  # that processes wait for the slowest
+PATIENCE = timedelta(days=7)  # how long processes wait for the slowest one
 
 
 @dataclass
@@ -41,12 +40,12 @@ class Report:
     """What a run of [`update_index`] did.
 
     Args:
-        images: in the index now.
-        encoded: by the model in this run.
-        reused: images of the sources that had been encoded before.
-        dropped: images that were in the index and are no longer.
-        skipped: names of images that could not be read, and why.
-        seconds: of the whole run.
+        images: images in the index after the run.
+        encoded: images that the model encoded in this run.
+        reused: images of the scanned sources that had been encoded before.
+        dropped: images that were in the index before and no longer are.
+        skipped: names of images that could not be read, with the reason.
+        seconds: duration of the run.
     """
 
     images: int = 0
@@ -58,8 +57,8 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Listed:
-    """What the sources tell of an image now, whenever it was encoded."""
+class ListedImage:
+    """What a source says about an image now, no matter when it was encoded."""
 
     source: str
     id: str
@@ -70,21 +69,31 @@ class Listed:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a run is going to do."""
+    """What a run will do.
+
+    Args:
+        target: folder of the index.
+        existing: the index before the run, if there is one.
+        manifest: manifest of the index after the run.
+        sources_to_scan: sources whose images are listed and encoded.
+        sources_kept: sources whose images stay in the index as they are.
+        overwrite: use nothing of the existing index.
+    """
 
     target: Path
-    existing: ImageIndex | None  # the index as it is
-    manifest: Manifest  # of the index to be
-    sources_to_scan: list[str]  # sources to walk through
-    sources_kept: list[str]  # sources whose part of the index stays as it is
+    existing: ImageIndex | None
+    manifest: Manifest
+    sources_to_scan: list[str]
+    sources_kept: list[str]
     overwrite: bool
 
     @property
     def shards(self) -> Path:
+        """Folder of finished embeddings."""
         return self.target.with_name(f".{self.target.name}.shards")
 
     def pool(self) -> Pool:
-        """What has been encoded up to now."""
+        """All embeddings that exist at this moment."""
         return open_pool(None if self.overwrite else self.existing, self.shards, self.manifest)
 
 
@@ -102,30 +111,27 @@ def update_index(
     num_workers: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Make an index or bring it up to date. Several processes of `accelerate launch` share the work.
+    """Build an index or update it. Several processes of `accelerate launch` share the work.
 
     Args:
-        folder: of the index.
-        sources: folders, caption files, tar archives, data sets, see `walk_source`. What the index has of other
-            sources stays; none: all that it was made of are looked through again.
-        model: folder or Hub name of the model; of an index that is there, by default its own.
-        remove: sources whose images shall be dropped from the index.
-        overwrite: use nothing of an index that is there, whatever model made it; it stays until the new one is ready.
-        columns: names in caption files and data sets.
-        dtype: of the embeddings, `float32` (default) or `float16`, which takes half the space.
-        neighbours: `exact` search, an `approximate` index, or `auto` (default): approximate where there are many
-            images and FAISS is installed.
-        batch_size: images a forward pass.
-        num_workers: threads that read images; by default one a core.
-        progress: show a progress bar with images a second.
-
-    Returns:
-        What was done. Images that cannot be read are in its `skipped`; the index has all others.
+        folder: folder of the index.
+        sources: folders, caption files, tar archives and data sets, see `walk_source`. Images of other sources stay
+            in the index. By default all sources of the index are scanned again.
+        model: folder or Hub name of the model; by default the one that built the index.
+        remove: sources whose images are dropped from the index.
+        overwrite: rebuild the index from scratch, with any model. The old index stays until the new one is ready.
+        columns: column names in caption files and data sets.
+        dtype: number format of the embeddings: `float32` (default), or `float16`, which takes half the space.
+        neighbours: kind of search: `exact`, `approximate`, or `auto` (default): approximate if there are many images
+            and FAISS is installed.
+        batch_size: images per forward pass.
+        num_workers: threads that read images; by default one per core.
+        progress: show a progress bar.
 
     Raises:
-        ModelError: no model there, or the index was made by another one.
-        UsageError: no model or no source is named, or another type than the index has.
-        DataError: a source cannot be read, or has no image.
+        ModelError: there is no such model, or another one built the index.
+        UsageError: a model or a source is missing, or `dtype` is not that of the index.
+        DataError: a source cannot be read, or has no images. Single unreadable images are in `Report.skipped` instead.
 
     Example:
         >>> update_index("photos.index", ["~/Pictures"], "my-clip/export").encoded  # doctest: +SKIP
@@ -133,15 +139,10 @@ def update_index(
     """
     start = time.perf_counter()
     processes = _processes()
-    target = Path(folder).expanduser()
-    recover_folder(target)
-    existing = ImageIndex.open(target, verify=True) if target.exists() else None
-    sources_to_scan, sources_kept = _sources_of(existing, list(sources), list(remove))
-    manifest = _manifest(target, existing, model, dtype, neighbours, overwrite)
-    plan = _Plan(target, existing, manifest, sources_to_scan, [] if overwrite else sources_kept, overwrite)
+    plan = _make_plan(Path(folder).expanduser(), list(sources), model, list(remove), overwrite, dtype, neighbours)
     with _locked(plan, processes):
-        encoding = Encoding(manifest, plan.pool(), plan.shards, batch_size, num_workers or default_workers())
-        listed = _encode_share(encoding, sources_to_scan, columns, processes, progress)
+        encoding = Encoding(plan.manifest, plan.pool(), plan.shards, batch_size, num_workers or default_workers())
+        listed = _encode_share(encoding, plan.sources_to_scan, columns, processes, progress)
         report = gather_reports(encoding)
         if processes.is_main_process:
             _merge(plan, listed, report)
@@ -151,40 +152,66 @@ def update_index(
     return report
 
 
-# --- before any long work -------------------------------------------------------------------------------------------
+# --- checks before the long work ------------------------------------------------------------------------------------
 
 
 def _processes() -> PartialState:
-    """This process among those that a launcher started; alone, if there is none."""
+    """This process among those that a launcher started, or alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return PartialState()
-    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    # Not told to use CPUs, accelerate takes the processes of a machine without a GPU for single ones.
-    return PartialState(cpu=told or not torch.accelerator.is_available(), timeout=PATIENCE)
+    cpu_requested = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    # Without cpu=True, Accelerate does not connect the processes of a machine without a GPU.
+    return PartialState(cpu=cpu_requested or not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
-def _sources_of(existing: ImageIndex | None, sources: list[Any], remove: list[Any]) -> tuple[list[str], list[str]]:
-    """The sources to walk through, and those whose part of the index stays as it is."""
+def _make_plan(
+    target: Path,
+    sources: Sequence[str | os.PathLike],
+    model: str | os.PathLike | None,
+    remove: Sequence[str | os.PathLike],
+    overwrite: bool,
+    dtype: str | None,
+    neighbours: str | None,
+) -> _Plan:
+    """Check the arguments of [`update_index`] and decide what to do."""
+    recover_folder(target)
+    existing = ImageIndex.open(target, verify=True) if target.exists() else None
+    scan, kept = _choose_sources(existing, sources, remove)
+    manifest = _describe_index(target, existing, model, dtype, neighbours)
+    if existing is not None and not overwrite:
+        _check_same_kind(target, existing, manifest, dtype)
+        manifest = replace(manifest, dtype=existing.manifest.dtype)
+    return _Plan(target, existing, manifest, scan, [] if overwrite else kept, overwrite)
+
+
+def _choose_sources(
+    existing: ImageIndex | None, sources: Sequence[str | os.PathLike], remove: Sequence[str | os.PathLike]
+) -> tuple[list[str], list[str]]:
+    """Sources to scan, and sources whose images stay in the index as they are."""
     known = existing.manifest.sources if existing else []
-    gone = []
+    removed = []
     for name in map(os.fspath, remove):
         found = next((s for s in (name, os.path.abspath(os.path.expanduser(name))) if s in known), None)
         if found is None:
-            raise UsageError(f"{name} is none of the sources of this index: {', '.join(known) or 'it has none'}")
-        gone.append(found)
-    staying = [name for name in known if name not in gone]
-    asked = list(dict.fromkeys(resolve_source(source) for source in sources))
-    if not asked and not gone:
-        asked = staying
-    if not asked and not staying:
+            raise UsageError(f"--remove {name}: not a source of this index, which has: {', '.join(known) or 'none'}")
+        removed.append(found)
+    remaining = [name for name in known if name not in removed]
+    scan = list(dict.fromkeys(resolve_source(source) for source in sources))
+    if not scan and not removed:
+        scan = remaining
+    if not scan and not remaining:
         raise UsageError("no source to index: name a folder, a caption file, a tar archive or a data set")
-    return asked, [name for name in staying if name not in asked]
+    return scan, [name for name in remaining if name not in scan]
 
 
-def _manifest(
-    target: Path, existing: ImageIndex | None, model: Any, dtype: str | None, neighbours: str | None, overwrite: bool
+def _describe_index(
+    target: Path,
+    existing: ImageIndex | None,
+    model: str | os.PathLike | None,
+    dtype: str | None,
+    neighbours: str | None,
 ) -> Manifest:
-    """What can be told of the new index before any image is read."""
+    """Manifest of the new index, without what only its images can tell."""
     if model is None and existing is None:
         raise UsageError(f"{target}: no index here; make one with: miniclip index MODEL SOURCE -o {target}")
     if dtype is not None and dtype not in DTYPES:
@@ -198,29 +225,31 @@ def _manifest(
         raise ModelError(f"{name}: a model of type {values.get('model_type')!r}, not one that MiniCLIP exported")
     files = describe_files(folder)
     unchanged = existing is not None and (existing.model, existing.manifest.files) == (name, files)
-    print_of = existing.manifest.fingerprint if existing and unchanged else fingerprint(folder)
+    hash_of_model = existing.manifest.fingerprint if existing and unchanged else fingerprint(folder)
     neighbours = neighbours or (existing.manifest.neighbours if existing else "auto")
-    is_chosen(neighbours, 0)  # tells now what it would tell at the end
-    manifest = Manifest(name, print_of, MiniClipConfig.from_pretrained(folder).projection_dim, dtype or "float32",
-                        files=files, neighbours=neighbours)  # fmt: skip
-    if existing is None or overwrite:
-        return manifest
-    rebuild = shlex.join(["miniclip", "index", name, *existing.manifest.sources, "-o", str(target), "--overwrite"])
-    if existing.manifest.fingerprint != print_of:
+    is_chosen(neighbours, 0)  # raises its errors now instead of after the long work
+    dim = MiniClipConfig.from_pretrained(folder).projection_dim
+    return Manifest(name, hash_of_model, dim, dtype or "float32", files=files, neighbours=neighbours)
+
+
+def _check_same_kind(target: Path, existing: ImageIndex, manifest: Manifest, dtype: str | None) -> None:
+    """Raise an error, with the command that rebuilds the index, if new embeddings do not fit the existing ones."""
+    sources = existing.manifest.sources
+    rebuild = shlex.join(["miniclip", "index", manifest.model, *sources, "-o", str(target), "--overwrite"])
+    if existing.manifest.fingerprint != manifest.fingerprint:
         raise ModelError(
-            f"{target} was built by {existing.model} with other weights than {name} has now, so their embeddings are "
-            f"not comparable; rebuild the index: {rebuild}"
+            f"{target} was built by {existing.model} with other weights than {manifest.model} has now, so their "
+            f"embeddings are not comparable; rebuild the index: {rebuild}"
         )
     if dtype not in (None, existing.manifest.dtype):
         raise UsageError(
             f"{target} holds {existing.manifest.dtype}, not {dtype}; rebuild the index: {rebuild} --dtype {dtype}"
         )
-    return replace(manifest, dtype=existing.manifest.dtype)
 
 
 @contextmanager
 def _locked(plan: _Plan, processes: PartialState) -> Iterator[None]:
-    """Keep a second run away from the same index; the lock is gone with its process."""
+    """Keep other runs away from this index. The lock ends with the process."""
     from huggingface_hub.utils import WeakFileLock
 
     plan.shards.mkdir(parents=True, exist_ok=True)
@@ -229,81 +258,91 @@ def _locked(plan: _Plan, processes: PartialState) -> Iterator[None]:
             try:
                 stack.enter_context(WeakFileLock(plan.shards / "lock", timeout=0.1))
             except TimeoutError:
-                raise MiniClipError(f"{plan.target} is being written by another run; wait for its end") from None
+                raise MiniClipError(f"{plan.target} is being written by another run; wait until it ends") from None
         processes.wait_for_everyone()
         yield
 
 
-# --- the work, and putting it together ------------------------------------------------------------------------------
+# --- encode and merge -----------------------------------------------------------------------------------------------
 
 
 def _encode_share(
-    encoding: Encoding, sources_to_scan: list[str], columns: ColumnNames, processes: PartialState, progress: bool
-) -> list[Listed]:
-    """Encode this process's share of what is new. Returns all images that the sources list."""
-    listed: list[Listed] = []
+    encoding: Encoding, sources: list[str], columns: ColumnNames, processes: PartialState, progress: bool
+) -> list[ListedImage]:
+    """Encode this process's share of the new images. Returns all images that the sources list."""
+    listed: list[ListedImage] = []
 
-    def share() -> Iterator[Item]:
-        for number, (source, item) in enumerate(walk_sources(sources_to_scan, columns) if sources_to_scan else ()):
-            listed.append(Listed(source, item.id, item.path, item.captions, item.split))
+    def new_items() -> Iterator[Item]:
+        for number, (source, item) in enumerate(walk_sources(sources, columns) if sources else ()):
+            listed.append(ListedImage(source, item.id, item.path, item.captions, item.split))
             if number % processes.num_processes == processes.process_index and encoding.pool.find(item) is None:
                 yield item
 
-    shown = progress and processes.is_main_process
-    if all(map(is_listed_at_once, sources_to_scan)):
-        items = list(share())
-        encoding.run(items, len(items), shown)
+    shows_progress = progress and processes.is_main_process
+    if all(map(is_listed_at_once, sources)):
+        items = list(new_items())
+        encoding.run(items, len(items), shows_progress)
     else:
-        encoding.run(share(), None, shown)
+        encoding.run(new_items(), None, shows_progress)
     return listed
 
 
 def gather_reports(encoding: Encoding) -> Report:
-    """The reports of all processes, which are waited for, as one."""
+    """Wait for all processes and combine their reports."""
     try:
         parts = gather_object([(encoding.encoded, encoding.skipped)])
     except RuntimeError as error:
         raise MiniClipError(
-            f"a process of this run was lost ({one_line(error)}); start the same command again: all that was encoded "
-            "is kept but for its unfinished shard"
+            f"a process of this run was lost ({one_line(error)}); run the same command again: all embeddings are kept "
+            "except those of its unfinished shard"
         ) from error
     skipped = {name: reason for _, some in parts for name, reason in some.items()}
     return Report(encoded=sum(encoded for encoded, _ in parts), skipped=skipped)
 
 
-def _merge(plan: _Plan, listed: list[Listed], report: Report) -> None:
-    """Write the index: what it has of sources that were not walked through, then what is listed and was encoded."""
+def _merge(plan: _Plan, listed: list[ListedImage], report: Report) -> None:
+    """Write the index, first images of sources that were not scanned, then the listed ones. Fills in the report."""
     pool = plan.pool()
-    former = pool.parts[0].read_entries() if plan.sources_kept else None
     new = [image for image in listed if image.id not in report.skipped]
     if lost := [image.id for image in new if image.id not in pool.by_id]:
         raise MiniClipError(
-            f"{len(lost)} of {len(new)} images are not in {plan.shards}, the first {lost[0]}: all processes have to "
-            "see this folder on a file system that they share; start the same command again there"
+            f"{len(lost)} of {len(new)} images are not in {plan.shards}, the first {lost[0]}: all processes must see "
+            "this folder on a shared file system; run the same command again there"
         )
-    met = {image.id for image in new}
-    stays = []
-    if former is not None:
-        listed_before = zip(former["source"].to_pylist(), former["id"].to_pylist(), strict=True)
-        for row, (source, name) in enumerate(listed_before):
-            if source in plan.sources_kept and name not in met:
-                stays.append(row)
-    places = [*((0, row) for row in stays), *(pool.by_id[image.id] for image in new)]
+    kept_rows = _kept_rows(plan, pool, {image.id for image in new})
+    places = [*((0, row) for row in kept_rows), *(pool.by_id[image.id] for image in new)]
     if not places:
         raise DataError(
             f"none of the {len(listed)} images can be read; the first: {next(iter(report.skipped.items()))}"
         )
     part_of, row_of = np.array(places, dtype=np.int64).reshape(-1, 2).T
     offsets = np.cumsum([0, *(len(part) for part in pool.parts)])
-    facts = pa.concat_tables([part.read_entries() for part in pool.parts]).take(pa.array(offsets[part_of] + row_of))
-    for name in ("source", "path", "captions", "split"):  # as the sources tell them now
-        old = facts[name].slice(0, len(stays)).combine_chunks()
-        now = pa.array([getattr(image, name) for image in new], type=facts.schema.field(name).type)
-        values = pa.chunked_array([old, now] if len(stays) else [now])
-        facts = facts.set_column(facts.schema.get_field_index(name), facts.schema.field(name), values)
-    manifest = replace(plan.manifest, sources=[*plan.sources_kept, *plan.sources_to_scan], skipped=report.skipped)
-    write_index(plan.target, manifest, facts, gather_blocks([part.embeddings for part in pool.parts], part_of, row_of))
-    now = set(facts["id"].to_pylist())
-    before = plan.existing.entries["id"].to_pylist() if plan.existing else []
+    entries = pa.concat_tables([part.read_entries() for part in pool.parts]).take(pa.array(offsets[part_of] + row_of))
+    entries = _update_columns(entries, len(kept_rows), new)
+    sources = [*plan.sources_kept, *plan.sources_to_scan]
+    manifest = replace(plan.manifest, sources=sources, skipped=report.skipped)
+    embeddings = gather_blocks([part.embeddings for part in pool.parts], part_of, row_of)
+    write_index(plan.target, manifest, entries, embeddings)
+    ids = set(entries["id"].to_pylist())
+    old_ids = plan.existing.entries["id"].to_pylist() if plan.existing else []
     report.images, report.reused = len(places), len(new) - report.encoded
-    report.dropped = sum(name not in now for name in before)
+    report.dropped = sum(name not in ids for name in old_ids)
+
+
+def _kept_rows(plan: _Plan, pool: Pool, new_ids: set[str]) -> list[int]:
+    """Rows of the existing index that stay: images of sources that were not scanned, unless listed again."""
+    if not plan.sources_kept:
+        return []
+    existing = pool.parts[0].entries
+    pairs = zip(existing["source"].to_pylist(), existing["id"].to_pylist(), strict=True)
+    return [row for row, (source, name) in enumerate(pairs) if source in plan.sources_kept and name not in new_ids]
+
+
+def _update_columns(entries: pa.Table, kept: int, new: list[ListedImage]) -> pa.Table:
+    """Replace what sources may change without changing the image, in all rows after the first `kept` ones."""
+    for name in ("source", "path", "captions", "split"):
+        old = entries[name].slice(0, kept).combine_chunks()
+        now = pa.array([getattr(image, name) for image in new], type=entries.schema.field(name).type)
+        values = pa.chunked_array([old, now] if kept else [now])
+        entries = entries.set_column(entries.schema.get_field_index(name), entries.schema.field(name), values)
+    return entries

@@ -112,7 +112,7 @@ def test_words_picture_and_what_is_not_wanted_are_weighted(home: Path, model: Mi
         (["dog", "--image", "no.png"], "no.png", 1),
         (["dog", "--since", "yesterday"], "'yesterday' is no date: expected 2024", 2),
         (["dog", "--folder", "/nowhere"], "no image of", 2),
-        (["dog", "--html", "/nowhere/x.html"], "--html /nowhere/x.html: there is no folder /nowhere", 2),
+        (["dog", "--html", "/nowhere/x.html"], "--html /nowhere/x.html: the folder /nowhere does not exist", 2),
     ],
 )
 def test_what_cannot_be_searched_for_is_told_in_one_line(
