@@ -350,14 +350,14 @@ def test_an_index_that_is_damaged_or_of_a_later_format_is_told(tmp_path: Path, m
     manifest = tmp_path / "index" / "manifest.json"
     values = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**values, "count": 3}))
-    with pytest.raises(DataError, match="manifest.json does not have the checksum"):
+    with pytest.raises(DataError, match="manifest.json does not match its checksum"):
         ImageIndex.open(tmp_path / "index")
     del values["sha256"]
     manifest.write_text(json.dumps({**values, "count": 3}))
     with pytest.raises(DataError, match="lists .* embeddings"):
         ImageIndex.open(tmp_path / "index")
     manifest.write_text(json.dumps({**values, "format": 2, "more": 1}))
-    with pytest.raises(DataError, match="format 2, this version reads up to 1: upgrade"):
+    with pytest.raises(DataError, match="format 2, but this version reads up to 1: upgrade"):
         ImageIndex.open(tmp_path / "index")
 
 
