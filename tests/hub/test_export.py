@@ -257,9 +257,9 @@ def check_saved_again(folder: Path, source: Path) -> None:
 
 def test_the_card_tells_the_measured_metrics(exported: Path) -> None:
     metadata, body = read_card((exported / "README.md").read_text())
-    assert "| text, finds images | 12.3 (10.0 to 15.0) | 45.7 | 78.9 | 3 |" in body
+    assert "| text to image | 12.3 (10.0 to 15.0) | 45.7 | 78.9 | 3 |" in body
     assert "95 % confidence intervals" in body
-    assert "| image, finds texts | 21.0 | 54.0 | 87.0 | 2.5 |" in body
+    assert "| image to text | 21.0 | 54.0 | 87.0 | 2.5 |" in body
     assert re.search(r"rsum, is 29(8\.9|9\.0) \(290\.0 to 307\.2\)\.", body)
     assert "1.2346 nats" in body
     assert "by `rsum`" in body
