@@ -228,7 +228,7 @@ FAULTS = [
             "right answers are listed as failures",
             "data.image_of_query(direction), ranking.rank > 1)",
             "data.image_of_query(direction), ranking.rank >= 1)",
-            EVALUATE,
+            "tests/evaluation/test_failure_page.py",
         ),
     ),
     *faults_in(
