@@ -238,9 +238,9 @@ FAULTS = [
             "HTML in a name is not escaped",
             r'r"([\\`*\[\]<>|])"',
             r'r"([\\`*\[\]|])"',
-            EXPORT,
+            UNTRUSTED,
         ),
-        ("model_card.py", "a backtick ends the code of a card", '.replace("`", "\'")', "", EXPORT),
+        ("model_card.py", "a backtick ends the code of a card", '.replace("`", "\'")', "", UNTRUSTED),
         (
             "export.py",
             "local paths stay in the configuration",

@@ -1,5 +1,6 @@
 """What trained models can do: the built-in recipe from nothing, and real photographs through real towers."""
 
+import os
 from pathlib import Path
 from random import Random
 
@@ -14,7 +15,9 @@ from train_miniclip import main
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in recipe, run as `make demo` runs it."""
+    """Output folder of the built-in recipe, run as `make demo` runs it, or already run by `.ci/run`."""
+    if "MINICLIP_DEMO" in os.environ:
+        return Path(os.environ["MINICLIP_DEMO"])
     run = tmp_path_factory.mktemp("demo") / "run"
     main([f"--output_dir={run}"])
     return run

@@ -144,7 +144,7 @@ def test_the_wheel_holds_code_and_data_files_and_no_folder_of_its_own_beside_the
     zipfile.ZipFile(wheel).extractall(site)
     code = (
         "from modeling_miniclip import packaged_file\n"
-        "from modeling_miniclip.training.arguments import parse_arguments\n"
+        "from modeling_miniclip.training.parsing import parse_arguments\n"
         "print(parse_arguments(['--recipe', 'scenes']).preset, packaged_file('model_card.md'))"
     )
     env = {**os.environ, "PYTHONPATH": str(site)}
