@@ -68,7 +68,8 @@ class CaptionPairs(Dataset):
 def pair_loss(logits_per_image: Tensor) -> Tensor:
     """CLIP's loss of a batch of pairs: row i belongs to column i."""
     labels = torch.arange(len(logits_per_image))
-    return sum(functional.cross_entropy(logits, labels) for logits in (logits_per_image, logits_per_image.t())) / 2
+    image_loss = functional.cross_entropy(logits_per_image, labels)
+    return (image_loss + functional.cross_entropy(logits_per_image.t(), labels)) / 2
 
 
 class PlainLoop:

@@ -163,9 +163,9 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
         tests = ", ".join(f"[{Path(path).name}](../{path})" for path in promise.tests)
         lines.append(f"| {promise.text} | {tests} | {in_words(figures.get(name))} |")
     measured = [json.loads(line) for line in LOAD.read_text(encoding="utf-8").splitlines()] if LOAD.exists() else []
-    for part, promise in LOADS.items():
+    for part, text in LOADS.items():
         told = [LOAD_WORDS[part](line) for line in measured if line["part"] == part]
-        lines.append(f"| {promise} | [load.py](load.py), [load.md](load.md) | {'; '.join(told) or 'not recorded'} |")
+        lines.append(f"| {text} | [load.py](load.py), [load.md](load.md) | {'; '.join(told) or 'not recorded'} |")
     return "\n".join(lines) + "\n"
 
 

@@ -173,7 +173,7 @@ def beside_hnsw(vectors: np.ndarray, tell: Callable[..., None], clock: Callable[
     import faiss
 
     start = clock()
-    index = faiss.index_factory(vectors.shape[1], "HNSW16", faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(vectors.shape[1], "HNSW16", faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = 80
     index.add(np.asarray(vectors, dtype=np.float32))
     build = f"{clock() - start:.0f} s, {len(vectors) * (4 * vectors.shape[1] + 4 * 32) / 1e6:.0f} MB"

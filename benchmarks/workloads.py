@@ -201,6 +201,12 @@ def loader_rows(arguments: TrainingArguments, folder: Path, size: tuple[int, int
     return CaptionRows(split, processor, augmentation, arguments.captions_per_image)
 
 
+# Set in each process of the pool of `load_bare`.
+augmentation: Any = None
+tokenizer: Any = None
+texts_together = 0
+
+
 def _prepare_worker(rows: CaptionRows, batch_size: int) -> None:
     global augmentation, tokenizer, texts_together
     augmentation, tokenizer, texts_together = rows.augmentation, rows.processor.tokenizer, batch_size

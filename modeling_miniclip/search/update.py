@@ -190,7 +190,7 @@ def _choose_sources(
     """Sources to scan, and sources whose images stay in the index as they are."""
     known = existing.manifest.sources if existing else []
     removed = []
-    for name in map(os.fspath, remove):
+    for name in [os.fspath(source) for source in remove]:
         found = next((s for s in (name, os.path.abspath(os.path.expanduser(name))) if s in known), None)
         if found is None:
             raise UsageError(f"--remove {name}: not a source of this index, which has: {', '.join(known) or 'none'}")

@@ -40,5 +40,5 @@ def telling_prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
 if __name__ == "__main__":
     launch_file = yaml.safe_load(packaged_file("configuration", "accelerate", "fsdp.yaml").read_text(encoding="utf-8"))
     os.environ.update({name.upper(): str(value) for name, value in launch_file["fsdp_config"].items()})
-    AcceleratorState.__init__, Accelerator.prepare = state_with_fsdp, telling_prepare  # type: ignore[method-assign]
+    AcceleratorState.__init__, Accelerator.prepare = state_with_fsdp, telling_prepare
     main(sys.argv[1:])

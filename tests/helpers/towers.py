@@ -12,7 +12,7 @@ from modeling_miniclip.training.build_model import train_tokenizer
 PIXELS = 32
 
 # timm's own miniatures of each family; they take any input size but for vit and swin, which are told theirs.
-VISION = {
+VISION: dict[str, dict[str, Any]] = {
     "resnet": {"architecture": "test_resnet"},
     "efficientnet": {"architecture": "test_efficientnet"},
     "convnext": {"architecture": "test_convnext"},
