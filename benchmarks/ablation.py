@@ -1,12 +1,12 @@
-"""Train variants of a recipe and compare them; those of the heads share the features of frozen towers, computed once.
+"""Train variants of a recipe and compare them. Variants with frozen towers share features that are computed once.
 
     python benchmarks/ablation.py heads --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
     python benchmarks/ablation.py reductions --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
     python benchmarks/ablation.py tuned --dataset FLICKR8K --model_name_or_path HEADS_OF_2000/export
     python benchmarks/ablation.py full --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
 
-Adds a line a run to `<experiment>.jsonl`, leaving out what is there already, and writes `<experiment>.md` from it. Not
-the loss decides, which means something else for each, but the largest rsum of a run's epochs.
+Adds one line per run to `<experiment>.jsonl`, skipping runs that are recorded already, and writes `<experiment>.md`.
+Variants are compared by the largest rsum of their epochs, because the losses of different variants are not comparable.
 """
 
 import gc
@@ -35,9 +35,10 @@ class Experiment:
     """Variants to be compared.
 
     Args:
-        title, text: of the table.
-        flags: that all have in common.
-        variants: the flags in which each differs, with the number of its seeds.
+        title: heading of the page.
+        text: introduction of the table.
+        flags: flags that all variants share.
+        variants: for each variant, the flags that differ and the number of seeds.
     """
 
     title: str
@@ -48,9 +49,9 @@ class Experiment:
 
 EXPERIMENTS = {
     "heads": Experiment(
-        "What the heads' recipe owes to what",
-        "The towers are frozen. Each line changes recipe `heads`, here with `projection_dropout` 0.5, in what it "
-        "names. The recipe took its 0.7 from this table.",
+        "Ablation of recipe `heads`",
+        "The towers are frozen. Each line is recipe `heads` with the named changes, here with `projection_dropout` "
+        "0.5. The recipe's value of 0.7 comes from this table.",
         {"recipe": "heads", "projection_dropout": 0.5},
         [
             ({}, 3),
@@ -75,10 +76,10 @@ EXPERIMENTS = {
         ],
     ),
     "reductions": Experiment(
-        "The losses on several captions an image",
-        "The towers are frozen. Heads of 256 dimensions. With one caption an image `softmax_sum` and `softmax_mean` "
-        "are the same. All have the same learning rate and number of steps: in so few the temperature and the bias of "
-        "`sigmoid` stay near their start.",
+        "Losses with several captions per image",
+        "The towers are frozen; the heads have 256 dimensions. With one caption per image, `softmax_sum` and "
+        "`softmax_mean` are the same. All runs have the same learning rate and number of steps: too few for the "
+        "temperature and the bias of `sigmoid` to move far from their initial values.",
         {
             "text_pooling": "mean", "freeze": "both", "augmentation": "[]", "batch_size": 256, "num_train_epochs": 15,
             "head_learning_rate": 1e-3, "weight_decay": 0.1, "dropout": 0.3, "lr_scheduler_type": "cosine",
@@ -91,10 +92,10 @@ EXPERIMENTS = {
         ],
     ),
     "tuned": Experiment(
-        "What the tuning of both towers owes to what",
-        "Each line changes recipe `heads_then_full` in what it names. For the time it takes all have 2,000 of the "
-        "6,000 training images and 3 epochs, from heads on that recipe `heads` trained on these 2,000: what a setting "
-        "changes counts here, not how far it gets.",
+        "Ablation of recipe `heads_then_full`",
+        "Each line is recipe `heads_then_full` with the named changes. To save time, all runs use 2,000 of the 6,000 "
+        "training images and 3 epochs, and start from heads that recipe `heads` trained on these 2,000: compare the "
+        "lines with each other, not with the recorded runs.",
         {"recipe": "heads_then_full", "max_train_images": 2000, "num_train_epochs": 3, "warmup_steps": 10},
         [
             ({}, 1),
@@ -108,9 +109,9 @@ EXPERIMENTS = {
         ],
     ),
     "full": Experiment(
-        "What the tuning of both towers from nothing owes to its heads",
-        "Each line changes recipe `full` in what it names. For the time it takes all have 2,000 of the 6,000 training "
-        "images and 4 epochs: what a setting changes counts here, not how far it gets.",
+        "Ablation of the heads of recipe `full`",
+        "Each line is recipe `full` with the named changes. To save time, all runs use 2,000 of the 6,000 training "
+        "images and 4 epochs: compare the lines with each other, not with the recorded runs.",
         {"recipe": "full", "max_train_images": 2000, "num_train_epochs": 4, "warmup_steps": 10},
         [
             ({}, 1),
@@ -126,7 +127,7 @@ def recorded(path: Path) -> list[dict[str, Any]]:
 
 
 def settings_of(line: dict[str, Any]) -> dict[str, Any]:
-    """What a line's run was told, its seed apart."""
+    """The settings of a recorded run, without its seed."""
     return {name: value for name, value in line.items() if "R@" not in name and name not in ("epoch", "rsum", "seed")}
 
 
@@ -151,8 +152,8 @@ def table(experiment: Experiment, lines: list[dict[str, Any]]) -> str:
             numbers = ([run[name] for run in runs] for name in COLUMNS)
             rows.append([label(settings), str(len(runs)), *(spread(values) for values in numbers)])
     about = (
-        f"Written by `benchmarks/ablation.py`: {MEASURED}. {experiment.text} Mean and standard deviation over the "
-        "seeds of the epoch with the largest rsum, chosen on the split that is measured."
+        f"Written by `benchmarks/ablation.py`: {MEASURED}. {experiment.text} Figures are the mean and standard "
+        "deviation over seeds, each at the epoch with the largest rsum, which is chosen on the split that is measured."
     )
     return f"# {experiment.title}\n\n{about}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

@@ -21,9 +21,9 @@ from modeling_miniclip.utils.performance import keep_freed_memory, release_freed
 CAPTIONS, DIM, TOP, THREADS = 5, 256, 10, torch.get_num_threads()
 HEAD = f"""# Ranking without the matrix of similarities
 
-Written by `benchmarks/eval_memory.py`: random embeddings of {DIM} dimensions, {CAPTIONS} captions an image, ranks both
-ways and the first {TOP} results of each query. Threads: {THREADS}. Memory is the most that the process held
-beside the embeddings, the results among it.
+Written by `benchmarks/eval_memory.py`: random embeddings of {DIM} dimensions, {CAPTIONS} captions per image, ranks
+both ways and the first {TOP} results of each query. Threads: {THREADS}. Memory is the peak of the process, without the
+embeddings and including the results.
 
 | images | captions | matrix, GiB | memory, MiB | minutes | processor minutes |
 |---|---|---|---|---|---|"""

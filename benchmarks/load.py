@@ -300,16 +300,15 @@ Written by `benchmarks/load.py`: {cores} cores, shared by the page and its users
 
 """
 PAGE_TAIL = """
-Each fifth search uploads a picture, the others are captions; each answer was compared with that of the index asked
-directly. An answer is there when the names of the images found are, a page when their pictures are there too. Users
-look at a page for an exponentially distributed time of that mean. Memory is that of the server when it starts to
-listen, after a sixth and after half of the time, and at the end. Towers are read, and their parts warmed, when first
-asked.
+Every fifth search uploads a picture, the others are captions. Each answer was compared with that of the index itself.
+"Answer" is the time until the names of the images found arrive, "page" until their pictures do. Users look at a page
+for an exponentially distributed time with this mean. Memory is that of the server when it starts to listen, after a
+sixth and after half of the time, and at the end. The towers are loaded and warmed up at the first search.
 """
 IMAGES_HEAD = """
 ## Many images
 
-Copies of those of the folder.
+The images are copies of those in the folder.
 
 | what | images | memory after a tenth, MiB | at the end, MiB |
 |---|---|---|---|
@@ -317,9 +316,9 @@ Copies of those of the folder.
 BYTES_HEAD = """
 ## Checksums of an index
 
-Seconds of `ImageIndex.open`, files in memory; up to {limit} MB comparing is the default.
+Seconds of `ImageIndex.open` with the files in memory. Up to {limit} MB, checksums are compared by default.
 
-| images, 256 dimensions | MB | without comparing | with |
+| images, 256 dimensions | MB | without checksums | with |
 |---|---|---|---|
 """
 
@@ -327,8 +326,8 @@ Seconds of `ImageIndex.open`, files in memory; up to {limit} MB comparing is the
 def page_table(lines: list[dict[str, Any]]) -> str:
     """Markdown of the page."""
     out = (
-        "| images | users | mean look, s | searches a second | searches | pictures | errors | answer p50, s | p99, s "
-        "| page p50, s | p99, s | memory, MiB |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "| images | users | mean look, s | searches per second | searches | pictures | errors | answer p50, s "
+        "| p99, s | page p50, s | p99, s | memory, MiB |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     for line in lines:
         times = " | ".join(f"{value:.2f}" for name in ("answer", "page") for value in line[name] or [float("nan")] * 2)

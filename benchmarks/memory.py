@@ -26,7 +26,7 @@ Written by `benchmarks/memory.py`: EfficientNet-Lite0 and all-MiniLM-L6-v2, both
 
 | batch size | chunk size | peak memory, GiB | pixels of the batch, GiB |
 |---|---|---|---|"""
-INTERVAL = 0.1  # seconds between two looks
+INTERVAL = 0.1  # seconds between two measurements
 
 
 def peak_of(argv: list[str]) -> float:

@@ -1,12 +1,12 @@
-"""What is promised of bad data and bad days, and how it went when it was tried last.
+"""What is promised about bad data and failures, and the figures of the last test run.
 
     python benchmarks/reliability.py                 # print the table of benchmarks/RELIABILITY.md
     python benchmarks/reliability.py --write         # write it there
-    python benchmarks/reliability.py --record        # run all these tests, the slow ones too, and keep their figures
-    python benchmarks/reliability.py --record kills  # those of one line
+    python benchmarks/reliability.py --record        # run all these tests, slow ones included, and keep their figures
+    python benchmarks/reliability.py --record kills  # only the tests of one promise
 
-The figures are in `reliability.json`: what pytest counted, and what the tests record of themselves. Those under load
-are of `load.jsonl`, which `load.py` measures.
+The figures are in `reliability.json`: what pytest counted, and what the tests record themselves. Figures under load
+come from `load.jsonl`, which `load.py` writes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ BEGIN, END = "<!-- figures: written by `python benchmarks/reliability.py --write
 
 @dataclass(frozen=True)
 class Promise:
-    """A line of the table: what is promised, and the tests that try it (arguments of pytest)."""
+    """A line of the table: what is promised, and the tests that check it (arguments of pytest)."""
 
     text: str
     tests: tuple[str, ...]
@@ -38,83 +38,84 @@ class Promise:
 
 PROMISES = {
     "data": Promise(
-        "A caption file, split file, recipe or flag ends in exactly the rows and values that it says, or in one line "
-        "with file, row or key; nothing else, whatever is in it",
+        "A caption file, split file, recipe or flag gives exactly the rows and values it states, or an error of one "
+        "line with file, row or key, whatever it contains",
         ("tests/data/test_fuzz_data.py",),
     ),
     "images": Promise(
-        "An image of any mode and size and an array of any type become the same pixels as by Pillow alone, a damaged "
-        "file an image or an error with its name; a text is embedded as if it were alone, however odd",
+        "An image of any mode and size and an array of any type give the same pixels as Pillow alone; a damaged file "
+        "gives an image or an error with its name; a text, however odd, is embedded as if it were alone",
         ("tests/inference/test_fuzz_images.py",),
     ),
     "exports": Promise(
-        "An export loads as the model that was saved, or is told: one flipped bit in the weights is enough; pickles "
-        "are not opened",
+        "An export loads as the model that was saved, or is an error: one flipped bit in the weights is enough; "
+        "pickled weights are never opened",
         ("tests/hub/test_fuzz_exports.py",),
     ),
     "index": Promise(
-        "A damaged index gives the answers of the whole one, or is told with its folder: one flipped bit is enough",
+        "A damaged index gives the correct answers, or an error with its folder: one flipped bit is enough",
         ("tests/search/test_fuzz_index.py",),
     ),
     "concurrency": Promise(
-        "An index gives many threads and forked processes the answers that it gives to one, and stays what it was "
-        "when its folder is updated",
+        "An index gives the same answers to many threads and forked processes as to one, and an open index stays as "
+        "it was when its folder is updated",
         ("tests/search/test_concurrency.py",),
     ),
     "folders": Promise(
-        "A folder that is replaced is the old or the new one, whole, whenever the process dies",
+        "A folder that is being replaced is either the old one or the new one, complete, whenever the process dies",
         ("tests/utils/test_files.py",),
     ),
     "kills": Promise(
-        "A run killed at any moment keeps every complete checkpoint and export, and resumed ends with the bits of one "
-        "that was not",
+        "A run that is killed at any moment keeps every complete checkpoint and export, and after resuming it ends "
+        "bit-identical to an uninterrupted run",
         ("tests/training/test_kills.py", "tests/training/test_checkpoints.py"),
     ),
     "disk": Promise(
-        "On a full or read-only disk a run says what is left, and ends the same once there is room; two runs never "
-        "share a folder",
+        "On a full or read-only disk, a run says what it kept, and ends with the same result once there is space; two "
+        "runs never share a folder",
         ("tests/training/test_output_dir.py",),
     ),
     "processes": Promise(
-        "Two processes give the gradients and results of one", ("tests/training/test_distributed.py",)
+        "Two processes give the same gradients and results as one", ("tests/training/test_distributed.py",)
     ),
     "bad_images": Promise(
-        "An undecodable image costs that image and nothing else, the same for any number of processes, after resuming "
-        "and from cached features; too many end the run; a loader process that dies is told with the likely cause",
+        "An undecodable image is skipped and changes nothing else, the same way for any number of processes, after "
+        "resuming and with cached features; too many end the run; if a loader process dies, the error names the "
+        "likely cause",
         ("tests/training/test_bad_images.py",),
     ),
     "checks": Promise(
-        "`miniclip check` finds each kind of problem at its row and reads on; the mended copy has none of them",
+        "`miniclip check` finds every kind of problem at its row and continues; the corrected copy has none of them",
         ("tests/data/test_check.py",),
     ),
     "untrusted": Promise(
-        "Names stay in their folder, pickles are refused, YAML makes no objects, and neither a message nor a card "
-        "shows control characters, markup or a token",
+        "Names stay in their folder, pickled weights are rejected, YAML creates no objects, and neither messages nor "
+        "cards show control characters, markup or tokens",
         ("tests/test_untrusted.py",),
     ),
     "trouble": Promise(
-        "A loss that is not a number, one stuck at chance, collapsed embeddings: told, and no damaged state saved",
+        "A loss that is not finite or stuck at chance, and collapsed embeddings, are reported; no damaged state is "
+        "saved",
         ("tests/training/test_diagnostics.py",),
     ),
     "commands": Promise(
-        "A command ends with code 2 where it has to be written otherwise, with 1 for any other failure, and tells it "
-        "in one line",
+        "A command ends with exit code 2 if it is wrong and 1 for any other failure, and explains it in one line",
         ("tests/test_cli.py", "tests/test_package.py"),
     ),
     "pushes": Promise(
-        "A push that fails anywhere leaves the target as it was, and no token is told",
+        "A push that fails anywhere leaves the target as it was, and shows no token",
         ("tests/hub/test_push.py", "tests/hub/test_export.py", "tests/test_errors.py"),
     ),
 }
 LOADS = {
     "page": "`miniclip app` answers many users at once without an error",
     "encode": "The memory of `encode_images` does not grow with the number of images",
-    "index": "`miniclip index` takes little more memory for ten times as many images: a few kB each",
+    "index": "`miniclip index` needs little more memory for ten times as many images: a few kB each",
 }
 LOAD_WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "page": lambda x: (
         f"{x['users']} users for {x['seconds']:.0f} s: {x['searches']:,} searches and {x['files']:,} pictures, "
-        f"{x['errors']} errors, an answer within {x['answer'][1]:.1f} s (p99), {x['memory'][2]:.0f} MiB after half "
+        f"{x['errors']} errors, answers within {x['answer'][1]:.1f} s (p99), {x['memory'][2]:.0f} MiB after half "
         f"of the time, {x['memory'][3]:.0f} MiB at the end"
     ),
     **dict.fromkeys(
@@ -125,15 +126,15 @@ LOAD_WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
         ),
     ),
 }
-# What tests record of themselves, in words.
-COUNTED = {"cases": "inputs tried", "kills": "kills survived", "faults": "full disks survived"}
+# What tests record themselves, in words.
+COUNTED = {"cases": "inputs tested", "kills": "kills survived", "faults": "full disks survived"}
 
 
 def record(name: str) -> dict[str, Any]:
-    """Run the tests of a promise, the slow ones too, and count.
+    """Run the tests of a promise, slow ones included, and count.
 
     Raises:
-        SystemExit: one failed.
+        SystemExit: a test failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -146,7 +147,7 @@ def record(name: str) -> dict[str, Any]:
 
 
 def count(report: Path) -> dict[str, int]:
-    """Tests that passed or were skipped, and the sums of what they recorded, of a JUnit report."""
+    """Numbers of passed and skipped tests in a JUnit report, and the sums of what they recorded."""
     figures = {"passed": 0, "skipped": 0}
     for case in ElementTree.parse(report).iter("testcase"):
         figures["skipped" if case.find("skipped") is not None else "passed"] += 1
@@ -164,8 +165,8 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {promise.text} | {tests} | {in_words(figures.get(name))} |")
     measured = [json.loads(line) for line in LOAD.read_text(encoding="utf-8").splitlines()] if LOAD.exists() else []
     for part, text in LOADS.items():
-        told = [LOAD_WORDS[part](line) for line in measured if line["part"] == part]
-        lines.append(f"| {text} | [load.py](load.py), [load.md](load.md) | {'; '.join(told) or 'not recorded'} |")
+        results = [LOAD_WORDS[part](line) for line in measured if line["part"] == part]
+        lines.append(f"| {text} | [load.py](load.py), [load.md](load.md) | {'; '.join(results) or 'not recorded'} |")
     return "\n".join(lines) + "\n"
 
 

@@ -19,9 +19,9 @@ class Recorded:
     """A run whose metrics are in the folder of its name.
 
     Args:
-        what: it was trained on and with.
-        best_metric: that decided which epoch was exported.
-        after: the run from whose model it started, which takes its time too.
+        what: data and model, as shown in the table.
+        best_metric: metric that decided which epoch was exported.
+        after: run whose model it started from; its time is added.
     """
 
     what: str
@@ -43,7 +43,7 @@ RUNS = {
 
 
 def best_validation(name: str) -> dict[str, Any]:
-    """The validation that decided the export."""
+    """The validation metrics of the exported epoch."""
     lines = [json.loads(line) for line in (HERE / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     sign = -1 if RUNS[name].best_metric == "loss" else 1
     return max(
@@ -52,7 +52,7 @@ def best_validation(name: str) -> dict[str, Any]:
 
 
 def minutes(name: str) -> float:
-    """Of the whole run, from pretrained towers on."""
+    """Minutes of the whole run, including the run it started from."""
     own = json.loads((HERE / name / "time.json").read_text())["seconds"] / 60
     first = RUNS[name].after
     return own if first is None else own + minutes(first)
@@ -70,7 +70,7 @@ def row(name: str) -> str:
 
 
 def table() -> str:
-    """Markdown: recalls in percent at the exported epoch, and the minutes of the whole."""
+    """Markdown: recalls in percent at the exported epoch, and minutes of the whole run."""
     head = (
         "| run, 1,000 validation images | text to image R@1/5/10 | image to text R@1/5/10 | rsum | best epoch "
         "| minutes, 2 cores |\n|---|---|---|---|---|---|"

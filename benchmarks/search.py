@@ -151,11 +151,11 @@ def measure(mixtures: Mixtures, texts: np.ndarray, rows: int, args: argparse.Nam
     direct, parameters = approximate.index, approximate.parameters
     tell("FAISS called directly, no refinement", "the same",
          lambda query: direct.search(query[None], K, params=parameters)[1][0], kinds)  # fmt: skip
-    for library in args.beside:
-        BESIDE[library](vectors, tell, clock, kinds)
+    for library in args.compare:
+        COMPARED[library](vectors, tell, clock, kinds)
 
 
-def beside_usearch(vectors: np.ndarray, tell: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
+def compare_usearch(vectors: np.ndarray, tell: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
     """USearch's graph with half-precision numbers."""
     from usearch.index import Index
 
@@ -168,7 +168,7 @@ def beside_usearch(vectors: np.ndarray, tell: Callable[..., None], clock: Callab
         tell(f"USearch HNSW f16, effort {effort}", build, lambda query: index.search(query, K).keys, kinds)
 
 
-def beside_hnsw(vectors: np.ndarray, tell: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
+def compare_hnsw(vectors: np.ndarray, tell: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
     """FAISS's graph."""
     import faiss
 
@@ -182,7 +182,7 @@ def beside_hnsw(vectors: np.ndarray, tell: Callable[..., None], clock: Callable[
         tell(f"FAISS HNSW16, effort {effort}", build, lambda query: index.search(query[None], K)[1][0], kinds)
 
 
-BESIDE = {"usearch": beside_usearch, "hnsw": beside_hnsw}
+COMPARED = {"usearch": compare_usearch, "hnsw": compare_hnsw}
 
 
 def main() -> None:
@@ -193,7 +193,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--queries", type=int, default=250, help="of each kind")
     parser.add_argument("--exact_queries", type=int, default=30, help="of exact search")
-    parser.add_argument("--beside", nargs="*", choices=list(BESIDE), default=[], help="other indexes, slow to build")
+    parser.add_argument(
+        "--compare", nargs="*", choices=list(COMPARED), default=[], help="other indexes, slow to build"
+    )
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     args = parser.parse_args()
     index = ImageIndex.open(args.index)
@@ -201,8 +203,8 @@ def main() -> None:
     said = [said[i] for i in np.linspace(0, len(said) - 1, args.queries).astype(int)]
     texts = embed_queries(index, [Query(text) for text in said])
     mixtures = Mixtures(np.asarray(index.embeddings, dtype=np.float32))
-    print(f"{len(index)} real images; mean cosine to the 10th neighbour {mixtures.goal:.3f}, of as many mixtures "
-          f"{mixtures.reached:.3f}; {args.clock} time, {args.dtype}\n")  # fmt: skip
+    print(f"{len(index)} real images; mean cosine to the 10th neighbour {mixtures.goal:.3f}, of the same number of "
+          f"mixtures {mixtures.reached:.3f}; {args.clock} time, {args.dtype}\n")  # fmt: skip
     print("| vectors | search | build | queries | p50, ms | p99, ms | recall@10 |\n|---|---|---|---|---|---|---|")
     for rows in args.rows:
         with tempfile.TemporaryDirectory() as folder:

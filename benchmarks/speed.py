@@ -75,56 +75,58 @@ def _beyond(other: float, own: float) -> float:
 
 ROWS = [
     *(
-        Row(f"train_{captions}", f"training, {name}, {captions} captions an image".replace("1 captions", "1 caption"),
+        Row(f"train_{captions}", f"training, {name}, {captions} captions per image".replace("1 captions", "1 caption"),
             f"{name}_per_second", ("train_plain", "train_package"), target)
         for captions, name, target in ((1, "pairs", "1.5"), (1, "images", ""), (5, "pairs", "4"), (5, "images", ""))
     ),
-    Row("encode", "`encode_images`, images, against the bare tower by default", "images_per_second",
+    Row("encode", "`encode_images`, images, against the bare tower with default settings", "images_per_second",
         ("encode_timm", "encode_package"), "1.5"),
-    Row("encode", "the same, against the tower called alike", "images_per_second",
+    Row("encode", "`encode_images`, against the tower with the same settings", "images_per_second",
         ("encode_timm_alike", "encode_package"), "0.97"),
-    Row("encode", "the same, against the tower alone, nothing to read", "images_per_second",
+    Row("encode", "`encode_images`, against the tower without reading", "images_per_second",
         ("encode_no_reading", "encode_package"), ""),
-    Row("loader", "training loader, images, against decode, augment and tokenize run bare", "images_per_second",
+    Row("loader", "training loader, images, against bare decoding, augmentation and tokenization", "images_per_second",
         ("load_bare", "load_package"), "0.9"),
-    Row("loader", "the same, enlarged to 500 x 375 pixels", "images_per_second",
+    Row("loader", "training loader, with images of 500 x 375 pixels", "images_per_second",
         ("load_bare_large", "load_package_large"), "0.9"),
-    Row("train_1", "share of a step that waits for data, %", "waiting_percent", ("train_plain", "train_package"),
+    Row("train_1", "time of a step spent waiting for data, %", "waiting_percent", ("train_plain", "train_package"),
         "below 5", _percent, "%"),
-    Row("start", "`import modeling_miniclip`, s beyond Python's start", "seconds", ("nothing", "import"),
+    Row("start", "`import modeling_miniclip`, s more than starting Python", "seconds", ("nothing", "import"),
         "below 0.3", _beyond, "s"),
     Row("start", "`miniclip --help`, s", "seconds", ("nothing", "help"), "below 0.5", _percent, "s"),
-    Row("race", "seconds to text-to-image R@10 of 50 %, at any step", "seconds", ("race_plain", "race_package"), "",
-        lambda other, own: other / own),
-    Row("race", "seconds to the first epoch's end with more than that", "epoch_seconds",
+    Row("race", "seconds until text-to-image R@10 exceeds 50 %, at any step", "seconds",
+        ("race_plain", "race_package"), "", lambda other, own: other / own),
+    Row("race", "seconds until the end of the first epoch that exceeds it", "epoch_seconds",
         ("race_plain", "race_package"), "8", lambda other, own: other / own),
 ]  # fmt: skip
 HEAD = """# Speed
 
-Written by `benchmarks/speed.py`: medians of repetitions, the sides taking turns, each in a process of its own; what is
-compared is compared within each turn. EfficientNet-Lite0 and all-MiniLM-L6-v2, Flickr8k, {threads} threads, torch
+Written by `benchmarks/speed.py`: medians of repetitions. The two sides take turns, each in its own process, and are
+compared within each turn. EfficientNet-Lite0 and all-MiniLM-L6-v2, Flickr8k, {threads} threads, torch
 {torch}.
 
-| what, a second unless told otherwise | other side | MiniCLIP | ratio or difference | target | turns |
+| what, per second unless stated otherwise | other side | MiniCLIP | ratio or difference | target | turns |
 |---|---|---|---|---|---|
 """
 TAIL = """
-- Training: both towers trained, batches of 32 images, 2 loader processes, the default augmentation, batch norm frozen.
-  The other side is the [plain loop](plain_loop.py), which encodes an image once for each of its captions; it has the
-  same towers, heads and parameter groups. The package adds `keep_freed_memory`, channels_last, texts padded to the
-  longest of a group of like lengths, and the image encoded once.
-- Encoding: JPEG files, batches of 32, nothing trained. By default the tower gets timm's transform of the opened file,
-  contiguous; alike means with `keep_freed_memory` and channels_last. Nothing to read: the same pixels over and over.
-- Loader: the other side opens and augments files and tokenizes captions in as many processes and hands nothing over.
-  With files as small as 224 x 224 pixels, which decode in no time, what is left shows: the row's own seeds, and the
-  first touch of each batch's shared memory.
-- The race: both towers frozen, heads trained, 224 pixels on both sides; here recipe `heads`, there the default heads
-  of 256 dimensions, their learning rate and batches of 32. Until the 5,000 captions of 1,000 validation images find
-  their image among the first ten in half of the cases. From the start of the process; for MiniCLIP with the features
-  of the towers and all validations, for the plain loop without the time of its validations, one every 100 steps of 32
-  pairs. With the recipe's dropout the end of its first epoch, of 12 steps, is not enough, that of the second is.
-  Either side spends its time in the towers' forward passes, which are bounded by the row of encoding above. As the
-  tutorial does, the plain loop would validate at the end of the epoch, whose seconds are told from its seconds a step.
+- Training: both towers are trained, with batches of 32 images, 2 loader processes, the default augmentation and frozen
+  batch norm. The other side is the [plain loop](plain_loop.py) with the same towers, heads and parameter groups, which
+  encodes an image once for each of its captions. The package adds `keep_freed_memory`, channels_last, texts padded to
+  the longest of a group of similar lengths, and encodes the image once.
+- Encoding: JPEG files in batches of 32, nothing is trained. "Default settings" gives the tower timm's transform of the
+  opened file in contiguous memory; "the same settings" adds `keep_freed_memory` and channels_last; "without reading"
+  encodes the same pixels over and over.
+- Loader: the other side opens and augments files and tokenizes captions in the same number of processes, and passes
+  nothing on. Files as small as 224 x 224 pixels decode so fast that the remaining costs show: a seed for each row, and
+  the first access to each batch's shared memory.
+- Race: both towers are frozen and the heads are trained, with 224 pixels on both sides. MiniCLIP uses recipe `heads`,
+  the plain loop the default heads of 256 dimensions, their learning rate and batches of 32. The goal is that half of
+  the 5,000 captions find their image among the first ten of the 1,000 validation images. Time counts from the start of
+  the process. For MiniCLIP it includes the features of the towers and all validations; for the plain loop it excludes
+  its validations, one every 100 steps of 32 pairs. With the recipe's dropout, MiniCLIP reaches the goal at the end of
+  its second epoch of 12 steps. Both sides spend their time in the forward passes of the towers, which the encoding row
+  above limits. Like the tutorial, the plain loop would validate at the end of an epoch; the seconds of that epoch are
+  calculated from its seconds per step.
 """
 
 
