@@ -1,4 +1,4 @@
-"""Retrieval recall as an `evaluate` metric: `evaluate.load(path of this file)` or `RetrievalMetric()`."""
+"""Retrieval recall as a metric of `evaluate`: `evaluate.load(path of this file)` or `RetrievalMetric()`."""
 
 import datasets
 import evaluate
@@ -7,13 +7,13 @@ import torch
 
 from modeling_miniclip.evaluation.metrics import retrieval_metrics
 
-DESCRIPTION = """Recall at 1, 5, 10 in percent, median rank in both directions and rsum, the sum of the six recalls.
-All rows that were added are candidates; ties are resolved against the model."""
+DESCRIPTION = """Recall@1, 5 and 10 in percent, median rank in both directions, and rsum, the sum of the six recalls.
+All added rows are candidates. Ties count against the model."""
 
 INPUTS = """
 Args:
-    predictions: one image embedding a row, unit norm.
-    references: the list of the embeddings of that image's captions; any number of them, at least one.
+    predictions: one image embedding per row, unit norm.
+    references: for each image the list of embeddings of its captions, at least one, unit norm.
 Returns:
     text_to_image_R@1, text_to_image_R@5, text_to_image_R@10, text_to_image_median_rank, the same with
     image_to_text, and rsum.
@@ -41,5 +41,5 @@ class RetrievalMetric(evaluate.Metric):
 def _matrix(rows: list) -> torch.Tensor:
     widths = {len(row) for row in rows}
     if len(widths) > 1:
-        raise ValueError(f"embeddings of unequal width: {sorted(widths)}")
+        raise ValueError(f"embeddings differ in width: {sorted(widths)}")
     return torch.from_numpy(numpy.asarray(rows, dtype=numpy.float32).reshape(len(rows), -1 if rows else 0))

@@ -1,4 +1,4 @@
-"""Any CLIP that is installed behind one interface: a MiniCLIP export, a CLIP of transformers, or one of open_clip."""
+"""One interface for all CLIP models: MiniCLIP exports, models of transformers, and models of open_clip."""
 
 import os
 from collections.abc import Iterable
@@ -21,20 +21,20 @@ from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 
 OPEN_CLIP = "open_clip:"
-# Trained with every text padded to the same length, which they therefore need (transformers' docs of SigLIP).
+# Models that were trained with all texts padded to the same length and need this (see SigLIP in transformers' docs).
 PADDED_TO_FULL = frozenset({"siglip", "siglip2"})
-LONGEST_TEXT = 512  # tokens, where neither model nor tokenizer names a limit
+LONGEST_TEXT = 512  # tokens, if the model does not name a limit
 
 
 class ClipEncoder(Protocol):
-    """Two towers into one space; embeddings are unit norm, float32, `[n, dim]`, on the CPU."""
+    """Encodes images and texts into one space. Embeddings are unit norm, float32, `[n, dim]`, on the CPU."""
 
     def encode_images(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
-        """Embeddings of whatever [`open_image`][modeling_miniclip.inference.encode.open_image] takes."""
+        """Embed images, in any form that [`open_image`][modeling_miniclip.inference.encode.open_image] takes."""
         ...
 
     def encode_texts(self, texts: list[str], batch_size: int, progress: bool) -> Tensor:
-        """Embeddings of texts; what is too long is cut."""
+        """Embed texts, truncating those that are too long."""
         ...
 
 
@@ -54,7 +54,7 @@ class MiniClipEncoder:
 
 @dataclass
 class TransformersEncoder:
-    """A model of transformers with `get_image_features` and `get_text_features`."""
+    """A model of transformers that has `get_image_features` and `get_text_features`."""
 
     model: Any
     processor: Any
@@ -109,30 +109,30 @@ def open_encoder(source: str, flag: str) -> ClipEncoder:
     """Load a model in float32 onto the accelerator, if there is one.
 
     Args:
-        source: folder of a MiniCLIP export; folder or Hub repository of any CLIP of transformers (CLIP, SigLIP, ...);
-            or `open_clip:ARCHITECTURE/CHECKPOINT`, the checkpoint being a name that open_clip knows or a file.
-        flag: that named it, for the errors.
+        source: folder of a MiniCLIP export; folder or Hub repository of any CLIP model of transformers (CLIP, SigLIP,
+            ...); or `open_clip:ARCHITECTURE/CHECKPOINT`, where the checkpoint is a file or a name known to open_clip.
+        flag: flag or argument that named the source, for error messages.
 
     Raises:
         ModelError: there is no such model, it does not load, or it does not embed both images and texts.
         MiniClipError: open_clip is not installed.
-        UsageError: `open_clip:` without the names that follow it.
+        UsageError: the names after `open_clip:` are missing, or the architecture is unknown.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if source.startswith(OPEN_CLIP):
         return _open_clip(source, flag, device)
     try:
-        return _of_transformers(source, flag, device)
+        return _open_transformers(source, flag, device)
     except MiniClipError:
         raise
     except (HTTPError, OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"{flag} {source}: no model that can be loaded: {one_line(error)}") from error
+        raise ModelError(f"{flag} {source}: cannot load a model: {one_line(error)}") from error
 
 
-def _of_transformers(source: str, flag: str, device: torch.device) -> ClipEncoder:
+def _open_transformers(source: str, flag: str, device: torch.device) -> ClipEncoder:
     from transformers import AutoConfig, AutoModel, AutoProcessor
 
-    from .. import auto  # noqa: F401  (from now on an export loads without its own code)
+    from .. import auto  # noqa: F401  (so that an export loads without the code in its folder)
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{flag} {source}: this folder has no config.json{export_hint(source)}")
@@ -142,17 +142,17 @@ def _of_transformers(source: str, flag: str, device: torch.device) -> ClipEncode
     other, info = AutoModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
     if not (hasattr(other, "get_image_features") and hasattr(other, "get_text_features")):
         raise ModelError(
-            f"{flag} {source}: {type(other).__name__} does not embed images and texts; expected a CLIP, for instance "
+            f"{flag} {source}: {type(other).__name__} does not embed images and texts; expected a CLIP model, such as "
             "an export, openai/clip-vit-base-patch32 or google/siglip-base-patch16-224"
         )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"]))
-        raise ModelError(f"{flag} {source} lacks weights: {missing}; choose a model that is whole")
+        raise ModelError(f"{flag} {source} lacks weights: {missing}; choose a complete model")
     return TransformersEncoder(other.to(device).eval(), AutoProcessor.from_pretrained(source))
 
 
 def _features(output: Any) -> Tensor:
-    # A tensor up to transformers 4, an output with the embedding as `pooler_output` from 5 on.
+    # transformers 4 returns a tensor, transformers 5 an output with the embedding as `pooler_output`.
     return normalize(output if isinstance(output, Tensor) else output.pooler_output, dim=-1)
 
 
@@ -160,12 +160,12 @@ def _open_clip(source: str, flag: str, device: torch.device) -> ClipEncoder:
     architecture, _, checkpoint = source.removeprefix(OPEN_CLIP).partition("/")
     if not architecture or not checkpoint:
         raise UsageError(
-            f"{flag} {source}: expected {OPEN_CLIP}ARCHITECTURE/CHECKPOINT, for instance "
+            f"{flag} {source}: expected {OPEN_CLIP}ARCHITECTURE/CHECKPOINT, such as "
             f"{OPEN_CLIP}ViT-B-32/laion2b_s34b_b79k or {OPEN_CLIP}ViT-B-32/my/epoch_30.pt"
         )
     if find_spec("open_clip") is None:
         raise MiniClipError(f"{flag} {source}: open_clip is not installed: pip install open-clip-torch")
-    open_clip = import_module("open_clip")  # of the user's choice: neither a dependency nor an extra
+    open_clip = import_module("open_clip")  # optional: neither a dependency nor an extra
     if architecture not in open_clip.list_models():
         raise UsageError(
             f"{flag} {source}: open_clip has no architecture {architecture!r}; see open_clip.list_models()"
@@ -174,11 +174,11 @@ def _open_clip(source: str, flag: str, device: torch.device) -> ClipEncoder:
     if checkpoint not in known and not os.path.isfile(checkpoint):
         names = ", ".join(known) or "none"
         raise ModelError(
-            f"{flag} {source}: {checkpoint!r} is neither a file nor a checkpoint of it, which are: {names}"
+            f"{flag} {source}: {checkpoint!r} is neither a file nor one of the checkpoints of {architecture}: {names}"
         )
     try:
         model, transform = open_clip.create_model_from_pretrained(architecture, pretrained=checkpoint)
         tokenizer = open_clip.get_tokenizer(architecture)
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{flag} {source}: open_clip does not load it: {one_line(error)}") from error
+        raise ModelError(f"{flag} {source}: open_clip cannot load it: {one_line(error)}") from error
     return OpenClipEncoder(model.to(device).float().eval(), transform, tokenizer, device)

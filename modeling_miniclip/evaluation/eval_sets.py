@@ -1,4 +1,4 @@
-"""What a model is measured on: captioned images for retrieval, or a folder of class folders for classification."""
+"""Data to evaluate on: captioned images for retrieval, or a folder of class folders for classification."""
 
 import json
 import os
@@ -19,26 +19,35 @@ from ..inference.encode import open_image
 from .metrics import DIRECTIONS, RECALL_AT
 
 CLASSIFICATION = "image_to_class"
-AUTOMATIC_SPLITS = ("test", "validation", "train")  # the first of them that is there
+AUTOMATIC_SPLITS = ("test", "validation", "train")  # the first of these that exists
 TOP_K = (1, 5)
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Images and texts, and which belong together: those of the same group.
+    """Images and texts. Those with the same group number belong together.
 
-    Texts are captions, or names of classes (`directions` is then `("image_to_class",)`).
+    Args:
+        name: name of the data set, as it was given.
+        split: name of the split.
+        images: paths, or rows with the key `image`.
+        image_ids: names of the images.
+        texts: captions, or class names; `directions` is then `("image_to_class",)`.
+        image_group: `[images]` int64, group of each image.
+        text_group: `[texts]` int64, group of each text.
+        directions: directions of retrieval, such as `"text_to_image"`.
+        at: values of K in recall@K.
     """
 
     name: str
     split: str
-    images: Sequence[Any]  # paths, or rows with the key `image`
+    images: Sequence[Any]
     image_ids: list[str]
     texts: list[str]
-    image_group: Tensor  # [images] int64
-    text_group: Tensor  # [texts] int64
+    image_group: Tensor
+    text_group: Tensor
     directions: tuple[str, ...]
-    at: tuple[int, ...]  # the K of the recalls
+    at: tuple[int, ...]
 
     @property
     def is_classification(self) -> bool:
@@ -46,46 +55,45 @@ class EvalSet:
         return self.directions == (CLASSIFICATION,)
 
     def image_of_query(self, direction: str) -> Tensor:
-        """`[Q]`, the row of the image that each query of a direction belongs to."""
+        """`[Q]`, for each query of a direction the row of its image."""
         return self.text_group if direction == "text_to_image" else torch.arange(len(self.image_ids))
 
     def metric(self, direction: str, k: int) -> str:
-        """Name of the recall at K of a direction."""
+        """Name of recall@K in a direction."""
         return f"top-{k}" if self.is_classification else f"{direction}_R@{k}"
 
     def sides(self, direction: str) -> tuple[tuple[list[str], Tensor], tuple[list[str], Tensor]]:
-        """Queries and answers of a direction: what they are called (text, or id of the image) and their groups."""
+        """Names (texts, or image ids) and groups, of the queries and then of the answers of a direction."""
         images, texts = (self.image_ids, self.image_group), (self.texts, self.text_group)
         return (texts, images) if direction == "text_to_image" else (images, texts)
 
     def open(self, row: int) -> Image.Image:
-        """The RGB image of a row."""
+        """Open the image of a row, as RGB."""
         return open_image(self.images[row])
 
 
 def load_eval_set(
     source: str, split: str | None = None, class_names: str | os.PathLike | None = None, **options: Any
 ) -> EvalSet:
-    """One split of a data set.
+    """Load one split of a data set.
 
     Args:
-        source: what `load_captions` takes; or a folder with a folder of images for each class, perhaps within a folder
-            for each split, and without captions.
-        split: `train`, `validation` or `test`; by default the first of test, validation and train that is there.
-        class_names: JSON file with the words for each class folder, `{"n02084071": "dog"}`. Without it, a folder is
-            named by its words, with spaces for underscores.
-        options: others of `load_captions`.
+        source: data set as for `load_captions`; or a folder with one folder of images per class and no captions,
+            optionally inside one folder per split.
+        split: `train`, `validation` or `test`; by default the first of test, validation and train that exists.
+        class_names: JSON file with a name for each class folder, such as `{"n02084071": "dog"}`. By default the class
+            name is the folder's name, with spaces instead of underscores.
+        options: other options of `load_captions`.
 
     Raises:
-        DataError: something of the data set is not as expected; it has no such split.
-        DataError: a file of class names that cannot be read.
-        UsageError: class names for captioned images, or for other folders than those that are there.
+        DataError: the data set or the file of class names is not as expected, or the split does not exist.
+        UsageError: class names were given for captioned images.
     """
     folder = Path(source).expanduser()
     if _holds_class_folders(folder):
         return _class_folders(folder, split, class_names)
     if class_names is not None:
-        raise UsageError(f"--class_names {class_names}: {source} is no folder of class folders without captions")
+        raise UsageError(f"--class_names {class_names}: {source} is not a folder of class folders without captions")
     splits = load_captions(source, **options)
     name = _chosen_split(split, list(splits), source)
     rows = splits[name]
@@ -98,11 +106,11 @@ def load_eval_set(
     )
 
 
-def _chosen_split(split: str | None, there: Sequence[str], source: str) -> str:
+def _chosen_split(split: str | None, names: Sequence[str], source: str) -> str:
     if split is None:
-        return next(name for name in AUTOMATIC_SPLITS if name in there)
-    if split not in there:
-        raise DataError(f"{source}: no split {split!r}; it has {', '.join(there)}: name one of them with --split")
+        return next(name for name in AUTOMATIC_SPLITS if name in names)
+    if split not in names:
+        raise DataError(f"{source}: no split {split!r}; it has {', '.join(names)}: choose one with --split")
     return split
 
 
@@ -124,15 +132,15 @@ def _class_folders(root: Path, split: str | None, class_names: str | os.PathLike
     elif split is not None:
         raise DataError(
             f"{root}: --split {split}, but its folders are {', '.join(path.name for path in _folders(root)[:5])}: "
-            "put the class folders into one folder a split, or leave --split out"
+            "put the class folders into one folder per split, or leave --split out"
         )
     else:
         chosen, top = "all", root
     classes = _folders(top)
     if len(classes) < 2:
         raise DataError(
-            f"{top}: {len(classes)} class folder; expected captions (a CSV, metadata.csv), or two folders or more "
-            "with the images of a class each"
+            f"{top}: {len(classes)} class folder; expected captions (a CSV, metadata.csv), or at least two "
+            "folders with the images of one class each"
         )
     suffixes = set(Image.registered_extensions())
     images: list[Path] = []
@@ -158,16 +166,18 @@ def _class_folders(root: Path, split: str | None, class_names: str | os.PathLike
 
 
 def _words(folders: list[str], class_names: str | os.PathLike | None) -> list[str]:
-    """What each class folder is called in a sentence."""
+    """Class names, one per class folder."""
     if class_names is None:
         return [name.replace("_", " ").strip() for name in folders]
     try:
         named = json.loads(Path(class_names).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"--class_names {class_names}: no JSON file that can be read: {error}") from error
+        raise DataError(f"--class_names {class_names}: cannot be read as JSON: {error}") from error
     if not isinstance(named, dict) or not all(isinstance(words, str) for words in named.values()):
-        raise DataError(f'--class_names {class_names}: expected {{"folder": "words", ...}}')
+        raise DataError(f'--class_names {class_names}: expected {{"folder": "name", ...}}')
     missing = [name for name in folders if name not in named]
     if missing:
-        raise DataError(f"--class_names {class_names}: {len(missing)} folders without words, first {missing[0]!r}")
+        raise DataError(
+            f"--class_names {class_names}: {len(missing)} folders have no name in it, the first is {missing[0]!r}"
+        )
     return [named[name] for name in folders]

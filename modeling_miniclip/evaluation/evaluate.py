@@ -1,4 +1,4 @@
-"""`miniclip eval`: a model, perhaps beside another one, on one split; figures, every query, and its worst failures."""
+"""`miniclip eval`: scores of one or two models on a split, the results of every query, and the worst failures."""
 
 import json
 import os
@@ -19,18 +19,24 @@ from .failure_page import failure_page
 from .metrics import Ranking, metrics_of_ranks, named_intervals, rank_keys, resampled_recalls
 from .zero_shot import ensemble_weights
 
-RESULTS = 10  # first results that are kept of each query
+RESULTS = 10  # results that are kept per query
 FILES = ("metrics.json", "queries.parquet", "failures.html")
-ROWS = 10_000  # of the Parquet file that are in memory at a time
+ROWS = 10_000  # rows of the Parquet file that are in memory at a time
 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What a model does with a set: the ranking of each direction's queries, and bootstrap samples of its recalls."""
+    """Scores of a model on a set.
+
+    Args:
+        rankings: ranking of the queries, by direction.
+        metrics: recalls in percent, median ranks and `rsum`, by name.
+        recalls: `[samples, recalls]` bootstrap samples of the recalls in percent.
+    """
 
     rankings: dict[str, Ranking]
     metrics: dict[str, float]
-    recalls: Tensor  # [samples, recalls] in percent
+    recalls: Tensor
 
 
 def evaluate_model(
@@ -42,34 +48,34 @@ def evaluate_model(
     batch_size: int = 32,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Measure a model, or two on the same queries.
+    """Evaluate a model, or compare two on the same queries.
 
     Args:
-        model: as [`open_encoder`][modeling_miniclip.evaluation.encoders.open_encoder] takes it.
-        data: of [`load_eval_set`][modeling_miniclip.evaluation.eval_sets.load_eval_set].
-        baseline: another model.
-        output_dir: for `metrics.json` (what is returned), `queries.parquet` (every query, see [`query_rows`]) and
-            `failures.html`; the folder appears complete or not at all.
-        templates: of a classification, as in `zero_shot_weights`.
-        batch_size: images a forward pass.
+        model: model as for [`open_encoder`][modeling_miniclip.evaluation.encoders.open_encoder].
+        data: split from [`load_eval_set`][modeling_miniclip.evaluation.eval_sets.load_eval_set].
+        baseline: second model to compare with, or None.
+        output_dir: folder for `metrics.json` (the return value), `queries.parquet` (every query, see [`query_rows`])
+            and `failures.html`. It appears only when it is complete.
+        templates: sentences for class names, as in `zero_shot_weights`.
+        batch_size: images per forward pass.
         progress: show progress bars.
 
     Returns:
-        `model`, `dataset`, `split`, `images`, `texts`, `metrics` (recalls in percent, median ranks, `rsum`), their
-        95 % `intervals` of a bootstrap over images; with a baseline also `baseline`, its `baseline_metrics` and
-        `baseline_intervals`, the `difference` of the recalls (model minus baseline) and, by the paired bootstrap, its
-        `difference_intervals`.
+        `model`, `dataset`, `split`, `images`, `texts`, `metrics` (recalls in percent, median ranks, `rsum`) and their
+        95 % `intervals` from a bootstrap over images; with a baseline also `baseline`, `baseline_metrics`,
+        `baseline_intervals`, the `difference` of the recalls (model minus baseline) and its `difference_intervals`
+        from the paired bootstrap.
 
     Raises:
         ModelError: a model does not load.
-        UsageError: the output folder holds something else.
+        UsageError: the output folder holds other files.
         DataError: an image cannot be read.
     """
     target = None if output_dir is None else Path(output_dir)
     if target is not None:
         check_new_folder(target, "--output_dir ", allowed=FILES)
     named = [("MODEL", model)] + ([("--baseline", baseline)] if baseline is not None else [])
-    encoders = [open_encoder(name, flag) for flag, name in named]  # both, before the long work with the first
+    encoders = [open_encoder(name, flag) for flag, name in named]  # open both before the long work starts
     ours, *theirs = [score_model(encoder, data, templates, batch_size, progress) for encoder in encoders]
     names = [data.metric(direction, k) for direction in data.directions for k in data.at]
     report = {
@@ -99,7 +105,7 @@ def score_model(
     def encode(texts: list[str]) -> Tensor:
         return encoder.encode_texts(texts, 4 * batch_size, progress)
 
-    # Texts first: they are quick, and a wrong template is told before the images.
+    # Texts first: they are quick, and a wrong template raises an error before the images are encoded.
     texts = ensemble_weights(encode, data.texts, templates) if data.is_classification else encode(data.texts)
     images = encoder.encode_images(data.images, batch_size, progress)
     rankings = {}
@@ -132,7 +138,7 @@ def _comparison(ours: ModelScores, theirs: ModelScores, recalls: list[str], data
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """A report of [`evaluate_model`] as a table of text."""
+    """Format a report of [`evaluate_model`] as a text table."""
     head, rows = table_of(report)
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
     lines = [
@@ -141,13 +147,13 @@ def format_report(report: dict[str, Any]) -> str:
             "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
             for cells in ([*zip(line, widths, strict=True)] for line in (head, *rows))
         ),
-        "in brackets: 95 % of bootstrap samples of the images",
+        "in brackets: 95 % confidence interval (bootstrap over images)",
     ]
     return "\n".join(lines)
 
 
 def table_of(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of a report."""
+    """Header and rows of the table of a report."""
     sides = [("metrics", "intervals", report["model"], ".1f")]
     if "baseline" in report:
         sides += [
@@ -170,12 +176,17 @@ def _cell(values: dict[str, float], intervals: dict[str, tuple[float, float]], m
 
 
 def query_rows(data: EvalSet, rankings: dict[str, Ranking], others: dict[str, Ranking]) -> Iterator[dict[str, Any]]:
-    """Every query with what was found for it, as `queries.parquet` holds it.
+    """Yield the rows of `queries.parquet`, one per query.
 
-    Columns: `direction`; `query` (the text, or the image's id); `image_id` (of the image that the query is or belongs
-    to); `right` (the right image's id, the first right caption, or the class); `rank` of the best right answer among
-    all candidates and its `score`; `baseline_rank`, where there is a baseline; `results`, the first answers with
-    `answer`, `score` and whether it `is_right`.
+    Columns: `direction`; `query` (the text, or the image's id); `image_id` (the query's image); `right` (id of the
+    right image, first right caption, or class name); `rank` of the best right answer among all candidates, and its
+    `score`; `baseline_rank`, if there is a baseline; `results`, the first answers with `answer`, `score` and
+    `is_right`.
+
+    Args:
+        data: split that was evaluated.
+        rankings: rankings of the model, by direction.
+        others: rankings of the baseline, by direction; empty without a baseline.
     """
     for direction, ranking in rankings.items():
         (queries, query_groups), (answers, answer_groups) = data.sides(direction)
@@ -205,7 +216,7 @@ def query_rows(data: EvalSet, rankings: dict[str, Ranking], others: dict[str, Ra
 def write_queries(
     path: Path, data: EvalSet, rankings: dict[str, Ranking], others: dict[str, Ranking] | None = None
 ) -> None:
-    """Write [`query_rows`] as Parquet, some rows at a time."""
+    """Write [`query_rows`] as Parquet, `ROWS` rows at a time."""
     result = pa.struct({"answer": pa.string(), "score": pa.float32(), "is_right": pa.bool_()})
     columns = {
         **dict.fromkeys(("direction", "query", "image_id", "right"), pa.string()),

@@ -1,4 +1,4 @@
-"""The gallery of `miniclip eval`: the worst failures of a model, and the mistakes that it was most sure of."""
+"""The failure page of `miniclip eval`: a model's worst failures, and its most confident mistakes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,54 +9,58 @@ from ..utils.html import grid, heading, page, section, thumbnail, tile
 from .eval_sets import EvalSet
 from .metrics import Ranking
 
-SHOWN = 20  # queries a list
-ANSWERS = 6  # first results of a query
+SHOWN = 20  # queries per list
+ANSWERS = 6  # results shown per query
 
 TITLES = {
     "text_to_image": "From text to image",
     "image_to_text": "From image to text",
     "image_to_class": "From image to class",
 }
-WORST = "those whose right answer comes last of all; one query an image"
-SUREST = "those whose first answer is wrong but scores highest: the model was sure, or the data has twins"
+WORST = "those whose right answer ranks lowest, one query per image"
+SUREST = "those with the highest-scoring wrong answer: the model was confident, or the data has duplicates"
 
 
 def failure_page(report: dict[str, Any], data: EvalSet, rankings: dict[str, Ranking], figures: str) -> str:
-    """One HTML file with the figures and, for each direction, both lists of failed queries.
+    """Build an HTML page with the scores and, for each direction, both lists of failed queries.
 
     Args:
-        report: of `evaluate_model`.
-        data: that was searched.
-        rankings: of the model's queries.
-        figures: HTML of their table.
+        report: report of `evaluate_model`.
+        data: split that was evaluated.
+        rankings: rankings of the model, by direction.
+        figures: HTML table of the scores.
     """
     lead = (
         f"{report['dataset']}, split {report['split']}: {report['images']:,} images and {report['texts']:,} texts. "
-        "Scores are cosine similarities, figures in brackets the 95 % interval of a bootstrap over images."
+        "Scores are cosine similarities; brackets hold 95 % confidence intervals (bootstrap over images)."
     )
     parts = [figures]
     for direction, ranking in rankings.items():
         failed = int((ranking.rank > 1).sum())
         if failed == 0:
-            parts.append(heading(TITLES[direction], f"All {len(ranking.rank):,} queries find a right answer first."))
+            parts.append(
+                heading(TITLES[direction], f"All {len(ranking.rank):,} queries have a right answer at rank 1.")
+            )
             continue
         for name, note, order in (
             ("the worst failures", WORST, ranking.rank),
             ("the most confident mistakes", SUREST, ranking.scores[:, 0].masked_fill(ranking.rank == 1, -torch.inf)),
         ):
             rows = first_per_image(order, data.image_of_query(direction), ranking.rank > 1)
-            about = f"{failed:,} of {len(ranking.rank):,} queries do not find a right answer first; here {note}."
+            about = f"{failed:,} of {len(ranking.rank):,} queries have a wrong answer at rank 1. Shown here: {note}."
             parts.append(heading(f"{TITLES[direction]}: {name}", about))
             parts += [_query(row, direction, data, ranking) for row in rows]
     return page(f"Where {report['model']} fails", "".join(parts), lead)
 
 
 def first_per_image(order: torch.Tensor, image_of: torch.Tensor, failed: torch.Tensor) -> Iterator[int]:
-    """Failed queries by descending `order`, the first of each image, [`SHOWN`] at most.
+    """Yield failed queries by descending `order`, one per image, at most [`SHOWN`].
+
+    One per image, because captions of an image often fail together and would fill the list.
 
     Args:
-        order: `[Q]`.
-        image_of: `[Q]`, row of each query's image: captions of an image fail together, and would fill the list.
+        order: `[Q]` sort key.
+        image_of: `[Q]`, row of each query's image.
         failed: `[Q]` booleans.
     """
     seen: set[int] = set()
@@ -83,7 +87,9 @@ def _query(row: int, direction: str, data: EvalSet, ranking: Ranking) -> str:
     for index, score in found:
         is_right = index in rights
         tiles.append(_answer(index, f"{score:.3f}", "right" if is_right else "wrong", from_text, data))
-    note = f"{right_label} with {ranking.right_score[row]:.3f}; the first answer has {ranking.scores[row, 0]:.3f}"
+    note = (
+        f"{right_label}, scores {ranking.right_score[row]:.3f}; the first answer scores {ranking.scores[row, 0]:.3f}"
+    )
     return section(queries[row], note, grid(tiles))
 
 

@@ -1,4 +1,4 @@
-"""How good a model is at retrieval: recall at K and median rank both ways, and the loss over a whole split."""
+"""Retrieval metrics: recall@K and median rank in both directions, and the loss over a whole split."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,22 @@ from ..modeling_miniclip import symmetric_contrastive_loss
 
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("text_to_image", "image_to_text")
-# Values of --best_metric and whether a larger one is better.
+# Values of --best_metric.
 METRIC_NAMES = tuple(
     f"{direction}_{name}" for direction in DIRECTIONS for name in (*(f"R@{k}" for k in RECALL_AT), "median_rank")
 ) + ("rsum",)
-# Similarities are computed for this many queries and keys at a time, 16 MB of them: a split of any size fits.
+# Queries and keys whose similarities are computed at a time: 16 MB, so that a split of any size fits in memory.
 BLOCK = 1024
 KEY_BLOCK = 4096
 
 
 def is_better(name: str, value: float, best: float | None) -> bool:
-    """Whether a value of `loss` or of one of [`METRIC_NAMES`] improves on the best so far (None or NaN: on nothing).
+    """Whether a value improves on the best one so far. NaN never does, unless there is nothing to improve on.
 
-    NaN is never better than a number.
+    Args:
+        name: `loss`, or one of [`METRIC_NAMES`].
+        value: new value.
+        best: best value so far; None or NaN if there is none.
     """
     if best is None or math.isnan(best):
         return True
@@ -33,33 +36,40 @@ def is_better(name: str, value: float, best: float | None) -> bool:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What [`rank_keys`] found for each of Q queries."""
+    """Result of [`rank_keys`] for Q queries.
 
-    rank: Tensor  # [Q] int64, of the best right key, 1 being the first
-    right_score: Tensor  # [Q], its similarity
-    scores: Tensor  # [Q, top], the largest similarities, descending
-    indices: Tensor  # [Q, top] int64, the keys that have them
+    Args:
+        rank: `[Q]` int64, rank of the best right key, from 1.
+        right_score: `[Q]`, similarity of that key.
+        scores: `[Q, top]`, largest similarities, descending.
+        indices: `[Q, top]` int64, keys with these similarities.
+    """
+
+    rank: Tensor
+    right_score: Tensor
+    scores: Tensor
+    indices: Tensor
 
 
 def rank_keys(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor, top: int = 0) -> Ranking:
-    """Rank of each query's best right key among all keys, and the first keys themselves.
+    """Rank each query's best right key among all keys, and find the first keys.
 
-    A wrong key whose similarity equals that of the right one, or is no number, counts as being before it: a model
-    that gives all embeddings alike gets no credit, nor does one that gives NaN.
+    A wrong key ranks before the right one if its similarity is equal or NaN, so a model gets no credit for identical
+    embeddings or for NaN.
 
-    Never more than `BLOCK` x `KEY_BLOCK` similarities are held. Those of blocks with right keys are computed twice;
-    where equal ids lie together, as the captions of an image do, these are few.
+    At most `BLOCK` x `KEY_BLOCK` similarities are in memory at a time. Blocks with right keys are computed twice;
+    there are few of them if equal ids are adjacent, as for the captions of an image.
 
     Args:
-        queries: `[Q, dim]`.
-        keys: `[K, dim]`.
+        queries: `[Q, dim]` embeddings.
+        keys: `[K, dim]` embeddings.
         query_id: `[Q]` integers.
         key_id: `[K]` integers; a key with the query's id is right.
-        top: how many of the first keys to return; all of them where there are fewer.
+        top: number of first keys to return; all keys if there are fewer.
     """
     rows, top = len(queries), min(top, len(keys))
     rank = torch.empty(rows, dtype=torch.long, device=queries.device)
-    # Filled in place: parts that were kept from block to block would leave the memory between them unusable.
+    # Filled in place: collecting the blocks in lists would fragment the memory.
     found = Ranking(rank, queries.new_empty(rows), queries.new_empty(rows, top), rank.new_empty(rows, top))
     for start in range(0, rows, BLOCK):
         here = slice(start, start + BLOCK)
@@ -70,23 +80,23 @@ def rank_keys(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor, t
 
 
 def _rank_block(block: Tensor, keys: Tensor, ids: Tensor, key_id: Tensor, top: int) -> tuple[Tensor, ...]:
-    """The columns of a [`Ranking`] for a block of queries."""
+    """The fields of a [`Ranking`] for a block of queries."""
     key_blocks = list(zip(keys.split(KEY_BLOCK), key_id.split(KEY_BLOCK), strict=True))
     low, high = ids.min(), ids.max()
-    may_be_right = [bool((there.max() >= low) & (there.min() <= high)) for _, there in key_blocks]
+    may_be_right = [bool((key_ids.max() >= low) & (key_ids.min() <= high)) for _, key_ids in key_blocks]
     best = block.new_full((len(block), 1), -torch.inf)
-    for (some, there), may_be in zip(key_blocks, may_be_right, strict=True):
+    for (some, key_ids), may_be in zip(key_blocks, may_be_right, strict=True):
         if may_be:
-            wrong = ids.unsqueeze(1) != there.unsqueeze(0)
+            wrong = ids.unsqueeze(1) != key_ids.unsqueeze(0)
             best = torch.maximum(best, (block @ some.t()).masked_fill(wrong, -torch.inf).amax(dim=1, keepdim=True))
     rank = torch.ones(len(block), dtype=torch.long, device=block.device)
     scores, indices = block.new_empty(len(block), 0), rank.new_empty(len(block), 0)
-    for i, ((some, there), may_be) in enumerate(zip(key_blocks, may_be_right, strict=True)):
+    for i, ((some, key_ids), may_be) in enumerate(zip(key_blocks, may_be_right, strict=True)):
         similarity = block @ some.t()  # [block, key block]
         before = ~(similarity < best)
         if may_be:
-            before &= ids.unsqueeze(1) != there.unsqueeze(0)
-        rank += before.view(torch.uint8).sum(dim=1, dtype=torch.int32)  # a sum of booleans is four times slower
+            before &= ids.unsqueeze(1) != key_ids.unsqueeze(0)
+        rank += before.view(torch.uint8).sum(dim=1, dtype=torch.int32)  # summing booleans is four times slower
         if top:
             found = similarity.topk(min(top, len(some)))
             scores = torch.cat([scores, found.values], dim=1)
@@ -97,28 +107,28 @@ def _rank_block(block: Tensor, keys: Tensor, ids: Tensor, key_id: Tensor, top: i
 
 
 def ranks(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor) -> Tensor:
-    """`[Q]` int64, the ranks of [`rank_keys`]."""
+    """`[Q]` int64, the `rank` of [`rank_keys`]."""
     return rank_keys(queries, keys, query_id, key_id).rank
 
 
 def retrieval_metrics(
     image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor | Sequence[int] | None = None
 ) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in percent, median rank both ways, and rsum, the sum of the six recalls.
+    """Recall@1, 5 and 10 in percent, median rank in both directions, and rsum, the sum of the six recalls.
 
-    The definition of CLIP_benchmark: text-to-image counts each text with its one image, image-to-text counts an image
-    as found if any of its texts is among the first K. Ties are resolved against the model.
+    As defined by CLIP_benchmark: text-to-image counts each text with its one image; image-to-text counts an image as
+    found if any of its texts is among the first K. Ties count against the model.
 
     Args:
-        image_embeds: `[B, dim]`, one row an image, unit norm: similarity is the dot product.
-        text_embeds: `[N, dim]`, every caption of every image, unit norm.
-        text_image_id: `[N]`, for each text the row of its image; None where text i belongs to image i.
+        image_embeds: `[B, dim]`, one row per image, unit norm; similarity is the dot product.
+        text_embeds: `[N, dim]`, all captions of all images, unit norm.
+        text_image_id: `[N]`, for each text the row of its image; None if text i belongs to image i.
 
     Returns:
         `text_to_image_R@1`, ..., `image_to_text_median_rank`, `rsum`.
 
     Raises:
-        ValueError: no embeddings, unequal widths, an image without a text, or a text whose image is not there.
+        ValueError: there are no embeddings, widths differ, or an image has no text, or a text no image.
 
     Example:
         >>> import torch
@@ -131,7 +141,7 @@ def retrieval_metrics(
 
 
 def metrics_of_ranks(rank_of: Mapping[str, Tensor]) -> dict[str, float]:
-    """[`retrieval_metrics`] of the ranks of each direction's queries."""
+    """[`retrieval_metrics`] from the ranks of the queries, by direction."""
     metrics: dict[str, float] = {}
     for direction, rank in rank_of.items():
         for k in RECALL_AT:
@@ -144,7 +154,7 @@ def metrics_of_ranks(rank_of: Mapping[str, Tensor]) -> dict[str, float]:
 def _ranks_both_ways(
     image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor | Sequence[int] | None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """[`ranks`] of each direction's queries, and for each text the row of its image; the shapes checked."""
+    """Check the shapes. Returns the [`ranks`] of the queries, by direction, and for each text the row of its image."""
     if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(
             f"expected embeddings [images, dim] and [texts, dim], got {tuple(image_embeds.shape)} and "
@@ -158,8 +168,8 @@ def _ranks_both_ways(
         raise ValueError(f"text_image_id has {len(text_image_id)} entries for {len(text_embeds)} text embeddings")
     if not torch.equal(text_image_id.unique(), image_id) or len(image_id) == 0:
         raise ValueError(
-            f"each of the {len(image_embeds)} images needs at least one text, and each text an image among them: "
-            f"text_image_id names {len(text_image_id.unique())} of them"
+            f"each of the {len(image_embeds)} images needs at least one text, and each text one of these images, "
+            f"but text_image_id names {len(text_image_id.unique())} images"
         )
     rank_of = {
         "text_to_image": ranks(text_embeds, image_embeds, text_image_id, image_id),
@@ -175,23 +185,25 @@ def recall_intervals(
     samples: int = 1000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """95 % confidence intervals of the recalls of [`retrieval_metrics`] and of rsum: percentile bootstrap over images.
+    """95 % confidence intervals of the recalls and of rsum, by the percentile bootstrap over images.
 
-    Images are drawn with replacement, each with all its captions, for captions of one image succeed and fail together.
-    The ranks stay those among the whole split: a candidate that was drawn twice would tie with itself. So the
-    intervals tell how much the figures depend on the queries, not on the set that is searched (Efron & Tibshirani
-    1993, "An Introduction to the Bootstrap").
+    Images are drawn with replacement, each with all its captions, because captions of an image succeed and fail
+    together. Ranks are those among the whole split; otherwise a candidate that is drawn twice would tie with itself.
+    So the intervals show how much the metrics depend on the queries, not on the set that is searched. See Efron &
+    Tibshirani (1993), "An Introduction to the Bootstrap".
 
     Args:
-        image_embeds, text_embeds, text_image_id: as for [`retrieval_metrics`].
-        samples: bootstrap samples.
-        seed: of the draws.
+        image_embeds: `[B, dim]`, as for [`retrieval_metrics`].
+        text_embeds: `[N, dim]`, as for [`retrieval_metrics`].
+        text_image_id: `[N]` or None, as for [`retrieval_metrics`].
+        samples: number of bootstrap samples.
+        seed: random seed of the samples.
 
     Returns:
         `(low, high)` in percent for `text_to_image_R@1`, ..., in points for `rsum`.
 
     Raises:
-        ValueError: as [`retrieval_metrics`].
+        ValueError: the shapes are wrong, as for [`retrieval_metrics`].
     """
     rank_of, text_image_id = _ranks_both_ways(image_embeds, text_embeds, text_image_id)
     image_of = {"text_to_image": text_image_id, "image_to_text": torch.arange(len(image_embeds))}
@@ -207,23 +219,23 @@ def resampled_recalls(
     samples: int = 1000,
     seed: int = 0,
 ) -> Tensor:
-    """Recalls of bootstrap samples of the images, each drawn with all its queries; see [`recall_intervals`].
+    """Recalls of bootstrap samples of the images, each with all its queries; see [`recall_intervals`].
 
-    The draws depend on the number of images and the seed only: those of two models on the same split are paired, and
-    their difference row by row is the paired bootstrap of the difference.
+    The samples depend only on the number of images and the seed. So those of two models on the same split are paired,
+    and their difference row by row is the paired bootstrap of the difference.
 
     Args:
-        rank_of: `[Q]` ranks of each direction's queries.
-        image_of: `[Q]`, the row of the image that each of these queries belongs to.
-        images: their number.
-        at: the K.
-        samples: bootstrap samples.
-        seed: of the draws.
+        rank_of: `[Q]` ranks of the queries, by direction.
+        image_of: `[Q]`, for each query the row of its image, by direction.
+        images: number of images.
+        at: values of K.
+        samples: number of bootstrap samples.
+        seed: random seed of the samples.
 
     Returns:
-        `[samples, directions * K]` in percent.
+        `[samples, directions * len(at)]` recalls in percent.
     """
-    hits, queries = [], []  # [images] each: what an image adds to numerator and denominator of each recall
+    hits, queries = [], []  # [images] tensors: what each image adds to numerator and denominator of a recall
     for direction, rank in rank_of.items():
         for k in at:
             found = (rank <= k).double().cpu()
@@ -240,7 +252,13 @@ def resampled_recalls(
 def named_intervals(
     names: Sequence[str], samples: Tensor, total: str | None = "rsum"
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of each column of `[samples, names]`, and, as `total`, of their sum."""
+    """95 % percentile intervals of bootstrap samples.
+
+    Args:
+        names: names of the columns.
+        samples: `[samples, names]` values.
+        total: name under which the sum of all columns is added, or None.
+    """
     if total is not None:
         names, samples = [*names, total], torch.cat([samples, samples.sum(dim=1, keepdim=True)], dim=1)
     low, high = samples.quantile(torch.tensor([0.025, 0.975], dtype=samples.dtype), dim=0).tolist()
@@ -255,20 +273,20 @@ def dataset_loss(
     loss_type: str = "softmax_sum",
     logit_bias: float | None = None,
 ) -> float:
-    """[`symmetric_contrastive_loss`] over a whole split, every caption and every image being a candidate.
+    """[`symmetric_contrastive_loss`] over a whole split, with all captions and all images as candidates.
 
-    Unlike a mean over batches it does not depend on batch size, order or number of processes.
+    Unlike a mean over batches, it does not depend on batch size, order or number of processes.
 
     Args:
         image_embeds: `[B, dim]`, unit norm.
         text_embeds: `[N, dim]`, unit norm.
         logit_scale: inverse temperature.
         text_image_id: `[N]`, for each text the row of its image.
-        loss_type: that of the model's configuration.
-        logit_bias: of the sigmoid loss.
+        loss_type: loss type of the model's configuration.
+        logit_bias: bias of the sigmoid loss, otherwise None.
 
     Returns:
-        Nats.
+        The loss in nats.
     """
     image_id = torch.arange(len(image_embeds), device=image_embeds.device)
     whole = (image_embeds, text_embeds, image_id, text_image_id)
@@ -288,6 +306,6 @@ def validation_metrics(
     loss_type: str = "softmax_sum",
     logit_bias: float | None = None,
 ) -> dict[str, float]:
-    """[`dataset_loss`] as `loss`, then [`retrieval_metrics`]: all that a validation tells."""
+    """All metrics of a validation: [`dataset_loss`] as `loss`, and [`retrieval_metrics`]. For arguments see there."""
     loss = dataset_loss(image_embeds, text_embeds, logit_scale, text_image_id, loss_type, logit_bias)
     return {"loss": loss, **retrieval_metrics(image_embeds, text_embeds, text_image_id)}

@@ -1,6 +1,6 @@
-"""Zero-shot classification: images told apart by the names of classes, put into sentences.
+"""Zero-shot classification: the class whose name, put into a sentence, is most similar to the image.
 
-Several sentences a class make an ensemble: their embeddings are averaged and normalised again, as CLIP does (Radford
+Several sentences per class form an ensemble: their embeddings are averaged and normalised again, as in CLIP (Radford
 et al. 2021, section 3.1.4).
 """
 
@@ -19,7 +19,7 @@ from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from .metrics import BLOCK, ranks
 
-# Sets of sentences by name. "pipeline" is what transformers' zero-shot-image-classification pipeline says by itself.
+# Sets of sentences by name. "pipeline" is the default of transformers' zero-shot-image-classification pipeline.
 PROMPT_TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
     "photo": ("a photo of a {}.",),
@@ -45,22 +45,22 @@ def zero_shot_weights(
     batch_size: int = 128,
     progress: bool = False,
 ) -> Tensor:
-    """One unit-norm embedding a class: the mean of those of its sentences, normalised again.
+    """One unit-norm embedding per class: the mean embedding of its sentences, normalised again.
 
     Args:
-        model: on any device; it is not changed.
-        class_names: at least one, no two alike.
-        templates: a name in `PROMPT_TEMPLATES`, a sentence with one `{}` for the class, or several of them.
-        processor: by default the one saved with the model.
-        batch_size: sentences a forward pass.
+        model: model on any device; it is not changed.
+        class_names: distinct names of the classes, at least one.
+        templates: a key of `PROMPT_TEMPLATES`, a sentence with one `{}` for the class name, or a list of sentences.
+        processor: processor of the model; by default the one saved with it.
+        batch_size: sentences per forward pass.
         progress: show a progress bar.
 
     Returns:
         `[classes, projection_dim]` float32 on the CPU.
 
     Raises:
-        UsageError: no classes, a class without a name or given twice, or a template without exactly one `{}`.
-        ValueError: no processor.
+        UsageError: there are no classes, a name is empty or repeated, or a template does not have exactly one `{}`.
+        ValueError: there is no processor.
 
     Example:
         >>> zero_shot_weights(model, ["dog", "cat"], "a drawing of a {}.").shape  # doctest: +SKIP
@@ -74,11 +74,12 @@ def zero_shot_weights(
 def ensemble_weights(
     encode: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: str | Sequence[str] = "ensemble"
 ) -> Tensor:
-    """[`zero_shot_weights`] by any text encoder.
+    """[`zero_shot_weights`] with any text encoder; same result and errors.
 
     Args:
-        encode: gives the `[n, dim]` unit-norm embeddings of n texts.
-        class_names, templates: as in [`zero_shot_weights`], as are result and errors.
+        encode: function that returns the `[n, dim]` unit-norm embeddings of n texts.
+        class_names: distinct names of the classes, at least one.
+        templates: sentences, as in [`zero_shot_weights`].
     """
     names, sentences = _checked_names(class_names), _sentences(templates)
     embeddings = encode([sentence.format(name) for name in names for sentence in sentences])
@@ -97,26 +98,26 @@ def classify(
     batch_size: int = 32,
     progress: bool = False,
 ) -> list[list[dict[str, Any]]]:
-    """The likeliest classes of each image, in the form of transformers' zero-shot-image-classification pipeline.
+    """Find the most likely classes of images, in the format of transformers' zero-shot-image-classification pipeline.
 
     Args:
-        model: on any device; it is not changed.
-        images: as in [`encode_images`][modeling_miniclip.encode_images]: paths, URLs, PIL images, arrays, rows.
-        class_names: as in [`zero_shot_weights`].
-        templates: as in [`zero_shot_weights`].
-        weights: `[classes, projection_dim]` of [`zero_shot_weights`] for these class names, to encode them only once;
-            `templates` are then not looked at.
-        top_k: how many classes to tell; all of them where there are fewer.
-        processor: by default the one saved with the model.
-        batch_size: images a forward pass.
+        model: model on any device; it is not changed.
+        images: paths, URLs, PIL images, arrays or rows, as for [`encode_images`][modeling_miniclip.encode_images].
+        class_names: distinct names of the classes, at least one.
+        templates: sentences, as in [`zero_shot_weights`].
+        weights: `[classes, projection_dim]` from [`zero_shot_weights`] for these class names, to encode them only
+            once; `templates` are then ignored.
+        top_k: number of classes per image; all classes if there are fewer.
+        processor: processor of the model; by default the one saved with it.
+        batch_size: images per forward pass.
         progress: show a progress bar.
 
     Returns:
-        For each image at most `top_k` of `{"score": ..., "label": ...}`, best first. The scores are the softmax over
-        all classes of the cosine similarities divided by the model's temperature.
+        For each image at most `top_k` of `{"score": ..., "label": ...}`, best first. The scores are the softmax, over
+        all classes, of the cosine similarities divided by the model's temperature.
 
     Raises:
-        UsageError: as in [`zero_shot_weights`]; `top_k` below 1; weights of another shape.
+        UsageError: `top_k` is below 1, the weights have another shape, or as in [`zero_shot_weights`].
         DataError: an image cannot be read.
 
     Example:
@@ -149,21 +150,26 @@ def zero_shot_accuracy(
     batch_size: int = 32,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Share of images, in percent, whose right class is among the first K.
-
-    A class that scores as high as the right one counts as being before it.
+    """Percentage of images whose right class is among the first K. Ties count against the model.
 
     Args:
-        labels: one an image: the class's name, or its index in `class_names`.
-        top_k: the K. One that is not below the number of classes is left out: it would be 100 for any model.
-        model, images, class_names, templates, weights, processor, batch_size, progress: as in [`classify`].
+        model: model on any device; it is not changed.
+        images: paths, URLs, PIL images, arrays or rows, as for [`encode_images`][modeling_miniclip.encode_images].
+        labels: one per image: the name of its class, or the index of it in `class_names`.
+        class_names: distinct names of the classes, at least two.
+        templates: sentences, as in [`zero_shot_weights`].
+        weights: `[classes, projection_dim]` or None, as in [`classify`].
+        top_k: values of K. Those not below the number of classes are left out: any model would score 100.
+        processor: processor of the model; by default the one saved with it.
+        batch_size: images per forward pass.
+        progress: show a progress bar.
 
     Returns:
-        `{"top-1": ..., "top-5": ...}`.
+        Percentages by name, such as `{"top-1": ..., "top-5": ...}`.
 
     Raises:
-        UsageError: as in [`classify`]; fewer than two classes; a K below 1, or none that is below their number.
-        DataError: a label that is no class, as many labels as images are needed, or an image cannot be read.
+        UsageError: a K is below 1, no K is below the number of classes, or as in [`classify`].
+        DataError: a label is not a class, images and labels differ in number, or an image cannot be read.
 
     Example:
         >>> split = load_dataset("imagefolder", data_dir="animals")["train"]  # doctest: +SKIP
@@ -192,10 +198,10 @@ def _checked_names(class_names: Sequence[str]) -> list[str]:
         raise UsageError(f"class_names must be a list of at least one name, not {class_names!r}")
     for i, name in enumerate(names):
         if not name.strip():
-            raise UsageError(f"class_names[{i}] is empty; name it or leave it out")
+            raise UsageError(f"class_names[{i}] is empty; give the class a name or leave it out")
     twice = [repr(name) for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UsageError(f"class_names has {', '.join(twice)} more than once: each class needs a name of its own")
+        raise UsageError(f"class_names has {', '.join(twice)} more than once; each class needs a different name")
     return names
 
 
@@ -204,7 +210,7 @@ def _sentences(templates: str | Sequence[str]) -> list[str]:
     for template in given:
         try:
             fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-        except (ValueError, TypeError):  # a single brace; no text at all
+        except (ValueError, TypeError):  # a single brace, or not a text
             fields = []
         if fields != [""]:
             raise UsageError(
@@ -228,19 +234,19 @@ def _weights(
     expected = (len(names), model.config.projection_dim)
     if tuple(weights.shape) != expected:
         raise UsageError(
-            f"weights of shape {tuple(weights.shape)}, but {len(names)} classes of this model need {expected}: make "
-            "them by zero_shot_weights"
+            f"weights of shape {tuple(weights.shape)}, but {len(names)} classes of this model need {expected}: "
+            "compute them with zero_shot_weights"
         )
     return weights.detach().float().cpu()
 
 
 def _targets(labels: Sequence[str | int], names: list[str]) -> Tensor:
-    # [images] indices of the right classes
+    """`[images]`, index of the right class of each image."""
     index_of: dict[Any, int] = {key: i for i, name in enumerate(names) for key in (i, name)}
     given = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
     for row, label in enumerate(given):
         if label not in index_of:
             raise DataError(
-                f"labels[{row}] is {label!r}: neither one of class_names nor an index of one, 0..{len(names) - 1}"
+                f"labels[{row}] is {label!r}: neither one of class_names nor an index from 0 to {len(names) - 1}"
             )
     return torch.tensor([index_of[label] for label in given], dtype=torch.long)

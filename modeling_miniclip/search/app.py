@@ -1,8 +1,8 @@
-"""A page in the browser over an image index: words or a picture, filters, the images found, each with its neighbours.
+"""The search page: query an image index in the browser by text, image or both, filter, and browse similar images.
 
-The page gets pictures that were decoded and encoded anew, never a file: no path of this machine is served, and what a
-photograph's metadata tells (where it was taken) stays here. An image is asked for by its place among the results.
-Small pictures are made once and kept while the page is served; those that nobody saw for an hour are deleted.
+The browser gets re-encoded copies, never files: paths of this machine and metadata of photographs (such as where they
+were taken) stay private. The browser refers to an image by its position among the results. Thumbnails are made once
+and kept while the page is served; those that nobody viewed for an hour are deleted.
 """
 
 import os
@@ -29,20 +29,20 @@ from .query import Query, embed_queries, load_checked
 from .shards import default_workers
 
 RESULTS, NEIGHBOURS, EXAMPLES = 24, 12, 6
-THUMBNAIL, LARGE = 320, 1600  # pixels of the longer side
-KEPT = 3600  # seconds that a picture is kept after it was shown
-MOST_FOLDERS = 500  # names of a drop-down list
-UPLOAD = "20mb"
-SESSIONS = (
-    500  # open pages whose state is kept, 0.1 MB each; what an older one found can be looked at after it asks again
-)
-# Where the index has no captions to take examples from.
+THUMBNAIL_PIXELS, LARGE_PIXELS = 320, 1600  # longer side in pixels
+KEPT = 3600  # seconds that a thumbnail is kept after it was last shown
+MAX_FOLDERS = 500  # entries of the drop-down list
+MAX_UPLOAD = "20mb"
+# Open pages whose results are kept, 0.1 MB each. An older page must search again before it can show an image.
+MAX_SESSIONS = 500
+# Example queries for an index without captions.
 GENERAL_EXAMPLES = ("a dog", "people outdoors", "food on a table", "a building", "water and sky", "a child playing")
 
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1240px !important; margin: 0 auto !important; }
 #examples button { min-width: 0; flex: 0 1 auto; }
-#told, #told textarea, #told input { padding: 0; border: 0; background: none; box-shadow: none; font-weight: 600; }
+#status, #status textarea, #status input { padding: 0; border: 0; background: none; box-shadow: none;
+  font-weight: 600; }
 .pictures .grid-wrap { min-height: 0; max-height: none; padding: 2px; overflow: visible; }
 .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); grid-auto-rows: auto; }
 .pictures button.thumbnail-item { height: auto; aspect-ratio: auto; }
@@ -51,27 +51,29 @@ STYLE = """
   opacity: 1; white-space: normal; overflow-wrap: anywhere; }
 .pictures button.thumbnail-item:focus-visible { outline: 3px solid #2b6cb0; outline-offset: 2px; }
 """
-# Told the browser when an image was chosen, which is shown below all that were found.
+# Run in the browser when an image is chosen; it appears below all results.
 SHOW_CHOSEN = "() => document.getElementById('chosen').scrollIntoView({behavior: 'smooth'})"
 
-# The file of a small picture that is shown, and its caption.
-Shown = tuple[Path, str]
+# A thumbnail file and the caption below it.
+Thumbnail = tuple[Path, str]
 
 
 class IndexPage:
-    """What the page does, apart from its looks. Rows of the index are known to the server only.
+    """What the page does, without its layout. Rows of the index never leave the server.
 
     Args:
-        index: to search.
-        pictures: folder for small pictures.
+        index: index to search.
+        pictures: folder for thumbnails.
     """
 
     def __init__(self, index: ImageIndex, pictures: Path):
         self.index = index
         self.pictures = pictures
         self.threads = ThreadPoolExecutor(default_workers())
-        self.embedder = ThreadPoolExecutor(1)  # torch keeps working memory for each thread that ever computed
-        self.load: Callable[..., Any] = lru_cache(maxsize=2)(load_checked)  # each tower is read once
+        self.embedder = ThreadPoolExecutor(
+            1
+        )  # one, because torch keeps working memory for each thread that ever computed
+        self.load: Callable[..., Any] = lru_cache(maxsize=2)(load_checked)  # loads each tower once
 
     def search(
         self,
@@ -82,11 +84,24 @@ class IndexPage:
         until: str | None = None,
         caption: str | None = None,
         split: str | None = None,
-    ) -> tuple[list[Shown], list[int], str]:
-        """Pictures found, best first, their rows, and a sentence about it; an error is such a sentence too."""
+    ) -> tuple[list[Thumbnail], list[int], str]:
+        """Answer a query. Strings that are None or blank mean no condition.
+
+        Args:
+            words: text to search for.
+            picture: image to search for.
+            folder: condition, as in [`EntryFilter`], like the following ones.
+            since: earliest date.
+            until: latest date.
+            caption: words that the captions must contain.
+            split: split of the image.
+
+        Returns:
+            Thumbnails of the images found, best first, their rows, and a status line, which may report an error.
+        """
         given = [(value or "").strip() or None for value in (words, folder, since, until, caption, split)]
         if given[0] is None and picture is None:
-            return [], [], "Nothing to search for: give words, a picture or both."
+            return [], [], "Nothing to search for: enter words, add an image, or both."
         try:
             query = Query(given[0], picture)
             chosen = EntryFilter(*given[1:])
@@ -99,18 +114,18 @@ class IndexPage:
             shown = self._shown(found)
         except MiniClipError as error:
             return [], [], str(error)
-        among = f"{len(self.index) if rows is None else len(rows):,} images"
-        return shown, [row for row, _ in found], f"The nearest {len(found)} of {among}."
+        candidates = len(self.index) if rows is None else len(rows)
+        return shown, [row for row, _ in found], f"Best {len(found)} of {candidates:,} images."
 
-    def show(self, rows: list[int], place: int) -> tuple[Image.Image | None, str, list[Shown], list[int]]:
-        """One of the images that were found, as large as it is up to `LARGE` pixels, and its neighbours.
+    def show(self, rows: list[int], place: int) -> tuple[Image.Image | None, str, list[Thumbnail], list[int]]:
+        """Show one of the images found, with up to `LARGE_PIXELS` pixels, and similar images.
 
         Args:
-            rows: that are shown.
-            place: among them; it comes from the browser.
+            rows: rows of the images on the page.
+            place: position among them; it comes from the browser.
 
         Returns:
-            The image, what is known of it, its neighbours and their rows.
+            The image, a text about it, thumbnails of similar images, and their rows.
         """
         if not 0 <= place < len(rows):
             return None, "", [], []
@@ -124,47 +139,54 @@ class IndexPage:
             *([f"{entry['width']} x {entry['height']} pixels"] if entry["width"] else []),
             entry["id"] if entry["path"] else _name(entry),
         ]
-        return picture_of(self.index, row, LARGE), "\n".join(facts), self._shown(others), [row for row, _ in others]
+        return (
+            picture_of(self.index, row, LARGE_PIXELS),
+            "\n".join(facts),
+            self._shown(others),
+            [row for row, _ in others],
+        )
 
     def small(self, row: int) -> Path:
-        """File of a small picture; of an image that cannot be read any more a blank, to keep the others' places."""
+        """Thumbnail file of an image. It is blank for an unreadable image, so that the others keep their places."""
         path = self.pictures / f"{row}.jpg"
         try:
-            os.utime(path)  # it is not old yet
+            os.utime(path)  # marks it as recently shown
         except FileNotFoundError:
-            picture = picture_of(self.index, row, THUMBNAIL) or Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#cbd5e0")
+            picture = picture_of(self.index, row, THUMBNAIL_PIXELS) or Image.new(
+                "RGB", (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), "#cbd5e0"
+            )
             fresh = path.with_suffix(f".{get_ident()}")
             picture.save(fresh, "JPEG", quality=82)
             fresh.replace(path)
         return path
 
     def _embedded(self, query: Query) -> np.ndarray:
-        """`[dim]` of a query."""
-        with one_thread():  # many users at once are many small computations
+        """`[dim]` embedding of a query."""
+        with one_thread():  # with many users there are many small computations at once
             embedding: np.ndarray = embed_queries(self.index, [query], load=self.load)[0]
-        release_freed_memory()  # which each of the server's threads would keep for itself
+        release_freed_memory()  # otherwise each of the server's threads keeps some
         return embedding
 
-    def _shown(self, found: list[tuple[int, float]]) -> list[Shown]:
+    def _shown(self, found: list[tuple[int, float]]) -> list[Thumbnail]:
         files = self.threads.map(self.small, [row for row, _ in found])
         captions = (f"{score:.3f}  {_name(self.index.entry(row))}" for row, score in found)
         return list(zip(files, captions, strict=True))
 
     def folders(self) -> list[str]:
-        """Folders and other sources of the images, the first of them by name."""
+        """Folders and other sources of the images, in alphabetical order, at most `MAX_FOLDERS`."""
         parents = {os.path.dirname(name) for name in self.index.entries["id"].to_pylist()}
-        return sorted(parents - {""})[:MOST_FOLDERS]
+        return sorted(parents - {""})[:MAX_FOLDERS]
 
     def splits(self) -> list[str]:
-        """Splits of the images, if they have some."""
+        """Splits of the images."""
         return sorted(name for name in self.index.entries["split"].unique().to_pylist() if name)
 
     def captions(self) -> list[str]:
-        """The first caption of each image that has some."""
+        """First caption of each image that has captions."""
         return [several[0] for several in self.index.entries["captions"].to_pylist() if several]
 
     def examples(self) -> list[str]:
-        """Queries to begin with: captions from all over the index."""
+        """Example queries: captions from all over the index."""
         captions = self.captions()
         if not captions:
             return list(GENERAL_EXAMPLES)
@@ -177,11 +199,11 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
-    """The page as a `gradio.Blocks`; start it with [`launch_options`].
+    """Build the page as `gradio.Blocks`. Launch it with [`launch_options`].
 
     Args:
-        index: to search.
-        title: above it.
+        index: index to search.
+        title: heading of the page.
 
     Raises:
         DataError: the index is empty.
@@ -189,28 +211,28 @@ def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
     """
     gr = _gradio()
     if not len(index):
-        raise DataError(f"{index.folder}: no images in this index; add some: miniclip index MODEL SOURCE -o INDEX")
+        raise DataError(f"{index.folder}: this index has no images; add some: miniclip index MODEL SOURCE -o INDEX")
     served = gr.utils.get_upload_folder()
     os.makedirs(served, exist_ok=True)
-    # Or gradio draws up statistics of all events after each, which nobody asks for: a table of pandas, made by any of
-    # the server's threads, each of which comes to keep some of Arrow's memory for itself.
+    # Otherwise gradio computes statistics after each event, as a table of pandas, in any of the server's threads, and
+    # each of these threads then keeps some of Arrow's memory.
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(sys.maxsize))
     page = IndexPage(index, Path(tempfile.mkdtemp(prefix="miniclip-", dir=served)))
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
         gr.HTML(f"<h1>{escape(title)}</h1>")
         words, picture, examples, filters = _question(gr, page)
         button = gr.Button("Search", variant="primary", elem_id="search")
-        told = gr.Textbox(f"{len(index):,} images. Words, a picture, or both.", label="Result", show_label=False,
-                          container=False, interactive=False, elem_id="told")  # fmt: skip
+        status = gr.Textbox(f"{len(index):,} images. Search by words, by image, or both.", label="Result",
+                            show_label=False, container=False, interactive=False, elem_id="status")  # fmt: skip
         with gr.Column(visible=False) as answer:
             results = _gallery(gr, "Images found", "results")
         with gr.Column(visible=False, elem_id="chosen") as chosen:
             with gr.Row():
                 image = gr.Image(label="Chosen image", interactive=False, elem_id="image", buttons=["fullscreen"],
                                  scale=2)  # fmt: skip
-                facts = gr.Textbox(label="About it", interactive=False, lines=2, elem_id="facts", scale=1)
-            gr.HTML("<h3>Its neighbours</h3>")
-            neighbours = _gallery(gr, "Its neighbours", "neighbours")
+                facts = gr.Textbox(label="About this image", interactive=False, lines=2, elem_id="facts", scale=1)
+            gr.HTML("<h3>Similar images</h3>")
+            neighbours = _gallery(gr, "Similar images", "neighbours")
         rows, near_rows = gr.State([]), gr.State([])
 
         def search(*given: Any) -> tuple[Any, ...]:
@@ -220,11 +242,11 @@ def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
         def show(places: list[int], event: Any) -> tuple[Any, ...]:
             return (*page.show(places, event.index), gr.update(visible=True))
 
-        show.__annotations__["event"] = gr.SelectData  # by which gradio hands over what was clicked
+        show.__annotations__["event"] = gr.SelectData  # makes gradio pass what was clicked
 
         private: dict[str, Any] = {"api_visibility": "private"}
         asked = {"fn": search, "inputs": [words, picture, *filters], **private,
-                 "outputs": [results, rows, told, answer, chosen]}  # fmt: skip
+                 "outputs": [results, rows, status, answer, chosen]}  # fmt: skip
         entered = [field.input if isinstance(field, gr.Dropdown) else field.submit for field in filters]
         gr.on([button.click, words.submit, picture.upload, *entered], **asked)
         for example in examples:
@@ -236,14 +258,14 @@ def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
 
 
 def _question(gr: Any, page: IndexPage) -> tuple[Any, Any, list[Any], list[Any]]:
-    """Where one asks: words, a picture, buttons with examples, and filters in the order of `IndexPage.search`."""
+    """Build the inputs: text, image, buttons with examples, and filters in the order of `IndexPage.search`."""
     with gr.Row():
         with gr.Column(scale=3):
             words = gr.Textbox(label="Words", placeholder="two dogs playing in the snow", autofocus=True)
             with gr.Row(elem_id="examples"):
                 examples = [gr.Button(text, size="sm", variant="secondary") for text in page.examples()]
         picture = gr.Image(
-            label="Picture", type="pil", image_mode=None, sources=["upload", "clipboard"], height=180, scale=1
+            label="Image", type="pil", image_mode=None, sources=["upload", "clipboard"], height=180, scale=1
         )
     folders, splits = page.folders(), page.splits()
     dated = page.index.entries["date"].null_count < len(page.index)
@@ -253,7 +275,7 @@ def _question(gr: Any, page: IndexPage) -> tuple[Any, Any, list[Any], list[Any]]
             gr.Dropdown(["", *folders], value="", label="Folder", filterable=True, visible=useful["Folder"]),
             gr.Textbox(label="From date", placeholder="2024-07", visible=useful["date"]),
             gr.Textbox(label="To date", placeholder="2024-07-14", visible=useful["date"]),
-            gr.Textbox(label="Words of the caption", visible=useful["caption"]),
+            gr.Textbox(label="Caption contains", visible=useful["caption"]),
             gr.Dropdown(["", *splits], value="", label="Split", visible=useful["Split"]),
         ]
     return words, picture, examples, filters
@@ -267,14 +289,17 @@ def _gallery(gr: Any, label: str, elem_id: str) -> Any:
 
 
 def launch_options() -> dict[str, Any]:
-    """What `launch` of a page of [`build_page`] has to be told."""
+    """Arguments for `launch` of a page of [`build_page`]."""
     gr = _gradio()
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none is fetched
+    fonts = {
+        "font": ["system-ui", "sans-serif"],
+        "font_mono": ["ui-monospace", "monospace"],
+    }  # system fonts, so that none is downloaded
     return {
         "theme": gr.themes.Default(primary_hue="blue", **fonts),
         "css": STYLE,
-        "max_file_size": UPLOAD,
-        "state_session_capacity": SESSIONS,
+        "max_file_size": MAX_UPLOAD,
+        "state_session_capacity": MAX_SESSIONS,
         "allowed_paths": [],
         "footer_links": [],
         "enable_monitoring": False,
@@ -284,21 +309,21 @@ def launch_options() -> dict[str, Any]:
 
 
 def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bool = False) -> None:
-    """Serve a page on loopback, to this machine only, until it is interrupted.
+    """Serve the page on loopback, to this machine only, until it is interrupted.
 
     Args:
-        folder: of the index.
-        port: by default the first free one from 7860 on.
-        open_browser: show it.
+        folder: folder of the index.
+        port: port of the page; by default the first free one from 7860.
+        open_browser: open the page in the browser.
 
     Raises:
-        DataError: there is no index, or none that can be read.
-        MiniClipError: no gradio, or the port is taken.
+        DataError: there is no index, or it cannot be read.
+        MiniClipError: gradio is not installed, or the port is taken.
     """
     _gradio_installed()
     index = ImageIndex.open(folder, verify=True)
     with tempfile.TemporaryDirectory(prefix="miniclip-app-") as cache:
-        os.environ["GRADIO_TEMP_DIR"] = cache  # or files of other apps on this machine could be asked for
+        os.environ["GRADIO_TEMP_DIR"] = cache  # otherwise files of other apps on this machine could be requested
         blocks = build_page(index, f"Search {Path(folder).resolve().name}")
         try:
             blocks.launch(
@@ -310,8 +335,8 @@ def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bo
                 **launch_options(),
             )
         except OSError as error:
-            raise MiniClipError(f"--port {port}: {error}; name another one, or none") from error
-        print(f"{len(index):,} images: {blocks.local_url}  (Ctrl-C ends it)", flush=True)
+            raise MiniClipError(f"--port {port}: {error}; choose another port, or leave --port out") from error
+        print(f"{len(index):,} images: {blocks.local_url}  (stop with Ctrl-C)", flush=True)
         try:
             blocks.block_thread()
         finally:
@@ -320,7 +345,7 @@ def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bo
 
 def _gradio_installed() -> None:
     if find_spec("gradio") is None:
-        raise MiniClipError("the page needs gradio: pip install 'miniclip[app]'")
+        raise MiniClipError("the search page needs gradio: pip install 'miniclip[app]'")
 
 
 def _gradio() -> Any:

@@ -1,8 +1,8 @@
-"""An approximate index for many images: FAISS's inverted file with vectors of 8 bits a number.
+"""Approximate nearest neighbours for large indexes: FAISS's inverted file with 8 bits per number.
 
-The vectors are in cells around `cells(n)` centres, of which a search looks into one in `CELLS_A_PROBE`. What it finds
-there is compared again with the embeddings themselves, so that scores and their order are exact. Why this library and
-this kind of index: `benchmarks/search.md`.
+The vectors are grouped in cells around `cells(n)` centres, and a search visits one cell in `CELLS_PER_PROBE`. What it
+finds there is compared again with the embeddings themselves, so scores and their order are exact. For the choice of
+library and index type see `benchmarks/search.md`.
 """
 
 import math
@@ -18,21 +18,25 @@ from .exact import Neighbours, top_k_rows
 
 FILE = "neighbours.faiss"
 CHOICES = ("auto", "exact", "approximate")
-APPROXIMATE_FROM = 500_000  # images from which "auto" takes it
-TRAINING_ROWS = 40  # a cell, for k-means
-CELLS_A_PROBE = 64
+APPROXIMATE_FROM = 500_000  # images from which "auto" means approximate
+TRAINING_ROWS = 40  # rows per cell for k-means
+CELLS_PER_PROBE = 64
 LEAST_PROBES = 32
-REFINED = 4  # candidates for each image asked for, and no less than LEAST_REFINED
+REFINED = 4  # candidates per requested image, and at least LEAST_REFINED in total
 LEAST_REFINED = 40
-BLOCK = 65_536  # rows added at a time
+BLOCK = 65_536  # rows that are added at a time
 
 
 def is_chosen(choice: str, count: int) -> bool:
-    """Whether an index of so many images gets an approximate one.
+    """Whether an index gets approximate search.
+
+    Args:
+        choice: `auto`, `exact` or `approximate`.
+        count: number of images in the index.
 
     Raises:
-        MiniClipError: FAISS is asked for and not installed.
-        UsageError: no such choice.
+        MiniClipError: the choice is `approximate` and FAISS is not installed.
+        UsageError: there is no such choice.
     """
     if choice not in CHOICES:
         raise UsageError(f"neighbours {choice!r}: expected one of {', '.join(CHOICES)}")
@@ -43,7 +47,7 @@ def is_chosen(choice: str, count: int) -> bool:
 
 
 def cells(count: int) -> int:
-    """About twice the square root, as a power of two, but no more than can be trained."""
+    """Number of cells for `count` vectors: about twice the square root, a power of two, few enough to be trained."""
     number = 1 << round(math.log2(2 * math.sqrt(max(1, count))))
     while number > 1 and number * TRAINING_ROWS > count:
         number //= 2
@@ -55,7 +59,7 @@ def build_neighbours(embeddings: np.ndarray, path: Path) -> None:
 
     Args:
         embeddings: `[rows, dim]`, unit norm; may be memory-mapped.
-        path: of the file.
+        path: file to write.
     """
     import faiss
 
@@ -70,31 +74,31 @@ def build_neighbours(embeddings: np.ndarray, path: Path) -> None:
 
 
 class ApproximateNeighbours(Neighbours):
-    """Search by such a file; rows that are chosen beforehand are searched exactly.
+    """Search with a file of [`build_neighbours`]. Filtered searches are exact.
 
     Args:
-        embeddings: that the file was made of.
-        path: of the file.
-        probes: cells to look into; by default one in `CELLS_A_PROBE`.
+        embeddings: `[rows, dim]` embeddings from which the file was built.
+        path: path of the file.
+        probes: cells to visit; by default one in `CELLS_PER_PROBE`.
     """
 
     def __init__(self, embeddings: np.ndarray, path: Path, probes: int | None = None):
-        faiss: Any = import_module("faiss")  # its stubs lack half of it
+        faiss: Any = import_module("faiss")  # its type stubs are incomplete
         super().__init__(embeddings)
-        # Mapped as if in memory: FAISS's older way to map cells starts 32 threads a search to read them ahead.
+        # IFC, because FAISS's older way to map cells starts 32 read-ahead threads per search.
         self.index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         self.parameters = faiss.SearchParametersIVF(
-            nprobe=probes or max(LEAST_PROBES, self.index.nlist // CELLS_A_PROBE)
+            nprobe=probes or max(LEAST_PROBES, self.index.nlist // CELLS_PER_PROBE)
         )
 
     def search(self, query: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """As [`Neighbours.search`]; some of the largest may be missing."""
+        """Like [`Neighbours.search`], but some of the largest may be missing."""
         if rows is not None:
             return super().search(query, k, rows)
         wanted = min(max(REFINED * k, LEAST_REFINED), len(self.embeddings))
         _, found = self.index.search(query[None], wanted, params=self.parameters)
         candidates = np.sort(found[0][found[0] >= 0])
-        if len(candidates) < min(k, len(self.embeddings)):  # the cells were too empty
+        if len(candidates) < min(k, len(self.embeddings)):  # too few vectors in the cells
             return super().search(query, k)
         scores = self.embeddings[candidates].astype(np.float32) @ query
         best = top_k_rows(scores, k)

@@ -1,4 +1,4 @@
-"""Images of an index that are the same, byte for byte, or nearly so, by the cosine of their embeddings."""
+"""Find identical images of an index, byte for byte, and near-identical ones, by the cosine of their embeddings."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ import numpy as np
 from ..errors import UsageError
 from .index import ImageIndex
 
-BLOCK = 2_048  # rows and columns of the part of the similarities that is held at a time
+BLOCK = 2_048  # rows and columns of similarities that are computed at a time
 
 
 @dataclass(frozen=True)
 class Group:
-    """Images that are the same or linked by near-identical pairs.
+    """Images that are identical, or linked by near-identical pairs.
 
     Args:
-        rows: of the index, ascending.
-        exact: whether all are the same bytes.
-        similarity: least cosine among the pairs that link them.
+        rows: rows of the images in the index, ascending.
+        exact: whether all images have the same bytes.
+        similarity: smallest cosine among the pairs that link the images.
     """
 
     rows: list[int]
@@ -28,7 +28,7 @@ class Group:
 
 
 class _Links:
-    """Sets of rows that grow together (union-find; the smallest row stands for its set)."""
+    """Sets of linked rows (union-find; the smallest row represents its set)."""
 
     def __init__(self, count: int):
         self.parent = list(range(count))
@@ -48,24 +48,23 @@ class _Links:
 
 
 def find_duplicates(index: ImageIndex, threshold: float = 0.95, across_splits: bool = False) -> list[Group]:
-    """Groups of images of which each has a twin in its group.
+    """Find groups of identical and near-identical images.
 
-    Each image is compared with each other, in blocks: the time grows with the square of their number, the memory does
-    not grow.
+    Every pair of images is compared, in blocks: time grows with the square of the number of images, memory does not.
 
     Args:
-        index: to look through.
-        threshold: least cosine of two near-identical images, in (0, 1].
-        across_splits: only groups with images of more than one split, for instance of train and validation.
+        index: index to search.
+        threshold: smallest cosine of two near-identical images, in (0, 1].
+        across_splits: only return groups with images of several splits, such as train and validation.
 
     Returns:
         The groups, exact ones first, then by falling similarity.
 
     Raises:
-        UsageError: a threshold outside (0, 1].
+        UsageError: the threshold is outside (0, 1].
     """
     if not 0 < threshold <= 1:
-        raise UsageError(f"--threshold {threshold}: expected a cosine above 0 and up to 1")
+        raise UsageError(f"--threshold {threshold}: expected a cosine above 0 and at most 1")
     links = _Links(len(index))
     hashes = index.entries["hash"].to_pylist()
     first: dict[str, int] = {}
@@ -87,8 +86,10 @@ def find_duplicates(index: ImageIndex, threshold: float = 0.95, across_splits: b
 
 
 def _near(embeddings: np.ndarray, rows: np.ndarray, threshold: float) -> Iterator[tuple[int, int, float]]:
-    """Pairs among these rows, the first before the second, whose cosine is at least `threshold`."""
-    tolerance = 1e-6 if embeddings.dtype == np.float32 else 1e-3  # of rounding, so that 1 finds equal embeddings
+    """Pairs of these rows, smaller row first, with their cosine if it is at least `threshold`."""
+    tolerance = (
+        1e-6 if embeddings.dtype == np.float32 else 1e-3
+    )  # for rounding, so that a threshold of 1 finds equal embeddings
     for top in range(0, len(rows), BLOCK):
         block = embeddings[rows[top : top + BLOCK]].astype(np.float32)
         for left in range(top, len(rows), BLOCK):

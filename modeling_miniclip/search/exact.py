@@ -1,4 +1,4 @@
-"""The embeddings nearest to a query: exactly, by a matrix product, or by an approximate index where there are many."""
+"""Exact nearest neighbours of a query, by a matrix product over all embeddings."""
 
 import os
 from contextlib import nullcontext
@@ -6,14 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HALF_MARGIN = 4e-3  # more than a cosine computed in half precision is off; what comes so close is computed again
-PROCESS = os.getpid()  # another one than this was forked
-LEAST_SELECTED = 0.3  # share of the rows from which computing all of them is faster than gathering them
+HALF_MARGIN = 4e-3  # above the error of a cosine in half precision; closer candidates are computed again
+PROCESS = os.getpid()  # differs in forked processes
+LEAST_SELECTED = 0.3  # fraction of the rows above which computing all is faster than gathering the selected ones
 
 
 @dataclass(frozen=True)
 class Match:
-    """An image found for a query: its name, its cosine similarity, and its row in the embeddings."""
+    """An image found for a query.
+
+    Args:
+        name: name of the image.
+        score: cosine similarity with the query.
+        index: row of the image in the embeddings.
+    """
 
     name: str
     score: float
@@ -31,15 +37,15 @@ class Neighbours:
         self.embeddings = embeddings
 
     def search(self, query: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The `k` largest inner products, largest first; of equal ones those of the first rows.
+        """Find the `k` largest inner products, largest first; ties in the order of the rows.
 
         Args:
             query: `[dim]` float32.
-            k: how many; all, where there are fewer.
-            rows: ascending rows among which to search; None: all.
+            k: number of rows to find; all rows if there are fewer.
+            rows: `[n]` ascending rows to search; None for all.
 
         Returns:
-            `[k]` float32 products and `[k]` rows.
+            `[k]` float32 inner products and `[k]` rows.
         """
         if rows is not None and len(rows) < LEAST_SELECTED * len(self.embeddings):
             scores = self._products(self.embeddings[rows], query, k)
@@ -55,16 +61,16 @@ class Neighbours:
     def _products(
         self, embeddings: np.ndarray, query: np.ndarray, k: int, rows: np.ndarray | None = None
     ) -> np.ndarray:
-        """`[n]` float32 products, exact wherever they may be among the `k` largest (of the given rows)."""
+        """`[n]` float32 inner products, exact wherever they may be among the `k` largest (of the given rows)."""
         if embeddings.dtype == np.float32 or not len(embeddings):
-            # One product over everything: it reads each number once, in the order of the file, by all cores.
+            # One matrix product reads each number once, in the order of the file, on all cores.
             return embeddings @ query
-        import torch  # NumPy has no product of half precision, and converting first takes ten times as long
+        import torch  # NumPy has no half-precision product, and converting first takes ten times as long
 
         from ..utils.performance import one_thread
 
         half = torch.from_numpy(np.asarray(embeddings).view(np.int16)).view(torch.float16)
-        # A forked process would wait forever for the threads that torch had in its parent.
+        # A forked process would wait forever for the threads that torch started in its parent.
         with one_thread() if os.getpid() != PROCESS else nullcontext():
             scores = (half @ torch.from_numpy(query).half()).float().numpy()
         candidates = scores if rows is None else scores[rows]
@@ -75,16 +81,19 @@ class Neighbours:
 
 
 def top_k_rows(scores: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the `k` largest, largest first and equal ones in their order.
+    """Rows of the `k` largest scores, largest first, ties in the order of the rows.
 
     Args:
-        scores: `[n]`.
-        k: all, where there are fewer.
+        scores: `[n]` scores.
+        k: number of rows; all rows if there are fewer.
+
+    Returns:
+        `[min(k, n)]` rows.
     """
     if k < len(scores):
         bound = np.partition(scores, len(scores) - k)[len(scores) - k]
-        surely, equal = np.flatnonzero(scores > bound), np.flatnonzero(scores == bound)
-        best = np.concatenate([surely, equal[: k - len(surely)]])
+        above, equal = np.flatnonzero(scores > bound), np.flatnonzero(scores == bound)
+        best = np.concatenate([above, equal[: k - len(above)]])
     else:
         best = np.arange(len(scores))
     return best[np.lexsort((best, -scores[best]))]

@@ -1,4 +1,4 @@
-"""Which images of an index a search may find: those of a folder, of a time, of a split, with words in a caption."""
+"""Filters of a search: folder, date, split, and words of the captions."""
 
 import os
 import re
@@ -14,13 +14,14 @@ from ..errors import UsageError
 
 @dataclass(frozen=True)
 class EntryFilter:
-    """Conditions that all have to hold; those that are None do not count.
+    """Conditions on images, all of which must hold. None means no condition.
 
     Args:
-        folder: the image lies in it or below it; also an archive or a data set.
-        since, until: bounds of its date, both included: `2024`, `2024-07`, `2024-07-14` or with a time behind `T`.
-        caption_contains: words that must all occur in its captions, as whole words in any case.
-        split: `train`, `validation`, ...
+        folder: folder, archive or data set that contains the image, directly or further down.
+        since: earliest date, included: `2024`, `2024-07`, `2024-07-14`, or with a time after `T`.
+        until: latest date, included, in the same form.
+        caption_contains: words that must all occur in the image's captions, as whole words, ignoring case.
+        split: split of the image, such as `train`.
     """
 
     folder: str | None = None
@@ -32,11 +33,21 @@ class EntryFilter:
     def __bool__(self) -> bool:
         return any(getattr(self, field.name) is not None for field in fields(self))
 
+    def __str__(self) -> str:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ", ".join(f"{name} {value!r}" for name, value in given.items() if value is not None)
+
     def rows(self, entries: pa.Table) -> np.ndarray:
-        """Ascending rows of the entries that pass.
+        """Find the entries that pass.
+
+        Args:
+            entries: table with the columns of [`SCHEMA`][modeling_miniclip.search.index.SCHEMA].
+
+        Returns:
+            `[n]` ascending rows.
 
         Raises:
-            UsageError: a date that is none.
+            UsageError: `since` or `until` is not a date.
         """
         passed = np.ones(entries.num_rows, dtype=bool)
         if self.folder is not None:
@@ -60,7 +71,7 @@ def _in_folder(ids: pa.ChunkedArray, folder: str) -> np.ndarray:
 
 
 def _with_word(captions: pa.ChunkedArray, word: str) -> np.ndarray:
-    # The regular expressions of Arrow (RE2) know \b for ASCII only.
+    # \b of Arrow's regular expressions (RE2) covers ASCII only.
     pattern = rf"(^|[^\pL\pN_]){re.escape(word)}($|[^\pL\pN_])"
     hits = pc.match_substring_regex(pc.list_flatten(captions), pattern, ignore_case=True)
     found = np.zeros(len(captions), dtype=bool)
@@ -74,18 +85,18 @@ def _numpy(mask: pa.ChunkedArray) -> np.ndarray:
 
 
 def _bounds(date: str) -> tuple[datetime, datetime]:
-    """First moment of a year, month, day, minute or second, and the first moment behind it."""
+    """First moment of a year, month, day, minute or second, and the first moment after it."""
     for pattern, step in (("%Y", 366), ("%Y-%m", 31), ("%Y-%m-%d", 1)):
         try:
             first = datetime.strptime(date, pattern)
-            behind = first + timedelta(days=step)  # within the next year, month or day, whose start is looked for
+            following = first + timedelta(days=step)  # somewhere within the next year, month or day
         except (ValueError, OverflowError):
             continue
-        return first, datetime.strptime(behind.strftime(pattern), pattern)
+        return first, datetime.strptime(following.strftime(pattern), pattern)
     for pattern, length in (("%Y-%m-%dT%H:%M", timedelta(minutes=1)), ("%Y-%m-%dT%H:%M:%S", timedelta(seconds=1))):
         try:
             first = datetime.strptime(date, pattern)
         except ValueError:
             continue
         return first, first + length
-    raise UsageError(f"{date!r} is no date: expected 2024, 2024-07, 2024-07-14 or 2024-07-14T18:30")
+    raise UsageError(f"{date!r} is not a date: expected 2024, 2024-07, 2024-07-14 or 2024-07-14T18:30")

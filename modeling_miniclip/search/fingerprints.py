@@ -1,23 +1,23 @@
-"""Which model made an embedding: a hash of its weights and settings, compared without reading them anew each time."""
+"""Fingerprints of models: a hash of weights and settings, and file stats that show whether it must be recomputed."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-# What may change in config.json without changing an embedding.
+# Keys of config.json that may change without changing an embedding.
 VOLATILE = ("transformers_version", "_name_or_path", "auto_map", "architectures", "dtype", "torch_dtype")
 IMAGE_SETTINGS = ("processor_config.json", "preprocessor_config.json")
 
 
 def describe_files(folder: Path) -> list[list[Any]]:
-    """`[name, size, mtime in ns]` of the files that [`fingerprint`] reads, which change when it may have changed."""
+    """`[name, size, mtime in ns]` of the files that [`fingerprint`] reads. If equal, so is the hash."""
     files = [*sorted(folder.glob("*.safetensors")), *(folder / name for name in ("config.json", *IMAGE_SETTINGS))]
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.is_file()]
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the weights, the image processor's settings, and what else an embedding depends on."""
+    """Hash of the weights, the image processor's settings and everything else that an embedding depends on."""
     whole = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -25,11 +25,13 @@ def fingerprint(folder: Path) -> str:
                 whole.update(chunk)
     for name in ("config.json", *IMAGE_SETTINGS):
         if (folder / name).is_file():
-            whole.update(json.dumps(_settled(json.loads((folder / name).read_text())), sort_keys=True).encode())
+            whole.update(
+                json.dumps(_without_volatile(json.loads((folder / name).read_text())), sort_keys=True).encode()
+            )
     return whole.hexdigest()
 
 
-def _settled(value: Any) -> Any:
+def _without_volatile(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _settled(v) for key, v in value.items() if key not in VOLATILE}
+        return {key: _without_volatile(v) for key, v in value.items() if key not in VOLATILE}
     return value

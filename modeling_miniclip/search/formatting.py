@@ -1,4 +1,4 @@
-"""Search results and groups of duplicates as a table or as JSON."""
+"""Search results and groups of duplicates as text or JSON."""
 
 import json
 import os
@@ -14,47 +14,13 @@ from .index import ImageIndex
 from .query import Query, Timing
 
 
-def format_groups(index: ImageIndex, groups: list[Group]) -> str:
-    """Groups as a list for people; the first image of each is the one that would be kept."""
-    ids, splits = index.entries["id"].to_pylist(), index.entries["split"].to_pylist()
-    lines = []
-    for group in groups:
-        lines.append("identical" if group.exact else f"near-identical, cosine {group.similarity:.4f}")
-        lines += [printable(f"  {ids[row]}" + (f"  ({splits[row]})" if splits[row] else "")) for row in group.rows]
-    across = sum(len({splits[row] for row in group.rows} - {""}) > 1 for group in groups)
-    more = sum(len(group.rows) - 1 for group in groups)
-    exact = sum(group.exact for group in groups)
-    lines.append(
-        f"{len(groups)} groups among {len(index)} images: {exact} identical, {len(groups) - exact} near-identical, "
-        f"{more} images more than needed; {across} across splits"
-    )
-    return "\n".join(lines)
-
-
-def format_groups_json(index: ImageIndex, groups: list[Group]) -> str:
-    """Groups as JSON."""
-    entries = index.entries.select(["id", "split", "hash"])
-    return json.dumps(
-        [
-            {
-                "exact": group.exact,
-                "similarity": round(group.similarity, 6),
-                "images": entries.take(group.rows).to_pylist(),
-            }
-            for group in groups
-        ],
-        indent=1,
-        ensure_ascii=False,
-    )
-
-
 def format_table(index: ImageIndex, matches: list[Match], width: int) -> str:
-    """Rank, score, date, image and first caption in as many columns of a terminal as there are.
+    """Format search results as a table: rank, score, date, image and first caption.
 
     Args:
-        index: that was searched.
-        matches: found in it.
-        width: of a line.
+        index: index that was searched.
+        matches: images found, best first.
+        width: columns of the terminal; longer lines are cut.
     """
     rows = [index.entry(match.index) for match in matches]
     home = os.path.commonpath([row["id"] for row in rows]) if rows and all(row["path"] for row in rows) else ""
@@ -71,12 +37,12 @@ def format_table(index: ImageIndex, matches: list[Match], width: int) -> str:
 
 
 def display_width(text: str) -> int:
-    """Columns of a terminal that a text takes: wide characters (Chinese, emoji) two, combining ones none."""
+    """Terminal columns that a text takes: two per wide character (Chinese, emoji), none per combining character."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def cut(line: str, width: int) -> str:
-    """A line that is not longer than so many columns."""
+    """Cut a line to at most `width` terminal columns."""
     if display_width(line) <= width:
         return line
     while display_width(line) > width - 1:
@@ -85,7 +51,7 @@ def cut(line: str, width: int) -> str:
 
 
 def format_json(index: ImageIndex, query: Query, matches: list[Match], timing: Timing) -> str:
-    """Query, matches with all that is known of their images, and seconds, as JSON."""
+    """Format query, matches with all columns of their entries, and timing as JSON."""
     found: list[dict[str, Any]] = []
     for rank, match in enumerate(matches, 1):
         entry = index.entry(match.index)
@@ -98,3 +64,37 @@ def format_json(index: ImageIndex, query: Query, matches: list[Match], timing: T
         "seconds": {name: round(value, 4) for name, value in asdict(timing).items()},
     }
     return json.dumps(values, indent=1, ensure_ascii=False)
+
+
+def format_groups(index: ImageIndex, groups: list[Group]) -> str:
+    """Format groups of duplicates as text. All images of a group except its first are superfluous."""
+    ids, splits = index.entries["id"].to_pylist(), index.entries["split"].to_pylist()
+    lines = []
+    for group in groups:
+        lines.append("identical" if group.exact else f"near-identical, cosine {group.similarity:.4f}")
+        lines += [printable(f"  {ids[row]}" + (f"  ({splits[row]})" if splits[row] else "")) for row in group.rows]
+    across = sum(len({splits[row] for row in group.rows} - {""}) > 1 for group in groups)
+    more = sum(len(group.rows) - 1 for group in groups)
+    exact = sum(group.exact for group in groups)
+    lines.append(
+        f"{len(groups)} groups among {len(index)} images: {exact} identical, {len(groups) - exact} near-identical, "
+        f"{more} superfluous images; {across} across splits"
+    )
+    return "\n".join(lines)
+
+
+def format_groups_json(index: ImageIndex, groups: list[Group]) -> str:
+    """Format groups of duplicates as JSON."""
+    entries = index.entries.select(["id", "split", "hash"])
+    return json.dumps(
+        [
+            {
+                "exact": group.exact,
+                "similarity": round(group.similarity, 6),
+                "images": entries.take(group.rows).to_pylist(),
+            }
+            for group in groups
+        ],
+        indent=1,
+        ensure_ascii=False,
+    )

@@ -1,4 +1,4 @@
-"""Text to images without an index on disk."""
+"""`find_matches`: search embeddings in memory, without an index on disk."""
 
 import os
 from collections.abc import Sequence
@@ -23,23 +23,24 @@ def find_matches(
     processor: MiniClipProcessor | None = None,
     draw: str | os.PathLike | None = None,
 ) -> list[Match]:
-    """The images that match a query best, best first.
+    """Find the images that match a query best.
 
     Args:
         model: the model that made the embeddings.
         image_embeddings: `[images, projection_dim]` of [`encode_images`].
         query: a text, or an image: `PIL.Image`, array or `Path`.
-        image_filenames: one name an embedding; a name that stands several times is returned once, with its best score.
-        n: how many.
-        processor: by default the one saved with the model.
-        draw: file name of a picture (PNG) of the found images to be written; the names must then be readable paths.
+        image_filenames: one name per embedding; a repeated name is returned once, with its best score.
+        n: number of images to find.
+        processor: processor of the model; by default the one saved with it.
+        draw: PNG file to which the found images are drawn; the names must then be paths of images.
 
     Returns:
-        At most `n` [`Match`]es, one a name.
+        At most `n` [`Match`]es, best first, one per name.
 
     Raises:
-        ValueError: as many names as embeddings are needed, and embeddings of this model; no processor.
-        DataError: the query or an image to be drawn cannot be read.
+        ValueError: the number of names differs from that of embeddings, the embeddings are of another model, or there
+            is no processor.
+        DataError: the query, or an image to draw, cannot be read.
 
     Example:
         >>> find_matches(model, embeddings, "two dogs playing in the snow", filenames, n=3)  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Images of an index as pictures to look at: from their files where these are, else from the index itself."""
+"""The picture of an entry: from its file, or from the thumbnail in the index."""
 
 import io
 
@@ -10,15 +10,15 @@ from .index import ImageIndex
 
 
 def picture_of(index: ImageIndex, row: int, pixels: int) -> Image.Image | None:
-    """An image of the index without its metadata.
+    """Load the picture of an image in the index, without its metadata.
 
     Args:
-        index: that has it.
-        row: of the image.
-        pixels: of the longer side at most.
+        index: index with the image.
+        row: row of the image.
+        pixels: maximum length of the longer side.
 
     Returns:
-        RGB; None if its file is no longer there or cannot be read.
+        RGB image, or None if the file is missing or cannot be read.
 
     Raises:
         DataError: the index is damaged.
@@ -27,7 +27,7 @@ def picture_of(index: ImageIndex, row: int, pixels: int) -> Image.Image | None:
     source = io.BytesIO(index.thumbnail(row) or b"") if path is None else path
     try:
         with Image.open(source) as image:
-            image.draft(None, (2 * pixels, 2 * pixels))  # a JPEG is decoded no larger than that: many times faster
+            image.draft(None, (2 * pixels, 2 * pixels))  # decodes a JPEG at about this size, many times faster
             return shrunk(to_rgb(image), pixels)
-    except Exception:  # Pillow's decoders raise all sorts
+    except Exception:  # Pillow's decoders raise all sorts of errors
         return None

@@ -1,4 +1,4 @@
-"""A query in words, by a picture or both, answered from an index by the one or two towers that it needs."""
+"""Queries of text, an image or both, answered from an index. Only the towers that a query needs are loaded."""
 
 import os
 import shlex
@@ -14,18 +14,19 @@ from .exact import Match
 from .filters import EntryFilter
 from .index import ImageIndex
 
-NEGATIVE_WEIGHT = 0.5  # of what is not wanted, against the 1 of what is
+NEGATIVE_WEIGHT = 0.5  # weight of each text to avoid; what is wanted has weight 1
 
 
 @dataclass(frozen=True)
 class Query:
-    """What is looked for.
+    """What to search for.
 
     Args:
-        words: text, or None.
-        image: a picture, as [`open_image`][modeling_miniclip.inference.encode.open_image] takes it, or None.
+        words: text to search for, or None.
+        image: image to search for, in any form that [`open_image`][modeling_miniclip.inference.encode.open_image]
+            takes, or None.
         image_weight: weight of the image when combined with words, 0 to 1; the words get 1 - image_weight.
-        without: texts that the images shall not fit.
+        without: texts to avoid.
     """
 
     words: str | None = None
@@ -38,14 +39,14 @@ class Query:
             raise UsageError('nothing to search for: give words ("two dogs in the snow"), --image FILE or both')
         if not 0 <= self.image_weight <= 1:
             raise UsageError(
-                f"--image_weight {self.image_weight}: expected a number between 0 (words alone) and 1 (picture alone)"
+                f"--image_weight {self.image_weight}: expected a number between 0 (words only) and 1 (image only)"
             )
         if any(not text.strip() for text in self.without):
-            raise UsageError("--not needs words")
+            raise UsageError("--not is empty: give the text to avoid")
 
     @property
     def texts(self) -> list[str]:
-        """Everything that is to be embedded as text: the words, if there are some, and what is not wanted."""
+        """All texts to embed: the words, if there are any, and the texts to avoid."""
         words = (self.words or "").strip()
         return [*([words] if words else []), *self.without]
 
@@ -56,7 +57,13 @@ class Query:
 
 @dataclass
 class Timing:
-    """Seconds of the parts of a search: imports, loading the towers, and the rest, which is the search's own."""
+    """Duration of a search in seconds.
+
+    Args:
+        imports: importing libraries.
+        load: loading the towers.
+        search: everything else.
+    """
 
     imports: float = 0.0
     load: float = 0.0
@@ -64,21 +71,21 @@ class Timing:
 
 
 def combine(parts: list[tuple[float, np.ndarray]]) -> np.ndarray:
-    """One query of several weighted unit-norm embeddings; what is not wanted has a negative weight.
+    """Combine several embeddings into one query.
 
     Args:
-        parts: weight and `[dim]` embedding.
+        parts: weights, negative for what to avoid, with `[dim]` unit-norm embeddings.
 
     Returns:
         `[dim]`, unit norm.
 
     Raises:
-        UsageError: they cancel out.
+        UsageError: the embeddings cancel out.
     """
     total = np.sum([weight * embedding for weight, embedding in parts], axis=0)
     norm = float(np.linalg.norm(total))
     if norm < 1e-6:
-        raise UsageError("what is wanted and what is not (--not) cancel out: say something else")
+        raise UsageError("the query and the texts to avoid (--not) cancel out: use other words")
     combined: np.ndarray = (total / norm).astype(np.float32)
     return combined
 
@@ -87,14 +94,14 @@ Load = Callable[[ImageIndex, Literal["image", "text"]], tuple[Any, Any]]
 
 
 def load_checked(index: ImageIndex, side: Literal["image", "text"]) -> tuple[Any, Any]:
-    """One tower of the model that made an index, and its processor.
+    """Load one tower of the model that built an index, and its processor.
 
     Args:
-        index: whose model it is.
-        side: which of the two.
+        index: index that the model built.
+        side: tower to load.
 
     Raises:
-        ModelError: the model is not there any more, or has changed since.
+        ModelError: the model is missing, or has changed since the index was built.
     """
     from ..inference.loading import load_tower, model_folder
     from .fingerprints import describe_files, fingerprint
@@ -111,17 +118,20 @@ def load_checked(index: ImageIndex, side: Literal["image", "text"]) -> tuple[Any
 def embed_queries(
     index: ImageIndex, queries: Sequence[Query], timing: Timing | None = None, load: Load = load_checked
 ) -> np.ndarray:
-    """`[queries, dim]` by the index's model, of which only the towers are loaded that the queries need.
+    """Embed queries with the model of an index.
 
     Args:
-        index: whose model it is.
-        queries: words, picture or both.
-        timing: filled with the seconds of imports and loading.
-        load: gives a tower; by default it is read anew from the files of the model.
+        index: index to search.
+        queries: texts, images or both.
+        timing: object to which the seconds of imports and loading are added.
+        load: function that loads a tower; by default [`load_checked`], which reads the model's files each time.
+
+    Returns:
+        `[queries, dim]`, unit norm.
 
     Raises:
-        ModelError: the model is not there any more, or has changed since.
-        DataError: a picture cannot be read.
+        ModelError: the model is missing, or has changed since the index was built.
+        DataError: an image cannot be read.
     """
     timing = timing or Timing()
     start = time.perf_counter()
@@ -146,14 +156,14 @@ def embed_queries(
 def _combined(
     query: Query, text_embeddings: Iterator[np.ndarray], image_embeddings: Iterator[np.ndarray]
 ) -> np.ndarray:
-    """One embedding of a query's weighted parts, taken from those of all texts and all images."""
-    words, image = bool(query.texts[: len(query.texts) - len(query.without)]), query.image is not None
+    """Combine the query's embeddings, which are the next ones of all texts and of all images."""
+    has_words, has_image = len(query.texts) > len(query.without), query.image is not None
     parts: list[tuple[float, np.ndarray]] = []
-    if words:
-        parts.append((1 - query.image_weight if image else 1.0, next(text_embeddings)))
+    if has_words:
+        parts.append((1 - query.image_weight if has_image else 1.0, next(text_embeddings)))
     parts += [(-NEGATIVE_WEIGHT, next(text_embeddings)) for _ in query.without]
-    if image:
-        parts.append((query.image_weight if words else 1.0, next(image_embeddings)))
+    if has_image:
+        parts.append((query.image_weight if has_words else 1.0, next(image_embeddings)))
     return combine(parts)
 
 
@@ -169,31 +179,29 @@ def search_index(
     """Open an index and answer a query.
 
     Args:
-        folder: of the index.
-        query: words, picture or both.
-        k: how many images.
-        filter: which images may be found.
-        timing: filled with what took how long.
-        exact: leave an approximate index aside.
-        verify: as for [`ImageIndex.open`].
+        folder: folder of the index.
+        query: text, image or both.
+        k: number of images to find.
+        filter: conditions on the images.
+        timing: object to which the seconds of each part are added.
+        exact: search exactly even if there is an approximate index.
+        verify: whether to compare checksums, as in [`ImageIndex.open`].
 
     Returns:
         The index and at most `k` matches, best first.
 
     Raises:
-        DataError: there is no index, or none that can be read.
-        UsageError: a query that says nothing, or nothing that passes the filter.
+        DataError: there is no index, or it cannot be read.
+        ModelError: the model is missing, or has changed since the index was built.
+        UsageError: no image passes the filter, or the parts of the query cancel out.
     """
     timing = timing or Timing()
     start, before = time.perf_counter(), timing.imports + timing.load
     index = ImageIndex.open(folder, verify)
     rows = filter.rows(index.entries) if filter else None
     if rows is not None and not len(rows):
-        raise UsageError(f"no image of {folder} passes the filter {filter}; choose a wider one")
+        raise UsageError(f"no image of {folder} passes the filter {filter}; choose a less strict one")
     embedding = embed_queries(index, [query], timing)[0]
     matches = index.search(embedding, k, rows, exact)
     timing.search = time.perf_counter() - start - (timing.imports + timing.load - before)
     return index, matches
-
-
-# --- what is printed ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The images that a search found, as a page that opens without network."""
+"""Search results as an HTML page that works offline."""
 
 from pathlib import Path
 
@@ -15,15 +15,15 @@ def write_results_page(target: Path, index: ImageIndex, title: str, matches: lis
     """Write the page. A click on a picture opens its file.
 
     Args:
-        target: HTML file; one that is there is replaced.
-        index: that was searched.
+        target: HTML file; an existing one is replaced.
+        index: index that was searched.
         title: the query in words.
-        matches: best first.
+        matches: images found, best first.
 
     Raises:
         MiniClipError: the file cannot be written.
     """
-    lead = f"The nearest {len(matches)} of {len(index):,} images, by {index.model}"
+    lead = f"Best {len(matches)} of {len(index):,} images, found with {index.model}"
     text = page(title, grid(_tile(index, match) for match in matches), lead)
     try:
         replace_text(target, text)
@@ -33,11 +33,11 @@ def write_results_page(target: Path, index: ImageIndex, title: str, matches: lis
 
 def _tile(index: ImageIndex, match: Match) -> str:
     entry, picture = index.entry(match.index), picture_of(index, match.index, THUMBNAIL)
-    name = ", ".join([*(said.rstrip(" .") for said in entry["captions"][:1]), Path(match.name).name])
+    name = ", ".join([*(caption.rstrip(" .") for caption in entry["captions"][:1]), Path(match.name).name])
     return tile(
         f"{match.score:.3f}",
         name,
         image=thumbnail(picture) if picture else "",
-        text="no longer there, or not to be read",
+        text="missing or unreadable",
         link=Path(entry["path"]).as_uri() if entry["path"] else "",
     )

@@ -1,6 +1,6 @@
-"""`miniclip space`: a folder that runs as a Gradio Space, or here: a model, an index of named images and the page.
+"""`miniclip space`: a folder with a model, an index and the search page that runs as a Gradio Space, or locally.
 
-The index holds copies of 512 pixels: neither the images' files nor their paths, dates or metadata go to the Space.
+The index holds copies of 512 pixels. Image files, paths, dates and metadata are not published.
 """
 
 import os
@@ -25,15 +25,15 @@ from .index import ImageIndex, Manifest, write_index
 from .pictures import picture_of
 from .update import update_index
 
-PIXELS = 512  # of the longer side of the copies
+PIXELS = 512  # longer side of the copies
 
-# What the page needs at run time; the Space gets the versions that are installed here, with which it was tried.
+# What the page needs at run time. The Space pins the versions that are installed here.
 LIBRARIES = (
     "accelerate", "datasets", "huggingface_hub", "numpy", "pillow", "pyarrow", "safetensors", "timm", "tokenizers",
     "torch", "torchvision", "tqdm", "transformers",
 )  # fmt: skip
 
-APP = '''"""Search the images of `index` with the model of `model`, by words or by a picture."""
+APP = '''"""Search the images of `index` with the model in `model`, by text or by image."""
 
 import os
 from pathlib import Path
@@ -52,20 +52,20 @@ README = """---
 
 # {title}
 
-{images:,} images, searched by words or by a picture with a [MiniCLIP](model/README.md) model. The index holds small
-copies of the images and nothing else of them. To try it here: `pip install gradio -r requirements.txt` and
+Search {images:,} images by text or by image with a [MiniCLIP](model/README.md) model. The index holds small copies of
+the images and nothing else about them. To run it locally: `pip install gradio -r requirements.txt` and
 `python app.py`.
 """
 
 
 def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], title: str = "Image search") -> int:
-    """Write a Space; the folder appears complete or not at all.
+    """Write a Space. The folder appears only when it is complete.
 
     Args:
         export: folder of an exported model, or its name on the Hub.
-        folder: to write; must not exist, or be empty.
-        sources: of the images, as `update_index` takes them.
-        title: of the page.
+        folder: folder to write, new or empty.
+        sources: sources of images, as for `update_index`.
+        title: title of the page.
 
     Returns:
         The number of images.
@@ -73,8 +73,8 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], 
     Raises:
         ModelError: there is no such model.
         MiniClipError: gradio is not installed.
-        UsageError: there is something in the folder.
-        DataError: a source has no image.
+        UsageError: the folder is not empty, or the title is.
+        DataError: a source has no images.
     """
     target = Path(folder).expanduser()
     check_new_folder(target)
@@ -83,7 +83,7 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], 
     except PackageNotFoundError as error:
         raise MiniClipError("a Space needs gradio: pip install 'miniclip[app]'") from error
     if not title.strip():
-        raise UsageError("--title is empty: name the page")
+        raise UsageError("--title is empty: give the page a title")
     title = " ".join(title.split())
     model = model_folder(export)
     with replaced_folder(target) as fresh, tempfile.TemporaryDirectory() as scratch:
@@ -103,7 +103,7 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], 
 
 
 def _write_portable(index: ImageIndex, target: Path, model: Path) -> int:
-    """The same index without a path, source, date or hash of this machine, but with thumbnails."""
+    """Write a copy of an index with thumbnails, but without paths, sources and dates. Returns the number of images."""
     entries = index.read_entries()
     small: dict[int, bytes] = {}
     for row in range(len(index)):
@@ -122,9 +122,9 @@ def _write_portable(index: ImageIndex, target: Path, model: Path) -> int:
     entries = entries.take(pa.array(kept, pa.int64()))
     for name, column in changed.items():
         entries = entries.set_column(entries.schema.get_field_index(name), name, column)
-    former = index.manifest
+    old = index.manifest
     manifest = Manifest(
-        model="model", fingerprint=former.fingerprint, dim=former.dim, dtype=former.dtype, files=describe_files(model),
+        model="model", fingerprint=old.fingerprint, dim=old.dim, dtype=old.dtype, files=describe_files(model),
         sources=["images"],
     )  # fmt: skip
 
@@ -136,7 +136,7 @@ def _write_portable(index: ImageIndex, target: Path, model: Path) -> int:
 
 
 def _unique_names(ids: list[str]) -> list[str]:
-    """The last part of each id; those that would be alike are numbered."""
+    """The last part of each id, numbered where they are equal."""
     names: dict[str, None] = {}
     for place, name in enumerate(PurePath(one).name for one in ids):
         while name in names:
@@ -146,7 +146,7 @@ def _unique_names(ids: list[str]) -> list[str]:
 
 
 def _metadata(model: Path, title: str, sdk_version: str) -> str:
-    """What the Hub reads at the head of the README."""
+    """Metadata that the Hub reads from the start of the README."""
     from huggingface_hub import ModelCard, SpaceCardData
 
     card = model / "README.md"

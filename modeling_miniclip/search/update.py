@@ -211,7 +211,7 @@ def _describe_index(
     dtype: str | None,
     neighbours: str | None,
 ) -> Manifest:
-    """Manifest of the new index, without what only its images can tell."""
+    """Manifest of the new index, without the fields that depend on its images."""
     if model is None and existing is None:
         raise UsageError(f"{target}: no index here; make one with: miniclip index MODEL SOURCE -o {target}")
     if dtype is not None and dtype not in DTYPES:

@@ -159,7 +159,7 @@ def test_words_for_class_folders_come_from_a_file(class_folders: Path, tmp_path:
     words.write_text(json.dumps({"red_thing": "apple", "sky": "heaven", "wood": "tree", "more": "unused"}))
     assert load_eval_set(str(class_folders), class_names=words).texts == ["apple", "heaven", "tree"]
     words.write_text(json.dumps({"red_thing": "apple"}))
-    with pytest.raises(DataError, match="2 folders without words, first 'sky'"):
+    with pytest.raises(DataError, match="2 folders have no name in it, the first is 'sky'"):
         load_eval_set(str(class_folders), class_names=words)
 
 
@@ -171,7 +171,7 @@ def test_wrong_sets_are_told(class_folders: Path, captioned_folder: Path, tmp_pa
         load_eval_set(str(class_folders))
     with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
         load_eval_set(str(captioned_folder), "test")
-    with pytest.raises(UsageError, match="is no folder of class folders"):
+    with pytest.raises(UsageError, match="is not a folder of class folders"):
         load_eval_set(str(captioned_folder), class_names="words.json")
     with pytest.raises(DataError, match="1 class folder; expected captions"):
         (tmp_path / "one" / "Images").mkdir(parents=True)

@@ -170,9 +170,9 @@ def test_the_order_of_rows_does_not_matter():
     [
         ((3, 4), (3, 4), [0, 1], "2 entries for 3"),
         ((3, 4), (3, 4), [0, 1, 1], "3 images needs at least one text"),
-        ((2, 4), (3, 4), [0, 1, 2], "each text an image"),
-        ((2, 4), (3, 4), [0, 1, -1], "each text an image"),
-        ((2, 4), (3, 4), None, "each text an image"),
+        ((2, 4), (3, 4), [0, 1, 2], "each text one of these images"),
+        ((2, 4), (3, 4), [0, 1, -1], "each text one of these images"),
+        ((2, 4), (3, 4), None, "each text one of these images"),
         ((0, 4), (0, 4), [], "at least one text"),
         ((2, 4), (2, 5), None, r"\(2, 4\).*\(2, 5\)"),
         ((4,), (4,), None, r"\[images, dim\]"),
@@ -256,7 +256,7 @@ def test_metric_adds_single_images_and_batches_up(metric):
     [
         ([[1.0, 0.0], [0.0, 1.0]], [[[1.0, 0.0]], []], "2 images needs at least one text"),
         ([[1.0, 0.0]], [[]], "embeddings|at least one text"),
-        ([[1.0, 0.0], [1.0]], [[[1.0, 0.0]], [[1.0, 0.0]]], "unequal width"),
+        ([[1.0, 0.0], [1.0]], [[[1.0, 0.0]], [[1.0, 0.0]]], "differ in width"),
         ([[1.0, 0.0]], [[[1.0, 0.0, 0.0]]], r"\(1, 2\).*\(1, 3\)"),
     ],
 )

@@ -22,7 +22,14 @@ from PIL import Image
 from modeling_miniclip import MiniClipModel, encode_images, encode_texts
 from modeling_miniclip.cli import cli
 from modeling_miniclip.search import app
-from modeling_miniclip.search.app import LARGE, NEIGHBOURS, THUMBNAIL, IndexPage, build_page, launch_options
+from modeling_miniclip.search.app import (
+    LARGE_PIXELS,
+    NEIGHBOURS,
+    THUMBNAIL_PIXELS,
+    IndexPage,
+    build_page,
+    launch_options,
+)
 from modeling_miniclip.search.index import ImageIndex
 from modeling_miniclip.search.pictures import picture_of
 from modeling_miniclip.search.update import update_index
@@ -40,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "model")
     write_pictures(folder / "pictures", NAMES)
     noise = np.random.default_rng(9).integers(0, 256, (30, 60, 3), dtype=np.uint8)
-    large = Image.fromarray(noise).resize((2 * LARGE, LARGE))
+    large = Image.fromarray(noise).resize((2 * LARGE_PIXELS, LARGE_PIXELS))
     exif = large.getexif()
     exif[0x010E] = "taken at home"
     large.save(folder / "pictures" / "sea" / "large.jpg", exif=exif)
@@ -73,15 +80,15 @@ def test_words_find_the_nearest_images(place: Path, page: IndexPage) -> None:
     names = [caption.split("  ")[1] for _, caption in shown]
     assert names == nearest(place, embedding_of(place, "a dog on the grass"))
     assert [page.index.entry(row)["id"].rpartition("/")[2] for row in rows] == names
-    assert told == "The nearest 17 of 17 images."
+    assert told == "Best 17 of 17 images."
     for file, _ in shown:
         with Image.open(file) as image:
-            assert image.mode == "RGB" and not image.getexif() and max(image.size) <= THUMBNAIL
+            assert image.mode == "RGB" and not image.getexif() and max(image.size) <= THUMBNAIL_PIXELS
 
 
 def test_small_pictures_are_those_of_their_rows_and_made_once(page: IndexPage, tmp_path: Path) -> None:
     shown, rows, _ = page.search("a dog on the grass", None)
-    whole = {row: picture_of(page.index, row, THUMBNAIL) for row in rows}
+    whole = {row: picture_of(page.index, row, THUMBNAIL_PIXELS) for row in rows}
     for (file, _), row in zip(shown, rows, strict=True):
         with Image.open(file) as image:
             pixels = np.asarray(image, dtype=int)
@@ -111,7 +118,7 @@ def test_filters_leave_out_the_other_images(place: Path, page: IndexPage) -> Non
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"), [({"words": " "}, "Nothing to search for"), ({"words": "a", "since": "soon"}, "is no date")]
+    ("asked", "told"), [({"words": " "}, "Nothing to search for"), ({"words": "a", "since": "soon"}, "is not a date")]
 )
 def test_what_cannot_be_answered_is_told(page: IndexPage, asked: dict[str, str], told: str) -> None:
     shown, rows, sentence = page.search(**{"picture": None, **asked})
@@ -122,7 +129,12 @@ def test_a_chosen_image_is_shown_with_its_neighbours(place: Path, page: IndexPag
     _, rows, _ = page.search("a dog", None)
     large = next(i for i, row in enumerate(rows) if page.index.entry(row)["id"].endswith("large.jpg"))
     image, facts, shown, near = page.show(rows, large)
-    assert image is not None and image.size == (LARGE, LARGE // 2) and not image.info and not image.getexif()
+    assert (
+        image is not None
+        and image.size == (LARGE_PIXELS, LARGE_PIXELS // 2)
+        and not image.info
+        and not image.getexif()
+    )
     assert str(place / "pictures" / "sea" / "large.jpg") in facts
     order = nearest(place, np.array(page.index.embeddings[rows[large]]))
     assert [caption.split("  ")[1] for _, caption in shown] == order[1 : NEIGHBOURS + 1]
@@ -168,7 +180,7 @@ def test_one_thread_embeds_for_all_that_ask(page: IndexPage, monkeypatch: pytest
 
     monkeypatch.setattr(app, "embed_queries", embed_queries)
     with ThreadPoolExecutor(4) as threads:
-        assert set(threads.map(ask, range(4))) == {"The nearest 17 of 17 images."}
+        assert set(threads.map(ask, range(4))) == {"Best 17 of 17 images."}
     assert len(idents) == 4 and len(set(idents)) == 1
 
 
@@ -179,7 +191,7 @@ def test_what_the_page_keeps_does_not_grow_with_its_visitors(
     import pandas
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    monkeypatch.setattr(app, "SESSIONS", 3)
+    monkeypatch.setattr(app, "MAX_SESSIONS", 3)
     blocks = build_page(ImageIndex.open(place / "pictures.index"))
     tables: list[Any] = []
     monkeypatch.setattr(pandas, "DataFrame", lambda records: tables.append(records))  # of gradio's statistics

@@ -110,8 +110,8 @@ def test_words_picture_and_what_is_not_wanted_are_weighted(home: Path, model: Mi
         (["dog", "-k", "0"], "-k 0: expected at least 1 image", 2),
         (["dog", "--image_weight", "1.5"], "--image_weight 1.5: expected a number between 0", 2),
         (["dog", "--image", "no.png"], "no.png", 1),
-        (["dog", "--since", "yesterday"], "'yesterday' is no date: expected 2024", 2),
-        (["dog", "--folder", "/nowhere"], "no image of", 2),
+        (["dog", "--since", "yesterday"], "'yesterday' is not a date: expected 2024", 2),
+        (["dog", "--folder", "/nowhere"], "passes the filter folder '/nowhere'; choose", 2),
         (["dog", "--html", "/nowhere/x.html"], "--html /nowhere/x.html: the folder /nowhere does not exist", 2),
     ],
 )
@@ -226,7 +226,7 @@ def test_the_page_holds_its_pictures_escapes_everything_and_loads_nothing(
     with Image.open(io.BytesIO(base64.b64decode(str(images[0]["src"]).removeprefix("data:image/jpeg;base64,")))) as im:
         assert im.size == (44, 40)
     assert '<u>"dogs"</u>' in found.text and '<script>alert(2)</script> & "x"' in found.text and evil in found.text
-    assert "no longer there" in found.text
+    assert "missing or unreadable" in found.text
     links = [attributes["href"] for tag, attributes in found.tags if tag == "a"]
     assert links == [(tmp_path / "photos" / evil).as_uri()]
     assert not re.findall(r"https?://", page.read_text(encoding="utf-8"))
@@ -275,7 +275,7 @@ def test_duplicates_are_grouped_by_content_and_by_cosine(
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "identical" and told[1:3] == ["  /p/1.jpg  (train)", "  /p/5.jpg  (train)"]
     assert told[-1] == (
-        "2 groups among 7 images: 1 identical, 1 near-identical, 3 images more than needed; 1 across splits"
+        "2 groups among 7 images: 1 identical, 1 near-identical, 3 superfluous images; 1 across splits"
     )
     assert cli(["duplicates", str(tmp_path / "index"), "--threshold", "0.9975", "--json"]) == 0
     assert [len(group["images"]) for group in json.loads(capsys.readouterr().out)] == [2, 3]
