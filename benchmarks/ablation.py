@@ -32,7 +32,7 @@ FLIP = '[{"name": "HorizontalFlip"}]'
 
 @dataclass
 class Experiment:
-    """Variants to be compared.
+    """Variants to compare.
 
     Args:
         title: heading of the page.
@@ -122,7 +122,7 @@ EXPERIMENTS = {
 
 
 def recorded(path: Path) -> list[dict[str, Any]]:
-    """The lines of the runs so far."""
+    """Recorded lines, one per run."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -132,7 +132,7 @@ def settings_of(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_run(argv: list[str], flags: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Train, and give the settings with the recalls of the epoch with the largest rsum."""
+    """Train; return the settings and the recalls of the epoch with the largest rsum."""
     with tempfile.TemporaryDirectory() as folder:
         values = {**flags, **settings, "best_metric": "rsum", "output_dir": folder}
         run = prepare(parse_arguments([*argv, *(f"--{name}={value}" for name, value in values.items())]))
@@ -143,7 +143,7 @@ def measure_run(argv: list[str], flags: dict[str, Any], settings: dict[str, Any]
 
 
 def table(experiment: Experiment, lines: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each variant that was run."""
+    """Markdown table with a row for each variant that has been run."""
     heads = ["variant", "seeds", *(name.replace("_", " ") for name in COLUMNS)]
     rows = [heads, ["---"] * len(heads)]
     for settings, _ in experiment.variants:
@@ -159,29 +159,29 @@ def table(experiment: Experiment, lines: list[dict[str, Any]]) -> str:
 
 
 def label(settings: dict[str, Any]) -> str:
-    """A variant as its flags; an augmentation as the names of what it does."""
+    """Flags of a variant; an augmentation is shown by the names of its transforms."""
     texts = [
         f"`{name}` {', '.join(step['name'] for step in json.loads(value)) if name == 'augmentation' else value}"
         for name, value in settings.items()
     ]
-    return ", ".join(texts) or "nothing changed"
+    return ", ".join(texts) or "unchanged"
 
 
 def spread(values: list[float]) -> str:
-    """Mean and, of several values, standard deviation."""
+    """Mean, and standard deviation if there are several values."""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def main(name: str, argv: list[str]) -> None:
-    """Run what is not recorded yet, then write the table."""
+    """Run every variant that is not recorded yet, then write the table."""
     experiment, path = EXPERIMENTS[name], HERE / f"{name}.jsonl"
     todo = [{**settings, "seed": seed} for settings, seeds in experiment.variants for seed in range(seeds)]
     for settings in todo:
         if not any({**settings_of(line), "seed": line["seed"]} == settings for line in recorded(path)):
             line = measure_run(argv, experiment.flags, settings)
             gc.collect()
-            release_freed_memory()  # the loader processes of the next run would each hold a copy of it
+            release_freed_memory()  # or each loader process of the next run would hold a copy of it
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             path.with_suffix(".md").write_text(table(experiment, recorded(path)), encoding="utf-8")

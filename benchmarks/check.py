@@ -1,8 +1,8 @@
-"""How long `miniclip check` takes without decoding, beside a plain pass of `csv.reader` over the same file.
+"""Time `miniclip check` without decoding, compared with a plain pass of `csv.reader` over the same file.
 
     python benchmarks/check.py [rows]
 
-Each image has five rows; its file is a link to one small picture.
+Each image has five rows; all image files are links to one small picture.
 """
 
 import csv
@@ -18,11 +18,11 @@ from PIL import Image
 from modeling_miniclip.data.check import check
 
 CAPTIONS = 5
-WORDS = "a the two red small dog child boat runs stands near over on grass water street with and old man".split()
+WORDS = "a the two red small dog child boat runs sits near over on grass water street with and old man".split()
 
 
 def write_data(folder: Path, rows: int) -> Path:
-    """A CSV of so many rows and its images."""
+    """Write a CSV with this many rows, and its images. Returns the CSV."""
     (folder / "Images").mkdir()
     Image.new("RGB", (8, 8), "red").save(folder / "picture.png")
     rng = Random(0)
@@ -37,10 +37,10 @@ def write_data(folder: Path, rows: int) -> Path:
 
 
 def main(rows: int) -> None:
-    """Print the seconds of both, and their ratio."""
+    """Print both times and their ratio."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_data(Path(folder), rows)
-        check(str(path), decode=False)  # modules imported, files in the system's cache
+        check(str(path), decode=False)  # imports the modules and fills the system's file cache
         start = time.process_time()
         with path.open(newline="", encoding="utf-8") as file:
             assert sum(1 for _ in csv.reader(file)) == rows + 1
@@ -48,8 +48,8 @@ def main(rows: int) -> None:
         start, wall = time.process_time(), time.perf_counter()
         report = check(str(path), decode=False)
         seconds, wall = time.process_time() - start, time.perf_counter() - wall
-    print(f"{rows:,} rows of {rows // CAPTIONS:,} images, problems: {report.counts or 'none'}")
-    print(f"csv.reader {plain:.2f} s, miniclip check {seconds:.2f} s of one core ({wall:.2f} s passed), "
+    print(f"{rows:,} rows, {rows // CAPTIONS:,} images, problems: {report.counts or 'none'}")
+    print(f"csv.reader {plain:.2f} s, miniclip check {seconds:.2f} s of CPU time ({wall:.2f} s of wall time), "
           f"{seconds / plain:.0f} times as long")  # fmt: skip
 
 

@@ -1,14 +1,14 @@
-"""Many users at once on the page of `miniclip app`, and many images through the encoders: errors, delays, memory.
+"""Load tests: many users of the page of `miniclip app`, and many images through the encoders.
 
     python benchmarks/load.py FLICKR8K --export EXPORT
 
-FLICKR8K is a folder with Images/ and captions; without `--export` the script first trains a model on the built-in
-scenes. Adds lines to `load.jsonl` in place of the earlier ones of the same part (`--only`), and writes `load.md` from
-it. Linux only: memory is read from /proc.
+Measures errors, response times and memory. FLICKR8K is a folder with Images/ and captions; without `--export` the
+script first trains a model on the built-in scenes. Replaces the lines of the measured parts (`--only`) in `load.jsonl`
+and writes `load.md` from it. Linux only: memory is read from /proc.
 
-A user asks, by the requests of the page in a browser, for a caption of an image or, each fifth time, uploads a
-picture; waits for the answer; fetches the pictures found; looks at them for an exponentially distributed time; and
-asks again. Each answer is held against the index asked directly.
+Each simulated user sends the requests that a browser would: search for a caption or, one time in five, upload an
+image; wait for the answer; fetch the images found; look at them for an exponentially distributed time; and search
+again. Each answer is compared with that of the index, queried directly.
 """
 
 import argparse
@@ -44,16 +44,16 @@ from modeling_miniclip.search.query import Query, embed_queries
 HERE = Path(__file__).resolve().parent
 FIGURES = HERE / "load.jsonl"
 TRAINING = HERE.parent / "train_miniclip.py"
-QUERIES, PICTURES = 200, 20  # different ones that the users ask
-MOMENTS = (1 / 6, 1 / 2)  # shares of the time after which memory is read
-AT_ONCE = 6  # pictures that a browser fetches at a time
-# The server closes a connection that was idle for 5 s. A browser sends a request that met this once more, httpx, which
-# keeps connections for 5 s too, fails at it.
+QUERIES, PICTURES = 200, 20  # distinct captions and images that users search for
+MOMENTS = (1 / 6, 1 / 2)  # memory is read after these fractions of the time
+AT_ONCE = 6  # images that a browser fetches in parallel
+# The server closes connections that were idle for 5 s. A browser then repeats its request; httpx, which also keeps
+# connections for 5 s, would fail.
 LIMITS = httpx.Limits(keepalive_expiry=2)
 
 
 def miniclip(*argv: Any) -> list[str]:
-    """A command line."""
+    """A command line of `miniclip`."""
     return [sys.executable, "-m", "modeling_miniclip", *map(str, argv)]
 
 
@@ -61,8 +61,8 @@ def miniclip(*argv: Any) -> list[str]:
 
 
 @dataclass
-class Asked:
-    """Something to ask for, and the names of the images that are the answer."""
+class Search:
+    """Something to search for, and the names of the images that are the right answer."""
 
     words: str
     picture: Path | None
@@ -70,29 +70,29 @@ class Asked:
 
 
 @dataclass
-class Told:
-    """What the users met."""
+class Results:
+    """What all users experienced."""
 
-    answers: list[float] = field(default_factory=list)  # seconds until the answer was there
-    pages: list[float] = field(default_factory=list)  # and until its pictures were there too
+    answers: list[float] = field(default_factory=list)  # seconds until the answer arrived
+    pages: list[float] = field(default_factory=list)  # seconds until its images had arrived too
     files: int = 0
     errors: list[str] = field(default_factory=list)
 
 
-def what_to_ask(index: ImageIndex, rng: random.Random) -> list[Asked]:
-    """Captions from all over an index, and images of it, with the answers that the index gives to each."""
+def searches_of(index: ImageIndex, rng: random.Random) -> list[Search]:
+    """Captions spread over an index, and some of its images, with the index's answer to each."""
     captions = [several[0] for several in index.entries["captions"].to_pylist() if several]
-    said = [captions[i] for i in np.linspace(0, len(captions) - 1, QUERIES).astype(int)]
+    texts = [captions[i] for i in np.linspace(0, len(captions) - 1, QUERIES).astype(int)]
     shown = [Path(index.entry(row)["path"]) for row in rng.sample(range(len(index)), PICTURES)]
-    queries = [*(Query(text) for text in said), *(Query(image=path) for path in shown)]
+    queries = [*(Query(text) for text in texts), *(Query(image=path) for path in shown)]
     embeddings = embed_queries(index, queries)
     names = [[Path(match.name).name for match in index.search(e, RESULTS)] for e in embeddings]
-    return [Asked(q.words or "", q.image, n) for q, n in zip(queries, names, strict=True)]
+    return [Search(q.words or "", q.image, n) for q, n in zip(queries, names, strict=True)]
 
 
 @contextmanager
 def served(index: Path) -> Iterator[tuple[str, int]]:
-    """Address and process of the page while it runs."""
+    """Run the page; yields its address and process id."""
     process = subprocess.Popen(miniclip("app", index), stdout=subprocess.PIPE, text=True, env=environment())
     try:
         assert process.stdout is not None
@@ -109,16 +109,16 @@ class User:
     """One browser.
 
     Args:
-        client: of this user.
-        search: number of the page's function that searches.
-        told: what all users met.
+        client: HTTP client of this user.
+        search: index of the page's search function.
+        results: results of all users, to which this user adds.
     """
 
-    def __init__(self, client: httpx.AsyncClient, search: int, told: Told):
-        self.client, self.search, self.told, self.session = client, search, told, uuid.uuid4().hex
+    def __init__(self, client: httpx.AsyncClient, search: int, results: Results):
+        self.client, self.search, self.results, self.session = client, search, results, uuid.uuid4().hex
 
-    async def ask(self, asked: Asked) -> None:
-        """One search, until the last picture is there."""
+    async def ask(self, asked: Search) -> None:
+        """Search once and wait for the last image."""
         start = time.perf_counter()
         try:
             found = await self._answer(asked)
@@ -128,12 +128,12 @@ class User:
                 raise ValueError(f"wrong answer to {asked.words or asked.picture}: {names}")
             await self._fetch([picture["image"]["url"] for picture in found])
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            self.told.errors.append(f"{type(error).__name__}: {error}"[:300])
+            self.results.errors.append(f"{type(error).__name__}: {error}"[:300])
         else:
-            self.told.answers.append(answered)
-            self.told.pages.append(time.perf_counter() - start)
+            self.results.answers.append(answered)
+            self.results.pages.append(time.perf_counter() - start)
 
-    async def _answer(self, asked: Asked) -> list[dict[str, Any]]:
+    async def _answer(self, asked: Search) -> list[dict[str, Any]]:
         picture = None
         if asked.picture is not None:
             files = {"files": (asked.picture.name, asked.picture.read_bytes(), "image/jpeg")}
@@ -151,7 +151,7 @@ class User:
                         raise ValueError(f"the page failed: {event['output']}")
                     found: list[dict[str, Any]] = event["output"]["data"][0]
                     return found
-        raise ValueError("the answer never came")
+        raise ValueError("no answer")
 
     async def _fetch(self, urls: list[str]) -> None:
         gate = asyncio.Semaphore(AT_ONCE)
@@ -159,18 +159,18 @@ class User:
         async def fetch(url: str) -> None:
             async with gate:
                 (await self.client.get(url)).raise_for_status()
-            self.told.files += 1
+            self.results.files += 1
 
         await asyncio.gather(*map(fetch, urls))
 
 
 def same(names: list[str], expected: list[str]) -> bool:
-    """Whether the images are those expected, in their order but for equally good ones."""
+    """Whether the images are the expected ones, in the expected order except for near ties."""
     return sorted(names) == sorted(expected) and sum(a != b for a, b in zip(names, expected, strict=True)) <= 4
 
 
-async def crowd(address: str, pool: list[Asked], args: argparse.Namespace, told: Told) -> None:
-    """All users until the time is over; those that wait for an answer then still get it."""
+async def crowd(address: str, pool: list[Search], args: argparse.Namespace, results: Results) -> None:
+    """Run all users until the time is over; pending answers are still awaited."""
     end = time.perf_counter() + args.seconds
     async with httpx.AsyncClient(base_url=address, timeout=60) as client:
         config = (await client.get("/config")).json()
@@ -179,7 +179,7 @@ async def crowd(address: str, pool: list[Asked], args: argparse.Namespace, told:
     async def use(number: int) -> None:
         rng = random.Random(number)
         async with httpx.AsyncClient(base_url=address, timeout=60, limits=LIMITS) as client:
-            user = User(client, search, told)
+            user = User(client, search, results)
             await asyncio.sleep(rng.uniform(0, args.think))
             while time.perf_counter() < end:
                 pictures = rng.random() < 0.2
@@ -190,55 +190,61 @@ async def crowd(address: str, pool: list[Asked], args: argparse.Namespace, told:
 
 
 async def watched(pid: int, work: Any, seconds: float) -> list[float]:
-    """MiB of a process at the start, after the `MOMENTS` and at the end of some work of about so many seconds."""
+    """Memory of a process in MiB at the start, at the `MOMENTS` and at the end of work that takes about `seconds`."""
     memory = [resident("VmRSS", pid)]
     task, start = asyncio.create_task(work), time.perf_counter()
-    for share in MOMENTS:
-        await asyncio.sleep(start + share * seconds - time.perf_counter())
+    for fraction in MOMENTS:
+        await asyncio.sleep(start + fraction * seconds - time.perf_counter())
         memory.append(resident("VmRSS", pid))
     await task
     return [*memory, resident("VmRSS", pid)]
 
 
 def measure_page(index: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The page under load."""
-    pool, told = what_to_ask(ImageIndex.open(index), random.Random(0)), Told()
+    """Measure the page under load."""
+    pool, results = searches_of(ImageIndex.open(index), random.Random(0)), Results()
     with served(index) as (address, pid):
         start = time.perf_counter()
-        memory = asyncio.run(watched(pid, crowd(address, pool, args, told), args.seconds))
+        memory = asyncio.run(watched(pid, crowd(address, pool, args, results), args.seconds))
         seconds = time.perf_counter() - start
-    for error in sorted(set(told.errors))[:5]:
+    for error in sorted(set(results.errors))[:5]:
         print(error, file=sys.stderr)
     quantiles = {name: np.quantile(times, [0.5, 0.99]).tolist() if times else None
-                 for name, times in (("answer", told.answers), ("page", told.pages))}  # fmt: skip
+                 for name, times in (("answer", results.answers), ("page", results.pages))}  # fmt: skip
     return {"images": len(ImageIndex.open(index)), "users": args.users, "think": args.think,
-            "seconds": seconds, "searches": len(told.answers), "files": told.files, "errors": len(told.errors),
-            "memory": memory, **quantiles}  # fmt: skip
+            "seconds": seconds, "searches": len(results.answers), "files": results.files,
+            "errors": len(results.errors), "memory": memory, **quantiles}  # fmt: skip
 
 
 # --- many images ----------------------------------------------------------------------------------------------------
 
 
 def encode_and_look(export: str, files: list[Path], looks: tuple[int, ...]) -> list[float]:
-    """MiB of this process when so many of the images have been asked for by `encode_images`."""
+    """Memory of this process in MiB while `encode_images` reads images, and at the end.
+
+    Args:
+        export: model to use.
+        files: images to encode.
+        looks: numbers of images after which to look at the memory.
+    """
     from modeling_miniclip import MiniClipModel, encode_images
     from modeling_miniclip.utils.performance import keep_freed_memory
 
     keep_freed_memory()
-    seen: list[float] = []
+    memory: list[float] = []
 
-    def handed_over() -> Iterator[Path]:
+    def watched_files() -> Iterator[Path]:
         for number, file in enumerate(files):
             if number in looks:
-                seen.append(resident("VmRSS"))
+                memory.append(resident("VmRSS"))
             yield file
 
-    encode_images(MiniClipModel.from_pretrained(export), handed_over(), progress=False)
-    return [*seen, resident("VmRSS")]
+    encode_images(MiniClipModel.from_pretrained(export), watched_files(), progress=False)
+    return [*memory, resident("VmRSS")]
 
 
 def measure_encoding(export: str, files: list[Path]) -> dict[str, Any]:
-    """`encode_images` in a process of its own."""
+    """Measure `encode_images` in a separate process."""
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         memory = pool.apply(encode_and_look, (export, files, (len(files) // 10,)))
@@ -246,7 +252,7 @@ def measure_encoding(export: str, files: list[Path]) -> dict[str, Any]:
 
 
 def measure_indexing(export: str, files: list[Path], scratch: Path) -> dict[str, Any]:
-    """Peaks of `miniclip index` with a tenth of the images and with all of them."""
+    """Peak memory of `miniclip index` with a tenth of the images and with all of them."""
     peaks, start = [], time.perf_counter()
     for number, some in enumerate((files[: len(files) // 10], files)):
         part = scratch / f"part{number}"
@@ -258,12 +264,12 @@ def measure_indexing(export: str, files: list[Path], scratch: Path) -> dict[str,
 
 
 def many_files(images: Path, count: int, folder: Path) -> list[Path]:
-    """So many image files: copies of those that there are, again and again."""
-    there = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    """Write `count` image files, copies of the images of a folder over and over."""
+    originals = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     folder.mkdir()
-    files = [folder / f"{number:06d}{there[number % len(there)].suffix}" for number in range(count)]
+    files = [folder / f"{number:06d}{originals[number % len(originals)].suffix}" for number in range(count)]
     for number, file in enumerate(files):
-        shutil.copyfile(there[number % len(there)], file)
+        shutil.copyfile(originals[number % len(originals)], file)
     return files
 
 
@@ -271,7 +277,7 @@ def many_files(images: Path, count: int, folder: Path) -> list[Path]:
 
 
 def measure_checksums(scratch: Path, rows: int) -> dict[str, Any]:
-    """Seconds of opening an index of random vectors of 256 dimensions, with and without comparing its checksums."""
+    """Time to open an index of random 256-d vectors with and without verifying its checksums."""
     columns: dict[str, list[Any]] = {name: [None] * rows for name in SCHEMA.names}
     names = [f"/home/somebody/Pictures/2024/{number:09d}.jpg" for number in range(rows)]
     columns |= {"id": names, "path": names, "hash": [f"{n:032x}" for n in range(rows)], "captions": [["a dog"]] * rows}
@@ -294,7 +300,7 @@ def measure_checksums(scratch: Path, rows: int) -> dict[str, Any]:
 
 HEAD = """# Under load
 
-Written by `benchmarks/load.py`: {cores} cores, shared by the page and its users.
+Written by `benchmarks/load.py`: {cores} cores, shared by the page and its simulated users.
 
 ## The page of `miniclip app`
 
@@ -310,7 +316,7 @@ IMAGES_HEAD = """
 
 The images are copies of those in the folder.
 
-| what | images | memory after a tenth, MiB | at the end, MiB |
+| command | images | memory after a tenth, MiB | at the end, MiB |
 |---|---|---|---|
 """
 BYTES_HEAD = """
@@ -324,7 +330,7 @@ Seconds of `ImageIndex.open` with the files in memory. Up to {limit} MB, checksu
 
 
 def page_table(lines: list[dict[str, Any]]) -> str:
-    """Markdown of the page."""
+    """Markdown table of the page's measurements."""
     out = (
         "| images | users | mean look, s | searches per second | searches | pictures | errors | answer p50, s "
         "| p99, s | page p50, s | p99, s | memory, MiB |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
@@ -340,7 +346,7 @@ def page_table(lines: list[dict[str, Any]]) -> str:
 
 
 def document(lines: list[dict[str, Any]]) -> str:
-    """`load.md` of all that was measured."""
+    """Contents of `load.md`."""
     of = {part: [line for line in lines if line["part"] == part] for part in PARTS}
     text = HEAD.format(cores=lines[0]["cores"]) + page_table(of["page"]) + PAGE_TAIL + IMAGES_HEAD
     for part, name in (("encode", "`encode_images`"), ("index", "`miniclip index`, peaks of two runs")):
@@ -358,31 +364,31 @@ PARTS = ("page", "encode", "index", "checksums")
 
 
 def environment() -> dict[str, str]:
-    """Of the processes that are started."""
+    """Environment of the processes that this script starts."""
     return {**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
 
 
 def trained(folder: Path) -> str:
-    """An export of the built-in recipe, trained for some steps only."""
+    """Train the built-in recipe for a few steps. Returns the export."""
     argv = ["--recipe", "scenes", "--max_steps", "50", "--output_dir", str(folder)]
     run([sys.executable, str(TRAINING), *argv])
     return str(folder / "export")
 
 
 def run(argv: list[str]) -> float:
-    """Run a command to its end. Returns the MiB that it held at most."""
-    with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(argv, stdout=told, stderr=told, env=environment())
+    """Run a command to its end. Returns its peak memory in MiB."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(argv, stdout=output, stderr=output, env=environment())
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            told.seek(0)
-            sys.exit(f"{told.read()[-2000:]}\n{argv}: code {process.returncode}")
+            output.seek(0)
+            sys.exit(f"{output.read()[-2000:]}\n{argv}: exit code {process.returncode}")
     return used.ru_maxrss / 1024
 
 
 def measure(part: str, export: str, args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
-    """Lines of one part."""
+    """Measure one part. Returns its lines of `load.jsonl`."""
     if part == "page":
         index = Path(args.index or scratch / "index")
         run(miniclip("index", export, args.dataset, "-o", index))
@@ -396,16 +402,18 @@ def measure(part: str, export: str, args: argparse.Namespace, scratch: Path) -> 
 
 
 def main() -> None:
-    """Measure the chosen parts and write the page of all."""
+    """Measure the chosen parts and write `load.md`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="folder of images with captions")
     parser.add_argument("--export", help="model to use")
-    parser.add_argument("--index", help="of the images by that model; made or brought up to date")
+    parser.add_argument("--index", help="index of the images, made or updated with the model")
     parser.add_argument("--users", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--think", type=float, default=5.0, help="mean seconds that a user looks at a page")
-    parser.add_argument("--images", type=int, default=20_000, help="to encode")
-    parser.add_argument("--rows", type=int, nargs="+", default=[200_000, 1_000_000], help="of indexes to open")
+    parser.add_argument("--think", type=float, default=5.0, help="mean seconds between two searches of a user")
+    parser.add_argument("--images", type=int, default=20_000, help="number of images to encode")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[200_000, 1_000_000], help="sizes of the indexes to open"
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
     recorded = [json.loads(line) for line in FIGURES.read_text().splitlines()] if FIGURES.exists() else []

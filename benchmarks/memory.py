@@ -1,11 +1,11 @@
-"""Peak memory of a training step against batch size, with and without chunks.
+"""Peak memory of a training step by batch size, with and without chunks.
 
     python benchmarks/memory.py FLICKR8K LITE0 MINILM > benchmarks/memory.md
 
 FLICKR8K is a folder with Images/ and captions; LITE0 and MINILM are folders of EfficientNet-Lite0 and
-all-MiniLM-L6-v2, or their names on the Hub. Each line is one step of `train_miniclip.py`, both towers trained.
-Linux only: memory is the proportional set size of the main process and its loader workers together, so that pages
-which they share count once.
+all-MiniLM-L6-v2, or their names on the Hub. Each row is one step of `train_miniclip.py` with both towers trained.
+Linux only: memory is the proportional set size of the main process and its loader workers, which counts shared pages
+once.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from pathlib import Path
 import psutil
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_miniclip.py"
-# Batch size and chunk size; without chunks, memory grows with the batch: 256 images need more than most machines have.
+# Batch size and chunk size. Without chunks, memory grows with the batch: 256 images need more than most machines have.
 CASES = ((32, None), (64, None), (64, 16), (512, 16), (2048, 16))
 HEAD = """# Peak memory of a training step
 
-Written by `benchmarks/memory.py`: EfficientNet-Lite0 and all-MiniLM-L6-v2, both trained, images of 224 pixels.
+Written by `benchmarks/memory.py`: EfficientNet-Lite0 and all-MiniLM-L6-v2, both trained, images of 224 x 224 pixels.
 
 | batch size | chunk size | peak memory, GiB | pixels of the batch, GiB |
 |---|---|---|---|"""
@@ -30,7 +30,7 @@ INTERVAL = 0.1  # seconds between two measurements
 
 
 def peak_of(argv: list[str]) -> float:
-    """Run a command and return the largest sum over its processes, in GiB."""
+    """Run a command and return the peak memory of all its processes together, in GiB."""
     peak = 0
     with tempfile.TemporaryFile("w+") as errors:
         process = psutil.Popen(argv, stdout=subprocess.DEVNULL, stderr=errors)
@@ -39,7 +39,7 @@ def peak_of(argv: list[str]) -> float:
             for member in (process, *process.children(recursive=True)):
                 try:
                     total += member.memory_full_info().pss
-                except psutil.Error:  # it ended meanwhile
+                except psutil.Error:  # it has ended
                     continue
             peak = max(peak, total)
             time.sleep(INTERVAL)
@@ -50,7 +50,7 @@ def peak_of(argv: list[str]) -> float:
 
 
 def main() -> None:
-    """Print a Markdown table."""
+    """Print the Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset")
     parser.add_argument("vision_model")

@@ -1,14 +1,14 @@
-"""The plain loop that MiniCLIP is timed against: what the well-known tutorial does, with the same towers and heads.
+"""The plain training loop that MiniCLIP is timed against: the well-known tutorial's, with the same towers and heads.
 
     python benchmarks/plain_loop.py --dataset FLICKR8K --vision_model LITE0 --text_model MINILM --text_pooling mean
 
-A row is a caption: its image is decoded, augmented and encoded once for each of them. Captions are tokenized before
+Each caption is a row, so an image is decoded, augmented and encoded once per caption. Captions are tokenized before
 training and padded to the longest of the split. Pixels are normalised in the loader's processes and contiguous (NCHW),
-the allocator is the default one, frozen towers are run in every step.
+the allocator is the default one, and frozen towers run in every step.
 
-It takes the flags of `train_miniclip.py` and reads of them what it needs. It is not to be beaten by its faults: beside
-its tutorial it has CLIP's loss instead of soft targets, a learnable temperature, frozen batch norms, frozen towers in
-evaluation mode, and the crop of `MiniClipProcessor`.
+It takes the flags of `train_miniclip.py` and uses those that it needs. To make the comparison fair it improves on the
+tutorial: CLIP's loss instead of soft targets, a learnable temperature, frozen batch norms, frozen towers in evaluation
+mode, and the crop of `MiniClipProcessor`.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from train_miniclip import load_splits
 
 
 class CaptionPairs(Dataset):
-    """A row a caption: `pixel_values` `[3, H, W]` float32, `input_ids` and `attention_mask` `[L]`."""
+    """One row per caption: `pixel_values` `[3, H, W]` float32, `input_ids` and `attention_mask` `[L]`."""
 
     def __init__(self, split: Any, processor: Any, augmentation: Any, captions_per_image: int | None):
         self.processor, self.augmentation = processor, augmentation
@@ -58,7 +58,7 @@ class CaptionPairs(Dataset):
         return row | {"pixel_values": self.processor.normalize(torch.from_numpy(self.pixels(index)))}
 
     def pixels(self, index: int) -> Any:
-        """`[3, H, W]` uint8: decoded, and augmented or cropped."""
+        """Decoded image, augmented or cropped: `[3, H, W]` uint8."""
         image = Image.open(self.paths[index]).convert("RGB")
         if self.augmentation is None:
             return self.processor.crop(image)
@@ -66,7 +66,7 @@ class CaptionPairs(Dataset):
 
 
 def pair_loss(logits_per_image: Tensor) -> Tensor:
-    """CLIP's loss of a batch of pairs: row i belongs to column i."""
+    """CLIP's loss of a batch of pairs, where row i belongs to column i."""
     labels = torch.arange(len(logits_per_image))
     image_loss = functional.cross_entropy(logits_per_image, labels)
     return (image_loss + functional.cross_entropy(logits_per_image.t(), labels)) / 2
@@ -90,7 +90,7 @@ class PlainLoop:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, arguments))
 
     def train_epoch(self) -> Iterator[float]:
-        """One pass over all captions; the loss of each step."""
+        """One pass over all captions; yields the loss of each step."""
         set_training_mode(self.model, self.arguments.freeze, freeze_batch_norm=True)
         for batch in self.loader:
             loss = pair_loss(self.model(**batch).logits_per_image)
@@ -101,7 +101,7 @@ class PlainLoop:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Recall on the whole validation split, each image encoded once: this is no place to be slow on purpose."""
+        """Recall on the whole validation split; each image is encoded once, as in the package."""
         self.model.eval()
         rows = self.splits["validation"]
         images = DataLoader(CaptionPairs(rows, self.processor, None, 1), 64, num_workers=self.arguments.num_workers)
@@ -114,14 +114,14 @@ class PlainLoop:
 
 
 def main(argv: list[str]) -> None:
-    """Train, and write a line a validation to `metrics.jsonl` in the output folder.
+    """Train, and write one line per validation to `metrics.jsonl` in the output folder.
 
-    Its `loop_seconds` are those since the process began without the validations, of which there may be several an
-    epoch. `epoch_seconds` are what they will be at the end of the epoch, if it goes on as it did.
+    `loop_seconds` is the time since the process started, without validations. `epoch_seconds` is what it will be at
+    the end of the epoch if training continues at the same speed.
     """
     start = time.perf_counter() - (time.time() - psutil.Process().create_time())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--validation_steps", type=int, help="steps between two validations (an epoch)")
+    parser.add_argument("--validation_steps", type=int, help="steps between two validations (default: an epoch)")
     own, rest = parser.parse_known_args(argv)
     arguments = parse_arguments(rest)
     loop = PlainLoop(arguments)

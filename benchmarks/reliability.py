@@ -108,7 +108,7 @@ PROMISES = {
     ),
 }
 LOADS = {
-    "page": "`miniclip app` answers many users at once without an error",
+    "page": "`miniclip app` serves many users at once without an error",
     "encode": "The memory of `encode_images` does not grow with the number of images",
     "index": "`miniclip index` needs little more memory for ten times as many images: a few kB each",
 }
@@ -142,7 +142,7 @@ def record(name: str) -> dict[str, Any]:
         start = time.monotonic()
         code = subprocess.run([*command, *PROMISES[name].tests], cwd=ROOT, env={**os.environ}).returncode
         if code:
-            sys.exit(f"{name}: pytest ended with code {code}; its figures stay as they were")
+            sys.exit(f"{name}: pytest exit code {code}; the recorded counts stay as they were")
         return count(report) | {"seconds": round(time.monotonic() - start), "date": time.strftime("%Y-%m-%d")}
 
 
@@ -158,7 +158,7 @@ def count(report: Path) -> dict[str, int]:
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
-    """The promises with the figures of their last run, as Markdown."""
+    """Markdown table of the promises with the results of their last run."""
     lines = ["| promise | tests | last run |", "|---|---|---|"]
     for name, promise in PROMISES.items():
         tests = ", ".join(f"[{Path(path).name}](../{path})" for path in promise.tests)
@@ -171,7 +171,7 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
 
 
 def in_words(figures: dict[str, Any] | None) -> str:
-    """One cell: what was counted, and when."""
+    """A cell of the table: what was counted, and when."""
     if figures is None:
         return "not recorded"
     parts = [f"{figures[key]:,} {words}" for key, words in COUNTED.items() if key in figures]
@@ -182,6 +182,7 @@ def in_words(figures: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
+    """Record, write or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the table into RELIABILITY.md")
     parser.add_argument("--record", nargs="*", choices=[*PROMISES, []], metavar="NAME", help=", ".join(PROMISES))

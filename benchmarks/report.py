@@ -1,4 +1,4 @@
-"""Print the table of results from the committed `metrics.jsonl` of each run; with `--write` put it into the documents.
+"""Print the table of results from the committed `metrics.jsonl` of each run; `--write` puts it into the documents.
 
 python benchmarks/report.py [--write]
 """
@@ -16,7 +16,7 @@ BEGIN, END = "<!-- results: written by `python benchmarks/report.py` -->", "<!--
 
 @dataclass
 class Recorded:
-    """A run whose metrics are in the folder of its name.
+    """A run, whose metrics are in the folder of the same name.
 
     Args:
         what: data and model, as shown in the table.
@@ -59,7 +59,7 @@ def minutes(name: str) -> float:
 
 
 def row(name: str) -> str:
-    """One line of the table."""
+    """One row of the table."""
     best = best_validation(name)
     recall = [
         " / ".join(f"{best[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10))
@@ -79,13 +79,13 @@ def table() -> str:
 
 
 def with_table(text: str) -> str:
-    """A document with its table replaced."""
+    """A document with its table of results replaced."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{table()}{END}{rest.split(END)[1]}"
 
 
 def main(argv: list[str]) -> None:
-    """Print, or write into the documents."""
+    """Print the table, or write it into the documents."""
     if "--write" in argv:
         for path in DOCUMENTS:
             path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,12 +1,12 @@
-"""Exact and approximate search of 10 thousand to 10 million vectors like those of a real index.
+"""Exact and approximate search of 10 thousand to 10 million vectors that resemble those of a real index.
 
     miniclip index EXPORT FLICKR8K -o flickr8k.index
     python benchmarks/search.py flickr8k.index --rows 10000 100000 1000000
 
-The vectors are mixtures of two neighbours among the index's images, with noise of the size at which as many of them
-as there are images have the same mean cosine to their 10th neighbour as the images have. Queries are captions of the
-index (its model's embeddings of texts lie elsewhere than those of images, which is hard for an approximate index), and
-more such mixtures. On a machine that computes other things too, `--clock cpu` counts the processor's time.
+Each vector mixes two neighbouring images of the index and adds noise. The noise is chosen so that an equal number of
+mixtures has the same mean cosine to the 10th neighbour as the images themselves. Queries are captions of the index
+(which are hard for an approximate index, because texts are embedded away from images) and more mixtures. On a busy
+machine, `--clock cpu` measures CPU time.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from modeling_miniclip.search.index import ImageIndex
 from modeling_miniclip.search.query import Query, embed_queries
 
 K = 10
-BLOCK = 100_000  # rows drawn at a time
+BLOCK = 100_000  # rows generated at a time
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -43,10 +43,10 @@ def tenth_neighbour(rows: np.ndarray, sample: int = 1_000) -> float:
 
 
 class Mixtures:
-    """As many vectors as one likes of the kind of some real ones.
+    """Any number of vectors that resemble real ones.
 
     Args:
-        real: `[n, dim]`, unit norm.
+        real: `[n, dim]` real embeddings, unit norm.
     """
 
     def __init__(self, real: np.ndarray):
@@ -60,23 +60,23 @@ class Mixtures:
             low, high = (self.noise, high) if self.reached > self.goal else (low, self.noise)
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """`[count, dim]`."""
+        """`[count, dim]` mixtures."""
         dim = self.real.shape[1]
         one = rng.integers(0, len(self.real), count)
         other = self.near[one, rng.integers(0, self.near.shape[1], count)]
-        share = rng.random((count, 1), dtype=np.float32)
+        weight = rng.random((count, 1), dtype=np.float32)
         noise = rng.standard_normal((count, dim), dtype=np.float32) * np.float32(self.noise / dim**0.5)
-        return unit(share * self.real[one] + (1 - share) * self.real[other] + noise)
+        return unit(weight * self.real[one] + (1 - weight) * self.real[other] + noise)
 
     def blocks(self, count: int, seed: int) -> Iterator[np.ndarray]:
-        """`count` of them, block by block."""
+        """`count` mixtures, block by block."""
         rng = np.random.default_rng(seed)
         for start in range(0, count, BLOCK):
             yield self.draw(min(BLOCK, count - start), rng)
 
 
 def timed(search: Callable[[np.ndarray], Any], queries: np.ndarray, clock: Callable[[], float]) -> tuple[list, str]:
-    """Answers to all queries, and median and 99th percentile in milliseconds."""
+    """Answers to all queries, and the median and 99th percentile of their times in milliseconds."""
     search(queries[0])
     answers, seconds = [], []
     for query in queries:
@@ -88,12 +88,12 @@ def timed(search: Callable[[np.ndarray], Any], queries: np.ndarray, clock: Calla
 
 
 def recall(answers: list, truth: np.ndarray) -> float:
-    """Share of the true nearest among those found."""
+    """Fraction of the true nearest neighbours that were found."""
     return float(np.mean([len(set(map(int, a)) & set(t)) / K for a, t in zip(answers, truth.tolist(), strict=True)]))
 
 
 def exact_truth(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """`[queries, K]` rows, by a product in blocks."""
+    """`[queries, K]` true nearest rows, from matrix products in blocks."""
     best = np.full((len(queries), K), -np.inf, np.float32)
     rows = np.zeros((len(queries), K), np.int64)
     for start in range(0, len(vectors), BLOCK):
@@ -107,10 +107,10 @@ def exact_truth(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 
 def streaming_read(vectors: np.ndarray, clock: Callable[[], float], repeats: int = 9) -> float:
-    """Milliseconds of the fastest of several reads of all vectors: their sum, by torch, whose threads share it."""
+    """Milliseconds of the fastest of several multi-threaded reads of all vectors (torch sums them)."""
     import torch
 
-    flat = torch.from_numpy(np.asarray(vectors).reshape(-1).view(np.float32))  # pairs of them, where they are halves
+    flat = torch.from_numpy(np.asarray(vectors).reshape(-1).view(np.float32))  # float16 numbers are read in pairs
     seconds = []
     for _ in range(repeats):
         start = clock()
@@ -120,7 +120,7 @@ def streaming_read(vectors: np.ndarray, clock: Callable[[], float], repeats: int
 
 
 def measure(mixtures: Mixtures, texts: np.ndarray, rows: int, args: argparse.Namespace, folder: Path) -> None:
-    """Lines of the table for one number of rows."""
+    """Print the rows of the table for one number of vectors."""
     clock = CLOCKS[args.clock]
     dim = mixtures.real.shape[1]
     write_embeddings(folder / "vectors", rows, dim, args.dtype, mixtures.blocks(rows, seed=2))
@@ -129,7 +129,7 @@ def measure(mixtures: Mixtures, texts: np.ndarray, rows: int, args: argparse.Nam
     few = {name: queries[: args.exact_queries] for name, queries in kinds.items()}
     truth = {name: exact_truth(vectors, queries) for name, queries in kinds.items()}
 
-    def tell(what: str, build: str, search: Callable[[np.ndarray], Any], queries: dict[str, np.ndarray]) -> None:
+    def report(what: str, build: str, search: Callable[[np.ndarray], Any], queries: dict[str, np.ndarray]) -> None:
         for name, some in queries.items():
             answers, times = timed(search, some, clock)
             print(f"| {rows:,} | {what} | {build} | {name} | {times} | "
@@ -138,16 +138,16 @@ def measure(mixtures: Mixtures, texts: np.ndarray, rows: int, args: argparse.Nam
     exact = Neighbours(vectors)
     print(f"| {rows:,} | a streaming read of the vectors | | | {streaming_read(vectors, clock):.2f} (fastest) | | |")
     one = {"captions": few["captions"]}
-    tell("exact, this package", "", lambda query: exact.search(query, K)[1], one)
+    report("exact, this package", "", lambda query: exact.search(query, K)[1], one)
     if args.dtype == "float32":
-        tell("plain NumPy: product and argsort", "", lambda query: np.argsort(-(vectors @ query))[:K], one)
+        report("plain NumPy: product and argsort", "", lambda query: np.argsort(-(vectors @ query))[:K], one)
     start = clock()
     build_neighbours(vectors, folder / FILE)
     build = f"{clock() - start:.0f} s, {(folder / FILE).stat().st_size / 1e6:.0f} MB"
     approximate = ApproximateNeighbours(vectors, folder / FILE)
     probes = approximate.parameters.nprobe
     name = f"approximate, this package ({approximate.index.nlist} cells, {probes} probed)"
-    tell(name, build, lambda query: approximate.search(query, K)[1], kinds)
+    report(name, build, lambda query: approximate.search(query, K)[1], kinds)
     direct, parameters = approximate.index, approximate.parameters
     tell("FAISS called directly, no refinement", "the same",
          lambda query: direct.search(query[None], K, params=parameters)[1][0], kinds)  # fmt: skip
@@ -165,7 +165,7 @@ def compare_usearch(vectors: np.ndarray, tell: Callable[..., None], clock: Calla
     build = f"{clock() - start:.0f} s, {index.memory_usage / 1e6:.0f} MB"
     for effort in (32, 64, 128):
         index.expansion_search = effort
-        tell(f"USearch HNSW f16, effort {effort}", build, lambda query: index.search(query, K).keys, kinds)
+        report(f"USearch HNSW f16, effort {effort}", build, lambda query: index.search(query, K).keys, kinds)
 
 
 def compare_hnsw(vectors: np.ndarray, tell: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
@@ -179,7 +179,7 @@ def compare_hnsw(vectors: np.ndarray, tell: Callable[..., None], clock: Callable
     build = f"{clock() - start:.0f} s, {len(vectors) * (4 * vectors.shape[1] + 4 * 32) / 1e6:.0f} MB"
     for effort in (32, 64, 128):
         index.hnsw.efSearch = effort
-        tell(f"FAISS HNSW16, effort {effort}", build, lambda query: index.search(query[None], K)[1][0], kinds)
+        report(f"FAISS HNSW16, effort {effort}", build, lambda query: index.search(query[None], K)[1][0], kinds)
 
 
 COMPARED = {"usearch": compare_usearch, "hnsw": compare_hnsw}
@@ -188,7 +188,7 @@ COMPARED = {"usearch": compare_usearch, "hnsw": compare_hnsw}
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("index", help="a real index with captions")
+    parser.add_argument("index", help="real index with captions")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--queries", type=int, default=250, help="of each kind")
@@ -199,9 +199,9 @@ def main() -> None:
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     args = parser.parse_args()
     index = ImageIndex.open(args.index)
-    said = [captions[0] for captions in index.entries["captions"].to_pylist() if captions]
-    said = [said[i] for i in np.linspace(0, len(said) - 1, args.queries).astype(int)]
-    texts = embed_queries(index, [Query(text) for text in said])
+    captions = [several[0] for several in index.entries["captions"].to_pylist() if several]
+    captions = [captions[i] for i in np.linspace(0, len(captions) - 1, args.queries).astype(int)]
+    texts = embed_queries(index, [Query(text) for text in captions])
     mixtures = Mixtures(np.asarray(index.embeddings, dtype=np.float32))
     print(f"{len(index)} real images; mean cosine to the 10th neighbour {mixtures.goal:.3f}, of the same number of "
           f"mixtures {mixtures.reached:.3f}; {args.clock} time, {args.dtype}\n")  # fmt: skip

@@ -1,10 +1,10 @@
-"""Measure speed as ratios of sides that take turns, each in a process of its own.
+"""Measure speed as ratios between two sides that take turns, each in a separate process.
 
     python benchmarks/speed.py --dataset FLICKR8K --vision_model LITE0 --text_model MINILM [--only encode loader]
 
 FLICKR8K is a folder with Images/ and captions; LITE0 and MINILM are folders of EfficientNet-Lite0 and
-all-MiniLM-L6-v2, or their names on the Hub. Adds a line a measurement to `speed.jsonl` in place of the earlier ones of
-the same group, and writes `speed.md` from it. What the sides do is in `workloads.py` and `plain_loop.py`.
+all-MiniLM-L6-v2, or their names on the Hub. Replaces the lines of the measured groups in `speed.jsonl` and writes
+`speed.md` from it. `workloads.py` and `plain_loop.py` define what each side does.
 """
 
 import argparse
@@ -25,7 +25,7 @@ RESULTS = HERE / "speed.jsonl"
 
 @dataclass(frozen=True)
 class Group:
-    """Sides that are measured in turns: workloads, or command lines whose seconds count."""
+    """Sides that are measured in turns: workloads, or command lines that are timed."""
 
     sides: dict[str, list[str]]
     flags: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ TRAINING = _workloads("train_plain", "train_package")
 GROUPS = {
     "train_1": Group(TRAINING, ("--captions_per_image=1",)),
     "train_5": Group(TRAINING, ("--captions_per_image=5",)),
-    "encode": Group(_workloads("encode_timm", "encode_timm_alike", "encode_package", "encode_no_reading")),
+    "encode": Group(_workloads("encode_timm", "encode_timm_tuned", "encode_package", "encode_no_reading")),
     "loader": Group(_workloads("load_bare", "load_package", "load_bare_large", "load_package_large")),
     "start": Group(COMMANDS, repetitions=15),
     "race": Group(_workloads("race_plain", "race_package"), repetitions=1),
@@ -54,7 +54,7 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a number of two sides, what is made of both, and what it should be."""
+    """A row of the table: a number from two sides, how to compare them, and the target."""
 
     group: str
     what: str
@@ -131,7 +131,7 @@ TAIL = """
 
 
 def measure(group: Group, side: str, flags: list[str]) -> dict[str, Any]:
-    """Run one side once."""
+    """Run one side once. Returns its numbers."""
     is_workload = group.sides is not COMMANDS
     argv = [sys.executable, *group.sides[side], *([*flags, *group.flags] if is_workload else [])]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -144,7 +144,7 @@ def measure(group: Group, side: str, flags: list[str]) -> dict[str, Any]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: the rows whose group was measured."""
+    """Markdown rows of the groups that were measured."""
     rows = []
     for row in ROWS:
         other, own = ([x[row.number] for x in lines if (x["group"], x["side"]) == (row.group, s)] for s in row.sides)
@@ -156,14 +156,14 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Measure the chosen groups and write the table of all."""
+    """Measure the chosen groups and write the whole table."""
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("dataset", "vision_model", "text_model"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--recipe", default="heads", help="of the race")
-    parser.add_argument("--repetitions", type=int, help="of each group but the race")
+    parser.add_argument("--recipe", default="heads", help="recipe of the race")
+    parser.add_argument("--repetitions", type=int, help="repetitions of each group except the race")
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     args = parser.parse_args(argv)
     flags = [f"--{name}={getattr(args, name)}" for name in ("dataset", "vision_model", "text_model")]

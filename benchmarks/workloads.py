@@ -1,6 +1,7 @@
-"""What `speed.py` times, each in a process of its own: `python benchmarks/workloads.py NAME [flags]` prints numbers.
+"""The workloads that `speed.py` times: `python benchmarks/workloads.py NAME [flags]` prints the numbers of one.
 
-The flags are those of `train_miniclip.py`. Allocator settings hold for a whole process, hence the processes.
+The flags are those of `train_miniclip.py`. Each workload needs a separate process, because
+allocator settings are global.
 """
 
 import json
@@ -34,37 +35,42 @@ from modeling_miniclip.utils.performance import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 WARM_UP, STEPS = 4, 10  # steps of training
-BATCH, ENCODED = 32, 192  # images a forward pass, and in all
+BATCH, ENCODED = 32, 192  # images per forward pass and in total
 LOADED = 40  # batches
-LARGE = (500, 375)  # pixels of most pictures of Flickr8k as they were published
-RECALL, LIMIT = "text_to_image_R@10", 50.0  # the goal of the race, in percent
-TOWERS_OWN = {"image_size": 224, "crop_pct": 0.875}  # of EfficientNet-Lite0
-TIMES = {"seconds": "loop", "epoch_seconds": "epoch"}  # of the race, and what the plain loop calls its own
-POLL = 0.1  # seconds between two looks at a running process
+LARGE = (500, 375)  # pixels of most images of Flickr8k as published
+RECALL, LIMIT = "text_to_image_R@10", 50.0  # goal of the race, in percent
+TOWERS_OWN = {"image_size": 224, "crop_pct": 0.875}  # preprocessing of EfficientNet-Lite0
+TIMES = {"seconds": "loop", "epoch_seconds": "epoch"}  # times of the race, and their names in the plain loop's log
+POLL = 0.1  # seconds between two checks of a running process
 
 
 class Stopwatch:
-    """A loader that notes when each batch was asked for, and how long it was waited for."""
+    """A loader that records when each batch was requested, and how long it took to arrive."""
 
     def __init__(self, loader: Any):
         self.loader, self.batch_sampler = loader, loader.batch_sampler
-        self.asked: list[float] = []
+        self.requested: list[float] = []
         self.waited: list[float] = []
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
         while True:
-            self.asked.append(time.perf_counter())
+            self.requested.append(time.perf_counter())
             batch = next(batches, None)
-            self.waited.append(time.perf_counter() - self.asked[-1])
+            self.waited.append(time.perf_counter() - self.requested[-1])
             if batch is None:
                 return
             yield batch
 
     def rates(self, images: int, captions: int) -> dict[str, float]:
-        """Of the steps after the warm-up, each of so many images with so many captions."""
-        seconds = self.asked[-1] - self.asked[WARM_UP]
-        steps = len(self.asked) - 1 - WARM_UP
+        """Rates of the steps after the warm-up.
+
+        Args:
+            images: images per step.
+            captions: captions per image.
+        """
+        seconds = self.requested[-1] - self.requested[WARM_UP]
+        steps = len(self.requested) - 1 - WARM_UP
         return {
             "pairs_per_second": steps * images * captions / seconds,
             "images_per_second": steps * images / seconds,
@@ -73,7 +79,7 @@ class Stopwatch:
 
 
 def train_plain(arguments: TrainingArguments) -> dict[str, float]:
-    """Steps of the plain loop: a pair is an image and a caption, however many captions an image has."""
+    """Steps of the plain loop, whose rows are pairs of an image and one caption."""
     loop = PlainLoop(arguments, arguments.captions_per_image)
     watch = loop.loader = Stopwatch(loop.loader)  # type: ignore[assignment]
     for _ in islice(loop.train_epoch(), WARM_UP + STEPS + 1):
@@ -92,20 +98,20 @@ def train_package(arguments: TrainingArguments) -> dict[str, float]:
 
 
 def parts_for_encoding(arguments: TrainingArguments) -> tuple[MiniClipModel, MiniClipProcessor, list[str]]:
-    """Model, processor and image files."""
+    """Model, processor and image files to encode."""
     towers = (str(arguments.vision_model), str(arguments.text_model))
     return MiniClipModel.from_towers(*towers), MiniClipProcessor.from_towers(*towers), image_files(arguments, ENCODED)
 
 
 def image_files(arguments: TrainingArguments, count: int) -> list[str]:
-    """Of the training split."""
+    """Paths of the first images of the training split."""
     images = train_miniclip.load_splits(arguments)["train"].select_columns(["image"])
     undecoded = images.cast_column("image", datasets.Image(decode=False))
     return [row["image"]["path"] for row in undecoded.select(range(count))]
 
 
 def images_per_second(encode: Callable[[], Any], count: int) -> dict[str, float]:
-    """Of a call, after one that warms up."""
+    """Images per second of the second of two calls; the first one warms up."""
     encode()
     start = time.perf_counter()
     encode()
@@ -127,7 +133,7 @@ def encode_timm(arguments: TrainingArguments, memory_format: Any = torch.contigu
     return images_per_second(encode, len(files))
 
 
-def encode_timm_alike(arguments: TrainingArguments) -> dict[str, float]:
+def encode_timm_tuned(arguments: TrainingArguments) -> dict[str, float]:
     """The bare tower with the allocator and the memory format of the package."""
     keep_freed_memory()
     return encode_timm(arguments, torch.channels_last)
@@ -141,7 +147,7 @@ def encode_package(arguments: TrainingArguments) -> dict[str, float]:
 
 
 def encode_no_reading(arguments: TrainingArguments) -> dict[str, float]:
-    """The bare tower with the package's allocator and memory format on pixels that are there: what bounds it."""
+    """The bare tower with the package's allocator and memory format on pixels in memory: the upper bound."""
     keep_freed_memory()
     model, processor, files = parts_for_encoding(arguments)
     pixels = processor(images=files[:BATCH], return_tensors="pt")["pixel_values"]
@@ -156,20 +162,20 @@ def encode_no_reading(arguments: TrainingArguments) -> dict[str, float]:
 
 
 def load_bare(arguments: TrainingArguments, size: tuple[int, int] | None = None) -> dict[str, float]:
-    """Decoding, augmentation and tokenizing in as many processes, nothing handed over."""
+    """Decoding, augmenting and tokenizing in as many processes as the loader has, passing nothing on."""
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         rows = loader_rows(arguments, Path(folder), size)
         files = [image["path"] for image in rows.undecoded_images()]
         pairs = list(zip(files, [captions[0] for captions in rows.captions], strict=True))
         workers = arguments.num_workers
-        shares = [pairs[worker::workers] for worker in range(workers)]
+        parts = [pairs[worker::workers] for worker in range(workers)]
         with multiprocessing.get_context("fork").Pool(workers, _prepare_worker, (rows, arguments.batch_size)) as pool:
-            return images_per_second(lambda: pool.map(_prepare_pairs, shares, chunksize=1), len(files))
+            return images_per_second(lambda: pool.map(_prepare_pairs, parts, chunksize=1), len(files))
 
 
 def load_package(arguments: TrainingArguments, size: tuple[int, int] | None = None) -> dict[str, float]:
-    """The training loader alone on the same images: random draws, batches, and their way between processes too."""
+    """The training loader alone on the same images: random draws, batches and their transfer between processes too."""
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         rows = loader_rows(arguments, Path(folder), size)
@@ -178,17 +184,17 @@ def load_package(arguments: TrainingArguments, size: tuple[int, int] | None = No
 
 
 def load_bare_large(arguments: TrainingArguments) -> dict[str, float]:
-    """The same, images enlarged."""
+    """[`load_bare`] with enlarged images."""
     return load_bare(arguments, LARGE)
 
 
 def load_package_large(arguments: TrainingArguments) -> dict[str, float]:
-    """The same, images enlarged."""
+    """[`load_package`] with enlarged images."""
     return load_package(arguments, LARGE)
 
 
 def loader_rows(arguments: TrainingArguments, folder: Path, size: tuple[int, int] | None) -> CaptionRows:
-    """A part of the training split with its augmentation; with a size, of copies of the images in the folder."""
+    """Augmented rows of the training split; with a size, of resized copies of its images in `folder`."""
     processor = MiniClipProcessor.from_towers(str(arguments.vision_model), str(arguments.text_model))
     crop = processor.image_processor.crop_size
     augmentation = build_augmentation(augmentation_list(arguments), (crop["height"], crop["width"]))
@@ -225,7 +231,7 @@ def _prepare_pairs(pairs: list[tuple[str, str]]) -> int:
 
 
 def race_plain(arguments: TrainingArguments) -> dict[str, float]:
-    """Seconds until the plain loop reaches the recall, heads trained on frozen towers; its validations not counted."""
+    """Seconds until the plain loop reaches the recall with frozen towers, without its validations."""
     flags = {name: getattr(arguments, name) for name in ("dataset", "vision_model", "text_model", "text_pooling")}
     flags |= {"freeze": "both", "augmentation": "[]"}
     script = [str(HERE / "plain_loop.py"), "--validation_steps=100"]
@@ -233,9 +239,9 @@ def race_plain(arguments: TrainingArguments) -> dict[str, float]:
 
 
 def race_package(arguments: TrainingArguments) -> dict[str, float]:
-    """Seconds until `train_miniclip.py` does by a recipe: everything counts, and all features are computed anew.
+    """Seconds until a recipe of `train_miniclip.py` reaches the recall, including all features and validations.
 
-    The recipe's larger images and full crop are left out, for the plain loop has the tower's own.
+    Images have the tower's own size and crop, as in the plain loop, instead of the recipe's.
     """
     flags = {name: getattr(arguments, name) for name in ("dataset", "vision_model", "text_model", "recipe")}
     flags |= TOWERS_OWN
@@ -244,7 +250,7 @@ def race_package(arguments: TrainingArguments) -> dict[str, float]:
 
 
 def race(script: list[str], flags: dict[str, Any]) -> dict[str, float]:
-    """Start a run, follow its `metrics.jsonl` and end it when it has reached the recall."""
+    """Start a run, follow its `metrics.jsonl` and stop it once it has reached the recall."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         log = Path(folder) / "run" / "metrics.jsonl"
         flags = {**flags, "output_dir": log.parent}
@@ -266,13 +272,13 @@ def race(script: list[str], flags: dict[str, Any]) -> dict[str, float]:
             process.terminate()
             process.wait()
         errors.seek(0)
-        sys.exit(f"{script[0]} ended before {RECALL} {LIMIT}: {errors.read()[-2000:]}")
+        sys.exit(f"{script[0]} ended before {RECALL} reached {LIMIT}: {errors.read()[-2000:]}")
 
 
 WORKLOADS: dict[str, Callable[[TrainingArguments], dict[str, float]]] = {
     function.__name__: function
     for function in (
-        train_plain, train_package, encode_timm, encode_timm_alike, encode_no_reading, encode_package, load_bare,
+        train_plain, train_package, encode_timm, encode_timm_tuned, encode_no_reading, encode_package, load_bare,
         load_package, load_bare_large, load_package_large, race_plain, race_package,
     )
 }  # fmt: skip
