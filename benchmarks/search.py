@@ -149,13 +149,13 @@ def measure(mixtures: Mixtures, texts: np.ndarray, rows: int, args: argparse.Nam
     name = f"approximate, this package ({approximate.index.nlist} cells, {probes} probed)"
     report(name, build, lambda query: approximate.search(query, K)[1], kinds)
     direct, parameters = approximate.index, approximate.parameters
-    tell("FAISS called directly, no refinement", "the same",
-         lambda query: direct.search(query[None], K, params=parameters)[1][0], kinds)  # fmt: skip
+    report("FAISS called directly, no refinement", "same file",
+           lambda query: direct.search(query[None], K, params=parameters)[1][0], kinds)  # fmt: skip
     for library in args.compare:
-        COMPARED[library](vectors, tell, clock, kinds)
+        COMPARED[library](vectors, report, clock, kinds)
 
 
-def compare_usearch(vectors: np.ndarray, tell: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
+def compare_usearch(vectors: np.ndarray, report: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
     """USearch's graph with half-precision numbers."""
     from usearch.index import Index
 
@@ -168,7 +168,7 @@ def compare_usearch(vectors: np.ndarray, tell: Callable[..., None], clock: Calla
         report(f"USearch HNSW f16, effort {effort}", build, lambda query: index.search(query, K).keys, kinds)
 
 
-def compare_hnsw(vectors: np.ndarray, tell: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
+def compare_hnsw(vectors: np.ndarray, report: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
     """FAISS's graph."""
     import faiss
 

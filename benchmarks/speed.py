@@ -82,7 +82,7 @@ ROWS = [
     Row("encode", "`encode_images`, images, against the bare tower with default settings", "images_per_second",
         ("encode_timm", "encode_package"), "1.5"),
     Row("encode", "`encode_images`, against the tower with the same settings", "images_per_second",
-        ("encode_timm_alike", "encode_package"), "0.97"),
+        ("encode_timm_tuned", "encode_package"), "0.97"),
     Row("encode", "`encode_images`, against the tower without reading", "images_per_second",
         ("encode_no_reading", "encode_package"), ""),
     Row("loader", "training loader, images, against bare decoding, augmentation and tokenization", "images_per_second",
