@@ -15,7 +15,7 @@ from tests.helpers.runs import ROOT, environment
 from train_miniclip import cli as train_cli
 
 
-def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["push", str(tmp_path), "alice/model"]) == 1
     told = capsys.readouterr()
     assert told.err == f"error: {tmp_path} is not an export: it has no config.json\n"
@@ -27,7 +27,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
         cli(["push", str(tmp_path), "alice/model", "--debug"])
 
 
-def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     command = Command("warns", lambda parser: None, lambda args: warnings.warn("left out 3 images", stacklevel=1))
     monkeypatch.setitem(COMMANDS, "check", command)
     assert cli(["check"]) == 0
@@ -35,7 +35,7 @@ def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 @pytest.mark.parametrize("argv", [[], ["psuh"], ["push"]])
-def test_a_wrong_command_line_exits_2(argv: list[str]) -> None:
+def test_bad_command_line_exits_with_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli(argv)
     assert stopped.value.code == 2
@@ -59,7 +59,7 @@ COMMAND_LINES = [
 
 
 @pytest.mark.parametrize(("argv", "code"), COMMAND_LINES)
-def test_a_command_exits_with_2_for_usage_and_1_for_any_other_failure(
+def test_commands_exit_with_2_for_usage_otherwise_1(
     argv: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -79,7 +79,7 @@ TRAINING = [
 
 
 @pytest.mark.parametrize(("argv", "code"), TRAINING)
-def test_training_exits_with_2_for_usage_and_1_for_any_other_failure(
+def test_training_exits_with_2_for_usage_otherwise_1(
     argv: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -94,7 +94,7 @@ def test_training_exits_with_2_for_usage_and_1_for_any_other_failure(
     assert isinstance(raised.value, UsageError) == (code == 2)
 
 
-def test_a_full_disk_is_told_and_a_mistake_of_the_program_is_not_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_is_reported_and_bugs_are_raised(capsys: pytest.CaptureFixture[str]) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "a\nb")
 
@@ -106,7 +106,7 @@ def test_a_full_disk_is_told_and_a_mistake_of_the_program_is_not_hidden(capsys: 
     assert [run_command(lambda done=done: done, False) for done in (None, 3, Path("export"))] == [0, 3, 0]
 
 
-def test_help_lists_every_command_and_imports_no_heavy_library() -> None:
+def test_help_lists_commands_without_heavy_imports() -> None:
     code = """
 import sys
 from modeling_miniclip.cli import build_parser
@@ -120,7 +120,7 @@ assert not heavy, heavy
         assert name in done.stdout and command.help in done.stdout
 
 
-def test_the_package_runs_as_a_module() -> None:
+def test_package_runs_as_a_module() -> None:
     argv = [sys.executable, "-m", "modeling_miniclip", "push", "nowhere", "alice/model"]
     done = subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=ROOT)
     assert (done.returncode, done.stdout) == (1, "")

@@ -49,9 +49,7 @@ def small_integers(rows: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("blocks", [(1, 1), (3, 5), (64, 7), (1024, 4096)])
-def test_ranks_and_first_results_do_not_depend_on_the_blocks(
-    blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_and_results_do_not_depend_on_blocks(blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "BLOCK", blocks[0])
     monkeypatch.setattr(metrics, "KEY_BLOCK", blocks[1])
     queries, keys = small_integers(23, 0), small_integers(31, 1)
@@ -67,13 +65,13 @@ def test_ranks_and_first_results_do_not_depend_on_the_blocks(
     assert torch.equal(found.right_score, similarity.masked_fill(~right, -torch.inf).amax(dim=1))
 
 
-def test_embeddings_that_are_no_numbers_come_last_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_embeddings_rank_last_in_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "KEY_BLOCK", 2)
     nothing = torch.full((5, 3), torch.nan)
     assert rank_keys(nothing, nothing, torch.arange(5), torch.arange(5)).rank.tolist() == [5] * 5
 
 
-def test_more_results_than_keys_are_all_keys() -> None:
+def test_top_above_the_key_count_returns_all() -> None:
     found = rank_keys(torch.eye(3), torch.eye(3), torch.arange(3), torch.arange(3), top=10)
     assert found.indices.sort(dim=1).values.tolist() == [[0, 1, 2]] * 3
 
@@ -90,7 +88,7 @@ class Largest(TorchFunctionMode):
         return result
 
 
-def test_the_matrix_of_similarities_is_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_similarity_matrix_is_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "BLOCK", 16)
     monkeypatch.setattr(metrics, "KEY_BLOCK", 32)
     embeds, group = torch.randn(400, 2), torch.arange(400)
@@ -102,7 +100,7 @@ def test_the_matrix_of_similarities_is_never_held(monkeypatch: pytest.MonkeyPatc
 # --- the bootstrap of a difference ----------------------------------------------------------------------------------
 
 
-def test_two_models_are_compared_on_the_same_draws() -> None:
+def test_two_models_share_the_bootstrap_samples() -> None:
     image_of = {"text_to_image": torch.arange(40) // 2, "image_to_text": torch.arange(20)}
     generator = torch.Generator().manual_seed(0)
     rank_of = {name: torch.randint(1, 20, (len(rows),), generator=generator) for name, rows in image_of.items()}
@@ -134,14 +132,14 @@ def class_folders(tmp_path: Path) -> Path:
     return tmp_path / "things"
 
 
-def test_a_folder_of_class_folders_is_a_classification(class_folders: Path) -> None:
+def test_class_folders_are_a_classification_set(class_folders: Path) -> None:
     data = load_eval_set(str(class_folders))
     assert (data.split, data.texts, data.at) == ("all", ["red thing", "sky", "wood"], (1,))
     assert data.image_ids[2:4] == ["red_thing/2.png", "sky/0.png"]
     assert data.image_group.tolist() == [0, 0, 0, 1, 1, 2, 2]
 
 
-def test_class_folders_may_lie_in_folders_of_splits(class_folders: Path) -> None:
+def test_class_folders_may_be_inside_split_folders(class_folders: Path) -> None:
     top = class_folders.with_name("split")
     for name in ("train", "val"):
         (top / name).mkdir(parents=True)
@@ -154,7 +152,7 @@ def test_class_folders_may_lie_in_folders_of_splits(class_folders: Path) -> None
         load_eval_set(str(top), "test")
 
 
-def test_words_for_class_folders_come_from_a_file(class_folders: Path, tmp_path: Path) -> None:
+def test_class_names_can_come_from_a_file(class_folders: Path, tmp_path: Path) -> None:
     words = tmp_path / "words.json"
     words.write_text(json.dumps({"red_thing": "apple", "sky": "heaven", "wood": "tree", "more": "unused"}))
     assert load_eval_set(str(class_folders), class_names=words).texts == ["apple", "heaven", "tree"]
@@ -163,7 +161,7 @@ def test_words_for_class_folders_come_from_a_file(class_folders: Path, tmp_path:
         load_eval_set(str(class_folders), class_names=words)
 
 
-def test_wrong_sets_are_told(class_folders: Path, captioned_folder: Path, tmp_path: Path) -> None:
+def test_bad_sets_are_rejected(class_folders: Path, captioned_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--split test, but its folders are red_thing, sky, wood"):
         load_eval_set(str(class_folders), "test")
     (class_folders / "empty").mkdir()
@@ -216,9 +214,7 @@ def hostile_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_figures_are_those_of_the_package_and_every_query_is_kept(
-    models: Path, captioned_folder: Path, tmp_path: Path
-) -> None:
+def test_metrics_match_the_package_and_queries_are_saved(models: Path, captioned_folder: Path, tmp_path: Path) -> None:
     data = load_eval_set(str(captioned_folder), "train")
     report = evaluate_model(str(models / "mine"), data, output_dir=tmp_path / "out")
     model = MiniClipModel.from_pretrained(models / "mine")
@@ -245,7 +241,7 @@ def test_figures_are_those_of_the_package_and_every_query_is_kept(
         assert row["rank"] > len(scores) or row["results"][row["rank"] - 1]["is_right"]
 
 
-def test_a_clip_of_transformers_stands_beside_it_and_the_difference_is_that_of_the_two(
+def test_transformers_clip_as_baseline(
     models: Path, captioned_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine, clip, out = str(models / "mine"), str(models / "clip"), tmp_path / "out"
@@ -273,14 +269,14 @@ def test_a_clip_of_transformers_stands_beside_it_and_the_difference_is_that_of_t
     assert "difference" in table[1] and table[2].startswith("text to image R@1")
 
 
-def test_a_model_beside_itself_differs_by_nothing(models: Path, captioned_folder: Path) -> None:
+def test_model_does_not_differ_from_itself(models: Path, captioned_folder: Path) -> None:
     data = load_eval_set(str(captioned_folder), "train")
     report = evaluate_model(str(models / "clip"), data, baseline=str(models / "clip"))
     assert set(report["difference"].values()) == {0.0}
     assert set(report["difference_intervals"].values()) == {(0.0, 0.0)}
 
 
-def test_classification_counts_as_zero_shot_accuracy_does(models: Path, class_folders: Path, tmp_path: Path) -> None:
+def test_classification_equals_zero_shot_accuracy(models: Path, class_folders: Path, tmp_path: Path) -> None:
     data = load_eval_set(str(class_folders))
     report = evaluate_model(str(models / "mine"), data, output_dir=tmp_path / "out", templates="photo")
     model = MiniClipModel.from_pretrained(models / "mine")
@@ -292,9 +288,7 @@ def test_classification_counts_as_zero_shot_accuracy_does(models: Path, class_fo
     assert [len(row["results"]) for row in rows] == [3] * 7
 
 
-def test_the_gallery_shows_failures_and_hostile_names_stay_text(
-    models: Path, hostile_folder: Path, tmp_path: Path
-) -> None:
+def test_failure_page_shows_failures_and_escapes_names(models: Path, hostile_folder: Path, tmp_path: Path) -> None:
     data = load_eval_set(str(hostile_folder), "train")
     report = evaluate_model(str(models / "mine"), data, output_dir=tmp_path / "out")
     reader = Reader((tmp_path / "out" / "failures.html").read_text(encoding="utf-8"))
@@ -333,7 +327,7 @@ def test_errors_are_one_line(
     assert told.startswith("error: ") and message in told
 
 
-def test_images_outside_their_folder_are_measured_where_that_is_allowed(
+def test_outside_images_are_evaluated_if_allowed(
     models: Path, captioned_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = (captioned_folder / "captions.csv").read_text().splitlines()
@@ -355,9 +349,7 @@ def test_images_outside_their_folder_are_measured_where_that_is_allowed(
     assert json.loads(capsys.readouterr().out)["metrics"]["rsum"] > 0
 
 
-def test_an_earlier_result_is_replaced_and_other_files_are_not(
-    models: Path, captioned_folder: Path, tmp_path: Path
-) -> None:
+def test_old_results_are_replaced_but_not_other_files(models: Path, captioned_folder: Path, tmp_path: Path) -> None:
     data = load_eval_set(str(captioned_folder), "train")
     for _ in range(2):
         evaluate_model(str(models / "clip"), data, output_dir=tmp_path / "out")
@@ -367,7 +359,7 @@ def test_an_earlier_result_is_replaced_and_other_files_are_not(
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-def test_long_texts_are_cut_to_what_a_clip_takes(models: Path) -> None:
+def test_long_texts_are_truncated_for_clip(models: Path) -> None:
     encoder = open_encoder(str(models / "clip"), "MODEL")
     embeds = encoder.encode_texts(["a dog " * 100, "a dog"], 2, False)
     assert embeds.shape == (2, 8) and embeds.norm(dim=1).tolist() == pytest.approx([1, 1])

@@ -67,7 +67,7 @@ def test_ranks_and_metrics_worked_by_hand():
     assert set(found) == set(METRIC_NAMES)
 
 
-def test_the_median_of_an_even_number_is_the_mean_of_the_middle_two():
+def test_even_median_is_mean_of_middle_two():
     # ranks of the four texts: 1, 1, 2, 4
     similarity = torch.tensor([[9.0, 0, 9, 4], [0, 9, 0, 5], [0, 0, 8, 6], [0, 0, 0, 3]])
     assert ranks(similarity.T, torch.eye(4), torch.arange(4), torch.arange(4)).tolist() == [1, 1, 2, 4]
@@ -125,7 +125,7 @@ def clip_benchmark(image: torch.Tensor, text: torch.Tensor, text_image_id: list[
     return recall(scores, positive), recall(scores.T, positive.T)
 
 
-def test_recall_is_that_of_clip_benchmark():
+def test_recall_matches_clip_benchmark():
     image, text, text_image_id = split_of(60, 5)
     found = retrieval_metrics(image, text, text_image_id)
     for k in RECALL_AT:
@@ -134,19 +134,19 @@ def test_recall_is_that_of_clip_benchmark():
 
 
 @pytest.mark.parametrize("value", [0.25, math.nan, math.inf])
-def test_equal_or_meaningless_embeddings_get_no_credit(value):
+def test_equal_or_nan_embeddings_get_no_credit(value):
     image, text = torch.full((50, 8), value), torch.full((250, 8), value)
     found = retrieval_metrics(image, text, torch.arange(50).repeat(5))
     assert found["rsum"] == 0
     assert found["text_to_image_median_rank"] == 50 and found["image_to_text_median_rank"] == 246
 
 
-def test_one_image_with_one_text_is_found():
+def test_single_image_and_text_are_found():
     assert retrieval_metrics(unit(1), unit(1))["rsum"] == 600
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])
-def test_blocks_change_nothing(monkeypatch, block):
+def test_block_size_does_not_change_metrics(monkeypatch, block):
     # whole numbers, that every order of summation gives the same similarity
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(-3, 4, (50, 6), generator=generator).float()
@@ -157,7 +157,7 @@ def test_blocks_change_nothing(monkeypatch, block):
     assert retrieval_metrics(image, text, text_image_id) == whole
 
 
-def test_the_order_of_rows_does_not_matter():
+def test_row_order_does_not_matter():
     image, text, text_image_id = split_of(30, 2)
     order, image_order = torch.randperm(60), torch.randperm(30)
     place = image_order.argsort()  # where each image went
@@ -178,7 +178,7 @@ def test_the_order_of_rows_does_not_matter():
         ((4,), (4,), None, r"\[images, dim\]"),
     ],
 )
-def test_embeddings_that_do_not_fit_together_are_refused(images, texts, text_image_id, message):
+def test_mismatched_embeddings_are_rejected(images, texts, text_image_id, message):
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(torch.zeros(images), torch.zeros(texts), text_image_id)
 
@@ -188,7 +188,7 @@ def test_embeddings_that_do_not_fit_together_are_refused(images, texts, text_ima
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("block", [1, 13, 1024])
-def test_the_loss_of_a_split_is_that_of_all_its_rows_at_once_in_any_blocks(monkeypatch, block, loss_type):
+def test_dataset_loss_does_not_depend_on_blocks(monkeypatch, block, loss_type):
     image, text, text_image_id = split_of(40, 3)
     arguments = (20.0, torch.arange(40), text_image_id, loss_type, -7.0)
     expected = symmetric_contrastive_loss(image.double(), text.double(), *arguments).item()
@@ -196,13 +196,13 @@ def test_the_loss_of_a_split_is_that_of_all_its_rows_at_once_in_any_blocks(monke
     assert dataset_loss(image, text, 20.0, text_image_id, loss_type, -7.0) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_loss_of_equal_embeddings_is_the_logarithm_of_the_candidates():
+def test_loss_of_equal_embeddings_is_log_of_candidates():
     image, text = torch.ones(8, 4) / 2, torch.ones(24, 4) / 2
     loss = dataset_loss(image, text, 50.0, torch.arange(8).repeat(3))
     assert loss == pytest.approx(math.log(8), rel=1e-6)
 
 
-def test_measure_gives_loss_and_metrics():
+def test_validation_metrics_are_loss_and_retrieval():
     image, text, text_image_id = split_of(12, 2)
     found = validation_metrics(image, text, text_image_id, 10.0, "sigmoid", -5.0)
     assert list(found) == ["loss", *retrieval_metrics(image, text, text_image_id)]
@@ -214,7 +214,7 @@ def test_measure_gives_loss_and_metrics():
     [("loss", True), ("rsum", False)]
     + [(name, name.endswith("median_rank")) for name in METRIC_NAMES if name != "rsum"],
 )
-def test_is_better(name, smaller_is_better):
+def test_is_better_knows_each_direction(name, smaller_is_better):
     assert is_better(name, 1.0, 2.0) is smaller_is_better
     assert is_better(name, 2.0, 1.0) is not smaller_is_better
     assert not is_better(name, 1.0, 1.0) and not is_better(name, math.nan, 1.0)
@@ -236,12 +236,12 @@ def ragged(seed: int = 0):
     return image.tolist(), references, retrieval_metrics(image, text, text_image_id)
 
 
-def test_metric_takes_a_ragged_list_of_captions_for_each_image(metric):
+def test_metric_accepts_any_number_of_captions(metric):
     predictions, references, expected = ragged()
     assert metric.compute(predictions=predictions, references=references) == pytest.approx(expected)
 
 
-def test_metric_adds_single_images_and_batches_up(metric):
+def test_metric_accumulates_images_and_batches(metric):
     predictions, references, expected = ragged()
     metric.add(prediction=predictions[0], reference=references[0])
     metric.add_batch(predictions=predictions[1:], references=references[1:])
@@ -260,12 +260,12 @@ def test_metric_adds_single_images_and_batches_up(metric):
         ([[1.0, 0.0]], [[[1.0, 0.0, 0.0]]], r"\(1, 2\).*\(1, 3\)"),
     ],
 )
-def test_metric_refuses_what_does_not_fit_together(metric, predictions, references, message):
+def test_metric_rejects_mismatched_input(metric, predictions, references, message):
     with pytest.raises(ValueError, match=message):
         metric.compute(predictions=predictions, references=references)
 
 
-def test_metric_loads_from_its_path_without_a_network(tmp_path):
+def test_metric_loads_from_its_path_offline(tmp_path):
     predictions, references, expected = ragged()
     code = (
         "import json, sys, evaluate\n"
@@ -291,7 +291,7 @@ def noisy(images: int, captions: int, noise: float) -> tuple[torch.Tensor, torch
     return image_embeds, torch.nn.functional.normalize(text_embeds, dim=1), owner
 
 
-def test_intervals_are_those_of_a_bootstrap_written_out_in_loops() -> None:
+def test_intervals_equal_a_bootstrap_in_loops() -> None:
     image_embeds, text_embeds, owner = noisy(12, 3, 0.4)
     found = recall_intervals(image_embeds, text_embeds, owner, samples=40, seed=5)
     text_ranks = ranks(text_embeds, image_embeds, owner, torch.arange(12)).tolist()
@@ -307,7 +307,7 @@ def test_intervals_are_those_of_a_bootstrap_written_out_in_loops() -> None:
         assert found[name] == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
 
 
-def test_intervals_of_one_caption_each_are_as_wide_as_the_binomial_ones() -> None:
+def test_single_caption_intervals_match_the_binomial_ones() -> None:
     image_embeds, text_embeds, owner = noisy(600, 1, 0.2)
     metrics = retrieval_metrics(image_embeds, text_embeds, owner)
     share = metrics["text_to_image_R@1"] / 100
@@ -317,7 +317,7 @@ def test_intervals_of_one_caption_each_are_as_wide_as_the_binomial_ones() -> Non
     assert (low, high) == pytest.approx((100 * share - half, 100 * share + half), abs=0.15 * half)
 
 
-def test_captions_of_one_image_do_not_count_as_independent() -> None:
+def test_repeated_captions_do_not_narrow_intervals() -> None:
     image_embeds, text_embeds, owner = noisy(200, 1, 0.5)
     one = recall_intervals(image_embeds, text_embeds, owner)["text_to_image_R@1"]
     five = owner.repeat_interleave(5)  # the same caption five times over is no further evidence
@@ -325,7 +325,7 @@ def test_captions_of_one_image_do_not_count_as_independent() -> None:
     assert repeated == pytest.approx(one)
 
 
-def test_a_perfect_model_has_no_doubt_and_all_figures_have_intervals_around_them() -> None:
+def test_intervals_enclose_metrics_and_vanish_at_perfection() -> None:
     assert set(recall_intervals(torch.eye(4), torch.eye(4)).values()) == {(100.0, 100.0), (600.0, 600.0)}
     embeddings = noisy(50, 2, 0.5)
     metrics, intervals = retrieval_metrics(*embeddings), recall_intervals(*embeddings)

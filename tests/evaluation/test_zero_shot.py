@@ -69,7 +69,7 @@ def given_embeddings(monkeypatch):
 
 
 @pytest.mark.parametrize("templates", PROMPT_TEMPLATES)
-def test_a_class_is_the_normalised_mean_of_its_normalised_sentences(model, processor, templates):
+def test_class_is_normalised_mean_of_its_sentences(model, processor, templates):
     weights = zero_shot_weights(model, NAMES, templates, processor)
     assert weights.shape == (7, 16) and weights.dtype == torch.float32
     for name, found in zip(NAMES, weights.double().numpy(), strict=True):
@@ -82,28 +82,28 @@ def test_a_class_is_the_normalised_mean_of_its_normalised_sentences(model, proce
         np.testing.assert_allclose(found, total / np.linalg.norm(total), atol=1e-5)
 
 
-def test_one_template_is_the_plain_embedding_of_its_sentences(model, processor):
+def test_one_template_gives_plain_text_embeddings(model, processor):
     plain = encode_texts(model, [f"a photo of a {name}." for name in NAMES], processor, progress=False)
     for templates in ("photo", "a photo of a {}.", ["a photo of a {}."], ("a photo of a {}.",) * 3):
         found = zero_shot_weights(model, NAMES, templates, processor, batch_size=3)
         torch.testing.assert_close(found, plain, atol=1e-6, rtol=0)
 
 
-def test_the_order_of_classes_is_that_of_the_rows_and_the_order_of_templates_does_not_matter(model, processor):
+def test_rows_follow_classes_whatever_the_template_order(model, processor):
     weights = zero_shot_weights(model, NAMES, "ensemble", processor)
     turned = zero_shot_weights(model, NAMES[::-1], PROMPT_TEMPLATES["ensemble"][::-1], processor)
     torch.testing.assert_close(turned, weights.flip(0), atol=1e-6, rtol=0)
     assert not torch.allclose(weights, zero_shot_weights(model, NAMES, "photo", processor), atol=1e-3)
 
 
-def test_the_shipped_templates_hold_one_class_each_and_differ():
+def test_built_in_templates_are_valid_and_distinct():
     for name, sentences in PROMPT_TEMPLATES.items():
         assert len(sentences) == len(set(sentences)) >= 1, name
         assert all(sentence.count("{}") == 1 and sentence.format("dog") for sentence in sentences)
     assert len(PROMPT_TEMPLATES["ensemble"]) > 3
 
 
-def test_braces_in_a_name_stay(model, processor):
+def test_braces_in_a_class_name_stay(model, processor):
     found = zero_shot_weights(model, ["{x}", "b{}"], "a {}", processor)
     assert torch.equal(found, zero_shot_weights(model, ["a {x}", "a b{}"], "{}", processor))
 
@@ -111,7 +111,7 @@ def test_braces_in_a_name_stay(model, processor):
 # --- classify -------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_the_models_softmax_over_all_classes_best_first(model, processor, images):
+def test_scores_are_sorted_softmax_over_all_classes(model, processor, images):
     with torch.no_grad():
         inputs = processor(images=images, text=[f"a photo of a {n}." for n in NAMES], return_tensors="pt")
         expected = model(**inputs).logits_per_image.softmax(dim=-1).numpy()
@@ -137,20 +137,20 @@ def test_scores_worked_by_hand(given_embeddings):
     assert [item["score"] for item in found[0]] == pytest.approx([math.exp(8) / total, math.exp(6) / total, 1 / total])
 
 
-def test_weights_are_made_once_and_used_again(model, processor, images, monkeypatch):
+def test_weights_can_be_reused(model, processor, images, monkeypatch):
     weights = zero_shot_weights(model, NAMES, "ensemble", processor)
     expected = classify(model, images, NAMES, "ensemble", processor=processor)
     monkeypatch.setattr("modeling_miniclip.evaluation.zero_shot.encode_texts", None)
     assert classify(model, images, NAMES, weights=weights, processor=processor) == expected
 
 
-def test_equal_scores_keep_the_order_of_the_classes(given_embeddings):
+def test_ties_keep_the_class_order(given_embeddings):
     names = [f"class {i}" for i in range(40)]
     found = classify(given_embeddings, [axes(1)[0]], names, weights=axes(1).expand(40, 16), top_k=40)
     assert [item["label"] for item in found[0]] == names
 
 
-def test_the_model_is_left_in_its_mode(processor, images):
+def test_model_stays_in_its_mode(processor, images):
     model = tiny_model(projection_depth=2, projection_dropout=0.5).train()
     first = classify(model, images, NAMES, processor=processor)
     assert first == classify(model, images, NAMES, processor=processor)
@@ -174,7 +174,7 @@ def test_accuracy_worked_by_hand(given_embeddings):
     assert other == pytest.approx({"top-2": 37.5, "top-6": 87.5})
 
 
-def test_accuracy_equals_counting(model, processor, images):
+def test_accuracy_equals_counting_ranks(model, processor, images):
     rng = np.random.default_rng(1)
     labels = [NAMES[i] for i in rng.integers(0, 7, len(images))]
     found = zero_shot_accuracy(model, images, labels, NAMES, "photo", processor=processor, progress=False)
@@ -199,13 +199,13 @@ def test_ties_and_nan_count_against_the_model(given_embeddings):
 
 
 @pytest.mark.parametrize(("classes", "keys"), [(2, ["top-1"]), (5, ["top-1"]), (6, ["top-1", "top-5"])])
-def test_top_5_is_told_only_where_it_can_fail(given_embeddings, classes, keys):
+def test_top_5_needs_more_than_five_classes(given_embeddings, classes, keys):
     names = [f"class {i}" for i in range(classes)]
     found = zero_shot_accuracy(given_embeddings, [axes(1)[0]], [0], names, weights=axes(classes))
     assert list(found) == keys and set(found.values()) == {100.0}
 
 
-def test_a_split_of_a_data_set_is_images_and_labels(model, processor, images):
+def test_data_set_split_gives_images_and_labels(model, processor, images):
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
 
@@ -230,7 +230,7 @@ def test_a_split_of_a_data_set_is_images_and_labels(model, processor, images):
         (["dog", "cat", "dog"], "'dog' more than once"),
     ],
 )
-def test_wrong_class_names_are_told_before_anything_is_encoded(model, class_names, message):
+def test_bad_class_names_fail_before_encoding(model, class_names, message):
     for call in (
         lambda: zero_shot_weights(model, class_names),  # without a processor nothing can be encoded
         lambda: classify(model, ["no.png"], class_names),
@@ -253,7 +253,7 @@ def test_wrong_class_names_are_told_before_anything_is_encoded(model, class_name
         ([], "templates is empty"),
     ],
 )
-def test_wrong_templates_are_told(model, templates, message):
+def test_bad_templates_are_rejected(model, templates, message):
     with pytest.raises(UsageError, match=message):
         zero_shot_weights(model, NAMES, templates)
     with pytest.raises(UsageError, match=message):
@@ -275,13 +275,13 @@ def test_wrong_templates_are_told(model, templates, message):
         ({"weights": axes(6, 9)}, UsageError, r"\(6, 9\).*zero_shot_weights"),
     ],
 )
-def test_wrong_arguments_of_accuracy_are_told(given_embeddings, arguments, error, message):
+def test_accuracy_rejects_bad_arguments(given_embeddings, arguments, error, message):
     given = {"images": list(axes(2)), "labels": ["a", "b"], "class_names": list("abcdef"), "weights": axes(6)}
     with pytest.raises(error, match=message):
         zero_shot_accuracy(given_embeddings, **(given | arguments))
 
 
-def test_wrong_arguments_of_classify_are_told(model, processor, images):
+def test_classify_rejects_bad_arguments(model, processor, images):
     with pytest.raises(UsageError, match="top_k must be at least 1, not 0"):
         classify(model, images, NAMES, processor=processor, top_k=0)
     with pytest.raises(DataError, match=r"no\.png"):
@@ -290,7 +290,7 @@ def test_wrong_arguments_of_classify_are_told(model, processor, images):
         classify(model, images, NAMES)
 
 
-def test_embeddings_of_images_are_those_of_encode_images(model, processor, images):
+def test_classify_embeds_images_like_encode_images(model, processor, images):
     weights = torch.nn.functional.normalize(encode_images(model, images, processor, progress=False)[:7], dim=-1)
     found = classify(model, images[:7], NAMES, weights=weights, top_k=1, processor=processor)
     assert [row[0]["label"] for row in found] == NAMES  # each image is most like itself

@@ -86,7 +86,7 @@ def test_words_find_the_nearest_images(place: Path, page: IndexPage) -> None:
             assert image.mode == "RGB" and not image.getexif() and max(image.size) <= THUMBNAIL_PIXELS
 
 
-def test_small_pictures_are_those_of_their_rows_and_made_once(page: IndexPage, tmp_path: Path) -> None:
+def test_thumbnails_match_their_rows_and_are_reused(page: IndexPage, tmp_path: Path) -> None:
     shown, rows, _ = page.search("a dog on the grass", None)
     whole = {row: picture_of(page.index, row, THUMBNAIL_PIXELS) for row in rows}
     for (file, _), row in zip(shown, rows, strict=True):
@@ -103,12 +103,12 @@ def test_small_pictures_are_those_of_their_rows_and_made_once(page: IndexPage, t
     assert shown[0][0].is_file()
 
 
-def test_a_picture_finds_itself_first(place: Path, page: IndexPage) -> None:
+def test_an_image_finds_itself_first(place: Path, page: IndexPage) -> None:
     shown, _, _ = page.search("", Image.open(place / "pictures" / "town" / "03.png"))
     assert shown[0][1].startswith("1.000  03.png")
 
 
-def test_filters_leave_out_the_other_images(place: Path, page: IndexPage) -> None:
+def test_filters_exclude_other_images(place: Path, page: IndexPage) -> None:
     folder = str(place / "pictures" / "town")
     assert folder in page.folders()
     _, rows, told = page.search("a dog", None, folder=folder)
@@ -120,12 +120,12 @@ def test_filters_leave_out_the_other_images(place: Path, page: IndexPage) -> Non
 @pytest.mark.parametrize(
     ("asked", "told"), [({"words": " "}, "Nothing to search for"), ({"words": "a", "since": "soon"}, "is not a date")]
 )
-def test_what_cannot_be_answered_is_told(page: IndexPage, asked: dict[str, str], told: str) -> None:
+def test_unanswerable_queries_get_a_message(page: IndexPage, asked: dict[str, str], told: str) -> None:
     shown, rows, sentence = page.search(**{"picture": None, **asked})
     assert shown == [] and rows == [] and told in sentence
 
 
-def test_a_chosen_image_is_shown_with_its_neighbours(place: Path, page: IndexPage) -> None:
+def test_chosen_image_is_shown_with_similar_ones(place: Path, page: IndexPage) -> None:
     _, rows, _ = page.search("a dog", None)
     large = next(i for i, row in enumerate(rows) if page.index.entry(row)["id"].endswith("large.jpg"))
     image, facts, shown, near = page.show(rows, large)
@@ -142,11 +142,11 @@ def test_a_chosen_image_is_shown_with_its_neighbours(place: Path, page: IndexPag
 
 
 @pytest.mark.parametrize("wrong", [-1, 17, 10**9])
-def test_only_places_among_the_results_can_be_chosen(page: IndexPage, wrong: int) -> None:
+def test_only_shown_results_can_be_chosen(page: IndexPage, wrong: int) -> None:
     assert page.show(list(range(17)), wrong) == (None, "", [], [])
 
 
-def test_an_image_that_is_gone_keeps_the_places_of_the_others(place: Path, tmp_path: Path) -> None:
+def test_missing_image_keeps_the_places_of_others(place: Path, tmp_path: Path) -> None:
     files = write_pictures(tmp_path / "pictures", "0.png 1.png 2.png")
     update_index(tmp_path / "index", [tmp_path / "pictures"], place / "model", progress=False)
     files[1].unlink()
@@ -158,7 +158,7 @@ def test_an_image_that_is_gone_keeps_the_places_of_the_others(place: Path, tmp_p
     ("command", "code"),
     [(["app", "{place}/nothing"], 1), (["space", "{place}/model", "{place}/pictures", "--images", "{place}"], 2)],
 )
-def test_wrong_folders_are_told_in_one_line(
+def test_bad_folders_give_one_line_errors(
     command: list[str], code: int, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
@@ -166,7 +166,7 @@ def test_wrong_folders_are_told_in_one_line(
     assert re.fullmatch(r"error: .*(no index here|there is already something).*\n", capsys.readouterr().err)
 
 
-def test_one_thread_embeds_for_all_that_ask(page: IndexPage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_thread_embeds_for_all_visitors(page: IndexPage, monkeypatch: pytest.MonkeyPatch) -> None:
     embedding = np.ones(page.index.manifest.dim, dtype=np.float32)
     idents, all_ask = [], Barrier(4)
 
@@ -184,9 +184,7 @@ def test_one_thread_embeds_for_all_that_ask(page: IndexPage, monkeypatch: pytest
     assert len(idents) == 4 and len(set(idents)) == 1
 
 
-def test_what_the_page_keeps_does_not_grow_with_its_visitors(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_does_not_grow_with_visitors(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
     import pandas
 
@@ -246,7 +244,7 @@ def ask_page(address: str, config: Any, words: str, picture: Any, session: str) 
 
 
 @pytest.mark.slow
-def test_the_page_answers_in_a_browser_and_gives_no_file(place: Path, tmp_path: Path) -> None:
+def test_page_answers_in_browser_and_serves_no_file(place: Path, tmp_path: Path) -> None:
     argv = ["-m", "modeling_miniclip", "app", str(place / "pictures.index")]
     with served(argv, env=environment(), cwd=ROOT) as address, browser_page() as page:
         page.goto(address)
@@ -285,7 +283,7 @@ def assert_no_file_is_served(address: str, place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_space_runs_here_and_holds_nothing_but_small_pictures(place: Path, tmp_path: Path) -> None:
+def test_space_runs_locally_and_holds_only_small_copies(place: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
     space = tmp_path / "space"
     assert cli(["space", str(place / "model"), str(space), "--images", str(place / "pictures"), "--title", "Sea"]) == 0

@@ -51,7 +51,7 @@ def ask(index: ImageIndex, query: np.ndarray) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_get_the_answers_of_one_thread(tmp_path: Path, kind: str) -> None:
+def test_threads_get_the_same_answers_as_one(tmp_path: Path, kind: str) -> None:
     folder, asked = write(tmp_path / "index", kind), queries()
     expected = [ask(ImageIndex.open(folder), query) for query in asked]
     assert expected[0][-1] == expected[0][0].name.encode()
@@ -93,7 +93,7 @@ def test_processes_forked_before_or_after_the_first_search_get_its_answers(tmp_p
     assert done.returncode == 0, done.stderr
 
 
-def test_an_open_index_stays_what_it_was_when_its_folder_is_replaced(tmp_path: Path) -> None:
+def test_open_index_survives_replacement_of_its_folder(tmp_path: Path) -> None:
     folder = write(tmp_path / "index", "float32")
     query = queries(1)[0]
     before, index = ask(ImageIndex.open(folder), query), ImageIndex.open(folder)

@@ -51,9 +51,7 @@ def use(folder: Path) -> tuple[list[str], list[float], list[bytes | None], dict[
 
 
 @cases(60, 3000)
-def test_a_damaged_index_gives_the_answer_of_the_whole_one_or_is_told(
-    whole: Path, copy: Path, record_property: Any, count: int
-) -> None:
+def test_damaged_index_answers_correctly_or_fails(whole: Path, copy: Path, record_property: Any, count: int) -> None:
     expected = use(whole)
     assert len(expected[0]) == 5 and set(expected[0]) <= set(NAMES) and set(expected[2]) == {b"jpeg"}
     names = sorted(path.name for path in whole.iterdir())
@@ -71,7 +69,7 @@ def test_a_damaged_index_gives_the_answer_of_the_whole_one_or_is_told(
 
 
 @pytest.mark.parametrize("name", [MANIFEST, ENTRIES, EMBEDDINGS])
-def test_each_flipped_bit_is_told_or_means_nothing(whole: Path, copy: Path, name: str, record_property: Any) -> None:
+def test_each_flipped_bit_is_detected_or_harmless(whole: Path, copy: Path, name: str, record_property: Any) -> None:
     content = (whole / name).read_bytes()
     expected, told = use(whole), 0
     places = range(0, len(content), max(1, len(content) // 150))
@@ -87,7 +85,7 @@ def test_each_flipped_bit_is_told_or_means_nothing(whole: Path, copy: Path, name
 
 
 @cases(40, 1500)
-def test_a_large_index_is_compared_when_asked_and_gives_images_or_is_told_when_not(
+def test_large_index_is_verified_on_request(
     whole: Path, copy: Path, record_property: Any, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_index, "VERIFIED", 0)
@@ -107,9 +105,7 @@ def test_a_large_index_is_compared_when_asked_and_gives_images_or_is_told_when_n
     check()
 
 
-def test_pages_of_a_large_index_are_compared_as_they_are_read(
-    whole: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pages_of_large_index_are_verified_when_read(whole: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_index, "VERIFIED", 0)
     content = bytearray((whole / ENTRIES).read_bytes())
     place = content.index(b"jpeg")

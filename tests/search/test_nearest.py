@@ -23,14 +23,14 @@ def by_sorting(scores: np.ndarray, rows: np.ndarray, k: int) -> list[int]:
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 9])
-def test_the_largest_are_in_order_and_of_equal_ones_the_first(k: int) -> None:
+def test_top_rows_are_sorted_with_ties_by_row(k: int) -> None:
     scores = np.array([0.5, 0.9, 0.5, 0.1, 0.9, 0.5], dtype=np.float32)
     assert top_k_rows(scores, k).tolist() == [1, 4, 0, 2, 5, 3][:k]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("share", [None, 0.0, 0.02, 0.9])
-def test_search_is_a_sort_of_all_products(dtype: str, share: float | None) -> None:
+def test_search_equals_sorting_all_products(dtype: str, share: float | None) -> None:
     rng = np.random.default_rng(0)
     centre = unit(rng.standard_normal(64))
     embeddings = unit(centre + 0.4 * rng.standard_normal((3000, 64))).astype(dtype)  # close to one another
@@ -43,7 +43,7 @@ def test_search_is_a_sort_of_all_products(dtype: str, share: float | None) -> No
     assert [int(row) for row in found] == wanted and len(found) == (0 if share == 0.0 else 25)
 
 
-def test_more_than_there_are_is_all_there_are() -> None:
+def test_k_above_the_row_count_returns_all() -> None:
     scores, found = Neighbours(np.eye(3, dtype=np.float32)).search(np.array([0, 1, 0], np.float32), 10)
     assert found.tolist() == [1, 0, 2] and scores.tolist() == [1, 0, 0]
 
@@ -55,7 +55,7 @@ needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="without FAI
 
 @needs_faiss
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_approximate_search_finds_most_of_the_nearest_with_their_exact_scores(tmp_path: Path, dtype: str) -> None:
+def test_approximate_search_has_high_recall_and_exact_scores(tmp_path: Path, dtype: str) -> None:
     rng = np.random.default_rng(0)
     centres = unit(rng.standard_normal((60, 48)))
     embeddings = unit(centres[rng.integers(0, 60, 6000)] + 0.08 * rng.standard_normal((6000, 48))).astype(dtype)
@@ -85,7 +85,7 @@ def test_few_vectors_are_all_found(tmp_path: Path, count: int) -> None:
     assert found[0] == 0 and sorted(found.tolist()) == list(range(count))
 
 
-def test_the_kind_of_search_is_chosen_by_size_and_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kind_of_search_depends_on_size_and_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     from modeling_miniclip.search import approximate
 
     monkeypatch.setattr(approximate, "find_spec", lambda name: object())
@@ -101,7 +101,7 @@ def test_the_kind_of_search_is_chosen_by_size_and_can_be_told(monkeypatch: pytes
 
 
 @needs_faiss
-def test_an_index_keeps_the_kind_of_search_it_was_told(tmp_path: Path) -> None:
+def test_index_keeps_its_kind_of_search(tmp_path: Path) -> None:
     from modeling_miniclip import update_index
 
     write_pictures(tmp_path / "photos", "a.png b.png c.png")

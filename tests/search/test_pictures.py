@@ -32,9 +32,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
 
 
 @pytest.mark.parametrize(("pixels", "size"), [(150, (100, 150)), (1000, (667, 1000)), (5000, (1200, 1800))])
-def test_a_photograph_is_upright_and_as_large_as_asked_for(
-    index: ImageIndex, pixels: int, size: tuple[int, int]
-) -> None:
+def test_photograph_is_upright_and_has_requested_size(index: ImageIndex, pixels: int, size: tuple[int, int]) -> None:
     picture = picture_of(index, 0, pixels)
     assert picture is not None and (picture.mode, picture.size) == ("RGB", size)
     assert not picture.info and not picture.getexif()
@@ -42,11 +40,11 @@ def test_a_photograph_is_upright_and_as_large_as_asked_for(
     assert np.abs(np.asarray(picture, float) - np.asarray(whole, float)).mean() < 3
 
 
-def test_an_image_of_an_archive_is_shown_without_it(index: ImageIndex) -> None:
+def test_archive_image_is_shown_without_the_archive(index: ImageIndex) -> None:
     assert index.entry(2)["path"] is None
     picture = picture_of(index, 2, 20)
     assert picture is not None and max(picture.size) == 20
 
 
-def test_a_file_that_is_gone_is_no_picture(index: ImageIndex) -> None:
+def test_missing_file_gives_no_picture(index: ImageIndex) -> None:
     assert picture_of(index, 1, 20) is None

@@ -48,7 +48,7 @@ def model(home: Path) -> MiniClipModel:
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
-def test_one_tower_embeds_as_the_whole_model_does(home: Path, model: MiniClipModel, side: str) -> None:
+def test_one_tower_embeds_like_the_whole_model(home: Path, model: MiniClipModel, side: str) -> None:
     half, processor = load_tower(home / "export", side)
     encode, what = {"image": (encode_images, [home / "photos" / "a.png"]), "text": (encode_texts, ["a dog"])}[side]
     whole = encode(model, what, progress=False)
@@ -59,7 +59,7 @@ def test_one_tower_embeds_as_the_whole_model_does(home: Path, model: MiniClipMod
     assert not any(buffer.is_meta for buffer in half.buffers())
 
 
-def test_a_picture_of_the_index_finds_itself_first(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_indexed_image_finds_itself_first(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("c.png", "sub/e.png"):
         assert cli(["search", str(home / "index"), "--image", str(home / "photos" / name), "-k", "2"]) == 0
         lines = capsys.readouterr().out.splitlines()
@@ -69,7 +69,7 @@ def test_a_picture_of_the_index_finds_itself_first(home: Path, capsys: pytest.Ca
         assert len(lines) == 4 and lines[3].startswith("2 of 6 images; imports")
 
 
-def test_the_json_is_the_sorted_product_of_the_embeddings(
+def test_json_has_the_sorted_inner_products(
     home: Path, model: MiniClipModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli(["search", str(home / "index"), "a red dog", "--json", "-k", "4"]) == 0
@@ -83,7 +83,7 @@ def test_the_json_is_the_sorted_product_of_the_embeddings(
     assert set(told["seconds"]) == {"imports", "load", "search"} and told["query"]["words"] == "a red dog"
 
 
-def test_words_picture_and_what_is_not_wanted_are_weighted(home: Path, model: MiniClipModel) -> None:
+def test_query_weights_words_image_and_texts_to_avoid(home: Path, model: MiniClipModel) -> None:
     index, picture = ImageIndex.open(home / "index"), home / "photos" / "b.png"
     red, not_blue = encode_texts(model, ["red", "blue"], progress=False).numpy()
     like = encode_images(model, [picture], progress=False).numpy()[0]
@@ -115,7 +115,7 @@ def test_words_picture_and_what_is_not_wanted_are_weighted(home: Path, model: Mi
         (["dog", "--html", "/nowhere/x.html"], "--html /nowhere/x.html: the folder /nowhere does not exist", 2),
     ],
 )
-def test_what_cannot_be_searched_for_is_told_in_one_line(
+def test_bad_queries_give_one_line_errors(
     home: Path, argv: list[str], told: str, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli(["search", str(home / "index"), *argv]) == code
@@ -123,7 +123,7 @@ def test_what_cannot_be_searched_for_is_told_in_one_line(
     assert error.startswith("error: ") and told in error and len(error.splitlines()) == 1
 
 
-def test_a_model_that_has_changed_is_not_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_rejects_a_model_that_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pictures(tmp_path / "photos", "a.png")
     update_index(tmp_path / "index", [tmp_path / "photos"], write_model(tmp_path / "export"), progress=False)
     write_model(tmp_path / "export", seed=1)
@@ -167,12 +167,12 @@ def entries() -> pa.Table:
         ({"split": "validation"}, [2]),
     ],
 )
-def test_a_filter_passes_what_meets_all_conditions(entries: pa.Table, conditions: dict, rows: list[int]) -> None:
+def test_filter_passes_entries_meeting_all_conditions(entries: pa.Table, conditions: dict, rows: list[int]) -> None:
     assert EntryFilter(**conditions).rows(entries).tolist() == rows
     assert bool(EntryFilter(**conditions)) == bool(conditions)
 
 
-def test_a_filtered_search_finds_the_best_of_those_that_pass(home: Path) -> None:
+def test_filtered_search_ranks_only_passing_images(home: Path) -> None:
     index = ImageIndex.open(home / "index")
     query = index.embeddings[0]
     inside = [match.name for match in index.search(query, 10, EntryFilter(folder=str(home / "photos" / "sub")))]
@@ -184,7 +184,7 @@ def test_a_filtered_search_finds_the_best_of_those_that_pass(home: Path) -> None
 # --- table and page -------------------------------------------------------------------------------------------------
 
 
-def test_wide_characters_keep_the_table_in_its_columns() -> None:
+def test_table_aligns_wide_characters() -> None:
     assert (display_width("abc"), display_width("犬と雪"), display_width("e\u0301")) == (3, 6, 1)
     assert cut("犬と雪だ", 5) == "犬と…" and cut("abc", 3) == "abc"
 
@@ -205,9 +205,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_holds_its_pictures_escapes_everything_and_loads_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_page_is_self_contained_and_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evil = '<img src=x onerror="alert(1)">.png'
     write_pictures(tmp_path / "photos", "a.png gone.png")
     (tmp_path / "photos" / "a.png").rename(tmp_path / "photos" / evil)
@@ -246,7 +244,7 @@ def write_vectors(folder: Path, vectors: np.ndarray, hashes: str, splits: list[s
     return write_index(folder, manifest, pa.Table.from_pylist(rows, schema=SCHEMA), [vectors.astype(np.float32)])
 
 
-def test_embeddings_leave_as_parquet_that_datasets_reads(home: Path, tmp_path: Path) -> None:
+def test_datasets_reads_the_parquet_export(home: Path, tmp_path: Path) -> None:
     from datasets import Dataset
 
     index = ImageIndex.open(home / "index")
@@ -255,7 +253,7 @@ def test_embeddings_leave_as_parquet_that_datasets_reads(home: Path, tmp_path: P
     assert table["id"][:] == index.entries["id"].to_pylist()
 
 
-def test_duplicates_are_grouped_by_content_and_by_cosine(
+def test_duplicates_are_grouped_by_bytes_and_cosine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from modeling_miniclip.search import duplicates

@@ -49,7 +49,7 @@ def expected(model: Path, paths: list[str]) -> np.ndarray:
     return encode_images(MiniClipModel.from_pretrained(model), paths, batch_size=1, progress=False).numpy()
 
 
-def test_an_index_holds_every_image_below_a_folder_with_its_embedding(tmp_path: Path, model: Path) -> None:
+def test_index_holds_every_image_below_a_folder(tmp_path: Path, model: Path) -> None:
     write_pictures(tmp_path / "photos", NAMES + " .hidden/e.png .f.png")
     (tmp_path / "photos" / "notes.txt").write_text("no image")
     report = update_index(tmp_path / "index", [tmp_path / "photos"], model, batch_size=3, progress=False)
@@ -68,7 +68,7 @@ def test_an_index_holds_every_image_below_a_folder_with_its_embedding(tmp_path: 
     assert sorted(os.listdir(tmp_path)) == ["index", "photos"]
 
 
-def test_the_embeddings_are_a_safetensors_file_that_the_library_reads(tmp_path: Path, model: Path) -> None:
+def test_safetensors_reads_the_embeddings_file(tmp_path: Path, model: Path) -> None:
     write_pictures(tmp_path / "photos", NAMES)
     for dtype in ("float32", "float16"):
         update_index(tmp_path / dtype, [tmp_path / "photos"], model, dtype=dtype, progress=False)
@@ -94,9 +94,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_a_second_run_encodes_what_is_new_or_changed_and_drops_what_is_gone(
-    tmp_path: Path, model: Path, encoded: list[str]
-) -> None:
+def test_update_encodes_changes_and_drops_missing_images(tmp_path: Path, model: Path, encoded: list[str]) -> None:
     photos = tmp_path / "photos"
     write_pictures(photos, NAMES)
     update_index(tmp_path / "index", [photos], model, progress=False)
@@ -126,7 +124,7 @@ def test_a_second_run_encodes_what_is_new_or_changed_and_drops_what_is_gone(
     assert update_index(tmp_path / "index", progress=False).encoded == 0 and encoded == []
 
 
-def test_other_sources_stay_until_they_are_removed(tmp_path: Path, model: Path, encoded: list[str]) -> None:
+def test_other_sources_stay_until_removed(tmp_path: Path, model: Path, encoded: list[str]) -> None:
     one, two = write_pictures(tmp_path / "one", "a.png b.png"), [write_picture(tmp_path / "two" / "c.png", 9)]
     update_index(tmp_path / "index", [tmp_path / "one"], model, progress=False)
     report = update_index(tmp_path / "index", [tmp_path / "two"], progress=False)
@@ -142,7 +140,7 @@ def test_other_sources_stay_until_they_are_removed(tmp_path: Path, model: Path, 
     assert encoded == ["a.png", "b.png", "c.png"]
 
 
-def test_images_that_cannot_be_read_are_named_and_left_out(
+def test_unreadable_images_are_named_and_skipped(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = tmp_path / "photos"
@@ -165,7 +163,7 @@ def test_images_that_cannot_be_read_are_named_and_left_out(
     )
 
 
-def test_a_source_without_a_readable_image_drops_nothing(tmp_path: Path, model: Path) -> None:
+def test_source_without_images_drops_nothing(tmp_path: Path, model: Path) -> None:
     photos = write_pictures(tmp_path / "photos", "a.png")
     update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
     photos[0].unlink()  # as a disk that is not mounted
@@ -176,7 +174,7 @@ def test_a_source_without_a_readable_image_drops_nothing(tmp_path: Path, model: 
         update_index(tmp_path / "index", [tmp_path / "nowhere"], progress=False)
 
 
-def test_another_model_is_refused_with_the_command_that_mends_it(tmp_path: Path, model: Path) -> None:
+def test_error_for_another_model_shows_the_fix(tmp_path: Path, model: Path) -> None:
     write_pictures(tmp_path / "photos", NAMES)
     update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
     other = write_model(tmp_path / "other", seed=1)
@@ -194,7 +192,7 @@ def test_another_model_is_refused_with_the_command_that_mends_it(tmp_path: Path,
     assert update_index(tmp_path / "index", model=tmp_path / "renamed", progress=False).encoded == 0
 
 
-def test_a_model_that_was_trained_again_in_its_place_is_noticed(tmp_path: Path) -> None:
+def test_retrained_model_in_the_same_folder_is_detected(tmp_path: Path) -> None:
     model = write_model(tmp_path / "export")
     write_pictures(tmp_path / "photos", "a.png")
     update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
@@ -203,7 +201,7 @@ def test_a_model_that_was_trained_again_in_its_place_is_noticed(tmp_path: Path) 
         update_index(tmp_path / "index", progress=False)
 
 
-def test_captions_are_those_of_now_and_splits_those_of_the_files(
+def test_captions_and_splits_follow_the_files(
     tmp_path: Path, model: Path, captioned_folder: Path, encoded: list[str]
 ) -> None:
     (captioned_folder / "train.txt").write_text("0.png\n1.png\n")
@@ -220,7 +218,7 @@ def test_captions_are_those_of_now_and_splits_those_of_the_files(
     assert rows[2]["captions"] == ["a man climbs a steep rock", "somebody is climbing"] and encoded == []
 
 
-def test_a_csv_may_lack_captions_but_not_name_images_elsewhere(tmp_path: Path, model: Path) -> None:
+def test_csv_needs_no_captions_but_rejects_outside_images(tmp_path: Path, model: Path) -> None:
     write_pictures(tmp_path / "set", "Images/a.png Images/sub/b.png")
     secret = write_picture(tmp_path / "secret.png", 7)
     (tmp_path / "set" / "list.csv").write_text("file_name\na.png\nsub/b.png\n../../secret.png\ngone.png\n")
@@ -235,7 +233,7 @@ def test_a_csv_may_lack_captions_but_not_name_images_elsewhere(tmp_path: Path, m
     assert str(secret) in ids(ImageIndex.open(index))
 
 
-def test_the_date_is_the_cameras_and_the_size_that_of_the_turned_picture(tmp_path: Path, model: Path) -> None:
+def test_date_and_size_follow_the_exif_data(tmp_path: Path, model: Path) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2019:07:14 18:30:05"
@@ -247,7 +245,7 @@ def test_the_date_is_the_cameras_and_the_size_that_of_the_turned_picture(tmp_pat
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
-def test_a_tar_archive_gives_images_captions_and_thumbnails(
+def test_tar_archive_gives_images_captions_and_thumbnails(
     tmp_path: Path, model: Path, encoded: list[str], suffix: str
 ) -> None:
     write_pictures(tmp_path / "photos", "train/x.png train/y.jpg")
@@ -274,7 +272,7 @@ def test_a_tar_archive_gives_images_captions_and_thumbnails(
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
-def test_a_data_set_is_read_again_but_encoded_once(tmp_path: Path, model: Path, encoded: list[str], kind: str) -> None:
+def test_data_set_is_encoded_only_once(tmp_path: Path, model: Path, encoded: list[str], kind: str) -> None:
     files = write_pictures(tmp_path / "files", "a.png b.jpg c.png")
     rows = {
         "image": [{"bytes": path.read_bytes(), "path": None} for path in files],
@@ -297,7 +295,7 @@ def test_a_data_set_is_read_again_but_encoded_once(tmp_path: Path, model: Path, 
 # --- interruptions --------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_keeps_what_it_encoded_and_the_former_index(
+def test_interrupted_run_keeps_embeddings_and_old_index(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[str]
 ) -> None:
     photos = tmp_path / "photos"
@@ -326,7 +324,7 @@ def test_an_interrupted_run_keeps_what_it_encoded_and_the_former_index(
     assert sorted(os.listdir(tmp_path)) == ["index", "photos"]
 
 
-def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path, model: Path) -> None:
+def test_concurrent_run_on_one_index_is_rejected(tmp_path: Path, model: Path) -> None:
     from filelock import FileLock
 
     write_pictures(tmp_path / "photos", "a.png")
@@ -336,7 +334,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path, model: Path) -
             update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
 
 
-def test_an_index_that_is_damaged_or_of_a_later_format_is_told(tmp_path: Path, model: Path) -> None:
+def test_damaged_and_future_indexes_are_rejected(tmp_path: Path, model: Path) -> None:
     write_pictures(tmp_path / "photos", NAMES)
     update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
     with pytest.raises(DataError, match="nothing: no index here; make one with: miniclip index MODEL SOURCE -o"):
@@ -388,7 +386,7 @@ sys.exit(cli(sys.argv[1:]))
 """
 
 
-def test_shards_that_another_machine_wrote_to_its_own_disk_are_missed(
+def test_shards_missing_on_shared_disk_are_reported(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = update.gather_reports
@@ -408,7 +406,7 @@ def test_shards_that_another_machine_wrote_to_its_own_disk_are_missed(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_costs_only_its_unfinished_shard(tmp_path: Path, model: Path) -> None:
+def test_killed_process_loses_only_its_unfinished_shard(tmp_path: Path, model: Path) -> None:
     write_pictures(tmp_path / "photos", " ".join(f"{i:02d}.png" for i in range(24)))
     (tmp_path / "run.py").write_text(SCRIPT)
     argv = ["index", str(model), str(tmp_path / "photos"), "-o", str(tmp_path / "index"), "--batch_size", "2"]
