@@ -89,6 +89,7 @@ def test_gradients_are_those_of_the_plain_step(vision: str, loss_type: str, chun
     loss, gradients = step_in_chunks(model, chunk_size)
     expected_loss, expected = plain_step(model)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    assert not loss.requires_grad  # or a sum over steps would keep all their graphs
     assert set(gradients) == set(expected) and all(g is not None for g in gradients.values())
     assert largest_difference(expected, gradients) < 1e-10
 
