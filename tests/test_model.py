@@ -702,7 +702,7 @@ def test_conventions_of_transformers_models():
     assert model.config.get_text_config() is model.config.text_config
 
 
-def test_nothing_deprecated_is_used(tmp_path):
+def test_model_uses_nothing_deprecated(tmp_path):
     with warnings.catch_warnings():
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.simplefilter("error", category)

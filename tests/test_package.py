@@ -42,7 +42,7 @@ def test_every_public_name_can_be_imported_and_is_described(name: str) -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'MiniClipModl'"):
+    with pytest.raises(AttributeError, match="'modeling_miniclip' has no attribute 'MiniClipModl'"):
         modeling_miniclip.MiniClipModl  # noqa: B018
     assert not hasattr(modeling_miniclip, "MiniClipModl")
 

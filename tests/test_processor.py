@@ -850,7 +850,7 @@ def test_other_kinds_of_tokenizer_reload_too(make, tmp_path):
     assert torch.equal(loaded(text=texts, return_tensors="pt")["input_ids"], expected["input_ids"])
 
 
-def test_nothing_deprecated_is_used(tmp_path):
+def test_processor_uses_nothing_deprecated(tmp_path):
     with warnings.catch_warnings():
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.simplefilter("error", category)

@@ -301,7 +301,7 @@ def test_a_frozen_image_tower_gets_no_augmentation_unless_asked(flags: list[str]
     assert bool(augmentation_list(parse_arguments(["--dataset=a", *flags]))) is is_augmented
 
 
-def test_saved_arguments_are_a_recipe_that_repeats_the_run(tmp_path: Path) -> None:
+def test_saved_arguments_parse_to_the_same_arguments(tmp_path: Path) -> None:
     flags = {
         "vision_learning_rate": "1e-5", "mixed_precision": "no", "dataset_revision": "2024-01-01", "max_steps": "3",
         "augmentation": '[{"name": "ColorJitter", "brightness": [0.9, 1.1]}]', "freeze_batch_norm": "true",
