@@ -1,4 +1,4 @@
-# MiniCLIP. `make help` lists what there is.
+# MiniCLIP. `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,17 +20,17 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.installed
 
-demo: $(VENV)/.installed  ## train on the built-in scenes and show what was made (a few minutes, no network)
+demo: $(VENV)/.installed  ## train on the built-in scenes and show the result (a few minutes, no network)
 	$(BIN)/python train_miniclip.py --output_dir runs/demo --overwrite_output_dir true
 	@echo "Look at runs/demo/retrieval.png and runs/demo/curves.png; the model is runs/demo/export"
 
-test: $(VENV)/.installed-dev  ## run the test suite
+test: $(VENV)/.installed-dev  ## run the fast tests (about two minutes)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(VENV)/.installed-dev  ## run the slow tests (minutes)
+test-slow: $(VENV)/.installed-dev  ## run the slow tests (many minutes)
 	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
-test-long: $(VENV)/.installed-dev  ## run thousands of random inputs and dozens of kills, new ones each time
+test-long: $(VENV)/.installed-dev  ## run thousands of new random inputs and dozens of kills (an hour)
 	$(BIN)/python -m pytest -m long -n 2 --dist worksteal
 
 .venv-min/.installed: pyproject.toml .ci/oldest.py
@@ -39,10 +39,10 @@ test-long: $(VENV)/.installed-dev  ## run thousands of random inputs and dozens 
 	.venv-min/bin/pip install --quiet --constraint .venv-min/constraints.txt --editable '.[dev]'
 	touch $@
 
-coverage: $(VENV)/.installed-dev  ## measure which lines of the package the test suite runs, child processes included
+coverage: $(VENV)/.installed-dev  ## report the lines that the fast tests run, child processes included
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered
 
-test-min: .venv-min/.installed  ## run the test suite with the oldest versions that pyproject.toml allows
+test-min: .venv-min/.installed  ## run the fast tests with the oldest versions that pyproject.toml allows
 	.venv-min/bin/python -m pytest -n 2 --dist worksteal
 
 .venv-clients/.installed: pyproject.toml
@@ -52,34 +52,34 @@ test-min: .venv-min/.installed  ## run the test suite with the oldest versions t
 	.venv-clients/bin/pip install --quiet --no-deps clip-benchmark
 	touch $@
 
-test-clients: .venv-clients/.installed  ## compare other libraries that load an export
+test-clients: .venv-clients/.installed  ## compare the results of other libraries that load an export
 	.venv-clients/bin/python -m pytest tests/clients
 
 $(VENV)/.installed-conformance: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet 'parameterized>=0.9'
 	touch $@
 
-conformance: $(VENV)/.installed-conformance  ## run transformers' own common tests (a minute or two; fetches their source once)
+conformance: $(VENV)/.installed-conformance  ## run the common tests of transformers (a minute or two; downloads their source once)
 	$(BIN)/python tests/conformance/upstream.py $(VENV)
 	RUN_SLOW=1 TRANSFORMERS_SOURCE=$(VENV) $(BIN)/python -m pytest -n 2 -m '' -r fE tests/conformance
 
-mutants: $(VENV)/.installed-dev  ## apply small faults one at a time and check that the tests catch each (minutes)
+mutants: $(VENV)/.installed-dev  ## check that the fast tests catch each of many small faults (minutes)
 	$(BIN)/python -m tests.mutants
 
-lint: $(VENV)/.installed-dev  ## ruff and mypy
+lint: $(VENV)/.installed-dev  ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-audit: $(VENV)/.installed-dev  ## ask for known vulnerabilities of what is installed (asks pypi.org)
+audit: $(VENV)/.installed-dev  ## look up known vulnerabilities of the installed packages (asks pypi.org)
 	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --quiet pip-audit; }
 	.ci/audit $(BIN)/python .venv-audit/bin/pip-audit
 
-constraints: $(VENV)/.installed-dev  ## write the versions that are installed as .ci/constraints.txt; run the tests first
+constraints: $(VENV)/.installed-dev  ## write the installed versions to .ci/constraints.txt; run the tests first
 	.ci/constraints $(BIN)/python > .ci/constraints.txt.new
 	mv .ci/constraints.txt.new .ci/constraints.txt
 
-format: $(VENV)/.installed-dev  ## let ruff format the code and order the imports
+format: $(VENV)/.installed-dev  ## format the code and sort the imports with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,4 +1,4 @@
-"""Print pip constraints that pin each direct dependency of `pyproject.toml` to the oldest version it allows."""
+"""Print pip constraints that pin each direct dependency in `pyproject.toml` to its oldest allowed version."""
 
 import re
 import tomllib

@@ -19,7 +19,6 @@ from transformers import (
     AutoProcessor,
 )
 
-import modeling_miniclip
 from modeling_miniclip import MiniClipConfig, MiniClipModel, MiniClipProcessor
 from tests.helpers.towers import tiny_config, tiny_model, tiny_processor
 

@@ -1,8 +1,8 @@
-"""`train_miniclip.py` under FSDP on CPUs, where Accelerate takes DistributedDataParallel instead without a word.
+"""`train_miniclip.py` under FSDP on CPUs, where Accelerate silently uses DistributedDataParallel instead.
 
-Run by `accelerate launch` with the file for two CPUs. All but the choice is Accelerate's own code, told what the
-launch file for FSDP says: `fully_shard`, the norm of the gradients, checkpoints, gathered weights. The first process
-prints the kinds of the model's parameters and of the modules that are gathered by themselves.
+Run with `accelerate launch` and the launch file for two CPUs. Only the choice of FSDP is made here; `fully_shard`,
+gradient norms, checkpoints and gathered weights are Accelerate's own code, with the settings of the launch file for
+FSDP. The first process prints the types of the model's parameters and of the modules that are sharded separately.
 """
 
 import os
@@ -28,17 +28,17 @@ def state_with_fsdp(self: Any, *args: Any, **kwargs: Any) -> None:
         self.fsdp_plugin = FullyShardedDataParallelPlugin()  # reads the environment
 
 
-def telling_prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+def printing_prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
     prepared = prepare(self, *args, **kwargs)
     if self.is_main_process:
         modules = {type(m).__name__.removeprefix("FSDP") for m in prepared[0].modules() if isinstance(m, FSDPModule)}
         print("parameters:", sorted({type(parameter).__name__ for parameter in prepared[0].parameters()}))
-        print("sharded by themselves:", sorted(modules), flush=True)
+        print("sharded separately:", sorted(modules), flush=True)
     return prepared
 
 
 if __name__ == "__main__":
     launch_file = yaml.safe_load(packaged_file("configuration", "accelerate", "fsdp.yaml").read_text(encoding="utf-8"))
     os.environ.update({name.upper(): str(value) for name, value in launch_file["fsdp_config"].items()})
-    AcceleratorState.__init__, Accelerator.prepare = state_with_fsdp, telling_prepare
+    AcceleratorState.__init__, Accelerator.prepare = state_with_fsdp, printing_prepare
     main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Small training runs for the tests: a folder of captioned scenes, a preset of tiny towers, and ways to launch."""
+"""Tiny training runs for tests: captioned scenes, a preset of tiny towers, and ways to start a run."""
 
 import csv
 import json
@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def shared_folder() -> Path:
-    """Where real data and weights lie, if they are there: `MINICLIP_SHARED`, else `../shared` beside the checkout."""
+    """Folder of real data and weights, which may not exist: `MINICLIP_SHARED`, else `../shared` next to the checkout."""
     return Path(os.environ.get("MINICLIP_SHARED", ROOT.parent / "shared"))
 
 
 def write_scene_folder(folder: Path, count: int = 26) -> Path:
-    """`captions.csv` and `Images/` of so many small scenes, five captions each. Returns the CSV."""
+    """Write `captions.csv` and `Images/` of `count` small scenes with five captions each. Returns the CSV."""
     (folder / "Images").mkdir(parents=True)
     with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -36,7 +36,7 @@ def write_scene_folder(folder: Path, count: int = 26) -> Path:
 
 
 def write_preset(folder: Path, **fields: Any) -> Path:
-    """A preset of the tiny resnet and DistilBERT of `tests.helpers.towers`."""
+    """Write a preset of the tiny ResNet and DistilBERT of `tests.helpers.towers`. Returns its path."""
     config = {
         "model_type": "miniclip",
         "projection_dim": 16,
@@ -54,7 +54,7 @@ def write_preset(folder: Path, **fields: Any) -> Path:
 
 
 def flags(folder: Path, output_dir: str = "run", **values: Any) -> list[str]:
-    """Flags of a tiny run in `folder`: data and preset are written when they are not there yet."""
+    """Flags of a tiny run in `folder`, where data and preset are written if they do not exist yet."""
     csv_file = folder / "scenes" / "captions.csv"
     if not csv_file.exists():
         write_scene_folder(folder / "scenes")
@@ -75,14 +75,14 @@ def flags(folder: Path, output_dir: str = "run", **values: Any) -> list[str]:
 
 
 def launch(argv: list[str], processes: int = 1, **options: Any) -> "subprocess.CompletedProcess[str]":
-    """Run `train_miniclip.py` in a process of its own, or in several by `accelerate launch`."""
+    """Run `train_miniclip.py` in a separate process, or in several with `accelerate launch`."""
     return subprocess.run(
         command(argv, processes), env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300, **options
     )
 
 
 def command(argv: list[str], processes: int = 1, script: str = str(ROOT / "train_miniclip.py")) -> list[str]:
-    """The command line of a run."""
+    """Command line of a run in one process, or in several with `accelerate launch`."""
     if processes == 1:
         return [sys.executable, script, *argv]
     config = ROOT / "configuration" / "accelerate" / "cpu2.yaml"
@@ -91,17 +91,18 @@ def command(argv: list[str], processes: int = 1, script: str = str(ROOT / "train
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, one thread, no network."""
+    """Environment of a run: that of this process, with one thread and without network."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
 def assert_same_log(one: Path, other: Path, norms: float = 1e-4) -> None:
-    """The runs in two folders took the same steps and measured the same, but for the time that it took.
+    """Check that two runs took the same steps and logged the same values, except for times.
 
     Args:
-        one, other: output folders.
-        norms: relative difference of gradient norms that is allowed. In a long run the last bits of sums in another
-            order grow, and there first.
+        one: output folder of a run.
+        other: output folder of another run.
+        norms: allowed relative difference of gradient norms. Sums in another order differ in their last bits, which
+            grows during a long run, and shows in the norms first.
     """
     for expected, found in zip(metrics_of(one), metrics_of(other), strict=True):
         assert found.keys() == expected.keys() and found["split"] == expected["split"]
@@ -111,5 +112,5 @@ def assert_same_log(one: Path, other: Path, norms: float = 1e-4) -> None:
 
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`."""
+    """Lines of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]

@@ -27,7 +27,7 @@ def test_sharded_training_equals_that_of_one_process_and_exports_all_of_the_mode
     main(flags(tmp_path, "one", **SAME))
     told = train_sharded(flags(tmp_path, "sharded", **SAME))
     assert re.findall("parameters: (.*)", told) == ["['DTensor']"]
-    assert re.findall("sharded by themselves: (.*)", told) == [
+    assert re.findall("sharded separately: (.*)", told) == [
         "['Embedding', 'MiniClipModel', 'MiniClipVisionModel', 'ProjectionHead']"
     ]
 
