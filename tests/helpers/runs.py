@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def shared_folder() -> Path:
-    """Folder of real data and weights, which may not exist: `MINICLIP_SHARED`, else `../shared` next to the checkout."""
+    """Folder of real data and weights, which may not exist: `MINICLIP_SHARED`, else `shared` next to the checkout."""
     return Path(os.environ.get("MINICLIP_SHARED", ROOT.parent / "shared"))
 
 
