@@ -31,11 +31,12 @@ from torch.utils.data import DataLoader, Dataset
 from modeling_miniclip import retrieval_metrics
 from modeling_miniclip.data.augmentation import build_augmentation
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.build_model import build_model
+from modeling_miniclip.training.check_arguments import augmentation_list
+from modeling_miniclip.training.create_model import create_model
 from modeling_miniclip.training.layers import freeze_layers, set_training_mode
 from modeling_miniclip.training.optimizer import parameter_groups
-from modeling_miniclip.training.parsing import augmentation_list, parse_arguments
-from train_miniclip import load_splits
+from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.setup import load_splits
 
 
 class CaptionPairs(Dataset):
@@ -78,7 +79,7 @@ class PlainLoop:
     def __init__(self, arguments: TrainingArguments, captions_per_image: int | None = None):
         torch.manual_seed(arguments.seed)
         self.arguments, self.splits = arguments, load_splits(arguments)
-        self.model, self.processor = build_model(arguments, list(self.splits["train"]["captions"]))
+        self.model, self.processor = create_model(arguments, list(self.splits["train"]["captions"]))
         freeze_layers(self.model, arguments)
         crop = self.processor.image_processor.crop_size
         augmentation = build_augmentation(augmentation_list(arguments), (crop["height"], crop["width"]))

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from modeling_miniclip.data.augmentation import build_augmentation
 from modeling_miniclip.data.dataset import CaptionRows
 from modeling_miniclip.data.loader import BatchLoader, GlobalBatches
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.parsing import augmentation_list, parse_arguments
+from modeling_miniclip.training.check_arguments import augmentation_list
+from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.setup import load_splits
 from modeling_miniclip.utils.performance import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
@@ -90,10 +93,9 @@ def train_plain(arguments: TrainingArguments) -> dict[str, float]:
 def train_package(arguments: TrainingArguments) -> dict[str, float]:
     """Steps of `train_miniclip.py`."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments.output_dir, arguments.max_steps = folder, WARM_UP + STEPS + 1
-        run = train_miniclip.prepare(arguments)
-        watch = run.train_loader = Stopwatch(run.train_loader)
-        train_miniclip.train_epoch(run)
+        run = train_miniclip.prepare(replace(arguments, output_dir=folder, max_steps=WARM_UP + STEPS + 1))
+        watch = run.train_loader = Stopwatch(run.train_loader)  # type: ignore[assignment]
+        train_miniclip.train_one_epoch(run)
         return watch.rates(arguments.batch_size, arguments.captions_per_image)
 
 
@@ -105,7 +107,7 @@ def parts_for_encoding(arguments: TrainingArguments) -> tuple[MiniClipModel, Min
 
 def image_files(arguments: TrainingArguments, count: int) -> list[str]:
     """Paths of the first images of the training split."""
-    images = train_miniclip.load_splits(arguments)["train"].select_columns(["image"])
+    images = load_splits(arguments)["train"].select_columns(["image"])
     undecoded = images.cast_column("image", datasets.Image(decode=False))
     return [row["image"]["path"] for row in undecoded.select(range(count))]
 
@@ -198,7 +200,7 @@ def loader_rows(arguments: TrainingArguments, folder: Path, size: tuple[int, int
     processor = MiniClipProcessor.from_towers(str(arguments.vision_model), str(arguments.text_model))
     crop = processor.image_processor.crop_size
     augmentation = build_augmentation(augmentation_list(arguments), (crop["height"], crop["width"]))
-    split = train_miniclip.load_splits(arguments)["train"].select(range(LOADED * arguments.batch_size))
+    split = load_splits(arguments)["train"].select(range(LOADED * arguments.batch_size))
     if size:
         files = [str(folder / f"{row}.jpg") for row in range(len(split))]
         for row, file in zip(split, files, strict=True):

@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import EXIT_CODES, DataError, UsageError, run_command
 from .training.arguments import TrainingArguments
-from .training.output_dir import own_rank
+from .utils.processes import process_rank
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def run_index(args: argparse.Namespace) -> None:
         args.output, args.sources, args.model, remove=args.remove, overwrite=args.overwrite, dtype=args.dtype,
         columns=columns, batch_size=args.batch_size, num_workers=args.num_workers, neighbours=args.neighbours,
     )  # fmt: skip
-    if own_rank() > 0:  # only one process reports
+    if process_rank() > 0:  # only one process reports
         return
     done = f"{report.encoded} encoded, {report.reused} reused, {report.dropped} dropped"
     print(f"{args.output}: {report.images} images; {done}; {report.seconds:.1f} s")

@@ -18,8 +18,9 @@ from PIL import Image
 from modeling_miniclip import MiniClipModel, packaged_file
 from modeling_miniclip.data.augmentation import build_augmentation
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.build_model import build_model, read_preset
-from modeling_miniclip.training.parsing import augmentation_list, parse_arguments
+from modeling_miniclip.training.check_arguments import augmentation_list
+from modeling_miniclip.training.create_model import create_model, read_preset
+from modeling_miniclip.training.parsing import parse_arguments
 from tests.helpers.hubs import add_repository, local_hub, run
 from tests.helpers.runs import ROOT, metrics_of
 from tests.helpers.towers import CAPTIONS
@@ -117,7 +118,7 @@ def test_a_cpu_launch_file_starts_as_many_processes_as_it_says(tmp_path: Path, n
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_each_preset_builds_a_model_that_embeds(path: Path) -> None:
     config = read_preset(path)
-    model, processor = build_model(TrainingArguments(preset=path.stem), CAPTIONS)
+    model, processor = create_model(TrainingArguments(preset=path.stem), CAPTIONS)
     assert isinstance(model, MiniClipModel)
     assert model.config.vision_config.architecture == config.vision_config.architecture
     assert model.text_model.config.to_diff_dict().items() >= config.text_config.to_diff_dict().items()
@@ -152,7 +153,7 @@ def test_the_flickr8k_recipe_is_the_run_of_the_well_known_tutorial() -> None:
         "image_size": 224, "max_length": 200, "batch_size": 32, "num_train_epochs": 4, "head_learning_rate": 1e-3,
         "vision_learning_rate": 1e-4, "text_learning_rate": 1e-5, "weight_decay": 1e-3,
         "lr_scheduler_type": "plateau", "lr_plateau_patience": 1, "lr_plateau_factor": 0.8,
-        "freeze": "none", "freeze_batch_norm": None, "dropout": None,
+        "freeze": "none", "freeze_batch_norm": True, "dropout": None,
     }  # fmt: skip
     assert {name: arguments[name] for name in expected} == expected
 
@@ -181,7 +182,7 @@ def save_distilbert(folder: Path) -> dict[str, Path]:
     """`distilbert-base-uncased` with random weights and 30,522 rows, and a WordPiece vocabulary of the captions."""
     from transformers import DistilBertConfig, DistilBertModel
 
-    from modeling_miniclip.training.build_model import train_tokenizer
+    from modeling_miniclip.training.create_model import train_tokenizer
 
     DistilBertModel(DistilBertConfig()).save_pretrained(folder)
     tokenizer = train_tokenizer(CAPTIONS, 30522)

@@ -205,7 +205,7 @@ def test_augmented_images_have_their_own_size_and_those_of_validation_the_models
     run = prepare(parse_arguments(flags(tmp_path, train_image_size=PIXELS + 16, frozen_vision_fraction=0.5)))
     shapes = [next(iter(loader))["pixel_values"].shape[1:] for loader in (run.train_loader, run.validation_loader)]
     assert shapes == [(3, PIXELS + 16, PIXELS + 16), (3, PIXELS, PIXELS)]
-    frozen = [name for name, p in run.plain.named_parameters() if not p.requires_grad]
+    frozen = [name for name, p in run.unwrapped_model.named_parameters() if not p.requires_grad]
     assert frozen and all(name.startswith("vision_model.") for name in frozen)
 
 

@@ -18,10 +18,10 @@ from modeling_miniclip import DataError, MiniClipError, MiniClipModel, UsageErro
 from modeling_miniclip.cli import build_parser
 from modeling_miniclip.errors import one_line, printable
 from modeling_miniclip.hub.model_card import rename_card, write_card
-from modeling_miniclip.training import parsing
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.parsing import parse_arguments
 from modeling_miniclip.training.reporting import say
+from modeling_miniclip.utils import plain_yaml
 from modeling_miniclip.utils.match_grid import LabelledImage, MatchRow, draw_matches
 from tests.helpers.runs import ROOT
 from tests.helpers.towers import save_towers, tiny_model
@@ -55,7 +55,7 @@ def test_no_source_runs_what_it_reads(path: Path) -> None:
                 "yaml.full_load",
                 "os.system",
             )
-            assert called(node) != "yaml.load" or ast.unparse(node.args[1]) == "_FlatLoader"
+            assert called(node) != "yaml.load" or ast.unparse(node.args[1]) == "_PlainLoader"
             for keyword in node.keywords:
                 on = keyword.arg in ("trust_remote_code", "allow_pickle", "shell") and ast.unparse(keyword.value)
                 # A push loads what it has just uploaded itself, as its readers will.
@@ -63,8 +63,8 @@ def test_no_source_runs_what_it_reads(path: Path) -> None:
 
 
 def test_the_loader_of_yaml_is_a_safe_one() -> None:
-    assert issubclass(parsing._FlatLoader, yaml.SafeLoader)
-    assert set(parsing._FlatLoader.yaml_constructors) == set(yaml.SafeLoader.yaml_constructors)
+    assert issubclass(plain_yaml._PlainLoader, yaml.SafeLoader)
+    assert set(plain_yaml._PlainLoader.yaml_constructors) == set(yaml.SafeLoader.yaml_constructors)
 
 
 class Program:

@@ -1,11 +1,15 @@
-"""What the steps of `train_miniclip.py` are made of.
+"""Building blocks of `train_miniclip.py`.
 
 arguments.py: all flags with their defaults and help
-parsing.py: flags and recipes become arguments
-build_model.py: a model from towers, from a preset or from an export
+parsing.py: the command line and its recipe as arguments
+recipes.py: read a recipe, save arguments as one
+check_arguments.py: check the values of arguments
+setup.py: the steps of `prepare`
+run.py: the state of a run
+create_model.py: a model from towers, from a preset or from an export
 layers.py: layers of a tower: freezing, learning rates, training mode
-text_groups.py: the text tower on texts of similar length
-optimizer.py: parameter groups, schedule, temperature
+text_groups.py: texts of about the same length through the text tower together
+optimizer.py: parameter groups, schedule, bound of the temperature
 distributed.py: the loss over all processes
 grad_cache.py: large batches in chunks, with exact gradients
 ema.py: averaged weights
@@ -20,5 +24,5 @@ reporting.py: log lines, metrics.jsonl, throughput
 diagnostics.py: warnings: loss stuck, collapse, not finite
 figures.py: curves and retrieved images
 overfit.py: `--overfit_batch`
-publish.py: what a card says of a run
+publish.py: export and push the best model
 """

@@ -1,19 +1,24 @@
-"""All flags of `train_miniclip.py`: types, defaults, help, and the tables made from them."""
+"""All flags of `train_miniclip.py`: types, defaults, help, and the parser and tables made from them."""
 
+import re
 import textwrap
+from argparse import ArgumentParser
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from ..errors import EXIT_CODES
+from ..errors import EXIT_CODES, UsageError
 from ..utils.resources import PACKAGE
+
+DEFAULT_VISION_MODEL, DEFAULT_TEXT_MODEL = "resnet50.a1_in1k", "distilbert-base-uncased"
+LIST_FLAGS = "; --help lists them all"
 
 
 def _flag(default: Any, help: str, **argparse: Any) -> Any:
     return field(default=default, metadata={"help": help, **argparse})
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingArguments:
     """Every flag of `train_miniclip.py`. `--help` and the tables of `configuration/README.md` are made from it.
 
@@ -53,10 +58,10 @@ class TrainingArguments:
 
     # Model
     vision_model: str | None = _flag(
-        None, "pretrained image tower: timm name, timm repository or folder (resnet50.a1_in1k)"
+        None, f"pretrained image tower: timm name, timm repository or folder ({DEFAULT_VISION_MODEL})"
     )
     text_model: str | None = _flag(
-        None, "pretrained text tower: Hub name or folder of a text encoder (distilbert-base-uncased)"
+        None, f"pretrained text tower: Hub name or folder of a text encoder ({DEFAULT_TEXT_MODEL})"
     )
     preset: str | None = _flag(
         None,
@@ -203,6 +208,23 @@ def choices_of(hint: Any) -> tuple[str, ...]:
         if get_args(kind) and all(isinstance(choice, str) for choice in get_args(kind)):
             return get_args(kind)
     return ()
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of the command line, made from the fields of [`TrainingArguments`].
+
+    It raises `UsageError` instead of ending the process, and its help is [`describe_flags`].
+    """
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UsageError(re.sub(r"^argument (--\w+)[^:]*", r"\1", message))
+
+        def format_help(self) -> str:
+            return describe_flags()
+
+    return Parser(TrainingArguments, prog="train_miniclip.py", allow_abbrev=False)
 
 
 def describe_flags() -> str:

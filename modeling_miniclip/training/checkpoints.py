@@ -1,4 +1,4 @@
-"""What a run keeps on disk while it trains: its log, its resumable state, its folder; and how a signal ends it."""
+"""Resumable checkpoints: saved completely or not at all, rotated, found again, and rewound to."""
 
 import filecmp
 import math
@@ -9,17 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ..errors import UsageError
 from ..modeling_miniclip import MiniClipModel
 from ..utils.files import commit_folder, discard_folder, link_folder, replaced_folder
 from .diagnostics import not_finite
-from .distributed import own_part
+from .distributed import local_tensor
 
 
 @dataclass
 class Progress:
-    """Where a run is; saved in each checkpoint. The first three say what its steps are made of and never change."""
+    """Position and best value of a run; saved in each checkpoint.
+
+    Args:
+        batch_size, seed, steps_per_epoch: what the batches depend on; never changes.
+        epoch: number of complete epochs.
+        step: number of optimizer steps.
+        step_in_epoch: number of steps in the current epoch.
+        best_value: best value of `--best_metric`; None before the first validation.
+        best_step: step of the best value.
+        epochs_without_improvement: number of epochs since then.
+    """
 
     batch_size: int
     seed: int
@@ -31,20 +42,25 @@ class Progress:
     best_step: int = 0
     epochs_without_improvement: int = 0
 
+    def end_epoch(self, improved: bool) -> None:
+        """Count an epoch whose validation is done."""
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self.epochs_without_improvement = 0 if improved else self.epochs_without_improvement + 1
+
     def state_dict(self) -> dict[str, Any]:
-        """For `accelerator.register_for_checkpointing`."""
+        """State for `accelerator.register_for_checkpointing`."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what [`state_dict`][Progress.state_dict] gave."""
+        """Restore what [`state_dict`][Progress.state_dict] returned."""
         vars(self).update(state)
 
 
-def save_checkpoint(accelerator: Any, folder: Path, progress: Progress, keep: int, export_dir: Path) -> Path:
-    """Write a resumable state as `folder/step-<step>`, complete or not at all, and drop the oldest beyond `keep`.
+def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int, export_dir: Path) -> Path:
+    """Write a resumable state as `folder/step-<step>`, completely or not at all, and delete the oldest beyond `keep`.
 
-    The best model so far is part of it, as `export`: a validation that a killed run does not remember may have
-    replaced the one in `export_dir`.
+    It includes the best model so far, as `export`: if the run is killed after a later validation, which the checkpoint
+    knows nothing of, that one may have replaced `export_dir`.
     """
     target = folder / f"step-{progress.step:08d}"
     fresh = folder / f".{target.name}.new"
@@ -61,47 +77,47 @@ def save_checkpoint(accelerator: Any, folder: Path, progress: Progress, keep: in
             commit_folder(fresh, target)
     except BaseException:
         if accelerator.is_main_process:
-            shutil.rmtree(fresh, ignore_errors=True)  # a full disk needs the room
+            shutil.rmtree(fresh, ignore_errors=True)  # a full disk needs the space
         raise
     if accelerator.is_main_process:
-        drop_surplus(folder, keep, progress.best_step)
+        delete_expired(folder, keep, progress.best_step)
     accelerator.wait_for_everyone()
     return target
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete what a run left that was killed while it saved or dropped a checkpoint."""
+    """Delete what is left of checkpoints that were being saved or deleted when a run was killed."""
     for unfinished in folder.glob(".step-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
-def surplus(paths: list[Path], keep: int, best_step: int) -> list[Path]:
-    """The oldest checkpoints beyond `keep`. As in transformers' Trainer, neither the last nor the best is among them.
+def expired_checkpoints(paths: list[Path], keep: int, best_step: int) -> list[Path]:
+    """The oldest checkpoints beyond `keep`; never the last or the best one, as in transformers' Trainer.
 
     Args:
         paths: checkpoints, oldest first.
-        keep: how many shall stay; with 1 that may be two, the last and the best.
+        keep: number of checkpoints to keep; with 1, the last and the best may be two.
         best_step: step of the best model.
     """
-    droppable = [path for path in paths[:-1] if path.name != f"step-{best_step:08d}"]
-    return droppable[: max(0, len(paths) - keep)]
+    expendable = [path for path in paths[:-1] if path.name != f"step-{best_step:08d}"]
+    return expendable[: max(0, len(paths) - keep)]
 
 
-def drop_surplus(folder: Path, keep: int, best_step: int) -> None:
-    """Delete the checkpoints that are [`surplus`]."""
-    for old in surplus(checkpoints(folder), keep, best_step):
+def delete_expired(folder: Path, keep: int, best_step: int) -> None:
+    """Delete the [`expired_checkpoints`] in a folder."""
+    for old in expired_checkpoints(list_checkpoints(folder), keep, best_step):
         discard_folder(old)
 
 
 def rewind_folders(checkpoint: Path, export_dir: Path) -> None:
-    """Bring `checkpoints/` and `export/` back to what they were when a checkpoint was written."""
+    """Restore `checkpoints/` and `export/` to what they were when a checkpoint was written."""
     clear_unfinished(checkpoint.parent)
-    for path in reversed(checkpoints(checkpoint.parent)):  # so that, killed in here, the latest is always a whole one
+    for path in reversed(list_checkpoints(checkpoint.parent)):  # newest first: if killed here, the latest is complete
         if path.name > checkpoint.name:
             discard_folder(path)
     best = checkpoint / "export"
@@ -119,8 +135,8 @@ def _same_weights(one: Path, other: Path) -> bool:
     return os.path.samefile(first, second) or filecmp.cmp(first, second, shallow=False)
 
 
-def check_resumed(progress: Progress, expected: Progress) -> None:
-    """Make sure that a checkpoint's steps are made of the same batches as this run's.
+def check_resumed(progress: Progress, expected: Progress, output_dir: Path) -> None:
+    """Check that a checkpoint was trained on the same batches as this run will be.
 
     Raises:
         UsageError: the batch size, the seed or the number of training images changed.
@@ -130,26 +146,27 @@ def check_resumed(progress: Progress, expected: Progress) -> None:
         if saved != now:
             raise UsageError(
                 f"--resume_from_checkpoint: the checkpoint was made with {name} {saved}, this run has {now}; resume "
-                "with the flags and data of the first start (its arguments.yaml is a recipe of them)"
+                f"with the original data and flags: --recipe {output_dir / 'arguments.yaml'}"
             )
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means.
+    """The checkpoint that `--resume_from_checkpoint` names.
 
     Returns:
-        None for `latest` where a run was ended before it saved one, or was never started: a job that is started anew
-        until it ends has the same command each time.
+        The folder; None for `latest` if the run has not saved any yet or never started, so that a job that is
+        restarted until it finishes can use the same command every time.
 
     Raises:
-        UsageError: there is no checkpoint of that name (those that are there are listed), or none of a run that ended.
+        UsageError: there is no checkpoint of that name (the message lists those that exist), or a finished run has
+            none left.
     """
-    found = checkpoints(output_dir / "checkpoints")
+    found = list_checkpoints(output_dir / "checkpoints")
     if wanted == "latest":
         if not found and (output_dir / "curves.png").exists():
             raise UsageError(
-                f"--resume_from_checkpoint latest: {output_dir} holds a run that ended, without its checkpoints; "
-                f"train on from its model by --model_name_or_path {output_dir / 'export'} and another --output_dir"
+                f"--resume_from_checkpoint latest: the run in {output_dir} is finished and its checkpoints are gone; "
+                f"continue from its model with --model_name_or_path {output_dir / 'export'} and another --output_dir"
             )
         return found[-1] if found else None
     for path in found:
@@ -157,17 +174,17 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
             return path
     names = ", ".join(path.name for path in found) or "none"
     raise UsageError(
-        f"--resume_from_checkpoint {wanted}: no such checkpoint in {output_dir / 'checkpoints'}; there: {names}"
+        f"--resume_from_checkpoint {wanted}: no such checkpoint in {output_dir / 'checkpoints'}; it has: {names}"
     )
 
 
 @torch.no_grad()
-def check_weights(model: MiniClipModel, accelerator: Any) -> None:
-    """Make sure that what is going to be saved are numbers; every process has to ask, and gets the same answer.
+def check_weights(model: MiniClipModel, accelerator: Accelerator) -> None:
+    """Check that all weights are finite before they are saved; every process must call it and gets the same answer.
 
     Raises:
-        MiniClipError: a parameter holds NaN or infinity, in any process.
+        MiniClipError: a parameter contains NaN or infinity, in any process.
     """
-    wrong = torch.stack([~own_part(parameter).isfinite().all() for parameter in model.parameters()]).any()
+    wrong = torch.stack([~local_tensor(parameter).isfinite().all() for parameter in model.parameters()]).any()
     if accelerator.reduce(wrong.int(), "sum").item():
         raise not_finite("weights", math.nan, accelerator.mixed_precision)

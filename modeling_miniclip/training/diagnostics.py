@@ -19,7 +19,7 @@ PATIENCE = 100
 WINDOW = 50  # steps over which the loss is averaged, for single batches are easier or harder
 MOST_ROWS = 2000  # images of the validation split that are looked at, which bounds the cost to a second or two
 # With less than so many the shuffled-caption probe cannot tell captions that fit from captions that do not: with
-# untrained towers on photographs its z is about 2 with 200 images and 14 with 1,000 (see `relation`).
+# untrained towers on photographs its z is about 2 with 200 images and 14 with 1,000 (see `linear_alignment_z`).
 FEWEST_ROWS, ENOUGH_ROWS = 64, 500
 CLEAR = 3.0  # standard deviations
 
@@ -40,14 +40,14 @@ def chance_loss(images: float, texts: float, loss_type: str) -> float:
     return math.log(images) if loss_type == "softmax_sum" else (math.log(images) + math.log(texts)) / 2
 
 
-def diagnose_loss(loss: float, chance: float, gradient_norm: float, moved: bool = True) -> str | None:
+def diagnose_loss(loss: float, chance: float, gradient_norm: float, has_learned: bool = True) -> str | None:
     """A loss that stays at, or above, what guessing gives, although training has gone on for a while.
 
     Args:
         loss: mean over many steps, nats.
         chance: [`chance_loss`] of the same steps.
         gradient_norm: of the last step, before clipping.
-        moved: whether training has changed anything.
+        has_learned: whether training has changed anything.
     """
     if loss < 0.98 * chance or chance < 0.5:
         return None
@@ -55,7 +55,7 @@ def diagnose_loss(loss: float, chance: float, gradient_norm: float, moved: bool 
     if loss > 1.1 * chance:
         found = f"the loss, {loss:.3f}, is above that of guessing, ln(batch) = {chance:.3f}"
     cause = "the learning rates are too high (divide them by ten, those of the towers first)"
-    if not moved:
+    if not has_learned:
         cause = "the learning rates are too low, or too much is frozen"
     return (
         f"{found}, at a gradient norm of {gradient_norm:.2g}: likely {cause}, or captions do not belong to their "
@@ -96,19 +96,21 @@ def mean_cosine(embeds: Tensor) -> float:
     return (total - n) / (n * (n - 1))
 
 
-def diagnose_collapse(image_embeds: Tensor, text_embeds: Tensor, moved: bool = True) -> str | None:
+def diagnose_collapse(image_embeds: Tensor, text_embeds: Tensor, has_learned: bool = True) -> str | None:
     """Embeddings that are all but one and the same.
 
     Args:
         image_embeds: `[B, dim]`, unit norm, of a split.
         text_embeds: `[N, dim]`, unit norm.
-        moved: whether training has changed anything: untrained towers may begin like that.
+        has_learned: whether training has changed anything: untrained towers may begin like that.
     """
     for name, embeds, flag in (("image", image_embeds, "vision"), ("text", text_embeds, "text")):
         cosine = mean_cosine(embeds) if len(embeds) > 1 else 0.0
         if cosine > 0.98:
             cause = (
-                f"is too high; divide them by ten, or --freeze {flag}" if moved else "is too low: nothing has moved"
+                f"is too high; divide them by ten, or --freeze {flag}"
+                if has_learned
+                else "is too low: nothing has moved"
             )
             return (
                 f"the {name} embeddings have collapsed, their mean cosine is {cosine:.4f}: likely "
@@ -135,7 +137,7 @@ def diagnose_captions(
     if images < FEWEST_ROWS or above_chance(text_embeds, image_embeds, text_image_id) > CLEAR:
         return None
     learned = share is not None and share < 0.9
-    z = relation(image_embeds, text_embeds, text_image_id)
+    z = linear_alignment_z(image_embeds, text_embeds, text_image_id)
     if z > CLEAR:
         if share is None or share < 0.98:
             return None
@@ -173,7 +175,7 @@ def mean_per_image(rows: Tensor, owner: Tensor, images: int) -> Tensor:
     return total / torch.bincount(owner, minlength=images).unsqueeze(1)
 
 
-def relation(image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor) -> float:
+def linear_alignment_z(image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor) -> float:
     """How much a linear map fitted on one half of the images finds in the other, as [`above_chance`], both ways round.
 
     The map is a regularised canonical correlation analysis (Vinod 1976). It finds the little that untrained or
@@ -238,7 +240,7 @@ class Diagnosis:
         self.windows: deque[tuple[int, float, float]] = deque()
         self.first: dict[str, float] | None = None
         self.share: float | None = None
-        self.moved = True
+        self.has_learned = True
 
     def after_steps(self, step: int, values: dict[str, float], steps: int, chance: float) -> None:
         """Look at a logged line.
@@ -256,19 +258,19 @@ class Diagnosis:
         loss, expected = (sum(w[0] * w[i] for w in self.windows) / total for i in (1, 2))
         self.first = self.first or dict(values)
         # More than batches differ, or more than a rate of 2e-5 moves the temperature in a hundred steps.
-        self.moved = abs(loss - self.first["loss"]) > 0.05 * expected or not math.isclose(
+        self.has_learned = abs(loss - self.first["loss"]) > 0.05 * expected or not math.isclose(
             values["logit_scale"], self.first["logit_scale"], rel_tol=0.002
         )
         self.share = loss / expected if expected > 0 and total >= WINDOW else None
         if self.has_softmax and step >= self.first_step and total >= WINDOW:
-            self._tell("loss", diagnose_loss(loss, expected, values["gradient_norm"], self.moved))
+            self._tell("loss", diagnose_loss(loss, expected, values["gradient_norm"], self.has_learned))
             self._tell("temperature", diagnose_temperature(values["logit_scale"], self.largest_scale, loss, expected))
 
     def after_validation(self, step: int, image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor) -> None:
         """Look at the embeddings of the validation split; arguments as of [`diagnose_captions`]."""
         images, keep = image_embeds[:MOST_ROWS], text_image_id < MOST_ROWS
         if step >= self.first_step:
-            self._tell("collapse", diagnose_collapse(images, text_embeds[keep], self.moved))
+            self._tell("collapse", diagnose_collapse(images, text_embeds[keep], self.has_learned))
         share = self.share if step >= self.first_step else None
         self._tell("captions", diagnose_captions(images, text_embeds[keep], text_image_id[keep], share))
 

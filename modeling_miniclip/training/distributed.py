@@ -1,17 +1,21 @@
-"""One batch over all processes: embeddings gathered with their gradient, and the loss of the global batch."""
+"""Train one batch on several processes: gather embeddings with their gradients, and compute the global loss."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..modeling_miniclip import symmetric_contrastive_loss
 
+T = TypeVar("T")
+
 
 class _GatherWithGradient(torch.autograd.Function):
-    """All processes' rows, in the order of the ranks; the gradient of each row goes back to the process it is from."""
+    """Rows of all processes in rank order; the gradient of each row goes back to the process that it came from."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, counts: list[int]) -> Tensor:
@@ -21,7 +25,7 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient)  # each process has the gradient of its own loss terms; together they are the whole
+        dist.all_reduce(gradient)  # each process has the gradient of its own loss terms; their sum is the whole
         rank, counts = dist.get_rank(), ctx.counts
         start = sum(counts[:rank])
         return gradient[start : start + counts[rank]], None
@@ -36,11 +40,14 @@ def _all_gather_rows(local: Tensor, counts: list[int]) -> Tensor:
 
 
 def gather_rows(local: Tensor, with_gradient: bool = False) -> Tensor:
-    """The rows of all processes, uneven numbers allowed; with one process the tensor itself.
+    """Rows of all processes in rank order; with one process, the tensor itself.
 
     Args:
-        local: `[n, ...]`, n may differ from process to process.
-        with_gradient: let gradients flow back to the rows' own processes.
+        local: `[n, ...]` rows of this process; n may differ between processes.
+        with_gradient: whether gradients flow back to the processes that the rows came from.
+
+    Returns:
+        `[sum of n, ...]`, the same in every process.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return local
@@ -53,8 +60,8 @@ def gather_rows(local: Tensor, with_gradient: bool = False) -> Tensor:
     return _all_gather_rows(local.detach().contiguous(), sizes)
 
 
-def largest(number: int, device: torch.device) -> int:
-    """The largest of the processes' numbers."""
+def all_reduce_max(number: int, device: torch.device) -> int:
+    """Maximum of a number over all processes."""
     if not (dist.is_available() and dist.is_initialized()):
         return number
     tensor = torch.tensor(number, device=device)
@@ -63,28 +70,34 @@ def largest(number: int, device: torch.device) -> int:
 
 
 def gather_lists(local: list[Any], device: torch.device) -> list[Any]:
-    """The items of all processes' lists, in the order of the ranks; one number is sent where all lists are empty."""
-    if not (dist.is_available() and dist.is_initialized()) or largest(len(local), device) == 0:
+    """Items of all processes' lists in rank order; if all lists are empty, only one number is sent."""
+    if not (dist.is_available() and dist.is_initialized()) or all_reduce_max(len(local), device) == 0:
         return local
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, local)
     return [item for part in parts for item in part]
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP spread over the processes as one; any other as it is. Every process has to call it."""
+def compute_on_main(compute: Callable[[], T], is_main: bool) -> T:
+    """Compute something on rank 0 and broadcast it, so that all processes decide alike; every process must call it."""
+    result: list[Any] = [compute() if is_main else None]
+    return broadcast_object_list(result)[0]
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of a part that FSDP spread over processes; others unchanged. Every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that FSDP spread over the processes; any other as it is."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that FSDP spread over processes; others unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def share_buffers(model: torch.nn.Module) -> None:
-    """Give every process the first one's buffers: batch-norm statistics differ, each process having seen its share.
+def broadcast_buffers(model: torch.nn.Module) -> None:
+    """Copy rank 0's buffers to all processes, so that the validated model is the exported one.
 
-    So that what is validated is what is exported.
+    Batch-norm statistics differ between processes, as each has seen its share of the batches.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for buffer in model.buffers():
@@ -102,23 +115,23 @@ def global_contrastive_loss(
 ) -> Tensor:
     """This process's part of the loss over the global batch.
 
-    The sum of the parts over the processes is the loss of one process with the whole batch, and so are the gradients:
-    similarities of local rows with the gathered columns are computed once in the whole system, and the memory of a
-    process is local x global. Rows with a negative id are fillers and count for nothing.
+    The sum of the parts over the processes is the loss of one process with the whole batch, and the same holds for the
+    gradients. Each similarity is computed by exactly one process, which compares its rows with the gathered ones: its
+    memory is local x global. Rows with a negative id are fillers and are ignored.
 
     Args:
-        image_embeds: `[b, dim]`, unit norm, of this process.
-        text_embeds: `[n, dim]`, unit norm, of this process.
+        image_embeds: `[b, dim]`, unit norm, images of this process.
+        text_embeds: `[n, dim]`, unit norm, texts of this process.
         logit_scale: inverse temperature.
-        image_id: `[b]`.
-        text_image_id: `[n]`.
-        loss_type: that of the model's configuration.
-        logit_bias: of the sigmoid loss.
+        image_id: `[b]` ids of the images.
+        text_image_id: `[n]` id of each text's image.
+        loss_type: loss of the model's configuration.
+        logit_bias: bias of the sigmoid loss.
 
     Returns:
-        Scalar; its mean over processes times their number is the loss.
+        Scalar; the loss is the sum over the processes.
     """
-    # Indexing by a mask also with nothing to drop keeps a filler's embeddings in the graph, as DDP needs.
+    # The mask is applied even if nothing is dropped, so that a filler's embeddings stay in the graph, as DDP needs.
     image_embeds, image_id = image_embeds[image_id >= 0], image_id[image_id >= 0]
     text_embeds, text_image_id = text_embeds[text_image_id >= 0], text_image_id[text_image_id >= 0]
     whole = (gather_rows(image_embeds, True), gather_rows(text_embeds, True), gather_rows(image_id),

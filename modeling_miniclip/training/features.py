@@ -1,13 +1,15 @@
-"""A whole split through the model: embeddings for validation, and the features of frozen towers, computed once."""
+"""Run a whole split through the model: embeddings for validation, and features of frozen towers, computed once."""
 
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -21,44 +23,58 @@ from .distributed import gather_rows
 from .feature_cache import FeatureTable, digest, digest_of_images, digest_of_weights
 from .fold_batch_norm import folded_batch_norms
 
-EVALUATION_BATCH = 64  # images a forward pass
-TEXT_BLOCK = 256  # captions a forward pass of the text tower alone
+EVALUATION_BATCH = 64  # images per forward pass
+TEXT_BLOCK = 256  # captions per forward pass of the text tower
+
+
+@dataclass
+class FrozenFeatures:
+    """Pooled features of one split from frozen towers; None for a tower that runs in every step.
+
+    Args:
+        vision: `[rows, width]` for each augmented view.
+        text: `[captions, width]` for each image.
+    """
+
+    vision: list[Tensor] | None = None
+    text: list[Tensor] | None = None
 
 
 @torch.no_grad()
 def embed_split(
     model: MiniClipModel,
-    loader: Any,
+    loader: BatchLoader,
     processor: MiniClipProcessor,
     device: torch.device,
     progress: bool,
-    lose: Callable[[list[tuple[int, str]]], Any],
+    on_undecodable: Callable[[list[tuple[int, str]]], Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings of a whole split, gathered from all processes, in the order of its rows.
 
     Args:
-        model: not wrapped.
-        loader: of the split, without shuffling.
-        processor: that belongs to the model.
-        device: of the model.
-        progress: show a progress bar.
-        lose: told once of this process's images that cannot be decoded, rows and reasons; they are left out.
+        model: unwrapped model.
+        loader: loader of the split, without shuffling.
+        processor: preprocessing that belongs to the model.
+        device: device of the model.
+        progress: whether to show a progress bar.
+        on_undecodable: function called once with the rows of this process's undecodable images and the reasons; these
+            images are skipped.
 
     Returns:
-        `[B, dim]` image embeddings, `[N, dim]` text embeddings, `[N]` the row among the B of each text's image, all
-        on the CPU.
+        `[B, dim]` image embeddings, `[N, dim]` text embeddings, and `[N]`, the row among the B of each text's image;
+        all on the CPU.
     """
     model.eval()
     parts: dict[str, list[Tensor]] = {"images": [], "image_id": [], "texts": [], "text_image_id": []}
-    lost: list[tuple[int, str]] = []
+    undecodable: list[tuple[int, str]] = []
     for batch in tqdm(loader, desc="validate", unit="batch", leave=False, disable=not progress):
-        lost += batch.pop("undecodable", [])
+        undecodable += batch.pop("undecodable", [])
         output = model(**model_inputs(batch, processor, device))
         for name, values in (("images", output.image_embeds), ("image_id", batch["image_id"])):
             parts[name].append(values[batch["image_id"] >= 0].to(device))
         for name, values in (("texts", output.text_embeds), ("text_image_id", batch["text_image_id"])):
             parts[name].append(values[batch["text_image_id"] >= 0].to(device))
-    lose(lost)
+    on_undecodable(undecodable)
     whole = {name: gather_rows(torch.cat(tensors)).cpu() for name, tensors in parts.items()}
     image_order = whole["image_id"].argsort()
     text_order = whole["text_image_id"].argsort(stable=True)
@@ -68,24 +84,24 @@ def embed_split(
 
 @torch.no_grad()
 def frozen_image_features(
-    model: MiniClipModel, rows: CaptionRows, views: int, num_workers: int, cache_dir: Path, accelerator: Any
+    model: MiniClipModel, rows: CaptionRows, views: int, num_workers: int, cache_dir: Path, accelerator: Accelerator
 ) -> list[Tensor]:
-    """Pooled features of every image, each computed once, by all processes of a machine together.
+    """Pooled features of every image, each computed once; the processes of a machine share the work.
 
     Args:
-        model: on its device, its image tower frozen.
-        rows: of a split, with its augmentation if it has one.
-        views: how many augmented views; 1 without augmentation.
-        num_workers: loader processes.
-        cache_dir: of [`FeatureTable`]s.
-        accelerator: of the run.
+        model: model on its device, with a frozen image tower.
+        rows: images of a split, with their augmentation if there is one.
+        views: number of augmented views; 1 without augmentation.
+        num_workers: number of loader processes.
+        cache_dir: folder of the [`FeatureTable`]s.
+        accelerator: device and processes of the run.
 
     Returns:
         `[rows, width]` for each view, memory-mapped. View v is the image as `rows` would augment it in epoch v. The
         row of an image that cannot be decoded is NaN.
 
     Raises:
-        MiniClipError: the tower gives NaN or infinity for an image.
+        MiniClipError: the tower returns NaN or infinity for an image.
     """
     model.vision_model.eval()
     vision = model.config.vision_config
@@ -122,14 +138,18 @@ def frozen_image_features(
 
 @torch.no_grad()
 def frozen_text_features(
-    model: MiniClipModel, captions: list[list[str]], processor: MiniClipProcessor, cache_dir: Path, accelerator: Any
+    model: MiniClipModel,
+    captions: list[list[str]],
+    processor: MiniClipProcessor,
+    cache_dir: Path,
+    accelerator: Accelerator,
 ) -> list[Tensor]:
-    """Pooled features of every caption, each computed once, by all processes of a machine together.
+    """Pooled features of every caption, each computed once; the processes of a machine share the work.
 
-    Captions are taken in the order of their length, so that almost nothing is padded.
+    Captions are sorted by length, so that there is almost no padding.
 
     Returns:
-        One `[captions, width]` tensor an image, memory-mapped.
+        One `[captions, width]` tensor per image, memory-mapped.
     """
     model.text_model.eval()
     ids = processor.tokenizer([text for row in captions for text in row], truncation=True)["input_ids"]
@@ -152,14 +172,14 @@ def frozen_text_features(
 
     table = FeatureTable(cache_dir, depends_on, len(ids), model.config.text_config.hidden_size, TEXT_BLOCK)
     features = _filled(table, compute, accelerator, "text features")
-    place = torch.tensor(order).argsort()  # of each caption in the table
+    place = torch.tensor(order).argsort()  # [captions], row of each caption in the table
     return [features[rows] for rows in place.split([len(row) for row in captions])]
 
 
 def _filled(
-    table: FeatureTable, compute: Callable[[list[range]], Iterator[Tensor]], accelerator: Any, title: str
+    table: FeatureTable, compute: Callable[[list[range]], Iterator[Tensor]], accelerator: Accelerator, title: str
 ) -> Tensor:
-    """The table, whose missing blocks the processes of this machine compute together."""
+    """The table, after the processes of this machine have computed its missing blocks together."""
 
     def fill(blocks: list[range]) -> None:
         shown = len(table.done) > 0 and blocks and accelerator.is_local_main_process
@@ -170,5 +190,5 @@ def _filled(
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     fill(table.missing(accelerator.local_process_index, local_processes))
     accelerator.wait_for_everyone()
-    fill(table.missing())  # nothing, unless a launcher does not tell how many processes a machine has
+    fill(table.missing())  # nothing, unless the launcher did not set LOCAL_WORLD_SIZE on several machines
     return table.read()

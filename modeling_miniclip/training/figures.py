@@ -4,8 +4,41 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..evaluation.metrics import RECALL_AT
-from ..utils.match_grid import BLUE, FRAME, GREEN, GREY, GRID, INK, ORANGE, PURPLE
+from ..inference.encode import encode_batches, encode_images, encode_texts
+from ..modeling_miniclip import MiniClipModel
+from ..utils.match_grid import BLUE, FRAME, GREEN, GREY, GRID, INK, ORANGE, PURPLE, draw_matches, match_rows
+from .run import TrainingRun
+
+
+def draw_retrieval(run: TrainingRun, target: Path) -> None:
+    """Draw validation captions with the images that the exported model, loaded from disk, finds for them.
+
+    The features of a frozen image tower are used again, so the tower does not run.
+
+    Args:
+        run: a run with an export.
+        target: PNG file to write.
+    """
+
+    def project(features: list[Tensor]) -> Tensor:
+        return model(vision_pooler_output=torch.stack(features).to(model.device)).image_embeds
+
+    model = MiniClipModel.from_pretrained(run.export_dir).to(run.accelerator.device)
+    good = run.bad_images.good_rows("validation")
+    split = run.validation_split.select(good)
+    features = run.validation_image_features()  # [rows, width]
+    if features is None:
+        images = encode_images(model, (row["image"] for row in split), run.processor, progress=False)
+    else:
+        images = encode_batches(model, features[good], project, 256, "images", progress=False)
+    queries = example_queries(list(split["captions"]), 6)
+    texts = encode_texts(model, [text for _, text in queries], run.processor, progress=False)
+    rows = match_rows(queries, texts @ images.T, lambda i: split[i]["image"].convert("RGB"))
+    draw_matches(target, rows, "Validation captions and the images found for them")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,39 +1,40 @@
-"""A step of any batch size in the memory of a chunk: gradients cached at the embeddings.
+"""Train with any batch size in the memory of a chunk, by caching gradients at the embeddings.
 
 Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache): embed all
-chunks without a graph, take the loss and its gradient with regard to all embeddings, then embed each chunk once more,
-with its graph, and hand it its part of that gradient.
+chunks without a graph, compute the loss and its gradient with respect to all embeddings, then embed each chunk again
+with its graph and pass it its part of that gradient.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.dataset import FILLER
 from ..modeling_miniclip import MiniClipOutput
-from .distributed import largest
+from .distributed import all_reduce_max
 
-ROWS = ("image_embeds", "text_embeds")  # of the model's output: one row an image or text
-SCALARS = ("logit_scale", "logit_bias")  # and what is the same for every chunk, where the model has it
+ROWS = ("image_embeds", "text_embeds")  # outputs of the model with one row per image or text
+SCALARS = ("logit_scale", "logit_bias")  # outputs that are the same for every chunk, if the model has them
 
 
 def split_batch(batch: dict[str, Tensor], chunk_size: int, device: torch.device) -> list[dict[str, Tensor]]:
-    """Views of a collated batch: at most `chunk_size` images each, and as even a share of its texts.
+    """Split a collated batch into views of at most `chunk_size` images and about as many texts each.
 
-    Every process gets the same number of chunks, as those who gather parameters for each forward pass have to. One
-    that lost so many images that a chunk would be empty repeats its first image and text, as fillers.
+    Every process gets the same number of chunks, as FSDP gathers parameters for each forward pass. A process that
+    skipped so many images that a chunk would be empty repeats its first image and text as fillers.
 
     Args:
-        batch: of `batches.Collator`.
-        chunk_size: images a chunk, at least 2: shares that differ by one image then never leave a chunk empty.
-        device: of the processes' communication.
+        batch: batch of a `Collator`: `[B, ...]` images and ids, `[N, ...]` texts and ids.
+        chunk_size: images per chunk, at least 2: the processes' shares differ by at most one image, so none gets an
+            empty chunk.
+        device: device for the communication between processes.
     """
     rows = len(batch["image_id"])
-    parts = -(-largest(rows, device) // chunk_size)
+    parts = -(-all_reduce_max(rows, device) // chunk_size)
     if rows < parts:
         batch = {name: torch.cat([tensor, tensor[:1].expand(parts - rows, *tensor.shape[1:])])
                  for name, tensor in batch.items()}  # fmt: skip
@@ -44,34 +45,34 @@ def split_batch(batch: dict[str, Tensor], chunk_size: int, device: torch.device)
 
 
 def backward_in_chunks(
-    accelerator: Any,
+    accelerator: Accelerator,
     model: nn.Module,
     chunks: list[dict[str, Tensor]],
     inputs_of: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     loss_of: Callable[[MiniClipOutput], Tensor],
 ) -> Tensor:
-    """The loss of a batch, with the gradients of the parameters added to their `.grad`.
+    """Compute the loss of a batch, and add the gradients of the parameters to their `.grad`.
 
-    Dropout draws the same masks in both passes. Batch norm in training mode normalises by the statistics of a chunk,
-    and takes each chunk into its running averages once.
+    Dropout draws the same masks in both passes. Batch norm in training mode normalizes with the statistics of a chunk,
+    and updates its running averages with each chunk once.
 
     Args:
-        accelerator: that prepared the model; its precision and its synchronisation apply.
-        model: as prepared.
-        chunks: of [`split_batch`].
-        inputs_of: from a chunk to the model's keyword arguments, on the device.
-        loss_of: from an output with the embeddings of all chunks to this process's part of the loss; the parts are
-            summed over the processes.
+        accelerator: Accelerator that prepared the model; its precision and synchronization apply.
+        model: model as prepared.
+        chunks: result of [`split_batch`].
+        inputs_of: function from a chunk to the model's keyword arguments, on the device.
+        loss_of: function from an output with the embeddings of all chunks to this process's part of the loss; the loss
+            is the sum over the processes.
 
     Returns:
-        Scalar without graph.
+        This process's part of the loss, a scalar without a graph.
     """
     embedded, states = [], []
     with torch.no_grad(), _running_statistics_kept(model):
         for chunk in chunks:
             states.append(_random_state(accelerator.device))
             output = model(**inputs_of(chunk))
-            # Not the towers' feature maps, which would fill the memory.
+            # Without the towers' feature maps, which would fill the memory.
             embedded.append({name: output[name] for name in (*ROWS, *SCALARS) if output.get(name) is not None})
     leaves = {name: torch.cat([part[name] for part in embedded]) for name in ROWS}
     scalars = [name for name in SCALARS if name in embedded[0]]
@@ -83,10 +84,10 @@ def backward_in_chunks(
     start = dict.fromkeys(ROWS, 0)
     for i, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
         is_last = i == len(chunks) - 1
-        # Only the last chunk's gradients have to wait for the other processes.
+        # Gradients are synchronized with the other processes only once, after the last chunk.
         with nullcontext() if is_last else accelerator.no_sync(model), _replayed(state, accelerator.device):
             output = model(**inputs_of(chunk))
-            dots = []  # dot products with the cached gradients have these very gradients
+            dots = []  # the gradients of these dot products are the cached gradients
             for name in ROWS:
                 end = start[name] + len(output[name])
                 dots.append((output[name] * gradients[name][start[name] : end]).sum())
@@ -99,7 +100,7 @@ def backward_in_chunks(
 
 @contextmanager
 def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Batch norms in training mode go on normalising by the batch at hand, but do not take it into their averages."""
+    """Within the block, batch norms in training mode do not update their running averages."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
@@ -117,7 +118,7 @@ def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def _replayed(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Random numbers as they came from `state` on; afterwards the generators are as they were before the block."""
+    """Within the block, random numbers continue from `state`; afterwards the generators are as before the block."""
     devices = [] if device.type == "cpu" else [torch.get_device_module(device).current_device()]
     with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
         torch.set_rng_state(state[0])

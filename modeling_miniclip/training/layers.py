@@ -1,4 +1,4 @@
-"""The layers of a tower from its input to its output: which keep their weights, and which learn how fast."""
+"""The layers of a tower, from its input to its output: freezing, learning rates and training mode."""
 
 from typing import Any
 
@@ -12,22 +12,22 @@ from .arguments import TrainingArguments
 
 
 def vision_layers(vision_model: Any) -> list[list[nn.Parameter]]:
-    """Parameters of each layer of an image tower, the first being its stem.
+    """Parameters of each layer of an image tower, starting with the stem.
 
-    The layers are those that timm's own layer-wise rate decay knows for the architecture (`group_matcher`).
+    The layers are those of timm's layer-wise learning-rate decay for the architecture (`group_matcher`).
 
     Args:
-        vision_model: `MiniClipVisionModel`.
+        vision_model: a `MiniClipVisionModel`.
 
     Raises:
-        UsageError: timm does not tell the layers of this architecture.
+        UsageError: timm does not know the layers of this architecture.
     """
     tower = vision_model.timm_model
     try:
         layer_of = group_parameters(tower, tower.group_matcher(coarse=False), reverse=True)
     except (AttributeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
-            f"timm does not tell the layers of {type(tower).__name__}: leave out --layer_decay and "
+            f"timm does not know the layers of {type(tower).__name__}: leave out --layer_decay and "
             "--frozen_vision_fraction, or choose another --vision_model"
         ) from error
     layers: list[list[nn.Parameter]] = [[] for _ in range(max(layer_of.values()) + 1)]
@@ -37,10 +37,10 @@ def vision_layers(vision_model: Any) -> list[list[nn.Parameter]]:
 
 
 def text_layers(text_model: nn.Module) -> list[list[nn.Parameter]]:
-    """Parameters of each layer of a text tower, the first being its embeddings.
+    """Parameters of each layer of a text tower, starting with the embeddings.
 
-    The layers are the items of the list of modules that holds most parameters; what is registered after it, such as a
-    last norm, belongs to its last one.
+    The layers are the items of the list of modules with the most parameters; parameters registered after it, such as
+    those of a final norm, belong to the last layer.
     """
     lists = [module for module in text_model.modules() if isinstance(module, nn.ModuleList)]
     stack = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=nn.ModuleList())
@@ -55,28 +55,28 @@ def text_layers(text_model: nn.Module) -> list[list[nn.Parameter]]:
     return [layer for layer in layers if layer]
 
 
-def freeze_first_layers(layers: list[list[nn.Parameter]], share: float) -> None:
-    """Let the first layers keep their weights, so that no gradient is computed for them.
+def freeze_first_layers(layers: list[list[nn.Parameter]], fraction: float) -> None:
+    """Freeze the first layers, so that no gradient is computed for them.
 
     Args:
-        layers: of a tower, from its input to its output.
-        share: of the layers, in [0, 1); rounded to whole layers, of which the last always learns.
+        layers: parameters of each layer of a tower, from its input to its output.
+        fraction: fraction of the layers to freeze, in [0, 1); rounded to whole layers; the last layer is never frozen.
     """
-    for layer in layers[: min(round(share * len(layers)), len(layers) - 1)]:
+    for layer in layers[: min(round(fraction * len(layers)), len(layers) - 1)]:
         for parameter in layer:
             parameter.requires_grad_(False)
 
 
 def rate_multipliers(layers: list[list[nn.Parameter]], decay: float) -> dict[nn.Parameter, float]:
-    """What the tower's rate is multiplied with for each parameter: 1 in the last layer, `decay` less in each below.
+    """Factor of the tower's learning rate for each parameter: 1 in the last layer, times `decay` for each layer below.
 
-    Layer-wise rate decay, as in ELECTRA (Clark et al. 2020) and BEiT (Bao et al. 2021).
+    Layer-wise learning-rate decay, as in ELECTRA (Clark et al. 2020) and BEiT (Bao et al. 2021).
     """
     return {parameter: decay ** (len(layers) - 1 - i) for i, layer in enumerate(layers) for parameter in layer}
 
 
 def set_training_mode(model: MiniClipModel, freeze: str, freeze_batch_norm: bool) -> None:
-    """Training mode, but evaluation mode for what keeps its state: frozen towers and frozen batch-norm statistics."""
+    """Training mode, except evaluation mode for frozen towers and, if asked for, batch norms."""
     model.train()
     for tower in frozen_towers(model, freeze):
         tower.eval()
@@ -87,16 +87,16 @@ def set_training_mode(model: MiniClipModel, freeze: str, freeze_batch_norm: bool
 
 
 def frozen_towers(model: MiniClipModel, freeze: str) -> list[nn.Module]:
-    """The towers that `--freeze` names."""
+    """The towers that `--freeze` freezes."""
     towers = {"none": [], "vision": ["vision_model"], "text": ["text_model"], "both": ["vision_model", "text_model"]}
     return [getattr(model, name) for name in towers[freeze]]
 
 
 def freeze_layers(model: MiniClipModel, arguments: TrainingArguments) -> None:
-    """Let the frozen towers and the first layers of the others keep their weights.
+    """Freeze the weights of whole towers and of first layers, as the flags say.
 
     Raises:
-        UsageError: timm does not tell the layers of the image tower.
+        UsageError: timm does not know the layers of the image tower.
     """
     for tower in frozen_towers(model, arguments.freeze):
         tower.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a step of training needs beside the loss: modes, parameter groups, schedule and the temperature's bound."""
+"""Parameter groups, schedule of the learning rates, and the bound of the temperature."""
 
 import math
 from typing import Any
@@ -13,15 +13,15 @@ from .layers import rate_multipliers, text_layers, vision_layers
 
 
 def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list[dict[str, Any]]:
-    """AdamW's groups: a learning rate a part and layer, weight decay for matrices only (no norm, bias or temperature).
+    """AdamW's groups: one learning rate per part and layer; weight decay for matrices only.
 
     Returns:
-        Groups with `params`, `lr`, `weight_decay` and `name`: `head`, `vision`, `text`, for the layers below a
-        tower's last one with the multiplier of their rate (`vision*0.8`), and `_no_decay` where that is so. Groups
-        without a trainable parameter are left out.
+        Groups with `params`, `lr`, `weight_decay` and `name`: `head`, `vision` or `text`; for layers below a tower's
+        last one followed by the factor of their rate (`vision*0.8`); for parameters without decay by `_no_decay`.
+        Groups without a trainable parameter are left out.
 
     Raises:
-        UsageError: with `--layer_decay`, timm does not tell the layers of the image tower.
+        UsageError: with `--layer_decay`, timm does not know the layers of the image tower.
     """
     rates = {
         "vision": arguments.vision_learning_rate,
@@ -48,9 +48,14 @@ def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArguments, total_steps: int) -> LRScheduler:
-    """ReduceLROnPlateau, stepped by the validation loss each epoch, or cosine with warm-up, stepped each step.
+    """ReduceLROnPlateau, stepped with the validation loss after each epoch, or cosine with warm-up, stepped each step.
 
-    It is not given to `accelerator.prepare`, which would step it once per process.
+    Do not pass it to `accelerator.prepare`, which would step it once per process.
+
+    Args:
+        optimizer: the optimizer, not wrapped by Accelerate.
+        arguments: flags of the run.
+        total_steps: step at which the cosine reaches 0.
     """
     if arguments.lr_scheduler_type == "plateau":
         patience, factor = arguments.lr_plateau_patience, arguments.lr_plateau_factor
@@ -66,6 +71,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArgumen
 
 
 @torch.no_grad()
-def clamp_temperature(model: MiniClipModel) -> None:
-    """Bring the parameter back to its bound after a step, so that a later gradient finds it there."""
+def clamp_logit_scale(model: MiniClipModel) -> None:
+    """Bring the parameter back to its bound after a step, where the next gradient can reach it."""
     model.logit_scale.clamp_(max=math.log(model.config.logit_scale_max))

@@ -1,15 +1,21 @@
-"""What a run exports and pushes: its best model with a measured card."""
+"""Export a run's best model with a card of measured values, and push it to the Hub."""
 
 import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from datasets import DatasetDict
+
+from ..errors import MiniClipError
+from ..hub.export import export
+from ..hub.push import push
 from .arguments import TrainingArguments
 from .reporting import split_sizes
+from .run import TrainingRun
 
-# Arguments that say where things lie on the machine of the run, or what it showed and kept there: no business of a
-# card's readers.
+# Arguments that name places on the machine of the run, or what it showed and kept there: irrelevant to readers of the
+# model card.
 LOCAL_ARGUMENTS = frozenset(
     "recipe num_workers output_dir overwrite_output_dir resume_from_checkpoint save_total_limit "
     "checkpointing_steps overfit_batch logging_steps report_to feature_cache_dir push_to_hub hub_model_id "
@@ -21,8 +27,46 @@ LOCAL_ARGUMENTS = frozenset(
 PATH_ARGUMENTS = frozenset("dataset image_dir vision_model text_model preset model_name_or_path".split())
 
 
-def data_for_card(arguments: TrainingArguments, splits: Any) -> dict[str, Any]:
-    """What the card says of the data: its name, never a path of this machine, and the size of its splits."""
+def export_best(run: TrainingRun, metrics: dict[str, float], intervals: dict[str, tuple[float, float]]) -> None:
+    """Replace `export/` by the current model with its measured card; with `--hub_strategy every_save`, upload it.
+
+    Args:
+        run: the run, with the weights to export.
+        metrics: validation metrics of these weights.
+        intervals: confidence intervals of the recalls, on the main process.
+    """
+    arguments = run.arguments
+    state_dict = run.accelerator.get_state_dict(run.model)  # by all processes: with FSDP each has only a part
+    if run.accelerator.is_main_process:
+        card = {
+            "name": arguments.hub_model_id or run.output_dir.resolve().name,
+            "metrics": metrics,
+            "intervals": intervals,
+            "arguments": arguments_for_card(arguments),
+            "command": command_for_card(arguments),
+            "license": arguments.hub_license,
+            "data": {**run.card_data, "left_out": run.bad_images.describe()},
+        }
+        export(run.unwrapped_model, run.processor, run.export_dir, card, state_dict)
+        if arguments.push_to_hub and arguments.hub_strategy == "every_save":
+            try:
+                push_export(run)
+            except MiniClipError as error:  # the Hub may be down for an hour; the run continues
+                run.say(f"not pushed: {error}")
+    run.accelerator.wait_for_everyone()
+
+
+def push_export(run: TrainingRun) -> None:
+    """Upload the export and print its address."""
+    message, arguments = f"Model of step {run.progress.best_step}", run.arguments
+    url = push(
+        run.export_dir, str(arguments.hub_model_id), arguments.hub_private_repo, message, arguments.hub_revision
+    )
+    run.say(f"pushed: {url}")
+
+
+def data_for_card(arguments: TrainingArguments, splits: DatasetDict) -> dict[str, Any]:
+    """The dataset in the model card: its name, never a path on this machine, and the sizes of its splits."""
     dataset = arguments.dataset or "scenes"
     data = {"name": without_path(dataset), "splits": split_sizes(splits)}
     on_hub = dataset != "scenes" and not Path(dataset).expanduser().exists()
@@ -30,7 +74,7 @@ def data_for_card(arguments: TrainingArguments, splits: Any) -> dict[str, Any]:
 
 
 def arguments_for_card(arguments: TrainingArguments) -> dict[str, Any]:
-    """The arguments that were given a value, without what only means something on this machine."""
+    """The arguments that have a value, without those that mean something on this machine only."""
     return {
         name: without_path(value) if name in PATH_ARGUMENTS else value
         for name, value in asdict(arguments).items()
@@ -39,7 +83,7 @@ def arguments_for_card(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def command_for_card(arguments: TrainingArguments) -> str:
-    """The command line that repeats a run, given what its paths stand for."""
+    """The command that repeats a run on a machine that has the same data and models."""
     defaults = TrainingArguments()
     flags = [
         f"--{name}={value}"
@@ -50,6 +94,6 @@ def command_for_card(arguments: TrainingArguments) -> str:
 
 
 def without_path(value: str) -> str:
-    """The last part of a path that exists here; anything else as it is (a Hub name, a timm name)."""
+    """The last part of a path that exists here; other values (a Hub or timm name) unchanged."""
     path = Path(value).expanduser()
     return path.resolve().name if path.exists() else value

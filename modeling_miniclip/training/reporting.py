@@ -1,4 +1,4 @@
-"""What a training run tells: lines on the terminal, the log of its steps, and the data for its card."""
+"""Report a training run: lines on the terminal, `metrics.jsonl`, losses and throughput."""
 
 import json
 import math
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from datasets import DatasetDict
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -16,24 +19,24 @@ from ..modeling_miniclip import MiniClipModel
 from ..utils.files import replace_text
 from .diagnostics import not_finite
 
-# Groups of parameters whose rate is logged: that of each part, which the others follow.
+# Parameter groups whose learning rates are logged: one for each part, as the others are proportional.
 RATES = ("head", "vision", "text")
 
 
-def say(accelerator: Any, text: str) -> None:
+def say(accelerator: Accelerator, text: str) -> None:
     """Print once, not once per process, without breaking a progress bar."""
     if accelerator.is_main_process:
         tqdm.write(printable(text))
 
 
-def describe_splits(splits: Any) -> str:
-    """Numbers of images and captions of each split, in a line."""
+def describe_splits(splits: DatasetDict) -> str:
+    """One line with the number of images and captions of each split."""
     sizes = split_sizes(splits)
     return "; ".join(f"{name}: {size['images']} images, {size['captions']} captions" for name, size in sizes.items())
 
 
-def split_sizes(splits: Any) -> dict[str, dict[str, int]]:
-    """`images` and `captions` of each split."""
+def split_sizes(splits: DatasetDict) -> dict[str, dict[str, int]]:
+    """Number of `images` and `captions` of each split."""
     return {
         name: {"images": len(rows), "captions": sum(len(captions) for captions in rows["captions"])}
         for name, rows in splits.items()
@@ -41,7 +44,7 @@ def split_sizes(splits: Any) -> dict[str, dict[str, int]]:
 
 
 def describe_model(model: MiniClipModel) -> str:
-    """Towers, size of the shared space and numbers of parameters, in a line."""
+    """One line with the towers, the dimensions of the shared space and the number of parameters."""
     config = model.config
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -52,7 +55,7 @@ def describe_model(model: MiniClipModel) -> str:
 
 
 def describe_validation(epoch: float, metrics: dict[str, float], improved: bool) -> str:
-    """Loss and recalls of a validation, in a line; a star marks the best so far."""
+    """One line with the loss and recalls of a validation; a star marks the best so far."""
     recalls = [
         f"{direction.replace('_', ' ')} " + " / ".join(f"{metrics[f'{direction}_R@{k}']:.1f}" for k in RECALL_AT)
         for direction in DIRECTIONS
@@ -62,23 +65,23 @@ def describe_validation(epoch: float, metrics: dict[str, float], improved: bool)
 
 
 class StepMeter:
-    """Collects steps and gives their means: loss over all processes, pairs a second, rates and norm of the last step.
+    """Collects steps and averages them: loss over all processes, pairs per second, rates and norm of the last step.
 
-    What was not read yet is part of a checkpoint, so that a resumed run logs what an uninterrupted one does.
+    Steps that were not read yet are part of a checkpoint, so that a resumed run logs what an uninterrupted one would.
 
     Args:
-        accelerator: of the run.
-        optimizer: whose groups have a `name`.
+        accelerator: processes of the run.
+        optimizer: optimizer whose groups have a `name`.
     """
 
-    def __init__(self, accelerator: Any, optimizer: Any):
+    def __init__(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer):
         self.accelerator, self.optimizer = accelerator, optimizer
-        self.chance = math.nan  # the mean of `chance` over the steps that were read last
-        self.steps = 0  # and their number
+        self.chance = math.nan  # mean of `chance` over the steps of the last reading
+        self.steps = 0  # number of these steps
         self.start_epoch(0)
 
     def start_epoch(self, step_in_epoch: int) -> None:
-        """Measure the time from now on; at the first step of an epoch forget what the one before left unread."""
+        """Restart the clock; at the first step of an epoch, drop the steps of the last one that were not read."""
         self.start, self.pairs = time.perf_counter(), 0
         self.norm: Any = math.nan
         if step_in_epoch == 0:
@@ -86,13 +89,13 @@ class StepMeter:
             self.chances: list[float] = []
 
     def update(self, loss: Tensor, norm: Any, pairs: int, chance: float) -> None:
-        """Take note of one step of this process without waiting for the device.
+        """Add a step of this process without waiting for the device.
 
         Args:
-            loss: this process's part.
-            norm: of the gradient.
-            pairs: texts of this process.
-            chance: the loss of a model that cannot tell one pair of this step from another.
+            loss: this process's part of the loss.
+            norm: norm of the gradient.
+            pairs: number of texts of this process.
+            chance: loss of a model that cannot distinguish the pairs of this step.
         """
         self.losses.append(loss.detach())
         self.chances.append(chance)
@@ -100,7 +103,7 @@ class StepMeter:
         self.pairs += pairs
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading; every process has to call it.
+        """Means since the last reading; every process must call it.
 
         Raises:
             MiniClipError: the loss is not finite.
@@ -121,19 +124,19 @@ class StepMeter:
         return values
 
     def state_dict(self) -> dict[str, list[float]]:
-        """For `accelerator.register_for_checkpointing`; every process has to call it."""
+        """State for `accelerator.register_for_checkpointing`; every process must call it."""
         losses = self.accelerator.reduce(torch.stack(self.losses), "sum").tolist() if self.losses else []
         return {"losses": losses, "chances": list(self.chances)}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Take over what [`state_dict`][StepMeter.state_dict] gave: one process the losses, the others zeros."""
+        """Restore what [`state_dict`][StepMeter.state_dict] returned: rank 0 gets the losses, the others zeros."""
         losses = torch.tensor(state["losses"], device=self.accelerator.device)
         self.losses = list(losses if self.accelerator.is_main_process else torch.zeros_like(losses))
         self.chances = list(state["chances"])
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a line, in the order of the steps. Only the main process writes."""
+    """`metrics.jsonl`: one JSON object per line, in the order of the steps. Only rank 0 writes."""
 
     def __init__(self, path: Path, is_main: bool):
         self.path, self.is_main = path, is_main
@@ -150,15 +153,15 @@ class MetricsLog:
             self.lines += 1
 
     def state_dict(self) -> dict[str, int]:
-        """For `accelerator.register_for_checkpointing`: how long the log is."""
+        """State for `accelerator.register_for_checkpointing`: the length of the log."""
         return {"lines": self.lines}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take over what [`state_dict`][MetricsLog.state_dict] gave; the file itself is left to `rewind`."""
+        """Restore what [`state_dict`][MetricsLog.state_dict] returned; `rewind` then shortens the file."""
         self.lines = state["lines"]
 
     def rewind(self) -> None:
-        """Forget the lines behind the checkpoint from which a run is resumed: they will be written again."""
+        """Delete the lines after the checkpoint that a run resumes from: they will be written again."""
         if self.is_main and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines[: self.lines] if line.endswith("\n")]
@@ -167,5 +170,5 @@ class MetricsLog:
 
 
 def significant(value: float, digits: int = 6) -> float:
-    """A number with so many significant digits, as a log needs them."""
+    """A number rounded to `digits` significant digits."""
     return float(f"{value:.{digits}g}")

@@ -8,35 +8,42 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
-# What is told at a signal. SIGTERM, which leaves less time, goes first where processes got different ones.
-HANDLED = {
+# The line to print for each signal. SIGTERM, which leaves less time, comes first: it wins if processes got different
+# ones.
+MESSAGES = {
     signal.SIGTERM: "SIGTERM: saving after this step",
-    signal.SIGINT: "Ctrl-C: saving after this step; again to stop at once",
+    signal.SIGINT: "Ctrl-C: saving after this step; press again to stop at once",
 }
 
 
-class Interrupt:
-    """Within the block Ctrl-C and SIGTERM only make themselves known, so that a run ends in good order.
+class SignalHandler:
+    """Defers Ctrl-C and SIGTERM to the end of the current step, so that the run can save and exit.
 
-    A second Ctrl-C ends it at once, as SIGKILL does. SIGTERM is what schedulers (Slurm, Kubernetes) send some seconds
-    before that.
+    A second Ctrl-C ends the run at once, as SIGKILL does. Schedulers (Slurm, Kubernetes) send SIGTERM some seconds
+    before SIGKILL.
 
     Args:
-        told: called with a line when the first one came.
+        report: function that prints a line when the first signal arrives.
     """
 
-    def __init__(self, told: Callable[[str], None]):
-        self.told = told
+    def __init__(self, report: Callable[[str], None]):
+        self.report = report
         self.received: signal.Signals | None = None
-        self.agreed: signal.Signals | None = None  # as `in_any_process` found last
+        self.agreed: signal.Signals | None = None  # the last result of `received_by_any_process`
         self.since = 0.0
 
-    def __enter__(self) -> "Interrupt":
+    @property
+    def terminated(self) -> bool:
+        """Whether the processes agreed on SIGTERM: only seconds are left."""
+        return self.agreed == signal.SIGTERM
+
+    def __enter__(self) -> "SignalHandler":
         self.process = os.getpid()
         self.previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # the only one that gets signals
-            self.previous = {number: signal.signal(number, self._handle) for number in HANDLED}
+        if threading.current_thread() is threading.main_thread():  # the only one that receives signals
+            self.previous = {number: signal.signal(number, self._handle) for number in MESSAGES}
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -44,24 +51,24 @@ class Interrupt:
             signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
 
     def _handle(self, number: int, _: object) -> None:
-        if os.getpid() != self.process:  # a loader's process that was just forked
+        if os.getpid() != self.process:  # a loader process that was just forked
             return
-        # A launcher passes on what the terminal or the scheduler sent to all: that is not a second one.
+        # A launcher forwards what the terminal or the scheduler sent to all processes: that is not a second signal.
         if self.received is None:
             self.received, self.since = signal.Signals(number), time.monotonic()
-            self.told(HANDLED[self.received])
+            self.report(MESSAGES[self.received])
         elif number == signal.SIGTERM:
             self.received = signal.SIGTERM
         elif time.monotonic() > self.since + 1:
             signal.signal(number, self.previous[number] or signal.SIG_DFL)
             signal.raise_signal(number)
 
-    def in_any_process(self, accelerator: Any) -> bool:
-        """Whether any process was interrupted; every process has to ask at the same step and gets the same answer."""
+    def received_by_any_process(self, accelerator: Accelerator) -> bool:
+        """Whether any process got a signal; every process must ask at the same step, and gets the same answer."""
         if accelerator.num_processes == 1:
             self.agreed = self.received
         else:
-            flags = torch.tensor([self.received == s for s in HANDLED], device=accelerator.device).int()
+            flags = torch.tensor([self.received == number for number in MESSAGES], device=accelerator.device).int()
             flags = accelerator.reduce(flags, "sum")
-            self.agreed = next((s for s, count in zip(HANDLED, flags, strict=True) if count), None)
+            self.agreed = next((number for number, count in zip(MESSAGES, flags, strict=True) if count), None)
         return self.agreed is not None

@@ -17,7 +17,8 @@ from PIL import Image
 from modeling_miniclip import load_captions
 from modeling_miniclip.data.caption_files import ResolvedColumns, read_caption_file
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.parsing import parse_arguments, read_recipe
+from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.recipes import read_recipe
 from tests.helpers.fuzzing import CAPTIONS, NASTY, TEXT, VALUES, cases, damaged, fuzz, result_or_error
 from tests.helpers.runs import ROOT
 

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from modeling_miniclip.hub import export as hub
 from modeling_miniclip.hub.export import SENTENCE_FILES
 from modeling_miniclip.hub.model_card import rename_card
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.build_model import build_model
+from modeling_miniclip.training.create_model import create_model
 from modeling_miniclip.training.publish import arguments_for_card
 from tests.helpers.hubs import WITHOUT_PACKAGE, add_repository, local_hub, run
 from tests.helpers.runs import ROOT, flags, metrics_of
@@ -193,15 +194,15 @@ def test_no_file_of_an_export_knows_where_things_lay_on_this_machine(
         text_model="private-folder/" + text.name,
         output_dir=str(tmp_path / "out"),
     )
-    model, processor = build_model(arguments, CAPTIONS)
+    model, processor = create_model(arguments, CAPTIONS)
     for _ in range(2):  # what is trained further and exported again has nothing to tell either
         card = {"name": "out", "arguments": arguments_for_card(arguments), "data": {"name": "config.json"}}
         target = export(model, processor, tmp_path / "export", card)
         for path in target.iterdir():
             assert b"private-folder" not in path.read_bytes(), path
             assert str(tmp_path).encode() not in path.read_bytes(), path
-        arguments.model_name_or_path, arguments.vision_model, arguments.text_model = str(target), None, None
-        model, processor = build_model(arguments, CAPTIONS)
+        arguments = replace(arguments, model_name_or_path=str(target), vision_model=None, text_model=None)
+        model, processor = create_model(arguments, CAPTIONS)
     metadata, body = read_card((target / "README.md").read_text())
     assert "base_model" not in metadata
     assert "| `model_name_or_path` | `export` |" in body
@@ -315,10 +316,10 @@ def test_both_towers_from_the_hub_are_base_models_of_the_card(alices_hub: Any, t
     code = """
 from modeling_miniclip import export
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.build_model import build_model
+from modeling_miniclip.training.create_model import create_model
 arguments = TrainingArguments(vision_model="test_resnet.r160_in1k", text_model="alice/bert")
 for folder in ("first", "second"):  # trained on, it is still of these towers
-    export(*build_model(arguments, [["a dog"]]), folder)
+    export(*create_model(arguments, [["a dog"]]), folder)
     arguments = TrainingArguments(model_name_or_path=folder)
 """
     done = run(code, tmp_path, PYTHONPATH=str(ROOT), **alices_hub.client_env(tmp_path / "home"))
@@ -509,7 +510,7 @@ def test_a_push_that_cannot_work_ends_the_run_before_training_with_exit_code_1_a
     cases = [(token, repo_id) for token, repo_id, _ in REFUSED.values()]
     code = f"""
 import os, sys, train_miniclip
-train_miniclip.load_splits = lambda *args: sys.exit("went on to the data")
+train_miniclip.setup.load_splits = lambda *args: sys.exit("went on to the data")
 for i, (token, repo_id) in enumerate({cases!r}):
     os.environ["HF_TOKEN"] = token
     sys.argv[1:] = ["--push_to_hub", "--hub_model_id", repo_id, "--output_dir", f"out-{{i}}"]

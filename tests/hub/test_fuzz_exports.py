@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_miniclip import MiniClipModel, ModelError, encode_texts, export
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.build_model import build_model
+from modeling_miniclip.training.create_model import create_model
 from modeling_miniclip.utils.checksums import KEY, check_weights, seal_weights
 from tests.helpers.fuzzing import VALUES, cases, damaged, fuzz, result_or_error
 from tests.helpers.runs import ROOT
@@ -41,7 +41,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 
 def load(folder: Path) -> Any:
-    return build_model(TrainingArguments(dataset="scenes", model_name_or_path=str(folder)), [])
+    return create_model(TrainingArguments(dataset="scenes", model_name_or_path=str(folder)), [])
 
 
 def assert_same_weights(model: MiniClipModel, state: dict[str, torch.Tensor]) -> None:
@@ -163,7 +163,7 @@ def test_any_value_in_a_preset_is_told_or_gives_a_model(tmp_path: Path, record_p
     @given(where=st.sampled_from(paths(preset)), value=SMALL)
     def check(where: tuple[str, ...], value: Any) -> None:
         path.write_text(json.dumps(with_value(preset, where, value)), encoding="utf-8")
-        built, told = result_or_error(build_model, TrainingArguments(dataset="scenes", preset=str(path)), CAPTIONS)
+        built, told = result_or_error(create_model, TrainingArguments(dataset="scenes", preset=str(path)), CAPTIONS)
         assert built is not None or str(path) in told
 
     check()

@@ -21,10 +21,12 @@ from modeling_miniclip.training.arguments import (
     flag_tables,
     write_flag_tables,
 )
-from modeling_miniclip.training.parsing import augmentation_list, parse_arguments, save_arguments
+from modeling_miniclip.training.check_arguments import augmentation_list
+from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.recipes import save_arguments
 from tests.helpers.runs import ROOT
 
-DEFAULTS = TrainingArguments()
+DEFAULTS = parse_arguments(["--dataset=any.csv"])
 PROMISED = """dataset image_dir output_dir vision_model text_model projection_dim image_size max_length num_workers
 dropout freeze_batch_norm batch_size captions_per_image num_train_epochs max_steps learning_rate
 head_learning_rate vision_learning_rate text_learning_rate
@@ -122,7 +124,7 @@ def test_a_recipe_without_data_asks_for_a_dataset(recipe: Any) -> None:
         ("push_to_hub: no", "push_to_hub", False),
         ("freeze_batch_norm: false", "freeze_batch_norm", False),
         ("freeze_batch_norm: yes", "freeze_batch_norm", True),
-        ("freeze_batch_norm: null", "freeze_batch_norm", None),
+        ("freeze_batch_norm: null", "freeze_batch_norm", True),  # as without a preset
         ("mixed_precision: no", "mixed_precision", "no"),  # false for PyYAML
         ("mixed_precision: 'no'", "mixed_precision", "no"),
         ("freeze: none", "freeze", "none"),
@@ -182,8 +184,8 @@ def test_a_wrong_type_in_a_recipe_names_file_and_key(recipe: Any, key: str, valu
         ("7: 3", "unknown key 7"),
         ("- batch_size", "expected a mapping of arguments, found list"),
         ("", "expected a mapping of arguments"),
-        ("batch_size: [", "not a YAML file"),
-        ("a: \x00", "not a YAML file"),
+        ("batch_size: [", "not a readable YAML file"),
+        ("a: \x00", "not a readable YAML file"),
     ],
 )
 def test_a_recipe_that_is_none_is_refused_by_name(recipe: Any, text: str, message: str) -> None:

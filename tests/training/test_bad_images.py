@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_read_is_no_bad_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_a_process_with_too_few_rows_for_its_chunks_fills_them(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_miniclip.training.grad_cache.largest", lambda number, device: 8)
+    monkeypatch.setattr("modeling_miniclip.training.grad_cache.all_reduce_max", lambda number, device: 8)
     batch = {"image_id": torch.arange(rows), "text_image_id": torch.arange(rows), "input_ids": torch.ones(rows, 3)}
     chunks = split_batch(batch, 2, torch.device("cpu"))
     assert len(chunks) == 4
@@ -119,9 +119,9 @@ def test_images_are_told_once_and_the_limit_is_a_share_of_the_split() -> None:
     told: list[str] = []
     bad = BadImages({"train": {"images": 200}, "validation": {"images": 100}}, 0.01, told.append, torch.device("cpu"))
     assert bad.describe() is None
-    assert bad.lose("train", [(5, "image 'a'")]) == 1
-    assert bad.lose("train", [(5, "image 'a'"), (3, "image 'b'")]) == 2
-    assert bad.lose("validation", [(5, "image 'c'")]) == 1
+    assert bad.record_undecodable("train", [(5, "image 'a'")]) == 1
+    assert bad.record_undecodable("train", [(5, "image 'a'"), (3, "image 'b'")]) == 2
+    assert bad.record_undecodable("validation", [(5, "image 'c'")]) == 1
     assert told == [f"image {name}; {split} goes on without it"
                     for name, split in (("'a'", "train"), ("'b'", "train"), ("'c'", "validation"))]  # fmt: skip
     assert (
@@ -130,10 +130,10 @@ def test_images_are_told_once_and_the_limit_is_a_share_of_the_split() -> None:
     )
     resumed = BadImages({"train": {"images": 200}, "validation": {"images": 100}}, 0.01, told.append, bad.device)
     resumed.load_state_dict(bad.state_dict())
-    assert resumed.lose("train", [(3, "image 'b'")]) == 1 and len(told) == 3
+    assert resumed.record_undecodable("train", [(3, "image 'b'")]) == 1 and len(told) == 3
     assert resumed.good_rows("validation") == [*range(5), *range(6, 100)]
     with pytest.raises(DataError, match=r"3 of 200 images of train .* image 'd'\. --max_bad_image_fraction 0.01"):
-        resumed.lose("train", [(9, "image 'd'")])
+        resumed.record_undecodable("train", [(9, "image 'd'")])
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -222,10 +222,10 @@ def test_validation_without_a_bad_image_is_that_of_the_others(tmp_path: Path) ->
     model, processor, cpu = tiny_model(), tiny_processor(), torch.device("cpu")
     split = split_of(tmp_path)
 
-    def embed(split: Any, lose: Callable[[Any], Any]) -> tuple[torch.Tensor, ...]:
+    def embed(split: Any, on_undecodable: Callable[[Any], Any]) -> tuple[torch.Tensor, ...]:
         rows = CaptionRows(split, processor)
         return embed_split(
-            model, BatchLoader(rows, GlobalBatches(len(rows), 4, False), 0), processor, cpu, False, lose
+            model, BatchLoader(rows, GlobalBatches(len(rows), 4, False), 0), processor, cpu, False, on_undecodable
         )
 
     expected = embed(split.select([0, 1, 2, *range(4, 21)]), lambda lost: None)
@@ -249,7 +249,7 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint_to_go_on_from(
         return inputs
 
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_miniclip.data.loader.model_inputs", inputs_with_nan)
+        patch.setattr("train_miniclip.model_inputs", inputs_with_nan)
         with pytest.raises(MiniClipError, match="training loss became nan.*checkpoint"):
             main(flags(tmp_path, "parts", resume_from_checkpoint="latest"))
     main(flags(tmp_path, "parts", resume_from_checkpoint="latest"))

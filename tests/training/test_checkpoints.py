@@ -20,8 +20,8 @@ import torch
 
 from modeling_miniclip import ModelError, UsageError
 from modeling_miniclip.training import optimizer
-from modeling_miniclip.training.checkpoints import find_checkpoint, rewind_folders, surplus
-from modeling_miniclip.training.optimizer import clamp_temperature
+from modeling_miniclip.training.checkpoints import expired_checkpoints, find_checkpoint, rewind_folders
+from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.output_dir import clear_output_dir
 from modeling_miniclip.training.reporting import MetricsLog
 from tests.helpers.runs import command, environment, flags, launch, metrics_of
@@ -232,12 +232,12 @@ def test_sigterm_saves_after_the_step_and_the_run_resumes_exactly(
     steps = []
 
     def clamp_and_signal(model: Any) -> None:
-        clamp_temperature(model)
+        clamp_logit_scale(model)
         steps.append(1)
         if len(steps) in (3, 8):  # the first at the end of an epoch, the second in the middle of one
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(optimizer, "clamp_temperature", clamp_and_signal)
+    monkeypatch.setattr(optimizer, "clamp_logit_scale", clamp_and_signal)
     argv = flags(tmp_path, **SETTINGS[PLATEAU])
     for saved in ("step-00000003", "step-00000008"):
         with pytest.raises(SystemExit) as ended:
@@ -284,11 +284,11 @@ def wait_for(path: Path) -> None:
 
 def test_last_and_best_checkpoint_are_never_surplus() -> None:
     paths = [Path(f"step-{step:08d}") for step in (3, 6, 9, 12)]
-    assert surplus(paths, 2, 3) == [paths[1], paths[2]]
-    assert surplus(paths, 1, 6) == [paths[0], paths[2]]
-    assert surplus(paths, 1, 12) == paths[:3]
-    assert surplus(paths, 3, 0) == [paths[0]]
-    assert surplus(paths, 4, 3) == []
+    assert expired_checkpoints(paths, 2, 3) == [paths[1], paths[2]]
+    assert expired_checkpoints(paths, 1, 6) == [paths[0], paths[2]]
+    assert expired_checkpoints(paths, 1, 12) == paths[:3]
+    assert expired_checkpoints(paths, 3, 0) == [paths[0]]
+    assert expired_checkpoints(paths, 4, 3) == []
 
 
 def test_latest_without_a_checkpoint_is_a_fresh_start_unless_a_run_ended_there(tmp_path: Path) -> None:

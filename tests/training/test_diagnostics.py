@@ -22,8 +22,8 @@ from modeling_miniclip.training.diagnostics import (
     diagnose_collapse,
     diagnose_loss,
     diagnose_temperature,
+    linear_alignment_z,
     mean_cosine,
-    relation,
 )
 from modeling_miniclip.training.figures import read_metrics
 from modeling_miniclip.training.overfit import judge_overfit, least_loss, row_keys
@@ -120,7 +120,7 @@ def test_row_keys_are_equal_for_equal_rows_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "moved", "told"),
+    ("loss", "has_learned", "told"),
     [
         (3.47, True, "stuck at that of guessing, ln.batch. = 3.466.*too high"),
         (3.47, False, "stuck.*too low, or too much is frozen"),
@@ -130,8 +130,8 @@ def test_row_keys_are_equal_for_equal_rows_alone() -> None:
         (0.1, False, None),
     ],
 )
-def test_loss_of_guessing_is_told(loss: float, moved: bool, told: str | None) -> None:
-    line = diagnose_loss(loss, math.log(32), 1.0, moved)
+def test_loss_of_guessing_is_told(loss: float, has_learned: bool, told: str | None) -> None:
+    line = diagnose_loss(loss, math.log(32), 1.0, has_learned)
     assert line is None if told is None else re.search(told, str(line))
 
 
@@ -155,7 +155,7 @@ def test_collapsed_side_is_told_by_name() -> None:
     assert diagnose_collapse(spread, spread) is None
     assert "image embeddings have collapsed" in str(diagnose_collapse(collapsed, spread))
     assert "--text_learning_rate or --head_learning_rate is too high" in str(diagnose_collapse(spread, collapsed))
-    assert "is too low: nothing has moved" in str(diagnose_collapse(spread, collapsed, moved=False))
+    assert "is too low: nothing has moved" in str(diagnose_collapse(spread, collapsed, has_learned=False))
 
 
 def test_above_chance_is_a_standard_score() -> None:
@@ -171,9 +171,9 @@ def test_probe_finds_a_relation_that_the_model_does_not_and_none_in_shuffled_cap
     turned = texts @ torch.linalg.qr(unit(16, 16, seed=9))[0]  # a model whose sides know nothing of each other
     constant = torch.full((1, 16), 0.25)
     images, turned = (normalize(constant + 1e-3 * x, dim=-1) for x in (images, turned))  # and are all but collapsed
-    assert relation(images, turned, owner) > 10
+    assert linear_alignment_z(images, turned, owner) > 10
     shuffled = torch.randperm(600, generator=torch.Generator().manual_seed(0))[owner]
-    assert abs(relation(images, turned, shuffled)) < 3
+    assert abs(linear_alignment_z(images, turned, shuffled)) < 3
     assert diagnose_captions(images, turned, owner, None) is None
     assert "not the data but likely the learning rates" in str(diagnose_captions(images, turned, owner, 1.0))
     assert "captions are unrelated" in str(diagnose_captions(images, turned, shuffled, 1.0))
@@ -236,15 +236,14 @@ def test_loss_is_judged_by_many_steps_not_by_one_batch() -> None:
         ([3.5, 1.0, 0.37], 0.3466, True, "below 0.3466"),
         ([3.5, 1.0, 0.37], 0.0, False, "part of the way"),
         ([3.5, 3.49, 3.48], 0.0, False, "too low, or too much is frozen"),
-        ([3.5, 9.0, 3.47], 0.0, False, "too high, and all embeddings became alike"),
-        ([3.9, 3.47, 3.47], 0.0, False, "all embeddings became alike"),
-        ([3.5, 1.0, 2.5], 0.0, False, "goes up again"),
-        ([3.5, 3.47, 3.47], 3.46, False, "all alike"),
+        ([3.5, 9.0, 3.47], 0.0, False, "too high and all embeddings became the same"),
+        ([3.9, 3.47, 3.47], 0.0, False, "all embeddings became the same"),
+        ([3.5, 1.0, 2.5], 0.0, False, "rises again"),
+        ([3.5, 3.47, 3.47], 3.46, False, "all the same"),
     ],
 )
 def test_verdict_on_one_batch(losses: list[float], least: float, reached: bool, cause: str) -> None:
-    lines = [{"loss": loss} for loss in losses]
-    found, line = judge_overfit(lines, least, math.log(32))
+    found, line = judge_overfit(losses, least, math.log(32))
     assert found == reached and cause in line
 
 
@@ -290,7 +289,7 @@ def test_overfit_batch_tells_whether_one_batch_can_be_learned_and_writes_nothing
     monkeypatch.setattr("sys.argv", ["train_miniclip.py", *argv])
     assert cli() == int(equal)
     out, error = capsys.readouterr()
-    assert ("all alike" in error) if equal else ("it reaches zero" in out)
+    assert ("all the same" in error) if equal else ("it reaches zero" in out)
     assert (f"below {math.log(2) / 2:.4f}" in out) == (captions == 2)
     assert not (tmp_path / "run").exists()
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_miniclip.configuration_miniclip import LOSS_TYPES
 from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
-from modeling_miniclip.training.build_model import set_dropout
+from modeling_miniclip.training.create_model import set_dropout
 from modeling_miniclip.training.distributed import gather_rows, global_contrastive_loss
 from modeling_miniclip.training.layers import set_training_mode
 from tests.helpers.towers import PIXELS, tiny_model

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_miniclip import MiniClipModel
-from modeling_miniclip.training.checkpoints import checkpoints
+from modeling_miniclip.training.checkpoints import list_checkpoints
 from tests.helpers.runs import flags
 from tests.training.test_checkpoints import (
     PLATEAU,
@@ -49,7 +49,7 @@ def assert_complete(run: Path, steps_before: list[str]) -> list[str]:
     Returns:
         Names of the checkpoints.
     """
-    found = checkpoints(run / "checkpoints") if (run / "checkpoints").exists() else []
+    found = list_checkpoints(run / "checkpoints") if (run / "checkpoints").exists() else []
     assert not steps_before or (found and found[-1].name >= steps_before[-1]), "what was complete is gone"
     for checkpoint in found:
         names = {path.name for path in checkpoint.iterdir()}

@@ -9,7 +9,7 @@ import torch
 from modeling_miniclip.data.loader import model_inputs
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.layers import set_training_mode
-from modeling_miniclip.training.optimizer import build_scheduler, clamp_temperature, parameter_groups
+from modeling_miniclip.training.optimizer import build_scheduler, clamp_logit_scale, parameter_groups
 from tests.helpers.towers import PIXELS, tiny_model, tiny_processor
 
 
@@ -87,11 +87,11 @@ def test_temperature_is_brought_back_to_its_bound_and_not_touched_below() -> Non
     model = tiny_model()
     with torch.no_grad():
         model.logit_scale.fill_(9.0)
-    clamp_temperature(model)
+    clamp_logit_scale(model)
     assert model.logit_scale.item() == pytest.approx(math.log(100))
     with torch.no_grad():
         model.logit_scale.fill_(1.5)
-    clamp_temperature(model)
+    clamp_logit_scale(model)
     assert model.logit_scale.item() == 1.5
 
 

@@ -14,7 +14,7 @@ import pytest
 from modeling_miniclip import MiniClipError
 from modeling_miniclip.errors import disk_error_message
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.output_dir import LOCK_FILE, own_folder
+from modeling_miniclip.training.output_dir import LOCK_FILE, locked_output_dir
 from tests.helpers.runs import environment, flags
 from tests.training.test_checkpoints import (
     NEVER,
@@ -34,8 +34,8 @@ from train_miniclip import main
 HOLDER = """
 import os, sys, time
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.output_dir import own_folder
-with own_folder(TrainingArguments(output_dir=sys.argv[1])):
+from modeling_miniclip.training.output_dir import locked_output_dir
+with locked_output_dir(TrainingArguments(output_dir=sys.argv[1])):
     child = os.fork()
     if child:
         print(child, flush=True)
@@ -58,11 +58,11 @@ def test_a_second_run_is_refused_until_the_first_is_dead_although_its_workers_li
         for resume in ("--resume_from_checkpoint=latest", "--overwrite_output_dir=true"):
             with pytest.raises(MiniClipError, match=f"used by another run, process {holder.pid} on .*: wait"):
                 main([*flags(tmp_path), resume])
-        with own_folder(arguments_of(folder, overfit_batch=True)):  # writes nothing
+        with locked_output_dir(arguments_of(folder, overfit_batch=True)):  # writes nothing
             pass
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        with own_folder(arguments_of(folder)):
+        with locked_output_dir(arguments_of(folder)):
             assert (folder / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
     finally:
         os.kill(child, signal.SIGKILL)
@@ -72,7 +72,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead_although_its_workers_li
 
 def test_of_several_processes_the_first_holds_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    with own_folder(arguments_of(tmp_path / "run")):
+    with locked_output_dir(arguments_of(tmp_path / "run")):
         assert not (tmp_path / "run").exists()
 
 

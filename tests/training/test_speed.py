@@ -37,15 +37,15 @@ def test_plain_loop_and_package_agree_on_the_loss_of_a_batch(benchmark: Any, tmp
     arguments = parse_arguments([f"--{name}={value}" for name, value in argv.items()])
     plain = benchmark("plain_loop").PlainLoop(arguments, captions_per_image=1)
     run = train_miniclip.prepare(arguments)
-    run.plain.load_state_dict(plain.model.state_dict())
-    split = run.train_loader.dataset.captions
-    run.train_loader.dataset.captions = [captions[:1] for captions in split]  # not drawn
+    run.unwrapped_model.load_state_dict(plain.model.state_dict())
+    split = run.train_loader.rows.captions
+    run.train_loader.rows.captions = [captions[:1] for captions in split]  # not drawn
     (batch,) = run.train_loader
-    ours = train_miniclip.forward_and_backward(run, batch)
+    ours = train_miniclip.compute_loss_and_gradients(run, batch)
     (theirs,) = plain.train_epoch()
     assert len(batch["image_id"]) == len(plain.loader.dataset) == 6
     assert ours.item() == pytest.approx(theirs, rel=1e-4)
-    assert sum(p.requires_grad for p in run.plain.parameters()) == sum(
+    assert sum(p.requires_grad for p in run.unwrapped_model.parameters()) == sum(
         p.requires_grad for p in plain.model.parameters()
     )
 

@@ -1,4 +1,4 @@
-"""Model and processor as a run's arguments ask for them."""
+"""Create model and processor from pretrained towers, a preset or an export."""
 
 import json
 from pathlib import Path
@@ -15,23 +15,22 @@ from ..processing_miniclip import MiniClipProcessor, image_processor_from_timm, 
 from ..utils.resources import named_file
 from .arguments import MODEL_SOURCES, TrainingArguments
 
-DEFAULT_VISION, DEFAULT_TEXT = "resnet50.a1_in1k", "distilbert-base-uncased"
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def build_model(arguments: TrainingArguments, captions: list[list[str]]) -> tuple[MiniClipModel, MiniClipProcessor]:
-    """Model and processor as the arguments ask: from a preset, from an export or from two pretrained towers.
+def create_model(arguments: TrainingArguments, captions: list[list[str]]) -> tuple[MiniClipModel, MiniClipProcessor]:
+    """Create the model that the arguments describe: from a preset, from an export or from two pretrained towers.
 
     Args:
-        arguments: of the run. Where they name no model at all, the default towers are entered in them.
-        captions: of the training images; a preset trains its vocabulary on them.
+        arguments: flags of the run.
+        captions: captions of each training image; a preset trains its vocabulary on them.
 
     Returns:
-        The model in evaluation mode and float32, and the processor that belongs to it.
+        The model in evaluation mode and float32, and its processor.
 
     Raises:
         ModelError: the weights cannot be found, are damaged or do not fit.
-        UsageError: arguments or a preset that no model can follow.
+        UsageError: the arguments or the preset describe no possible model.
     """
     asked = {
         "text_pooling": arguments.text_pooling,
@@ -47,9 +46,9 @@ def build_model(arguments: TrainingArguments, captions: list[list[str]]) -> tupl
             model, processor = _from_export(arguments, overrides)
         else:
             model, processor = _from_towers(arguments, overrides)
-        if arguments.train_image_size is not None:  # refused by towers of a fixed size
+        if arguments.train_image_size is not None:  # towers of a fixed size raise an error
             image_processor_from_timm(model.config.vision_config, arguments.train_image_size)
-    except Exception as error:  # the libraries raise all sorts at values that they did not write
+    except Exception as error:  # the libraries raise all kinds at values that they did not write
         named = [f"--{name} {getattr(arguments, name)}" for names in MODEL_SOURCES for name in names]
         sources = " and ".join(text for text in named if not text.endswith(" None"))
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
@@ -65,8 +64,7 @@ def build_model(arguments: TrainingArguments, captions: list[list[str]]) -> tupl
 
 
 def _from_towers(arguments: TrainingArguments, overrides: dict[str, Any]) -> tuple[MiniClipModel, MiniClipProcessor]:
-    vision = arguments.vision_model = arguments.vision_model or DEFAULT_VISION
-    text = arguments.text_model = arguments.text_model or DEFAULT_TEXT
+    vision, text = str(arguments.vision_model), str(arguments.text_model)
     for flag, source in (("--vision_model", vision), ("--text_model", text)):
         check_export_folder(flag, source)
     sizes = (arguments.image_size, arguments.max_length, arguments.crop_pct)
@@ -88,15 +86,15 @@ def _from_preset(
 
 
 def read_preset(path: Path, overrides: dict[str, Any] | None = None) -> MiniClipConfig:
-    """The configuration in a preset's JSON.
+    """The configuration in a preset's JSON file.
 
     Args:
-        path: of the file.
-        overrides: fields that outweigh it.
+        path: path of the file.
+        overrides: fields that override those of the file.
 
     Raises:
-        UsageError: not JSON, a key that is no field of [`MiniClipConfig`], or a value that it does not take.
-        OSError: it cannot be read.
+        UsageError: the file is not JSON, or has an unknown key or an invalid value for [`MiniClipConfig`].
+        OSError: the file cannot be read.
     """
     try:
         preset = json.loads(path.read_text(encoding="utf-8"))
@@ -106,7 +104,7 @@ def read_preset(path: Path, overrides: dict[str, Any] | None = None) -> MiniClip
         raise UsageError(f"{path}: expected the fields of a MiniClipConfig, found {type(preset).__name__}")
     known = ["model_type", *MiniClipConfig.__annotations__]
     for key in preset:
-        if key not in known:  # the configuration would keep it without a word
+        if key not in known:  # the configuration would silently keep it
             expected = f"; expected one of {', '.join(known)}"
             raise UsageError(f"{path}: unknown key {key!r}{did_you_mean(key, known, expected)}")
     try:
@@ -121,7 +119,7 @@ def _from_export(arguments: TrainingArguments, overrides: dict[str, Any]) -> tup
     for name, value in overrides.items():
         own = getattr(model.config, name)
         if value != own:
-            raise UsageError(f"--{name} {value} cannot change a trained model: that of {source} is {own}")
+            raise UsageError(f"--{name} {value} cannot change a trained model: {source} has {own}")
     processor.tokenizer.model_max_length = _text_length(arguments, processor.tokenizer.model_max_length)
     if arguments.image_size is not None or arguments.crop_pct is not None:
         size = arguments.image_size or processor.image_processor.crop_size["height"]
@@ -138,14 +136,13 @@ def _text_length(arguments: TrainingArguments, limit: int) -> int:
 
 
 def train_tokenizer(captions: list[list[str]], vocab_size: int) -> Any:
-    """A lower-casing WordPiece tokenizer as BERT's, its vocabulary learnt from the captions.
+    """A lower-casing WordPiece tokenizer like BERT's, with a vocabulary learned from the captions.
 
-    It knows every character of the captions. The same captions give the same vocabulary, in every process and in every
-    run.
+    It knows every character of the captions. The same captions give the same vocabulary in every process and run.
 
     Args:
-        captions: lists of texts.
-        vocab_size: upper bound of the vocabulary, special tokens included.
+        captions: captions of each image.
+        vocab_size: largest size of the vocabulary, special tokens included.
 
     Raises:
         ValueError: the captions have too many different characters for a vocabulary of that size.
@@ -161,13 +158,13 @@ def train_tokenizer(captions: list[list[str]], vocab_size: int) -> Any:
     words = {word for text in normal for word, _ in learner.pre_tokenizer.pre_tokenize_str(text)}
     inner = {character for word in words for character in word[1:]}
     # The library numbers single characters in the order of a hash table, and breaks ties between pieces by these
-    # numbers. Named as special tokens they have fixed numbers; in the final tokenizer they are plain pieces.
+    # numbers. As special tokens they get fixed numbers; in the final tokenizer they are plain pieces.
     alphabet = sorted({word[0] for word in words} | inner) + sorted(f"##{character}" for character in inner)
     fixed = [*SPECIAL_TOKENS, *alphabet]
     if len(fixed) > vocab_size:
         raise ValueError(
-            f"the captions need {len(fixed)} tokens for their single characters alone, more than vocab_size "
-            f"{vocab_size} of the preset's text_config: raise it"
+            f"the captions need {len(fixed)} tokens for their single characters alone, more than the vocab_size "
+            f"{vocab_size} in the preset's text_config: raise it"
         )
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=fixed, limit_alphabet=vocab_size, show_progress=False
@@ -177,7 +174,7 @@ def train_tokenizer(captions: list[list[str]], vocab_size: int) -> Any:
 
 
 def set_dropout(part: nn.Module, probability: float) -> None:
-    """Set every dropout of a model or a part: modules, attention dropout kept as a number, and stochastic depth."""
+    """Set every dropout of a model or a part: modules, attention dropout stored as a number, and stochastic depth."""
     if isinstance(part, MiniClipModel):
         part.config.projection_dropout = probability
     for module in part.modules():

@@ -15,7 +15,8 @@ from transformers import AutoProcessor, AutoTokenizer, BertTokenizer
 
 from modeling_miniclip import MiniClipError, MiniClipModel, MiniClipProcessor, ModelError, UsageError, export
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.build_model import build_model, read_preset, set_dropout, train_tokenizer
+from modeling_miniclip.training.create_model import create_model, read_preset, set_dropout, train_tokenizer
+from modeling_miniclip.training.parsing import parse_arguments
 from tests.helpers.runs import ROOT, environment, write_preset
 from tests.helpers.towers import CAPTIONS, PIXELS, TEXT, VISION, save_towers, tiny_model, tiny_processor
 
@@ -36,7 +37,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def build(**flags: Any) -> tuple[MiniClipModel, MiniClipProcessor]:
-    return build_model(TrainingArguments(**flags), CAPTIONS)
+    return create_model(TrainingArguments(**flags), CAPTIONS)
 
 
 def inputs_of(processor: MiniClipProcessor) -> dict[str, torch.Tensor]:
@@ -94,15 +95,13 @@ def test_a_model_of_towers_has_their_weights_and_the_shapes_of_the_flags(towers:
     assert all(torch.equal(own[name], saved[name]) for name in saved)
 
 
-def test_without_a_model_the_default_towers_are_entered_in_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_towers_are_used_without_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(MiniClipProcessor, "from_towers", lambda *args: asked.append(args))
     monkeypatch.setattr(MiniClipModel, "from_towers", lambda *args: asked.append(args))
-    arguments = TrainingArguments()
-    build_model(arguments, CAPTIONS)
+    create_model(parse_arguments(["--dataset=any.csv"]), CAPTIONS)
     names = ("resnet50.a1_in1k", "distilbert-base-uncased")
     assert asked == [(*names, None, None, None), names]
-    assert (arguments.vision_model, arguments.text_model) == names
 
 
 def test_a_preset_gives_random_weights_and_a_vocabulary_of_the_captions(tmp_path: Path) -> None:
@@ -257,7 +256,7 @@ def test_another_model_than_an_export_is_told_by_its_type(towers: dict[str, str]
 
 
 def test_an_export_is_loaded_in_a_fresh_process_without_asking_to_trust_its_code(exported: str) -> None:
-    code = f"from modeling_miniclip.training.build_model import load_export; load_export({exported!r}, '--model')"
+    code = f"from modeling_miniclip.inference.loading import load_export; load_export({exported!r}, '--model')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, input=""
     )
@@ -277,10 +276,10 @@ def test_a_folder_without_a_model_is_told_with_the_export_inside_it(exported: st
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"projection_dim": 32}, "--projection_dim 32 cannot change a trained model: that of .* is 16"),
+        ({"projection_dim": 32}, "--projection_dim 32 cannot change a trained model: .* has 16"),
         ({"projection_depth": 1}, "--projection_depth 1 cannot change"),
-        ({"text_pooling": "mean"}, "--text_pooling mean cannot change .* is cls"),
-        ({"loss_type": "sigmoid"}, "--loss_type sigmoid cannot change .* is softmax_sum"),
+        ({"text_pooling": "mean"}, "--text_pooling mean cannot change .* has cls"),
+        ({"loss_type": "sigmoid"}, "--loss_type sigmoid cannot change .* has softmax_sum"),
         ({"max_length": 25}, r"--max_length must be in 1\.\.24"),
     ],
 )
@@ -372,7 +371,7 @@ def test_too_many_characters_for_the_vocabulary_are_told(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="the captions need 305 tokens .* vocab_size 200 .*raise it"):
         train_tokenizer(captions, 200)
     with pytest.raises(ModelError, match="vocab_size 200"):
-        build_model(TrainingArguments(preset=str(write_preset(tmp_path))), captions)
+        create_model(TrainingArguments(preset=str(write_preset(tmp_path))), captions)
     assert tiny_processor().tokenizer.unk_token_id not in train_tokenizer(captions, 305)(captions[0])["input_ids"][0]
 
 

@@ -1,0 +1,165 @@
+"""The state of a training run: what `prepare` builds and the training loop changes."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..data.loader import BatchLoader, GlobalBatches
+from ..modeling_miniclip import MiniClipModel
+from ..processing_miniclip import MiniClipProcessor
+from .arguments import TrainingArguments
+from .bad_images import BadImages
+from .check_arguments import checkpoint_interval
+from .checkpoints import Progress, check_weights, save_checkpoint
+from .diagnostics import Diagnosis
+from .ema import AveragedWeights
+from .features import FrozenFeatures
+from .reporting import MetricsLog, StepMeter, say
+from .signals import SignalHandler
+
+
+@dataclass
+class TrainingRun:
+    """Everything that training reads and changes.
+
+    Args:
+        arguments: flags of the run, all resolved.
+        accelerator: device, processes and precision.
+        model: the model as Accelerate prepared it, for forward passes.
+        unwrapped_model: the same model without the wrapper, for everything else.
+        processor: preprocessing of images and texts.
+        optimizer: AdamW, as Accelerate prepared it.
+        scheduler: schedule of the learning rates.
+        train_loader: this process's share of the training batches.
+        validation_loader: this process's share of the validation batches.
+        validation_split: validation images with their captions, for the pictures.
+        validation_features: features of the validation split from frozen towers.
+        card_data: what the model card says about the dataset.
+        log: `metrics.jsonl`.
+        meter: losses and throughput of the steps since the last log line.
+        progress: epoch, step and best value so far.
+        signals: Ctrl-C and SIGTERM.
+        diagnosis: warnings about a run that does not learn.
+        bad_images: images that could not be decoded.
+        steps_per_epoch: optimizer steps per epoch.
+        last_step: step at which training ends.
+        ema: moving average of the weights; None without `--ema_decay`.
+        saved_position: `position` of the last checkpoint; the start needs none.
+    """
+
+    arguments: TrainingArguments
+    accelerator: Accelerator
+    model: nn.Module
+    unwrapped_model: MiniClipModel
+    processor: MiniClipProcessor
+    optimizer: AcceleratedOptimizer
+    scheduler: LRScheduler
+    train_loader: BatchLoader
+    validation_loader: BatchLoader
+    validation_split: Dataset
+    validation_features: FrozenFeatures
+    card_data: dict[str, Any]
+    log: MetricsLog
+    meter: StepMeter
+    progress: Progress
+    signals: SignalHandler
+    diagnosis: Diagnosis
+    bad_images: BadImages
+    steps_per_epoch: int
+    last_step: int
+    ema: AveragedWeights | None = None
+    saved_position: tuple[int, int] = (0, 0)
+    output_dir: Path = field(init=False)
+    export_dir: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.output_dir = Path(self.arguments.output_dir)
+        self.export_dir = self.output_dir / "export"
+
+    def say(self, line: str) -> None:
+        """Print a line once, not once per process."""
+        say(self.accelerator, line)
+
+    @property
+    def train_batches(self) -> GlobalBatches:
+        """Sampler of the training batches."""
+        return cast(GlobalBatches, self.train_loader.batch_sampler)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Number of complete epochs, each with its validation, and of steps after them."""
+        return self.progress.epoch, self.progress.step_in_epoch
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training images so far, for logs."""
+        return self.progress.epoch + self.progress.step_in_epoch / self.steps_per_epoch
+
+    @property
+    def epoch_is_trained(self) -> bool:
+        """Whether only the validation of the current epoch is left."""
+        return self.progress.step_in_epoch == self.steps_per_epoch
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether `--early_stopping_patience` epochs passed without improvement."""
+        return self.progress.epochs_without_improvement >= (self.arguments.early_stopping_patience or math.inf)
+
+    def should_stop(self) -> bool:
+        """Whether nothing is left to train. Every process must call it, as a signal may have reached only one."""
+        interrupted = self.signals.received_by_any_process(self.accelerator)
+        done = self.progress.step >= self.last_step and not self.epoch_is_trained
+        return interrupted or done or self.out_of_patience
+
+    def final_weights(self) -> AbstractContextManager[None]:
+        """Within the block, the model has the weights that are validated and exported."""
+        return nullcontext() if self.ema is None else self.ema.in_place()
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether `--checkpointing_steps` asks for a checkpoint now; an epoch is saved after its validation."""
+        interval = checkpoint_interval(self.arguments)
+        if interval is None:
+            return self.progress.step_in_epoch == 0
+        return self.progress.step % interval == 0 and not self.epoch_is_trained
+
+    def save_checkpoint(self) -> None:
+        """Save a checkpoint unless this step already has one.
+
+        Raises:
+            MiniClipError: a weight is not finite.
+        """
+        if self.saved_position == self.position:
+            return
+        check_weights(self.unwrapped_model, self.accelerator)
+        folder, keep = self.output_dir / "checkpoints", self.arguments.save_total_limit
+        save_checkpoint(self.accelerator, folder, self.progress, keep, self.export_dir)
+        self.saved_position = self.position
+
+    def write_metrics(self, split: str, values: dict[str, float], **only_in_file: float) -> None:
+        """Write values to `metrics.jsonl` and the trackers.
+
+        Args:
+            split: `train` or `validation`.
+            values: metrics by name.
+            **only_in_file: values for `metrics.jsonl` only.
+        """
+        self.log.write(self.progress.step, self.epoch, split, values | only_in_file)
+        self.accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=self.progress.step)
+
+    def validation_image_features(self) -> Tensor | None:
+        """`[rows, width]` features of a frozen image tower for the validation images, else None."""
+        return None if self.validation_features.vision is None else self.validation_features.vision[0]
+
+    def close(self) -> None:
+        """End the loader processes, which would otherwise take 5 s each at exit, and the trackers."""
+        del self.train_loader, self.validation_loader
+        self.accelerator.end_training()

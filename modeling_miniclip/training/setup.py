@@ -1,0 +1,310 @@
+"""The steps of `prepare` in `train_miniclip.py`, in the order in which it calls them."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
+from datasets import DatasetDict
+
+from ..data.augmentation import build_augmentation
+from ..data.captions import load_captions
+from ..data.check import quick_check
+from ..data.dataset import CaptionRows
+from ..data.loader import BatchLoader, GlobalBatches
+from ..errors import ModelError, UsageError, one_line
+from ..hub.push import prepare_push
+from ..modeling_miniclip import MiniClipModel
+from ..processing_miniclip import MiniClipProcessor
+from ..utils.performance import (
+    allow_tf32,
+    best_mixed_precision,
+    compile_towers,
+    keep_freed_memory,
+    to_channels_last,
+)
+from ..utils.processes import process_rank
+from .arguments import TrainingArguments
+from .bad_images import BadImages
+from .check_arguments import augmentation_list
+from .checkpoints import Progress, check_resumed, delete_expired, find_checkpoint, rewind_folders
+from .create_model import create_model
+from .diagnostics import Diagnosis
+from .ema import AveragedWeights
+from .feature_cache import default_cache_dir
+from .features import EVALUATION_BATCH, FrozenFeatures, frozen_image_features, frozen_text_features
+from .layers import freeze_layers
+from .optimizer import build_scheduler, parameter_groups
+from .output_dir import check_output_dir, clear_output_dir
+from .publish import data_for_card
+from .recipes import save_arguments
+from .reporting import MetricsLog, StepMeter, describe_model, describe_splits, say, split_sizes
+from .run import TrainingRun
+from .signals import SignalHandler
+from .text_groups import group_texts_by_length
+
+
+def prepare_output_dir(arguments: TrainingArguments) -> Path | None:
+    """Check that `--output_dir` can be used; nothing in it is deleted yet.
+
+    Returns:
+        The checkpoint to resume from; None to start from scratch.
+    """
+    if process_rank() == 0:
+        check_output_dir(arguments)
+    if arguments.resume_from_checkpoint is None:
+        return None
+    return find_checkpoint(Path(arguments.output_dir), arguments.resume_from_checkpoint)
+
+
+def prepare_hub_repo(arguments: TrainingArguments) -> str | None:
+    """With `--push_to_hub`, create the repository or check that it can be pushed to; rank 0 only.
+
+    Returns:
+        Full name of the repository, `user/name`; without a push, `--hub_model_id` as given.
+    """
+    if not arguments.push_to_hub or process_rank() != 0:
+        return arguments.hub_model_id
+    return prepare_push(
+        arguments.hub_model_id, Path(arguments.output_dir), arguments.hub_private_repo, arguments.hub_revision
+    )
+
+
+def build_accelerator(arguments: TrainingArguments) -> Accelerator:
+    """Device, processes and precision; sets the seed."""
+    keep_freed_memory()
+    # Without cpu=True, Accelerate does not start gloo and every process would train alone.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=arguments.mixed_precision or best_mixed_precision(PartialState(cpu=on_cpu).device),
+        log_with=None if arguments.report_to == "none" else arguments.report_to,
+        project_dir=arguments.output_dir,
+    )
+    if arguments.ema_decay is not None and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        raise UsageError(
+            f"--ema_decay does not work with {accelerator.distributed_type}, which spreads the weights over "
+            "processes; leave it out"
+        )
+    allow_tf32(accelerator.device)
+    set_seed(arguments.seed)
+    return accelerator
+
+
+def load_splits(arguments: TrainingArguments) -> DatasetDict:
+    """Splits of the dataset, one row `{image, image_id, captions}` per image.
+
+    `--max_train_images` and `--max_validation_images` limit their length.
+    """
+    splits = load_captions(
+        arguments.dataset or "scenes",
+        image_dir=arguments.image_dir,
+        image_column=arguments.image_column,
+        caption_column=arguments.caption_column,
+        validation_fraction=arguments.validation_fraction,
+        seed=arguments.seed,
+        revision=arguments.dataset_revision,
+        stream_first_rows=arguments.stream_first_rows,
+        allow_outside_images=arguments.allow_outside_images,
+    )
+    for name, limit in (("train", arguments.max_train_images), ("validation", arguments.max_validation_images)):
+        if limit is not None:
+            splits[name] = splits[name].select(range(min(limit, len(splits[name]))))
+    return splits
+
+
+def report_splits(splits: DatasetDict, arguments: TrainingArguments, accelerator: Accelerator) -> None:
+    """Print the size of the splits and a warning for each kind of problem in their captions."""
+    say(accelerator, describe_splits(splits))
+    if accelerator.is_main_process:
+        for line in quick_check(splits, str(arguments.dataset), arguments.batch_size):
+            say(accelerator, f"warning: {line}")
+
+
+def build_model(
+    splits: DatasetDict, arguments: TrainingArguments, accelerator: Accelerator
+) -> tuple[MiniClipModel, MiniClipProcessor]:
+    """Build model and processor, freeze layers, and report how many captions will be truncated."""
+    captions = list(splits["train"]["captions"])
+    model, processor = create_model(arguments, captions)
+    freeze_layers(model, arguments)
+    if accelerator.distributed_type != DistributedType.FSDP:
+        to_channels_last(model.vision_model)  # FSDP needs contiguous parameters,
+        group_texts_by_length(model)  # and all its processes must run a tower equally often
+    if arguments.compile_towers:
+        compile_towers(model.vision_model, model.text_model)
+    say(accelerator, describe_model(model))
+    truncated = processor.count_truncated([text for row in captions for text in row])
+    if truncated:
+        limit, total = processor.tokenizer.model_max_length, sum(map(len, captions))
+        say(accelerator, f"{truncated} of {total} training captions will be truncated to {limit} tokens")
+    return model.to(accelerator.device), processor
+
+
+def compute_frozen_features(
+    model: MiniClipModel,
+    processor: MiniClipProcessor,
+    splits: DatasetDict,
+    arguments: TrainingArguments,
+    accelerator: Accelerator,
+) -> dict[str, FrozenFeatures]:
+    """Run the frozen towers over both splits, which takes minutes; results are cached on disk.
+
+    Returns:
+        Features of `train` and `validation`; None for a tower that is trained or whose images are augmented anew in
+        every epoch.
+    """
+    found = {"train": FrozenFeatures(), "validation": FrozenFeatures()}
+    if arguments.freeze == "none":
+        return found
+    cache_dir = Path(arguments.feature_cache_dir or default_cache_dir())
+    for split, features in found.items():
+        rows = caption_rows(splits, split, FrozenFeatures(), processor, arguments)
+        views = 1 if rows.augmentation is None else arguments.num_views
+        if arguments.freeze in ("vision", "both") and views is not None:
+            features.vision = frozen_image_features(model, rows, views, arguments.num_workers, cache_dir, accelerator)
+        if arguments.freeze in ("text", "both"):
+            features.text = frozen_text_features(model, rows.captions, processor, cache_dir, accelerator)
+    return found
+
+
+def caption_rows(
+    splits: DatasetDict,
+    split: str,
+    features: FrozenFeatures,
+    processor: MiniClipProcessor,
+    arguments: TrainingArguments,
+    captions_per_image: int | None = None,
+) -> CaptionRows:
+    """A split as a torch dataset; training images are augmented.
+
+    Args:
+        splits: all splits.
+        split: name of the split, `train` or `validation`.
+        features: features to use instead of running a frozen tower.
+        processor: preprocessing of the images.
+        arguments: flags of the run.
+        captions_per_image: number of captions to draw for each image; None takes all.
+    """
+    augmentation = None
+    if split == "train":
+        crop, side = processor.image_processor.crop_size, arguments.train_image_size
+        size = (side or crop["height"], side or crop["width"])
+        augmentation = build_augmentation(augmentation_list(arguments), size)
+    return CaptionRows(
+        splits[split], processor, augmentation, captions_per_image, arguments.seed, features.vision, features.text
+    )
+
+
+def build_loaders(
+    splits: DatasetDict,
+    features: dict[str, FrozenFeatures],
+    processor: MiniClipProcessor,
+    arguments: TrainingArguments,
+    accelerator: Accelerator,
+) -> tuple[BatchLoader, BatchLoader]:
+    """Loaders of this process's share of the training and of the validation batches."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    loaders = []
+    for split, captions_per_image, batch_size in (
+        ("train", arguments.captions_per_image, arguments.batch_size),
+        ("validation", None, EVALUATION_BATCH * world_size),
+    ):
+        rows = caption_rows(splits, split, features[split], processor, arguments, captions_per_image)
+        batches = GlobalBatches(len(rows), batch_size, split == "train", arguments.seed, rank, world_size)
+        # Rows of features are ready to use: handing them from one process to another would cost more.
+        workers = arguments.num_workers if rows.vision_features is None else 0
+        prefetch = 2 if arguments.chunk_size is None else 1  # batches larger than memory are not prefetched
+        loaders.append(BatchLoader(rows, batches, workers, accelerator.device.type == "cuda", prefetch))
+    return loaders[0], loaders[1]
+
+
+def build_run(
+    model: MiniClipModel,
+    processor: MiniClipProcessor,
+    splits: DatasetDict,
+    features: dict[str, FrozenFeatures],
+    loaders: tuple[BatchLoader, BatchLoader],
+    arguments: TrainingArguments,
+    accelerator: Accelerator,
+) -> TrainingRun:
+    """Optimizer, schedule and the state of a run at its start."""
+
+    def warn(line: str) -> None:
+        say(accelerator, f"warning: {line}")
+
+    fused = accelerator.device.type == "cuda"  # one kernel per step
+    prepared, optimizer = accelerator.prepare(
+        model, torch.optim.AdamW(parameter_groups(model, arguments), fused=fused)
+    )
+    unwrapped_model = accelerator.unwrap_model(prepared)
+    train_loader, validation_loader = loaders
+    steps_per_epoch = len(train_loader)
+    all_steps = arguments.num_train_epochs * steps_per_epoch
+    last_step = min(all_steps, arguments.max_steps or all_steps)
+    return TrainingRun(
+        arguments=arguments,
+        accelerator=accelerator,
+        model=prepared,
+        unwrapped_model=unwrapped_model,
+        processor=processor,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer.optimizer, arguments, last_step),
+        train_loader=train_loader,
+        validation_loader=validation_loader,
+        validation_split=splits["validation"],
+        validation_features=features["validation"],
+        card_data=data_for_card(arguments, splits),
+        log=MetricsLog(Path(arguments.output_dir) / "metrics.jsonl", accelerator.is_main_process),
+        meter=StepMeter(accelerator, optimizer),
+        progress=Progress(arguments.batch_size, arguments.seed, steps_per_epoch),
+        signals=SignalHandler(lambda line: say(accelerator, line)),
+        diagnosis=Diagnosis(
+            warn,
+            arguments.warmup_steps,
+            unwrapped_model.config.logit_scale_max,
+            has_softmax=unwrapped_model.config.loss_type != "sigmoid",
+        ),
+        bad_images=BadImages(split_sizes(splits), arguments.max_bad_image_fraction, warn, accelerator.device),
+        steps_per_epoch=steps_per_epoch,
+        last_step=last_step,
+        ema=None if arguments.ema_decay is None else AveragedWeights(unwrapped_model, arguments.ema_decay),
+    )
+
+
+def start_or_resume(run: TrainingRun, checkpoint: Path | None) -> None:
+    """Load the checkpoint, or empty the output folder; from now on the run writes to it."""
+    arguments, accelerator = run.arguments, run.accelerator
+    saved = (run.progress, run.scheduler, run.log, run.meter, run.bad_images, run.ema)
+    accelerator.register_for_checkpointing(*(state for state in saved if state is not None))
+    if checkpoint is not None:
+        resume(run, checkpoint)
+    elif arguments.resume_from_checkpoint is not None:
+        run.say(f"no checkpoint in {run.output_dir}: starting from scratch")
+    if accelerator.is_main_process:
+        if checkpoint is None:
+            clear_output_dir(run.output_dir)
+        save_arguments(arguments, run.output_dir / "arguments.yaml")
+    config = {name: value for name, value in asdict(arguments).items() if value is not None}
+    purge = {"tensorboard": {"purge_step": run.progress.step + 1}}  # hide what an earlier start logged after this step
+    accelerator.init_trackers("miniclip", config=config, init_kwargs=purge)
+
+
+def resume(run: TrainingRun, checkpoint: Path) -> None:
+    """Load a checkpoint, and delete what an earlier start logged and saved after it."""
+    expected = replace(run.progress)
+    try:
+        run.accelerator.load_state(str(checkpoint))
+    except Exception as error:  # the libraries raise all kinds at a damaged file or at other parameters
+        raise ModelError(
+            f"--resume_from_checkpoint: {checkpoint} is damaged or of another model: {one_line(error)}; resume with "
+            f"the original flags (--recipe {run.output_dir / 'arguments.yaml'}) or from another checkpoint"
+        ) from error
+    check_resumed(run.progress, expected, run.output_dir)
+    if run.accelerator.is_main_process:
+        rewind_folders(checkpoint, run.export_dir)
+        delete_expired(checkpoint.parent, run.arguments.save_total_limit, run.progress.best_step)
+    run.log.rewind()
+    run.saved_position = run.position
+    run.say(f"resumed from {checkpoint} at step {run.progress.step}")
