@@ -122,7 +122,7 @@ def test_images_are_told_once_and_the_limit_is_a_share_of_the_split() -> None:
     assert bad.record_undecodable("train", [(5, "image 'a'")]) == 1
     assert bad.record_undecodable("train", [(5, "image 'a'"), (3, "image 'b'")]) == 2
     assert bad.record_undecodable("validation", [(5, "image 'c'")]) == 1
-    assert told == [f"image {name}; {split} goes on without it"
+    assert told == [f"image {name}; skipped in {split}"
                     for name, split in (("'a'", "train"), ("'b'", "train"), ("'c'", "validation"))]  # fmt: skip
     assert (
         bad.describe()
