@@ -238,7 +238,7 @@ MENDS = re.compile(
 )
 # What passes on another message, which says so itself.
 PASSED_ON = re.compile(r"^[\s:.]*(error|problem|str|verdict)|^no model of|undecodable|\\1|^augmentation: .*: *error|"
-                       r"is of the wrong type|torch.onnx cannot")  # fmt: skip
+                       r"has the wrong type|torch.onnx cannot")  # fmt: skip
 
 
 def messages() -> list[tuple[str, str, bool]]:

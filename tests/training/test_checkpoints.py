@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from modeling_miniclip import ModelError, UsageError
-from modeling_miniclip.training import optimizer
 from modeling_miniclip.training.checkpoints import expired_checkpoints, find_checkpoint, rewind_folders
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.output_dir import clear_output_dir
@@ -237,7 +236,7 @@ def test_sigterm_saves_after_the_step_and_the_run_resumes_exactly(
         if len(steps) in (3, 8):  # the first at the end of an epoch, the second in the middle of one
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(optimizer, "clamp_logit_scale", clamp_and_signal)
+    monkeypatch.setattr("train_miniclip.clamp_logit_scale", clamp_and_signal)
     argv = flags(tmp_path, **SETTINGS[PLATEAU])
     for saved in ("step-00000003", "step-00000008"):
         with pytest.raises(SystemExit) as ended:
