@@ -1,7 +1,7 @@
 """MiniCLIP: train, measure and share your own CLIP.
 
-Names are imported when first used (`import modeling_miniclip` loads neither torch nor transformers); using any of
-them makes `AutoConfig`, `AutoModel` and `AutoProcessor` know MiniCLIP.
+Names are imported on first use: `import modeling_miniclip` loads neither torch nor transformers. Using any of them
+registers MiniCLIP with `AutoConfig`, `AutoModel` and `AutoProcessor`.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""`python -m modeling_miniclip` is `miniclip`."""
+"""`python -m modeling_miniclip` runs the command `miniclip`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Makes transformers' Auto classes know MiniCLIP, and saved models carry its code. Importing the module does it."""
+"""Importing this module registers MiniCLIP with transformers' Auto classes, and lets saved models include its code."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
@@ -11,7 +11,7 @@ AutoModel.register(MiniClipConfig, MiniClipModel, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(MiniClipConfig, MiniClipModel, exist_ok=True)
 AutoProcessor.register(MiniClipConfig, MiniClipProcessor, exist_ok=True)
 
-# From here on save_pretrained writes the defining modules and an auto_map beside the weights.
+# From now on, save_pretrained writes the code and an auto_map together with the weights.
 MiniClipConfig.register_for_auto_class()
 MiniClipModel.register_for_auto_class("AutoModel")
 MiniClipProcessor.register_for_auto_class()

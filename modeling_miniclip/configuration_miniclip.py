@@ -1,4 +1,4 @@
-"""Configuration of a MiniCLIP model: two towers, two projection heads, one temperature."""
+"""Configuration of a MiniCLIP model: two towers, two projection heads, a temperature."""
 
 import math
 from typing import Any
@@ -8,33 +8,33 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 TEXT_POOLINGS = ("cls", "mean")
-# Each with the logarithm of its initial inverse temperature: CLIP's 1/0.07, SigLIP's 10.
+# The losses, each with the logarithm of its initial inverse temperature: CLIP's 1/0.07, SigLIP's 10.
 LOSS_TYPES = {"softmax_sum": math.log(1 / 0.07), "softmax_mean": math.log(1 / 0.07), "sigmoid": math.log(10)}
 
 
 @strict
 class MiniClipConfig(PreTrainedConfig):
-    """What a [`MiniClipModel`] is made of. `MiniClipConfig()` is timm ResNet-50 + DistilBERT in a 256-d space.
+    """Configuration of a [`MiniClipModel`]. The default is timm's ResNet-50 and DistilBERT in a 256-d space.
 
     Args:
-        vision_config: a `TimmWrapperConfig` or its dictionary; any timm image model.
-        text_config: the configuration (or its dictionary) of any Hugging Face text encoder.
-        text_pooling: `"cls"` takes the first token's last hidden state, `"mean"` averages over the tokens
-            that are not padding.
-        projection_dim: size of the shared space.
-        projection_depth: number of linear layers in each head; 1 is a plain linear projection without bias (as in
-            CLIP), 2 the head linear, GELU, linear, dropout, residual, layer norm; more repeat the residual block.
-        projection_dropout: probability in the residual blocks of the heads, in [0, 1).
-        loss_type: `"softmax_sum"` and `"softmax_mean"` are CLIP's cross-entropy over the batch; where an image has
-            several captions, the logarithm of their summed probability or the mean of their log-probabilities.
-            `"sigmoid"` is SigLIP's loss, a yes or no for each pair.
-        logit_scale_init_value: logarithm of the initial inverse temperature; None is ln(1/0.07) as in CLIP, for
-            `"sigmoid"` ln(10) as in SigLIP.
-        logit_bias_init_value: what `"sigmoid"` initially adds to its logits; -10 as in SigLIP.
+        vision_config: `TimmWrapperConfig` of any timm image model, or its dictionary.
+        text_config: configuration of any Hugging Face text encoder, or its dictionary.
+        text_pooling: `"cls"` takes the last hidden state of the first token, `"mean"` averages over all tokens except
+            padding.
+        projection_dim: number of dimensions of the shared space.
+        projection_depth: number of linear layers in each head. 1 is a linear projection without bias, as in CLIP; 2 is
+            linear, GELU, linear, dropout, residual, layer norm; more layers repeat the residual block.
+        projection_dropout: dropout probability in the residual blocks of the heads, in [0, 1).
+        loss_type: `"softmax_sum"` and `"softmax_mean"` are CLIP's cross-entropy over the batch; for an image with
+            several captions they take the logarithm of the summed probability, or the mean of the log-probabilities.
+            `"sigmoid"` is SigLIP's loss, a binary decision for each pair.
+        logit_scale_init_value: logarithm of the initial inverse temperature; None means ln(1/0.07) as in CLIP, or
+            ln(10) as in SigLIP for `"sigmoid"`.
+        logit_bias_init_value: initial value of the bias that `"sigmoid"` adds to its logits; -10 as in SigLIP.
         logit_scale_max: upper bound of the inverse temperature (not of its logarithm); 100 as in CLIP.
 
     Raises:
-        StrictDataclassError: a value is of the wrong type or out of its range, or the image tower is not timm's.
+        StrictDataclassError: a value has the wrong type or is out of range, or the image tower is not a timm model.
 
     Example:
         >>> from modeling_miniclip import MiniClipConfig
@@ -44,7 +44,7 @@ class MiniClipConfig(PreTrainedConfig):
     """
 
     model_type = "miniclip"
-    # Of an evaluation by transformers' Trainer the embeddings are kept, not whole towers nor each batch's own logits.
+    # Trainer's evaluation keeps the embeddings, but not the outputs of the towers or the logits within each batch.
     keys_to_ignore_at_inference = [
         "logits_per_image",
         "logits_per_text",
@@ -60,7 +60,7 @@ class MiniClipConfig(PreTrainedConfig):
         ),
     }
 
-    # Given as a configuration, a dictionary or nothing; always configurations once the object exists.
+    # Passed as a configuration, a dictionary or None; always a configuration in the finished object.
     text_config: Any = None
     vision_config: Any = None
     text_pooling: str = "cls"
@@ -76,7 +76,7 @@ class MiniClipConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.logit_scale_init_value is None:
             self.logit_scale_init_value = LOSS_TYPES.get(self.loss_type)
-        # The towers have no classifier: a thousand ImageNet label names have no place in config.json.
+        # The towers have no classifier, so leave the thousand ImageNet labels out of config.json.
         if self.vision_config.id2label:
             self.vision_config.num_labels = 0
             for stale in ("label_names", "num_classes"):
@@ -84,7 +84,7 @@ class MiniClipConfig(PreTrainedConfig):
                     delattr(self.vision_config, stale)
 
     def validate_architecture(self) -> None:
-        """Part of the `@strict` validation: ranges and choices, told with the value that was given."""
+        """Part of the `@strict` validation: checks ranges and choices, and reports the wrong value."""
         super().validate_architecture()
         if self.text_pooling not in TEXT_POOLINGS:
             raise ValueError(f"text_pooling must be one of {', '.join(TEXT_POOLINGS)}, not {self.text_pooling!r}")

@@ -1,4 +1,4 @@
-"""One processor for images and texts, made from the towers: timm's eval transform and the text tower's tokenizer."""
+"""Processor for images and texts: timm's evaluation transform of the image tower, tokenizer of the text tower."""
 
 import base64
 import binascii
@@ -27,26 +27,27 @@ from transformers.image_utils import PILImageResampling, SizeDict
 
 from .modeling_miniclip import timm_config
 
-# Text encoders whose position table starts behind the padding index (two rows of RoBERTa's 514 are never used).
+# Text encoders whose position table starts after the padding index (two of RoBERTa's 514 rows are never used).
 OFFSET_POSITIONS = frozenset(
     "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
     "xmod".split()
 )
-# Encoders with relative positions only: their configuration names a length, but no table ends there.
+# Encoders with relative positions only: their configuration may state a length, but no table ends there.
 RELATIVE_POSITIONS = frozenset("t5 mt5 umt5 t5gemma xlnet deberta-v2".split())
 
-# Of images that are longer than so many times their width, the middle is resized.
+# Images whose longer side is more than this many times the shorter one are cut to their middle before the resize.
 LONGEST_SIDE = 256
-RESIZING = ("do_resize", "do_center_crop", "size", "crop_size")  # arguments of a call that change what is seen
+RESIZING = ("do_resize", "do_center_crop", "size", "crop_size")  # arguments of a call that change the visible part
 
 
 def to_rgb(image: Any) -> Image.Image:
-    """Any PIL image as 8-bit RGB: EXIF rotation applied, transparency laid on white, first frame.
+    """Any PIL image as 8-bit RGB: first frame, EXIF rotation applied, transparency on white.
 
-    16 bits are scaled to 8, floating-point values (mode F) from 0..1 to 0..255 unless some are larger; NaN is black.
+    16-bit values are scaled to 8 bits, and floating-point values (mode F) from 0..1 to 0..255 unless some are larger.
+    NaN becomes black.
 
     Returns:
-        A new image, or the given one where it is as it should be.
+        A new image, or the given one if nothing has to change.
 
     Raises:
         OSError: the image cannot be decoded, or has no pixels.
@@ -55,7 +56,7 @@ def to_rgb(image: Any) -> Image.Image:
         >>> to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 51))).getpixel((0, 0))  # a fifth of red on white
         (255, 204, 204)
     """
-    image.load()  # now, so that a broken file is told here
+    image.load()  # decode now, so that a broken file raises here
     if 0 in image.size:
         raise OSError(f"it has {image.width} x {image.height} pixels")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -65,11 +66,11 @@ def to_rgb(image: Any) -> Image.Image:
         values = np.nan_to_num(stored.astype(np.float64), copy=False)
         if image.mode == "F":
             values *= 255 if values.max() <= 1 else 1
-        elif image.mode != "I" or values.max() > 255:  # "I;16" always holds 16 bits, "I" may hold 8 of its 32
+        elif image.mode != "I" or values.max() > 255:  # "I;16" always holds 16 bits, "I" may hold 8
             values /= 257
         values[stored == image.info.get("transparency", np.nan)] = 255
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if image.mode == "La":  # which has no other conversion
+    if image.mode == "La":  # the only conversion that Pillow has for it
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -78,11 +79,11 @@ def to_rgb(image: Any) -> Image.Image:
 
 
 def load_rgb(source: str | os.PathLike) -> Image.Image:
-    """RGB image ([`to_rgb`]) of a file, a URL (`http://`, `https://`, `data:image/`) or base64.
+    """Load an RGB image (see [`to_rgb`]) from a file, a URL (`http://`, `https://`, `data:image/`) or base64.
 
     Raises:
-        OSError: there is no such file, or no image in it.
-        httpx2.HTTPError: the URL cannot be fetched; it is fetched as huggingface_hub does, also with its proxies.
+        OSError: there is no such file, or it holds no image.
+        httpx2.HTTPError: the URL cannot be fetched (by huggingface_hub's session, with its proxies).
     """
     name = os.fspath(source)
     if name.startswith(("http://", "https://")):
@@ -94,7 +95,7 @@ def load_rgb(source: str | os.PathLike) -> Image.Image:
             opened = Image.open(io.BytesIO(base64.b64decode(name.rpartition(",")[2], validate=True)))
         except (binascii.Error, ValueError, UnidentifiedImageError) as error:
             raise FileNotFoundError(
-                f"{name[:200]}: no such image file, nor a URL (http://, https://) or base64 of an image"
+                f"{name[:200]}: no such image file, and not a URL (http://, https://) or base64 of an image either"
             ) from error
     with opened:
         return to_rgb(opened)
@@ -103,20 +104,20 @@ def load_rgb(source: str | os.PathLike) -> Image.Image:
 def image_processor_from_timm(
     vision_config: Any, image_size: int | None = None, crop_pct: float | None = None
 ) -> CLIPImageProcessorPil:
-    """A stock image processor that does what timm's eval transform does for this tower.
+    """A stock image processor that does what timm's evaluation transform does for this tower.
 
-    Resize of the shorter edge, centre crop, rescale, normalise. Equal to timm bit for bit where the margin around the
-    crop is even; where it is odd, transformers rounds its half pixel down and timm to the nearest even number, so
-    that the crop may sit one pixel aside.
+    It resizes the shorter edge, crops the centre, rescales and normalises. The result equals timm's bit for bit if
+    the margin around the crop is even. If it is odd, transformers rounds the half pixel down and timm to the nearest
+    even number, so the crop may be off by one pixel.
 
     Args:
         vision_config: `TimmWrapperConfig` of the image tower.
-        image_size: pixels per side, if other than the tower's own.
-        crop_pct: share of the resized image's shorter edge that the crop keeps, in (0, 1], if other than the tower's
-            own.
+        image_size: pixels per side of the crop; None means the tower's default.
+        crop_pct: fraction of the resized image's shorter edge that the crop keeps, in (0, 1]; None means the tower's
+            default.
 
     Raises:
-        ValueError: the tower's crop mode pads a border, or its input size is fixed and `image_size` differs.
+        ValueError: the tower's crop mode pads a border, or its input size is fixed and differs from `image_size`.
 
     Example:
         >>> from modeling_miniclip import MiniClipConfig
@@ -126,20 +127,20 @@ def image_processor_from_timm(
     cfg = getattr(vision_config, "pretrained_cfg", None)
     if cfg is None:
         cfg = timm.get_pretrained_cfg(vision_config.architecture).to_dict()
-    model_args = vision_config.model_args or {}  # a tower from scratch may be told another size than timm's own
+    model_args = vision_config.model_args or {}  # a tower from scratch may have another size than timm's
     data = resolve_data_config({"img_size": model_args.get("img_size"), "crop_pct": crop_pct}, pretrained_cfg=cfg)
     height, width = data["input_size"][1:]
     if image_size is not None and (height, width) != (image_size, image_size):
         if cfg.get("fixed_input_size"):
             raise ValueError(
-                f"{vision_config.architecture} takes images of {height}x{width} pixels only: image_size {image_size} "
-                "does not fit; leave it out or choose another image tower"
+                f"{vision_config.architecture} takes images of {height}x{width} pixels only, not image_size "
+                f"{image_size}; leave it out or choose another image tower"
             )
         height = width = image_size
     if data["crop_mode"] not in ("center", "squash") or (data["crop_mode"] == "center" and height != width):
         raise ValueError(
             f"{vision_config.architecture}: crop mode {data['crop_mode']!r} with input size {height}x{width} has no "
-            "equivalent among transformers' image processors; pass image_processor= of your own"
+            "equivalent among transformers' image processors; pass your own image_processor="
         )
     scaled = (math.floor(height / data["crop_pct"]), math.floor(width / data["crop_pct"]))
     squash = data["crop_mode"] == "squash"
@@ -153,10 +154,10 @@ def image_processor_from_timm(
 
 
 def max_text_length(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Longest text in tokens, special ones included: the lesser of the tokenizer's limit and the position table.
+    """Longest text in tokens, including special tokens: the smaller of the tokenizer's limit and the position table.
 
-    RoBERTa and its kin lose the rows up to the padding index (514 - 2 = 512); encoders with relative positions are
-    bound by the tokenizer alone.
+    RoBERTa and similar encoders do not use the rows up to the padding index (514 - 2 = 512). Encoders with relative
+    positions are limited by the tokenizer only.
     """
     rows = getattr(text_config, "max_position_embeddings", None)
     if rows is None or text_config.model_type in RELATIVE_POSITIONS:
@@ -167,7 +168,7 @@ def max_text_length(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    # An image of 1 x 60,000 pixels would become 235 x 14 million, of which the centre crop keeps a square.
+    # An image of 1 x 60,000 pixels would be resized to 235 x 14 million, for a crop that keeps a square.
     margins = [max(0, side - LONGEST_SIDE * min(image.size)) // 2 for side in image.size]
     if not any(margins):
         return image
@@ -175,13 +176,13 @@ def _middle(image: Image.Image) -> Image.Image:
 
 
 def _rgb_or_array(images: Any, pil: bool, whole: bool) -> Any:
-    # PIL images, files and URLs as RGB; what the image processor does not take of arrays and tensors mended.
+    # PIL images, files and URLs become RGB; arrays and tensors become what the image processor accepts.
     if isinstance(images, list | tuple):
         return [_rgb_or_array(image, pil, whole) for image in images]
     if isinstance(images, Image.Image | str | os.PathLike):
         image = to_rgb(images) if isinstance(images, Image.Image) else load_rgb(images)
         return image if whole else _middle(image)
-    if isinstance(images, torch.Tensor) and pil:  # which can neither be on another device nor have a gradient
+    if isinstance(images, torch.Tensor) and pil:  # which takes no other device and no gradient
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()
     if isinstance(images, np.ndarray) and images.dtype == np.uint16:
@@ -196,9 +197,9 @@ def _is_between_0_and_1(image: Any) -> bool:
 
 
 def _drop_settings_of_earlier_use(tokenizer: PreTrainedTokenizerBase) -> None:
-    # A tokenizer.json carries the lengths of the last call before it was saved (all-MiniLM-L6-v2: 128), which
-    # transformers takes for settings. They would both pad every call and cut below the tower's limit. A setting that
-    # the tokenizer was loaded with on purpose differs from them and stays.
+    # A tokenizer.json keeps the lengths of the last call before it was saved (all-MiniLM-L6-v2: 128), and transformers
+    # takes them for settings: every call would be padded to them and cut below the tower's limit. A setting that the
+    # tokenizer was loaded with on purpose differs from them and stays.
     if not tokenizer.is_fast:
         return
     truncation, padding = tokenizer.backend_tokenizer.truncation or {}, tokenizer.backend_tokenizer.padding or {}
@@ -211,7 +212,7 @@ def _drop_settings_of_earlier_use(tokenizer: PreTrainedTokenizerBase) -> None:
     for key, value in earlier.items():
         if tokenizer.init_kwargs.get(key) == value:
             tokenizer.init_kwargs.pop(key, None)
-    tokenizer.backend = tokenizer.init_kwargs["backend"] = "tokenizers"  # not the image processor's "pil"
+    tokenizer.backend = tokenizer.init_kwargs["backend"] = "tokenizers"  # instead of the image processor's "pil"
 
 
 def _forget_last_call(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -221,13 +222,12 @@ def _forget_last_call(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 class MiniClipProcessor(ProcessorMixin):
-    """Images to `pixel_values`, texts to `input_ids` and `attention_mask`.
+    """Turns images into `pixel_values`, and texts into `input_ids` and `attention_mask`.
 
-    Texts are padded to the longest of the call and truncated to the text tower's limit, which is the tokenizer's
-    `model_max_length`; a warning counts those that were cut. `from_pretrained` selects the PIL backend, with which
-    the pixels are those of training, unless `backend="torchvision"` is passed (faster; photographs come out up to
-    2/255 off before normalisation). `AutoImageProcessor` and pipelines, which load the image processor alone, select
-    torchvision.
+    Texts are padded to the longest text of the call and truncated to the text tower's limit, the tokenizer's
+    `model_max_length`; a warning counts the truncated texts. `from_pretrained` selects the PIL backend, which gives
+    the same pixels as in training. `backend="torchvision"` is faster, but photographs differ by up to 2/255 before
+    normalisation. `AutoImageProcessor` and pipelines load the image processor alone and select torchvision.
 
     Example:
         >>> processor = MiniClipProcessor.from_pretrained("export")  # doctest: +SKIP
@@ -238,23 +238,23 @@ class MiniClipProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any, tokenizer: Any):
         super().__init__(image_processor, tokenizer)
-        # Pipelines hand every output of the tokenizer to the model, which has no use for token types.
+        # Pipelines pass every output of the tokenizer to the model, which takes no token types.
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
-        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved for the tokenizer alone
-        tokenizer.padding_side = "right"  # the first token is the one that text_pooling="cls" takes
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved with the tokenizer
+        tokenizer.padding_side = "right"  # text_pooling="cls" takes the first token
         _drop_settings_of_earlier_use(tokenizer)
         _forget_last_call(tokenizer)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As `ProcessorMixin.save_pretrained`; the files do not depend on the calls made before."""
+        """Like `ProcessorMixin.save_pretrained`, but the files do not depend on earlier calls."""
         _forget_last_call(self.tokenizer)
         files = super().save_pretrained(save_directory, *args, **kwargs)
-        for part in (self, self.image_processor):  # the entry is made in the objects too, which have not changed
+        for part in (self, self.image_processor):  # saving has also set it in these objects
             part.__dict__.pop("auto_map", None)
         return files
 
     def to_dict(self) -> dict[str, Any]:
-        """As `ProcessorMixin.to_dict`; the code belongs to the processor, not to its stock image processor too."""
+        """Like `ProcessorMixin.to_dict`, but without an `auto_map` of the stock image processor, which has no code."""
         values = super().to_dict()
         values["image_processor"].pop("auto_map", None)
         return values
@@ -263,7 +263,7 @@ class MiniClipProcessor(ProcessorMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> "MiniClipProcessor":
-        """As `ProcessorMixin.from_pretrained`, with `backend="pil"` unless another is named."""
+        """Like `ProcessorMixin.from_pretrained`, with `backend="pil"` by default."""
         kwargs.setdefault("backend", "pil")
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -276,17 +276,17 @@ class MiniClipProcessor(ProcessorMixin):
         max_length: int | None = None,
         crop_pct: float | None = None,
     ) -> "MiniClipProcessor":
-        """The processor that fits two pretrained towers.
+        """The processor of two pretrained towers.
 
         Args:
-            vision: as in `MiniClipModel.from_towers`, or the image tower's configuration.
+            vision: name or folder of the image tower as in `MiniClipModel.from_towers`, or its configuration.
             text: Hub name or local folder of the text encoder with its tokenizer.
-            image_size: pixels per side, if other than the image tower's own.
-            max_length: longest text in tokens, if shorter than the text tower's limit.
-            crop_pct: share of the resized image's shorter edge that the crop keeps, if other than the tower's own.
+            image_size: pixels per side of the crop; None means the image tower's default.
+            max_length: longest text in tokens; None means the text tower's limit.
+            crop_pct: fraction of the resized image's shorter edge that the crop keeps; None means the tower's default.
 
         Raises:
-            ValueError: the image tower cannot take `image_size`, or the text tower `max_length`.
+            ValueError: the image tower does not take `image_size`, or the text tower `max_length`.
         """
         if not isinstance(vision, TimmWrapperConfig):
             vision = timm_config(os.fspath(vision))
@@ -302,11 +302,11 @@ class MiniClipProcessor(ProcessorMixin):
         """Prepare images, texts or both.
 
         Args:
-            images: one image or a list of them: PIL (any mode, see [`to_rgb`]), paths, URLs (see [`load_rgb`]), arrays
-                or tensors: `[H, W, C]`, `[C, H, W]` or `[H, W]`, also `[B, ...]` of the first two, values 0..255 (of
-                uint16 0..65535). For values 0..1 pass `do_rescale=False`.
-            text: one text or a list of them.
-            **kwargs: of the image processor and the tokenizer, for instance `return_tensors="pt"`.
+            images: one image or a list: PIL images (any mode, see [`to_rgb`]), paths, URLs (see [`load_rgb`]), or
+                arrays and tensors `[H, W, C]`, `[C, H, W]` or `[H, W]`, the first two also in batches `[B, ...]`,
+                with values 0..255 (uint16: 0..65535). For values 0..1 pass `do_rescale=False`.
+            text: one text or a list of texts.
+            **kwargs: arguments of the image processor and the tokenizer, such as `return_tensors="pt"`.
 
         Returns:
             `pixel_values` `[B, 3, H, W]` and/or `input_ids`, `attention_mask` `[N, L]`.
@@ -324,14 +324,13 @@ class MiniClipProcessor(ProcessorMixin):
         return outputs
 
     def crop(self, image: Image.Image) -> np.ndarray:
-        """Resize and centre crop alone.
+        """Resize and crop an image, without normalising it.
 
         Args:
-            image: RGB.
+            image: RGB image.
 
         Returns:
-            `[3, H, W]` uint8, what `pixel_values` are before [`normalize`][MiniClipProcessor.normalize]; in memory as
-            Pillow has them, `[H, W, 3]`.
+            `[3, H, W]` uint8, the input of [`normalize`][MiniClipProcessor.normalize]; a view of Pillow's `[H, W, 3]`.
         """
         if self._sees_the_middle():
             image = _middle(image)
@@ -343,15 +342,15 @@ class MiniClipProcessor(ProcessorMixin):
         return np.array(image.resize(size, processor.resample).crop(box)).transpose(2, 0, 1)
 
     def _sees_the_middle(self) -> bool:
-        # Whether what is far from the centre of a thin image is cut off behind the resize.
+        # Whether the ends of a thin image are cut off after the resize.
         processor = self.image_processor
         size = getattr(processor, "size", None)
         edges = dict(size) if isinstance(size, dict | SizeDict) else {}
         return edges.keys() == {"shortest_edge"} and all(getattr(processor, name, False) for name in RESIZING[:2])
 
     def _plan(self, image: Image.Image) -> tuple[tuple[int, int], tuple[int, int, int, int]] | None:
-        # Size and then box of what the image processor does in the end; without its copies it takes half the time.
-        # None for an image processor or a setting that does something else.
+        # Size and crop box that the image processor would use. Without its copies, this takes half the time.
+        # None if the image processor does something else.
         processor = self.image_processor
         if type(processor) is not CLIPImageProcessorPil or processor.resample is None or processor.do_pad:
             return None
@@ -370,26 +369,26 @@ class MiniClipProcessor(ProcessorMixin):
         return (width, height), (left, top, left + crop["width"], top + crop["height"])
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Rescale and normalise alone, on the device where the pixels are (a quarter of the bytes to move there).
+        """Rescale and normalise pixels on their device; moving them there as uint8 takes a quarter of the bytes.
 
         Args:
-            pixels: `[B, 3, H, W]` uint8.
+            pixels: `[B, 3, H, W]` uint8, from [`crop`][MiniClipProcessor.crop].
 
         Returns:
-            `[B, 3, H, W]` float32 `pixel_values`, equal to the image processor's own (PIL backend).
+            `[B, 3, H, W]` float32 `pixel_values`, equal to those of the image processor (PIL backend).
         """
         mean = torch.tensor(self.image_processor.image_mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.image_processor.image_std, device=pixels.device).view(3, 1, 1)
-        # A division, as in timm: a product with 1/255 rounds some of the 256 values differently.
+        # A division, as in timm: multiplying by 1/255 rounds some of the 256 values differently.
         scaled = pixels.to(torch.float32, copy=True).div_(1 / self.image_processor.rescale_factor)
         return scaled.sub_(mean).div_(std)
 
     def count_truncated(self, texts: list[str], limit: int | None = None) -> int:
-        """How many of the texts are longer than `limit` tokens, special ones included.
+        """Count the texts that are longer than `limit` tokens, including special tokens.
 
         Args:
-            texts: any number of them.
-            limit: the tokenizer's `model_max_length` unless told otherwise.
+            texts: texts to count; may be empty.
+            limit: largest number of tokens; None means the tokenizer's `model_max_length`.
         """
         ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"] if texts else []
         return sum(len(row) > (limit or self.tokenizer.model_max_length) for row in ids)
@@ -399,16 +398,16 @@ class MiniClipProcessor(ProcessorMixin):
             return
         if any(_is_between_0_and_1(image) for image in (images if isinstance(images, list) else [images])):
             warnings.warn(
-                "pixels between 0 and 1 are divided by 255 once more: pass do_rescale=False, or values of 0..255",
+                "pixels between 0 and 1 are divided by 255 again: pass do_rescale=False, or values 0..255",
                 stacklevel=3,
             )
 
     def _warn_of_truncation(self, text: str | list[str], attention_mask: Any, limit: int) -> None:
         if isinstance(text, str):
             text, attention_mask = [text], np.atleast_2d(attention_mask)
-        if len(attention_mask) != len(text):  # overflowing tokens, on request, are rows of their own: nothing is lost
+        if len(attention_mask) != len(text):  # overflowing tokens were requested as extra rows: nothing is lost
             return
-        # Only a text that fills the limit can have been cut: no other is tokenized a second time.
+        # Only a text that fills the limit can have been cut; only those are tokenized again.
         rows = zip(text, attention_mask, strict=True)
         full = [caption for caption, mask in rows if np.asarray(mask).sum() == limit]
         cut = self.count_truncated(full, limit)

@@ -523,7 +523,7 @@ def test_what_is_no_image_is_named(tmp_path):
     with pytest.raises(OSError, match=r"text\.png"):
         processor(images=tmp_path / "text.png")
     for missing in ("no.png", "a dog", Path("no.png"), "data:image/png;base64,AAAA"):
-        with pytest.raises(FileNotFoundError, match="no such image file, nor a URL"):
+        with pytest.raises(FileNotFoundError, match="no such image file, and not a URL"):
             processor(images=[missing])
     with pytest.raises(TypeError, match="int"):
         processor(images=5)

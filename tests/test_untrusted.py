@@ -237,8 +237,8 @@ MENDS = re.compile(
     r"knows|again|advice|did_you_mean|cause|hint|error"  # the last ones are names of what is put in
 )
 # What passes on another message, which says so itself.
-PASSED_ON = re.compile(r"^[\s:.]*(error|problem|str|verdict)|^no model of|undecodable|\\1|^augmentation: .*: *error|"
-                       r"has the wrong type|torch.onnx cannot")  # fmt: skip
+PASSED_ON = re.compile(r"^[\s:.]*(error|problem|str|verdict)|^no model (of|in)|undecodable|\\1|"
+                       r"^augmentation: .*: *error|has the wrong type|torch.onnx cannot")  # fmt: skip
 
 
 def messages() -> list[tuple[str, str, bool]]:

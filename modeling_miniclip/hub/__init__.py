@@ -1,9 +1,9 @@
 """Share a model.
 
 export.py: write model, processor, code and card to a folder
-model_card.py: the measured card
+model_card.py: fill in the model card and rename it
 push.py: upload an export, verified before it becomes visible
 verify_upload.py: load an uploaded export in a fresh process
-onnx_export.py: each tower as ONNX, with proof of equality
-onnx_example.py: the example that is written next to the ONNX files
+onnx_export.py: write each tower as ONNX and compare it with PyTorch
+onnx_example.py: standalone example that is copied next to the ONNX files
 """

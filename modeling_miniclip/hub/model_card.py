@@ -1,4 +1,4 @@
-"""Fill the template `model_card.md` with what was measured."""
+"""Fill in the template `model_card.md`, and rename a card."""
 
 import json
 import re
@@ -10,11 +10,10 @@ from ..errors import printable
 from ..modeling_miniclip import MiniClipModel
 from ..utils.resources import packaged_file
 
-# Libraries whose version decides whether a result can be reproduced.
+# Libraries whose versions matter for reproducing a result.
 REPORTED_LIBRARIES = ("torch", "transformers", "timm", "datasets", "accelerate", "albumentations")
 
-
-# What the Hub's page offers to try: the picture that the cards of CLIP models use.
+# Example of the inference widget on the Hub, with the picture that the cards of CLIP models use.
 WIDGET = {
     "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png",
     "candidate_labels": "a cat and a dog, people making music, a bowl of soup",
@@ -22,21 +21,13 @@ WIDGET = {
 }
 
 
-def is_hub_id(name: str | None) -> bool:
-    return (
-        bool(name)
-        and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)) is not None
-        and not Path(str(name)).exists()
-    )
-
-
 def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None:
-    """Fill `model_card.md` and write it, with the metadata that the Hub reads.
+    """Fill in `model_card.md` and write it, with the metadata that the Hub reads.
 
     Args:
-        path: of the card.
-        model: that it describes.
-        values: `card` of [`export`].
+        path: file to write.
+        model: model that the card describes.
+        values: the `card` argument of [`export`].
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -78,16 +69,6 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
     path.write_text(str(card), encoding="utf-8")
 
 
-def escape_markdown(text: object) -> str:
-    """A name as a card shows it: no markup, no line end, no control characters."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(text))
-
-
-def inline_code(text: object) -> str:
-    """A value as it may stand between backticks, alone or in a block of code."""
-    return printable(text).replace("`", "'")
-
-
 def _eval_results(metrics: dict[str, float], data: dict[str, Any]) -> list[Any]:
     from huggingface_hub import EvalResult
 
@@ -106,6 +87,22 @@ def _eval_results(metrics: dict[str, float], data: dict[str, Any]) -> list[Any]:
     ]
 
 
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name is that of a repository on the Hub, and not of a local folder."""
+    has_form = bool(name) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)) is not None
+    return has_form and not Path(str(name)).exists()
+
+
+def escape_markdown(text: object) -> str:
+    """Text for a card, without markup, line breaks and control characters."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(text))
+
+
+def inline_code(text: object) -> str:
+    """Text to put between backticks, inline or in a code block."""
+    return printable(text).replace("`", "'")
+
+
 def _short(repository: str) -> str:
     return repository.rpartition("/")[2]
 
@@ -117,7 +114,7 @@ def _vision_name(model: MiniClipModel) -> str:
 
 
 def rename_card(text: str, repository: str) -> str:
-    """A card with another repository in its code sample, its title and its metadata; anything else as it is."""
+    """Put another repository into the code sample, title and metadata of a card; other text stays as it is."""
     from huggingface_hub import ModelCard, ModelCardData
 
     former = re.search(r'^repository = "(.*)"$', text, flags=re.MULTILINE)

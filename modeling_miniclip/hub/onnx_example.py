@@ -1,8 +1,8 @@
-"""Scores of images and texts by a MiniCLIP model in ONNX. `pip install onnxruntime pillow tokenizers` is all it needs.
+"""Score images against texts with a MiniCLIP model in ONNX. Needs only `pip install onnxruntime pillow tokenizers`.
 
     python example.py photo.jpg other.png --text "two dogs on a beach" "a bowl of soup"
 
-From Python: `from example import MiniClip`; see its methods.
+From Python: `from example import MiniClip`.
 """
 
 import argparse
@@ -13,26 +13,62 @@ from typing import Any
 
 import numpy as np
 from onnxruntime import InferenceSession
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 
-from ..processing_miniclip import to_rgb
+
+def to_rgb(image: Any) -> Image.Image:
+    """Any PIL image as 8-bit RGB: first frame, EXIF rotation applied, transparency on white.
+
+    16-bit values are scaled to 8 bits, and floating-point values (mode F) from 0..1 to 0..255 unless some are larger.
+    NaN becomes black.
+
+    Returns:
+        A new image, or the given one if nothing has to change.
+
+    Raises:
+        OSError: the image cannot be decoded, or has no pixels.
+
+    Example:
+        >>> to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 51))).getpixel((0, 0))  # a fifth of red on white
+        (255, 204, 204)
+    """
+    image.load()  # decode now, so that a broken file raises here
+    if 0 in image.size:
+        raise OSError(f"it has {image.width} x {image.height} pixels")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        stored = np.asarray(image)
+        values = np.nan_to_num(stored.astype(np.float64), copy=False)
+        if image.mode == "F":
+            values *= 255 if values.max() <= 1 else 1
+        elif image.mode != "I" or values.max() > 255:  # "I;16" always holds 16 bits, "I" may hold 8
+            values /= 257
+        values[stored == image.info.get("transparency", np.nan)] = 255
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if image.mode == "La":  # the only conversion that Pillow has for it
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class MiniClip:
-    """Both encoders, the tokenizer and the settings of a folder that `miniclip export --onnx` wrote."""
+    """Both encoders, the tokenizer and the settings in a folder written by `miniclip export --onnx`."""
 
     def __init__(self, folder: Path = Path(__file__).parent):
-        providers = ["CPUExecutionProvider"]  # with the package onnxruntime-gpu: CUDAExecutionProvider
+        providers = ["CPUExecutionProvider"]  # with onnxruntime-gpu: CUDAExecutionProvider
         self.image_encoder = InferenceSession(str(folder / "image_encoder.onnx"), providers=providers)
         self.text_encoder = InferenceSession(str(folder / "text_encoder.onnx"), providers=providers)
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))  # truncates and pads as the model wants
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))  # truncates and pads as the model needs
         self.settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         self.logit_scale, self.logit_bias = float(model["logit_scale"]), float(model["logit_bias"])
 
     def prepare_image(self, image: Image.Image) -> np.ndarray:
-        """`[3, H, W]` float32: resized, cropped in the middle, normalised."""
+        """Resize, crop the centre and normalise: `[3, H, W]` float32."""
         image, size, crop = to_rgb(image), self.settings["size"], self.settings["crop_size"]
         if "shortest_edge" in size:
             long = int(size["shortest_edge"] * max(image.size) / min(image.size))
@@ -51,27 +87,27 @@ class MiniClip:
         return {"pixel_values": np.stack([self.prepare_image(image) for image in images])}
 
     def prepare_texts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """`input_ids` and `attention_mask` `[N, L]`, padded to the longest of these texts."""
+        """`input_ids` and `attention_mask` `[N, L]`, padded to the longest text."""
         rows = self.tokenizer.encode_batch(list(texts))
         ids, masks = [row.ids for row in rows], [row.attention_mask for row in rows]
         return {"input_ids": np.array(ids, np.int64), "attention_mask": np.array(masks, np.int64)}
 
     def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """`[B, dim]`, unit norm. The images of a call are one batch."""
+        """`[B, dim]` embeddings, unit norm. All images of a call form one batch."""
         return self.image_encoder.run(None, self.prepare_images(images))[0]
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """`[N, dim]`, unit norm. The texts of a call are one batch."""
+        """`[N, dim]` embeddings, unit norm. All texts of a call form one batch."""
         return self.text_encoder.run(None, self.prepare_texts(texts))[0]
 
     def scores(self, images: Sequence[Image.Image], texts: Sequence[str]) -> np.ndarray:
-        """`[B, N]`: the model's `logits_per_image`; its softmax over the texts are zero-shot probabilities."""
+        """`[B, N]` logits, the model's `logits_per_image`; softmax over the texts gives zero-shot probabilities."""
         return self.logit_scale * self.encode_images(images) @ self.encode_texts(texts).T + self.logit_bias
 
 
 def main(argv: Any = None) -> None:
-    """Print the scores, those of an image under its name."""
-    parser = argparse.ArgumentParser(description="Scores of images and texts: the higher, the better they match.")
+    """Print the scores of each image under its name."""
+    parser = argparse.ArgumentParser(description="Score images against texts: the higher, the better they match.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--text", nargs="+", required=True, metavar="TEXT", help="texts to compare them with")
     args = parser.parse_args(argv)

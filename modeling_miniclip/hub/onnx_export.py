@@ -1,10 +1,10 @@
-"""A model as one ONNX file per tower, compared with PyTorch on captioned images before the folder appears."""
+"""Write a model as one ONNX file per tower, after comparing it with PyTorch on captioned images."""
 
 import copy
-import inspect
 import json
 import os
 import runpy
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,23 +25,18 @@ from ..evaluation.metrics import retrieval_metrics
 from ..inference.encode import open_image
 from ..inference.loading import load_export
 from ..modeling_miniclip import MiniClipModel
-from ..processing_miniclip import MiniClipProcessor, to_rgb
+from ..processing_miniclip import MiniClipProcessor
 from ..utils.files import check_new_folder, replaced_folder
 
-Inputs = dict[str, np.ndarray]  # of an encoder
+Inputs = dict[str, np.ndarray]  # inputs of an encoder by name
 
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
-BATCH_SIZES = (1, 2, 5, 32)  # of the comparison, in turn
-LONGEST_TEXT = 1024  # tokens: the longest text of the comparison where the text tower would take more
-# What of onnx_example.py changes where the package is not installed.
-STANDING_ALONE = {
-    "from PIL import Image\n": "from PIL import ExifTags, Image, ImageOps\n",
-    "from ..processing_miniclip import to_rgb\n": f"\n{inspect.getsource(to_rgb)}",
-}
+BATCH_SIZES = (1, 2, 5, 32)  # used in turn by the comparison
+LONGEST_TEXT = 1024  # tokens; the comparison uses no longer text, even if the text tower takes one
 
 
 class ImageEncoder(nn.Module):
-    """The image side of a model with one output: `pixel_values [B, 3, H, W] -> [B, dim]`, unit norm."""
+    """The image side of a model, with a single output: `pixel_values [B, 3, H, W] -> [B, dim]`, unit norm."""
 
     def __init__(self, model: MiniClipModel):
         super().__init__()
@@ -52,7 +47,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The text side of a model with one output: `input_ids, attention_mask [N, L] -> [N, dim]`, unit norm."""
+    """The text side of a model, with a single output: `input_ids, attention_mask [N, L] -> [N, dim]`, unit norm."""
 
     def __init__(self, model: MiniClipModel):
         super().__init__()
@@ -64,7 +59,7 @@ class TextEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Encoder:
-    """An ONNX file: what is exported, the axes of its inputs that are free, and the name of its output."""
+    """An ONNX file: the exported module, the free axes of its inputs, and the name of its output."""
 
     module: type[nn.Module]
     axes: dict[str, dict[int, str]]
@@ -87,26 +82,26 @@ def export_onnx(
     tolerance: float,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write a model for onnxruntime: one ONNX file per tower, what prepares their inputs, and an example.
+    """Write a model for onnxruntime: one ONNX file per tower, the files that prepare their inputs, and an example.
 
-    The folder appears complete or not at all, and only when both encoders agree with PyTorch.
+    The folder appears complete or not at all, and only if both encoders agree with PyTorch.
 
     Args:
-        source: folder of an exported model, or a repository on the Hub.
-        folder: to write; must not exist, or be empty.
-        dataset: of the comparison, as in `load_captions`; its validation split is taken.
-        num_images: of the comparison, at most; with all their captions.
-        tolerance: largest difference of an embedding's component that passes.
-        options: others of `load_captions`.
+        source: folder of an exported model, or its repository on the Hub.
+        folder: folder to write; must not exist, or be empty.
+        dataset: captioned images for the comparison, as in `load_captions`; the validation split is used.
+        num_images: maximum number of images to compare, each with all its captions.
+        tolerance: largest accepted difference in a component of an embedding.
+        **options: further arguments of `load_captions`.
 
     Returns:
-        What `equality.json` holds, see [`compare`].
+        The contents of `equality.json`, see [`compare`].
 
     Raises:
         ModelError: there is no such model, a tower cannot be exported, or the encoders differ from PyTorch.
-        DataError: the data set is not as expected.
+        DataError: the data set cannot be read.
         MiniClipError: a library is missing.
-        UsageError: the folder is not empty, or a number out of bounds.
+        UsageError: the folder is not empty, or `num_images` is below 1.
     """
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
@@ -124,13 +119,13 @@ def export_onnx(
         runtime = runpy.run_path(str(fresh / "example.py"))["MiniClip"](fresh)
         report = compare(model, processor, runtime, rows)
         worst = np.max(list(report["largest_difference"].values()))
-        if not worst <= tolerance:  # nor is NaN
+        if not worst <= tolerance:  # also if it is NaN
             raise ModelError(
                 f"{source}: the ONNX files differ from PyTorch by {worst:.1e} in a component of an embedding, "
                 f"more than --tolerance {tolerance:.1e}; nothing was written to {target}"
             )
         (fresh / "equality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        del runtime  # it holds the files open
+        del runtime  # it keeps the files open
     return report
 
 
@@ -138,37 +133,37 @@ def _load_exportable(source: str) -> tuple[MiniClipModel, MiniClipProcessor]:
     try:
         model, processor = load_export(source, "EXPORT")
     except (HTTPError, OSError, ValueError, StrictDataclassError) as error:
-        raise ModelError(f"no model of {source}: {one_line(error)}") from error
+        raise ModelError(f"no model in {source}: {one_line(error)}") from error
     if not processor.tokenizer.is_fast:
         raise ModelError(
             f"{source}: its tokenizer is written in Python and cannot be saved as tokenizer.json; train with a text "
-            "tower that has a fast one"
+            "tower that has a fast tokenizer"
         )
     return model, processor
 
 
 def write_encoders(folder: Path, model: MiniClipModel, processor: MiniClipProcessor, rows: Any) -> None:
-    """Write both ONNX files; weights beyond 2 GB, which ONNX's format cannot hold, go beside as `<name>.onnx.data`.
+    """Write both ONNX files. Weights above 2 GB, the limit of the format, go to `<name>.onnx.data` next to them.
 
     Args:
-        folder: that is there.
-        model: float32, on the CPU.
-        processor: that belongs to it.
-        rows: of a split; the first is traced.
+        folder: existing folder to write to.
+        model: model in float32 on the CPU.
+        processor: processor of the model.
+        rows: captioned images, of which the first is traced.
 
     Raises:
-        ModelError: a tower does something that ONNX cannot express.
+        ModelError: a tower uses an operation that ONNX cannot express.
     """
     traced = copy.deepcopy(model).eval()
-    # With the fused attention T5 cannot be exported; the comparison is with the model as it was loaded.
+    # T5 cannot be exported with fused attention. The comparison uses the model as it was loaded.
     traced.text_model.set_attn_implementation("eager")
-    texts = [rows[0]["captions"][0], f"{rows[0]['captions'][0]} and more"]  # of two lengths, for a mask with a zero
+    texts = [rows[0]["captions"][0], f"{rows[0]['captions'][0]} and more"]  # two lengths, so that the mask has a zero
     with warnings.catch_warnings(action="ignore"):
         prepared = processor(images=[open_image(rows[0])] * 2, text=texts, return_tensors="pt")
     for name, encoder in ENCODERS.items():
         inputs = {key: prepared[key] for key in encoder.axes}
         try:
-            with warnings.catch_warnings(action="ignore"):  # of axes with the same name: they are the same
+            with warnings.catch_warnings(action="ignore"):  # about axes with the same name, which is intended
                 program = torch.onnx.export(
                     encoder.module(traced),
                     kwargs=inputs,
@@ -182,57 +177,55 @@ def write_encoders(folder: Path, model: MiniClipModel, processor: MiniClipProces
             raise ModelError(f"torch.onnx cannot export the {name.replace('_', ' ')}: {reason}") from error
         assert program is not None
         for node in program.model.graph.all_nodes():
-            node.metadata_props.clear()  # stack traces, with the folders of this machine
+            node.metadata_props.clear()  # stack traces, with paths of this machine
         program.save(folder / f"{name}.onnx")
 
 
 def write_preparation(folder: Path, model: MiniClipModel, processor: MiniClipProcessor) -> None:
-    """Write what turns images and texts into the encoders' inputs, the temperature, and `example.py`, which uses them.
+    """Write the settings that turn images and texts into inputs, the temperature, and `example.py`, which uses them.
 
     Args:
-        folder: that is there.
-        model: its temperature and bias go to `model.json`.
-        processor: goes to `preprocessor_config.json` and, with its truncation and padding, to `tokenizer.json`.
+        folder: existing folder to write to.
+        model: model whose temperature and bias go to `model.json`.
+        processor: processor whose image settings go to `preprocessor_config.json`, and whose tokenizer goes to
+            `tokenizer.json` with its truncation and padding.
     """
     from tokenizers import Tokenizer
 
     settings = processor.image_processor.to_dict()
-    settings.pop("auto_map", None)  # the code is not here
+    settings.pop("auto_map", None)  # there is no code in this folder
     bias = 0.0 if model.logit_bias is None else model.logit_bias.item()  # only the sigmoid loss has one
     logits = {"logit_scale": model.inverse_temperature().item(), "logit_bias": bias}
     files = {"preprocessor_config.json": settings, "model.json": logits}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    hugging_face = processor.tokenizer
-    tokenizer = Tokenizer.from_str(hugging_face.backend_tokenizer.to_str())
-    tokenizer.enable_padding(pad_id=hugging_face.pad_token_id, pad_token=hugging_face.pad_token)
-    tokenizer.no_truncation()  # a call leaves its own
-    if hugging_face.model_max_length <= 2**31:  # transformers means "no limit" by a number like 1e30
-        tokenizer.enable_truncation(hugging_face.model_max_length)
+    original = processor.tokenizer
+    tokenizer = Tokenizer.from_str(original.backend_tokenizer.to_str())
+    tokenizer.enable_padding(pad_id=original.pad_token_id, pad_token=original.pad_token)
+    tokenizer.no_truncation()  # drops the setting that the last call has left
+    if original.model_max_length <= 2**31:  # transformers writes "no limit" as a number like 1e30
+        tokenizer.enable_truncation(original.model_max_length)
     tokenizer.save(str(folder / "tokenizer.json"))
-    example = Path(__file__).with_name("onnx_example.py").read_text(encoding="utf-8")
-    for imported, alone in STANDING_ALONE.items():
-        example = example.replace(imported, alone)
-    (folder / "example.py").write_text(example, encoding="utf-8")
+    shutil.copyfile(Path(__file__).with_name("onnx_example.py"), folder / "example.py")
 
 
 @torch.no_grad()
 def compare(model: MiniClipModel, processor: MiniClipProcessor, runtime: Any, rows: Any) -> dict[str, Any]:
-    """Embed the same images and captions by PyTorch and by the written files, beginning with their preparation.
+    """Embed the same images and captions with PyTorch and with the written files, preprocessing included.
 
     Args:
-        model: in evaluation mode, float32, on the CPU.
-        processor: that belongs to it.
-        runtime: `MiniClip` of the written `example.py`.
-        rows: of a split.
+        model: model in evaluation mode and float32, on the CPU.
+        processor: processor of the model.
+        runtime: `MiniClip` object of the written `example.py`.
+        rows: captioned images to embed.
 
     Returns:
-        Numbers of `images` and `captions`, the `text_lengths` and `batch_sizes` that were met, least and most,
-        `largest_difference` of a component of `image_embeds` and of `text_embeds`, the metrics of
-        `retrieval_metrics` under `pytorch` and `onnxruntime`, and `versions`.
+        Numbers of `images` and `captions`; smallest and largest of the `batch_sizes` and `text_lengths` used;
+        `largest_difference` in a component of `image_embeds` and of `text_embeds`; the metrics of
+        `retrieval_metrics` under `pytorch` and `onnxruntime`; and `versions`.
 
     Raises:
-        ModelError: the example prepares an image or a text otherwise than the processor does.
+        ModelError: the example prepares an image or a text differently from the processor.
     """
     texts = [caption for captions in rows["captions"] for caption in captions]
     image_of_text = [index for index, captions in enumerate(rows["captions"]) for _ in captions]
@@ -262,27 +255,27 @@ def compare(model: MiniClipModel, processor: MiniClipProcessor, runtime: Any, ro
 def _batches(
     items: Iterable[Any], modality: str, processor: MiniClipProcessor, prepare: Callable[[list[Any]], Inputs]
 ) -> Iterator[Inputs]:
-    """The encoder's inputs for batches of different sizes, as `example.py` prepares them."""
+    """Inputs of an encoder in batches of different sizes, prepared by `example.py` and checked by the processor."""
     remaining = iter(items)
     for size in cycle(BATCH_SIZES):
         batch = list(islice(remaining, size))
         if not batch:
             return
-        with warnings.catch_warnings(action="ignore"):  # of captions that are truncated: by both alike
+        with warnings.catch_warnings(action="ignore"):  # about truncated captions: both truncate them alike
             expected = processor(**{modality: batch}, return_tensors="np")
         prepared = prepare(batch)
         for name, values in prepared.items():
             if not np.array_equal(values, expected[name]):
                 raise ModelError(
                     f"example.py does not prepare {name} as {type(processor.image_processor).__name__} and "
-                    f"{type(processor.tokenizer).__name__} of this model do: it knows resize, centre crop, rescale "
-                    "and normalise of images, and what a tokenizer.json says"
+                    f"{type(processor.tokenizer).__name__} of this model do: it knows how to resize, centre crop, "
+                    "rescale and normalise images, and follows tokenizer.json"
                 )
         yield prepared
 
 
 def _extreme_texts(texts: Sequence[str], limit: int, runtime: Any) -> list[Inputs]:
-    """A single token, and captions in a row up to the longest text that the model takes, beside a short one."""
+    """Two batches: a single token; and the longest text that the model takes (joined captions) with a short one."""
     length = min(limit, LONGEST_TEXT)
     longest = " ".join(islice(cycle(texts), length))
     prepared = (runtime.prepare_texts(texts[:1]), runtime.prepare_texts([longest, texts[0]]))
@@ -293,7 +286,7 @@ def _extreme_texts(texts: Sequence[str], limit: int, runtime: Any) -> list[Input
 
 
 def _embed(name: str, batches: Iterable[Inputs], model: MiniClipModel, runtime: Any) -> tuple[Tensor, Tensor]:
-    """`[items, dim]` twice: by PyTorch, by onnxruntime."""
+    """`[items, dim]` embeddings by PyTorch and by onnxruntime."""
     encoder, session = ENCODERS[name].module(model), getattr(runtime, name)
     pairs = [
         (
@@ -307,13 +300,13 @@ def _embed(name: str, batches: Iterable[Inputs], model: MiniClipModel, runtime: 
 
 
 def format_onnx_report(report: dict[str, Any]) -> str:
-    """What `miniclip export` prints of a [`compare`]: counts, differences, and each metric by both with its change."""
+    """Report of [`compare`] as text: counts, largest differences, and each metric by both with the difference."""
     (smallest, largest), (shortest, longest) = report["batch_sizes"], report["text_lengths"]
     differences = ", ".join(f"{name} {value:.1e}" for name, value in report["largest_difference"].items())
     lines = [
         f"compared on {report['images']} images and {report['captions']} captions, "
         f"batches of {smallest} to {largest}, texts of {shortest} to {longest} tokens",
-        f"largest difference of a component: {differences}",
+        f"largest difference in a component: {differences}",
         f"{'':<26}{'PyTorch':>10}{'onnxruntime':>14}{'difference':>12}",
     ]
     for name, before in report["pytorch"].items():

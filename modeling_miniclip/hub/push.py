@@ -1,4 +1,4 @@
-"""An export's way to the Hub: tried on a temporary branch, loaded from there, then one commit on the target."""
+"""Push an export: upload it to a temporary branch, verify that it loads, then commit it to the target."""
 
 import os
 import re
@@ -21,13 +21,13 @@ from ..errors import MiniClipError, ModelError, one_line
 from ..utils.resources import PACKAGE
 from .model_card import rename_card
 
-VERIFICATION_TIMEOUT = 1800  # seconds that downloading and loading what was uploaded may take
-HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # what its client raises; RuntimeError: of an upload
+VERIFICATION_TIMEOUT = 1800  # seconds to download and load the uploaded model
+HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # raised by the Hub's client; RuntimeError by uploads
 
 
 @dataclass(frozen=True)
 class Target:
-    """A branch to push to, with the commit that a push builds upon: the branch's own, or main's if it `is_new`."""
+    """The branch to push to, and the commit to build upon: that of the branch, or that of main if it `is_new`."""
 
     repo_id: str
     branch: str
@@ -38,20 +38,20 @@ class Target:
 def prepare_push(
     repo_id: str | None, output_dir: str | os.PathLike, private: bool = False, revision: str | None = None
 ) -> str:
-    """Create the repository before any long work, so that a missing token or right is known at once.
+    """Create the repository before any long work, so that a missing token or permission is known at once.
 
     Args:
-        repo_id: `user/name`, or a name alone for the token's user; None takes the output folder's name.
-        output_dir: of the run.
-        private: whether the repository has to be private.
-        revision: branch that will be committed to; None: the main branch.
+        repo_id: `user/name`, or `name` for a repository of the token's user; None means the name of the output folder.
+        output_dir: output folder of the run.
+        private: whether the repository must be private.
+        revision: branch to commit to later; None means the main branch.
 
     Returns:
-        The full repository id.
+        The full repository id, `user/name`.
 
     Raises:
-        MiniClipError: no token, no right to write, no valid name, no connection, or nothing that [`push`] would push
-            to.
+        MiniClipError: there is no token, permission or connection, the name is not valid, or [`push`] would reject
+            the repository.
     """
     api, name = HfApi(), repo_id or Path(output_dir).resolve().name
     advice = "Check the --hub_ flags and the token's rights, or train without --push_to_hub and push later"
@@ -59,7 +59,7 @@ def prepare_push(
         _check_token()
         full_name = api.create_repo(name, private=private, exist_ok=True).repo_id
         _find_target(api, full_name, private, revision or "main")
-        # Where the repository is there already, nothing was asked of the token so far. This asks, and writes nothing.
+        # If the repository already existed, the token has not been checked so far. This checks it and writes nothing.
         api.preupload_lfs_files(full_name, [CommitOperationAdd("README.md", b"---\n---\n")])
     return full_name
 
@@ -71,35 +71,35 @@ def push(
     message: str = "Upload MiniCLIP model",
     revision: str | None = None,
 ) -> str:
-    """Upload an export, make sure that it loads, then publish it as one commit.
+    """Upload an export, verify that it loads, then publish it as one commit.
 
-    The files go to a temporary branch first. A fresh process loads that branch by the Auto classes, with the code that
-    was uploaded, and compares its logits with those of the folder, bit for bit. Then one request makes the same files
-    a commit on the target, and the branch is deleted. Whatever fails, the target is as it was or has all of it.
+    The files first go to a temporary branch. A fresh process loads that branch with the Auto classes and the uploaded
+    code, and compares its logits with those of the folder, bit for bit. Then one request commits the same files to
+    the target, and the temporary branch is deleted. Whatever fails, the target has either all of the files or none.
 
-    The card that goes up names the repository, whatever it was called before.
+    The uploaded card names the repository, whatever the card in the folder says.
 
     Args:
-        folder: of [`export`].
-        repo_id: `user/name`; created if it is not there.
-        private: whether the repository has to be private.
-        message: of the commit.
-        revision: branch to commit to; created if it is not there. None: the main branch.
+        folder: folder written by [`export`].
+        repo_id: `user/name`; created if it does not exist.
+        private: whether the repository must be private.
+        message: commit message.
+        revision: branch to commit to, created if it does not exist; None means the main branch.
 
     Returns:
-        Address of the commit.
+        URL of the commit.
 
     Raises:
-        MiniClipError: the folder is no export, the repository is public where a private one was asked for or holds
-            another kind of model, the revision is no branch, the Hub does not take the upload, or what it took does
-            not load; the message says which. The folder stays as it is.
+        MiniClipError: the folder is not an export, the repository is public although `private` is set or holds
+            another kind of model, the revision is not a branch, the Hub rejects the upload, or the uploaded model
+            does not load; the message says which. The folder stays as it is.
     """
     root, api = Path(folder), HfApi()
     if not (root / "config.json").is_file():
         raise ModelError(f"{folder} is not an export: it has no config.json")
     command = ["miniclip", "push", str(folder), repo_id, *["--private"] * private]
     command += [] if revision is None else ["--revision", revision]
-    safe = f"The model is safe in {folder}: try again by `{shlex.join(command)}`"
+    safe = f"The model is safe in {folder}: try again with `{shlex.join(command)}`"
     with hub_errors_as_miniclip_error(f"{folder} cannot be pushed to {repo_id}", safe):
         _check_token()
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -108,76 +108,75 @@ def push(
     with _temporary_branch(api, target, f"{folder} cannot be uploaded to {repo_id}", advice) as branch:
         with hub_errors_as_miniclip_error(f"{folder} cannot be uploaded to {repo_id}, branch {branch}", advice):
             files = _operations(root, repo_id)
-            contents = [_content(file) for file in files]  # now: the client would read them when it needs them
+            contents = [_content(file) for file in files]  # read now; the client would read the files later
             staged = api.create_commit(repo_id, files, commit_message=message, revision=branch).oid
         _verify(root, repo_id, staged, advice)
-        again = _operations(root, repo_id)  # a second time, for the client takes them once only
+        again = _operations(root, repo_id)  # again, because the client accepts an operation only once
         if [_content(file) for file in again] != contents:
-            raise MiniClipError(f"the files in {folder} changed while they were uploaded. {advice}")
+            raise MiniClipError(f"the files in {folder} changed during the upload. {advice}")
         try:
             commit = _publish(api, target, staged, again, message)
         except HUB_ERRORS as error:
-            with hub_errors_as_miniclip_error(
-                f"{folder} was uploaded, and whether {repo_id} took it cannot be asked", safe
-            ):
-                lost = _published(api, target, staged)
-            if lost is None:
+            what = f"{folder} was uploaded, but it is unknown whether {repo_id} has the commit"
+            with hub_errors_as_miniclip_error(what, safe):
+                published = _published(api, target, staged)
+            if published is None:
                 what = f"{folder} was uploaded, but cannot be committed to {repo_id}"
                 raise MiniClipError(f"{what}: {one_line(error)}. {advice}") from None
-            commit = lost  # the answer, not the commit
+            commit = published  # only the answer was lost
     return f"{api.endpoint}/{repo_id}/commit/{commit}"
 
 
 def _check_token() -> None:
-    if get_token() is None:  # the Hub would answer that there is no such repository
-        raise ValueError("there is no token; log in by `hf auth login` or set HF_TOKEN, with a token that may write")
+    if get_token() is None:  # without one, the Hub would answer that the repository does not exist
+        raise ValueError("there is no token; log in with `hf auth login` or set HF_TOKEN, with a token that may write")
 
 
 def _find_target(api: HfApi, repo_id: str, private: bool, branch: str) -> Target:
-    """Where a push goes.
+    """Find the branch to push to, and the commit to build upon.
 
     Raises:
-        ValueError: that is no place for it.
+        ValueError: the repository or branch is not one to push to.
     """
     refs = api.list_repo_refs(repo_id)
     heads = {ref.name: ref.target_commit for ref in refs.branches}
     if branch not in heads:
         if any(branch == tag.name for tag in refs.tags) or re.fullmatch(r"[0-9a-f]{40}", branch):
-            raise ValueError(f"{branch} is a tag or a commit, and only to a branch can be committed")
+            raise ValueError(f"{branch} is a tag or a commit, but a push needs a branch")
         if not re.fullmatch(r"(?!refs/)\w[\w.-]*(/\w[\w.-]*)*", branch):
-            raise ValueError(f"{branch!r} cannot be the name of a branch")
+            raise ValueError(f"{branch!r} is not a valid name of a branch")
     target = Target(repo_id, branch, heads.get(branch, heads["main"]), branch not in heads)
-    there = api.model_info(repo_id, revision=target.start)
-    if private and not there.private:
+    info = api.model_info(repo_id, revision=target.start)
+    if private and not info.private:
         raise ValueError(
-            "it is public already, and a private one was asked for: make it private in its settings on the Hub, or "
+            "it is already public, but you asked for a private one: make it private in its settings on the Hub, or "
             "choose another name"
         )
-    kind = (there.config or {}).get("model_type")
+    kind = (info.config or {}).get("model_type")
     if kind not in (None, MiniClipConfig.model_type):
-        raise ValueError(f"it holds another kind of model ({kind}), and their files would mix: choose another name")
+        raise ValueError(f"it holds another kind of model ({kind}), and the files would mix: choose another name")
     return target
 
 
 @contextmanager
 def _temporary_branch(api: HfApi, target: Target, what: str, advice: str) -> Iterator[str]:
-    """A branch for the time of a block. Whatever ends the block, it is deleted, or the user told that it is left."""
-    branch, made = f"upload-{secrets.token_hex(4)}", True
+    """A branch that is deleted at the end of the block, even after an error; a warning reports one that is left."""
+    branch, may_exist = f"upload-{secrets.token_hex(4)}", True
     try:
         with hub_errors_as_miniclip_error(what, advice):
             try:
                 api.create_branch(target.repo_id, branch=branch, revision=target.start)
             except HfHubHTTPError as error:
-                made = error.response.status_code >= 500  # else it was refused; without an answer it may be there
+                may_exist = error.response.status_code >= 500  # after any other status it was not created
                 raise
         yield branch
     finally:
-        if made:
+        if may_exist:
             _delete_branch(api, target.repo_id, branch)
 
 
 def _operations(root: Path, repo_id: str) -> list[CommitOperationAdd]:
-    """Every file of the export but hidden ones, the card under the repository's name."""
+    """Operations that add all files of the export except hidden ones, with the repository's name in the card."""
     names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
     contents: dict[str, str | bytes] = {name: str(root / name) for name in names if "/." not in f"/{name}"}
     if "README.md" in contents:
@@ -190,21 +189,21 @@ def _content(file: CommitOperationAdd) -> tuple[str, bytes]:
 
 
 def _publish(api: HfApi, target: Target, staged: str, files: list[CommitOperationAdd], message: str) -> str:
-    """Make what was staged the target's by one request; gives the target's commit."""
+    """Commit the staged files to the target with one request; return the commit."""
     if target.is_new:
         api.create_branch(target.repo_id, branch=target.branch, revision=staged)
         return staged
     return api.create_commit(
         target.repo_id,
-        files,  # their contents are on the Hub already
+        files,  # already on the Hub, so not uploaded again
         commit_message=message,
         revision=target.branch,
-        parent_commit=target.start,  # refused if somebody else committed in the meantime
+        parent_commit=target.start,  # the Hub rejects this if somebody else has committed in the meantime
     ).oid
 
 
 def _published(api: HfApi, target: Target, staged: str) -> str | None:
-    """The target's commit if it has all that was staged."""
+    """The target's commit if it has exactly the staged files, else None."""
     trees = []
     for revision in (staged, target.branch):
         try:
@@ -216,10 +215,10 @@ def _published(api: HfApi, target: Target, staged: str) -> str | None:
 
 
 def _verify(root: Path, repo_id: str, commit: str, advice: str) -> None:
-    """Load a commit in a process of its own, from an empty cache, and compare it with the folder.
+    """Load a commit in a fresh process with an empty cache, and compare it with the folder.
 
     Raises:
-        MiniClipError: it does not load, or gives other logits.
+        MiniClipError: it does not load, or its logits differ.
     """
     argv = [sys.executable, "-m", "modeling_miniclip.hub.verify_upload", str(root.resolve()), repo_id, commit]
     with tempfile.TemporaryDirectory(prefix="miniclip-push-") as cache:
@@ -230,30 +229,35 @@ def _verify(root: Path, repo_id: str, commit: str, advice: str) -> None:
                 argv, env=os.environ | env, capture_output=True, text=True, timeout=VERIFICATION_TIMEOUT
             )
         except subprocess.TimeoutExpired:
-            reason = f"it was not loaded within {VERIFICATION_TIMEOUT} seconds"
+            reason = f"loading it took more than {VERIFICATION_TIMEOUT} seconds"
         else:
             if done.returncode == 0:
                 return
-            reason = (done.stderr.strip().splitlines() or ["the process ended without a word"])[-1]
-    raise MiniClipError(f"what was uploaded to {repo_id} was not published: {one_line(reason)}. {advice}")
+            reason = (done.stderr.strip().splitlines() or ["the process ended without a message"])[-1]
+    raise MiniClipError(f"the upload to {repo_id} was not published: {one_line(reason)}. {advice}")
 
 
 def _delete_branch(api: HfApi, repo_id: str, branch: str) -> None:
     try:
         api.delete_branch(repo_id, branch=branch)
-    except RevisionNotFoundError:  # it was never made
+    except RevisionNotFoundError:  # it was never created
         pass
     except (HTTPError, OSError) as error:
         warnings.warn(
             f"the temporary branch {branch} of {repo_id} cannot be deleted ({one_line(error)}): delete it on the "
-            "Hub's page of the repository",
+            "repository's page on the Hub",
             stacklevel=4,
         )
 
 
 @contextmanager
 def hub_errors_as_miniclip_error(what: str, advice: str) -> Iterator[None]:
-    """Errors of the Hub's client in the package's own words, without the token, which some of them carry."""
+    """Turn errors of the Hub's client into a [`MiniClipError`], without the token that some of them contain.
+
+    Args:
+        what: what failed, the start of the message.
+        advice: how to fix it, the end of the message.
+    """
     try:
         yield
     except HUB_ERRORS as error:

@@ -1,4 +1,4 @@
-"""Use of a trained model: embed images and texts once, then find what matches a query."""
+"""Embed images and texts with a trained model."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -19,15 +19,19 @@ from ..processing_miniclip import MiniClipProcessor, load_rgb, to_rgb
 
 
 def open_image(image: Any) -> Image.Image:
-    """RGB image of a path, a URL, a PIL image, an array (`[H, W, 3]` or `[H, W]` uint8) or a row with the key `image`.
+    """Open an image as RGB.
+
+    Args:
+        image: path, URL, PIL image, array (`[H, W, 3]` or `[H, W]`, uint8), or a dictionary with one of these as
+            `image`.
 
     Raises:
-        DataError: there is no such file, it is no image, or an array of another shape or type.
+        DataError: the file does not exist or is not an image, or the array has another shape or type.
     """
     if isinstance(image, dict):
         if "image" not in image:
             raise DataError(
-                f"a row without the key 'image': it has {', '.join(map(str, image)) or 'none'}; name it image"
+                f"a row without the key 'image': it has {', '.join(map(str, image)) or 'none'}; rename the right one"
             )
         image = image["image"]
     name = os.fspath(image) if isinstance(image, str | os.PathLike) else getattr(image, "filename", "")
@@ -37,10 +41,8 @@ def open_image(image: Any) -> Image.Image:
         return to_rgb(image if isinstance(image, Image.Image) else _image_of_array(image))
     except DataError:
         raise
-    except Exception as error:  # Pillow's decoders raise all sorts
-        raise DataError(
-            f"{name or type(image).__name__}: not an image that can be read: {error}; replace it"
-        ) from error
+    except Exception as error:  # Pillow's decoders raise all sorts of errors
+        raise DataError(f"{name or type(image).__name__}: this image cannot be read: {error}; replace it") from error
 
 
 def _image_of_array(array: Any) -> Image.Image:
@@ -49,28 +51,32 @@ def _image_of_array(array: Any) -> Image.Image:
     if pixels.dtype != np.uint8 or not has_channels or not pixels.size:
         raise DataError(
             f"{type(array).__name__} of shape {pixels.shape} and type {pixels.dtype}: expected a path, a PIL image "
-            "or an array [H, W, 3] or [H, W] of uint8, with pixels"
+            "or a non-empty uint8 array [H, W, 3] or [H, W]"
         )
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels)
 
 
 def processor_of(model: MiniClipModel, processor: MiniClipProcessor | None = None) -> MiniClipProcessor:
-    """The given processor, or the one saved where the model was loaded from (folder, or repository and revision).
+    """The given processor, or the one that was saved with the model.
+
+    Args:
+        model: model whose folder, or repository and revision, holds the processor.
+        processor: processor to return; None to load it.
 
     Raises:
-        ValueError: the model was not loaded from a place that holds a processor.
+        ValueError: the model was not loaded with `from_pretrained`, or there was no processor next to it.
     """
     if processor is not None:
         return processor
     source = model.config.name_or_path
     if not source:
-        raise ValueError("the model was not loaded by from_pretrained, so no processor is known: pass processor=")
+        raise ValueError("the model was not loaded with from_pretrained, so its processor is unknown: pass processor=")
     revision = getattr(model, "loaded_revision", None)
     try:
         return MiniClipProcessor.from_pretrained(source, revision=revision or "main")
     except (OSError, ValueError, TypeError) as error:
         place = f"{source} at revision {revision}" if revision else source
-        raise ValueError(f"no processor found where the model came from ({place}): pass processor=") from error
+        raise ValueError(f"found no processor with the model ({place}): pass processor=") from error
 
 
 def encode_images(
@@ -83,18 +89,18 @@ def encode_images(
     """Unit-norm embeddings of images.
 
     Args:
-        model: on any device; it is not changed.
-        images: paths, URLs, PIL images, arrays or rows with the key `image`; read as they are needed.
-        processor: by default the one saved with the model.
-        batch_size: images a forward pass.
-        progress: show a progress bar.
+        model: model on any device; not changed.
+        images: paths, URLs, PIL images, arrays or rows with the key `image`; each is opened when it is needed.
+        processor: processor of the model; by default the one saved with it.
+        batch_size: number of images per forward pass.
+        progress: whether to show a progress bar.
 
     Returns:
         `[len(images), projection_dim]` float32 on the CPU.
 
     Raises:
         DataError: an image cannot be read.
-        ValueError: no image at all, one image that is not in a list, or no processor.
+        ValueError: there is no image, a single image is not in a list, or there is no processor.
 
     Example:
         >>> encode_images(model, Path("photos").glob("*.jpg"))  # doctest: +SKIP
@@ -109,7 +115,7 @@ def encode_images(
 
 
 def _pixel_values(images: list[Image.Image], processor: MiniClipProcessor, device: torch.device) -> Tensor:
-    """What the processor gives, by the shorter way of training where it comes to the same."""
+    """The processor's `pixel_values`, computed by the faster way of training if that gives the same."""
     settings = processor.image_processor
     if type(settings) is not CLIPImageProcessorPil or not (settings.do_rescale and settings.do_normalize):
         return processor(images=images, return_tensors="pt")["pixel_values"].to(device)
@@ -124,10 +130,13 @@ def encode_texts(
     batch_size: int = 128,
     progress: bool = True,
 ) -> Tensor:
-    """Unit-norm embeddings of texts; arguments and result as in [`encode_images`].
+    """Unit-norm embeddings of texts; further arguments and the result are those of [`encode_images`].
+
+    Args:
+        texts: texts; those longer than the text tower's limit are truncated.
 
     Raises:
-        DataError: one is no text, or half of a character (a lone surrogate); with its number, from 0.
+        DataError: an item is not a text, or contains half a character (a lone surrogate); its number counts from 0.
         ValueError: as in [`encode_images`].
     """
     processor = processor_of(model, processor)
@@ -147,7 +156,9 @@ def _check_text(text: Any, number: int) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"text {number}: half of a character, which no tokenizer takes; mend it: {error}") from error
+        raise DataError(
+            f"text {number}: half a character (a lone surrogate), which no tokenizer takes; remove it: {error}"
+        ) from error
 
 
 @torch.no_grad()
@@ -159,27 +170,27 @@ def encode_batches(
     what: str,
     progress: bool,
 ) -> Tensor:
-    """Embeddings of all items, a batch at a time, by a model in evaluation mode; its modes are put back after that.
+    """Embed items batch by batch with a model in evaluation mode, and then restore its modes.
 
     Args:
-        model: that `embed` uses.
-        items: read as they are needed.
-        embed: gives the `[n, dim]` embeddings of n items.
-        batch_size: items a call of `embed`.
-        what: what the items are, in the plural.
-        progress: show a progress bar.
+        model: model that `embed` uses.
+        items: items to embed; each is read when it is needed.
+        embed: function from a list of n items to their `[n, dim]` embeddings.
+        batch_size: number of items per call of `embed`.
+        what: name of the items in the plural, such as `images`.
+        progress: whether to show a progress bar.
 
     Returns:
-        `[items, dim]` float32 on the CPU.
+        `[len(items), dim]` float32 on the CPU.
 
     Raises:
-        ValueError: no item at all, or one that is not in a list.
+        ValueError: there is no item, a single item is not in a list, or `batch_size` is below 1.
     """
-    if isinstance(items, str | os.PathLike | Image.Image | dict):  # a text would be taken apart into its letters
+    if isinstance(items, str | os.PathLike | Image.Image | dict):  # a text would be split into its letters
         raise ValueError(f"expected a list of {what}, got one {type(items).__name__}: put it in a list, [...]")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    modes = [(module, module.training) for module in model.modules()]  # parts of a model may be frozen one by one
+    modes = [(module, module.training) for module in model.modules()]  # parts may be frozen
     model.eval()
     parts = []
     total = len(items) if isinstance(items, Sized) else None
@@ -187,7 +198,7 @@ def encode_batches(
         with tqdm(total=total, desc=f"encode {what}", unit=what[:-1], disable=not progress) as bar:
             for batch in _batches(items, batch_size):
                 parts.append(embed(batch).float())
-                if len(parts) > 1:  # not yet the last one: an accelerator computes it while the next batch is read
+                if len(parts) > 1:  # not the last one: an accelerator computes it while the next batch is read
                     parts[-2] = parts[-2].cpu()
                 bar.update(len(batch))
     finally:

@@ -1,4 +1,4 @@
-"""Checksums of weights and of indexes, so that a bit that flipped on some disk is told and not trained on or shown."""
+"""Checksums of weights and indexes, so that a bit flipped on disk raises an error instead of giving wrong results."""
 
 import hashlib
 import json
@@ -8,13 +8,12 @@ from typing import Any
 
 from ..errors import ModelError
 
-# In the metadata of the safetensors file. Whoever saves the model again, does so without it.
-KEY = "miniclip_sha256"
-BLANK = "0" * 64
+KEY = "miniclip_sha256"  # entry in the metadata of the safetensors file; other programs save without it
+BLANK = "0" * 64  # placeholder of the checksum, as long as a SHA-256 in hexadecimal
 
 
 def seal_weights(path: Path) -> None:
-    """Enter into a safetensors file the SHA-256 of itself, taken while that entry holds zeros."""
+    """Store the SHA-256 of a safetensors file in its own metadata, computed with zeros in place of the checksum."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         header.setdefault("__metadata__", {})[KEY] = BLANK
@@ -33,10 +32,10 @@ def seal_weights(path: Path) -> None:
 
 
 def check_weights(path: Path) -> None:
-    """Compare a file with the checksum in it, if there is one.
+    """Compare a safetensors file with the checksum in its metadata, if there is one.
 
     Raises:
-        ModelError: they differ.
+        ModelError: the checksums differ.
     """
     with path.open("rb") as file:
         start = file.read(8)
@@ -49,7 +48,7 @@ def check_weights(path: Path) -> None:
         while block := file.read(1 << 22):
             sha256.update(block)
     if sha256.hexdigest().encode() != text[place : place + len(BLANK)]:
-        raise ModelError(f"{path} is damaged: it does not have the checksum that it was saved with; copy it anew")
+        raise ModelError(f"{path} is damaged: its checksum differs from the one it was saved with; copy it again")
 
 
 def file_checksum(path: Path) -> str:
@@ -59,5 +58,5 @@ def file_checksum(path: Path) -> str:
 
 
 def value_checksum(value: Any) -> str:
-    """SHA-256 of what JSON can hold, however it is written there."""
+    """SHA-256 of a value that JSON can represent; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

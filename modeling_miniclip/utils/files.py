@@ -1,4 +1,4 @@
-"""Folders and files that are either complete or not there: written beside their place, then renamed."""
+"""Folders and files that are either complete or do not exist: written under another name, then renamed."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 
-# Linux's numbers for renameat2(2) (fcntl.h, linux/fs.h).
+# Linux's constants for renameat2(2) (fcntl.h, linux/fs.h).
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
@@ -35,10 +35,13 @@ def check_new_folder(folder: Path, label: str = "", allowed: Collection[str] = (
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `target` when the block ends without an error.
+    """A new folder that replaces `target` when the block ends without an error.
 
-    Until then `target` is untouched; on an error the new folder is removed. What a process that died in here has left
-    is cleared away by the next one that replaces the same folder.
+    Until then `target` is untouched. After an error the new folder is removed. If the process dies, the next one that
+    replaces the same folder cleans up.
+
+    Args:
+        target: folder to write; may exist.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(target)
@@ -55,10 +58,14 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
 
 def commit_folder(fresh: Path, target: Path) -> None:
-    """Flush a finished folder to disk and give it the name `target`, whose former content is then removed.
+    """Flush a finished folder to disk and rename it to `target`; the former content of `target` is removed.
 
-    Linux exchanges the two names in one step. Other systems, and file systems that cannot do that, take two renames:
-    between them `target` is missing and its former content is called `.<name>.old`, see [`recover_folder`].
+    Linux exchanges the two names in one step. Other systems, and some file systems, need two renames. Between them
+    `target` does not exist, and its former content is in `.<name>.old`, see [`recover_folder`].
+
+    Args:
+        fresh: finished folder.
+        target: its new path.
     """
     for path in (fresh, *fresh.rglob("*")):
         _flush(path)
@@ -83,9 +90,9 @@ def recover_folder(target: Path) -> None:
 
 
 def discard_folder(path: Path) -> None:
-    """Delete a folder: it is gone at once, and what a process that dies in here leaves is no longer found by its name.
+    """Delete a folder by renaming it first, so that a process that dies here leaves nothing under its name.
 
-    What an earlier one has left is cleared away too.
+    Also removes what an earlier process has left in this way.
     """
     former = _former(path)
     shutil.rmtree(former, ignore_errors=True)
@@ -95,7 +102,7 @@ def discard_folder(path: Path) -> None:
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """A copy of a folder whose files are never changed in place: hard links, where the file system has them."""
+    """Copy a folder whose files are never changed in place: with hard links if the file system has them."""
 
     def link(source: str, target: str) -> None:
         try:
@@ -107,7 +114,7 @@ def link_folder(source: Path, target: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file that is, at any moment, as it was or as it shall be."""
+    """Replace a text file in one step: at any moment it has either the old or the new content."""
     fresh = path.with_name(f".{path.name}.new")
     try:
         fresh.write_text(text, encoding="utf-8")
@@ -122,7 +129,7 @@ def _former(target: Path) -> Path:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap the names of two folders at once; False where the system or the file system cannot."""
+    """Swap the names of two folders in one step; False if the system or the file system cannot do that."""
     if not sys.platform.startswith("linux"):
         return False
     try:

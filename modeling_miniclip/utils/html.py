@@ -1,6 +1,7 @@
-"""One-file HTML pages of images: no script, nothing loaded from elsewhere, so that they open offline and stay private.
+"""Self-contained HTML pages of images: no scripts and no external resources, so they work offline and stay private.
 
-All text that is handed over is escaped here; only [`page`] and [`grid`] take HTML, which the other functions made.
+All text is escaped here. HTML is accepted only as made by the functions of this file: `body` of [`page`], `content` of
+[`section`] and the tiles of [`grid`].
 """
 
 import base64
@@ -11,7 +12,7 @@ from PIL import Image
 
 from .thumbnails import THUMBNAIL, encode_thumbnail
 
-# The browser itself refuses whatever would be loaded from outside of the file, or run.
+# With this policy the browser blocks scripts and everything outside of the file.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 STYLE = """
@@ -48,12 +49,12 @@ thead th { color: var(--soft); font-weight: 600; }
 
 
 def page(title: str, body: str, lead: str = "") -> str:
-    """A whole document.
+    """A complete HTML document.
 
     Args:
-        title: text, also the heading.
-        body: HTML.
-        lead: text under the heading.
+        title: text of the title and of the main heading.
+        body: HTML below the heading.
+        lead: text under the heading; may be empty.
     """
     below = f'<p class="soft">{escape(lead)}</p>\n' if lead else ""
     return (
@@ -66,30 +67,36 @@ def page(title: str, body: str, lead: str = "") -> str:
 
 
 def heading(text: str, note: str = "") -> str:
-    """A heading of a part of the page, with a remark under it."""
+    """A heading within the page, with an optional remark under it."""
     return f"<h2>{escape(text)}</h2>\n" + (f'<p class="soft">{escape(note)}</p>\n' if note else "")
 
 
 def section(title: str, note: str, content: str) -> str:
-    """A query and what was found: text, a remark, and HTML of [`grid`]."""
+    """A query and its results.
+
+    Args:
+        title: text of the query.
+        note: text of the remark under it.
+        content: HTML of [`grid`].
+    """
     return f'<section>\n<h3>{escape(title)}</h3>\n<p class="note">{escape(note)}</p>\n{content}\n</section>\n'
 
 
 def grid(tiles: Iterable[str]) -> str:
-    """Tiles of [`tile`] in rows that fill the width."""
+    """HTML tiles, made by [`tile`], in rows that fill the width."""
     return f'<div class="grid">\n{"".join(tiles)}</div>'
 
 
 def tile(label: str, name: str, image: str = "", text: str = "", mark: str = "", link: str = "") -> str:
-    """An image, or a text in its place, with a label and a name under it.
+    """An image or a text, with a label and a name under it.
 
     Args:
-        label: such as the score, printed bold.
-        name: such as the file's name; it is also what a screen reader says for the image.
-        image: address of [`thumbnail`].
-        text: shown where there is no image.
-        mark: `right` (framed green), `wrong` (framed orange) or nothing.
-        link: address that a click on the image opens.
+        label: text in bold, such as the score.
+        name: text after the label, such as the file name; also the image's text for screen readers.
+        image: URL of the image, from [`thumbnail`].
+        text: text to show if there is no image.
+        mark: `right` (green frame), `wrong` (orange frame) or empty (no frame).
+        link: URL that a click on the image opens; may be empty.
     """
     shown = f'<img src="{escape(image)}" alt="{escape(name)}" loading="lazy">' if image else ""
     shown = f'<a href="{escape(link)}">{shown}</a>' if link and shown else shown
@@ -101,12 +108,17 @@ def tile(label: str, name: str, image: str = "", text: str = "", mark: str = "",
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of texts; the first column is that of the rows' names."""
+    """A table of texts.
+
+    Args:
+        head: texts of the column headers.
+        rows: texts of the cells, row by row; the first cell is the name of the row.
+    """
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
     return f'<div class="scroll"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{lines}</tbody>\n</table></div>\n'
 
 
 def thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> str:
-    """A small JPEG as the address of an `<img>`; arguments as in [`encode_thumbnail`]."""
+    """A small JPEG as a `data:` URL for `<img>`; arguments as in [`encode_thumbnail`]."""
     return "data:image/jpeg;base64," + base64.b64encode(encode_thumbnail(image, pixels)).decode("ascii")

@@ -1,4 +1,4 @@
-"""What makes a process faster without changing a result. For entry points only: importing the package does nothing."""
+"""Settings that speed up a process but do not change results. Only entry points call them, never an import."""
 
 import ctypes
 import sys
@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
-# glibc's numbers of the two mallopt parameters (malloc.h).
+# glibc's constants for two parameters of mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory for the next tensor instead of giving it back to the kernel each time.
+    """Let glibc keep freed memory for the next tensor instead of returning it to the kernel each time.
 
-    Large tensors are otherwise mapped, page-faulted and unmapped at every step. To be called before the first large
-    tensor; a training process then holds its peak memory until it ends.
+    Otherwise large tensors are mapped, page-faulted and unmapped at every step. Call this before creating the first
+    large tensor. A training process then holds its peak memory until it ends.
 
     Returns:
-        Whether it took effect (Linux with glibc only).
+        Whether it took effect (on Linux with glibc only).
     """
     glibc = _glibc()
     return glibc is not None and bool(glibc.mallopt(M_MMAP_MAX, 0)) and bool(glibc.mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def release_freed_memory() -> None:
-    """Give it back to the kernel now: each loader process that is forked would come to hold a copy of it."""
+    """Return freed memory to the kernel now; otherwise every forked loader process could end up with a copy of it."""
     glibc = _glibc()
     if glibc is not None:
         glibc.malloc_trim(0)
@@ -42,27 +42,27 @@ def _glibc() -> Any:
 
 
 def to_channels_last(vision_model: nn.Module) -> None:
-    """Lay the image tower's convolutions out as NHWC, which CPUs and tensor cores compute faster. Same values."""
+    """Store the image tower's convolutions as NHWC, with the same values: faster on CPUs and tensor cores."""
     vision_model.to(memory_format=torch.channels_last)
 
 
 def allow_tf32(device: torch.device) -> None:
-    """Let float32 matrix products on CUDA use TF32 (10 bits of mantissa), as PyTorch lets convolutions by default."""
+    """Let float32 matrix products on CUDA use TF32 (10-bit mantissa), as PyTorch's convolutions do by default."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
 
 def compile_towers(vision_model: nn.Module, text_model: nn.Module) -> None:
-    """Let `torch.compile` make faster code of both towers when they are first run. Same parameters, same names.
+    """Compile both towers with `torch.compile` on their first run. Parameters and their names stay the same.
 
-    Images all have one size, texts any length: the text tower is compiled for all lengths at once.
+    Images have one size, but texts have many lengths, so the text tower is compiled for all lengths at once.
     """
     vision_model.compile()
     text_model.compile(dynamic=True)
 
 
 def best_mixed_precision(device: torch.device) -> str:
-    """`"bf16"` on an accelerator that has it, else `"no"`: a CPU without such instructions is many times slower."""
+    """`"bf16"` on a GPU that supports it, else `"no"`: bf16 is many times slower on a CPU without it."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "no"
@@ -70,10 +70,10 @@ def best_mixed_precision(device: torch.device) -> str:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within the block torch computes by the calling thread alone.
+    """Let torch compute in the calling thread only, within the block.
 
-    Threads of OpenMP wait for each other in loops: where others compute too, that costs a small product many times
-    what its second thread gains.
+    OpenMP threads wait for each other in busy loops. If the cores are shared, this costs a small matrix product many
+    times what a second thread gains.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

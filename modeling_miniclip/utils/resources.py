@@ -1,4 +1,4 @@
-"""Where the data files that come with the package are: in a checkout or inside the installed package."""
+"""Paths of the data files that come with the package, in a checkout or in the installed package."""
 
 import os
 from pathlib import Path
@@ -9,48 +9,49 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _root() -> Path:
-    # The wheel carries them inside the package, a checkout beside it.
+    # A wheel has them inside the package, a checkout next to it.
     return PACKAGE if (PACKAGE / "configuration").is_dir() else PACKAGE.parent
 
 
 def packaged_file(*parts: str) -> Path:
-    """Path of a data file, for instance `packaged_file("configuration", "recipes", "scenes.yaml")`.
+    """Path of a data file, such as `packaged_file("configuration", "recipes", "scenes.yaml")`.
 
     Args:
-        *parts: `configuration`, then a folder and a file in it; or `model_card.md`.
+        *parts: `configuration`, a folder in it and a file in that; or `model_card.md`.
 
     Raises:
-        UsageError: there is no such file; those beside it are listed.
+        UsageError: there is no such file; the message lists the files in the same folder.
     """
     path = _root().joinpath(*parts).resolve()
     inside = path.is_relative_to(_root() / "configuration") or path == _root() / "model_card.md"
-    if inside and os.path.exists(path):  # which says no to an impossible name
+    if inside and os.path.exists(path):  # unlike Path.exists, it does not raise for an impossible name
         return path
     siblings = sorted(file.name for file in path.parent.glob("*.*")) if inside else []
-    raise UsageError(f"{'/'.join(parts)} does not come with the package; there are {', '.join(siblings) or 'none'}")
+    raise UsageError(f"{'/'.join(parts)} does not come with the package, which has {', '.join(siblings) or 'none'}")
 
 
 def named_file(value: str, folder: str, suffix: str) -> Path:
-    """A file given by path, or by the name of one that comes with the package under `configuration/<folder>`.
+    """Find a file by its path, or by its name in the package's `configuration/<folder>`.
 
     Args:
-        value: `path/to/my.yaml`, or a bare name such as `scenes`.
-        folder: `recipes`, `presets` or `accelerate`.
-        suffix: `.yaml` or `.json`, added to a bare name.
+        value: path such as `path/to/my.yaml`, or bare name such as `scenes`.
+        folder: folder of named files: `recipes`, `presets` or `accelerate`.
+        suffix: suffix that is added to a bare name: `.yaml` or `.json`.
 
     Raises:
-        UsageError: neither a file nor a name that comes with the package.
+        UsageError: there is no such file and no such name.
     """
     path = Path(value).expanduser()
     if os.path.isfile(path):
         return path
-    if path.suffix or path.name != value:  # something like a path; a bare name never leaves its folder
-        raise UsageError(f"{value}: no such file; give the path of one, or the name of one that comes along")
+    if path.suffix or path.name != value:  # a path; a bare name never leaves its folder
+        raise UsageError(
+            f"{value}: no such file; give the path of a file, or the name of one in configuration/{folder}"
+        )
     try:
         return packaged_file("configuration", folder, value + suffix)
     except UsageError:
         names = sorted(file.stem for file in packaged_file("configuration", folder).glob(f"*{suffix}"))
         raise UsageError(
-            f"{value}: neither a file nor one of those that come with the package in configuration/{folder}: "
-            f"{', '.join(names)}"
+            f"{value}: neither a file nor a name in the package's configuration/{folder}, which has {', '.join(names)}"
         ) from None

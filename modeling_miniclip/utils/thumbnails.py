@@ -1,4 +1,4 @@
-"""Small copies of images, embedded in HTML pages and indexes."""
+"""Small copies of images for HTML pages and indexes."""
 
 import io
 
@@ -8,11 +8,11 @@ THUMBNAIL = 224  # pixels of the longer side
 
 
 def encode_thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> bytes:
-    """A small JPEG of an image.
+    """A small JPEG of an image, without its metadata (location, camera).
 
     Args:
-        image: RGB; not changed. Nothing of its metadata (place, camera) is kept.
-        pixels: of the longer side; a smaller image stays as it is.
+        image: RGB image; not changed.
+        pixels: length of the longer side in pixels; a smaller image keeps its size.
     """
     buffer = io.BytesIO()
     shrunk(image, pixels).save(buffer, "JPEG", quality=82, optimize=True)
@@ -20,7 +20,7 @@ def encode_thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> bytes:
 
 
 def shrunk(image: Image.Image, pixels: int) -> Image.Image:
-    """A copy without metadata; arguments as in [`encode_thumbnail`]."""
+    """A small copy without metadata; arguments as in [`encode_thumbnail`]."""
     small = Image.new("RGB", image.size)
     small.paste(image)
     small.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)

@@ -1,9 +1,13 @@
 """The loopback Hub that lies beside the shared data, and client processes of it."""
 
 import importlib.util
+import json
 import os
+import select
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +56,50 @@ def add_repository(hub: Any, repo_id: str, files: dict[str, Path] | None = None,
 def run(code_or_argv: str | list[str], cwd: Path, **env: str) -> "subprocess.CompletedProcess[str]":
     """Run Python in another process and folder, away from the checkout and from this process's offline mode.
 
+    Code runs in a fork of a process that has imported torch, timm and transformers, to save their import. Arguments
+    start a new Python.
+
     Args:
-        code_or_argv: of `python -c`, or all arguments of Python.
-        cwd: its working folder, whose `home` becomes HF_HOME.
-        **env: more variables; `PYTHONPATH` is unset unless given.
+        code_or_argv: code to run as `python -c` does, or all arguments of Python.
+        cwd: working folder, whose subfolder `home` becomes HF_HOME.
+        **env: further environment variables; `PYTHONPATH` is unset unless given.
     """
-    argv = ["-c", code_or_argv] if isinstance(code_or_argv, str) else code_or_argv
     inherited = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "PYTHONPATH", "HF_TOKEN")}
-    env = {"HF_HOME": str(cwd / "home"), **env}
-    return subprocess.run(
-        [sys.executable, *argv], cwd=cwd, env=inherited | env, capture_output=True, text=True, timeout=300
-    )
+    env = inherited | {"HF_HOME": str(cwd / "home")} | env
+    if isinstance(code_or_argv, str) and hasattr(os, "fork"):
+        return _warm_process().run(code_or_argv, cwd, env)
+    argv = ["-c", code_or_argv] if isinstance(code_or_argv, str) else code_or_argv
+    return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+class WarmProcess:
+    """The process of `warm_process.py`; it ends together with this one, when its stdin is closed."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("warm_process.py")
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], cwd="/", env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, code: str, cwd: Path, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+        """Run code in a fork; arguments as in [`run`], but `env` is the whole environment."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            files = {name: Path(folder) / name for name in ("stdout", "stderr")}
+            request = {"code": code, "cwd": str(cwd), "env": env, **{name: str(path) for name, path in files.items()}}
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            ready, _, _ = select.select([self.process.stdout], [], [], 300)
+            if not ready:
+                self.process.kill()
+                _warm_process.cache_clear()
+                raise subprocess.TimeoutExpired(code, 300)
+            returncode = int(self.process.stdout.readline())
+            texts = (path.read_text(encoding="utf-8") for path in files.values())
+            return subprocess.CompletedProcess(["python", "-c", code], returncode, *texts)
+
+
+@cache
+def _warm_process() -> WarmProcess:
+    return WarmProcess()

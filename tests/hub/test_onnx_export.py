@@ -1,5 +1,6 @@
 """`miniclip export --onnx` and torch.export: the same values as the model, free axes, nothing half-written."""
 
+import ast
 import copy
 import json
 import re
@@ -369,3 +370,15 @@ def test_real_towers_on_real_photographs(shared: Path, tmp_path: Path) -> None:
     )
     expected = model.inverse_temperature() * embeds[0] @ embeds[1].T
     torch.testing.assert_close(torch.tensor(found), expected.flatten().detach(), atol=2e-4, rtol=0)
+
+
+def test_example_has_the_packages_to_rgb() -> None:
+    # The example runs without the package, so it has a copy.
+    sources = [
+        ast.get_source_segment(text, function)
+        for text in ((ROOT / "modeling_miniclip" / name).read_text(encoding="utf-8")
+                     for name in ("processing_miniclip.py", "hub/onnx_example.py"))
+        for function in ast.parse(text).body
+        if isinstance(function, ast.FunctionDef) and function.name == "to_rgb"
+    ]  # fmt: skip
+    assert len(sources) == 2 and sources[0] == sources[1]

@@ -107,7 +107,7 @@ for i, (_, branch, _) in enumerate({CASES!r}):
         assert all(left in line for left in set(heads) - {"main", branch}), case  # what is left is told
         assert "hf_alice" not in line and "Traceback" not in line, case
         if line.startswith("refused"):
-            advice = rf"The model is safe in .*try again by `miniclip push .*/new {repo_id} --revision {branch}`"
+            advice = rf"The model is safe in .*try again with `miniclip push .*/new {repo_id} --revision {branch}`"
             assert re.search(rf"refused \S+/new (cannot be|was) .*{advice}", line), case
     for branch, count in REQUESTS.items():
         assert ("refused once", branch, count - 1, True, "new") in outcomes, "the last request was not reached"
@@ -115,13 +115,13 @@ for i, (_, branch, _) in enumerate({CASES!r}):
 
 
 REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {  # token, repository, arguments, reason
-    "public where private was asked for": ("hf_alice", "alice/birds", {"private": True}, "public already"),
+    "public where private was asked for": ("hf_alice", "alice/birds", {"private": True}, "already public"),
     "another kind of model": ("hf_alice", "alice/bert", {}, r"another kind of model \(bert\)"),
     "a tag": ("hf_alice", "alice/birds", {"revision": "v1"}, "v1 is a tag or a commit"),
     "a commit": ("hf_alice", "alice/birds", {"revision": "0" * 40}, "0000 is a tag or a commit"),
-    "a pull request": ("hf_alice", "alice/birds", {"revision": "refs/pr/1"}, "'refs/pr/1' cannot be the name"),
-    "no name of a branch": ("hf_alice", "alice/birds", {"revision": "my birds"}, "'my birds' cannot be the name"),
-    "no token": ("", "alice/birds", {}, "there is no token; log in by"),
+    "a pull request": ("hf_alice", "alice/birds", {"revision": "refs/pr/1"}, "'refs/pr/1' is not a valid name"),
+    "no name of a branch": ("hf_alice", "alice/birds", {"revision": "my birds"}, "'my birds' is not a valid name"),
+    "no token": ("", "alice/birds", {}, "there is no token; log in with"),
     "an unknown token": ("hf_stranger", "alice/birds", {}, "the Hub rejected this token"),
     "a token that may only read": ("hf_reader", "alice/birds", {}, "this token does not have permission"),
     "a repository of somebody else": ("hf_alice", "bob/birds", {}, "this token does not have permission"),
@@ -179,7 +179,7 @@ pushing._verify = lambda *args: Path({str(folder / "config.json")!r}).write_text
 push({str(folder)!r}, "alice/birds")
 """
     last = push_in_a_client(alices_hub, tmp_path, code).stderr.splitlines()[-1]
-    assert f"the files in {folder} changed while they were uploaded. Nothing that was in alice/birds has" in last
+    assert f"the files in {folder} changed during the upload. Nothing that was in alice/birds has" in last
     assert which(alices_hub, "alice/birds", exports) == "old"
     assert branches(alices_hub, "alice/birds") == ["main"]
 
@@ -196,7 +196,8 @@ def test_an_upload_that_cannot_be_loaded_from_the_hub_is_not_published(
     done = run(code, tmp_path, PYTHONPATH=path, **alices_hub.client_env(tmp_path / "home"))
     last = done.stderr.splitlines()[-1]
     assert re.search(
-        "alice/birds was not published: alice/birds does not load: .*the Hub is temporarily unavailable: .*503", last
+        "the upload to alice/birds was not published: alice/birds does not load: .*the Hub is temporarily unavailable: .*503",
+        last,
     )
     assert which(alices_hub, "alice/birds", exports) == "old"
     assert branches(alices_hub, "alice/birds") == ["main"]
@@ -245,7 +246,7 @@ push({str(exports["new"])!r}, "alice/birds2")
     add_repository(alices_hub, "alice/birds2")
     done = push_in_a_client(alices_hub, tmp_path, code)
     last = done.stderr.splitlines()[-1]
-    assert re.search(rf"MiniClipError: what was uploaded to alice/birds2 was not published: .*{reason}", last), last
+    assert re.search(rf"MiniClipError: the upload to alice/birds2 was not published: .*{reason}", last), last
     assert "Nothing that was in alice/birds2 has changed" in last
     assert set(alices_hub.files("alice/birds2")) == {".gitattributes"}
     assert branches(alices_hub, "alice/birds2") == ["main"]
