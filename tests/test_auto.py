@@ -4,8 +4,6 @@ import ast
 import doctest
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,37 +18,30 @@ from transformers import (
 )
 
 from modeling_miniclip import MiniClipConfig, MiniClipModel, MiniClipProcessor
+from tests.helpers.hubs import run
 from tests.helpers.towers import tiny_config, tiny_model, tiny_processor
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAVELLING = ["configuration_miniclip", "modeling_miniclip", "processing_miniclip"]
 
 
-def run_python(code: str, *arguments: str, cwd: Path, package: bool, **environment: str) -> str:
-    """Output of another interpreter, started elsewhere, with or without the package on its path."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
-    if package:
-        env["PYTHONPATH"] = str(ROOT)
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_importing_the_package_loads_nothing_heavy_and_hooks_nothing(tmp_path):
     code = """
-import sys
+import os, sys
 before = list(sys.meta_path), list(sys.path_hooks), sys.modules["builtins"].__import__, set(sys.modules)
+environment = dict(os.environ)
 import modeling_miniclip
+import modeling_miniclip.training.arguments
 loaded = set(sys.modules) - before[3]
 heavy = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"modeling_miniclip"}
 assert not heavy, heavy
 assert loaded & {"modeling_miniclip.auto", "modeling_miniclip.modeling_miniclip"} == set()
 assert (sys.meta_path, sys.path_hooks, sys.modules["builtins"].__import__) == before[:3]
 assert {"MiniClipModel", "load_captions", "__version__"} <= set(dir(modeling_miniclip))
+assert os.environ == environment
 """
-    run_python(code, cwd=tmp_path, package=True)
+    done = run(["-c", code], tmp_path, PYTHONPATH=str(ROOT))  # a new Python, which has imported nothing yet
+    assert done.returncode == 0, done.stderr
 
 
 def test_each_public_name_is_there_and_registers_the_auto_classes(tmp_path):
@@ -68,7 +59,8 @@ from transformers import AutoConfig
 assert type(AutoConfig.for_model("miniclip")) is modeling_miniclip.MiniClipConfig
 print("all", len(names))
 """
-    assert run_python(code, cwd=tmp_path, package=True).startswith("all")
+    done = run(code, tmp_path, PYTHONPATH=str(ROOT))
+    assert done.stdout.startswith("all"), done.stderr
 
 
 def test_auto_classes_make_miniclip(tmp_path):
@@ -113,7 +105,8 @@ with torch.no_grad():
     torch.save(model(**inputs).logits_per_image, "logits.pt")
 model.save_pretrained("again")
 """
-    run_python(code, cwd=tmp_path, package=False, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    done = run(code, tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
     assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]["AutoModel"]
 

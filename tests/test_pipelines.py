@@ -158,7 +158,7 @@ def test_pipelines_run_with_the_code_of_the_export_where_the_package_is_not_ther
     torch.manual_seed(0)
     folder = export(tiny_model(text_pooling="mean"), tiny_processor(), tmp_path / "export")
     arguments = json.dumps([str(folder), [str(path) for path in images], TEXTS, LABELS, {"trust_remote_code": True}])
-    done = run(["-c", WITHOUT_PACKAGE + PIPELINES, arguments], tmp_path, HF_HUB_OFFLINE="1")
+    done = run(WITHOUT_PACKAGE + PIPELINES, tmp_path, arguments, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.split("FOUND", 1)[1])
     assert found["class"].startswith("transformers_modules")

@@ -27,7 +27,7 @@ def packaged_file(*parts: str) -> Path:
     if inside and os.path.exists(path):  # unlike Path.exists, it does not raise for an impossible name
         return path
     siblings = sorted(file.name for file in path.parent.glob("*.*")) if inside else []
-    raise UsageError(f"{'/'.join(parts)} does not come with the package, which has {', '.join(siblings) or 'none'}")
+    raise UsageError(f"{'/'.join(parts)} does not come with the package; available: {', '.join(siblings) or 'none'}")
 
 
 def named_file(value: str, folder: str, suffix: str) -> Path:

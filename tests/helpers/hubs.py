@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.runs import shared_folder
+
+Completed = subprocess.CompletedProcess[str]
 
 # Put before a client's code: the process then cannot import the package, be it installed or not.
 WITHOUT_PACKAGE = "import sys; sys.modules['modeling_miniclip'] = None\n"
@@ -53,7 +56,7 @@ def add_repository(hub: Any, repo_id: str, files: dict[str, Path] | None = None,
         hub.store.commit(repo, "refs/heads/main", head, entries, author, "add files")
 
 
-def run(code_or_argv: str | list[str], cwd: Path, **env: str) -> "subprocess.CompletedProcess[str]":
+def run(code_or_argv: str | list[str], cwd: Path, *arguments: str, **env: str) -> Completed:
     """Run Python in another process and folder, away from the checkout and from this process's offline mode.
 
     Code runs in a fork of a process that has imported torch, timm and transformers, to save their import. Arguments
@@ -62,14 +65,15 @@ def run(code_or_argv: str | list[str], cwd: Path, **env: str) -> "subprocess.Com
     Args:
         code_or_argv: code to run as `python -c` does, or all arguments of Python.
         cwd: working folder, whose subfolder `home` becomes HF_HOME.
+        *arguments: further arguments, for `sys.argv` of the code.
         **env: further environment variables; `PYTHONPATH` is unset unless given.
     """
     inherited = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "PYTHONPATH", "HF_TOKEN")}
     env = inherited | {"HF_HOME": str(cwd / "home")} | env
     if isinstance(code_or_argv, str) and hasattr(os, "fork"):
-        return _warm_process().run(code_or_argv, cwd, env)
-    argv = ["-c", code_or_argv] if isinstance(code_or_argv, str) else code_or_argv
-    return subprocess.run([sys.executable, *argv], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+        return _warm_process().run(code_or_argv, arguments, cwd, env)
+    argv = [sys.executable, *(["-c", code_or_argv] if isinstance(code_or_argv, str) else code_or_argv), *arguments]
+    return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 class WarmProcess:
@@ -82,12 +86,13 @@ class WarmProcess:
             [sys.executable, str(script)], cwd="/", env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, code: str, cwd: Path, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    def run(self, code: str, arguments: Sequence[str], cwd: Path, env: dict[str, str]) -> Completed:
         """Run code in a fork; arguments as in [`run`], but `env` is the whole environment."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / name for name in ("stdout", "stderr")}
-            request = {"code": code, "cwd": str(cwd), "env": env, **{name: str(path) for name, path in files.items()}}
+            request = {"code": code, "arguments": arguments, "cwd": str(cwd), "env": env}
+            request |= {name: str(path) for name, path in files.items()}
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             ready, _, _ = select.select([self.process.stdout], [], [], 300)

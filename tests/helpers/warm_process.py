@@ -50,7 +50,8 @@ def run_code(request: dict[str, Any]) -> int:
     """Run code as `python -c` would; returns the exit code.
 
     Args:
-        request: `code`, working folder `cwd`, environment `env`, and the files `stdout` and `stderr` to write.
+        request: `code`, its `arguments`, working folder `cwd`, environment `env`, and the files `stdout` and `stderr`
+            to write.
     """
     for descriptor, path, flags in (
         (0, os.devnull, os.O_RDONLY),
@@ -64,7 +65,7 @@ def run_code(request: dict[str, Any]) -> int:
     os.environ.update(request["env"])
     search_path = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:1] = ["", *search_path]  # in place of this script's folder
-    sys.argv = ["-c"]
+    sys.argv = ["-c", *request["arguments"]]
     read_environment_again()
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main

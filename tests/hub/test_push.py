@@ -12,10 +12,13 @@ import torch
 
 from modeling_miniclip import export
 from modeling_miniclip.cli import cli
+from modeling_miniclip.hub import verify_upload
 from tests.helpers.hubs import add_repository, local_hub, run
 from tests.helpers.runs import ROOT
 from tests.helpers.towers import tiny_model, tiny_processor
 
+# A client waits before it tries again; the tests do not.
+NO_WAITING = "import time; time.sleep = lambda seconds: None\n"
 # What happens to one request of a push, or to all from one on.
 FAULTS: dict[str, dict[str, Any]] = {
     "refused once": {"status": 403},
@@ -76,10 +79,8 @@ def test_whatever_request_fails_the_target_is_the_old_model_or_the_new_one_and_s
     for i, (fault, _, k) in enumerate(CASES):
         add_repository(alices_hub, f"alice/m{i}x", files_of(exports["old"]))
         alices_hub.fault(path=rf"\bm{i}x", skip=k, **FAULTS[fault])
-    # What a waiting client would wait for does not change within a test.
-    code = f"""{WITHOUT_VERIFICATION}
-import time, warnings
-time.sleep = lambda seconds: None
+    code = f"""{WITHOUT_VERIFICATION}{NO_WAITING}
+import warnings
 from modeling_miniclip import MiniClipError, push
 for i, (_, branch, _) in enumerate({CASES!r}):
     with warnings.catch_warnings(record=True) as told:
@@ -208,7 +209,7 @@ def test_a_fault_of_the_storage_behind_large_files_leaves_the_old_model(
 ) -> None:
     add_repository(alices_hub, "alice/birds", files_of(exports["old"]))
     alices_hub.fault(origin="cdn", method="PUT", status=403, times=-1)
-    code = f"from modeling_miniclip import push\npush({str(exports['new'])!r}, 'alice/birds')"
+    code = f"{NO_WAITING}from modeling_miniclip import push\npush({str(exports['new'])!r}, 'alice/birds')"
     done = push_in_a_client(alices_hub, tmp_path, code)
     assert done.returncode == 1
     assert "MiniClipError" in done.stderr
@@ -217,13 +218,62 @@ def test_a_fault_of_the_storage_behind_large_files_leaves_the_old_model(
     assert branches(alices_hub, "alice/birds") == ["main"]
 
 
+VERIFICATIONS = {
+    "subprocess.CompletedProcess(argv, 1, '', 'ignored\\nalice/birds does not load: why')": "alice/birds does not load: why",
+    "subprocess.CompletedProcess(argv, -9, '', '')": "the process ended without a message",
+    "raise_(subprocess.TimeoutExpired(argv, 1))": "loading it took more than 1800 seconds",
+}
+
+
+def test_upload_that_fails_verification_is_not_published(
+    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    add_repository(alices_hub, "alice/birds", files_of(exports["old"]))
+    code = f"""
+import os, subprocess
+from modeling_miniclip import MiniClipError, push
+from modeling_miniclip.hub import push as pushing
+def raise_(error):
+    raise error
+def verify(argv, env, **options):
+    assert argv[1:5] == ["-m", "modeling_miniclip.hub.verify_upload", {str(exports["new"])!r}, "alice/birds"], argv
+    assert env["HF_HUB_CACHE"] != os.environ.get("HF_HUB_CACHE") and options["timeout"] == 1800
+    return eval(outcome)
+subprocess.run = verify
+for outcome in {list(VERIFICATIONS)!r}:
+    try:
+        push({str(exports["new"])!r}, "alice/birds")
+    except MiniClipError as error:
+        print(error)
+"""
+    done = push_in_a_client(alices_hub, tmp_path, code)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(VERIFICATIONS), done.stderr
+    for line, reason in zip(lines, VERIFICATIONS.values(), strict=True):
+        assert line.startswith(
+            f"the upload to alice/birds was not published: {reason}. Nothing that was in alice/birds"
+        )
+    assert which(alices_hub, "alice/birds", exports) == "old"
+    assert branches(alices_hub, "alice/birds") == ["main"]
+
+
+def test_verification_compares_logits_and_reports_what_does_not_load(exports: dict[str, Path], tmp_path: Path) -> None:
+    old, new = str(exports["old"]), str(exports["new"])
+    verify_upload.main(new, new, "main")
+    with pytest.raises(
+        SystemExit, match=rf"the uploaded model gives other logits than {new} .largest difference 0\.\d"
+    ):
+        verify_upload.main(new, old, "main")
+    with pytest.raises(SystemExit, match=f"{tmp_path} does not load: "):
+        verify_upload.main(new, str(tmp_path), "main")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         ("contents['model.safetensors'] = OTHER", "gives other logits than"),
-        pytest.param(
-            "del contents['processing_miniclip.py']", "does not load: .*processing_miniclip.py", marks=pytest.mark.slow
-        ),
+        ("del contents['processing_miniclip.py']", "does not load: .*processing_miniclip.py"),
     ],
 )
 def test_an_upload_that_is_not_the_model_of_the_folder_is_not_published(

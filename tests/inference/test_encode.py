@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,8 @@ from PIL import Image
 from modeling_miniclip import DataError, encode_images, encode_texts, export, find_matches, load_captions
 from modeling_miniclip.inference.encode import _pixel_values, open_image, processor_of
 from modeling_miniclip.search.exact import Match
-from tests.helpers.hubs import local_hub
+from tests.helpers.hubs import local_hub, run
+from tests.helpers.runs import ROOT
 from tests.helpers.towers import CAPTIONS, tiny_model, tiny_processor
 
 TEXTS = [text for captions in CAPTIONS for text in captions]
@@ -335,13 +334,10 @@ print("FOUND", json.dumps(found))
 
 def test_a_model_of_the_hub_brings_the_processor_of_its_own_revision(tmp_path):
     with local_hub(tmp_path / "server", tokens=("hf_test=test-user",)) as hub:
-        root = str(Path(__file__).parents[2])
-        env = {**os.environ, **hub.client_env(tmp_path / "home"), "PYTHONPATH": root}
-        env.pop("HF_HUB_OFFLINE")
-        command = [sys.executable, "-c", REVISIONS, str(tmp_path / "export")]
-        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert json.loads(run.stdout.partition("FOUND ")[2]) == {
+        env = {**hub.client_env(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        done = run(REVISIONS, tmp_path, str(tmp_path / "export"), **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.partition("FOUND ")[2]) == {
         "commit": 0.1, "tag": 0.2, "main": 0.3, "main_before_two_pushes": 0.1, "auto": 0.1, "with_info": 0.1
     }  # fmt: skip
 
