@@ -120,7 +120,11 @@ def test_the_console_scripts_can_be_called() -> None:
     ("argv", "message", "code"),
     [
         (["--batchsize", "3"], "error: unknown flag '--batchsize'; did you mean --batch_size?", 2),
-        (["--recipe", "nothing"], "error: nothing: neither a file nor one of those that come with the package", 2),
+        (
+            ["--recipe", "nothing"],
+            "error: nothing: neither a file nor a name in the package",
+            2,
+        ),
         (["--dataset", "no.csv", "--output_dir", "out"], "error: no.csv: no such file", 1),
     ],
 )

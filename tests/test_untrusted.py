@@ -231,8 +231,8 @@ def test_a_token_is_in_no_message_of_another_library() -> None:
 
 # --- messages -------------------------------------------------------------------------------------------------------
 
-# A message says how to mend what it tells: by an alternative, an expectation, a bound or a flag.
-MENDS = re.compile(
+# A message says how to fix the problem: by an alternative, an expectation, a bound or a flag.
+FIXES = re.compile(
     r"; |--\w|expected|must|choose|at least|need|name |neither|exclude|install|lower|belongs to no flag|it has no|"
     r"knows|again|advice|did_you_mean|cause|hint|error"  # the last ones are names of what is put in
 )
@@ -245,23 +245,35 @@ def messages() -> list[tuple[str, str, bool]]:
     """Where an error of the package is raised, its text, and whether it names something."""
     found = []
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                if called(node.exc) in ("MiniClipError", "DataError", "ModelError", "UsageError"):
-                    parts = list(ast.walk(node.exc.args[0]))
-                    words = [part.value if isinstance(part, ast.Constant) else ast.unparse(part)
-                             for part in parts if isinstance(part, ast.Constant | ast.Name)]  # fmt: skip
-                    text = " ".join(word for word in words if isinstance(word, str))
-                    names = any(isinstance(part, ast.FormattedValue) for part in parts) or "--" in text
-                    found.append((f"{path.name}:{node.lineno}", text, names))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            assigned = {
+                ast.unparse(node.targets[0]): node.value for node in ast.walk(function) if isinstance(node, ast.Assign)
+            }
+            for node in ast.walk(function):
+                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                    if called(node.exc) in ("MiniClipError", "DataError", "ModelError", "UsageError"):
+                        message = node.exc.args[0]
+                        has_place = isinstance(message, ast.Call) and called(message) == "Problem"  # file and row
+                        if has_place:
+                            message = message.args[1]
+                        parts = list(ast.walk(assigned.get(ast.unparse(message), message)))
+                        words = [part.value if isinstance(part, ast.Constant) else ast.unparse(part)
+                                 for part in parts if isinstance(part, ast.Constant | ast.Name)]  # fmt: skip
+                        text = " ".join(word for word in words if isinstance(word, str))
+                        names = "--" in text or any(
+                            isinstance(part, ast.FormattedValue) or getattr(part, "attr", "") == "format"
+                            for part in parts
+                        )
+                        found.append((f"{path.name}:{node.lineno}", text, names or has_place))
     return found
 
 
-def test_every_message_says_what_where_and_how_to_mend_it() -> None:
+def test_every_message_names_what_where_and_fix() -> None:
     own = [(where, text, names) for where, text, names in messages() if not PASSED_ON.search(text)]
     assert len(own) > 60
     assert [where for where, text, names in own if not names and not re.search("`|: ", text)] == []
-    assert [f"{where} {text}" for where, text, _ in own if not MENDS.search(text)] == []
+    assert [f"{where} {text}" for where, text, _ in own if not FIXES.search(text)] == []
     assert [where for where, text, _ in own if text.rstrip().endswith("!") or "\n" in text] == []
 
 

@@ -53,5 +53,6 @@ def named_file(value: str, folder: str, suffix: str) -> Path:
     except UsageError:
         names = sorted(file.stem for file in packaged_file("configuration", folder).glob(f"*{suffix}"))
         raise UsageError(
-            f"{value}: neither a file nor a name in the package's configuration/{folder}, which has {', '.join(names)}"
+            f"{value}: neither a file nor a name in the package's configuration/{folder}; "
+            f"available: {', '.join(names)}"
         ) from None

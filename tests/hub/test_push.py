@@ -70,19 +70,26 @@ def push_in_a_client(hub: Any, tmp_path: Path, code: str, **env: str) -> Any:
 
 
 WITHOUT_VERIFICATION = "from modeling_miniclip.hub import push as pushing; pushing._verify = lambda *args: None\n"
-CASES = [(fault, branch, k) for fault in FAULTS for branch, count in REQUESTS.items() for k in range(count)]
 
 
-def test_whatever_request_fails_the_target_is_the_old_model_or_the_new_one_and_success_is_told_as_such(
-    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("requests", ["some", pytest.param("all", marks=pytest.mark.slow)])
+def test_failing_request_leaves_old_or_new_model_and_true_report(
+    alices_hub: Any, exports: dict[str, Path], tmp_path: Path, requests: str
 ) -> None:
-    for i, (fault, _, k) in enumerate(CASES):
+    cases = [
+        (fault, branch, k)
+        for fault in FAULTS
+        for branch, count in REQUESTS.items()
+        for k in range(count)
+        if requests == "all" or k % 5 == 1 or k >= count - 3
+    ]
+    for i, (fault, _, k) in enumerate(cases):
         add_repository(alices_hub, f"alice/m{i}x", files_of(exports["old"]))
         alices_hub.fault(path=rf"\bm{i}x", skip=k, **FAULTS[fault])
     code = f"""{WITHOUT_VERIFICATION}{NO_WAITING}
 import warnings
 from modeling_miniclip import MiniClipError, push
-for i, (_, branch, _) in enumerate({CASES!r}):
+for i, (_, branch, _) in enumerate({cases!r}):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
@@ -94,9 +101,9 @@ for i, (_, branch, _) in enumerate({CASES!r}):
     done = push_in_a_client(alices_hub, tmp_path, code)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == len(CASES)
+    assert len(lines) == len(cases)
     outcomes = set()
-    for i, ((fault, branch, k), line) in enumerate(zip(CASES, lines, strict=True)):
+    for i, ((fault, branch, k), line) in enumerate(zip(cases, lines, strict=True)):
         case, repo_id = f"{fault}, {branch}, request {k}: {line}", f"alice/m{i}x"
         heads = branches(alices_hub, repo_id)
         there = which(alices_hub, repo_id, exports, branch) if branch in heads else "none"
@@ -197,7 +204,7 @@ def test_an_upload_that_cannot_be_loaded_from_the_hub_is_not_published(
     done = run(code, tmp_path, PYTHONPATH=path, **alices_hub.client_env(tmp_path / "home"))
     last = done.stderr.splitlines()[-1]
     assert re.search(
-        "the upload to alice/birds was not published: alice/birds does not load: .*the Hub is temporarily unavailable: .*503",
+        "alice/birds was not published: alice/birds does not load: .*the Hub is temporarily unavailable: .*503",
         last,
     )
     assert which(alices_hub, "alice/birds", exports) == "old"
@@ -218,8 +225,8 @@ def test_a_fault_of_the_storage_behind_large_files_leaves_the_old_model(
     assert branches(alices_hub, "alice/birds") == ["main"]
 
 
-VERIFICATIONS = {
-    "subprocess.CompletedProcess(argv, 1, '', 'ignored\\nalice/birds does not load: why')": "alice/birds does not load: why",
+VERIFICATIONS = {  # what starting the verification gives -> the reason in the error
+    "subprocess.CompletedProcess(argv, 1, '', 'first line\\nit does not load: why')": "it does not load: why",
     "subprocess.CompletedProcess(argv, -9, '', '')": "the process ended without a message",
     "raise_(subprocess.TimeoutExpired(argv, 1))": "loading it took more than 1800 seconds",
 }
@@ -349,7 +356,7 @@ print(model.loaded_revision, type(processor).__name__)
 def test_the_command_pushes_to_a_revision(
     exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from modeling_miniclip.hub.export import push
+    from modeling_miniclip.hub import push
 
     calls: list[Any] = []
     monkeypatch.setattr(push, "push", lambda *args, **kwargs: calls.append((args, kwargs)) or "URL")

@@ -40,14 +40,16 @@ def test_an_installed_package_has_them_inside_and_ignores_folders_of_others(inst
     inside = installed / "modeling_miniclip"
     assert packaged_file("model_card.md") == inside / "model_card.md"
     assert named_file("scenes", "recipes", ".yaml") == inside / "configuration/recipes/scenes.yaml"
-    with pytest.raises(UsageError, match="foreign.*configuration/recipes: scenes$"):
+    with pytest.raises(UsageError, match="foreign.*configuration/recipes; available: scenes$"):
         named_file("foreign", "recipes", ".yaml")
 
 
 def test_a_missing_data_file_is_told_with_those_that_are_there() -> None:
-    with pytest.raises(UsageError, match=r"configuration/presets/no\.json .* there are .*scenes_tiny\.json"):
+    with pytest.raises(UsageError, match=r"configuration/presets/no\.json .* available: .*scenes_tiny\.json"):
         packaged_file("configuration", "presets", "no.json")
-    with pytest.raises(UsageError, match="scenez: neither a file nor .* configuration/recipes: flickr8k, .*scenes"):
+    with pytest.raises(
+        UsageError, match="scenez: neither a file nor .* configuration/recipes; available: flickr8k, .*scenes"
+    ):
         named_file("scenez", "recipes", ".yaml")
 
 
