@@ -1,6 +1,6 @@
-"""What is wrong with a run that does not learn: lines with the likely cause, from values that training has anyway.
+"""Warn about a run that does not learn, with the likely cause, from values that training computes anyway.
 
-The thresholds are far from what a healthy run shows: a warning that is often wrong is not read.
+The thresholds are far from the values of a healthy run, as nobody reads a warning that is often wrong.
 """
 
 import math
@@ -14,26 +14,26 @@ from torch.nn.functional import normalize
 from ..errors import MiniClipError
 from ..evaluation.metrics import ranks
 
-# Steps behind the warm-up before anything is said: until then a good model may look like one that learns nothing.
+# Steps after the warm-up before the first warning: until then a good model may look like one that learns nothing.
 PATIENCE = 100
-WINDOW = 50  # steps over which the loss is averaged, for single batches are easier or harder
-MOST_ROWS = 2000  # images of the validation split that are looked at, which bounds the cost to a second or two
-# With less than so many the shuffled-caption probe cannot tell captions that fit from captions that do not: with
-# untrained towers on photographs its z is about 2 with 200 images and 14 with 1,000 (see `linear_alignment_z`).
+WINDOW = 50  # steps over which the loss is averaged, as single batches are easier or harder
+MOST_ROWS = 2000  # validation images to look at, which limits the cost to a second or two
+# With fewer images, the shuffled-caption probe cannot distinguish matching captions from others: with untrained towers
+# on photographs its z is about 2 for 200 images and 14 for 1,000 (see `linear_alignment_z`).
 FEWEST_ROWS, ENOUGH_ROWS = 64, 500
 CLEAR = 3.0  # standard deviations
 
 
 def chance_loss(images: float, texts: float, loss_type: str) -> float:
-    """The loss of a model that cannot tell one pair of a batch from another; ln(batch) for the softmax losses.
+    """The loss of a model that cannot distinguish the pairs of a batch; ln(batch) for the softmax losses.
 
-    With several captions per image their probabilities add up in `softmax_sum`; in `softmax_mean` the log-probability
-    of each is that of any other text. The sigmoid loss is that of the best of all constant logits.
+    With several captions per image, their probabilities add up in `softmax_sum`; in `softmax_mean` the log-probability
+    of each is that of any other text. For the sigmoid loss, it is the loss of the best constant logit.
 
     Args:
-        images: of the batch, each with as many texts.
-        texts: of the batch.
-        loss_type: of the model's configuration.
+        images: number of images in the batch, each with the same number of texts.
+        texts: number of texts in the batch.
+        loss_type: loss of the model's configuration.
     """
     if loss_type == "sigmoid":
         return math.log(images) + (images - 1) * math.log(images / (images - 1)) if images > 1 else 0.0
@@ -41,12 +41,12 @@ def chance_loss(images: float, texts: float, loss_type: str) -> float:
 
 
 def diagnose_loss(loss: float, chance: float, gradient_norm: float, has_learned: bool = True) -> str | None:
-    """A loss that stays at, or above, what guessing gives, although training has gone on for a while.
+    """A warning if the loss stays at or above that of guessing after many steps, else None.
 
     Args:
-        loss: mean over many steps, nats.
+        loss: mean loss over many steps, in nats.
         chance: [`chance_loss`] of the same steps.
-        gradient_norm: of the last step, before clipping.
+        gradient_norm: gradient norm of the last step, before clipping.
         has_learned: whether training has changed anything.
     """
     if loss < 0.98 * chance or chance < 0.5:
@@ -59,26 +59,26 @@ def diagnose_loss(loss: float, chance: float, gradient_norm: float, has_learned:
         cause = "the learning rates are too low, or too much is frozen"
     return (
         f"{found}, at a gradient norm of {gradient_norm:.2g}: likely {cause}, or captions do not belong to their "
-        "images; --overfit_batch true tells which"
+        "images; --overfit_batch true shows which"
     )
 
 
 def diagnose_temperature(logit_scale: float, largest: float, loss: float, chance: float) -> str | None:
-    """A temperature that has run to one of its ends while the loss is high.
+    """A warning if the temperature is at one of its ends while the loss is high, else None.
 
-    A good model ends at the upper bound of the inverse temperature too, but with a low loss.
+    A good model also ends at the upper bound of the inverse temperature, but with a low loss.
 
     Args:
         logit_scale: inverse temperature.
-        largest: its bound.
-        loss: mean over many steps, nats.
+        largest: upper bound of the inverse temperature.
+        loss: mean loss over many steps, in nats.
         chance: [`chance_loss`] of the same steps.
     """
     if loss < chance / 2:
         return None
     if logit_scale > 0.99 * largest:
         return (
-            f"the inverse temperature has run into its bound {largest:g} while the loss is {loss:.3f}: likely "
+            f"the inverse temperature has reached its bound {largest:g} while the loss is {loss:.3f}: likely "
             "--head_learning_rate, which also applies to the temperature, is too high; divide it by ten"
         )
     if logit_scale < 2:
@@ -97,21 +97,19 @@ def mean_cosine(embeds: Tensor) -> float:
 
 
 def diagnose_collapse(image_embeds: Tensor, text_embeds: Tensor, has_learned: bool = True) -> str | None:
-    """Embeddings that are all but one and the same.
+    """A warning if the embeddings are almost all the same, else None.
 
     Args:
-        image_embeds: `[B, dim]`, unit norm, of a split.
-        text_embeds: `[N, dim]`, unit norm.
-        has_learned: whether training has changed anything: untrained towers may begin like that.
+        image_embeds: `[B, dim]`, unit norm, images of a split.
+        text_embeds: `[N, dim]`, unit norm, texts of the split.
+        has_learned: whether training has changed anything, as untrained towers may start like that.
     """
     for name, embeds, flag in (("image", image_embeds, "vision"), ("text", text_embeds, "text")):
         cosine = mean_cosine(embeds) if len(embeds) > 1 else 0.0
         if cosine > 0.98:
-            cause = (
-                f"is too high; divide them by ten, or --freeze {flag}"
-                if has_learned
-                else "is too low: nothing has moved"
-            )
+            cause = "is too low: nothing has changed"
+            if has_learned:
+                cause = f"is too high; divide them by ten, or --freeze {flag}"
             return (
                 f"the {name} embeddings have collapsed, their mean cosine is {cosine:.4f}: likely "
                 f"--{flag}_learning_rate or --head_learning_rate {cause}"
@@ -122,16 +120,17 @@ def diagnose_collapse(image_embeds: Tensor, text_embeds: Tensor, has_learned: bo
 def diagnose_captions(
     image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor, share: float | None
 ) -> str | None:
-    """The shuffled-caption probe: whether unseen images fit their own captions better than those of other images.
+    """A warning if unseen images fit their own captions no better than shuffled ones, else None.
 
-    It looks at the model's retrieval and, where that shows nothing, at what a linear map finds in the embeddings: that
-    does not depend on whether the optimiser gets anywhere, and tells wrong data from wrong learning rates.
+    It looks at the model's retrieval and, if that is no better than chance, at what a linear map finds in the
+    embeddings. That does not depend on the optimizer's success, and so distinguishes wrong data from wrong learning
+    rates.
 
     Args:
-        image_embeds: `[B, dim]`, unit norm, of the validation split.
-        text_embeds: `[N, dim]`, unit norm.
-        text_image_id: `[N]`, for each text the row of its image.
-        share: last training loss as a share of [`chance_loss`]; None if unknown.
+        image_embeds: `[B, dim]`, unit norm, images of the validation split.
+        text_embeds: `[N, dim]`, unit norm, texts of the split.
+        text_image_id: `[N]`, row of each text's image.
+        share: last training loss divided by its [`chance_loss`]; None if unknown.
     """
     images = len(image_embeds)
     if images < FEWEST_ROWS or above_chance(text_embeds, image_embeds, text_image_id) > CLEAR:
@@ -142,8 +141,8 @@ def diagnose_captions(
         if share is None or share < 0.98:
             return None
         return (
-            f"the model finds no image by its caption, but the captions do fit the images (a linear map finds that, "
-            f"z = {z:.1f}): not the data but likely the learning rates are wrong; divide them by ten"
+            f"the model finds no image by its caption, but the captions do fit the images (a linear map shows it, "
+            f"z = {z:.1f}): likely not the data but the learning rates are wrong; divide them by ten"
         )
     if images < ENOUGH_ROWS and not learned:
         return None
@@ -155,14 +154,14 @@ def diagnose_captions(
 
 
 def above_chance(queries: Tensor, keys: Tensor, owner: Tensor) -> float:
-    """How far right keys rank above the middle, in standard deviations of a model that knows nothing.
+    """How far the right keys rank above the middle, in standard deviations of a model that knows nothing.
 
-    Ranks of n keys are then uniform, with variance n^2 / 12. Queries of the same key count as one.
+    Its ranks of n keys are uniform, with variance n^2 / 12. Queries with the same key count as one.
 
     Args:
-        queries: `[Q, dim]`.
-        keys: `[n, dim]`.
-        owner: `[Q]`, the right key of each query; every key has one.
+        queries: `[Q, dim]` embeddings.
+        keys: `[n, dim]` embeddings.
+        owner: `[Q]`, right key of each query; every key has at least one.
     """
     n = len(keys)
     place = (ranks(queries, keys, owner, torch.arange(n)).double() - 1) / max(1, n - 1)  # 0 the best, 1 the worst
@@ -176,16 +175,19 @@ def mean_per_image(rows: Tensor, owner: Tensor, images: int) -> Tensor:
 
 
 def linear_alignment_z(image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor) -> float:
-    """How much a linear map fitted on one half of the images finds in the other, as [`above_chance`], both ways round.
+    """How well a linear map, fitted on one half of the images, retrieves in the other half, and the other way round.
 
-    The map is a regularised canonical correlation analysis (Vinod 1976). It finds the little that untrained or
-    collapsed towers let through: with the towers of the preset scenes_tiny, untrained, z is 50 for 1,000 of the
+    The map is a regularized canonical correlation analysis (Vinod 1976). It finds the little that untrained or
+    collapsed towers let through: with the untrained towers of the preset scenes_tiny, z is 50 for 1,000 of the
     built-in scenes and 14 for 1,000 photographs, and about 1 for shuffled captions.
 
     Args:
-        image_embeds: `[B, dim]`.
-        text_embeds: `[N, dim]`.
-        text_image_id: `[N]`.
+        image_embeds: `[B, dim]` embeddings.
+        text_embeds: `[N, dim]` embeddings.
+        text_image_id: `[N]`, row of each text's image.
+
+    Returns:
+        z in standard deviations, as from [`above_chance`].
     """
     images = len(image_embeds)
     sides = (image_embeds.double(), mean_per_image(text_embeds, text_image_id, images))
@@ -204,7 +206,7 @@ def linear_alignment_z(image_embeds: Tensor, text_embeds: Tensor, text_image_id:
 
 
 def whiten(seen: Tensor, unseen: Tensor) -> tuple[Tensor, Tensor]:
-    """Both centred and with the covariance of the first made the identity, damped by its mean eigenvalue."""
+    """Center both and make the covariance of the first the identity, damped by its mean eigenvalue."""
     mean = seen.mean(dim=0)
     values, vectors = torch.linalg.eigh((seen - mean).t() @ (seen - mean) / len(seen))
     values = values.clamp(min=0)
@@ -213,43 +215,43 @@ def whiten(seen: Tensor, unseen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def not_finite(what: str, value: float, mixed_precision: str) -> MiniClipError:
-    """The error that ends a run whose numbers are none."""
+    """The error that ends a run with NaN or infinite values."""
     cause = "a learning rate is too high: lower --head_learning_rate, --vision_learning_rate and --text_learning_rate"
     if mixed_precision == "fp16":
-        cause = f"fp16 was left by a large number (--mixed_precision bf16 or no), or {cause}"
+        cause = f"a number is too large for fp16 (use --mixed_precision bf16 or no), or {cause}"
     return MiniClipError(
         f"the {what} became {value}, likely because {cause}; the last checkpoint and the export are untouched"
     )
 
 
 class Diagnosis:
-    """Looks at a run while it goes on, and tells each kind of trouble once.
+    """Watches a run and warns about each kind of problem once.
 
     Args:
-        tell: prints a line.
-        warmup_steps: of the schedule.
-        largest_scale: bound of the inverse temperature.
-        has_softmax: whether the loss is one of the softmax losses. The sigmoid loss begins anywhere, and may be at
-            that of guessing for a moment while it falls.
+        warn: function that prints a line.
+        warmup_steps: warm-up steps of the schedule.
+        largest_scale: upper bound of the inverse temperature.
+        has_softmax: whether the loss is a softmax loss. The sigmoid loss can start anywhere, and may pass that of
+            guessing while it falls.
     """
 
-    def __init__(self, tell: Callable[[str], None], warmup_steps: int, largest_scale: float, has_softmax: bool = True):
-        self.tell, self.first_step, self.largest_scale = tell, warmup_steps + PATIENCE, largest_scale
+    def __init__(self, warn: Callable[[str], None], warmup_steps: int, largest_scale: float, has_softmax: bool = True):
+        self.warn, self.first_step, self.largest_scale = warn, warmup_steps + PATIENCE, largest_scale
         self.has_softmax = has_softmax
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
         self.windows: deque[tuple[int, float, float]] = deque()
         self.first: dict[str, float] | None = None
         self.share: float | None = None
         self.has_learned = True
 
     def after_steps(self, step: int, values: dict[str, float], steps: int, chance: float) -> None:
-        """Look at a logged line.
+        """Check a logged line.
 
         Args:
-            step: of the run.
+            step: step of the run.
             values: `loss`, `gradient_norm` and `logit_scale`.
-            steps: over which the loss is the mean.
-            chance: [`chance_loss`] of these.
+            steps: number of steps over which the loss is averaged.
+            chance: [`chance_loss`] of these steps.
         """
         self.windows.append((steps, values["loss"], chance))
         while sum(n for n, *_ in self.windows) - self.windows[0][0] >= WINDOW:
@@ -257,24 +259,26 @@ class Diagnosis:
         total = sum(n for n, *_ in self.windows)
         loss, expected = (sum(w[0] * w[i] for w in self.windows) / total for i in (1, 2))
         self.first = self.first or dict(values)
-        # More than batches differ, or more than a rate of 2e-5 moves the temperature in a hundred steps.
+        # More than the differences between batches, or than a rate of 2e-5 changes the temperature in 100 steps.
         self.has_learned = abs(loss - self.first["loss"]) > 0.05 * expected or not math.isclose(
             values["logit_scale"], self.first["logit_scale"], rel_tol=0.002
         )
         self.share = loss / expected if expected > 0 and total >= WINDOW else None
         if self.has_softmax and step >= self.first_step and total >= WINDOW:
-            self._tell("loss", diagnose_loss(loss, expected, values["gradient_norm"], self.has_learned))
-            self._tell("temperature", diagnose_temperature(values["logit_scale"], self.largest_scale, loss, expected))
+            self._report("loss", diagnose_loss(loss, expected, values["gradient_norm"], self.has_learned))
+            self._report(
+                "temperature", diagnose_temperature(values["logit_scale"], self.largest_scale, loss, expected)
+            )
 
     def after_validation(self, step: int, image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor) -> None:
-        """Look at the embeddings of the validation split; arguments as of [`diagnose_captions`]."""
+        """Check the embeddings of the validation split, see [`diagnose_captions`]."""
         images, keep = image_embeds[:MOST_ROWS], text_image_id < MOST_ROWS
         if step >= self.first_step:
-            self._tell("collapse", diagnose_collapse(images, text_embeds[keep], self.has_learned))
+            self._report("collapse", diagnose_collapse(images, text_embeds[keep], self.has_learned))
         share = self.share if step >= self.first_step else None
-        self._tell("captions", diagnose_captions(images, text_embeds[keep], text_image_id[keep], share))
+        self._report("captions", diagnose_captions(images, text_embeds[keep], text_image_id[keep], share))
 
-    def _tell(self, kind: str, line: str | None) -> None:
-        if line is not None and kind not in self.told:
-            self.told.add(kind)
-            self.tell(line)
+    def _report(self, kind: str, line: str | None) -> None:
+        if line is not None and kind not in self.reported:
+            self.reported.add(kind)
+            self.warn(line)

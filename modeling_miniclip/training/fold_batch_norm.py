@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them, for a tower that is run and not trained."""
+"""Fold batch norms into the convolutions before them, for a tower that is run but not trained."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-# Exactly these: a subclass may normalise its weights first. What follows a norm's own part is told with it.
+# Exactly these: a subclass may normalize its weights first. With each norm: what remains of it after folding.
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 NORMS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.BatchNorm2d: lambda norm, hidden: hidden,
@@ -22,21 +22,21 @@ TOLERANCE = 1e-4  # of the largest component: float32 gives about 1e-6, a wrong 
 @contextmanager
 @torch.no_grad()
 def folded_batch_norms(tower: nn.Module, pixel_shape: tuple[int, int]) -> Iterator[int]:
-    """Within the block each batch norm is part of the convolution that feeds it: one pass over memory less.
+    """Within the block, each batch norm is part of the convolution before it, which saves a pass over memory.
 
     In evaluation mode a batch norm multiplies and shifts each channel by constants, which the convolution's weights
-    can do (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-    Inference", section 3.2). The pairs are found by running the tower on one image of noise. Where it does not give
-    the same with them folded, up to float32's rounding, none is: so it is with weights of 16 bits, and may be on GPUs
-    that round convolutions to TF32. The tower is not to be trained, saved or run by another thread within the block;
-    behind it, it has its own weights again.
+    can do as well (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", section 3.2). The pairs are found by running the tower on one image of noise.
+    If the folded tower does not return the same up to float32's rounding, nothing is folded: this happens with 16-bit
+    weights, and may happen on GPUs that round convolutions to TF32. Do not train, save or use the tower in another
+    thread within the block; afterwards it has its own weights again.
 
     Args:
-        tower: an image tower in evaluation mode, called with `[B, 3, H, W]`, whose output has a `pooler_output`.
-        pixel_shape: (H, W) of the images.
+        tower: image tower in evaluation mode, called with `[B, 3, H, W]`, whose output has a `pooler_output`.
+        pixel_shape: `(H, W)` of the images in pixels.
 
     Yields:
-        How many are folded; 0 for a tower without batch norms.
+        Number of folded batch norms; 0 for a tower without any.
     """
     if not any(type(module) in NORMS for module in tower.modules()):
         yield 0
@@ -58,8 +58,8 @@ def folded_batch_norms(tower: nn.Module, pixel_shape: tuple[int, int]) -> Iterat
 
 
 def _pairs_of(tower: nn.Module, pixel_values: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.Module]], Tensor]:
-    """Convolutions with the batch norm that takes what they give, each run once; and the tower's pooled feature."""
-    outputs: list[tuple[nn.Conv2d, Tensor]] = []  # kept alive, for a tensor is told by its identity
+    """Convolutions with the batch norm that gets their output, each run once; and the tower's pooled feature."""
+    outputs: list[tuple[nn.Conv2d, Tensor]] = []  # kept alive, as tensors are compared by identity
     pairs: list[tuple[nn.Conv2d, nn.Module]] = []
     runs: dict[nn.Module, int] = {}
 
@@ -73,7 +73,7 @@ def _pairs_of(tower: nn.Module, pixel_values: Tensor) -> tuple[list[tuple[nn.Con
 
     hooks = []
     for module in tower.modules():
-        if "forward" in module.__dict__:  # accelerate's, which fetches weights that were offloaded
+        if "forward" in module.__dict__:  # set by accelerate, to fetch offloaded weights
             continue
         if type(module) in CONVOLUTIONS:
             hooks.append(module.register_forward_hook(after))

@@ -25,7 +25,7 @@ def split_batch(batch: dict[str, Tensor], chunk_size: int, device: torch.device)
     """Split a collated batch into views of at most `chunk_size` images and about as many texts each.
 
     Every process gets the same number of chunks, as FSDP gathers parameters for each forward pass. A process that
-    skipped so many images that a chunk would be empty repeats its first image and text as fillers.
+    skipped images, and whose chunks would otherwise be empty, repeats its first image and text as fillers.
 
     Args:
         batch: batch of a `Collator`: `[B, ...]` images and ids, `[N, ...]` texts and ids.

@@ -34,7 +34,8 @@ def check_overfitting(
 
     Args:
         arguments: flags of the run.
-        train_step: function that takes one optimizer step on this process's share of a batch of so many images.
+        train_step: function of the run, this process's share of a batch and its number of images over all processes;
+            it takes one optimizer step.
 
     Returns:
         `--output_dir`, in which nothing was written.

@@ -152,8 +152,8 @@ def compute_frozen_features(
     """Run the frozen towers over both splits, which takes minutes; results are cached on disk.
 
     Returns:
-        Features of `train` and `validation`; None for a tower that is trained or whose images are augmented anew in
-        every epoch.
+        Features of `train` and `validation`; None for a tower that is trained or whose images are augmented in every
+        epoch.
     """
     found = {"train": FrozenFeatures(), "validation": FrozenFeatures()}
     if arguments.freeze == "none":

@@ -137,7 +137,7 @@ def test_loss_of_guessing_is_told(loss: float, has_learned: bool, told: str | No
 
 @pytest.mark.parametrize(
     ("scale", "loss", "told"),
-    [(100.0, 3.0, "run into its bound 100"), (100.0, 0.3, None), (0.5, 3.4, "exploded"), (14.3, 3.4, None)],
+    [(100.0, 3.0, "reached its bound 100"), (100.0, 0.3, None), (0.5, 3.4, "exploded"), (14.3, 3.4, None)],
 )
 def test_temperature_at_an_end_is_told_unless_the_loss_is_low(scale: float, loss: float, told: str | None) -> None:
     line = diagnose_temperature(scale, 100.0, loss, math.log(32))
@@ -155,7 +155,7 @@ def test_collapsed_side_is_told_by_name() -> None:
     assert diagnose_collapse(spread, spread) is None
     assert "image embeddings have collapsed" in str(diagnose_collapse(collapsed, spread))
     assert "--text_learning_rate or --head_learning_rate is too high" in str(diagnose_collapse(spread, collapsed))
-    assert "is too low: nothing has moved" in str(diagnose_collapse(spread, collapsed, has_learned=False))
+    assert "is too low: nothing has changed" in str(diagnose_collapse(spread, collapsed, has_learned=False))
 
 
 def test_above_chance_is_a_standard_score() -> None:
@@ -175,7 +175,7 @@ def test_probe_finds_a_relation_that_the_model_does_not_and_none_in_shuffled_cap
     shuffled = torch.randperm(600, generator=torch.Generator().manual_seed(0))[owner]
     assert abs(linear_alignment_z(images, turned, shuffled)) < 3
     assert diagnose_captions(images, turned, owner, None) is None
-    assert "not the data but likely the learning rates" in str(diagnose_captions(images, turned, owner, 1.0))
+    assert "likely not the data but the learning rates" in str(diagnose_captions(images, turned, owner, 1.0))
     assert "captions are unrelated" in str(diagnose_captions(images, turned, shuffled, 1.0))
 
 

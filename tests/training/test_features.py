@@ -111,7 +111,7 @@ def test_a_full_disk_is_told_and_keeps_what_was_computed(tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(feature_cache, "_write_at", full)
-        with pytest.raises(MiniClipError, match="No space left on device; make room, or name another folder"):
+        with pytest.raises(MiniClipError, match="No space left on device; free some space, or choose another folder"):
             table(tmp_path).write(range(3, 6), torch.ones(3, 2))
     assert table(tmp_path).missing() == [range(3, 6), range(6, 7)]
 
