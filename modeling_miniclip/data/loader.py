@@ -222,7 +222,10 @@ def _already_collated(batch: Any) -> Any:
 
 def _raise_if_error(batch: Batch | MiniClipError) -> Batch:
     if isinstance(batch, MiniClipError):
-        raise batch
+        try:
+            raise batch
+        finally:
+            del batch  # else the error's traceback refers to itself, and the loader ends only by garbage collection
     return batch
 
 
