@@ -40,7 +40,7 @@ PROMISES = {
     "data": Promise(
         "A caption file, split file, recipe or flag gives exactly the rows and values it states, or an error of one "
         "line with file, row or key, whatever it contains",
-        ("tests/data/test_fuzz_data.py",),
+        ("tests/data/test_fuzz_data.py", "tests/training/test_fuzz_recipes.py"),
     ),
     "images": Promise(
         "An image of any mode and size and an array of any type give the same pixels as Pillow alone; a damaged file "

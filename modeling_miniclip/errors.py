@@ -155,7 +155,7 @@ def disk_error_message(error: BaseException) -> str | None:
 
 
 def run_command(command: Callable[[], object], debug: bool) -> int:
-    """Run the function behind a command line; print the package's errors, and disk errors, as one line on stderr.
+    """Run a command of the command line; print the package's errors, and disk errors, as one line on stderr.
 
     Args:
         command: function to run; it may return an exit code.

@@ -7,8 +7,8 @@ import numpy as np
 
 from ..errors import UsageError, did_you_mean
 
-# What a run that names no augmentation gets: mild, for captions name colours and what is at the edge. Flips are usual,
-# though they make captions wrong that say left or right.
+# The default of a run. It is mild, because captions mention colours and things at the edge. Flips are common practice,
+# although they make captions with "left" or "right" wrong.
 DEFAULT_AUGMENTATION: list[dict[str, Any]] = [
     {"name": "RandomResizedCrop", "scale": [0.6, 1.0], "ratio": [0.8, 1.25]},
     {"name": "HorizontalFlip", "p": 0.5},
@@ -17,38 +17,39 @@ DEFAULT_AUGMENTATION: list[dict[str, Any]] = [
 
 
 def build_augmentation(transforms: list[dict[str, Any]], image_size: tuple[int, int]) -> Any:
-    """An albumentations pipeline for training images.
+    """Build an albumentations pipeline for training images.
 
     Args:
-        transforms: one dictionary a transform: `name` of an albumentations class and its arguments. A transform that
-            takes a `size` and names none gets `image_size`.
-        image_size: `(height, width)` in pixels that every image has afterwards.
+        transforms: one dictionary per transform, with the `name` of an albumentations class and its arguments. A
+            transform with an argument `size` gets `image_size` by default.
+        image_size: `(height, width)` of the resulting images in pixels.
 
     Returns:
         `albumentations.Compose` from `[H, W, 3]` uint8 to `image_size`; None for an empty list.
 
     Raises:
-        UsageError: no such transform, arguments that it does not take, or a result that is no 8-bit RGB image.
+        UsageError: a transform does not exist or does not accept its arguments, or the result is not an 8-bit RGB
+            image.
     """
     if not transforms:
         return None
     import albumentations
 
     steps = [_build_transform(transform, image_size) for transform in transforms]
-    steps.append(albumentations.Resize(*image_size))  # does nothing to an image of that size
+    steps.append(albumentations.Resize(*image_size))  # does nothing to images of this size
     try:
-        # None is left to chance, so that what is wrong is seen now.
+        # With p=1 every transform is applied, so that any error occurs now.
         certain = albumentations.Compose(
             [_build_transform({**t, "p": 1.0}, image_size) for t in transforms] + steps[-1:]
         )
         trial = certain(image=np.zeros((1024, 1024, 3), dtype=np.uint8))["image"]
         if trial.dtype != np.uint8 or trial.shape != (*image_size, 3):
-            raise ValueError(f"it gives {trial.dtype} of shape {tuple(trial.shape)}")
-    except Exception as error:  # whatever a transform raises that needs more than an image
+            raise ValueError(f"the result is {trial.dtype} of shape {tuple(trial.shape)}")
+    except Exception as error:  # transforms that need more than an image raise errors of many classes
         raise UsageError(
             f"augmentation ({', '.join(transform['name'] for transform in transforms)}) must turn an image alone into "
-            "an 8-bit RGB image; the processor normalises and makes the tensor, so leave out Normalize, ToFloat and "
-            f"ToTensorV2: {error}"
+            "an 8-bit RGB image; the processor normalises it and makes the tensor, so leave out Normalize, ToFloat "
+            f"and ToTensorV2: {error}"
         ) from error
     return albumentations.Compose(steps)
 
@@ -69,7 +70,7 @@ def _build_transform(transform: dict[str, Any], image_size: tuple[int, int]) -> 
     for argument in arguments:
         if argument not in accepted:
             raise UsageError(
-                f"augmentation: {name} takes no {argument}{did_you_mean(argument, accepted)}; it takes "
+                f"augmentation: {name} has no argument {argument}{did_you_mean(argument, accepted)}; it has "
                 f"{', '.join(accepted)}"
             )
     if "size" in accepted:

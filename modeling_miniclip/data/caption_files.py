@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, Problem, one_line
+from .image_files import is_image_file
 from .problems import OnProblem, raise_problem
 
 CAPTION_FILES = ("captions.csv", "captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
@@ -263,7 +264,7 @@ def exact_columns(names: Collection[str], file: str, row: int, wanted: ColumnNam
 
 
 def _header_hint(column: str, names: Collection[str]) -> str:
-    if any(re.search(r"\.(jpe?g|png|gif|bmp|webp|tiff?)(#\d+)?$", name.lower()) for name in names):
+    if any(is_image_file(name.partition("#")[0]) for name in names):  # the number of a caption may follow the name
         return "; this row looks like data: write a header such as image,caption above it"
     near = difflib.get_close_matches(column, [name.lower() for name in names], n=1)
     return f"; did you mean {next(name for name in names if name.lower() == near[0])!r}?" if near else ""

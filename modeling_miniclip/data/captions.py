@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from .caption_files import (
     read_caption_file,
 )
 from .hub_datasets import load_from_hub
-from .image_files import check_image_files, image_folder
+from .image_files import BAD_FILES, bad_files, image_folder
 from .problems import OnProblem, raise_problem
 from .splits import SPLITS, read_splits, split_by_image, split_of_folder
 
@@ -143,7 +144,7 @@ def read_source(
     if not folder.is_dir():
         text = "no such folder of images; name the right one with image_dir"
         raise DataError(Problem("unusable", text, str(folder)))
-    check_image_files(folder, folder, images, columns.allow_outside_images, on_problem)
+    _check_image_files(folder, folder, images, columns.allow_outside_images, on_problem)
     return Source(images, folder, read_splits(root, images, caption_file, on_problem))
 
 
@@ -160,7 +161,7 @@ def _read_image_folder(path: Path, columns: ColumnNames, on_problem: OnProblem) 
     splits: dict[str, list[str]] = {}
     for file in metadata:
         rows = read_caption_file(file, partial(metadata_columns, wanted=columns), on_problem)
-        check_image_files(file.parent, path, rows, columns.allow_outside_images, on_problem)
+        _check_image_files(file.parent, path, rows, columns.allow_outside_images, on_problem)
         for name, entry in rows.items():
             image_id = Path(os.path.relpath(file.parent / name, path)).as_posix()
             if image_id in images:
@@ -175,6 +176,23 @@ def _read_image_folder(path: Path, columns: ColumnNames, on_problem: OnProblem) 
         text = f"images in {', '.join(splits)} but none in train; name a folder train"
         raise DataError(Problem("unusable", text, str(path)))
     return Source(images, path, splits)
+
+
+def _check_image_files(
+    folder: Path, bounds: Path, images: Mapping[str, CaptionedImage], allow_outside: bool, on_problem: OnProblem
+) -> None:
+    """Report image files that are missing, are empty or lie outside; arguments as of [`bad_files`]."""
+    by_kind: dict[str, list[str]] = {}
+    for name, kind in bad_files(folder, bounds, images, allow_outside):
+        by_kind.setdefault(kind, []).append(name)
+    for kind, names in by_kind.items():
+        reason = BAD_FILES[kind].format(folder=bounds if kind == "outside" else folder)
+        count = f"({len(names)} of {len(images)} images are {kind})"
+        for name in names:
+            entry = images[name]
+            text = f"image file {name!r} {reason} {count}"
+            image = name if folder == bounds else Path(os.path.relpath(folder / name, bounds)).as_posix()
+            on_problem(Problem(kind, text, entry.file, entry.rows[0], entry.column, image))
 
 
 def _build_splits(source: Source, validation_fraction: float, seed: int) -> "DatasetDict":

@@ -41,7 +41,7 @@ def load_from_hub(
             raw = _first_rows(raw, stream_first_rows)
     except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = one_line(error)
-        if "script" in reason:  # datasets has no error class of its own for it
+        if "script" in reason:  # datasets has no separate error class for this
             reason += '; the Hub keeps most such datasets as files too: revision="refs/convert/parquet"'
         raise DataError(f"{name!r} is neither a local file or folder nor a dataset on the Hub: {reason}") from error
     return _one_row_per_image(raw, name, columns, validation_fraction, seed)

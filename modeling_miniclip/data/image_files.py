@@ -3,13 +3,9 @@
 import os
 import posixpath
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-
-from ..errors import Problem
-from .caption_files import CaptionedImage
-from .problems import OnProblem
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .jp2 .ppm .pgm .pbm .pnm .mpo .tga".split()
@@ -47,37 +43,14 @@ def image_folder(root: Path, images: Iterable[str]) -> Path:
     )
 
 
-def check_image_files(
-    folder: Path, bounds: Path, images: Mapping[str, CaptionedImage], allow_outside: bool, on_problem: OnProblem
-) -> None:
-    """Report image files that are missing, are empty or lie outside.
-
-    Args:
-        folder: folder that the names are relative to.
-        bounds: folder that no name may leave; it may itself be a symbolic link.
-        images: images of the caption file, by name.
-        allow_outside: whether names may leave `bounds`.
-        on_problem: function called with each problem.
-    """
-    by_kind: dict[str, list[str]] = {}
-    for name, kind in bad_files(folder, bounds, images, allow_outside):
-        by_kind.setdefault(kind, []).append(name)
-    for kind, names in by_kind.items():
-        reason = BAD_FILES[kind].format(folder=bounds if kind == "outside" else folder)
-        count = f"({len(names)} of {len(images)} images are {kind})"
-        for name in names:
-            entry = images[name]
-            text = f"image file {name!r} {reason} {count}"
-            image = name if folder == bounds else Path(os.path.relpath(folder / name, bounds)).as_posix()
-            on_problem(Problem(kind, text, entry.file, entry.rows[0], entry.column, image))
-
-
 def bad_files(folder: Path, bounds: Path, images: Iterable[str], allow_outside: bool) -> Iterator[tuple[str, str]]:
     """Find image files that cannot be used, without opening them.
 
     Args:
-        folder, bounds, allow_outside: as in [`check_image_files`].
+        folder: folder that the names are relative to.
+        bounds: folder that no name may leave; it may itself be a symbolic link.
         images: names of the images.
+        allow_outside: whether names may leave `bounds`.
 
     Returns:
         The name and the kind of problem, a key of [`BAD_FILES`], of each such file.

@@ -200,7 +200,7 @@ class BatchLoader(DataLoader[Any]):
 
 
 class _CollatedBatches(Dataset[Any]):
-    """Whole batches as a dataset. In a loader process, an error of the package is returned instead of raised."""
+    """Whole batches as a dataset. In a loader process, errors of the package are returned instead of raised."""
 
     def __init__(self, rows: CaptionRows):
         self.rows = rows
@@ -214,6 +214,14 @@ class _CollatedBatches(Dataset[Any]):
                 raise
             error.add_note(f"In a loader process:\n{traceback.format_exc()}")
             return error
+        except MemoryError as error:
+            lack = MiniClipError(
+                "not enough memory to load an image: lower --batch_size or --num_workers, or look for images that are "
+                "much larger than the others"
+            )
+            if get_worker_info() is None:
+                raise lack from error
+            return lack
 
 
 def _already_collated(batch: Any) -> Any:
@@ -247,21 +255,16 @@ def _exit_with_trainer(trainer: int) -> None:
 
 @contextmanager
 def readable_worker_errors() -> Iterator[None]:
-    """Within the block, report the likely cause when a loader process dies or runs out of memory.
+    """Within the block, report the likely cause when a loader process dies.
 
     Raises:
-        MiniClipError: a loader process died, or an image did not fit into memory.
+        MiniClipError: a loader process died.
     """
     try:
         yield
-    except MemoryError as error:
-        raise MiniClipError(
-            "not enough memory to load an image: lower --batch_size or --num_workers, or look for images that are "
-            "much larger than the others"
-        ) from error
     except RuntimeError as error:
         message = f"{error} {error.__cause__ or ''}"  # the cause names the signal
-        if "DataLoader worker" not in message:  # torch has no error class of its own for it
+        if "DataLoader worker" not in message:  # torch has no separate error class for this
             raise
         cause = next(cause for pattern, cause in CAUSES_OF_DEATH if re.search(pattern, message))
         last_line = str(error).strip().splitlines()[-1]

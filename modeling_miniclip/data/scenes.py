@@ -1,8 +1,8 @@
-"""The built-in data set `scenes`: small pictures of two or three coloured shapes, each with five captions.
+"""The built-in dataset `scenes`: small pictures of two or three coloured shapes, each with five captions.
 
-Everything is drawn here and depends on the seed alone, so that a CLIP model can be trained from scratch in minutes
-without a download. All objects of a scene differ in colour and in shape: a text encoder that only sees a bag of words
-cannot tell a scene from the one with two colours exchanged (`swap_attributes`), one that binds words can.
+Everything is drawn here and depends only on the seed, so that a CLIP model can be trained from scratch in minutes
+without a download. All objects of a scene differ in colour and in shape. A text encoder that sees only a bag of words
+therefore cannot distinguish a scene from the one with two colours swapped (`swap_attributes`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLOURS: dict[str, RGB] = {
     "brown": (120, 68, 25),
     "black": (20, 20, 20),
 }
-# Pale enough that none comes near an object colour, and that blends at soft edges stay far from the other colours.
+# Pale enough to differ from all object colours, and to keep blends at soft edges different from the other colours.
 BACKGROUNDS: dict[str, RGB] = {
     "white": (255, 255, 255),
     "pale grey": (208, 208, 208),
@@ -42,13 +42,13 @@ BACKGROUNDS: dict[str, RGB] = {
     "cream": (255, 240, 195),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-# Half the width of an object as a part of the picture's side. Even a large star, the thinnest shape, covers more than
-# a small square, the fullest one.
+# Half the width of an object as a fraction of the picture's side. Even a large star, the thinnest shape, covers more
+# than a small square, the fullest one.
 SIZES: dict[str, float] = {"small": 0.095, "large": 0.18}
 
-# Every layout as (pair, single), with the places of objects 0, 1 (and 2) in it. `pair` says how object 0 lies to
-# object 1, `single` how object 2 lies to both of them. Only "left of" and "above" are used for the pair ("B is right
-# of A" is the same scene as "A is left of B"), so every arrangement has one form only and equal scenes compare equal.
+# Every layout as (pair, single), with the places of objects 0, 1 (and 2) in it. `pair` is the position of object 0
+# relative to object 1, `single` that of object 2 relative to both. The pair is only "left of" or "above" ("B is right
+# of A" is the same scene as "A is left of B"), so that each arrangement has one form and can be compared.
 LAYOUTS: dict[tuple[str, str | None], tuple[str, ...]] = {
     ("left of", None): ("on the left", "on the right"),
     ("above", None): ("at the top", "at the bottom"),
@@ -59,7 +59,7 @@ LAYOUTS: dict[tuple[str, str | None], tuple[str, ...]] = {
 }
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# Words and phrases that a caption may say in more than one way.
+# Words and phrases with synonyms.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "small": ("small", "tiny", "little"),
     "large": ("large", "big"),
@@ -74,7 +74,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "is": ("is", "sits", "lies"),
     "them": ("them", "both", "both of them"),
 }
-# Frames with the background and frames without it, around a body with a verb ("a red disc is above ...") ...
+# Sentences with and without the background, around a body with a verb ("a red disc is above ...") ...
 _Frames = tuple[tuple[str, ...], tuple[str, ...]]
 _SENTENCE_FRAMES: _Frames = (
     (
@@ -85,7 +85,7 @@ _SENTENCE_FRAMES: _Frames = (
     ),
     ("{body}", "in this picture {body}", "here {body}"),
 )
-# ... and around one without a verb ("a red disc above ...").
+# ... and around a body without a verb ("a red disc above ...").
 _PHRASE_FRAMES: _Frames = (
     (
         "{body}, on {background}",
@@ -98,10 +98,10 @@ _PHRASE_FRAMES: _Frames = (
     ("{body}", "a picture of {body}", "there is {body}", "this image shows {body}"),
 )
 
-_MAX_SCENES = 1_000_000  # there are some 7.8 million; rejection sampling stays fast up to here
+_MAX_SCENES = 1_000_000  # of about 7.8 million; up to this number, rejection sampling is fast
 _MIN_IMAGE_SIZE = 32
 _SUPERSAMPLING = 4
-_NEAR, _FAR = 0.26, 0.74  # the middle of the first and the second half of the picture, as parts of its side
+_NEAR, _FAR = 0.26, 0.74  # middle of the first and of the second half of the picture, as fractions of its side
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class SceneObject:
     """One object: `colour` of `COLOURS`, `shape` of `SHAPES`, `size` of `SIZES`.
 
     Raises:
-        ValueError: if an attribute is none of the known ones.
+        ValueError: an attribute is unknown.
     """
 
     colour: str
@@ -123,17 +123,17 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Two scenes are equal exactly if they have the same attributes and arrangement.
+    """The content of a picture. Scenes with the same attributes and arrangement are equal.
 
     Attributes:
         objects: two or three objects.
-        pair: how object 0 lies to object 1, "left of" or "above".
-        single: how object 2 lies to both others, across the line of the pair ("above" or "below" a pair that lies side
-            by side, "left of" or "right of" one that stands on top of each other); None with two objects.
+        pair: position of object 0 relative to object 1, "left of" or "above".
+        single: position of object 2 relative to both others, at a right angle to the pair ("above" or "below" a
+            horizontal pair, "left of" or "right of" a vertical one); None with two objects.
         background: a name of `BACKGROUNDS`.
 
     Raises:
-        ValueError: if the background or the layout is unknown or the number of objects does not fit the layout.
+        ValueError: the background or the layout is unknown, or the layout has another number of objects.
     """
 
     objects: tuple[SceneObject, ...]
@@ -150,16 +150,20 @@ class Scene:
 
 
 def sample_scenes(count: int, seed: int) -> list[Scene]:
-    """Draws `count` scenes that all differ, about half of them with two and half with three objects.
+    """Draw `count` different scenes, about half with two objects and half with three.
 
-    A shorter list is always the beginning of a longer one of the same seed.
+    A shorter list is the beginning of a longer one with the same seed.
+
+    Args:
+        count: number of scenes, at most one million.
+        seed: random seed.
 
     Raises:
-        ValueError: if `count` is negative or above one million.
+        ValueError: `count` is negative or above one million.
     """
     if not 0 <= count <= _MAX_SCENES:
         raise ValueError(f"count must be between 0 and {_MAX_SCENES}, got {count}")
-    rng = Random(f"scenes-{seed}")  # seeding with a str goes through SHA-512, not through hash()
+    rng = Random(f"scenes-{seed}")  # a str seed is hashed with SHA-512, not with hash()
     scenes: dict[Scene, None] = {}  # a dict keeps the order, a set would not
     while len(scenes) < count:
         scenes[_sample_scene(rng)] = None
@@ -169,7 +173,7 @@ def sample_scenes(count: int, seed: int) -> list[Scene]:
 def _sample_scene(rng: Random) -> Scene:
     number = rng.choice((2, 3))
     pair, single = rng.choice([layout for layout, places in LAYOUTS.items() if len(places) == number])
-    # sample() takes without replacement: colours and shapes differ pairwise, which makes every swap visible
+    # sample() draws without replacement: all colours and shapes differ, so that every swap is visible
     colours, shapes = rng.sample(list(COLOURS), number), rng.sample(SHAPES, number)
     sizes = rng.choices(list(SIZES), k=number)
     objects = tuple(SceneObject(*attributes) for attributes in zip(colours, shapes, sizes, strict=True))
@@ -177,12 +181,16 @@ def _sample_scene(rng: Random) -> Scene:
 
 
 def swap_attributes(scene: Scene, rng: Random) -> Scene:
-    """Exchanges one attribute of two objects: the same words describe the result, but it is another picture.
+    """Swap one attribute of two objects: the same words describe the result, but it is a different picture.
 
-    Colours are exchanged if any two objects differ in colour, else shapes, else sizes; `rng` picks the two objects.
+    Colours are swapped if any two objects differ in colour, else shapes, else sizes.
+
+    Args:
+        scene: scene to change.
+        rng: generator that picks the two objects.
 
     Raises:
-        ValueError: if all objects are alike (never true of a sampled scene).
+        ValueError: all objects are alike (never true for a sampled scene).
     """
     for attribute in ("colour", "shape", "size"):
         values = [getattr(item, attribute) for item in scene.objects]
@@ -193,23 +201,23 @@ def swap_attributes(scene: Scene, rng: Random) -> Scene:
             objects[i] = replace(objects[i], **{attribute: values[j]})
             objects[j] = replace(objects[j], **{attribute: values[i]})
             return replace(scene, objects=tuple(objects))
-    raise ValueError("all objects of the scene are alike: there is nothing to exchange")
+    raise ValueError("all objects of the scene are alike: there is nothing to swap")
 
 
 def render(scene: Scene, rng: Random, image_size: int = 64) -> Image.Image:
-    """Draws a scene.
+    """Draw a scene.
 
     Args:
-        scene: what to draw.
-        rng: source of the small jitter of places and sizes, so that pictures are not identical templates. The same
-            state gives the same picture; scenes of the same layout get the same jitter.
-        image_size: side of the picture in pixels, at least 32; small stars and rings are crisp from about 48 on.
+        scene: scene to draw.
+        rng: generator of a small jitter of places and sizes. The same state gives the same picture; scenes with the
+            same layout get the same jitter.
+        image_size: width and height in pixels, at least 32; small stars and rings are crisp from about 48.
 
     Returns:
-        A square RGB picture of `image_size` x `image_size` pixels, anti-aliased.
+        An anti-aliased RGB picture of `image_size` x `image_size` pixels.
 
     Raises:
-        ValueError: if `image_size` is below 32, where small shapes cannot be told apart.
+        ValueError: `image_size` is below 32, where small shapes look alike.
     """
     if image_size < _MIN_IMAGE_SIZE:
         raise ValueError(f"image_size must be at least {_MIN_IMAGE_SIZE} pixels, got {image_size}")
@@ -224,9 +232,9 @@ def render(scene: Scene, rng: Random, image_size: int = 64) -> Image.Image:
 
 
 def _centres(scene: Scene, rng: Random) -> list[tuple[float, float]]:
-    """Places the objects; centres (x, y) as parts of the picture's side, from the top left corner.
+    """Centres (x, y) of the objects as fractions of the picture's side, from the top left corner.
 
-    The margins are such that the largest objects at the worst jitter neither touch each other nor the border.
+    With these margins, even the largest objects never touch each other or the border, whatever the jitter.
     """
     along = [_NEAR, _FAR]  # coordinates along the line of the pair and across it
     if scene.single is None:
@@ -243,7 +251,7 @@ def _centres(scene: Scene, rng: Random) -> list[tuple[float, float]]:
 def _draw_shape(
     draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, colour: RGB, background: RGB
 ) -> None:
-    """Draws one shape inside the square of half-width `radius` around (x, y); all lengths in canvas pixels."""
+    """Draw one shape inside the square of half-width `radius` around (x, y); all lengths are in canvas pixels."""
     if shape in ("circle", "ring"):
         draw.ellipse(_box(x, y, radius), fill=colour)
         if shape == "ring":
@@ -270,10 +278,14 @@ def _box(x: float, y: float, radius: float) -> tuple[float, float, float, float]
 
 
 def describe_scene(scene: Scene, rng: Random) -> list[str]:
-    """Words a scene in five different captions.
+    """Describe a scene in five different captions.
 
     Every caption names the colour and the shape of each object and the whole arrangement; one of the five leaves out
-    the sizes and another one the background. The draws from `rng` depend on the layout alone, not on the attributes.
+    the sizes and another one the background. The draws from `rng` depend only on the layout, not on the attributes.
+
+    Args:
+        scene: scene to describe.
+        rng: generator of the wordings and synonyms.
     """
     flip = rng.random() < 0.5
     wordings = [(_sentence, flip), (_sentence, not flip), (_phrase, rng.random() < 0.5)]
@@ -292,13 +304,18 @@ def describe_scene(scene: Scene, rng: Random) -> list[str]:
 
 
 def describe_pair(scene: Scene, swapped: Scene, rng: Random) -> tuple[list[str], list[str]]:
-    """Words a scene and its swapped form alike: caption i of both has the same words (but for a/an) in another order.
+    """Describe a scene and its swapped form alike: caption i of both has the same words in another order.
+
+    Args:
+        scene: scene to describe.
+        swapped: the scene after [`swap_attributes`].
+        rng: generator of the wordings and synonyms.
 
     Returns:
-        The five captions of `scene` and the five of `swapped`.
+        The five captions of `scene` and the five of `swapped`; the words differ at most in a/an.
 
     Raises:
-        ValueError: if the two scenes differ in layout, where no common wording exists.
+        ValueError: the scenes have different layouts, for which there is no common wording.
     """
     if (scene.pair, scene.single) != (swapped.pair, swapped.single):
         raise ValueError("the two scenes must have the same layout")
@@ -309,7 +326,7 @@ def describe_pair(scene: Scene, swapped: Scene, rng: Random) -> tuple[list[str],
 
 
 def _name(item: SceneObject, words: dict[str, str], with_size: bool = False, article: str = "a") -> str:
-    """Names an object, such as "a small red disc"; `words` maps words to the synonyms this caption uses."""
+    """An object's name, such as "a small red disc"; `words` maps words to the synonyms of this caption."""
     parts = [item.size, item.colour, item.shape] if with_size else [item.colour, item.shape]
     name = " ".join(words.get(part, part) for part in parts)
     if article == "a" and name[0] in "aeiou":
@@ -346,7 +363,7 @@ def _listing(scene: Scene, words: dict[str, str], flip: bool, with_size: bool) -
     if scene.single is None:
         again, other = _name(first, words, article="the"), _name(second, words, article="the")
     else:
-        # naming only two of three objects again would give a swapped scene other words
+        # Naming only two of the three objects again would give a swapped scene different words.
         text = f"{_name(scene.objects[2], words, with_size)} {words[scene.single]} {text}"
         again, other = "the former", "the latter"
     return f"{text}, with {again} {words[relation]} {other}"
@@ -361,32 +378,37 @@ def _places(scene: Scene, words: dict[str, str], flip: bool, with_size: bool) ->
 
 
 def validation_scenes(num_validation: int = 1000, seed: int = 0) -> list[Scene]:
-    """The scenes of the split `validation` of `build_scenes`, in its order, for any number of training scenes.
+    """The scenes of the validation split of [`build_scenes`], in its order, for any number of training scenes.
+
+    Args:
+        num_validation: number of validation scenes.
+        seed: random seed of the dataset.
 
     Raises:
-        ValueError: if `num_validation` is negative or above one million.
+        ValueError: `num_validation` is negative or above one million.
     """
-    # The validation scenes are drawn first, so that models trained on more or fewer scenes meet the same test.
+    # Validation scenes are drawn first, so that models trained on more or fewer scenes get the same test.
     return sample_scenes(num_validation, seed)
 
 
 def build_scenes(
     num_train: int = 6000, num_validation: int = 1000, image_size: int = 64, seed: int = 0
 ) -> DatasetDict:
-    """Builds the data set in memory, without the network and without the cache of Hugging Face.
+    """Build the dataset in memory, without the network and without the cache of Hugging Face.
 
     Args:
         num_train: number of training scenes.
         num_validation: number of validation scenes; none of them is also a training scene.
-        image_size: side of the pictures in pixels, at least 32.
-        seed: decides on everything. Splits of different seeds overlap: take both splits from one call.
+        image_size: width and height of the pictures in pixels, at least 32.
+        seed: random seed of the scenes, pictures and captions. Take both splits from one call: the scenes of different
+            seeds overlap.
 
     Returns:
-        The splits `train` and `validation` with the columns `image` (PNG, decoded when read, RGB), `image_id` (such
+        The splits `train` and `validation` with the columns `image` (PNG, RGB, decoded when read), `image_id` (such
         as "scene-000123.png", unique over both splits) and `captions` (five strings).
 
     Raises:
-        ValueError: if a number is negative, their sum is above one million or `image_size` is below 32.
+        ValueError: a number is negative, their sum is above one million, or `image_size` is below 32.
     """
     from datasets import DatasetDict
 
@@ -401,13 +423,13 @@ def build_scenes(
 
 
 def _build_split(scenes: Sequence[Scene], start: int, image_size: int, seed: int) -> Dataset:
-    """Renders and describes `scenes`, numbered from `start` over both splits."""
+    """Render and describe `scenes`, numbered from `start` over both splits."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
     images, captions = [], []
     for index, scene in enumerate(scenes, start):
-        # one generator per scene and purpose: a change to the wording leaves all pictures as they are
+        # One generator per scene and purpose, so that changes to the wording do not change the pictures.
         buffer = io.BytesIO()
         render(scene, Random(f"image-{seed}-{index}"), image_size).save(buffer, format="PNG")
         images.append({"bytes": buffer.getvalue(), "path": None})

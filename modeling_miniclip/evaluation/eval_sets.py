@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.caption_files import CAPTION_FILES, METADATA_FILES
+from ..data.caption_files import METADATA_FILES, find_caption_file
 from ..data.captions import load_captions
 from ..data.splits import SPLIT_ALIASES, SPLITS
 from ..errors import DataError, UsageError
@@ -115,7 +115,7 @@ def _chosen_split(split: str | None, names: Sequence[str], source: str) -> str:
 
 
 def _holds_class_folders(folder: Path) -> bool:
-    if not folder.is_dir() or any((folder / name).is_file() for name in CAPTION_FILES):
+    if not folder.is_dir() or find_caption_file(folder):
         return False
     return not any(next(folder.rglob(name), None) for name in METADATA_FILES) and bool(_folders(folder))
 

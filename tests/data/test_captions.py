@@ -1,11 +1,7 @@
-"""Tests of the sources of captioned images."""
+"""Captioned images from files: caption files, Flickr8k folders and imagefolders."""
 
 import csv
 import json
-import os
-import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,8 +10,8 @@ from PIL import Image
 
 from modeling_miniclip import DataError, load_captions
 from modeling_miniclip.data.caption_files import caption_columns
+from modeling_miniclip.data.scenes import build_scenes
 from modeling_miniclip.data.splits import split_by_image
-from tests.helpers.hubs import local_hub
 from tests.helpers.towers import CAPTIONS
 
 
@@ -32,7 +28,7 @@ def write(path: Path, text: str | bytes) -> Path:
 
 
 def captions_by_id(splits) -> dict[str, list[str]]:
-    """Captions of every image over all splits; an image in two of them fails."""
+    """Captions of every image of all splits; fails if an image is in two of them."""
     rows = [(row["image_id"], row["captions"]) for split in splits.values() for row in split.remove_columns("image")]
     assert len(dict(rows)) == len(rows), "an image is in two rows"
     return dict(rows)
@@ -44,7 +40,7 @@ def names(split) -> set[str]:
 
 @pytest.fixture
 def two(tmp_path):
-    """A folder with the images a.png and b.png, and a writer of a caption file beside them that gives its path."""
+    """A folder with the images a.png and b.png: a function that writes a caption file next to them."""
     save_images(tmp_path / "Images", "a.png", "b.png")
     return lambda text, name="own.csv": write(tmp_path / name, text)
 
@@ -52,7 +48,7 @@ def two(tmp_path):
 # --- caption files --------------------------------------------------------------------------------------------------
 
 
-def test_csv_gives_one_row_per_image_with_all_its_captions(captioned_folder):
+def test_csv_gives_one_row_per_image(captioned_folder):
     splits = load_captions(captioned_folder / "captions.csv", validation_fraction=0.25)
     assert list(splits) == ["train", "validation"] and [len(s) for s in splits.values()] == [3, 1]
     assert captions_by_id(splits) == {f"{i}.png": captions for i, captions in enumerate(CAPTIONS)}
@@ -98,14 +94,14 @@ def test_quoted_captions_keep_commas_quotation_marks_and_line_ends(two):
     assert captions_by_id(load_captions(two(text))) == {"a.png": ['red, green\nand "blue"'], "b.png": ['a 5" disc']}
 
 
-def test_image_names_may_have_folders_and_every_spelling_is_one_image(tmp_path):
+def test_spellings_of_a_path_are_one_image(tmp_path):
     save_images(tmp_path / "Images", "x/a.png", "y/a.png")
     path = write(tmp_path / "c.csv", "image,caption\nx/a.png,one\nx\\a.png,two\n./x//a.png,three\ny/a.png,four\n")
     assert captions_by_id(load_captions(path)) == {"x/a.png": ["one", "two", "three"], "y/a.png": ["four"]}
 
 
 @pytest.mark.parametrize("place", ["Images", "images", ".", "Flicker8k_Dataset"])
-def test_images_are_found_beside_the_file_or_in_image_dir(tmp_path, place):
+def test_images_are_found_next_to_the_file_or_in_image_dir(tmp_path, place):
     text = "image,caption\na.png,one\nb.png,two\n"
     save_images(tmp_path / place, "a.png", "b.png")
     assert len(captions_by_id(load_captions(write(tmp_path / "c.csv", text)))) == 2
@@ -121,7 +117,7 @@ def test_images_stay_files_until_they_are_read(two):
     assert stored["bytes"] is None and Path(stored["path"]).name == train[0]["image_id"]
 
 
-# Each case: text of the file, and what the message has to name. `row` counts lines as an editor does.
+# Each case: text of the file, and parts of the message. Rows are counted as in an editor.
 BAD_FILES = {
     "missing_image_column": ("id,picture,caption\n0,a.png,one\n", ["row 1", "'image'", "picture", "image_column"]),
     "missing_caption_column": ("id,image,captoin\n0,a.png,one\n", ["row 1", "'caption'", "captoin", "caption_column"]),
@@ -143,7 +139,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_a_wrong_caption_file_is_named_with_row_and_column(two, case):
+def test_an_error_in_a_caption_file_names_row_and_column(two, case):
     text, expected = BAD_FILES[case]
     path = two(text)
     with pytest.raises(DataError) as error:
@@ -155,12 +151,12 @@ def test_a_wrong_caption_file_is_named_with_row_and_column(two, case):
 @pytest.mark.parametrize(
     "source", ["nowhere/captions.csv", "captions.tsv", "/nowhere", "./nowhere", "~/nowhere", "a/b/c"]
 )
-def test_a_wrong_path_is_not_looked_for_on_the_hub(source):
+def test_a_wrong_path_is_not_searched_on_the_hub(source):
     with pytest.raises(DataError, match="no such file or folder"):
         load_captions(source)
 
 
-def test_a_wrong_folder_of_images_is_named(two, tmp_path):
+def test_a_wrong_image_folder_is_named(two, tmp_path):
     path = two("image,caption\na.png,one\nb.png,two\n")
     with pytest.raises(DataError, match="nothere.*image_dir"):
         load_captions(path, image_dir=tmp_path / "nothere")
@@ -178,7 +174,7 @@ FOUR = ("1_a.jpg", "2_b.jpg", "3_c.jpg", "4_d.jpg")
 
 
 def flickr_folder(folder: Path, form: str) -> Path:
-    """Four images with two captions each, in one of the forms in which people have Flickr8k."""
+    """Four images with two captions each, in one of the usual forms of Flickr8k."""
     rows = [(name, k, f"{name} is , number {k} .") for name in FOUR for k in range(2)]
     if form == "token":
         save_images(folder / "Flicker8k_Dataset", *FOUR)
@@ -215,7 +211,7 @@ def test_flickr8k_folder_in_each_form(tmp_path, form):
         ("Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt", "Flickr_8k.testImages.txt"),
     ],
 )
-def test_split_files_decide_and_images_in_none_are_left_out_and_counted(tmp_path, files):
+def test_split_files_are_used_and_other_images_left_out(tmp_path, files):
     folder = flickr_folder(tmp_path, "kaggle")
     for file, name in zip(files, FOUR[1:], strict=True):
         write(folder / file, f"\ufeff{name} \r\n\r\n")
@@ -226,7 +222,7 @@ def test_split_files_decide_and_images_in_none_are_left_out_and_counted(tmp_path
     }  # fmt: skip
 
 
-def test_a_missing_validation_file_is_made_up_for_from_train(tmp_path):
+def test_validation_is_split_from_train_if_missing(tmp_path):
     folder = flickr_folder(tmp_path, "csv")
     write(folder / "train.txt", "\n".join(FOUR[:3]))
     write(folder / "test.txt", FOUR[3])
@@ -245,7 +241,7 @@ def test_a_missing_validation_file_is_made_up_for_from_train(tmp_path):
         (None, "1_a.jpg\n", ["validation.txt", "train.txt"]),
     ],
 )
-def test_wrong_split_files_are_named_with_row(tmp_path, train, validation, expected):
+def test_an_error_in_a_split_file_names_its_row(tmp_path, train, validation, expected):
     folder = flickr_folder(tmp_path, "csv")
     for name, text in (("train.txt", train), ("validation.txt", validation)):
         if text is not None:
@@ -256,7 +252,7 @@ def test_wrong_split_files_are_named_with_row(tmp_path, train, validation, expec
         assert part in str(error.value), f"{part!r} is not in {error.value}"
 
 
-def test_the_seeded_split_is_by_image_repeatable_and_blind_to_the_order_of_rows(tmp_path):
+def test_the_seeded_split_is_by_image_and_repeatable(tmp_path):
     many = [f"{i}.png" for i in range(20)]
     save_images(tmp_path, *many)
     one = write(tmp_path / "one.csv", "image,caption\n" + "".join(f"{name},x\n" * 3 for name in many))
@@ -271,7 +267,7 @@ def test_the_seeded_split_is_by_image_repeatable_and_blind_to_the_order_of_rows(
 @pytest.mark.parametrize(
     ("images", "fraction", "held_out"), [(2, 0.001, 1), (2, 0.999, 1), (10, 0.25, 2), (10, 0.3, 3)]
 )
-def test_both_parts_of_a_seeded_split_have_an_image(images, fraction, held_out):
+def test_both_parts_of_a_seeded_split_have_images(images, fraction, held_out):
     parts = split_by_image([str(i) for i in range(images)], fraction, 0)
     assert len(parts["validation"]) == held_out
     assert sorted(parts["train"] + parts["validation"]) == [str(i) for i in range(images)]
@@ -280,18 +276,20 @@ def test_both_parts_of_a_seeded_split_have_an_image(images, fraction, held_out):
 @pytest.mark.parametrize(
     ("images", "fraction", "message"), [(1, 0.5, "at least two"), (4, 0.0, "between"), (4, 1.0, "between")]
 )
-def test_what_cannot_be_split_is_told(images, fraction, message):
+def test_an_impossible_split_is_an_error(images, fraction, message):
     with pytest.raises(DataError, match=message):
         split_by_image(["a"] * images, fraction, 0)
 
 
-def test_scenes_are_built_in():
+def test_scenes_are_built_in(monkeypatch):
+    assert build_scenes.__defaults__ == (6000, 1000, 64, 0)
+    monkeypatch.setattr(build_scenes, "__defaults__", (30, 10, 32, 0))
     splits = load_captions("scenes")
     assert {"image", "image_id", "captions"} == set(splits["train"].column_names)
-    assert len(splits["train"]) == 6000 and not names(splits["train"]) & names(splits["validation"])
+    assert len(splits["train"]) == 30 and not names(splits["train"]) & names(splits["validation"])
 
 
-def test_the_real_flickr8k_has_its_official_splits(shared):
+def test_flickr8k_has_its_official_splits(shared):
     with pytest.warns(UserWarning, match="left out 91 images"):
         splits = load_captions(shared / "flickr8k")
     assert [len(rows) for rows in splits.values()] == [6000, 1000]
@@ -348,7 +346,7 @@ def test_imagefolder_with_a_folder_per_split(tmp_path, one_file):
         ("metadata.jsonl", '["a.png"]', ["row 1", "object"]),
     ],
 )  # fmt: skip
-def test_wrong_metadata_is_named_with_row_and_column(tmp_path, file, text, expected):
+def test_an_error_in_metadata_names_row_and_column(tmp_path, file, text, expected):
     save_images(tmp_path, "a.png", "b.png")
     write(tmp_path / file, text)
     with pytest.raises(DataError) as error:
@@ -357,7 +355,7 @@ def test_wrong_metadata_is_named_with_row_and_column(tmp_path, file, text, expec
         assert part in str(error.value), f"{part!r} is not in {error.value}"
 
 
-def test_an_image_in_two_metadata_files_is_told(tmp_path):
+def test_an_image_in_two_metadata_files_is_an_error(tmp_path):
     save_images(tmp_path, "a.png", "b.png")
     write(tmp_path / "metadata.csv", "file_name,text\na.png,one\nb.png,two\n")
     write(tmp_path / "metadata.jsonl", '{"file_name": "b.png", "text": "x"}')
@@ -365,186 +363,9 @@ def test_an_image_in_two_metadata_files_is_told(tmp_path):
         load_captions(tmp_path)
 
 
-# --- the Hub --------------------------------------------------------------------------------------------------------
-
-
-def test_numbered_caption_columns_are_taken_in_the_order_of_their_numbers():
+def test_numbered_caption_columns_are_sorted_by_number():
     columns = ["image", *(f"caption_{i}" for i in (10, 2, 1)), "caption_source"]
     assert caption_columns(columns, "", None, "caption") == ["caption_1", "caption_2", "caption_10"]
     assert caption_columns(["caption", "caption_0"], "", None, "caption") == ["caption"]
     with pytest.raises(DataError, match="x, y"):
         caption_columns(["x", "y"], "here", None, "caption")
-
-
-PUSH = """
-import datasets, huggingface_hub, numpy
-from PIL import Image
-from datasets import Dataset, DatasetDict, Features, Value
-datasets.disable_progress_bars()
-def table(shades, **columns):
-    images = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in shades]
-    kind = {k: [Value("string")] if isinstance(v[0], list) else Value("string") for k, v in columns.items()}
-    return Dataset.from_dict({"image": images, **columns}, features=Features({"image": datasets.Image(), **kind}))
-def numbered(split, shades):
-    return table(shades, **{f"caption_{k}": [f"{split} {i} {k}" for i in shades] for k in range(5)})
-flickr8k = DatasetDict(train=numbered("train", range(4)), validation=numbered("validation", [10, 11]),
-                       test=numbered("test", [20]))
-flickr8k.push_to_hub("test-user/flickr8k")
-shades = range(6)
-table(shades, caption=[[f"a{i}", f"b{i}"] for i in shades], sentids=[[str(i)] for i in shades],
-      split=["train", "train", "val", "test", "restval", "val"], img_id=[str(i) for i in shades],
-      filename=[f"{i}.jpg" for i in shades]).push_to_hub("test-user/flickr30k", split="test")
-table([1, 2, 1, 3, 2], caption=["one", "two", "one more", "three", "two more"]).push_to_hub("test-user/rows")
-leak = DatasetDict(train=table([1, 2], caption=["x", "x"]), test=table([3, 2], caption=["x", "x"]))
-leak.push_to_hub("test-user/leak")
-table([1, 2], caption=["x", " "]).push_to_hub("test-user/empty-caption")
-table([1, 2], label=["x", "y"]).push_to_hub("test-user/no-captions")
-table(range(30, 38), caption=["x"] * 8).push_to_hub("test-user/shards", num_shards=4)
-table([40, 41], caption=["x", "x"]).push_to_hub("test-user/private", private=True)
-table([50, 51], caption=["x", "x"]).push_to_hub("test-user/unavailable")
-table([60, 61], caption=["x", "x"]).push_to_hub("test-user/broken")
-api = huggingface_hub.HfApi()
-api.create_repo("test-user/folder", repo_type="dataset")
-rows = "".join(f"{shade}.png,x{shade}\\n" for shade in range(3))
-contents = {"metadata.csv": f"file_name,text\\n{rows}".encode()}
-for shade in range(3):
-    Image.new("RGB", (8, 8), (shade, 0, 0)).save(f"{shade}.png")
-    contents[f"{shade}.png"] = open(f"{shade}.png", "rb").read()
-adding = [huggingface_hub.CommitOperationAdd(f"train/{name}", content) for name, content in contents.items()]
-api.create_commit("test-user/folder", adding, commit_message="add", repo_type="dataset")
-"""
-
-LOAD = """
-import json, os, time
-import datasets
-from modeling_miniclip import DataError, load_captions
-datasets.disable_progress_bars()
-time.sleep = lambda seconds: None  # what a client waits for does not change within a test
-result = {}
-def load(name, title, token="hf_test", **how):
-    os.environ["HF_TOKEN"] = token
-    try:
-        splits = load_captions("test-user/" + name, validation_fraction=0.34, **how)
-        result[title] = {split: [[row["image"].getpixel((0, 0))[0], row["image_id"], row["captions"]] for row in rows]
-                         for split, rows in splits.items()}
-    except DataError as error:
-        result[title] = str(error)
-# First those who may not read: what another token has loaded would be taken from the cache.
-load("private", "stranger", token="hf_other")
-load("private", "stranger streamed", token="hf_other", stream_first_rows=2)
-load("rows", "unknown token", token="hf_wrong")
-load("rows", "unknown token streamed", token="hf_wrong", stream_first_rows=2)
-for name in ["shards", "flickr8k", "folder", "private", "unavailable", "broken"]:
-    load(name, name + " streamed", stream_first_rows=2)
-for name in ["flickr8k", "flickr30k", "rows", "leak", "empty-caption", "no-captions", "nothere", "script", "folder",
-             "private", "unavailable", "broken"]:
-    load(name, name)
-print("RESULT", json.dumps(result))
-"""
-
-
-def shards_of(hub, name):
-    """Storage keys of a data set's Parquet files."""
-    repository = hub.store.repo("dataset", f"test-user/{name}")
-    files = hub.store.at(repository, repository["refs"]["refs/heads/main"])["files"]
-    return [entry["sha256"] for path, entry in files.items() if path.endswith(".parquet")]
-
-
-@pytest.fixture(scope="module")
-def from_hub(tmp_path_factory):
-    """What load_captions gives, in a process of its own, for data sets on a Hub on loopback."""
-    root = tmp_path_factory.mktemp("hub")
-    with local_hub(root / "server", tokens=("hf_test=test-user", "hf_other=other")) as hub:
-        env = {**os.environ, **hub.client_env(root / "home"), "PYTHONPATH": str(Path(__file__).parents[2])}
-        env.pop("HF_HUB_OFFLINE")
-        script = (
-            "api.create_repo('test-user/script', repo_type='dataset')\n"
-            "api.upload_file(path_or_fileobj=b'import datasets', path_in_repo='script.py', "
-            "repo_id='test-user/script', repo_type='dataset')\n"
-        )
-        output = ""
-        for code in (PUSH + script, LOAD):
-            if code is LOAD:
-                hub.fault(path="/test-user/unavailable/resolve/.*parquet", status=503, times=-1)
-                hub.fault(path=shards_of(hub, "broken")[0], method="GET", drop=100, times=-1)
-            run = subprocess.run(
-                [sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=120
-            )
-            assert run.returncode == 0, run.stderr[-3000:]
-            output = run.stdout
-        result = json.loads(output.partition("RESULT ")[2])
-        result["shards read"] = [bool(hub.requests(key, "GET")) for key in shards_of(hub, "shards")]
-    return result
-
-
-def test_hub_set_with_numbered_columns(from_hub):
-    found = from_hub["flickr8k"]
-    assert {split: [row[0] for row in rows] for split, rows in found.items()} == {
-        "train": [0, 1, 2, 3], "validation": [10, 11], "test": [20]
-    }  # fmt: skip
-    assert found["validation"][1][2] == [f"validation 11 {k}" for k in range(5)]
-    ids = [row[1] for rows in found.values() for row in rows]
-    assert len(set(ids)) == len(ids)
-
-
-def test_hub_set_that_is_streamed_has_the_first_rows_of_each_split(from_hub):
-    whole = from_hub["flickr8k"]
-    assert from_hub["flickr8k streamed"] == {split: rows[:2] for split, rows in whole.items()}
-    assert len(whole["train"]) == 4
-    assert [len(rows) for rows in from_hub["shards streamed"].values()] == [1, 1]
-    assert True in from_hub["shards read"] and False in from_hub["shards read"]
-
-
-def test_an_imagefolder_on_the_hub_is_taken_streamed_and_not(from_hub):
-    images = {row[0]: row[2] for rows in from_hub["folder"].values() for row in rows}
-    assert images == {shade: [f"x{shade}"] for shade in range(3)}
-    streamed = {row[0]: row[2] for rows in from_hub["folder streamed"].values() for row in rows}
-    assert len(streamed) == 2 and streamed.items() <= images.items()
-
-
-@pytest.mark.parametrize("how", ["", " streamed"])
-@pytest.mark.parametrize(
-    ("case", "reason"),
-    [
-        ("unavailable", "503|locate the file on the Hub"),
-        ("broken", "peer closed connection"),
-        ("stranger", "doesn't exist on the Hub or cannot be accessed"),
-        ("unknown token", "the Hub rejected this token"),
-    ],
-)
-def test_a_hub_that_gives_no_data_is_told_by_one_sentence(from_hub, case, reason, how):
-    told = from_hub[case + how]
-    assert re.search(f"^'test-user/.*dataset on the Hub: .*({reason})", told) and "\n" not in told
-    assert "hf_" not in told and "Signature" not in told
-    assert [len(rows) for rows in from_hub["private" + how].values()] == [1, 1]
-
-
-def test_hub_set_with_lists_and_a_split_column(from_hub):
-    assert from_hub["flickr30k"] == {
-        "train": [[i, f"{i}.jpg", [f"a{i}", f"b{i}"]] for i in (0, 1, 4)],
-        "validation": [[i, f"{i}.jpg", [f"a{i}", f"b{i}"]] for i in (2, 5)],
-        "test": [[3, "3.jpg", ["a3", "b3"]]],
-    }
-
-
-def test_hub_set_with_a_row_per_caption_is_grouped_by_the_pictures_themselves(from_hub):
-    rows = [row for rows in from_hub["rows"].values() for row in rows]
-    assert {shade: captions for shade, _, captions in rows} == {
-        1: ["one", "one more"], 2: ["two", "two more"], 3: ["three"]
-    }  # fmt: skip
-    assert len(rows) == 3 and len(from_hub["rows"]["validation"]) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("leak", ["split test, row 1", "split train", "one split"]),
-        ("empty-caption", ["split train, row 1", "'caption'", "empty"]),
-        ("no-captions", ["'caption'", "label", "caption_column"]),
-        ("nothere", ["neither a local file or folder", "test-user/nothere"]),
-        ("script", ["script", "refs/convert/parquet"]),
-    ],
-)
-def test_wrong_hub_sets_are_told_with_split_and_row(from_hub, name, expected):
-    for part in expected:
-        assert part in from_hub[name], f"{part!r} is not in {from_hub[name]}"

@@ -1,4 +1,4 @@
-"""`miniclip check`: each problem is found at its row, the mended copy has none, figures are those of a count."""
+"""`miniclip check`: problems are found at their rows, the fixed copy has none, the figures are right."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ NAMES = [f"{i}.png" for i in range(40)]
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    """A CSV with forty images of noise, two captions each, in which nothing is wrong."""
+    """A valid CSV with forty images of noise and two captions for each."""
     rng = np.random.default_rng(0)
     (tmp_path / "Images").mkdir()
     for name in NAMES:
@@ -38,7 +38,7 @@ def save_noise(path: Path, rng: np.random.Generator) -> None:
 
 
 def append(path: Path, line: str | bytes) -> int:
-    """Add a row; its number."""
+    """Add a row and return its number."""
     data = path.read_bytes() + (line if isinstance(line, bytes) else line.encode()) + b"\n"
     path.write_bytes(data)
     return data.count(b"\n")
@@ -49,7 +49,7 @@ def found(path: Path, **options) -> list[tuple[str, str, int | None]]:
     return [(problem.kind, Path(problem.file).name, problem.row) for problem in problems]
 
 
-def test_nothing_is_wrong_with_good_data(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_valid_data_has_no_problems(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found(good) == []
     argv = ["check", str(good), "--validation_fraction=0.3", "--batch_size=8", "--num_workers=2"]
     assert cli(argv) == 0
@@ -75,7 +75,7 @@ ROWS: dict[str, tuple[str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_a_bad_row_is_found_at_its_number_and_the_rows_behind_it_are_read(good: Path, case: str) -> None:
+def test_a_bad_row_is_found_and_later_rows_are_read(good: Path, case: str) -> None:
     line, kind = ROWS[case]
     row = append(good, line)
     last = append(good, "last.png,words")
@@ -86,7 +86,7 @@ def gigantic(path: Path) -> None:
     header = Image.new("1", (1, 1))
     header.save(path)
     data = bytearray(path.read_bytes())
-    data[16:24] = (20000).to_bytes(4, "big") * 2  # of PNG's header, whose checksum then has to be mended
+    data[16:24] = (20000).to_bytes(4, "big") * 2  # of PNG's header, whose checksum must then be fixed
     import zlib
 
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
@@ -104,23 +104,23 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_bad_file_is_found_at_the_row_that_names_it_first(good: Path, case: str) -> None:
+def test_a_bad_file_is_found_at_its_first_row(good: Path, case: str) -> None:
     FILES[case][0](good.parent / "Images" / "5.png")
     assert found(good) == [(FILES[case][1], "captions.csv", 12)]
 
 
-def test_a_link_that_leaves_the_folder_is_found_and_one_within_it_is_none(good: Path, tmp_path: Path) -> None:
+def test_only_links_that_leave_the_folder_are_problems(good: Path, tmp_path: Path) -> None:
     images = good.parent / "Images"
     (images / "5.png").rename(tmp_path / "elsewhere.png")
     (images / "5.png").symlink_to(tmp_path / "elsewhere.png")
     (images / "6.png").rename(images / "other.png")
     (images / "6.png").symlink_to("other.png")
-    kinds = {"outside", "no-captions"}  # other.png has no row of its own
+    kinds = {"outside", "no-captions"}  # other.png has no row
     assert {kind for kind, *_ in found(good)} == kinds
     assert {kind for kind, *_ in found(good, allow_outside_images=True)} == {"no-captions"}
 
 
-def test_copies_are_found_in_any_format_and_told_apart_by_split(good: Path) -> None:
+def test_copies_are_found_within_and_across_splits(good: Path) -> None:
     images = good.parent / "Images"
     splits = load_captions(good, validation_fraction=0.3)
     train, validation = splits["train"]["image_id"], splits["validation"]["image_id"]
@@ -131,7 +131,7 @@ def test_copies_are_found_in_any_format_and_told_apart_by_split(good: Path) -> N
     assert sorted(kinds) == ["duplicate-image", "two-splits"]
 
 
-def test_other_pictures_are_no_copies(good: Path) -> None:
+def test_different_pictures_are_not_copies(good: Path) -> None:
     images = good.parent / "Images"
     Image.new("RGB", (30, 30), "red").save(images / "0.png")
     Image.new("RGB", (30, 30), "blue").save(images / "1.png")
@@ -141,12 +141,12 @@ def test_other_pictures_are_no_copies(good: Path) -> None:
     assert found(good) == []
 
 
-def test_a_header_that_is_none_is_told_with_a_mend(tmp_path: Path, good: Path) -> None:
+def test_a_missing_header_is_reported_with_a_fix(tmp_path: Path, good: Path) -> None:
     rows = good.read_text().split("\n", 1)[1]
-    for text, mend in ((rows, "write a header"), ("image,Caption\n" + rows, "did you mean 'Caption'")):
+    for text, fix in ((rows, "write a header"), ("image,Caption\n" + rows, "did you mean 'Caption'")):
         good.write_text(text)
         (problem,) = check(str(good)).problems
-        assert (problem.kind, problem.row) == ("unusable", 1) and mend in problem.text
+        assert (problem.kind, problem.row) == ("unusable", 1) and fix in problem.text
     good.write_text("image;caption\n" + rows.replace(",", ";"))
     assert found(good) == [("separator", "captions.csv", 1)]
 
@@ -172,7 +172,7 @@ def test_split_files_and_splits_are_checked(good: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_mended_copy_has_no_problem_and_the_original_is_untouched(good: Path, tmp_path: Path) -> None:
+def test_a_fixed_copy_has_no_problems(good: Path, tmp_path: Path) -> None:
     images = good.parent / "Images"
     for line, _ in ROWS.values():
         append(good, line)
@@ -180,19 +180,19 @@ def test_a_mended_copy_has_no_problem_and_the_original_is_untouched(good: Path, 
     (images / "6.png").write_bytes(b"broken")
     (images / "8.png").write_bytes((images / "7.png").read_bytes())
     before = good.read_bytes()
-    mended = tmp_path / "mended.csv"
-    argv = ["check", str(good), "--num_workers=0", "--batch_size=8", "--fix", str(mended)]
+    fixed = tmp_path / "fixed.csv"
+    argv = ["check", str(good), "--num_workers=0", "--batch_size=8", "--fix", str(fixed)]
     assert cli(argv) == 1 and good.read_bytes() == before
-    rows = list(csv.reader(mended.open(encoding="utf-8")))[1:]
+    rows = list(csv.reader(fixed.open(encoding="utf-8")))[1:]
     assert {name for name, _ in rows} == set(NAMES) - {"5.png", "6.png", "8.png"}
     assert [text for name, text in rows if name == "7.png"] == [
         "first number 7", "second number 7", "first number 8", "second number 8"
     ]  # fmt: skip
-    assert {kind for kind, *_ in found(mended)} <= {"long-caption", "odd-caption", "no-captions"}
-    report = (tmp_path / "mended.report.txt").read_text()
+    assert {kind for kind, *_ in found(fixed)} <= {"long-caption", "odd-caption", "no-captions"}
+    report = (tmp_path / "fixed.report.txt").read_text()
     assert "row 12" in report and "\x1b" not in report
     assert cli(argv) == 2  # nothing is overwritten
-    for name in ("mended.txt", "nowhere/mended.csv"):
+    for name in ("fixed.txt", "nowhere/fixed.csv"):
         with pytest.raises(UsageError, match="--fix"):
             check(str(good), fix=str(tmp_path / name))
 
@@ -200,25 +200,25 @@ def test_a_mended_copy_has_no_problem_and_the_original_is_untouched(good: Path, 
 def test_json_has_every_problem(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = append(good, "none.png,words")
     assert cli(["check", str(good), "--quick", "--json", "--batch_size=8", "--validation_fraction=0.3"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["counts"] == {"missing": 1} and [p["row"] for p in told["problems"]] == [row]
-    assert told["figures"]["images_in_train"] + told["figures"]["images_in_validation"] == 41
+    report = json.loads(capsys.readouterr().out)
+    assert report["counts"] == {"missing": 1} and [p["row"] for p in report["problems"]] == [row]
+    assert report["figures"]["images_in_train"] + report["figures"]["images_in_validation"] == 41
 
 
-def test_what_is_no_data_set_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_dataset_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["check", str(tmp_path / "nowhere.csv")]) == 1
     assert "nowhere.csv: no such file or folder" in capsys.readouterr().err
 
 
-def test_terminal_shows_no_control_characters(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_terminal_gets_no_control_characters(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in ("\x1b[31mred\u202e.png,words", "0.png,red\x1b[2J"):
         append(good, line)
     assert cli(["check", str(good), "--quick"]) == 1
-    told = capsys.readouterr().out
-    assert "\\x1b[31mred\\u202e.png" in told and not any(c in told for c in "\x1b\u202e")
+    output = capsys.readouterr().out
+    assert "\\x1b[31mred\\u202e.png" in output and not any(c in output for c in "\x1b\u202e")
 
 
-def test_expected_false_negatives_are_those_of_drawn_batches() -> None:
+def test_expected_false_negatives_match_drawn_batches() -> None:
     captions = [["A dog.", "two"], ["a  dog"], ["two", "two", "three"], ["four"], ["a dog", "four"]]
     rng, total, draws = Random(0), 0, 20000
     for _ in range(draws):
@@ -228,7 +228,7 @@ def test_expected_false_negatives_are_those_of_drawn_batches() -> None:
     assert expected_false_negatives([["a"]], 8) == 0
 
 
-def test_a_run_tells_in_short_what_is_wrong(good: Path) -> None:
+def test_a_run_starts_with_a_summary_of_problems(good: Path) -> None:
     append(good, "0.png,first number 0")
     lines = quick_check(load_captions(good, validation_fraction=0.3), "captions.csv", 32)
     assert [line.split(";")[0] for line in lines] == [
@@ -238,12 +238,12 @@ def test_a_run_tells_in_short_what_is_wrong(good: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16", "F"])
-def test_every_mode_that_the_processor_reads_is_fine(tmp_path: Path, mode: str) -> None:
+def test_images_of_any_mode_can_be_inspected(tmp_path: Path, mode: str) -> None:
     suffix = {"CMYK": "jpg", "YCbCr": "jpg", "F": "tiff"}.get(mode, "png")
     Image.new(mode, (20, 20)).save(tmp_path / f"a.{suffix}")
     assert inspect_image(str(tmp_path / f"a.{suffix}")).kind is None
 
 
-def test_the_real_flickr8k_has_nine_captions_twice_and_no_missing_image(shared: Path) -> None:
+def test_flickr8k_has_only_nine_duplicate_captions(shared: Path) -> None:
     report = check(str(shared / "flickr8k"), decode=False)
     assert report.counts == {"duplicate-caption": 9}

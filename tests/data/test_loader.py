@@ -1,32 +1,39 @@
-"""Tests of what makes a batch: its rows, its captions, augmentation, collation."""
+"""Batches: their rows, captions and pixels, collation, and the loader processes."""
 
 import os
 import pickle
 import signal
-import subprocess
-import sys
+import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from modeling_miniclip import DataError, UsageError, load_captions
-from modeling_miniclip.data import dataset
+from modeling_miniclip import DataError, MiniClipError, UsageError, load_captions
+from modeling_miniclip.data import dataset, loader
 from modeling_miniclip.data.augmentation import DEFAULT_AUGMENTATION, build_augmentation
 from modeling_miniclip.data.dataset import FILLER, CaptionRows
-from modeling_miniclip.data.loader import BY_VALUE, Batch, BatchLoader, Collator, GlobalBatches
-from tests.helpers.runs import ROOT
+from modeling_miniclip.data.loader import (
+    BY_VALUE,
+    Batch,
+    BatchLoader,
+    Collator,
+    GlobalBatches,
+    readable_worker_errors,
+)
+from modeling_miniclip.errors import Problem
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_processor
 
 SIZE = (PIXELS, PIXELS)
 
 
 class Rows(list):
-    """Rows in memory with the little that CaptionRows asks of a `datasets` split."""
+    """Rows in memory, with the part of a `datasets` split that `CaptionRows` uses."""
 
     features = {"image": SimpleNamespace(decode_example=lambda image: image)}
 
@@ -65,7 +72,7 @@ def training_rows(processor, count: int = 10, seed: int = 0, captions_per_image:
 
 
 def rows_seen(rows: CaptionRows, batch_size: int, epochs=(0,), num_workers=0, rank=0, world_size=1, seed=0):
-    """(epoch, row) -> (pixels, ids of its captions) of everything that this process's loader gives."""
+    """(epoch, row) -> (pixels, token ids of its captions), from all batches of this process's loader."""
     batches = GlobalBatches(len(rows), batch_size, True, seed, rank, world_size)
     loader = BatchLoader(rows, batches, num_workers)
     seen = {}
@@ -84,7 +91,7 @@ def assert_same(first: dict, second: dict) -> None:
         assert torch.equal(pixels, second[key][0]) and texts == second[key][1], key
 
 
-# --- everything random ----------------------------------------------------------------------------------------------
+# --- randomness ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +104,7 @@ def test_worker_processes_change_nothing(processor, reference, num_workers):
     assert_same(reference, rows_seen(training_rows(processor), 4, epochs=(0, 1), num_workers=num_workers))
 
 
-def test_the_number_of_processes_and_the_batch_change_nothing(processor, reference):
+def test_process_count_and_batch_size_change_nothing(processor, reference):
     for world_size, batch_size in ((2, 4), (3, 10), (1, 7)):
         union = {}
         for rank in range(world_size):
@@ -106,7 +113,7 @@ def test_the_number_of_processes_and_the_batch_change_nothing(processor, referen
         assert_same(reference, union)
 
 
-def test_seed_and_epoch_change_captions_and_augmentation(processor, reference):
+def test_seed_and_epoch_change_captions_and_pixels(processor, reference):
     other = rows_seen(training_rows(processor, seed=1), 4)
     for row in range(10):
         assert not torch.equal(reference[0, row][0], reference[1, row][0])
@@ -115,7 +122,7 @@ def test_seed_and_epoch_change_captions_and_augmentation(processor, reference):
         assert sum(reference[key][1] != value[1] for key, value in epoch_or_seed.items()) >= 5
 
 
-def test_a_loader_does_not_touch_the_random_state_that_dropout_uses(processor):
+def test_a_loader_leaves_the_random_state_of_dropout(processor):
     rows = training_rows(processor, count=3)
     before = torch.random.get_rng_state()
     assert len(list(BatchLoader(rows, GlobalBatches(3, 2, True), 0))) == 2
@@ -139,7 +146,7 @@ def test_transforms_draw_independently_of_each_other(processor):
 # --- captions -------------------------------------------------------------------------------------------------------
 
 
-def test_captions_are_drawn_without_repetition_and_all_get_their_turn(processor):
+def test_captions_are_drawn_without_repetition(processor):
     rows = CaptionRows(noise_rows(1), processor, captions_per_image=3)
     drawn = [rows[epoch, 0]["captions"] for epoch in range(100)]
     assert all(len(set(captions)) == 3 for captions in drawn)
@@ -148,12 +155,12 @@ def test_captions_are_drawn_without_repetition_and_all_get_their_turn(processor)
 
 
 @pytest.mark.parametrize("wanted", [None, 5, 9])
-def test_all_captions_in_their_order_where_no_choice_is_left(processor, wanted):
+def test_all_captions_keep_their_order(processor, wanted):
     rows = CaptionRows(noise_rows(2), processor, captions_per_image=wanted)
     assert rows[3, 1]["captions"] == rows.captions[1]
 
 
-def test_captions_are_padded_to_the_longest_of_the_batch_only(processor):
+def test_captions_are_padded_to_the_longest_of_the_batch(processor):
     rows = CaptionRows(Rows(
         {"image": Image.new("RGB", SIZE), "image_id": str(i), "captions": captions}
         for i, captions in enumerate(CAPTIONS)
@@ -167,7 +174,7 @@ def test_captions_are_padded_to_the_longest_of_the_batch_only(processor):
         assert batch["attention_mask"].sum(dim=1).tolist() == expected
 
 
-def test_a_batch_tells_which_caption_belongs_to_which_image(processor):
+def test_a_batch_assigns_captions_to_images(processor):
     rows = CaptionRows(Rows(
         {"image": Image.new("RGB", (50, 40), (60 * i, 0, 0)), "image_id": str(i), "captions": captions}
         for i, captions in enumerate(CAPTIONS)
@@ -181,7 +188,7 @@ def test_a_batch_tells_which_caption_belongs_to_which_image(processor):
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [120, 60, 0]
 
 
-def test_the_rows_of_a_batch_are_those_asked_for_one_by_one(processor, monkeypatch):
+def test_rows_of_a_batch_equal_single_rows(processor, monkeypatch):
     monkeypatch.setattr(dataset, "READ_TOGETHER", 3)
     rows, keys = training_rows(processor), [(1, 4), (0, FILLER - 2), (2, 9), (1, 0), (0, 7)]
     together = rows.__getitems__(keys)
@@ -191,7 +198,7 @@ def test_the_rows_of_a_batch_are_those_asked_for_one_by_one(processor, monkeypat
         assert np.array_equal(row["pixels"], alone["pixels"])
 
 
-def test_pixels_reach_the_model_laid_out_for_convolutions(processor):
+def test_pixels_have_the_memory_layout_of_convolutions(processor):
     rows = training_rows(processor)
     batch = next(iter(BatchLoader(rows, GlobalBatches(10, 4, False), 0)))
     assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last)
@@ -199,14 +206,14 @@ def test_pixels_reach_the_model_laid_out_for_convolutions(processor):
         assert np.array_equal(batch["pixel_values"][i].numpy(), rows[0, i]["pixels"])
 
 
-def test_long_captions_are_cut_to_the_limit_of_the_tokenizer(processor):
+def test_long_captions_are_truncated(processor):
     rows = CaptionRows(
         Rows([{"image": Image.new("RGB", SIZE), "image_id": "a", "captions": ["dog " * 99]}]), processor
     )
     assert Collator(processor.tokenizer)([rows[0, 0]])["input_ids"].shape == (1, 24)
 
 
-def test_features_take_the_place_of_images_and_texts(processor):
+def test_features_replace_images_and_texts(processor):
     texts = [torch.arange(5.0).unsqueeze(1) + 10 * i for i in range(3)]
     rows = CaptionRows(noise_rows(3), processor, None, 2, 0, [torch.eye(3)], texts)
     plain = CaptionRows(noise_rows(3), processor, None, 2, 0)
@@ -223,7 +230,7 @@ def test_features_take_the_place_of_images_and_texts(processor):
 @pytest.mark.parametrize(("rows", "batch_size"), [(10, 4), (9, 4), (8, 4), (3, 8), (1, 1), (13, 6)])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_the_processes_together_have_the_global_batch(rows, batch_size, world_size, shuffle):
+def test_all_processes_together_have_the_global_batch(rows, batch_size, world_size, shuffle):
     whole = list(GlobalBatches(rows, batch_size, shuffle, seed=3))
     shares = [list(GlobalBatches(rows, batch_size, shuffle, 3, rank, world_size)) for rank in range(world_size)]
     assert sorted(index for batch in whole for _, index in batch) == list(range(rows))
@@ -236,7 +243,7 @@ def test_the_processes_together_have_the_global_batch(rows, batch_size, world_si
         assert len(fillers) == max(0, world_size - len(batch)) and set(fillers) <= {(0, FILLER - batch[0][1])}
 
 
-def test_a_filler_is_the_row_that_its_id_tells(processor):
+def test_a_filler_is_the_row_of_its_id(processor):
     rows = CaptionRows(noise_rows(4), processor)
     real, filler = rows[0, 3], rows[0, FILLER - 3]
     assert filler["image_id"] == -4 and filler["captions"] == real["captions"]
@@ -244,7 +251,7 @@ def test_a_filler_is_the_row_that_its_id_tells(processor):
     assert rows[0, FILLER - 0]["captions"] == rows[0, 0]["captions"]
 
 
-def test_the_order_changes_by_epoch_and_seed_and_is_kept_without_shuffle():
+def test_order_depends_on_epoch_seed_and_shuffle():
     batches = GlobalBatches(20, 4, shuffle=True)
     orders = []
     for epoch in range(3):
@@ -270,7 +277,7 @@ def test_an_epoch_resumes_at_any_batch(first):
 # --- images ---------------------------------------------------------------------------------------------------------
 
 
-def test_images_are_augmented_in_training_only(processor):
+def test_images_are_augmented_only_in_training(processor):
     image = noise_rows(1)[0]["image"]
     plain, training = CaptionRows(noise_rows(1), processor), training_rows(processor, 1)
     expected = processor(images=image, return_tensors="pt")["pixel_values"]
@@ -291,7 +298,7 @@ def test_images_are_augmented_in_training_only(processor):
     ],
 )
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
-def test_augmentation_ends_in_the_right_size_for_every_kind_of_image(processor, transforms, mode):
+def test_augmented_images_have_the_right_size(processor, transforms, mode):
     rows = Rows([{"image": Image.new(mode, (50, 41)), "image_id": "a", "captions": ["x"]}])
     pixels = CaptionRows(rows, processor, build_augmentation(transforms, (32, 48)))[0, 0]["pixels"]
     assert pixels.shape == (3, 32, 48) and pixels.dtype == np.uint8
@@ -315,7 +322,7 @@ def test_no_transforms_mean_no_augmentation():
         ({"name": "FDA"}, ["FDA", "image alone"]),
     ],
 )
-def test_a_wrong_augmentation_is_told_before_training(transform, expected):
+def test_a_wrong_augmentation_is_an_error(transform, expected):
     with pytest.raises(UsageError) as error:
         build_augmentation([transform], SIZE)
     for part in expected:
@@ -343,40 +350,91 @@ def test_an_image_too_small_for_a_crop_is_named(processor):
         CaptionRows(noise_rows(1), processor, augmentation)[0, 0]
 
 
-def test_a_batch_survives_the_way_between_processes_whatever_its_tensors_size():
+def test_a_batch_survives_pickling_with_tensors_of_any_size():
     ids = torch.arange(6).reshape(2, 3)
     small, large = {"input_ids": ids, "image_id": ids[:, 0]}, torch.arange(BY_VALUE // 4, dtype=torch.float32)
     batch = Batch(small | {"pixel_values": torch.cat([large, large[:1]]), "undecodable": [(3, "empty")]})
 
-    there = pickle.loads(pickle.dumps(batch))
+    restored = pickle.loads(pickle.dumps(batch))
 
-    assert list(there) == ["input_ids", "image_id", "pixel_values", "undecodable"]
-    assert there["undecodable"] == [(3, "empty")]
-    assert all(torch.equal(there[name], batch[name]) for name in list(there)[:3])
+    assert list(restored) == ["input_ids", "image_id", "pixel_values", "undecodable"]
+    assert restored["undecodable"] == [(3, "empty")]
+    assert all(torch.equal(restored[name], batch[name]) for name in list(restored)[:3])
     by_value, as_tensors = batch.__reduce__()[1]
     assert set(by_value) == {"input_ids", "image_id"}
     assert set(as_tensors) == {"pixel_values", "undecodable"}
 
 
-KILLED = """
-import os, signal, time
-from tests.data.test_loader import BatchLoader, tiny_processor, training_rows
-rows = training_rows(tiny_processor(), captions_per_image=None)
-batches = iter(BatchLoader(rows, [[(0, i % 10) for i in range(200)]] * 40, 2, prefetch_factor=8))
-print(next(batches)["input_ids"].nbytes, flush=True)
-time.sleep(2)  # by now the workers are ahead by more than a pipe takes
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+# --- loader processes -----------------------------------------------------------------------------------------------
 
 
-def test_loader_processes_end_with_a_trainer_that_was_killed() -> None:
-    """They hold its standard output open: there is no end of it while one lives."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    trainer = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, start_new_session=True, **pipes)
-    try:
-        printed, errors = trainer.communicate(timeout=60)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(trainer.pid, signal.SIGKILL)
-    assert trainer.returncode == -signal.SIGKILL, errors.decode()
+class FailingRows(CaptionRows):
+    """Rows whose images make a loader process die or fail."""
+
+    def __init__(self, fail: Callable[[], Any]):
+        super().__init__(noise_rows(4), tiny_processor())  # type: ignore[arg-type]
+        self.fail = fail
+
+    def _image(self, index: int, *rest: Any) -> Any:
+        return self.fail()
+
+
+def fail_with(error: Exception) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("fail", "cause"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "lack of memory: lower --num_workers"),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), "/dev/shm.*--shm-size"),
+        (lambda: os._exit(3), "--num_workers 0` shows which"),
+        (fail_with(MemoryError()), "not enough memory to load an image: lower --batch_size"),
+    ],
+)
+def test_a_dead_loader_process_is_reported_with_a_cause(fail: Callable[[], Any], cause: str) -> None:
+    with pytest.raises(MiniClipError, match=rf"^[^\n]*{cause}[^\n]*$"), readable_worker_errors():
+        list(BatchLoader(FailingRows(fail), [[(0, 1)]], 1))
+
+
+def test_lack_of_memory_in_the_trainer_is_explained() -> None:
+    with pytest.raises(MiniClipError, match="not enough memory to load an image"):
+        list(BatchLoader(FailingRows(fail_with(MemoryError())), [[(0, 1)]], 0))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_in_a_loader_process_keeps_its_problem(num_workers: int) -> None:
+    problem = Problem("undecodable", "too small; change it", "image 'a b'", 3, image="a b")
+    batches = BatchLoader(FailingRows(fail_with(DataError(problem))), [[(0, 1)]], num_workers)
+    try:  # not pytest.raises: its reference to the traceback would keep the loader process alive
+        list(batches)
+    except DataError as error:
+        assert str(error) == "image 'a b', row 3: too small; change it" and error.problem == problem
+    else:
+        pytest.fail("no error was raised")
+
+
+def test_loader_processes_end_with_a_killed_trainer(processor, monkeypatch) -> None:
+    """They hold a pipe of the trainer open: it does not end while one of them lives."""
+    monkeypatch.setattr(loader, "SECONDS_BETWEEN_CHECKS", 0.1)
+    output, end = os.pipe()
+    trainer = os.fork()
+    if trainer == 0:
+        try:
+            signal.alarm(60)
+            rows = CaptionRows(noise_rows(10), processor, vision_features=[torch.zeros(10, 4)])
+            batches = iter(BatchLoader(rows, [[(0, i % 10) for i in range(200)]] * 40, 2, prefetch_factor=8))
+            os.write(end, b"%d" % next(batches)["input_ids"].nbytes)
+            time.sleep(1)  # until the workers are further ahead than a pipe holds
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.close(end)
+    printed = b""
+    while part := os.read(output, 100):
+        printed += part
+    os.close(output)
+    assert os.waitstatus_to_exitcode(os.waitpid(trainer, 0)[1]) == -signal.SIGKILL
     assert 2**16 < 8 * int(printed) and int(printed) <= BY_VALUE

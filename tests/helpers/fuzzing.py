@@ -1,4 +1,4 @@
-"""What the fuzz tests share: how many cases, a limit for each, and strategies for input that nobody would write."""
+"""Shared by the fuzz tests: numbers of cases, a time limit for each, and strategies for unusual input."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -14,35 +14,40 @@ from modeling_miniclip import MiniClipError
 CPU_SECONDS = 20
 
 
-def cases(few: int, many: int) -> Any:
-    """Parametrizes `count`: a few cases that are always the same, and behind the marker many that never are."""
+def cases(some: int, many: int) -> Any:
+    """Parametrize `count`: a quarter of `some` by default, `some` in slow tests, `many` new ones in long tests."""
     return pytest.mark.parametrize(
-        "count", [pytest.param(few, id="few"), pytest.param(many, id="many", marks=pytest.mark.long)]
+        "count",
+        [
+            pytest.param(some // 4, id="few"),
+            pytest.param(some, id="some", marks=pytest.mark.slow),
+            pytest.param(many, id="many", marks=pytest.mark.long),
+        ],
     )
 
 
 def fuzz(count: int, record_property: Callable[[str, object], None]) -> settings:
-    """Settings of a test that runs its inner function on so many cases; the number enters the report."""
+    """Settings of a test that runs its inner function on `count` cases; the report shows their number."""
     record_property("cases", count)
     return settings(
         max_examples=count,
         derandomize=count < 200,
         database=None,
-        deadline=None,  # of wall time, which says nothing on a busy machine
+        deadline=None,  # wall time means nothing on a busy machine
         suppress_health_check=list(HealthCheck),
     )
 
 
 class Hang(BaseException):
-    """Raised where a function computes too long; no `except Exception` may take it for an error of its own."""
+    """Raised when a function computes for too long; not an `Exception`, so that no function catches it."""
 
 
 @contextmanager
 def no_hang() -> Iterator[None]:
-    """Ends a block that has computed for `CPU_SECONDS`."""
+    """End a block that has computed for `CPU_SECONDS`."""
 
     def stop(*_: object) -> None:
-        raise Hang(f"it computes for {CPU_SECONDS} s")
+        raise Hang(f"still computing after {CPU_SECONDS} s")
 
     previous = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
@@ -54,19 +59,19 @@ def no_hang() -> Iterator[None]:
 
 
 def result_or_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, str]:
-    """What a function returns and "", or None and what the package's own error says; any other error is raised."""
+    """A function's result and "", or None and the message of the package's error; any other error is raised."""
     try:
         with no_hang():
             return function(*args, **kwargs), ""
     except MiniClipError as error:
-        told = str(error)
-        assert told.strip()
-        assert told.isprintable(), "an error must not write into the terminal what it quotes"
-        return None, told
+        message = str(error)
+        assert message.strip()
+        assert message.isprintable(), "a quoted text must not control the terminal"
+        return None, message
 
 
-# Emoji of several code points, right to left and its overrides, combining marks, control characters, what other
-# programs take for formulas or markup, and a caption of 100 kB.
+# Emoji of several code points, right-to-left text and overrides, combining marks, control characters, formulas and
+# markup of other programs, and a caption of 100 kB.
 NASTY = (
     "👩‍👩‍👧‍👦🏳️‍🌈",
     "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
@@ -89,7 +94,7 @@ CAPTIONS = TEXT.filter(lambda text: bool(text.strip()))
 
 @st.composite
 def damaged(draw: Any, contents: st.SearchStrategy[bytes]) -> bytes:
-    """A file in which bits were flipped, parts lost, doubled or written over, perhaps several times."""
+    """A file damaged one to four times: bits flipped, or parts lost, doubled or overwritten."""
     data = bytearray(draw(contents))
     for _ in range(draw(st.integers(1, 4))):
         size = len(data)
@@ -109,7 +114,7 @@ def damaged(draw: Any, contents: st.SearchStrategy[bytes]) -> bytes:
     return bytes(data)
 
 
-# What JSON and YAML can hold; of numbers also those that are no count of anything.
+# Values of JSON and YAML, with numbers that cannot be a count of anything.
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),

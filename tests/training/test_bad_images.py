@@ -1,7 +1,5 @@
 """Images that cannot be decoded while a run goes on, and loader processes that die."""
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from safetensors.torch import load_file
 
 from modeling_miniclip import DataError, MiniClipError, MiniClipModel, MiniClipProcessor, load_captions
 from modeling_miniclip.data.dataset import CaptionRows
-from modeling_miniclip.data.loader import BatchLoader, GlobalBatches, model_inputs, readable_worker_errors
+from modeling_miniclip.data.loader import BatchLoader, GlobalBatches, model_inputs
 from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.bad_images import BadImages
 from modeling_miniclip.training.features import embed_split
@@ -255,46 +253,3 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint_to_go_on_from(
     main(flags(tmp_path, "parts", resume_from_checkpoint="latest"))
     assert_same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
     assert_same_log(tmp_path / "whole", tmp_path / "parts")
-
-
-# --- loader processes -----------------------------------------------------------------------------------------------
-
-
-class Dying(CaptionRows):
-    """Its images make a loader's process die by a signal, or fail."""
-
-    def __init__(self, split: Any, fail: Callable[[], None]):
-        super().__init__(split, tiny_processor())
-        self.fail = fail
-
-    def _image(self, index: int, *rest: Any) -> Any:
-        self.fail()
-
-
-def fail_with(error: Exception) -> None:
-    raise error
-
-
-@pytest.mark.parametrize(
-    ("fail", "cause"),
-    [
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "lack of memory: lower --num_workers"),
-        (lambda: os.kill(os.getpid(), signal.SIGBUS), "/dev/shm.*--shm-size"),
-        (lambda: os._exit(3), "--num_workers 0` shows which"),
-        (lambda: fail_with(MemoryError()), "not enough memory to load an image: lower --batch_size"),
-    ],
-)
-def test_a_loader_process_that_dies_is_told_with_the_likely_cause(
-    tmp_path: Path, fail: Callable[[], None], cause: str
-) -> None:
-    rows = Dying(split_of(tmp_path), fail)
-    with pytest.raises(MiniClipError, match=cause) as caught, readable_worker_errors():
-        list(BatchLoader(rows, [[(0, 1)]], 1))
-    assert "\n" not in str(caught.value)
-
-
-def test_an_error_of_a_loader_process_is_told_as_it_is(tmp_path: Path) -> None:
-    rows = Dying(split_of(tmp_path), lambda: fail_with(DataError("image 'a b': too small; change it")))
-    with pytest.raises(DataError) as caught, readable_worker_errors():
-        list(BatchLoader(rows, [[(0, 1)]], 1))
-    assert str(caught.value) == "image 'a b': too small; change it"
