@@ -54,7 +54,8 @@ print("PUSHED", flush=True)
 input()  # until the Hub is made to fail
 
 import json, os, time
-from modeling_miniclip import DataError, load_captions
+from modeling_miniclip.data.captions import load_captions  # not from the package, which loads torch
+from modeling_miniclip.errors import DataError
 time.sleep = lambda seconds: None  # waiting before a retry would change nothing
 result = {}
 def load(name, title, token="hf_test", **how):
