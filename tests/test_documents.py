@@ -30,6 +30,8 @@ README = ROOT / "README.md"
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", ROOT / "configuration" / "README.md"]
 DOCUMENTS = [README, *GUIDES]
+LINKED = [ROOT / "CHANGELOG.md", ROOT / ".github" / "SECURITY.md"]
+LINKED += [path for path in sorted((ROOT / "benchmarks").glob("*.md")) if path not in OTHERS]
 NEEDS_THE_HUB = "push("  # tests/hub/test_push.py pushes to a Hub on this machine
 # Tested elsewhere: what needs a Hub, serves until it is stopped, or takes long.
 NOT_RUN_HERE = {
@@ -219,7 +221,7 @@ def test_flags_in_documents_exist(path: Path) -> None:
     assert set(re.findall(pattern, path.read_text(encoding="utf-8"))) - known == set()
 
 
-@pytest.mark.parametrize("path", [*DOCUMENTS, *OTHERS, ROOT / "CHANGELOG.md"], ids=name_of)
+@pytest.mark.parametrize("path", [*DOCUMENTS, *OTHERS, *LINKED], ids=name_of)
 def test_links_and_paths_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for link, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]*))?\)", text):
