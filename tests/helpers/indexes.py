@@ -1,4 +1,4 @@
-"""A tiny exported model, folders of pictures and indexes of them, for the tests of search."""
+"""Tiny exports and folders of pictures for the tests of search."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from tests.helpers.towers import tiny_model, tiny_processor
 
 
 def write_model(folder: Path, seed: int = 0) -> Path:
-    """An export of tiny towers with random weights."""
+    """Export a tiny model with random weights."""
     torch.manual_seed(seed)
     return export(tiny_model(), tiny_processor(), folder)
 
 
 def write_picture(path: Path, seed: int) -> Path:
-    """A noisy picture of its own, as PNG or JPEG."""
+    """Write a picture of random noise, as PNG or JPEG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (40, 44, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -25,5 +25,5 @@ def write_picture(path: Path, seed: int) -> Path:
 
 
 def write_pictures(folder: Path, names: str) -> list[Path]:
-    """Pictures of these names, each of its own."""
+    """Write pictures of random noise with the given names, separated by spaces."""
     return [write_picture(folder / name, seed) for seed, name in enumerate(names.split())]

@@ -1,4 +1,4 @@
-"""`miniclip app` and `miniclip space`: what the page answers, in a real browser too, and what nobody gets from it."""
+"""`miniclip app` and `miniclip space`: answers of the page, also in a real browser, and what it must not serve."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Barrier, get_ident
 from typing import Any
@@ -34,17 +35,17 @@ from modeling_miniclip.search.index import ImageIndex
 from modeling_miniclip.search.pictures import picture_of
 from modeling_miniclip.search.update import update_index
 from tests.helpers.browsers import browser_page
-from tests.helpers.indexes import write_model, write_pictures
+from tests.helpers.indexes import write_pictures
 from tests.helpers.runs import ROOT, environment
 
+needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="no gradio: pip install 'miniclip[app]'")
 NAMES = " ".join(f"{folder}/{i:02d}.png" for folder in ("sea", "town") for i in range(8))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model`, 16 `pictures` in two folders, one of them larger than is shown, and `pictures.index` of them."""
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_export: Path) -> Path:
+    """17 `pictures` in two folders, one of them larger than the page shows, and their `pictures.index`."""
     folder = tmp_path_factory.mktemp("app")
-    write_model(folder / "model")
     write_pictures(folder / "pictures", NAMES)
     noise = np.random.default_rng(9).integers(0, 256, (30, 60, 3), dtype=np.uint8)
     large = Image.fromarray(noise).resize((2 * LARGE_PIXELS, LARGE_PIXELS))
@@ -52,35 +53,36 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exif[0x010E] = "taken at home"
     large.save(folder / "pictures" / "sea" / "large.jpg", exif=exif)
     (folder / "secret.txt").write_text("nobody may read this")
-    update_index(folder / "pictures.index", [folder / "pictures"], folder / "model", progress=False)
+    update_index(folder / "pictures.index", [folder / "pictures"], tiny_export, progress=False)
     return folder
 
 
 @pytest.fixture(scope="module")
 def page(place: Path, tmp_path_factory: pytest.TempPathFactory) -> IndexPage:
-    """The page's answers."""
-    return IndexPage(ImageIndex.open(place / "pictures.index"), tmp_path_factory.mktemp("small"))
+    """The page without its layout."""
+    return IndexPage(ImageIndex.open(place / "pictures.index"), tmp_path_factory.mktemp("thumbnails"))
 
 
-def nearest(place: Path, embedding: Any) -> list[str]:
-    """Names of the pictures by descending similarity, from the pictures themselves."""
+@pytest.fixture(scope="module")
+def model(tiny_export: Path) -> MiniClipModel:
+    """The model that built the index."""
+    return MiniClipModel.from_pretrained(tiny_export)
+
+
+def nearest(place: Path, model: MiniClipModel, query: str | np.ndarray) -> list[str]:
+    """Reference: names of all pictures, most similar first, for a text or an embedding."""
     paths = sorted((place / "pictures").rglob("*.*"))
-    model = MiniClipModel.from_pretrained(place / "model")
-    scores = encode_images(model, paths, progress=False) @ embedding
-    return [paths[i].name for i in scores.argsort(descending=True).tolist()]
+    embedding = encode_texts(model, [query], progress=False)[0].numpy() if isinstance(query, str) else query
+    scores = encode_images(model, paths, progress=False).numpy() @ embedding
+    return [paths[i].name for i in np.argsort(-scores)]
 
 
-def embedding_of(place: Path, words: str) -> Any:
-    """Of a text, by the model."""
-    return encode_texts(MiniClipModel.from_pretrained(place / "model"), [words], progress=False)[0]
-
-
-def test_words_find_the_nearest_images(place: Path, page: IndexPage) -> None:
-    shown, rows, told = page.search("a dog on the grass", None)
+def test_words_find_the_nearest_images(place: Path, page: IndexPage, model: MiniClipModel) -> None:
+    shown, rows, status = page.search("a dog on the grass", None)
     names = [caption.split("  ")[1] for _, caption in shown]
-    assert names == nearest(place, embedding_of(place, "a dog on the grass"))
+    assert names == nearest(place, model, "a dog on the grass")
     assert [page.index.entry(row)["id"].rpartition("/")[2] for row in rows] == names
-    assert told == "Best 17 of 17 images."
+    assert status == "Best 17 of 17 images."
     for file, _ in shown:
         with Image.open(file) as image:
             assert image.mode == "RGB" and not image.getexif() and max(image.size) <= THUMBNAIL_PIXELS
@@ -97,7 +99,7 @@ def test_thumbnails_match_their_rows_and_are_reused(page: IndexPage, tmp_path: P
     made = {file: file.stat().st_ino for file, _ in shown}
     os.utime(shown[0][0], (1, 1))
     assert {file: file.stat().st_ino for file, _ in page.search("a dog on the grass", None)[0]} == made
-    assert shown[0][0].stat().st_mtime > 1  # or it would be deleted as one that nobody saw
+    assert shown[0][0].stat().st_mtime > 1  # otherwise it would be deleted as one that nobody viewed
     shown[0][0].unlink()
     page.search("a dog on the grass", None)
     assert shown[0][0].is_file()
@@ -111,21 +113,22 @@ def test_an_image_finds_itself_first(place: Path, page: IndexPage) -> None:
 def test_filters_exclude_other_images(place: Path, page: IndexPage) -> None:
     folder = str(place / "pictures" / "town")
     assert folder in page.folders()
-    _, rows, told = page.search("a dog", None, folder=folder)
+    _, rows, status = page.search("a dog", None, folder=folder)
     assert {os.path.dirname(page.index.entry(row)["id"]) for row in rows} == {folder} and len(rows) == 8
-    assert "of 8 images" in told
+    assert "of 8 images" in status
     assert page.search("a dog", None, until="1999") == ([], [], "No image passes the filters.")
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"), [({"words": " "}, "Nothing to search for"), ({"words": "a", "since": "soon"}, "is not a date")]
+    ("query", "message"),
+    [({"words": " "}, "Nothing to search for"), ({"words": "a", "since": "soon"}, "is not a date")],
 )
-def test_unanswerable_queries_get_a_message(page: IndexPage, asked: dict[str, str], told: str) -> None:
-    shown, rows, sentence = page.search(**{"picture": None, **asked})
-    assert shown == [] and rows == [] and told in sentence
+def test_unanswerable_queries_get_a_message(page: IndexPage, query: dict[str, str], message: str) -> None:
+    shown, rows, status = page.search(**{"picture": None, **query})
+    assert shown == [] and rows == [] and message in status
 
 
-def test_chosen_image_is_shown_with_similar_ones(place: Path, page: IndexPage) -> None:
+def test_chosen_image_is_shown_with_similar_ones(place: Path, page: IndexPage, model: MiniClipModel) -> None:
     _, rows, _ = page.search("a dog", None)
     large = next(i for i, row in enumerate(rows) if page.index.entry(row)["id"].endswith("large.jpg"))
     image, facts, shown, near = page.show(rows, large)
@@ -136,7 +139,7 @@ def test_chosen_image_is_shown_with_similar_ones(place: Path, page: IndexPage) -
         and not image.getexif()
     )
     assert str(place / "pictures" / "sea" / "large.jpg") in facts
-    order = nearest(place, np.array(page.index.embeddings[rows[large]]))
+    order = nearest(place, model, np.array(page.index.embeddings[rows[large]]))
     assert [caption.split("  ")[1] for _, caption in shown] == order[1 : NEIGHBOURS + 1]
     assert rows[large] not in near and len(near) == NEIGHBOURS
 
@@ -146,53 +149,53 @@ def test_only_shown_results_can_be_chosen(page: IndexPage, wrong: int) -> None:
     assert page.show(list(range(17)), wrong) == (None, "", [], [])
 
 
-def test_missing_image_keeps_the_places_of_others(place: Path, tmp_path: Path) -> None:
+def test_missing_image_keeps_the_places_of_others(tmp_path: Path, tiny_export: Path) -> None:
     files = write_pictures(tmp_path / "pictures", "0.png 1.png 2.png")
-    update_index(tmp_path / "index", [tmp_path / "pictures"], place / "model", progress=False)
+    update_index(tmp_path / "index", [tmp_path / "pictures"], tiny_export, progress=False)
     files[1].unlink()
     shown, rows, _ = IndexPage(ImageIndex.open(tmp_path / "index"), tmp_path).search("a dog", None)
     assert len(shown) == len(rows) == 3
 
 
+@needs_gradio
 @pytest.mark.parametrize(
     ("command", "code"),
-    [(["app", "{place}/nothing"], 1), (["space", "{place}/model", "{place}/pictures", "--images", "{place}"], 2)],
+    [(["app", "{place}/nothing"], 1), (["space", "{export}", "{place}/pictures", "--images", "{place}"], 2)],
 )
 def test_bad_folders_give_one_line_errors(
-    command: list[str], code: int, place: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], code: int, place: Path, tiny_export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
-    assert cli([word.format(place=place) for word in command]) == code
+    assert cli([word.format(place=place, export=tiny_export) for word in command]) == code
     assert re.fullmatch(r"error: .*(no index here|there is already something).*\n", capsys.readouterr().err)
 
 
 def test_one_thread_embeds_for_all_visitors(page: IndexPage, monkeypatch: pytest.MonkeyPatch) -> None:
     embedding = np.ones(page.index.manifest.dim, dtype=np.float32)
-    idents, all_ask = [], Barrier(4)
+    threads_used, all_ask = [], Barrier(4)
 
     def embed_queries(*_: Any, **__: Any) -> np.ndarray:
-        idents.append(get_ident())
+        threads_used.append(get_ident())
         return embedding[None]
 
     def ask(_: int) -> str:
-        all_ask.wait(60)  # so that the four are not one
+        all_ask.wait(60)  # so that four threads ask at the same time
         return page.search("a dog", None)[2]
 
     monkeypatch.setattr(app, "embed_queries", embed_queries)
     with ThreadPoolExecutor(4) as threads:
         assert set(threads.map(ask, range(4))) == {"Best 17 of 17 images."}
-    assert len(idents) == 4 and len(set(idents)) == 1
+    assert len(threads_used) == 4 and len(set(threads_used)) == 1
 
 
+@needs_gradio
 def test_memory_does_not_grow_with_visitors(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
     import pandas
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(app, "MAX_SESSIONS", 3)
     blocks = build_page(ImageIndex.open(place / "pictures.index"))
     tables: list[Any] = []
-    monkeypatch.setattr(pandas, "DataFrame", lambda records: tables.append(records))  # of gradio's statistics
+    monkeypatch.setattr(pandas, "DataFrame", lambda records: tables.append(records))  # for gradio's statistics
     options = {**launch_options(), "quiet": True, "prevent_thread_lock": True}
     blocks.launch(server_name="127.0.0.1", **options)
     try:
@@ -210,8 +213,7 @@ def test_memory_does_not_grow_with_visitors(place: Path, tmp_path: Path, monkeyp
 
 @contextmanager
 def served(argv: list[str], **options: Any) -> Iterator[str]:
-    """Address of a page while the command runs that serves it."""
-    pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
+    """Address of a page while the command that serves it runs."""
     process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, text=True, **options)
     try:
         assert process.stdout is not None
@@ -226,7 +228,7 @@ def served(argv: list[str], **options: Any) -> Iterator[str]:
 
 
 def status_and_content(url: str, data: bytes | None = None) -> tuple[int, bytes]:
-    """Of a request."""
+    """Status code and content of the answer to a request."""
     headers = {"Content-Type": "application/json"} if data else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as answer:
@@ -236,23 +238,24 @@ def status_and_content(url: str, data: bytes | None = None) -> tuple[int, bytes]
 
 
 def ask_page(address: str, config: Any, words: str, picture: Any, session: str) -> str:
-    """What the page answers to a search, by the requests of a browser."""
+    """Answer of the page to a search, requested as a browser does."""
     search = next(d for d in config["dependencies"] if len(d["inputs"]) == 7)
-    asked = {"data": [words, picture, "", "", "", "", ""], "fn_index": search["id"], "session_hash": session}
-    status_and_content(f"{address}/gradio_api/queue/join?", json.dumps(asked).encode())
+    request = {"data": [words, picture, "", "", "", "", ""], "fn_index": search["id"], "session_hash": session}
+    status_and_content(f"{address}/gradio_api/queue/join?", json.dumps(request).encode())
     return status_and_content(f"{address}/gradio_api/queue/data?session_hash={session}")[1].decode()
 
 
 @pytest.mark.slow
-def test_page_answers_in_browser_and_serves_no_file(place: Path, tmp_path: Path) -> None:
+@needs_gradio
+def test_page_answers_in_browser_and_serves_no_file(place: Path, tmp_path: Path, model: MiniClipModel) -> None:
     argv = ["-m", "modeling_miniclip", "app", str(place / "pictures.index")]
     with served(argv, env=environment(), cwd=ROOT) as address, browser_page() as page:
         page.goto(address)
         page.get_by_label("Words").fill("a dog on the grass")
-        page.keyboard.press("Enter")  # by keyboard alone
+        page.keyboard.press("Enter")  # with the keyboard only
         first = page.locator("#results button.thumbnail-item").first
         first.wait_for()
-        expected = nearest(place, embedding_of(place, "a dog on the grass"))
+        expected = nearest(place, model, "a dog on the grass")
         assert expected[0] in first.inner_text()
         page.set_viewport_size({"width": 400, "height": 700})
         first.focus()
@@ -260,13 +263,13 @@ def test_page_answers_in_browser_and_serves_no_file(place: Path, tmp_path: Path)
         page.locator("#neighbours button.thumbnail-item").first.wait_for()
         assert expected[0] in page.locator("#facts textarea").input_value()
         page.wait_for_function("() => document.getElementById('chosen').getBoundingClientRect().top < 100")
-        assert page.evaluate("() => document.documentElement.scrollWidth") <= 400  # nothing beside a phone's screen
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 400  # fits on the screen of a phone
         page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
         assert_no_file_is_served(address, place)
 
 
 def assert_no_file_is_served(address: str, place: Path) -> None:
-    """Neither by its path, in any spelling, nor as a picture that was not uploaded."""
+    """Request files by their paths, in several spellings, and as pictures that were not uploaded."""
     secret, photo = place / "secret.txt", place / "pictures" / "sea" / "large.jpg"
     climbing = "../" * 12
     for path in ("/etc/passwd", str(secret), str(photo), f"{climbing}etc/passwd", f"{climbing}{secret}"):
@@ -283,10 +286,12 @@ def assert_no_file_is_served(address: str, place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_space_runs_locally_and_holds_only_small_copies(place: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gradio", reason="no gradio: pip install 'miniclip[app]'")
+@needs_gradio
+def test_space_runs_locally_and_holds_only_small_copies(
+    place: Path, tmp_path: Path, tiny_export: Path, model: MiniClipModel
+) -> None:
     space = tmp_path / "space"
-    assert cli(["space", str(place / "model"), str(space), "--images", str(place / "pictures"), "--title", "Sea"]) == 0
+    assert cli(["space", str(tiny_export), str(space), "--images", str(place / "pictures"), "--title", "Sea"]) == 0
     for path in (path for path in space.rglob("*") if path.is_file()):
         assert str(place).encode() not in path.read_bytes(), path
     index = ImageIndex.open(space / "index")
@@ -295,12 +300,11 @@ def test_space_runs_locally_and_holds_only_small_copies(place: Path, tmp_path: P
     assert {"sdk: gradio", "app_file: app.py", "title: Sea"} <= set(head.splitlines())
     assert re.search(r"^transformers==\d", (space / "requirements.txt").read_text(), re.MULTILINE)
     moved = space.rename(tmp_path / "elsewhere")
-    env = {**environment(), "PYTHONPATH": "", "GRADIO_SERVER_PORT": "0"}
-    del env["GRADIO_SERVER_PORT"]
+    env = {**environment(), "PYTHONPATH": ""}
     with served(["-u", "app.py"], env=env, cwd=moved) as address, browser_page() as page:
         page.goto(address)
         page.locator("#examples button").first.click()
         first = page.locator("#results button.thumbnail-item").first
         first.wait_for()
         words = page.get_by_label("Words").input_value()
-        assert nearest(place, embedding_of(place, words))[0] in first.inner_text()
+        assert nearest(place, model, words)[0] in first.inner_text()

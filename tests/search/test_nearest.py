@@ -1,4 +1,4 @@
-"""Search gives what sorting all inner products gives, for both types of numbers, with and without a choice of rows."""
+"""Exact and approximate search against sorting all inner products."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeling_miniclip import ImageIndex
+from modeling_miniclip import ImageIndex, update_index
 from modeling_miniclip.errors import MiniClipError, UsageError
 from modeling_miniclip.search.approximate import ApproximateNeighbours, build_neighbours, cells, is_chosen
 from modeling_miniclip.search.exact import Neighbours, top_k_rows
-from tests.helpers.indexes import write_model, write_pictures
+from tests.helpers.indexes import write_pictures
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -18,7 +18,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def by_sorting(scores: np.ndarray, rows: np.ndarray, k: int) -> list[int]:
-    """The independent answer: a plain sort by falling score, then by row."""
+    """Reference: sort by falling score, then by row."""
     return sorted(rows.tolist(), key=lambda row: (-scores[row], row))[:k]
 
 
@@ -33,7 +33,7 @@ def test_top_rows_are_sorted_with_ties_by_row(k: int) -> None:
 def test_search_equals_sorting_all_products(dtype: str, share: float | None) -> None:
     rng = np.random.default_rng(0)
     centre = unit(rng.standard_normal(64))
-    embeddings = unit(centre + 0.4 * rng.standard_normal((3000, 64))).astype(dtype)  # close to one another
+    embeddings = unit(centre + 0.4 * rng.standard_normal((3000, 64))).astype(dtype)  # similar to each other
     query = unit(centre + 0.1 * rng.standard_normal(64)).astype(np.float32)
     rows = None if share is None else np.flatnonzero(rng.random(3000) < share)
     scores, found = Neighbours(embeddings).search(query, 25, rows)
@@ -50,7 +50,7 @@ def test_k_above_the_row_count_returns_all() -> None:
 
 # --- approximate search ---------------------------------------------------------------------------------------------
 
-needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="without FAISS: pip install 'miniclip[search]'")
+needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="no FAISS: pip install 'miniclip[search]'")
 
 
 @needs_faiss
@@ -70,7 +70,7 @@ def test_approximate_search_has_high_recall_and_exact_scores(tmp_path: Path, dty
         shares.append(len(set(found) & set(exact.search(query, 10)[1])) / 10)
     assert np.mean(shares) > 0.9
     everything = ApproximateNeighbours(embeddings, tmp_path / "neighbours", probes=approximate.index.nlist)
-    for query in queries:  # with every cell, 8 bits and the comparison that follows lose nothing
+    for query in queries:  # visiting every cell loses nothing, in spite of the 8 bits
         assert everything.search(query, 10)[1].tolist() == exact.search(query, 10)[1].tolist()
     rows = np.arange(0, 6000, 7)
     assert approximate.search(queries[0], 5, rows)[1].tolist() == exact.search(queries[0], 5, rows)[1].tolist()
@@ -101,13 +101,10 @@ def test_kind_of_search_depends_on_size_and_choice(monkeypatch: pytest.MonkeyPat
 
 
 @needs_faiss
-def test_index_keeps_its_kind_of_search(tmp_path: Path) -> None:
-    from modeling_miniclip import update_index
-
+def test_index_keeps_its_kind_of_search(tmp_path: Path, tiny_export: Path) -> None:
     write_pictures(tmp_path / "photos", "a.png b.png c.png")
-    model = write_model(tmp_path / "export")
-    for told, approximate in (("approximate", True), (None, True), ("exact", False), (None, False)):
-        update_index(tmp_path / "index", [tmp_path / "photos"], model, neighbours=told, progress=False)
+    for choice, approximate in (("approximate", True), (None, True), ("exact", False), (None, False)):
+        update_index(tmp_path / "index", [tmp_path / "photos"], tiny_export, neighbours=choice, progress=False)
         index = ImageIndex.open(tmp_path / "index")
         assert isinstance(index.neighbours, ApproximateNeighbours) == approximate
         assert (tmp_path / "index" / "neighbours.faiss").is_file() == approximate

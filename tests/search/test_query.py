@@ -1,4 +1,4 @@
-"""A search of an index: the query, the filter, the table, the JSON and the page."""
+"""Searching an index: queries, filters, table, JSON, results page and duplicates."""
 
 import base64
 import io
@@ -7,6 +7,7 @@ import re
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,34 +30,31 @@ from modeling_miniclip.search.index import SCHEMA, Manifest, write_index
 from modeling_miniclip.search.query import Query, embed_queries
 from tests.helpers.indexes import write_model, write_pictures
 
-NAMES = "a.png b.png c.png sub/d.png sub/e.png f.png"
+
+@pytest.fixture(scope="session")
+def home(tiny_index: Path) -> Path:
+    """A read-only folder with `photos` and their `index`."""
+    return tiny_index.parent
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `export`, `photos` and their `index`."""
-    home = tmp_path_factory.mktemp("home")
-    write_model(home / "export")
-    write_pictures(home / "photos", NAMES)
-    update_index(home / "index", [home / "photos"], home / "export", progress=False)
-    return home
-
-
-@pytest.fixture(scope="module")
-def model(home: Path) -> MiniClipModel:
-    return MiniClipModel.from_pretrained(home / "export")
+def model(tiny_export: Path) -> MiniClipModel:
+    """The model that built the index."""
+    return MiniClipModel.from_pretrained(tiny_export)
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
-def test_one_tower_embeds_like_the_whole_model(home: Path, model: MiniClipModel, side: str) -> None:
-    half, processor = load_tower(home / "export", side)
+def test_one_tower_embeds_like_the_whole_model(
+    home: Path, tiny_export: Path, model: MiniClipModel, side: Literal["image", "text"]
+) -> None:
+    tower, processor = load_tower(tiny_export, side)
     encode, what = {"image": (encode_images, [home / "photos" / "a.png"]), "text": (encode_texts, ["a dog"])}[side]
     whole = encode(model, what, progress=False)
-    assert (encode(half, what, processor, progress=False) == whole).all()
+    assert (encode(tower, what, processor, progress=False) == whole).all()
     other = {"image": "text_model.", "text": "vision_model."}[side]
-    assert not [name for name, _ in half.named_parameters() if name.startswith(other)]
-    assert not any(parameter.is_meta for parameter in half.parameters())
-    assert not any(buffer.is_meta for buffer in half.buffers())
+    assert not [name for name, _ in tower.named_parameters() if name.startswith(other)]
+    assert not any(parameter.is_meta for parameter in tower.parameters())
+    assert not any(buffer.is_meta for buffer in tower.buffers())
 
 
 def test_an_indexed_image_finds_itself_first(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,14 +71,14 @@ def test_json_has_the_sorted_inner_products(
     home: Path, model: MiniClipModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli(["search", str(home / "index"), "a red dog", "--json", "-k", "4"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     index = ImageIndex.open(home / "index")
     scores = index.embeddings @ encode_texts(model, ["a red dog"], progress=False)[0].numpy()
     order = np.argsort(-scores)[:4]
-    assert [match["id"] for match in told["matches"]] == [index.entry(int(i))["id"] for i in order]
-    assert [match["score"] for match in told["matches"]] == pytest.approx(scores[order].tolist(), abs=2e-6)
-    assert [match["rank"] for match in told["matches"]] == [1, 2, 3, 4]
-    assert set(told["seconds"]) == {"imports", "load", "search"} and told["query"]["words"] == "a red dog"
+    assert [match["id"] for match in printed["matches"]] == [index.entry(int(i))["id"] for i in order]
+    assert [match["score"] for match in printed["matches"]] == pytest.approx(scores[order].tolist(), abs=2e-6)
+    assert [match["rank"] for match in printed["matches"]] == [1, 2, 3, 4]
+    assert set(printed["seconds"]) == {"imports", "load", "search"} and printed["query"]["words"] == "a red dog"
 
 
 def test_query_weights_words_image_and_texts_to_avoid(home: Path, model: MiniClipModel) -> None:
@@ -104,7 +102,7 @@ def test_query_weights_words_image_and_texts_to_avoid(home: Path, model: MiniCli
 
 
 @pytest.mark.parametrize(
-    ("argv", "told", "code"),
+    ("argv", "message", "code"),
     [
         ([], "nothing to search for", 2),
         (["dog", "-k", "0"], "-k 0: expected at least 1 image", 2),
@@ -116,11 +114,11 @@ def test_query_weights_words_image_and_texts_to_avoid(home: Path, model: MiniCli
     ],
 )
 def test_bad_queries_give_one_line_errors(
-    home: Path, argv: list[str], told: str, code: int, capsys: pytest.CaptureFixture[str]
+    home: Path, argv: list[str], message: str, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli(["search", str(home / "index"), *argv]) == code
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and told in error and len(error.splitlines()) == 1
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
 
 
 def test_search_rejects_a_model_that_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +188,7 @@ def test_table_aligns_wide_characters() -> None:
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and all text."""
+    """Tags with their attributes, and all text, of a page."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -205,7 +203,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_results_page_is_self_contained_and_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_page_is_self_contained_and_escaped(tmp_path: Path, tiny_export: Path) -> None:
     evil = '<img src=x onerror="alert(1)">.png'
     write_pictures(tmp_path / "photos", "a.png gone.png")
     (tmp_path / "photos" / "a.png").rename(tmp_path / "photos" / evil)
@@ -213,7 +211,7 @@ def test_results_page_is_self_contained_and_escaped(tmp_path: Path, capsys: pyte
     (tmp_path / "photos" / "captions.csv").write_text(
         f'image,caption\n"{quoted}","<script>alert(2)</script> & ""x"""\n'
     )
-    update_index(tmp_path / "index", [tmp_path / "photos"], write_model(tmp_path / "export"), progress=False)
+    update_index(tmp_path / "index", [tmp_path / "photos"], tiny_export, progress=False)
     (tmp_path / "photos" / "gone.png").unlink()
     page = tmp_path / "found.html"
     assert cli(["search", str(tmp_path / "index"), '<u>"dogs"</u>', "--html", str(page)]) == 0
@@ -228,14 +226,14 @@ def test_results_page_is_self_contained_and_escaped(tmp_path: Path, capsys: pyte
     links = [attributes["href"] for tag, attributes in found.tags if tag == "a"]
     assert links == [(tmp_path / "photos" / evil).as_uri()]
     assert not re.findall(r"https?://", page.read_text(encoding="utf-8"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "found.html", "index", "photos"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.html", "index", "photos"]
 
 
 # --- export and duplicates ------------------------------------------------------------------------------------------
 
 
 def write_vectors(folder: Path, vectors: np.ndarray, hashes: str, splits: list[str]) -> ImageIndex:
-    """An index of given embeddings, without any image."""
+    """An index of the given embeddings, without images."""
     rows = [
         {"id": f"/p/{i}.jpg", "hash": content, "split": split}
         for i, (content, split) in enumerate(zip(hashes, splits, strict=True))
@@ -258,7 +256,7 @@ def test_duplicates_are_grouped_by_bytes_and_cosine(
 ) -> None:
     from modeling_miniclip.search import duplicates
 
-    monkeypatch.setattr(duplicates, "BLOCK", 2)  # pairs lie within and across blocks
+    monkeypatch.setattr(duplicates, "BLOCK", 2)  # so that pairs are within and across blocks
     angles = np.deg2rad([0, 90, 3, 180, 6, 90, 270])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     index = write_vectors(tmp_path / "index", vectors, "abcdebf", ["train"] * 3 + ["", "validation", "train", "train"])
@@ -270,9 +268,9 @@ def test_duplicates_are_grouped_by_bytes_and_cosine(
     assert [group.rows for group in across] == [[0, 2, 4]]
     assert duplicates.find_duplicates(index, threshold=1.0)[0].rows == [1, 5]
     assert cli(["duplicates", str(tmp_path / "index"), "--threshold", "0.9975"]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "identical" and told[1:3] == ["  /p/1.jpg  (train)", "  /p/5.jpg  (train)"]
-    assert told[-1] == (
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "identical" and lines[1:3] == ["  /p/1.jpg  (train)", "  /p/5.jpg  (train)"]
+    assert lines[-1] == (
         "2 groups among 7 images: 1 identical, 1 near-identical, 3 superfluous images; 1 across splits"
     )
     assert cli(["duplicates", str(tmp_path / "index"), "--threshold", "0.9975", "--json"]) == 0

@@ -1,4 +1,4 @@
-"""An index holds what its sources hold, encodes nothing twice, and is complete whenever a run ends."""
+"""`update_index`: contents of an index, encoding each image once, interruptions, several processes."""
 
 import json
 import os
@@ -35,9 +35,10 @@ from tests.helpers.runs import ROOT, command, environment
 NAMES = "b.png a.png sub/c.jpg sub/deep/d.png"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "export")
+@pytest.fixture(scope="session")
+def model(tiny_export: Path) -> Path:
+    """A tiny export, read-only."""
+    return tiny_export
 
 
 def ids(index: ImageIndex) -> list[str]:
@@ -45,13 +46,13 @@ def ids(index: ImageIndex) -> list[str]:
 
 
 def expected(model: Path, paths: list[str]) -> np.ndarray:
-    """The embeddings of images as the package gives them one by one."""
+    """Embeddings of images, encoded one by one."""
     return encode_images(MiniClipModel.from_pretrained(model), paths, batch_size=1, progress=False).numpy()
 
 
 def test_index_holds_every_image_below_a_folder(tmp_path: Path, model: Path) -> None:
     write_pictures(tmp_path / "photos", NAMES + " .hidden/e.png .f.png")
-    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
     report = update_index(tmp_path / "index", [tmp_path / "photos"], model, batch_size=3, progress=False)
     assert (report.images, report.encoded, report.reused, report.dropped, report.skipped) == (4, 4, 0, 0, {})
     index = ImageIndex.open(tmp_path / "index")
@@ -82,15 +83,15 @@ def test_safetensors_reads_the_embeddings_file(tmp_path: Path, model: Path) -> N
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the images that the model encodes from here on."""
+    """Names of the images that the model encodes during the test."""
     names: list[str] = []
     encode = shards_module.Encoding._encode
 
-    def noting(self: shards_module.Encoding, batch: list[shards_module.Prepared]) -> None:
+    def recording(self: shards_module.Encoding, batch: list[shards_module.Prepared]) -> None:
         names.extend(os.path.basename(prepared.entry["id"]) for prepared in batch)
         encode(self, batch)
 
-    monkeypatch.setattr(shards_module.Encoding, "_encode", noting)
+    monkeypatch.setattr(shards_module.Encoding, "_encode", recording)
     return names
 
 
@@ -148,11 +149,11 @@ def test_unreadable_images_are_named_and_skipped(
     (photos / "broken.jpg").write_bytes((photos / "sub" / "c.jpg").read_bytes()[:300])
     (photos / "empty.png").touch()
     assert cli(["index", str(model), str(photos), "-o", str(tmp_path / "index")]) == 1
-    told = capsys.readouterr()
-    assert "4 images; 4 encoded, 0 reused, 0 dropped" in told.out
-    assert "2 of 6 images could not be read and are not in the index" in told.err
+    printed = capsys.readouterr()
+    assert "4 images; 4 encoded, 0 reused, 0 dropped" in printed.out
+    assert "2 of 6 images could not be read and are not in the index" in printed.err
     for name in ("broken.jpg", "empty.png"):
-        assert f"skipped: {photos / name}" in told.err
+        assert f"skipped: {photos / name}" in printed.err
     index = ImageIndex.open(tmp_path / "index")
     assert len(index) == 4 and set(index.manifest.skipped) == {str(photos / "broken.jpg"), str(photos / "empty.png")}
     shutil.copy(photos / "a.png", photos / "empty.png")
@@ -166,7 +167,7 @@ def test_unreadable_images_are_named_and_skipped(
 def test_source_without_images_drops_nothing(tmp_path: Path, model: Path) -> None:
     photos = write_pictures(tmp_path / "photos", "a.png")
     update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
-    photos[0].unlink()  # as a disk that is not mounted
+    photos[0].unlink()  # like a disk that is not mounted
     with pytest.raises(DataError, match="photos: no images found; the images that were indexed"):
         update_index(tmp_path / "index", progress=False)
     assert len(ImageIndex.open(tmp_path / "index")) == 1
@@ -179,15 +180,15 @@ def test_error_for_another_model_shows_the_fix(tmp_path: Path, model: Path) -> N
     update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
     other = write_model(tmp_path / "other", seed=1)
     before = np.array(ImageIndex.open(tmp_path / "index").embeddings)
-    with pytest.raises(ModelError) as refused:
+    with pytest.raises(ModelError) as raised:
         update_index(tmp_path / "index", [tmp_path / "photos"], other, progress=False)
     np.testing.assert_array_equal(before, ImageIndex.open(tmp_path / "index").embeddings)
-    mend = str(refused.value).partition("rebuild the index: miniclip ")[2].split()
-    assert cli(mend) == 0
+    fix = str(raised.value).partition("rebuild the index: miniclip ")[2].split()
+    assert cli(fix) == 0
     index = ImageIndex.open(tmp_path / "index")
     assert index.model == str(other)
     np.testing.assert_allclose(index.embeddings, expected(other, ids(index)), atol=1e-5)
-    # The same model under another name is none other.
+    # A copy of the model under another name is accepted.
     shutil.copytree(other, tmp_path / "renamed")
     assert update_index(tmp_path / "index", model=tmp_path / "renamed", progress=False).encoded == 0
 
@@ -361,8 +362,8 @@ def test_damaged_and_future_indexes_are_rejected(tmp_path: Path, model: Path) ->
 
 # --- several processes ----------------------------------------------------------------------------------------------
 
-# `miniclip` with shards of four images. The second process, if told to, dies by SIGKILL when it has encoded six of its
-# images, of which four are in a shard, and the first process has kept all its twelve.
+# `miniclip` with shards of four images. With DIE set, the second process kills itself when it has encoded six images,
+# four of them in a shard, and the first process has stored all of its twelve.
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
@@ -389,16 +390,16 @@ sys.exit(cli(sys.argv[1:]))
 def test_shards_missing_on_shared_disk_are_reported(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = update.gather_reports
+    gather_reports = update.gather_reports
 
-    def elsewhere(encoding: update.Encoding) -> update.Report:
+    def without_shards(encoding: update.Encoding) -> update.Report:
         for shard in encoding.shards.glob("shard-*"):
             shutil.rmtree(shard)
-        return together(encoding)
+        return gather_reports(encoding)
 
     write_pictures(tmp_path / "photos", "0.png 1.png 2.png")
     with monkeypatch.context() as patched:
-        patched.setattr(update, "gather_reports", elsewhere)
+        patched.setattr(update, "gather_reports", without_shards)
         with pytest.raises(MiniClipError, match="3 of 3 images are not in .*the first .*0.png: all processes must"):
             update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
     assert not (tmp_path / "index").exists()
