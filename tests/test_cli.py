@@ -1,4 +1,4 @@
-"""The `miniclip` command: parsing, errors, exit codes, what it imports."""
+"""The `miniclip` command: parsing, errors, exit codes and imports."""
 
 import errno
 import re
@@ -17,9 +17,9 @@ from train_miniclip import cli as train_cli
 
 def test_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["push", str(tmp_path), "alice/model"]) == 1
-    told = capsys.readouterr()
-    assert told.err == f"error: {tmp_path} is not an export: it has no config.json\n"
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {tmp_path} is not an export: it has no config.json\n"
+    assert printed.out == ""
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_bad_command_line_exits_with_2(argv: list[str]) -> None:
     assert stopped.value.code == 2
 
 
-# What was typed is wrong: 2. Something that it names is: 1.
+# Exit code 2 if the command line is wrong, 1 if something that it names is.
 COMMAND_LINES = [
     (["search", "nowhere", "dog", "-k", "0"], 2),
     (["search", "nowhere", "dog"], 1),
@@ -74,15 +74,19 @@ TRAINING = [
     (["--recipe", "unknown_key.yaml"], 2),
     (["--dataset", "nowhere.csv"], 1),
     (["--dataset", "empty.csv"], 1),
-    (["--model_name_or_path", "./nowhere", "--dataset", "scenes", "--max_train_images", "8"], 1),
+    (["--model_name_or_path", "./nowhere", "--dataset", "captioned/captions.csv"], 1),
 ]
 
 
 @pytest.mark.parametrize(("argv", "code"), TRAINING)
 def test_training_exits_with_2_for_usage_otherwise_1(
-    argv: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    argv: list[str],
+    code: int,
+    captioned_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(captioned_folder.parent)
     Path("unknown_key.yaml").write_text("epochs: 3\n")
     Path("empty.csv").write_text("image,caption\n")
     monkeypatch.setattr(sys, "argv", ["train_miniclip.py", *argv])
@@ -121,7 +125,7 @@ assert not heavy, heavy
 
 
 def test_package_runs_as_a_module() -> None:
-    argv = [sys.executable, "-m", "modeling_miniclip", "push", "nowhere", "alice/model"]
+    argv = [sys.executable, "-m", "modeling_miniclip", "search", "nowhere", "-k", "0"]
     done = subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=ROOT)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1] == "error: nowhere is not an export: it has no config.json"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "error: -k 0: expected at least 1 image"

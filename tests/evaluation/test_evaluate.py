@@ -1,4 +1,4 @@
-"""`miniclip eval`: figures against brute force, every query read back, hostile names, a baseline beside it."""
+"""`miniclip eval`: metrics, saved queries, failure page, baseline, class folders and errors."""
 
 import csv
 import json
@@ -32,14 +32,12 @@ HOSTILE = "<script>alert(1)</script> & \"quotes\" 'too'"
 
 
 def brute_force(queries: torch.Tensor, keys: torch.Tensor, query_id: Any, key_id: Any) -> list[int]:
-    """Ranks written out in loops."""
+    """Reference: ranks in loops."""
     similarity = (queries @ keys.t()).tolist()
     found = []
     for row, wanted in zip(similarity, query_id.tolist(), strict=True):
-        best = max(value for value, there in zip(row, key_id.tolist(), strict=True) if there == wanted)
-        found.append(
-            1 + sum(value >= best for value, there in zip(row, key_id.tolist(), strict=True) if there != wanted)
-        )
+        best = max(value for value, key in zip(row, key_id.tolist(), strict=True) if key == wanted)
+        found.append(1 + sum(value >= best for value, key in zip(row, key_id.tolist(), strict=True) if key != wanted))
     return found
 
 
@@ -53,7 +51,7 @@ def test_ranks_and_results_do_not_depend_on_blocks(blocks: tuple[int, int], monk
     monkeypatch.setattr(metrics, "BLOCK", blocks[0])
     monkeypatch.setattr(metrics, "KEY_BLOCK", blocks[1])
     queries, keys = small_integers(23, 0), small_integers(31, 1)
-    key_id = torch.randint(0, 9, (31,), generator=torch.Generator().manual_seed(2))  # in no order
+    key_id = torch.randint(0, 9, (31,), generator=torch.Generator().manual_seed(2))  # unsorted
     query_id = key_id[torch.arange(23)]
     found = rank_keys(queries, keys, query_id, key_id, top=6)
     assert found.rank.tolist() == brute_force(queries, keys, query_id, key_id)
@@ -77,7 +75,7 @@ def test_top_above_the_key_count_returns_all() -> None:
 
 
 class Largest(TorchFunctionMode):
-    """The number of elements of the largest tensor that any function of torch returns."""
+    """Records the number of elements of the largest tensor that a torch function returns."""
 
     elements = 0
 
@@ -92,9 +90,9 @@ def test_full_similarity_matrix_is_never_held(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(metrics, "BLOCK", 16)
     monkeypatch.setattr(metrics, "KEY_BLOCK", 32)
     embeds, group = torch.randn(400, 2), torch.arange(400)
-    with Largest() as seen:
+    with Largest() as largest:
         rank_keys(embeds, embeds, group, group, top=5)
-    assert 16 * 32 <= seen.elements <= 400 * 5
+    assert 16 * 32 <= largest.elements <= 400 * 5
 
 
 # --- the bootstrap of a difference ----------------------------------------------------------------------------------
@@ -104,7 +102,7 @@ def test_two_models_share_the_bootstrap_samples() -> None:
     image_of = {"text_to_image": torch.arange(40) // 2, "image_to_text": torch.arange(20)}
     generator = torch.Generator().manual_seed(0)
     rank_of = {name: torch.randint(1, 20, (len(rows),), generator=generator) for name, rows in image_of.items()}
-    # One image more or less is found in one of the two: differences stay near, single figures vary by much more.
+    # The models differ in one image, so their difference varies little, though each recall varies much.
     other = {name: rank.clone() for name, rank in rank_of.items()}
     other["image_to_text"][3], rank_of["image_to_text"][3] = 99, 1
     ours = resampled_recalls(rank_of, image_of, 20)
@@ -114,7 +112,7 @@ def test_two_models_share_the_bootstrap_samples() -> None:
     spans = named_intervals(names, ours - theirs, None)
     assert list(spans) == names
     assert spans["t1"] == spans["t5"] == spans["t10"] == (0, 0)
-    # The image is drawn 0 to 3 times in 95 % of samples of 20: Binomial(20, 1/20), 5 points each.
+    # In 95 % of samples of 20 the image is drawn 0 to 3 times, Binomial(20, 1/20), worth 5 points each.
     assert spans["i1"] == spans["i5"] == pytest.approx((0, 15))
 
 
@@ -128,7 +126,7 @@ def class_folders(tmp_path: Path) -> Path:
         (tmp_path / "things" / name).mkdir(parents=True)
         for i, colour in enumerate(colours):
             Image.new("RGB", (PIXELS + i, PIXELS), colour).save(tmp_path / "things" / name / f"{i}.png")
-    (tmp_path / "things" / "wood" / "notes.md").write_text("no picture")
+    (tmp_path / "things" / "wood" / "notes.md").write_text("not an image")
     return tmp_path / "things"
 
 
@@ -181,10 +179,11 @@ def test_bad_sets_are_rejected(class_folders: Path, captioned_folder: Path, tmp_
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`mine`, an export; `clip`, a CLIP of transformers; both tiny and of random weights."""
+    """`mine`, an export; `clip`, a CLIP of transformers; `text`, a text tower. All tiny, with random weights."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     export(tiny_model(), tiny_processor(), folder / "mine")
+    tiny_model().text_model.save_pretrained(folder / "text")
     tokenizer = tiny_processor().tokenizer
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(
@@ -200,7 +199,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hostile_folder(tmp_path: Path) -> Path:
-    """Six pictures, captions and file names that would be markup."""
+    """Six pictures with captions and file names that contain markup."""
     folder = tmp_path / "hostile"
     (folder / "Images").mkdir(parents=True)
     with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
@@ -302,7 +301,7 @@ def test_failure_page_shows_failures_and_escapes_names(models: Path, hostile_fol
     assert HOSTILE in text and data.image_ids[0] in text
     assert f"{report['metrics']['rsum']:.1f}" in text
     rights = [figure for figure in of("figure", reader) if figure["class"] == "right"]
-    assert len(rights) >= len(of("section", reader)) > 0  # each query shows its right answer
+    assert len(rights) >= len(of("section", reader)) > 0  # each query is shown with its right answer
 
 
 @pytest.mark.parametrize(
@@ -320,11 +319,10 @@ def test_failure_page_shows_failures_and_escapes_names(models: Path, hostile_fol
 def test_errors_are_one_line(
     argv: list[str], message: str, code: int, models: Path, captioned_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_model().text_model.save_pretrained(models / "text")
     names = {"models": models, "mine": models / "mine", "text": models / "text", "data": captioned_folder}
     assert cli(["eval", *(word.format(**names) for word in argv)]) == code
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: ") and message in told
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
 
 
 def test_outside_images_are_evaluated_if_allowed(

@@ -1,4 +1,4 @@
-"""Zero-shot classification: class embeddings against a reference, scores, accuracy worked by hand, errors."""
+"""Zero-shot classification: class embeddings, scores, accuracy and errors."""
 
 import math
 
@@ -40,12 +40,12 @@ def images() -> list[Image.Image]:
 
 
 def axes(count: int, dim: int = 16) -> torch.Tensor:
-    """The first basis vectors, as embeddings of so many classes."""
+    """The first basis vectors, as embeddings of `count` classes."""
     return torch.eye(count, dim)
 
 
 class Embeds(torch.nn.Module):
-    """Stands for a model whose images are embedded as the vectors that they are; of the temperature 1/10."""
+    """Stand-in for a model that embeds vectors as themselves, with temperature 1/10."""
 
     def __init__(self, dim: int = 16):
         super().__init__()
@@ -58,7 +58,7 @@ class Embeds(torch.nn.Module):
 
 @pytest.fixture
 def given_embeddings(monkeypatch):
-    """`encode_images` replaced by taking the images for the embeddings."""
+    """A stand-in model, and `encode_images` that returns the images as embeddings."""
     monkeypatch.setattr(
         "modeling_miniclip.evaluation.zero_shot.encode_images", lambda model, images, *rest: torch.stack([*images])
     )
@@ -129,7 +129,7 @@ def test_scores_are_sorted_softmax_over_all_classes(model, processor, images):
 
 
 def test_scores_worked_by_hand(given_embeddings):
-    # cosines 0.6, 0.8 and 0 by the inverse temperature 10: exp(6), exp(8), exp(0)
+    # cosines 0.6, 0.8 and 0 times the inverse temperature 10: exp(6), exp(8), exp(0)
     image = 0.6 * axes(3)[0] + 0.8 * axes(3)[1]
     found = classify(given_embeddings, [image], ["a", "b", "c"], weights=axes(3))
     total = math.exp(6) + math.exp(8) + 1
@@ -186,7 +186,7 @@ def test_accuracy_equals_counting_ranks(model, processor, images):
 
 def test_ties_and_nan_count_against_the_model(given_embeddings):
     names = list("abcdefg")
-    alike = axes(1).expand(7, 16)  # all classes the same
+    alike = axes(1).expand(7, 16)  # all classes are equal
     assert zero_shot_accuracy(given_embeddings, [axes(1)[0]] * 3, [0, 3, 6], names, weights=alike) == {
         "top-1": 0.0,
         "top-5": 0.0,
@@ -293,4 +293,4 @@ def test_classify_rejects_bad_arguments(model, processor, images):
 def test_classify_embeds_images_like_encode_images(model, processor, images):
     weights = torch.nn.functional.normalize(encode_images(model, images, processor, progress=False)[:7], dim=-1)
     found = classify(model, images[:7], NAMES, weights=weights, top_k=1, processor=processor)
-    assert [row[0]["label"] for row in found] == NAMES  # each image is most like itself
+    assert [row[0]["label"] for row in found] == NAMES  # each image is most similar to itself
