@@ -9,9 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import BertConfig, DistilBertConfig, TimmWrapperConfig, ViTConfig
 
 from modeling_miniclip import MiniClipConfig, MiniClipModel
-from tests.helpers.towers import TEXT, VISION, text_config, tiny_config, vision_config
-
-PAIRS = [(vision, "distilbert") for vision in VISION] + [("resnet", text) for text in TEXT if text != "distilbert"]
+from tests.helpers.towers import EVERY_PAIR, text_config, tiny_config, vision_config
 
 
 def test_the_default_is_resnet50_and_distilbert_in_256_dimensions():
@@ -37,7 +35,7 @@ def test_the_default_is_resnet50_and_distilbert_in_256_dimensions():
     assert model.config.logit_scale_max == 100
 
 
-@pytest.mark.parametrize(("vision", "text"), PAIRS)
+@pytest.mark.parametrize(("vision", "text"), EVERY_PAIR)
 def test_round_trip_through_json_keeps_every_value(vision, text, tmp_path):
     config = tiny_config(vision, text, text_pooling="mean", projection_depth=3, projection_dropout=0.25)
     config.save_pretrained(tmp_path)

@@ -19,12 +19,23 @@ from transformers import AutoModel, TimmWrapperConfig, Trainer, TrainingArgument
 
 from modeling_miniclip import MiniClipConfig, MiniClipModel, export, retrieval_metrics
 from modeling_miniclip import modeling_miniclip as module
-from tests.helpers.towers import CAPTIONS, PIXELS, TEXT, text_config, tiny_config, tiny_model, tiny_processor
+from tests.helpers.towers import (
+    CAPTIONS,
+    PIXELS,
+    TEXT,
+    text_config,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+    with_slow,
+)
 from tests.test_model import shake, tiny_inputs
 
-PAIRS = [("resnet", "distilbert"), ("efficientnet", "bert"), ("convnext", "roberta"), ("vit", "modernbert"),
-         ("swin", "t5"), ("resnet", "mpnet")]  # fmt: skip
-every_family = pytest.mark.parametrize(("vision", "text"), PAIRS)
+FAMILIES = with_slow(
+    [("resnet", "distilbert"), ("vit", "modernbert")],
+    [("efficientnet", "bert"), ("convnext", "roberta"), ("swin", "t5"), ("resnet", "mpnet")],
+)
+every_family = pytest.mark.parametrize(("vision", "text"), FAMILIES)
 PARTS = ("vision_model", "text_model", "visual_projection", "text_projection", "logit_scale")
 
 
@@ -198,7 +209,7 @@ OFFLOADING: dict[str, tuple[Callable[[Path, Path], Any], set[str]]] = {
 
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")
 @pytest.mark.parametrize("way", OFFLOADING)
-@pytest.mark.parametrize(("vision", "text"), [("resnet", "t5"), ("vit", "modernbert")])
+@pytest.mark.parametrize(("vision", "text"), with_slow([("vit", "modernbert")], [("resnet", "t5")]))
 def test_an_offloaded_export_gives_the_same_logits(way: str, vision: str, text: str, tmp_path: Path) -> None:
     load, offloaded = OFFLOADING[way]
     model = make(vision, text)
@@ -322,7 +333,7 @@ class Watched:
         return set(self.calls[family].values())
 
 
-@pytest.mark.parametrize(("vision", "text"), PAIRS[:5])
+@pytest.mark.parametrize(("vision", "text"), FAMILIES[:5])
 @pytest.mark.parametrize("options", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 def test_gradient_checkpointing_recomputes_each_block_of_both_towers_and_changes_no_gradient(
     vision: str, text: str, options: dict[str, bool] | None
@@ -470,6 +481,7 @@ def check_compiled(vision: str, text: str, backend: str, tolerance: float) -> No
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_one_graph_serves_all_sizes_of_batch_and_text() -> None:
     check_compiled("resnet", "distilbert", "eager", 0)
 
@@ -614,7 +626,7 @@ LORA = {
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's
-@pytest.mark.parametrize("case", LORA)
+@pytest.mark.parametrize("case", with_slow(list(LORA)[1:3], [list(LORA)[0], list(LORA)[3]]))
 def test_lora_on_a_tower_is_trained_saved_loaded_and_merged(case: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="PEFT comes with the dev extra")
     vision, text, targets, tower = LORA[case]

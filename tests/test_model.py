@@ -19,11 +19,20 @@ from modeling_miniclip import MiniClipConfig, MiniClipModel, MiniClipOutput, sym
 from modeling_miniclip import modeling_miniclip as module
 from modeling_miniclip.modeling_miniclip import pool_text, text_tower_class, timm_config
 from tests.helpers.hubs import run
-from tests.helpers.towers import PIXELS, TEXT, VISION, save_towers, text_config, tiny_config, tiny_model, vision_config
+from tests.helpers.towers import (
+    EVERY_PAIR,
+    PIXELS,
+    TEXT,
+    VISION,
+    save_towers,
+    text_config,
+    tiny_config,
+    tiny_model,
+    vision_config,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-PAIRS = [(vision, "distilbert") for vision in VISION] + [("resnet", text) for text in TEXT if text != "distilbert"]
-every_pair = pytest.mark.parametrize(("vision", "text"), PAIRS)
+every_pair = pytest.mark.parametrize(("vision", "text"), EVERY_PAIR)
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,13 @@ from transformers import pipeline
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, classify, export
 from tests.helpers.hubs import WITHOUT_PACKAGE, run
-from tests.helpers.towers import tiny_model, tiny_processor
+from tests.helpers.towers import tiny_model, tiny_processor, with_slow
 
 LABELS = ["red dog", "white boat on a blue lake", "child"]
 TEXTS = ["a red dog runs", "two children play with a yellow ball on the beach", "a boat"]
 
 
-@pytest.fixture(scope="module", params=[("resnet", "distilbert"), ("vit", "bert")], ids="-".join)
+@pytest.fixture(scope="module", params=with_slow([("resnet", "distilbert")], [(("vit", "bert"),)]), ids="-".join)
 def folder(request: Any, tmp_path_factory: Any) -> Path:
     """An export. Its tokenizer is BERT's, which by itself gives token types, of no use to the model."""
     torch.manual_seed(0)

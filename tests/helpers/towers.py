@@ -1,8 +1,10 @@
 """Tiny towers with random weights, one for each family that the tests go through. Nothing here needs a network."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import AutoConfig, TimmWrapperConfig
 
 from modeling_miniclip import MiniClipConfig, MiniClipModel, MiniClipProcessor
@@ -34,6 +36,19 @@ TEXT: dict[str, dict[str, Any]] = {
                    "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
     "t5": {"vocab_size": 200, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
 }  # fmt: skip
+
+
+def with_slow(fast: Sequence[Any], slow: Sequence[Any]) -> list[Any]:
+    """Parameters of a test: the fast suite takes those of the first list, the slow suite the others."""
+    return [*fast, *(pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+                     for case in slow)]  # fmt: skip
+
+
+# (image tower, text tower) of the fast suite: convolutions with an encoder that has absolute positions, a vision
+# transformer with one that has offset positions, and shifted windows with the encoder of an encoder-decoder.
+FAST_PAIRS = [("resnet", "distilbert"), ("vit", "roberta"), ("swin", "t5")]
+SLOW_PAIRS = [("efficientnet", "bert"), ("convnext", "mpnet"), ("resnet", "modernbert")]
+EVERY_PAIR = with_slow(FAST_PAIRS, SLOW_PAIRS)
 
 CAPTIONS = [
     ["a red dog runs over the green grass", "a dog is running on grass"],

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -31,6 +32,7 @@ from modeling_miniclip.inference.encode import open_image
 from modeling_miniclip.processing_miniclip import image_processor_from_timm
 from modeling_miniclip.training.create_model import train_tokenizer
 from tests.helpers.runs import ROOT, write_scene_folder
+from tests.helpers.session import shared_once
 from tests.helpers.towers import CAPTIONS, PIXELS, TEXT, VISION, tiny_config, tiny_model, tiny_processor
 
 needs_onnx = pytest.mark.skipif(
@@ -55,14 +57,16 @@ def save_export(folder: Path, seed: int = 0, **settings: Any) -> Path:
     return export(MiniClipModel(config).eval(), processor, folder)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: Any) -> Path:
-    """A folder with `export`, `scenes/captions.csv` and, made of them, `onnx`."""
-    folder = tmp_path_factory.mktemp("exported")
-    save_export(folder / "export")
-    csv_file = write_scene_folder(folder / "scenes", 120)
-    export_onnx(str(folder / "export"), folder / "onnx", csv_file, 200, 1e-4)
-    return folder
+@pytest.fixture(scope="session")
+def exported(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder with `export`, `scenes/captions.csv` and, made from them, `onnx`. Read-only."""
+
+    def build(folder: Path) -> None:
+        save_export(folder / "export")
+        csv_file = write_scene_folder(folder / "scenes", 120)
+        export_onnx(str(folder / "export"), folder / "onnx", csv_file, 200, 1e-4)
+
+    yield from shared_once(request, "onnx", build)
 
 
 @pytest.fixture
@@ -265,7 +269,19 @@ class Undecided(torch.nn.Module):
 
 
 @needs_onnx
-def test_a_tower_that_cannot_be_exported_is_told(tmp_path: Path) -> None:
+def test_tower_that_cannot_be_exported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.onnx.OnnxExporterError("failed") from ValueError("no\nsuch operation")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    rows = [{"image": Image.new("RGB", (40, 40)), "captions": CAPTIONS[0]}]
+    with pytest.raises(ModelError, match="torch.onnx cannot export the image encoder: no such operation$"):
+        write_encoders(tmp_path, tiny_model(), tiny_processor(), rows)
+
+
+@pytest.mark.slow
+@needs_onnx
+def test_tower_that_onnx_cannot_express_is_named(tmp_path: Path) -> None:
     model = tiny_model()
     model.visual_projection = Undecided()
     rows = [{"image": Image.new("RGB", (40, 40)), "captions": CAPTIONS[0]}]
@@ -273,6 +289,7 @@ def test_a_tower_that_cannot_be_exported_is_told(tmp_path: Path) -> None:
         write_encoders(tmp_path, model, tiny_processor(), rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vision", "text"), [("resnet", "distilbert"), ("vit", "modernbert")])
 def test_torch_export_takes_the_whole_model_and_each_tower(vision: str, text: str) -> None:
     model = tiny_model(vision, text, text_pooling="mean")

@@ -1,6 +1,5 @@
-"""Tests of the two pictures of a run."""
+"""The picture of queries and the images found for them."""
 
-import json
 import warnings
 
 import numpy as np
@@ -8,21 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_miniclip.evaluation.metrics import METRIC_NAMES
-from modeling_miniclip.training.figures import draw_curves, example_queries, read_metrics
 from modeling_miniclip.utils.match_grid import LabelledImage, MatchRow, draw_matches, match_rows
+from tests.helpers.pixels import has_color, picture
 
 GREEN = (21, 128, 61)
-
-
-def validation(step: int, **values: float) -> dict:
-    metrics = {"loss": 3.0 - step / 100, **{name: min(90.0, 10.0 + step) for name in METRIC_NAMES}}
-    return {"step": step, "epoch": step / 10, "split": "validation", **metrics, **values}
-
-
-def training(step: int, **values: float) -> dict:
-    rates = {f"{name}_learning_rate": 1e-3 / step for name in ("vision", "text", "heads")}
-    return {"step": step, "epoch": step / 10, "split": "train", "loss": 2.0, "logit_scale": 14.3, **rates, **values}
 
 
 @pytest.fixture(autouse=True)
@@ -32,74 +20,22 @@ def no_warning_of_matplotlib():
         yield
 
 
-def picture(path) -> np.ndarray:
-    """`[H, W, 3]` of a PNG of a size that fits a README."""
-    with Image.open(path) as image:
-        assert image.format == "PNG" and 300 <= image.width <= 3000 and 150 <= image.height <= 4000, image.size
-        return np.asarray(image.convert("RGB"))
-
-
-def has_color(pixels: np.ndarray, color: tuple[int, int, int], at_least: int = 20) -> bool:
-    return int((pixels == color).all(axis=2).sum()) >= at_least
-
-
-# --- curves ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "metrics",
-    [
-        [line for step in range(1, 60) for line in (training(step), validation(step))],
-        [validation(5)],
-        [training(5)],
-        [validation(5), validation(10)],
-        [training(5), validation(5)],
-        [training(step, vision_learning_rate=0.0, text_learning_rate=0.0, head_learning_rate=0.0) for step in (1, 2)],
-        [training(1), {key: value for key, value in training(2).items() if key != "logit_scale"}],
-        [validation(1, **dict.fromkeys(METRIC_NAMES, 0.0))],
-        [],
-    ],
-    ids=["usual", "one_validation", "one_step", "no_training", "one_of_each", "rates_of_zero", "without_scale",
-         "nothing_found", "empty"],
-)  # fmt: skip
-def test_curves_are_drawn_whatever_was_logged(tmp_path, metrics):
-    draw_curves(metrics, tmp_path / "curves.png", best_step=5)
-    pixels = picture(tmp_path / "curves.png")
-    assert pixels.shape == (770, 1320, 3)
-    assert (pixels < 250).any()
-
-
-@pytest.mark.parametrize(("line", "color"), [(validation(5), (221, 107, 32)), (training(5), (128, 90, 213))])
-def test_a_single_point_is_seen(tmp_path, line, color):
-    draw_curves([], tmp_path / "none.png")
-    draw_curves([line], tmp_path / "one.png")
-    none, one = picture(tmp_path / "none.png"), picture(tmp_path / "one.png")
-    assert has_color(one, color, 8) and not has_color(none, color, 1)
-
-
-def test_the_exported_step_is_marked(tmp_path):
-    metrics = [line for step in range(1, 60) for line in (training(step), validation(step))]
-    for name, best_step in (("without", None), ("with", 30)):
-        draw_curves(metrics, tmp_path / f"{name}.png", best_step)
-    green = [(pixels[..., 1] > pixels[..., 0] + 50.0) & (pixels[..., 1] > pixels[..., 2] + 30.0)
-             for pixels in (picture(tmp_path / "with.png"), picture(tmp_path / "without.png"))]  # fmt: skip
-    assert green[0].any(axis=1).mean() > 0.35 and not green[1].any()
-
-
-def test_metrics_are_read_line_by_line(tmp_path):
-    lines = [training(1), validation(1, loss=0.1)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert read_metrics(tmp_path / "metrics.jsonl") == lines
-
-
-# --- matches --------------------------------------------------------------------------------------------------------
-
-
 def rows_of(count: int, found: int = 3, query: str = "a red disc", size=(64, 64), right: int = -1) -> list[MatchRow]:
     images = [Image.new("RGB", size, (40 * i, 90, 200)) for i in range(found)]
     return [
         MatchRow(query, "rank 1 of 9", [LabelledImage(im, "0.30", i == right) for i, im in enumerate(images)])
     ] * count
+
+
+@pytest.fixture(scope="module")
+def plain_shapes(tmp_path_factory) -> dict[int, tuple[int, ...]]:
+    """Shapes of grids of one and of two rows with three images each and a short query."""
+    path = tmp_path_factory.mktemp("plain") / "plain.png"
+    shapes = {}
+    for count in (1, 2):
+        draw_matches(path, rows_of(count, 3))
+        shapes[count] = picture(path).shape
+    return shapes
 
 
 @pytest.mark.parametrize(("count", "found"), [(1, 1), (1, 3), (1, 9), (2, 1), (6, 3), (3, 9)])
@@ -115,12 +51,11 @@ def test_grids_of_every_shape_are_drawn(tmp_path, count, found):
      "two\nlines", "é ü ж Ω", "$", "WWWW " * 60],
     ids=["dollars", "markup", "backslashes", "empty", "one_word", "long", "lines", "alphabets", "one_dollar", "wide"],
 )  # fmt: skip
-def test_captions_are_drawn_as_they_are_and_the_size_stays(tmp_path, query):
-    for count in (1, 2):
+def test_captions_are_drawn_as_they_are_and_the_size_stays(tmp_path, query, plain_shapes):
+    for count, plain in plain_shapes.items():
         draw_matches(tmp_path / "grid.png", rows_of(count, 3, query), query)
-        draw_matches(tmp_path / "plain.png", rows_of(count, 3))
-        pixels, plain = picture(tmp_path / "grid.png"), picture(tmp_path / "plain.png")
-        assert pixels.shape[1] == plain.shape[1] and pixels.shape[0] < plain.shape[0] + 250
+        pixels = picture(tmp_path / "grid.png")
+        assert pixels.shape[1] == plain[1] and pixels.shape[0] < plain[0] + 250
         assert (pixels[:, -15:] == 255).all()
         if count == 2:  # the text stays in its column: between it and the images is nothing
             assert ((pixels[-400:, :335] < 250).any() or not query) and (pixels[-400:, 335:345] == 255).all()
@@ -171,12 +106,6 @@ def test_the_callers_images_are_not_changed(tmp_path):
     image = Image.new("RGB", (500, 400), "red")
     draw_matches(tmp_path / "grid.png", [MatchRow("x", "", [LabelledImage(image, "", False)])])
     assert image.size == (500, 400) and image.getpixel((9, 9)) == (255, 0, 0)
-
-
-def test_queries_are_spread_over_the_split_and_never_too_many():
-    captions = [[f"first {i}", "second"] for i in range(10)]
-    assert example_queries(captions, 5) == [(i, f"first {i}") for i in (0, 2, 4, 6, 8)]
-    assert example_queries(captions[:2], 5) == [(0, "first 0"), (1, "first 1")]
 
 
 def test_rows_show_the_best_images_the_score_and_the_rank_of_the_right_one():

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_miniclip
+from modeling_miniclip.training import setup
+from modeling_miniclip.training.parsing import parse_arguments
 from modeling_miniclip.utils.performance import allow_tf32, compile_towers, one_thread
 from tests.helpers.runs import assert_same_log, flags, metrics_of
-from tests.helpers.towers import tiny_model
+from tests.helpers.towers import CAPTIONS, tiny_model
 
 
 @pytest.fixture
@@ -39,6 +42,7 @@ def test_compiled_towers_give_the_same_and_serve_all_lengths(counter: CompileCou
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_a_run_with_compiled_towers_is_the_same_run(counter: CompileCounterWithBackend, tmp_path: Path) -> None:
     train_miniclip.main(flags(tmp_path, "plain", num_train_epochs=1))
     assert counter.frame_count == 0
@@ -46,6 +50,15 @@ def test_a_run_with_compiled_towers_is_the_same_run(counter: CompileCounterWithB
     assert counter.frame_count >= 2
     assert metrics_of(tmp_path / "plain")
     assert_same_log(tmp_path / "plain", tmp_path / "compiled")
+
+
+def test_flag_compiles_towers_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = parse_arguments(flags(tmp_path, compile_towers=True))
+    splits = {"train": {"captions": CAPTIONS}}
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(setup, "compile_towers", lambda *towers: compiled.extend(towers))
+    model, _ = setup.build_model(splits, arguments, Accelerator(cpu=True))
+    assert compiled == [model.vision_model, model.text_model]
 
 
 def test_tf32_is_for_gpus_alone() -> None:
