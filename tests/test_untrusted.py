@@ -234,7 +234,7 @@ def test_a_token_is_in_no_message_of_another_library() -> None:
 # A message says how to fix the problem: by an alternative, an expectation, a bound or a flag.
 FIXES = re.compile(
     r"; |--\w|expected|must|choose|at least|need|name |neither|exclude|install|lower|belongs to no flag|it has no|"
-    r"knows|again|advice|did_you_mean|cause|hint|error"  # the last ones are names of what is put in
+    r"knows|again|advice|did_you_mean|cause|hint|error|BAD_FILES"  # the last ones are names of what is put in
 )
 # What passes on another message, which says so itself.
 PASSED_ON = re.compile(r"^[\s:.]*(error|problem|str|verdict)|^no model (of|in)|undecodable|\\1|"
@@ -247,9 +247,7 @@ def messages() -> list[tuple[str, str, bool]]:
     for path in SOURCES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
-            assigned = {
-                ast.unparse(node.targets[0]): node.value for node in ast.walk(function) if isinstance(node, ast.Assign)
-            }
+            assignments = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
             for node in ast.walk(function):
                 if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                     if called(node.exc) in ("MiniClipError", "DataError", "ModelError", "UsageError"):
@@ -257,7 +255,12 @@ def messages() -> list[tuple[str, str, bool]]:
                         has_place = isinstance(message, ast.Call) and called(message) == "Problem"  # file and row
                         if has_place:
                             message = message.args[1]
-                        parts = list(ast.walk(assigned.get(ast.unparse(message), message)))
+                        values = {
+                            ast.unparse(assignment.targets[0]): assignment.value
+                            for assignment in sorted(assignments, key=lambda assignment: assignment.lineno)
+                            if assignment.lineno < node.lineno
+                        }
+                        parts = list(ast.walk(values.get(ast.unparse(message), message)))
                         words = [part.value if isinstance(part, ast.Constant) else ast.unparse(part)
                                  for part in parts if isinstance(part, ast.Constant | ast.Name)]  # fmt: skip
                         text = " ".join(word for word in words if isinstance(word, str))

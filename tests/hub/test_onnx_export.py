@@ -254,8 +254,9 @@ def test_a_missing_library_is_told_with_the_command_that_installs_it(
         export_onnx("export", tmp_path / "new", "scenes", 200, 1e-4)
 
 
-def test_the_command_in_the_readme_is_one() -> None:
-    lines = re.findall(r"^miniclip export.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+def test_export_commands_of_the_guides_parse() -> None:
+    guides = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
+    lines = re.findall(r"^miniclip export.*$", guides, re.MULTILINE)
     assert lines
     for line in lines:
         build_parser().parse_args(shlex.split(line, comments=True)[1:])
