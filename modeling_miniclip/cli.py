@@ -1,4 +1,4 @@
-"""The `miniclip` command: flags of each subcommand, and functions that import and run the code behind it."""
+"""The `miniclip` command: the flags of each subcommand, and a function that imports and runs its code."""
 
 import argparse
 import shutil

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from modeling_miniclip import export, retrieval_metrics
-from modeling_miniclip.errors import UsageError
+from modeling_miniclip.errors import ModelError, UsageError
 from modeling_miniclip.evaluation.encoders import open_encoder
 from modeling_miniclip.evaluation.eval_sets import load_eval_set
 from modeling_miniclip.evaluation.evaluate import evaluate_model
@@ -50,5 +50,5 @@ def test_a_model_of_open_clip_is_measured_as_it_embeds_by_itself(checkpoint: Pat
 def test_an_unknown_architecture_and_checkpoint_are_told(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="open_clip has no architecture 'ViT-Z'"):
         open_encoder("open_clip:ViT-Z/openai", "--baseline")
-    with pytest.raises(UsageError, match="neither a file nor a checkpoint of it"):
+    with pytest.raises(ModelError, match="neither a file nor one of the checkpoints of ViT-Tiny-Test"):
         open_encoder("open_clip:ViT-Tiny-Test/nothing", "--baseline")

@@ -1,4 +1,4 @@
-"""A headless browser for the tests of pages: playwright from PyPI, driving a Chromium that is installed."""
+"""A headless browser for tests of pages: playwright from PyPI with an installed Chromium."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 @contextmanager
 def browser_page(width: int = 1280, height: int = 1600) -> Iterator[Any]:
-    """A page of an installed Chromium, or a skipped test where there is none."""
+    """Page of an installed Chromium. Skips the test if there is none."""
     api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
     program = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if program is None:
