@@ -1,9 +1,9 @@
-"""Measure a model.
+"""Evaluate a model.
 
 metrics.py: recall@K, median rank, loss and intervals
 zero_shot.py: classification by class names
-eval_sets.py: datasets and class folders to measure on
-encoders.py: models to measure: exports and other CLIPs
-evaluate.py: `miniclip eval`: all metrics of several models
+eval_sets.py: data sets and class folders to evaluate on
+encoders.py: models to evaluate: exports and other CLIPs
+evaluate.py: `miniclip eval`: scores of one or two models
 failure_page.py: an HTML page of the worst mistakes
 """

@@ -76,8 +76,10 @@ def format_groups(index: ImageIndex, groups: list[Group]) -> str:
     across = sum(len({splits[row] for row in group.rows} - {""}) > 1 for group in groups)
     more = sum(len(group.rows) - 1 for group in groups)
     exact = sum(group.exact for group in groups)
+    plural = "" if len(groups) == 1 else "s"
     lines.append(
-        f"{len(groups)} groups among {len(index)} images: {exact} identical, {len(groups) - exact} near-identical, "
+        f"{len(groups)} group{plural} among {len(index)} images: {exact} identical, "
+        f"{len(groups) - exact} near-identical, "
         f"{more} superfluous images; {across} across splits"
     )
     return "\n".join(lines)
