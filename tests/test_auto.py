@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAVELLING = ["configuration_miniclip", "modeling_miniclip", "processing_miniclip"]
 
 
-def test_importing_the_package_loads_nothing_heavy_and_hooks_nothing(tmp_path):
+def test_package_import_loads_no_heavy_library(tmp_path):
     code = """
 import os, sys
 before = list(sys.meta_path), list(sys.path_hooks), sys.modules["builtins"].__import__, set(sys.modules)
@@ -44,7 +44,7 @@ assert os.environ == environment
     assert done.returncode == 0, done.stderr
 
 
-def test_each_public_name_is_there_and_registers_the_auto_classes(tmp_path):
+def test_each_public_name_registers_the_auto_classes(tmp_path):
     code = """
 import sys
 import modeling_miniclip
@@ -77,7 +77,7 @@ def test_auto_classes_make_miniclip(tmp_path):
     assert AutoModel.from_config(tiny_config(), dtype=torch.bfloat16).text_model.dtype == torch.bfloat16
 
 
-def test_saved_folder_loads_with_its_own_code_where_the_package_is_not_installed(tmp_path):
+def test_saved_folder_loads_without_the_package(tmp_path):
     model = tiny_model("vit", "roberta", text_pooling="mean")
     folder = tmp_path / "model"
     model.save_pretrained(folder)
@@ -112,7 +112,7 @@ model.save_pretrained("again")
 
 
 @pytest.mark.parametrize("name", TRAVELLING)
-def test_travelling_files_are_small_and_import_siblings_and_what_the_model_needs(name):
+def test_travelling_files_are_small_and_import_little(name):
     source = (ROOT / "modeling_miniclip" / f"{name}.py").read_text()
     assert len(source) < 36_000
     absolute = set()

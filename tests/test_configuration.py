@@ -12,7 +12,7 @@ from modeling_miniclip import MiniClipConfig, MiniClipModel
 from tests.helpers.towers import EVERY_PAIR, text_config, tiny_config, vision_config
 
 
-def test_the_default_is_resnet50_and_distilbert_in_256_dimensions():
+def test_default_is_resnet50_and_distilbert_in_256_dimensions():
     with torch.device("meta"):
         model = MiniClipModel(MiniClipConfig())
     assert model.config.vision_config.architecture == "resnet50.a1_in1k"
@@ -49,7 +49,7 @@ def test_round_trip_through_json_keeps_every_value(vision, text, tmp_path):
     assert MiniClipConfig.from_pretrained(tmp_path, projection_dim=7).projection_dim == 7
 
 
-def test_temperature_starts_as_in_the_paper_of_the_loss_unless_told():
+def test_initial_temperature_is_that_of_the_paper():
     for loss_type, start in (("softmax_sum", 1 / 0.07), ("softmax_mean", 1 / 0.07), ("sigmoid", 10)):
         assert math.exp(MiniClipConfig(loss_type=loss_type).logit_scale_init_value) == pytest.approx(start)
     config = MiniClipConfig(loss_type="sigmoid", logit_scale_init_value=1.0, logit_bias_init_value=-3)
@@ -105,7 +105,7 @@ def test_config_json_holds_no_label_names(tmp_path):
         ("logit_scale_max", None),
     ],
 )
-def test_a_wrong_value_or_type_is_refused_by_name(field, value):
+def test_wrong_value_or_type_error_names_the_field(field, value):
     with pytest.raises(StrictDataclassError, match=field):
         MiniClipConfig(**{field: value})
 

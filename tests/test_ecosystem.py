@@ -52,7 +52,7 @@ def logits(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         return model(**inputs).logits_per_image
 
 
-def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def recorded_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Warnings of the model's logger, from now on."""
     lines: list[str] = []
     monkeypatch.setattr(module.logger, "warning", lines.append)
@@ -62,7 +62,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # --- loading ---
 
 
-def test_a_weight_that_a_checkpoint_lacks_is_drawn_by_the_rule_of_its_own_tower() -> None:
+def test_missing_weight_is_initialised_by_its_towers_rule() -> None:
     model, lost = make("resnet", "modernbert"), "text_model.layers.0.mlp.Wo.weight"
     state = {name: tensor for name, tensor in model.state_dict().items() if name != lost}
     loaded = MiniClipModel.from_pretrained(None, config=model.config, state_dict=state)
@@ -72,7 +72,7 @@ def test_a_weight_that_a_checkpoint_lacks_is_drawn_by_the_rule_of_its_own_tower(
 
 
 @every_family
-def test_a_model_is_built_on_the_meta_device_and_filled_by_loading(vision: str, text: str, tmp_path: Path) -> None:
+def test_model_loads_onto_the_meta_device(vision: str, text: str, tmp_path: Path) -> None:
     model = make(vision, text)
     model.save_pretrained(tmp_path)
     with torch.device("meta"):
@@ -117,7 +117,7 @@ def test_unexpected_and_mismatched_keys_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float16", {"": "bfloat16"}])
-def test_a_dtype_is_that_of_every_parameter_and_auto_that_of_the_files(dtype: Any, tmp_path: Path) -> None:
+def test_dtype_applies_to_all_parameters(dtype: Any, tmp_path: Path) -> None:
     name = (dtype[""] if isinstance(dtype, dict) else str(dtype)).removeprefix("torch.")
     model = make()
     model.save_pretrained(tmp_path / "full")
@@ -151,7 +151,7 @@ def test_half_precision_gives_the_embeddings_of_single_precision(vision: str, te
     assert half.loss.item() == pytest.approx(full.loss.item(), abs=4 * 14.3 * tolerance)
 
 
-# --- offloading: `meta` is where accelerate leaves what lies in memory or on disk until it is needed ---
+# --- offloading: accelerate keeps weights in memory or on disk until they are needed, and leaves them on `meta` ---
 
 IN_PLACE = dict.fromkeys(PARTS, "cpu")
 VISION_ON_DISK = IN_PLACE | {"vision_model": "disk", "visual_projection": "disk"}
@@ -226,7 +226,7 @@ def test_an_offloaded_export_gives_the_same_logits(way: str, vision: str, text: 
         assert torch.equal(features, model.get_image_features(inputs["pixel_values"]).pooler_output)
 
 
-def test_an_offloaded_tower_may_read_weights_of_a_part_that_it_does_not_call() -> None:
+def test_offloaded_tower_reads_weights_of_uncalled_parts() -> None:
     small = {"img_size": PIXELS, "depth": 2, "embed_dim": 32, "num_heads": 2}
     beit = TimmWrapperConfig(architecture="beit_base_patch16_224", model_args=small)
     model = MiniClipModel(MiniClipConfig(vision_config=beit, text_config=text_config())).eval()
@@ -236,7 +236,7 @@ def test_an_offloaded_tower_may_read_weights_of_a_part_that_it_does_not_call() -
     qkv = model.vision_model.timm_model.blocks[0].attn.qkv
     qkv.register_forward_hook(lambda *args: calls.append(qkv))
     expected = logits(model, inputs)
-    assert not calls  # its weight goes into a function of its own
+    assert not calls  # its weight is passed to a function
     assert torch.equal(logits(cpu_offload(model, execution_device=CPU), inputs), expected)
     assert qkv.weight.is_meta and model.vision_model.timm_model.patch_embed.proj.weight.is_meta
 
@@ -258,7 +258,7 @@ def implementations(model: MiniClipModel) -> tuple[str, str]:
         ({"vision_config": "eager"}, ("eager", "sdpa")),
     ],
 )
-def test_attention_is_chosen_for_the_model_or_for_a_tower(asked: Any, found: tuple[str, str], tmp_path: Path) -> None:
+def test_attention_can_be_chosen_per_tower(asked: Any, found: tuple[str, str], tmp_path: Path) -> None:
     model = make("vit", "bert")
     model.save_pretrained(tmp_path)
     inputs = tiny_inputs(model)
@@ -286,7 +286,7 @@ def test_attention_is_chosen_for_the_model_or_for_a_tower(asked: Any, found: tup
         ({"vision_config": "flex_attention"}, "MiniClipVisionModel does not support"),
     ],
 )
-def test_attention_that_a_tower_has_not_is_refused(asked: Any, message: str, tmp_path: Path) -> None:
+def test_unsupported_attention_raises(asked: Any, message: str, tmp_path: Path) -> None:
     make("vit", "bert").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         MiniClipModel.from_pretrained(tmp_path, attn_implementation=asked)
@@ -335,7 +335,7 @@ class Watched:
 
 @pytest.mark.parametrize(("vision", "text"), FAMILIES[:5])
 @pytest.mark.parametrize("options", [None, {"use_reentrant": False}, {"use_reentrant": True}])
-def test_gradient_checkpointing_recomputes_each_block_of_both_towers_and_changes_no_gradient(
+def test_gradient_checkpointing_recomputes_blocks_and_keeps_gradients(
     vision: str, text: str, options: dict[str, bool] | None
 ) -> None:
     watched = Watched(vision, text)
@@ -361,8 +361,8 @@ def test_every_n_layers_concerns_the_text_tower() -> None:
     assert watched.calls["bert"] == {"encoder.layer.0": 2, "encoder.layer.1": 1}
 
 
-def test_a_tower_without_checkpointing_is_named_and_the_other_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = told(monkeypatch)
+def test_tower_without_checkpointing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = recorded_warnings(monkeypatch)
     watched = Watched("vit", "mpnet")
     watched.model.activation_checkpointing_enable()
     assert watched.model.is_activation_checkpointing
@@ -398,7 +398,7 @@ def test_frozen_batch_norms_keep_their_statistics_in_training() -> None:
 
 
 @every_family
-def test_feature_methods_pass_on_hidden_states_attentions_and_tuples(vision: str, text: str) -> None:
+def test_feature_methods_return_hidden_states_and_tuples(vision: str, text: str) -> None:
     model = make(vision, text)
     model.set_attn_implementation({"text_config": "eager"})
     inputs = tiny_inputs(model)
@@ -419,7 +419,7 @@ def test_feature_methods_pass_on_hidden_states_attentions_and_tuples(vision: str
     assert len(whole[4][2]) == 3 and len(whole[4][3]) == 2 and len(whole[5][2]) == len(images.hidden_states)
 
 
-def test_configurations_of_the_towers_may_ask_for_hidden_states() -> None:
+def test_tower_configuration_can_request_hidden_states() -> None:
     model = make()
     inputs = tiny_inputs(model)
     for config in (model.config.text_config, model.config.vision_config):
@@ -482,7 +482,7 @@ def check_compiled(vision: str, text: str, backend: str, tolerance: float) -> No
 
 
 @pytest.mark.slow
-def test_one_graph_serves_all_sizes_of_batch_and_text() -> None:
+def test_one_graph_serves_all_input_sizes() -> None:
     check_compiled("resnet", "distilbert", "eager", 0)
 
 
@@ -500,7 +500,7 @@ def test_compiled_code_gives_the_same_values() -> None:
 
 
 @pytest.mark.slow
-def test_the_loss_compiles_with_its_gradients_and_ids_break_the_graph_but_are_compiled_once() -> None:
+def test_loss_compiles_with_gradients_once() -> None:
     torch._dynamo.reset()
     model = make()
     counter = CompileCounterWithBackend("aot_eager")
@@ -556,7 +556,7 @@ def fresh() -> MiniClipModel:
     return MiniClipModel(tiny_config(text_pooling="mean"))
 
 
-def test_trainer_trains_saves_and_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+def test_trainer_resumes_as_if_uninterrupted(tmp_path: Path) -> None:
     whole = make_trainer(fresh(), tmp_path / "whole")
     whole.train()
     losses = [line["loss"] for line in whole.state.log_history if "loss" in line]
@@ -575,9 +575,7 @@ def test_trainer_trains_saves_and_goes_on_as_if_it_had_not_stopped(tmp_path: Pat
 
 
 @pytest.mark.parametrize("loss_type", ["softmax_sum", "sigmoid"])
-def test_trainer_evaluates_the_loss_of_its_batches_and_hands_over_the_embeddings(
-    tmp_path: Path, loss_type: str
-) -> None:
+def test_trainer_evaluates_loss_and_returns_embeddings(tmp_path: Path, loss_type: str) -> None:
     seen: list[Any] = []
 
     def measure(prediction: Any) -> dict[str, float]:
@@ -627,7 +625,7 @@ LORA = {
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's
 @pytest.mark.parametrize("case", with_slow(list(LORA)[1:3], [list(LORA)[0], list(LORA)[3]]))
-def test_lora_on_a_tower_is_trained_saved_loaded_and_merged(case: str, tmp_path: Path) -> None:
+def test_lora_trains_saves_loads_and_merges(case: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="PEFT comes with the dev extra")
     vision, text, targets, tower = LORA[case]
     base = make(vision, text)

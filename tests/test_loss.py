@@ -113,7 +113,7 @@ def test_sigmoid_by_hand():
     assert loss.item() == pytest.approx((2 * yes + 2 * no + wrong_yes + wrong_no) / 3)
 
 
-def test_sigmoid_with_several_captions_is_the_mean_over_batches_of_one_each():
+def test_sigmoid_loss_averages_over_captions():
     images, texts, image_id, _ = random_batch(5, 1, seed=6)
     sets = [texts, texts.flip(0), texts.roll(1, 0)]  # three captions an image
     single = [symmetric_contrastive_loss(images, t, 10.0, image_id, image_id, "sigmoid", -10.0) for t in sets]
@@ -133,7 +133,7 @@ def test_equals_the_loop_reference(most_captions, loss_type):
         assert single.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_unknown_loss_is_refused():
+def test_unknown_loss_raises():
     pairs = torch.arange(2)
     with pytest.raises(ValueError, match="'sum' or 'mean', not 'median'"):
         symmetric_contrastive_loss(torch.eye(2), torch.eye(2), 1.0, pairs, pairs, "softmax_median")
@@ -156,7 +156,7 @@ def test_identical_embeddings_with_several_captions_by_hand():
 
 
 @pytest.mark.parametrize("loss_type", ["softmax_mean", "softmax_sum"])
-def test_swapping_the_roles_of_images_and_texts_changes_nothing(loss_type):
+def test_loss_is_symmetric_in_images_and_texts(loss_type):
     images, texts, image_id, text_image_id = random_batch(6, 4, seed=1)
     there = symmetric_contrastive_loss(images, texts, 20.0, image_id, text_image_id, loss_type)
     back = symmetric_contrastive_loss(texts, images, 20.0, text_image_id, image_id, loss_type)
@@ -164,7 +164,7 @@ def test_swapping_the_roles_of_images_and_texts_changes_nothing(loss_type):
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_order_and_names_of_the_ids_do_not_matter(loss_type):
+def test_order_and_values_of_ids_do_not_matter(loss_type):
     images, texts, image_id, text_image_id = random_batch(6, 4, seed=2)
     loss = symmetric_contrastive_loss(images, texts, 20.0, image_id, text_image_id, loss_type)
     image_order, text_order = torch.randperm(len(images)), torch.randperm(len(texts))
@@ -176,7 +176,7 @@ def test_order_and_names_of_the_ids_do_not_matter(loss_type):
     torch.testing.assert_close(renamed, loss, rtol=0, atol=0)
 
 
-def test_shares_of_the_queries_give_the_rows_of_the_whole():
+def test_shares_give_the_rows_of_the_whole():
     images, texts, image_id, text_image_id = random_batch(8, 3, seed=3)
     whole = contrastive_loss(images, texts, 9.0, image_id, text_image_id)
     shares = [contrastive_loss(images[r::3], texts, 9.0, image_id[r::3], text_image_id) for r in range(3)]
@@ -185,7 +185,7 @@ def test_shares_of_the_queries_give_the_rows_of_the_whole():
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_losses_of_shares_add_up_to_that_of_the_whole(loss_type):
+def test_losses_of_shares_add_up(loss_type):
     images, texts, image_id, text_image_id = whole = random_batch(8, 3, seed=3)
     expected = symmetric_contrastive_loss(images, texts, 9.0, image_id, text_image_id, loss_type, -1.0)
     parts = [
@@ -198,7 +198,7 @@ def test_losses_of_shares_add_up_to_that_of_the_whole(loss_type):
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_a_caption_of_the_same_image_is_never_pushed_away(loss_type):
+def test_captions_of_same_image_are_not_pushed_apart(loss_type):
     # The gradient with regard to the similarity of image 0 to each caption: negative where nearness lowers the loss.
     image_id, text_image_id = torch.tensor([0, 1]), torch.tensor([0, 0, 1])
     images = torch.eye(5)[:2]
@@ -209,8 +209,8 @@ def test_a_caption_of_the_same_image_is_never_pushed_away(loss_type):
     ]  # fmt: skip
 
 
-def test_a_caption_of_the_same_image_is_never_a_negative():
-    # Two captions of one image, both perfect, and nothing else: nothing is left to tell apart for the texts.
+def test_caption_of_same_image_is_no_negative():
+    # Two captions of one image, both perfect, and nothing else: the texts have nothing left to distinguish.
     images, texts = torch.tensor([E1]), torch.tensor([E1, E1])
     ids = torch.tensor([0]), torch.tensor([0, 0])
     assert contrastive_loss(texts, images, 50.0, ids[1], ids[0]).tolist() == [0.0, 0.0]

@@ -71,7 +71,7 @@ def shake(model: nn.Module, seed: int = 0) -> None:
 
 
 @every_pair
-def test_embeddings_are_unit_norm_and_logits_their_scaled_cosines(vision, text):
+def test_logits_are_scaled_cosines_of_unit_embeddings(vision, text):
     model = tiny_model(vision, text)
     with torch.no_grad():
         output = model(**tiny_inputs(model, images=2, texts=3))
@@ -91,7 +91,7 @@ def test_embeddings_are_unit_norm_and_logits_their_scaled_cosines(vision, text):
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @every_pair
-def test_an_item_is_embedded_alike_alone_and_in_a_batch(vision, text, pooling):
+def test_embedding_does_not_depend_on_the_batch(vision, text, pooling):
     model = tiny_model(vision, text, text_pooling=pooling)
     shake(model)
     inputs = tiny_inputs(model)
@@ -126,7 +126,7 @@ def test_poolings_by_hand():
     assert pool_text(states, None, "mean").tolist() == [[4, 40], [4, 4]]
 
 
-def test_pooling_of_the_configuration_is_the_pooling_of_the_model():
+def test_model_uses_the_configured_pooling():
     cls, mean = tiny_model(text_pooling="cls"), tiny_model(text_pooling="mean")
     mean.load_state_dict(cls.state_dict())
     inputs = tiny_inputs(cls)
@@ -151,7 +151,7 @@ def test_head_equals_its_formula(depth):
     torch.testing.assert_close(head(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_of_the_heads_is_the_configured_one_and_off_in_evaluation():
+def test_head_dropout_is_configured_and_off_in_evaluation():
     head = tiny_model(projection_dropout=0.5, projection_depth=3).text_projection
     assert [m.p for m in head.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.5]
     x = torch.randn(4, 32)
@@ -164,7 +164,7 @@ def test_dropout_of_the_heads_is_the_configured_one_and_off_in_evaluation():
 
 
 @pytest.mark.parametrize("name", ["pixel_values", "input_ids"])
-def test_one_modality_gives_its_embeddings_first_and_no_loss(name):
+def test_single_modality_gives_embeddings_and_no_loss(name):
     model = tiny_model()
     inputs = tiny_inputs(model)
     wanted = "image_embeds" if name == "pixel_values" else "text_embeds"
@@ -212,7 +212,7 @@ def test_a_missing_modality_is_named():
         model(**tiny_inputs(model, texts=2), return_loss=True)
 
 
-def test_loss_of_a_batch_with_ids_is_that_of_the_pure_function():
+def test_forward_loss_equals_the_loss_function():
     model = tiny_model()
     inputs = tiny_inputs(model, images=2, texts=3)
     ids = {"image_id": torch.tensor([4, 9]), "text_image_id": torch.tensor([9, 4, 9])}
@@ -236,7 +236,7 @@ def test_loss_of_a_batch_with_ids_is_that_of_the_pure_function():
         ([0], [0, 0, 0], "1 and 3 entries for 2 images and 3 texts"),
     ],
 )
-def test_ids_that_do_not_fit_are_refused(image_id, text_image_id, message):
+def test_mismatched_ids_raise(image_id, text_image_id, message):
     model = tiny_model()
     ids = {"image_id": torch.tensor(image_id), "text_image_id": text_image_id and torch.tensor(text_image_id)}
     with pytest.raises(ValueError, match=message):
@@ -280,7 +280,7 @@ def test_hidden_states_and_attentions_pass_through(vision, text):
 
 
 @every_pair
-def test_hidden_states_are_selected_by_index_in_both_towers(vision, text):
+def test_hidden_states_can_be_selected_by_index(vision, text):
     model = tiny_model(vision, text)
     inputs = tiny_inputs(model)
     for asked in ([0, -1], -1, [1, 99]):  # no tower has a hundred layers
@@ -294,7 +294,7 @@ def test_hidden_states_are_selected_by_index_in_both_towers(vision, text):
         assert torch.equal(chosen.pooler_output, whole.pooler_output)
 
 
-def test_arguments_of_one_tower_do_not_disturb_the_other():
+def test_arguments_reach_only_their_tower():
     model = tiny_model("resnet", "bert")
     shake(model)
     inputs = tiny_inputs(model)
@@ -325,7 +325,7 @@ def test_features_computed_before_replace_a_tower():
 # --- temperature ---
 
 
-def test_bias_belongs_to_the_sigmoid_loss_alone_and_is_learnt_saved_and_loaded(tmp_path):
+def test_only_sigmoid_loss_has_a_learned_bias(tmp_path):
     assert tiny_model().logit_bias is None and "logit_bias" not in tiny_model().state_dict()
     model = tiny_model(loss_type="sigmoid")
     assert (model.logit_bias.tolist(), model.logit_scale.tolist()) == ([-10.0], pytest.approx([math.log(10)]))
@@ -369,7 +369,7 @@ def test_temperature_is_learnable_and_clamped():
 
 
 @every_pair
-def test_every_parameter_gets_a_gradient_and_none_is_a_scalar(vision, text):
+def test_every_parameter_gets_a_gradient(vision, text):
     model = tiny_model(vision, text).train()
     shake(model)
     model(**tiny_inputs(model), return_loss=True).loss.backward()
@@ -382,7 +382,7 @@ def test_every_parameter_gets_a_gradient_and_none_is_a_scalar(vision, text):
 
 
 @pytest.mark.parametrize("frozen", ["vision_model", "text_model"])
-def test_a_frozen_tower_gets_no_gradient_and_the_rest_does(frozen):
+def test_only_frozen_tower_gets_no_gradient(frozen):
     model = tiny_model().train()
     getattr(model, frozen).requires_grad_(False)
     model(**tiny_inputs(model), return_loss=True).loss.backward()
@@ -441,12 +441,12 @@ def test_from_scratch_keeps_the_initial_weights_of_timm(vision):
         if tensor.unique().numel() == 1:  # norms, biases, running statistics
             assert torch.equal(ours[name], tensor), name
         elif tensor.numel() >= 500 and tensor.is_floating_point():
-            error = 5 / math.sqrt(tensor.numel())  # five standard errors of the statistics of so many draws
+            error = 5 / math.sqrt(tensor.numel())  # five standard errors of the statistics of this many samples
             assert ours[name].std().item() == pytest.approx(tensor.std().item(), rel=error), name
             assert abs(ours[name].mean() - tensor.mean()) < error * tensor.std(), name
 
 
-def test_from_scratch_keeps_zero_initialised_batch_norms_and_wide_convolutions():
+def test_from_scratch_keeps_timms_initial_scales():
     timm_model = MiniClipModel(
         MiniClipConfig(vision_config={"architecture": "resnet10t"}, text_config=text_config())
     ).vision_model.timm_model
@@ -456,7 +456,7 @@ def test_from_scratch_keeps_zero_initialised_batch_norms_and_wide_convolutions()
     assert conv.std().item() == pytest.approx(math.sqrt(2 / (conv.shape[0] * 9)), rel=0.02)
 
 
-def test_heads_temperature_and_text_tower_start_by_their_own_rules():
+def test_each_part_has_its_own_initialisation():
     model = tiny_model(projection_dim=200, projection_depth=3)
     for head in (model.visual_projection, model.text_projection):
         for linear in (m for m in head.modules() if isinstance(m, nn.Linear)):
@@ -497,7 +497,7 @@ def test_from_towers_has_the_features_of_the_towers(vision, text, tmp_path):
 
 
 @every_pair
-def test_saved_model_is_bit_equal_self_contained_and_complete(vision, text, tmp_path):
+def test_saved_model_is_self_contained_and_bit_equal(vision, text, tmp_path):
     towers = tmp_path / "towers"
     model = MiniClipModel.from_towers(*save_towers(towers, vision, text))
     shake(model)
@@ -534,7 +534,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_another_process_gets_the_same_bits_without_a_warning(tmp_path):
+def test_another_process_gets_the_same_bits(tmp_path):
     expected = {}
     for vision, text in (("resnet", "t5"), ("vit", "modernbert")):
         model = tiny_model(vision, text)
@@ -553,7 +553,7 @@ def test_another_process_gets_the_same_bits_without_a_warning(tmp_path):
         assert torch.equal(torch.load(folder / "logits.pt"), logits), folder.name
 
 
-def test_a_key_missing_from_a_checkpoint_is_reported_and_drawn_anew(tmp_path):
+def test_missing_key_is_reported_and_initialised(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     lost = ["logit_scale", "text_projection.linear.weight", "vision_model.timm_model.layer1.0.conv1.weight"]
@@ -567,7 +567,7 @@ def test_a_key_missing_from_a_checkpoint_is_reported_and_drawn_anew(tmp_path):
     assert 0 < model.vision_model.timm_model.layer1[0].conv1.weight.std() < 1
 
 
-def test_an_incomplete_tower_is_refused(tmp_path):
+def test_incomplete_tower_raises(tmp_path):
     vision_folder, text_folder = save_towers(tmp_path)
     weights = load_file(vision_folder / "model.safetensors")
     del weights["layer1.0.conv1.weight"]
@@ -612,7 +612,7 @@ def test_keywords_of_from_towers(tmp_path):
         ("resnet50.a1_in1k", "timm/resnet50.a1_in1k", "resnet50"),
         ("resnet50.tv_in1k", "timm/resnet50.tv_in1k", "resnet50"),
         ("timm/resnet50.a1_in1k", "timm/resnet50.a1_in1k", None),
-        # these weights lie under another account, and under the name of the architecture without quick GELU
+        # these weights are in another account, and under the name of the architecture without quick GELU
         ("rdnet_tiny.nv_in1k", "naver-ai/rdnet_tiny.nv_in1k", "rdnet_tiny"),
         (
             "vit_base_patch16_clip_quickgelu_224.openai",
@@ -621,7 +621,7 @@ def test_keywords_of_from_towers(tmp_path):
         ),
     ],
 )
-def test_a_timm_name_leads_to_the_repository_of_its_weights(name, repository, architecture, monkeypatch):
+def test_timm_name_gives_its_weights_repository(name, repository, architecture, monkeypatch):
     asked = []
 
     class Recorder:
@@ -648,12 +648,12 @@ def test_a_timm_name_leads_to_the_repository_of_its_weights(name, repository, ar
         ("no model at all", "neither a folder nor a timm model with weights on the Hub$"),
     ],
 )
-def test_an_unknown_timm_name_is_refused_with_near_ones(name, message):
+def test_unknown_timm_name_error_suggests_names(name, message):
     with pytest.raises(ValueError, match=message):
         timm_config(name)
 
 
-def test_a_folder_of_something_else_is_no_image_tower(tmp_path):
+def test_folder_without_timm_model_raises(tmp_path):
     vision_folder, text_folder = save_towers(tmp_path)
     with pytest.raises(ValueError, match="text-distilbert is not a timm image model"):
         MiniClipModel.from_towers(text_folder, text_folder)
@@ -664,7 +664,7 @@ def test_a_folder_of_something_else_is_no_image_tower(tmp_path):
 
 
 @pytest.mark.parametrize("config", [ViTConfig(), BartConfig(), CLIPConfig(), TimmWrapperConfig()])
-def test_what_encodes_no_text_is_refused(config):
+def test_model_without_text_encoder_raises(config):
     with pytest.raises(ValueError, match=f"no text encoder for a {type(config).__name__}"):
         text_tower_class(config)
 

@@ -23,7 +23,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 
 
 def imports(path: Path) -> list[tuple[str, list[str], int]]:
-    """Module, imported names and level of every import of a file, wherever it stands."""
+    """Module, imported names and level of every import of a file, wherever it is."""
     found: list[tuple[str, list[str], int]] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -34,7 +34,7 @@ def imports(path: Path) -> list[tuple[str, list[str], int]]:
 
 
 @pytest.mark.parametrize("name", modeling_miniclip.__all__)
-def test_every_public_name_can_be_imported_and_is_described(name: str) -> None:
+def test_every_public_name_has_a_docstring(name: str) -> None:
     value = getattr(modeling_miniclip, name)
     assert name in dir(modeling_miniclip)
     assert isinstance(value, str) or (value.__doc__ or "").strip()
@@ -46,7 +46,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(modeling_miniclip, "MiniClipModl")
 
 
-def test_type_checkers_see_the_names_that_are_there_when_the_program_runs() -> None:
+def test_type_checkers_see_the_public_names() -> None:
     tree = ast.parse((ROOT / "modeling_miniclip" / "__init__.py").read_text(encoding="utf-8"))
     (guarded,) = [node for node in tree.body if isinstance(node, ast.If)]
     declared = {
@@ -63,7 +63,7 @@ def test_nothing_private_of_transformers_is_imported(path: Path) -> None:
             assert not private, f"{module}: {private}"
 
 
-def test_the_declared_dependencies_are_those_that_the_code_imports() -> None:
+def test_declared_dependencies_equal_imports() -> None:
     used = {module.split(".")[0] for path in SCRIPTS for module, _, level in imports(path) if level == 0}
     used -= {*sys.stdlib_module_names, "modeling_miniclip"}
     distributions = {"faiss": ["faiss-cpu"], **packages_distributions()}  # known also where it is not installed
@@ -88,7 +88,7 @@ def test_every_dependency_is_listed_with_its_reason() -> None:
     assert sorted(listed) == sorted(declared)
 
 
-def test_constraints_of_tried_versions_allow_what_the_project_asks_for() -> None:
+def test_constraints_satisfy_the_requirements() -> None:
     lines = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     tried = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     tried = {name.lower().replace("_", "-"): version for name, version in tried.items()}
@@ -128,7 +128,7 @@ def test_the_console_scripts_can_be_called() -> None:
         (["--dataset", "no.csv", "--output_dir", "out"], "error: no.csv: no such file", 1),
     ],
 )
-def test_an_error_of_the_user_is_one_line_and_has_its_exit_code(
+def test_user_error_is_one_line_with_exit_code(
     argv: list[str],
     message: str,
     code: int,
@@ -139,13 +139,13 @@ def test_an_error_of_the_user_is_one_line_and_has_its_exit_code(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_miniclip.py", *argv])
     assert train_miniclip.cli() == code
-    told = capsys.readouterr()
-    assert told.err.startswith(message)
-    assert len(told.err.splitlines()) == 1
-    assert told.out == ""
+    captured = capsys.readouterr()
+    assert captured.err.startswith(message)
+    assert len(captured.err.splitlines()) == 1
+    assert captured.out == ""
 
 
-def test_debug_shows_the_traceback_of_an_error_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train-miniclip", "--debug", "--batch_size", "0"])
     with pytest.raises(UsageError, match="--batch_size must be at least 1"):
         train_miniclip.cli()

@@ -59,7 +59,7 @@ def by_label(rows: list[list[dict[str, Any]]]) -> np.ndarray:
 @pytest.mark.parametrize("options", [{}, {"pool": True}, {"batch_size": 2}], ids=["plain", "pool", "batched"])
 def test_image_feature_extraction_returns_the_unit_norm_embedding(folder, images, options):
     extract = pipeline("image-feature-extraction", model=str(folder))
-    assert type(extract.model) is MiniClipModel  # not the code that lies in the folder
+    assert type(extract.model) is MiniClipModel  # not the code in the folder
     expected = own_outputs(folder, images)["image"]
     for form in ([str(path) for path in images], [Image.open(path) for path in images]):
         found = np.array(extract(form, **options))
@@ -72,7 +72,7 @@ def test_image_feature_extraction_returns_the_unit_norm_embedding(folder, images
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"truncation": True}], ids=["plain", "batched", "cut"])
-def test_feature_extraction_returns_the_unit_norm_embedding_of_a_text(folder, images, options):
+def test_feature_extraction_returns_unit_norm_text_embedding(folder, images, options):
     extract = pipeline("feature-extraction", model=str(folder))
     assert set(extract.preprocess("a dog")) == {"input_ids", "attention_mask"}
     found = np.array(extract(TEXTS, **options))
@@ -81,7 +81,7 @@ def test_feature_extraction_returns_the_unit_norm_embedding_of_a_text(folder, im
     assert extract("a dog", return_tensors=True).shape == (1, 16)
 
 
-def test_feature_extraction_cuts_a_text_at_the_towers_limit(folder):
+def test_feature_extraction_truncates_at_the_towers_limit(folder):
     extract = pipeline("feature-extraction", model=str(folder))
     processor = MiniClipProcessor.from_pretrained(folder)
     with pytest.warns(UserWarning, match="truncated to 24 tokens"), torch.no_grad():
@@ -92,7 +92,7 @@ def test_feature_extraction_cuts_a_text_at_the_towers_limit(folder):
 
 
 @pytest.mark.parametrize("template", ["This is a photo of {}.", "{}"])
-def test_zero_shot_pipeline_gives_the_models_probabilities_and_those_of_classify(folder, images, template):
+def test_zero_shot_pipeline_equals_model_and_classify(folder, images, template):
     ask = pipeline("zero-shot-image-classification", model=str(folder))
     found = ask([str(path) for path in images], candidate_labels=LABELS, hypothesis_template=template)
     np.testing.assert_allclose(by_label(found), own_outputs(folder, images, template)["probabilities"], atol=1e-5)
@@ -110,7 +110,7 @@ def test_zero_shot_pipeline_gives_the_models_probabilities_and_those_of_classify
     np.testing.assert_allclose(by_label(classify(model, images, LABELS, template)), by_label(found), atol=0.05)
 
 
-def test_a_pipeline_can_be_given_the_processors_own_backend(folder, images):
+def test_pipeline_accepts_the_processors_backend(folder, images):
     processor = MiniClipProcessor.from_pretrained(folder)
     extract = pipeline("image-feature-extraction", model=str(folder), image_processor=processor.image_processor)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_pipelines_run_in_half_precision(folder, images):
     np.testing.assert_allclose(scores, expected["probabilities"][:1], atol=0.1)
 
 
-def test_of_one_modality_the_pooled_output_is_its_embedding(folder, images):
+def test_pooler_output_of_single_modality_is_its_embedding(folder, images):
     model, processor = MiniClipModel.from_pretrained(folder), MiniClipProcessor.from_pretrained(folder)
     both = processor(images=images, text=TEXTS, return_tensors="pt")
     with torch.no_grad():
@@ -154,7 +154,7 @@ print("FOUND", json.dumps(found))
 """
 
 
-def test_pipelines_run_with_the_code_of_the_export_where_the_package_is_not_there(tmp_path, images):
+def test_pipelines_run_without_the_package(tmp_path, images):
     torch.manual_seed(0)
     folder = export(tiny_model(text_pooling="mean"), tiny_processor(), tmp_path / "export")
     arguments = json.dumps([str(folder), [str(path) for path in images], TEXTS, LABELS, {"trust_remote_code": True}])

@@ -86,7 +86,7 @@ def timm_with_floored_margins(config: TimmWrapperConfig, image: Image.Image) -> 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", TOWERS)
-def test_pixels_equal_timms_transform_bit_for_bit_but_for_its_rounding_of_margins(name, size):
+def test_pixels_equal_timms_transform_except_odd_margins(name, size):
     config, image = TOWERS[name], picture(size)
     ours = image_processor_from_timm(config)(image, return_tensors="pt")["pixel_values"][0]
     floored, alike = timm_with_floored_margins(config, image)
@@ -96,7 +96,7 @@ def test_pixels_equal_timms_transform_bit_for_bit_but_for_its_rounding_of_margin
         assert torch.equal(ours, timm_transform(config)(image))
 
 
-def test_both_kinds_of_margin_are_among_the_tested_pictures():
+def test_tested_pictures_have_odd_and_even_margins():
     kinds = {name: {timm_with_floored_margins(TOWERS[name], picture(s))[1] for s in SIZES} for name in TOWERS}
     assert kinds == {
         "default": {False},
@@ -107,7 +107,7 @@ def test_both_kinds_of_margin_are_among_the_tested_pictures():
     }
 
 
-def test_the_default_tower_crops_one_pixel_beside_timm():
+def test_default_crop_is_one_pixel_off_timm():
     image = picture((500, 500))
     config = TOWERS["default"]
     ours = image_processor_from_timm(config)(image, return_tensors="pt")["pixel_values"][0]
@@ -131,7 +131,7 @@ def steps_between_backends(config: TimmWrapperConfig, images: list[Image.Image],
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_torchvision_backend_is_within_two_steps_of_the_pixels(name, tmp_path):
+def test_torchvision_backend_differs_by_two_steps_at_most(name, tmp_path):
     # Distorted noise ("squash") is harder than any photograph.
     bound = 3.01 if name == "squash" else 2.01
     for steps in steps_between_backends(TOWERS[name], [picture(size) for size in [*SIZES, (2500, 1900)]], tmp_path):
@@ -209,14 +209,14 @@ def test_crop_equals_the_image_processor_bit_for_bit(size, crop, resample):
         ViTImageProcessorPil(size={"height": 40, "width": 30}),
     ],
 )  # fmt: skip
-def test_crop_of_other_image_processors_and_settings_is_their_own(stock):
+def test_crop_supports_other_processors_and_settings(stock):
     processor = MiniClipProcessor(stock, tiny_processor().tokenizer)
     image = picture((90, 70))
     expected = stock(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
     assert np.array_equal(processor.crop(image), expected)
 
 
-def test_a_crop_can_be_written_to_and_made_a_tensor():
+def test_crop_is_writable_and_a_valid_tensor():
     cropped = tiny_processor().crop(picture((50, 40)))
     assert cropped.flags.writeable and torch.equal(torch.from_numpy(cropped), torch.tensor(cropped))
 
@@ -238,7 +238,7 @@ def test_image_size_and_model_args_change_the_size():
     assert image_processor_from_timm(from_scratch).crop_size["height"] == 64
 
 
-def test_a_crop_of_all_keeps_a_square_picture_whole():
+def test_full_crop_keeps_a_square_picture():
     processor = image_processor_from_timm(TOWERS["default"], image_size=64, crop_pct=1.0)
     assert processor.size["shortest_edge"] == 64
     whole = picture((64, 64))
@@ -247,7 +247,7 @@ def test_a_crop_of_all_keeps_a_square_picture_whole():
     np.testing.assert_allclose(pixels * 255, np.array(whole).transpose(2, 0, 1), atol=1e-3)
 
 
-def test_what_a_tower_cannot_take_is_refused():
+def test_unsupported_tower_settings_raise():
     vit = TimmWrapperConfig(architecture="vit_tiny_patch16_224")
     assert image_processor_from_timm(vit, image_size=224).crop_size["height"] == 224
     with pytest.raises(ValueError, match="takes images of 224x224 pixels only, not image_size 256"):
@@ -335,7 +335,7 @@ def test_transparent_value_of_sixteen_bit_grey_becomes_white():
     assert pixels_of(Image.open(io.BytesIO(file))) == [[255] * 3, [9] * 3, [255] * 3]
 
 
-def test_floating_point_pixels_are_of_0_to_1_or_of_0_to_255():
+def test_float_pixels_may_be_0_to_1_or_255():
     unit = np.array([[0, 0.2, 0.4, 1]], dtype=np.float32)
     expected = [[v] * 3 for v in (0, 51, 102, 255)]
     assert pixels_of(Image.fromarray(unit)) == pixels_of(reopened(Image.fromarray(unit), "TIFF")) == expected
@@ -399,7 +399,7 @@ def test_first_frame_of_an_animation_is_taken():
 
 
 @pytest.mark.parametrize("fmt", ["PNG", "WEBP", "TIFF"])
-def test_first_frame_of_other_animations_and_of_several_pages_is_taken(fmt):
+def test_first_frame_of_animations_and_pages_is_used(fmt):
     frames = [Image.new("RGB", (2, 1), colour) for colour in ("red", "blue", "green")]
     options = {"lossless": True} if fmt == "WEBP" else {}
     image = reopened(frames[0], fmt, save_all=True, append_images=frames[1:], **options)
@@ -433,7 +433,7 @@ def test_an_image_without_pixels_is_an_os_error(size):
         to_rgb(Image.new("RGB", size))
 
 
-def test_what_is_not_a_number_is_black_and_the_others_are_scaled_all_the_same():
+def test_nan_pixels_are_black_and_others_scaled():
     image = Image.fromarray(np.array([[np.nan, 0.2, 1.0]], dtype=np.float32))
     assert pixels_of(image) == [[0] * 3, [51] * 3, [255] * 3]
 
@@ -474,7 +474,7 @@ def test_files_of_any_kind_are_read_right(tmp_path, backend):
 
 
 class Files(BaseHTTPRequestHandler):
-    """Serves `files`; what lies under /moved/ is to be found without it."""
+    """Serves `files`; paths that start with /moved/ are redirected to the rest of the path."""
 
     files: dict[str, Path] = {}
 
@@ -574,7 +574,7 @@ def test_grey_arrays_are_grey_images(form):
     assert torch.equal(processor(images=high, return_tensors="pt")["pixel_values"], expected)
 
 
-def test_pixels_between_0_and_1_are_for_do_rescale_false():
+def test_scaled_pixels_warn_about_do_rescale():
     processor = tiny_processor()
     image = Image.fromarray(np.asarray(picture((PIXELS, PIXELS))))
     unit = np.asarray(image).astype(np.float32) / 255
@@ -622,12 +622,12 @@ def test_options_of_the_tokenizer_change_what_comes_out():
     ids = processor(text=["a dog"], add_special_tokens=False)["input_ids"][0]
     assert ids == processor(text=["a dog"])["input_ids"][0][1:-1]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what overflows is a row of its own, not lost
+        warnings.simplefilter("error")  # overflowing tokens become an extra row and are not lost
         rows = processor(text=[LONG, "a dog"], max_length=8, return_overflowing_tokens=True)["input_ids"]
     assert len(rows) > 2 and {len(row) for row in rows} == {8}
 
 
-def test_wrong_input_is_refused_as_by_processor_mixin():
+def test_wrong_input_raises_like_processor_mixin():
     processor = tiny_processor()
     with pytest.raises(ValueError, match="at least one input to call MiniClipProcessor"):
         processor()
@@ -640,7 +640,7 @@ def test_wrong_input_is_refused_as_by_processor_mixin():
 # --- texts ---
 
 
-def test_texts_are_padded_to_the_longest_of_the_call():
+def test_texts_are_padded_to_the_longest():
     processor = tiny_processor()
     outputs = processor(text=["a dog", "two children play", "a"], return_tensors="pt")
     single = [processor(text=text)["input_ids"] for text in ("a dog", "two children play", "a")]
@@ -711,7 +711,7 @@ def test_limit_is_what_the_tower_can_take(family):
         model(input_ids=torch.full((1, limit + 1), 7))
 
 
-def test_limit_of_real_roberta_is_512_of_514_rows():
+def test_real_roberta_has_a_limit_of_512():
     tokenizer = tiny_processor().tokenizer
     tokenizer.model_max_length = 10**30
     assert max_text_length(AutoConfig.for_model("roberta", max_position_embeddings=514), tokenizer) == 512
@@ -722,7 +722,7 @@ def test_limit_of_real_roberta_is_512_of_514_rows():
 # --- from the towers, save and reload ---
 
 
-def test_from_towers_takes_pixels_and_limit_of_the_towers(tmp_path):
+def test_from_towers_uses_size_and_limit_of_towers(tmp_path):
     vision, text = save_towers(tmp_path)
     processor = MiniClipProcessor.from_towers(vision, text)
     assert processor.tokenizer.model_max_length == 24
@@ -738,7 +738,7 @@ def test_from_towers_takes_pixels_and_limit_of_the_towers(tmp_path):
             MiniClipProcessor.from_towers(vision, text, max_length=wrong)
 
 
-def test_lengths_of_an_earlier_use_are_forgotten(tmp_path):
+def test_lengths_of_earlier_calls_are_dropped(tmp_path):
     vision, text = save_towers(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(text)
     tokenizer.padding_side = "left"
@@ -759,7 +759,7 @@ def test_lengths_of_an_earlier_use_are_forgotten(tmp_path):
         assert len(loaded(text=LONG)["input_ids"]) == 24
 
 
-def test_settings_that_the_tokenizer_was_loaded_with_are_kept(tmp_path):
+def test_explicit_tokenizer_settings_are_kept(tmp_path):
     tiny_processor().tokenizer.save_pretrained(tmp_path / "text")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "text", max_length=10, padding="max_length")
     processor = MiniClipProcessor(tiny_processor().image_processor, tokenizer)
@@ -790,7 +790,7 @@ def test_limit_of_a_real_tokenizer_is_the_towers(shared):
         assert len(processor(text="dog " * 300)["input_ids"]) == 302
 
 
-def test_reload_gives_the_same_bits_with_the_pil_backend(tmp_path):
+def test_reload_is_bit_equal_with_the_pil_backend(tmp_path):
     processor = tiny_processor()
     processor.save_pretrained(tmp_path / "saved")
     saved = shutil.move(tmp_path / "saved", tmp_path / "moved")

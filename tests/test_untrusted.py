@@ -1,4 +1,4 @@
-"""Input of somebody else: what it may not do (run code, read other files, draw on the terminal), whatever it holds."""
+"""Untrusted input cannot run code, read other files or write control characters to the terminal."""
 
 import ast
 import json
@@ -77,7 +77,7 @@ class Program:
         return os.system, (self.command,)
 
 
-def test_weights_that_are_a_pickle_are_refused_and_not_read(tmp_path: Path) -> None:
+def test_pickled_weights_raise_and_are_not_read(tmp_path: Path) -> None:
     vision, text = save_towers(tmp_path)
     tiny_model().save_pretrained(tmp_path / "export")
     for folder in (text, tmp_path / "export"):
@@ -130,7 +130,7 @@ def escape(data: Path, way: str) -> str:
 
 @pytest.mark.parametrize("way", ["parent", "absolute", "same prefix", "link", "linked folder"])
 @pytest.mark.parametrize("form", ["csv", "imagefolder"])
-def test_a_name_cannot_leave_the_folder_of_images_unless_that_is_allowed(data: Path, way: str, form: str) -> None:
+def test_image_outside_the_folder_needs_permission(data: Path, way: str, form: str) -> None:
     name = escape(data, way)
     path = data / "captions.csv"
     path.write_text(path.read_text() + f"{name},three\n")
@@ -143,17 +143,17 @@ def test_a_name_cannot_leave_the_folder_of_images_unless_that_is_allowed(data: P
     assert sum(len(rows) for rows in splits.values()) == 3
 
 
-def test_whether_a_file_outside_exists_is_not_told(data: Path) -> None:
-    told = []
+def test_error_does_not_reveal_outside_files(data: Path) -> None:
+    messages = []
     for name in ("../../elsewhere/secret.png", "../../elsewhere/nothing.png"):
         (data / "captions.csv").write_text(f"image,caption\na.png,one\n{name},three\n")
         with pytest.raises(DataError) as caught:
             load_captions(data / "captions.csv")
-        told.append(str(caught.value).replace(name, ""))
-    assert told[0] == told[1]
+        messages.append(str(caught.value).replace(name, ""))
+    assert messages[0] == messages[1]
 
 
-def test_the_folder_of_images_may_be_a_link_and_names_may_be_absolute_within_it(data: Path, tmp_path: Path) -> None:
+def test_image_folder_may_be_a_link(data: Path, tmp_path: Path) -> None:
     (data / "Images").rename(tmp_path / "store")
     (data / "Images").symlink_to(tmp_path / "store")
     (data / "captions.csv").write_text(f"image,caption\na.png,one\n{tmp_path / 'store' / 'b.png'},two\n")
@@ -163,7 +163,7 @@ def test_the_folder_of_images_may_be_a_link_and_names_may_be_absolute_within_it(
 # --- names and captions where they are shown ------------------------------------------------------------------------
 
 
-def test_printable_leaves_no_character_that_does_something_and_all_that_are_read() -> None:
+def test_printable_removes_control_characters_only() -> None:
     everything = "".join(map(chr, range(sys.maxunicode + 1)))
     assert printable(everything).isprintable() and printable(printable(everything)) == printable(everything)
     plain = "Zoë's 猫 🐈 کتاب \\n"
@@ -172,11 +172,11 @@ def test_printable_leaves_no_character_that_does_something_and_all_that_are_read
 
 @pytest.mark.parametrize("kind", [MiniClipError, DataError, UsageError])
 def test_every_error_is_one_harmless_line_without_tokens(kind: type[MiniClipError]) -> None:
-    told = str(kind(f"{HOSTILE}: token hf_{'a1' * 17}\n  next"))
-    assert told.isprintable() and "hf_***" in told and "a1a1" not in told and told.endswith("*** next")
+    message = str(kind(f"{HOSTILE}: token hf_{'a1' * 17}\n  next"))
+    assert message.isprintable() and "hf_***" in message and "a1a1" not in message and message.endswith("*** next")
 
 
-def test_a_row_with_a_hostile_name_is_told_harmlessly(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_name_is_reported_harmlessly(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = HOSTILE.replace('"', "").replace("\n", "")
     (data / "captions.csv").write_text(f"image,caption\na.png,one\n{name},two\n")
     with pytest.raises(DataError, match="row 3") as caught:
@@ -216,7 +216,7 @@ def test_a_picture_is_drawn_with_any_query(tmp_path: Path) -> None:
 # --- secrets --------------------------------------------------------------------------------------------------------
 
 
-def test_no_flag_takes_a_secret_that_a_list_of_processes_would_show() -> None:
+def test_no_flag_takes_a_secret() -> None:
     flags = [field.name for field in fields(TrainingArguments)]
     for parser in build_parser()._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr]
         flags += [option for action in parser._actions for option in action.option_strings]
@@ -224,7 +224,7 @@ def test_no_flag_takes_a_secret_that_a_list_of_processes_would_show() -> None:
     assert [flag for flag in flags if re.search(r"token$|password|secret|api_key", flag)] == []
 
 
-def test_a_token_is_in_no_message_of_another_library() -> None:
+def test_token_is_removed_from_foreign_messages() -> None:
     assert "hf_abc" not in one_line("refused: Bearer hf_abcdefghijklmnopqrstuvwxyz")
     assert "a1a1" not in str(UsageError(one_line(json.dumps({"token": "hf_" + "a1" * 17}))))
 

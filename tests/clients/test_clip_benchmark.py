@@ -75,7 +75,7 @@ def test_its_recall_is_that_of_retrieval_metrics(
         assert our == pytest.approx(their, abs=1e-4)
 
 
-def test_its_zero_shot_logits_and_mean_average_precision_are_those_computed_from_encode_texts(
+def test_zero_shot_logits_and_precision_equal_own_computation(
     case: Case, adapter: Adapter, compared: Callable[[str], None]
 ) -> None:
     """Several classes an image: for one class its `accuracy` takes `float()` of an array, which numpy 2.4 refuses."""

@@ -33,7 +33,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "tiny.pt"
 
 
-def test_a_model_of_open_clip_is_measured_as_it_embeds_by_itself(checkpoint: Path, tmp_path: Path) -> None:
+def test_open_clip_model_is_measured_by_its_embeddings(checkpoint: Path, tmp_path: Path) -> None:
     data = load_eval_set(str(write_scene_folder(tmp_path / "scenes", 12)), "train")
     export(tiny_model(), tiny_processor(), tmp_path / "mine")
     name = f"open_clip:ViT-Tiny-Test/{checkpoint}"
@@ -47,7 +47,7 @@ def test_a_model_of_open_clip_is_measured_as_it_embeds_by_itself(checkpoint: Pat
     assert report["baseline_metrics"] == pytest.approx(retrieval_metrics(images, texts, data.text_group))
 
 
-def test_an_unknown_architecture_and_checkpoint_are_told(checkpoint: Path) -> None:
+def test_unknown_architecture_and_checkpoint_raise(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="open_clip has no architecture 'ViT-Z'"):
         open_encoder("open_clip:ViT-Z/openai", "--baseline")
     with pytest.raises(ModelError, match="neither a file nor one of the checkpoints of ViT-Tiny-Test"):

@@ -76,7 +76,7 @@ def sentences(case: Case) -> list[str]:
     return [*case.texts, " and ".join(case.texts)]
 
 
-def test_its_embeddings_are_those_of_encode_images_and_encode_texts_and_its_similarity_their_dot_product(
+def test_embeddings_and_similarity_equal_encode_functions(
     encoded: tuple[str, Path, dict[str, Any]], case: Case, compared: Callable[[str], None]
 ) -> None:
     process, _, found = encoded
@@ -96,13 +96,13 @@ def test_its_embeddings_are_those_of_encode_images_and_encode_texts_and_its_simi
     assert found["class"].split(".")[0] == PROCESSES[process][1]
 
 
-def test_it_says_that_images_and_texts_are_encoded_one_kind_at_a_time(
+def test_mixed_modalities_raise(
     encoded: tuple[str, Path, dict[str, Any]],
 ) -> None:
     assert "Encode each modality separately" in encoded[2]["mixed"]
 
 
-def test_what_it_saves_is_a_model_of_the_package_again(encoded: tuple[str, Path, dict[str, Any]], case: Case) -> None:
+def test_saved_model_loads_with_the_package(encoded: tuple[str, Path, dict[str, Any]], case: Case) -> None:
     saved = encoded[1] / "saved"
     model, processor = MiniClipModel.from_pretrained(saved), MiniClipProcessor.from_pretrained(saved)
     embeds = encode_images(model, case.images, processor, progress=False)

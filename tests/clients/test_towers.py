@@ -19,7 +19,7 @@ def towers_of(folder: Path, monkeypatch: pytest.MonkeyPatch, text: bool = False)
     Args:
         folder: of the export.
         monkeypatch: changes the working folder.
-        text: whether the text tower is wanted and a DistilBERT; timm's lines come first, and stand alone.
+        text: whether to run the part for a DistilBERT text tower too; timm's part comes first and runs alone.
     """
     (block,) = [block for block in blocks("python") if "DistilBertModel" in block]
     (folder.parent / "my-clip").mkdir(exist_ok=True)
@@ -32,7 +32,7 @@ def towers_of(folder: Path, monkeypatch: pytest.MonkeyPatch, text: bool = False)
     return namespace
 
 
-def test_plain_timm_computes_the_image_features_bit_for_bit(
+def test_plain_timm_gives_bit_equal_image_features(
     case: Case, monkeypatch: pytest.MonkeyPatch, compared: Callable[[str], None]
 ) -> None:
     tower = towers_of(case.export, monkeypatch)["image_tower"]
@@ -47,10 +47,8 @@ def test_plain_timm_computes_the_image_features_bit_for_bit(
 
 
 @pytest.mark.parametrize("family", VISION)
-def test_plain_timm_takes_the_image_tower_of_every_family(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two of them are told their own input size, depth and width by `model_args`."""
+def test_plain_timm_loads_every_image_tower(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them get their input size, depth and width from `model_args`."""
     model = tiny_model(family).eval()
     tower = towers_of(export(model, tiny_processor(), tmp_path / "export"), monkeypatch)["image_tower"]
     pixels = torch.randn(3, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))
@@ -59,7 +57,7 @@ def test_plain_timm_takes_the_image_tower_of_every_family(
 
 
 @pytest.mark.parametrize("case", ["scenes"], indirect=True)  # the text tower of the photographs is a BERT
-def test_plain_distilbert_computes_the_hidden_states_bit_for_bit(
+def test_plain_distilbert_gives_bit_equal_hidden_states(
     case: Case, monkeypatch: pytest.MonkeyPatch, compared: Callable[[str], None]
 ) -> None:
     model, processor = MiniClipModel.from_pretrained(case.export), MiniClipProcessor.from_pretrained(case.export)

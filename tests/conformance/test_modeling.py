@@ -55,7 +55,7 @@ class TinyModels:
 
 
 class MiniClipTests(ModelTesterMixin):
-    """What upstream's tests of a CLIP-like model are told about it, and the three that are told where to look."""
+    """Settings of upstream's tests of a CLIP-like model, and overrides of three of them that look elsewhere."""
 
     all_model_classes = (MiniClipModel,)
     additional_model_inputs = ["pixel_values"]
@@ -73,7 +73,7 @@ class MiniClipTests(ModelTesterMixin):
 
     @contextmanager
     def of_the_text_tower(self) -> Iterator[None]:
-        # Like CLIP's, the output holds those of the towers and has no hidden states of its own.
+        # Like CLIP's, the output holds those of the towers and has no own hidden states.
         with patch.object(self, "all_model_classes", (TextTowerOutput,)):
             yield
 

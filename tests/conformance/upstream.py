@@ -1,4 +1,4 @@
-"""The test suite of transformers as a package, `transformers_tests`, beside this project's own `tests`.
+"""The test suite of transformers as a package, `transformers_tests`, next to this project's `tests`.
 
 Run as a script, it fetches the source archive of the installed release into the folder that is its argument. The
 archive lacks some folders that its tests import: `stand_ins/` has an empty class or value for each, so that what

@@ -1,4 +1,4 @@
-"""The loopback Hub that lies beside the shared data, and client processes of it."""
+"""The loopback Hub from the folder of shared data, and client processes of it."""
 
 import importlib.util
 import json

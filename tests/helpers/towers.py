@@ -13,7 +13,7 @@ from modeling_miniclip.training.create_model import train_tokenizer
 
 PIXELS = 32
 
-# timm's own miniatures of each family; they take any input size but for vit and swin, which are told theirs.
+# timm's own miniatures of each family; vit and swin need their input size, the others take any.
 VISION: dict[str, dict[str, Any]] = {
     "resnet": {"architecture": "test_resnet"},
     "efficientnet": {"architecture": "test_efficientnet"},
@@ -70,7 +70,7 @@ def text_config(family: str = "distilbert") -> Any:
 
 
 def tiny_config(vision: str = "resnet", text: str = "distilbert", **fields: Any) -> MiniClipConfig:
-    """Configuration of a tiny model, 16-d unless told otherwise."""
+    """Configuration of a tiny model, 16-d by default."""
     fields.setdefault("projection_dim", 16)
     return MiniClipConfig(vision_config=vision_config(vision), text_config=text_config(text), **fields)
 
@@ -88,7 +88,7 @@ def tiny_processor() -> MiniClipProcessor:
 
 
 def save_towers(folder: Path, vision: str = "resnet", text: str = "distilbert") -> tuple[Path, Path]:
-    """Pretrained towers as they lie on the Hub: a timm repository, and a text encoder with its tokenizer."""
+    """Pretrained towers as they are stored on the Hub: a timm repository, and a text encoder with its tokenizer."""
     import json
 
     import timm

@@ -1,4 +1,4 @@
-"""Exports that load anywhere, cards that tell what was measured, and pushes to a Hub."""
+"""Exports load anywhere, cards state what was measured, and pushes reach a Hub."""
 
 import ast
 import json
@@ -138,7 +138,7 @@ def test_an_export_holds_exactly_these_files(exported: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_the_code_that_travels_imports_its_siblings_and_what_a_user_has_anyway(exported: Path, name: str) -> None:
+def test_exported_code_imports_only_siblings_and_usual_libraries(exported: Path, name: str) -> None:
     assert (exported / name).read_bytes() == (ROOT / "modeling_miniclip" / name).read_bytes()
     siblings = {path.removesuffix(".py") for path in CODE}
     imported: set[str] = set()
@@ -181,9 +181,7 @@ def test_an_export_that_fails_leaves_the_one_before(
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def test_no_file_of_an_export_knows_where_things_lay_on_this_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_contains_no_local_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vision, text = save_towers(tmp_path / "private-folder")
     monkeypatch.chdir(tmp_path)
     arguments = TrainingArguments(
@@ -195,7 +193,7 @@ def test_no_file_of_an_export_knows_where_things_lay_on_this_machine(
         output_dir=str(tmp_path / "out"),
     )
     model, processor = create_model(arguments, CAPTIONS)
-    for _ in range(2):  # what is trained further and exported again has nothing to tell either
+    for _ in range(2):  # nor after further training and a second export
         card = {"name": "out", "arguments": arguments_for_card(arguments), "data": {"name": "config.json"}}
         target = export(model, processor, tmp_path / "export", card)
         for path in target.iterdir():
@@ -209,7 +207,7 @@ def test_no_file_of_an_export_knows_where_things_lay_on_this_machine(
     assert "local_files_only" not in (target / "tokenizer_config.json").read_text()
 
 
-def test_an_export_loads_and_is_saved_again_without_the_package_and_gives_the_same_logits_bit_for_bit(
+def test_export_loads_and_saves_bit_equal_without_the_package(
     exported: Path, model: MiniClipModel, tmp_path: Path
 ) -> None:
     photo = paint(tmp_path)
@@ -221,9 +219,7 @@ def test_an_export_loads_and_is_saved_again_without_the_package_and_gives_the_sa
         check_saved_again(tmp_path / auto, exported)
 
 
-def test_with_any_public_name_imported_the_auto_classes_take_the_package_and_ask_for_no_trust(
-    exported: Path, tmp_path: Path
-) -> None:
+def test_any_public_name_registers_the_auto_classes(exported: Path, tmp_path: Path) -> None:
     code = f"""
 from modeling_miniclip import DataError  # a name that needs no model
 import transformers
@@ -284,7 +280,7 @@ def test_the_card_tells_data_arguments_and_versions(exported: Path, model: MiniC
     assert "\n```bash\npython train_miniclip.py --dataset=captions.csv\n```\n" in body
 
 
-def test_the_metadata_of_a_card_is_what_the_hub_knows(exported: Path, tmp_path: Path, model: MiniClipModel) -> None:
+def test_card_metadata_is_valid_on_the_hub(exported: Path, tmp_path: Path, model: MiniClipModel) -> None:
     metadata, body = read_card((exported / "README.md").read_text())
     assert metadata["license"] == "unknown" and "Its author states no licence" in body
     assert metadata["metrics"] == ["recall"]
@@ -296,7 +292,7 @@ def test_the_metadata_of_a_card_is_what_the_hub_knows(exported: Path, tmp_path: 
     assert metadata["license"] == "mit" and "Its licence is `mit`" in body
 
 
-def test_the_sample_of_a_card_takes_ten_lines_and_limits_and_biases_are_told(exported: Path) -> None:
+def test_card_has_short_sample_limits_and_biases(exported: Path) -> None:
     _, body = read_card((exported / "README.md").read_text())
     (sample,) = re.findall(r"```python\n(.*?)```", body, flags=re.DOTALL)
     assert len(sample.split("\n\n")[0].splitlines() + sample.split("\n\n")[1].splitlines()) <= 10
@@ -309,7 +305,7 @@ def test_the_card_names_the_loss(tmp_path: Path) -> None:
         assert words in (tmp_path / "README.md").read_text()
 
 
-def test_both_towers_from_the_hub_are_base_models_of_the_card(alices_hub: Any, tmp_path: Path) -> None:
+def test_card_lists_both_hub_towers_as_base_models(alices_hub: Any, tmp_path: Path) -> None:
     vision, text = save_towers(tmp_path / "towers")
     for repo_id, folder in (("timm/test_resnet.r160_in1k", vision), ("alice/bert", text)):
         add_repository(alices_hub, repo_id, {path.name: path for path in folder.iterdir()})
@@ -329,7 +325,7 @@ for folder in ("first", "second"):  # trained on, it is still of these towers
         assert metadata["base_model"] == ["timm/test_resnet.r160_in1k", "alice/bert"]
 
 
-def test_a_card_without_values_says_so_and_is_still_whole(tmp_path: Path, model: MiniClipModel) -> None:
+def test_card_without_values_is_complete_and_says_so(tmp_path: Path, model: MiniClipModel) -> None:
     hub.write_card(tmp_path / "README.md", model, {})
     metadata, body = read_card((tmp_path / "README.md").read_text())
     for said in ("The training data was not recorded.", "Nothing was measured.", "The arguments were not recorded."):
@@ -339,7 +335,7 @@ def test_a_card_without_values_says_so_and_is_still_whole(tmp_path: Path, model:
     assert metadata["pipeline_tag"] == "zero-shot-image-classification"
 
 
-def test_a_card_of_retrieval_metrics_alone_needs_no_loss(tmp_path: Path, model: MiniClipModel) -> None:
+def test_card_works_without_a_loss(tmp_path: Path, model: MiniClipModel) -> None:
     metrics = {name: value for name, value in METRICS.items() if name != "loss"}
     hub.write_card(tmp_path / "README.md", model, {"metrics": metrics})
     text = (tmp_path / "README.md").read_text()
@@ -384,7 +380,7 @@ def test_the_markdown_of_a_card_is_well_formed(tmp_path: Path, model: MiniClipMo
             assert lines[i + 1] == "", f"a table ends with a blank line: {line}"
 
 
-def test_a_renamed_card_changes_title_metadata_and_sample_and_nothing_else(exported: Path) -> None:
+def test_rename_changes_title_metadata_and_sample_only(exported: Path) -> None:
     text = (exported / "README.md").read_text()
     assert rename_card(text, "alice/birds") == text
     renamed = rename_card(text, "bob/crows")
@@ -400,7 +396,7 @@ def test_a_renamed_card_changes_title_metadata_and_sample_and_nothing_else(expor
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_push_is_one_commit_that_loads_by_its_repository_with_and_without_the_package(
+def test_push_is_one_commit_that_loads_everywhere(
     exported: Path, model: MiniClipModel, alices_hub: Any, tmp_path: Path
 ) -> None:
     photo = paint(tmp_path)
@@ -453,7 +449,7 @@ model, processor = MiniClipModel.from_pretrained("alice/crows"), MiniClipProcess
     assert torch.equal(torch.load(tmp_path / "logits.pt"), wanted)
 
 
-def test_a_revision_pins_weights_processor_and_code_of_a_repository(
+def test_revision_pins_weights_processor_and_code(
     exported: Path, model: MiniClipModel, alices_hub: Any, tmp_path: Path
 ) -> None:
     photo = paint(tmp_path)
@@ -500,9 +496,7 @@ REFUSED = {
 }
 
 
-def test_a_push_that_cannot_work_ends_the_run_before_training_with_exit_code_1_and_without_the_token(
-    alices_hub: Any, tmp_path: Path
-) -> None:
+def test_impossible_push_ends_the_run_before_training(alices_hub: Any, tmp_path: Path) -> None:
     for repo_id in ("alice/old", "bob/old"):
         add_repository(alices_hub, repo_id)
     add_repository(alices_hub, "bob/private", private=True)
@@ -510,7 +504,7 @@ def test_a_push_that_cannot_work_ends_the_run_before_training_with_exit_code_1_a
     cases = [(token, repo_id) for token, repo_id, _ in REFUSED.values()]
     code = f"""
 import os, sys, train_miniclip
-train_miniclip.setup.load_splits = lambda *args: sys.exit("went on to the data")
+train_miniclip.setup.load_splits = lambda *args: sys.exit("reached the data")
 for i, (token, repo_id) in enumerate({cases!r}):
     os.environ["HF_TOKEN"] = token
     sys.argv[1:] = ["--push_to_hub", "--hub_model_id", repo_id, "--output_dir", f"out-{{i}}"]
@@ -520,10 +514,10 @@ sys.argv[1:] = ["--push_to_hub", "--hub_model_id", "alice/old", "--output_dir", 
 train_miniclip.cli()
 """
     done = run(code, tmp_path, PYTHONPATH=str(ROOT), **alices_hub.client_env(tmp_path / "home"))
-    told = done.stderr.split("exit code 1\n")
-    assert told[-1].strip().endswith("went on to the data"), done.stderr
-    assert len(told) == len(REFUSED) + 1
-    for (case, (_, repo_id, message)), text in zip(REFUSED.items(), told, strict=False):
+    messages = done.stderr.split("exit code 1\n")
+    assert messages[-1].strip().endswith("reached the data"), done.stderr
+    assert len(messages) == len(REFUSED) + 1
+    for (case, (_, repo_id, message)), text in zip(REFUSED.items(), messages, strict=False):
         assert re.search(rf"error: --push_to_hub: .*{message}", text), f"{case}: {text}"
         assert repo_id in text and "train without --push_to_hub" in text, case
         assert "Traceback" not in text, case
@@ -538,9 +532,7 @@ def test_something_that_is_no_export_is_not_pushed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_pushes_the_model_that_it_measured_and_its_card_names_the_repository(
-    alices_hub: Any, tmp_path: Path
-) -> None:
+def test_run_pushes_best_model_with_repository_in_card(alices_hub: Any, tmp_path: Path) -> None:
     argv = [str(ROOT / "train_miniclip.py"), *flags(tmp_path, "crows"), "--push_to_hub", "--num_workers=0"]
     alices_hub.fault(path="/commit/upload-", method="POST", status=403)  # the first best model does not get there
     done = run([*argv, "--hub_strategy=every_save"], tmp_path, **alices_hub.client_env(tmp_path / "home"))
@@ -561,7 +553,7 @@ def test_a_run_pushes_the_model_that_it_measured_and_its_card_names_the_reposito
 
 
 @pytest.mark.slow
-def test_a_push_that_fails_behind_the_training_tells_where_the_model_is(alices_hub: Any, tmp_path: Path) -> None:
+def test_failed_push_after_training_names_the_saved_model(alices_hub: Any, tmp_path: Path) -> None:
     alices_hub.fault(path="/commit/", method="POST", status=403, times=-1)
     argv = [str(ROOT / "train_miniclip.py"), *flags(tmp_path, "crows"), "--push_to_hub", "--max_steps=1"]
     done = run(argv, tmp_path, **alices_hub.client_env(tmp_path / "home"))

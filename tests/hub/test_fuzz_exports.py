@@ -1,4 +1,4 @@
-"""Damaged exports and presets: what loads is the model that was saved, anything else is told."""
+"""Damaged exports and presets: what loads equals the saved model, and anything else raises."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def assert_same_weights(model: MiniClipModel, state: dict[str, torch.Tensor]) ->
 
 
 @cases(25, 600)
-def test_weights_with_a_flipped_bit_or_a_lost_end_are_told(
+def test_flipped_or_truncated_weights_raise(
     copy: Path, whole: Path, state: dict[str, torch.Tensor], record_property: Any, count: int
 ) -> None:
     original = (whole / WEIGHTS).read_bytes()
@@ -64,9 +64,9 @@ def test_weights_with_a_flipped_bit_or_a_lost_end_are_told(
         if length is None:
             content[bit // 8] ^= 1 << bit % 8
         (copy / WEIGHTS).write_bytes(content)
-        loaded, told = result_or_error(load, copy)
+        loaded, message = result_or_error(load, copy)
         if loaded is None:
-            assert str(copy) in told
+            assert str(copy) in message
         else:  # only a bit of what the format does not look at
             assert_same_weights(loaded[0], state)
 
@@ -74,7 +74,7 @@ def test_weights_with_a_flipped_bit_or_a_lost_end_are_told(
 
 
 @cases(20, 500)
-def test_weights_damaged_in_any_way_are_told_or_right(
+def test_damaged_weights_raise_or_load_unchanged(
     copy: Path, whole: Path, state: dict[str, torch.Tensor], record_property: Any, count: int
 ) -> None:
     original = (whole / WEIGHTS).read_bytes()
@@ -83,8 +83,8 @@ def test_weights_damaged_in_any_way_are_told_or_right(
     @given(head=damaged(st.just(original[:4096])))
     def check(head: bytes) -> None:
         (copy / WEIGHTS).write_bytes(head + original[4096:])
-        loaded, told = result_or_error(load, copy)
-        assert str(copy) in told if loaded is None else assert_same_weights(loaded[0], state) is None
+        loaded, message = result_or_error(load, copy)
+        assert str(copy) in message if loaded is None else assert_same_weights(loaded[0], state) is None
 
     check()
 
@@ -94,9 +94,7 @@ FILES = ("config.json", "processor_config.json", "tokenizer_config.json", "token
 
 @pytest.mark.filterwarnings("ignore")
 @cases(20, 500)
-def test_damaged_configuration_files_are_told_or_give_a_model_that_embeds(
-    copy: Path, whole: Path, record_property: Any, count: int
-) -> None:
+def test_damaged_configuration_raises_or_embeds(copy: Path, whole: Path, record_property: Any, count: int) -> None:
     present = [name for name in FILES if (whole / name).exists()]
     assert "config.json" in present and len(present) >= 3
 
@@ -104,9 +102,9 @@ def test_damaged_configuration_files_are_told_or_give_a_model_that_embeds(
     @given(name=st.sampled_from(present), data=st.data())
     def check(name: str, data: Any) -> None:
         (copy / name).write_bytes(data.draw(damaged(st.just((whole / name).read_bytes())), label="content"))
-        loaded, told = result_or_error(load, copy)
+        loaded, message = result_or_error(load, copy)
         shutil.copy(whole / name, copy / name)
-        assert loaded is not None or str(copy) in told
+        assert loaded is not None or str(copy) in message
 
     check()
 
@@ -134,18 +132,16 @@ def with_value(tree: Any, path: tuple[str, ...], value: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 @cases(25, 600)
-def test_any_value_in_the_configuration_is_told_or_gives_unit_norm_embeddings(
-    copy: Path, whole: Path, record_property: Any, count: int
-) -> None:
+def test_any_configuration_value_raises_or_embeds(copy: Path, whole: Path, record_property: Any, count: int) -> None:
     config = json.loads((whole / "config.json").read_text())
 
     @fuzz(count, record_property)
     @given(path=st.sampled_from(paths(config)), value=SMALL)
     def check(path: tuple[str, ...], value: Any) -> None:
         (copy / "config.json").write_text(json.dumps(with_value(config, path, value)), encoding="utf-8")
-        loaded, told = result_or_error(load, copy)
+        loaded, message = result_or_error(load, copy)
         if loaded is None:
-            assert str(copy) in told
+            assert str(copy) in message
         else:
             embeddings = encode_texts(loaded[0], TEXTS[:2], loaded[1], progress=False)
             torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
@@ -155,7 +151,7 @@ def test_any_value_in_the_configuration_is_told_or_gives_unit_norm_embeddings(
 
 @pytest.mark.filterwarnings("ignore")
 @cases(15, 300)
-def test_any_value_in_a_preset_is_told_or_gives_a_model(tmp_path: Path, record_property: Any, count: int) -> None:
+def test_any_preset_value_raises_or_builds_a_model(tmp_path: Path, record_property: Any, count: int) -> None:
     preset = json.loads((ROOT / "configuration" / "presets" / "scenes_tiny.json").read_text(encoding="utf-8"))
     path = tmp_path / "preset.json"
 
@@ -163,8 +159,8 @@ def test_any_value_in_a_preset_is_told_or_gives_a_model(tmp_path: Path, record_p
     @given(where=st.sampled_from(paths(preset)), value=SMALL)
     def check(where: tuple[str, ...], value: Any) -> None:
         path.write_text(json.dumps(with_value(preset, where, value)), encoding="utf-8")
-        built, told = result_or_error(create_model, TrainingArguments(dataset="scenes", preset=str(path)), CAPTIONS)
-        assert built is not None or str(path) in told
+        built, message = result_or_error(create_model, TrainingArguments(dataset="scenes", preset=str(path)), CAPTIONS)
+        assert built is not None or str(path) in message
 
     check()
 
@@ -176,7 +172,7 @@ def test_pickled_weights_are_never_opened(copy: Path, state: dict[str, torch.Ten
         load(copy)
 
 
-def test_the_checksum_is_of_the_file_and_other_programs_read_it(whole: Path, tmp_path: Path) -> None:
+def test_checksum_covers_file_that_other_programs_read(whole: Path, tmp_path: Path) -> None:
     import hashlib
 
     content = (whole / WEIGHTS).read_bytes()

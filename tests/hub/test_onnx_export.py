@@ -126,7 +126,7 @@ def test_the_example_gives_the_models_logits_without_pytorch(exported: Path, tmp
 
 
 @needs_onnx
-def test_batch_and_length_are_free_and_the_values_those_of_pytorch(exported: Path) -> None:
+def test_onnx_equals_pytorch_for_any_batch_and_length(exported: Path) -> None:
     from onnxruntime import InferenceSession
 
     model = MiniClipModel.from_pretrained(exported / "export")
@@ -152,7 +152,7 @@ def test_batch_and_length_are_free_and_the_values_those_of_pytorch(exported: Pat
 
 
 @needs_onnx
-def test_the_report_holds_the_recall_that_the_library_measures(exported: Path) -> None:
+def test_report_has_the_recall_of_both_runtimes(exported: Path) -> None:
     report = json.loads((exported / "onnx" / "equality.json").read_text())
     rows = load_captions(exported / "scenes" / "captions.csv")["validation"]
     texts = [caption for row in rows for caption in row["captions"]]
@@ -172,7 +172,7 @@ def test_the_report_holds_the_recall_that_the_library_measures(exported: Path) -
 
 
 @needs_onnx
-def test_the_folder_is_complete_and_tells_nothing_of_this_machine(exported: Path) -> None:
+def test_onnx_folder_is_complete_and_names_no_local_path(exported: Path) -> None:
     assert {path.name for path in (exported / "onnx").iterdir()} == FILES
     for path in (exported / "onnx").iterdir():
         content = path.read_bytes()
@@ -202,9 +202,7 @@ def test_files_that_differ_from_pytorch_never_appear(exported: Path, tmp_path: P
 
 
 @needs_onnx
-def test_a_processor_that_the_example_does_not_match_is_refused(
-    exported: Path, tmp_path: Path, ready_encoders: None
-) -> None:
+def test_processor_unlike_the_example_raises(exported: Path, tmp_path: Path, ready_encoders: None) -> None:
     other = save_export(tmp_path / "other", do_normalize=False)
     with pytest.raises(ModelError, match="does not prepare pixel_values as CLIPImageProcessorPil"):
         export_onnx(str(other), tmp_path / "onnx", exported / "scenes" / "captions.csv", 200, 1e-4)
@@ -217,14 +215,14 @@ def test_the_command_prints_differences_recall_and_files(
 ) -> None:
     source, csv_file = str(exported / "export"), str(exported / "scenes" / "captions.csv")
     assert cli(["export", source, "--onnx", str(tmp_path / "onnx"), "--dataset", csv_file, "--images", "3"]) == 0
-    told = capsys.readouterr().out
-    assert "compared on 3 images and 15 captions, batches of 1 to 15, texts of 1 to 24 tokens" in told
-    assert re.search(r"image_embeds \d\.\de-\d\d, text_embeds \d\.\de-\d\d", told)
+    printed = capsys.readouterr().out
+    assert "compared on 3 images and 15 captions, batches of 1 to 15, texts of 1 to 24 tokens" in printed
+    assert re.search(r"image_embeds \d\.\de-\d\d, text_embeds \d\.\de-\d\d", printed)
     report = json.loads((tmp_path / "onnx" / "equality.json").read_text())
     rsum = report["pytorch"]["rsum"], report["onnxruntime"]["rsum"]
-    (line,) = [line.split() for line in told.splitlines() if line.startswith("rsum")]
+    (line,) = [line.split() for line in printed.splitlines() if line.startswith("rsum")]
     assert line == ["rsum", f"{rsum[0]:.2f}", f"{rsum[1]:.2f}", f"{rsum[1] - rsum[0]:+.2f}"]
-    assert all(name in told for name in FILES)
+    assert all(name in printed for name in FILES)
 
 
 def test_an_error_of_usage_comes_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,9 +244,7 @@ def test_an_error_of_usage_comes_before_any_work(tmp_path: Path, monkeypatch: py
     assert not new.exists() and (tmp_path / "full" / "mine.txt").exists()
 
 
-def test_a_missing_library_is_told_with_the_command_that_installs_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_library_error_has_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(MiniClipError, match="--onnx needs onnxscript: pip install onnx onnxscript onnxruntime"):
         export_onnx("export", tmp_path / "new", "scenes", 200, 1e-4)
@@ -292,7 +288,7 @@ def test_tower_that_onnx_cannot_express_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("vision", "text"), [("resnet", "distilbert"), ("vit", "modernbert")])
-def test_torch_export_takes_the_whole_model_and_each_tower(vision: str, text: str) -> None:
+def test_torch_export_handles_model_and_each_tower(vision: str, text: str) -> None:
     model = tiny_model(vision, text, text_pooling="mean")
     images, texts = torch.export.Dim("images", min=1), torch.export.Dim("texts", min=1)
     length = torch.export.Dim("length", min=1, max=LIMIT)
@@ -360,7 +356,7 @@ def test_every_family_of_towers_can_be_exported(vision: str, text: str, tmp_path
 
 @needs_onnx
 @pytest.mark.slow
-def test_weights_beyond_the_formats_limit_go_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_go_to_a_separate_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
     encoders_agree(tiny_model(), tiny_processor(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -1,4 +1,4 @@
-"""Pushes against a Hub on loopback: verified before they are published, and whole or nothing when it fails them."""
+"""Pushes to a Hub on loopback are verified before they are published, and happen completely or not at all."""
 
 import os
 import re
@@ -26,7 +26,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "carried out without an answer": {"drop": -1},
     "connection lost for good": {"drop": 0, "reset": 1, "times": -1},
 }
-REQUESTS = {"main": 15, "v2": 11}  # of a push to a repository that is there, its branch and a new one
+REQUESTS = {"main": 15, "v2": 11}  # of a push to an existing repository: to its main branch, and to a new branch
 
 
 @pytest.fixture
@@ -90,13 +90,13 @@ def test_failing_request_leaves_old_or_new_model_and_true_report(
 import warnings
 from modeling_miniclip import MiniClipError, push
 for i, (_, branch, _) in enumerate({cases!r}):
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            said = "pushed " + push({str(exports["new"])!r}, f"alice/m{{i}}x", revision=branch)
+            result = "pushed " + push({str(exports["new"])!r}, f"alice/m{{i}}x", revision=branch)
         except MiniClipError as error:
-            said = "refused " + str(error)
-    print(said, "|", *(warning.message for warning in told))
+            result = "failed " + str(error)
+    print(result, "|", *(warning.message for warning in caught))
 """
     done = push_in_a_client(alices_hub, tmp_path, code)
     assert done.returncode == 0, done.stderr
@@ -112,11 +112,11 @@ for i, (_, branch, _) in enumerate({cases!r}):
             there == "new" and "whether" in line  # the connection went with the answer
         ), case
         assert branch == "main" or which(alices_hub, repo_id, exports) == "old", case
-        assert all(left in line for left in set(heads) - {"main", branch}), case  # what is left is told
+        assert all(left in line for left in set(heads) - {"main", branch}), case  # a warning names what is left
         assert "hf_alice" not in line and "Traceback" not in line, case
-        if line.startswith("refused"):
+        if line.startswith("failed"):
             advice = rf"The model is safe in .*try again with `miniclip push .*/new {repo_id} --revision {branch}`"
-            assert re.search(rf"refused \S+/new (cannot be|was) .*{advice}", line), case
+            assert re.search(rf"failed \S+/new (cannot be|was) .*{advice}", line), case
     for branch, count in REQUESTS.items():
         assert ("refused once", branch, count - 1, True, "new") in outcomes, "the last request was not reached"
         assert any(case[:2] == ("carried out without an answer", branch) and case[3] for case in outcomes)
@@ -138,9 +138,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {  # token, repositor
 }
 
 
-def test_a_push_that_cannot_work_is_refused_by_one_sentence_before_anything_is_uploaded(
-    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
-) -> None:
+def test_impossible_push_raises_before_any_upload(alices_hub: Any, exports: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     for repo_id in ("alice/birds", "bob/birds", "bob/secret"):
         add_repository(alices_hub, repo_id, files_of(exports["old"]), private=repo_id == "bob/secret")
@@ -164,17 +162,17 @@ for token, repo_id, arguments, _ in {list(REFUSED.values())!r}:
     done = push_in_a_client(alices_hub, tmp_path, code)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    for (case, (token, repo_id, _, reason)), *told in zip(REFUSED.items(), lines[::2], lines[1::2], strict=True):
-        for line in told:
+    for (case, (token, repo_id, _, reason)), *messages in zip(REFUSED.items(), lines[::2], lines[1::2], strict=True):
+        for line in messages:
             assert re.search(reason, line) and repo_id in line, f"{case}: {line}"
             assert not token or token not in line, case
-        assert "The model is safe in" in told[0] and told[1].startswith("--push_to_hub: "), case
+        assert "The model is safe in" in messages[0] and messages[1].startswith("--push_to_hub: "), case
     assert (alices_hub.store.root / "blobs").stat().st_mtime_ns == before
     for repo_id in ("alice/birds", "bob/birds", "bob/secret", "alice/bert"):
         assert [ref for ref in branches(alices_hub, repo_id) if "tags" not in ref] == ["main"]
 
 
-def test_what_changed_while_it_was_uploaded_is_not_published(
+def test_files_changed_during_upload_are_not_published(
     alices_hub: Any, exports: dict[str, Path], tmp_path: Path
 ) -> None:
     add_repository(alices_hub, "alice/birds", files_of(exports["old"]))
@@ -193,9 +191,7 @@ push({str(folder)!r}, "alice/birds")
 
 
 @pytest.mark.slow
-def test_an_upload_that_cannot_be_loaded_from_the_hub_is_not_published(
-    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
-) -> None:
+def test_upload_that_does_not_load_is_not_published(alices_hub: Any, exports: dict[str, Path], tmp_path: Path) -> None:
     add_repository(alices_hub, "alice/birds", files_of(exports["old"]))
     alices_hub.fault(origin="cdn", method="GET", status=503, times=-1)
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None\n")  # what clients wait
@@ -211,9 +207,7 @@ def test_an_upload_that_cannot_be_loaded_from_the_hub_is_not_published(
     assert branches(alices_hub, "alice/birds") == ["main"]
 
 
-def test_a_fault_of_the_storage_behind_large_files_leaves_the_old_model(
-    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
-) -> None:
+def test_storage_fault_leaves_the_old_model(alices_hub: Any, exports: dict[str, Path], tmp_path: Path) -> None:
     add_repository(alices_hub, "alice/birds", files_of(exports["old"]))
     alices_hub.fault(origin="cdn", method="PUT", status=403, times=-1)
     code = f"{NO_WAITING}from modeling_miniclip import push\npush({str(exports['new'])!r}, 'alice/birds')"
@@ -264,7 +258,7 @@ for outcome in {list(VERIFICATIONS)!r}:
     assert branches(alices_hub, "alice/birds") == ["main"]
 
 
-def test_verification_compares_logits_and_reports_what_does_not_load(exports: dict[str, Path], tmp_path: Path) -> None:
+def test_verification_compares_logits_and_reports_load_errors(exports: dict[str, Path], tmp_path: Path) -> None:
     old, new = str(exports["old"]), str(exports["new"])
     verify_upload.main(new, new, "main")
     with pytest.raises(
@@ -283,7 +277,7 @@ def test_verification_compares_logits_and_reports_what_does_not_load(exports: di
         ("del contents['processing_miniclip.py']", "does not load: .*processing_miniclip.py"),
     ],
 )
-def test_an_upload_that_is_not_the_model_of_the_folder_is_not_published(
+def test_upload_that_differs_is_not_published(
     alices_hub: Any, exports: dict[str, Path], tmp_path: Path, damage: str, reason: str
 ) -> None:
     add_repository(alices_hub, "alice/birds", files_of(exports["old"]))
@@ -309,9 +303,7 @@ push({str(exports["new"])!r}, "alice/birds2")
     assert branches(alices_hub, "alice/birds2") == ["main"]
 
 
-def test_a_second_push_without_change_is_no_commit_and_another_revision_leaves_main(
-    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
-) -> None:
+def test_unchanged_push_adds_no_commit(alices_hub: Any, exports: dict[str, Path], tmp_path: Path) -> None:
     old, new = str(exports["old"]), str(exports["new"])
     code = f"""{WITHOUT_VERIFICATION}
 from huggingface_hub import HfApi
@@ -331,9 +323,7 @@ print(push({new!r}, "alice/birds"))
     assert alices_hub.store.repo("model", "alice/birds")["private"]
 
 
-def test_a_pushed_model_loads_by_tag_and_from_the_cache_without_a_connection(
-    alices_hub: Any, exports: dict[str, Path], tmp_path: Path
-) -> None:
+def test_pushed_model_loads_by_tag_and_offline(alices_hub: Any, exports: dict[str, Path], tmp_path: Path) -> None:
     add_repository(alices_hub, "alice/birds", files_of(exports["old"]))
     refs = alices_hub.store.repo("model", "alice/birds")["refs"]
     code = """

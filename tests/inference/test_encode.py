@@ -52,7 +52,7 @@ def embeddings(model, processor, files):
 # --- encode ---------------------------------------------------------------------------------------------------------
 
 
-def test_embeddings_are_the_models_own_of_unit_norm_in_order(model, processor, arrays, embeddings):
+def test_embeddings_equal_the_models_in_input_order(model, processor, arrays, embeddings):
     with torch.no_grad():
         own = [model(**processor(images=Image.fromarray(a), return_tensors="pt")).image_embeds[0] for a in arrays]
         texts = [model(**processor(text=text, return_tensors="pt")).text_embeds[0] for text in TEXTS]
@@ -83,7 +83,7 @@ def test_images_come_as_any_iterable_of_any_kind(model, processor, files, arrays
     torch.testing.assert_close(found, embeddings, atol=1e-5, rtol=0)
 
 
-def test_a_split_of_a_data_set_is_an_iterable_of_rows(model, processor, captioned_folder, capfd):
+def test_dataset_split_can_be_encoded(model, processor, captioned_folder, capfd):
     split = load_captions(captioned_folder, validation_fraction=0.25)["train"]
     paths = [captioned_folder / "Images" / name for name in split["image_id"]]
     found = encode_images(model, split, processor)
@@ -117,7 +117,7 @@ def test_grey_and_transparent_pictures_are_read(tmp_path):
     assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_the_mode_of_every_part_of_the_model_is_restored(processor, files):
+def test_encoding_restores_the_mode_of_every_module(processor, files):
     model = tiny_model(projection_depth=2, projection_dropout=0.5)
     model.train()
     model.vision_model.eval()  # as with frozen batch norm statistics
@@ -130,7 +130,7 @@ def test_the_mode_of_every_part_of_the_model_is_restored(processor, files):
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
-def test_embeddings_carry_no_graph_but_can_be_trained_on(embeddings):
+def test_embeddings_have_no_graph_but_allow_training(embeddings):
     assert not embeddings.requires_grad and not embeddings.is_inference()
     weight = torch.ones(16, requires_grad=True)
     (embeddings * weight).sum().backward()
@@ -175,7 +175,7 @@ def test_images_are_read_when_their_batch_is_due(model, processor, files):
         ([5], DataError, "expected a path"),
     ],
 )
-def test_wrong_images_are_told(model, processor, images, error, message):
+def test_wrong_images_raise(model, processor, images, error, message):
     with pytest.raises(error, match=message):
         encode_images(model, images, processor, progress=False)
 
@@ -192,13 +192,13 @@ def test_broken_and_huge_files_are_named(model, processor, tmp_path, files, monk
 
 
 @pytest.mark.parametrize(("texts", "message"), [([], "no texts"), ("a dog", "in a list")])
-def test_wrong_texts_are_told(model, processor, texts, message):
+def test_wrong_texts_raise(model, processor, texts, message):
     with pytest.raises(ValueError, match=message):
         encode_texts(model, texts, processor, progress=False)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
-def test_a_wrong_batch_size_is_told(model, processor, batch_size):
+def test_wrong_batch_size_raises(model, processor, batch_size):
     with pytest.raises(ValueError, match="batch_size"):
         encode_texts(model, TEXTS, processor, batch_size, progress=False)
 
@@ -206,7 +206,7 @@ def test_a_wrong_batch_size_is_told(model, processor, batch_size):
 # --- find_matches ---------------------------------------------------------------------------------------------------
 
 
-def test_matches_of_a_text_are_the_best_by_cosine_in_order(model, processor, files, embeddings):
+def test_matches_are_sorted_by_cosine(model, processor, files, embeddings):
     found = find_matches(model, 3 * embeddings, query=TEXTS[0], image_filenames=files, n=4, processor=processor)
     text = encode_texts(model, [TEXTS[0]], processor, progress=False)[0].double().numpy()
     cosine = embeddings.double().numpy() @ text
@@ -222,7 +222,7 @@ def test_an_image_finds_itself_first(model, processor, files, embeddings, form):
         assert best == [Match(os.fspath(files[i]), pytest.approx(1.0, abs=1e-5), i)]
 
 
-def test_an_image_is_one_entry_with_its_best_score(model, processor, embeddings):
+def test_duplicate_image_is_listed_once(model, processor, embeddings):
     names = ["a", "b", "a", "c", "b", "a", "c"]  # as in a table with a row per caption
     found = find_matches(model, embeddings, TEXTS[1], names, n=9, processor=processor)
     text = encode_texts(model, [TEXTS[1]], processor, progress=False)[0]
@@ -260,7 +260,7 @@ def test_the_grid_of_matches_is_drawn(model, processor, embeddings, files, tmp_p
         ({"query": Path("no.png")}, "no.png"),
     ],
 )
-def test_wrong_arguments_of_a_search_are_told(model, processor, embeddings, arguments, message):
+def test_wrong_search_arguments_raise(model, processor, embeddings, arguments, message):
     given = {"image_embeddings": embeddings, "query": "x", "image_filenames": list("abcdefg"), "processor": processor}
     with pytest.raises(ValueError, match=message):
         find_matches(model, **(given | arguments))
@@ -288,7 +288,7 @@ def test_an_export_brings_its_processor(files, tmp_path):
     assert find_matches(model, found, files[2], files, n=1)[0].index == 2
 
 
-def test_without_a_known_processor_the_error_says_to_pass_one(model, files, tmp_path):
+def test_unknown_processor_error_asks_for_one(model, files, tmp_path):
     from modeling_miniclip import MiniClipModel
 
     with pytest.raises(ValueError, match="pass processor="):
@@ -332,7 +332,7 @@ print("FOUND", json.dumps(found))
 """
 
 
-def test_a_model_of_the_hub_brings_the_processor_of_its_own_revision(tmp_path):
+def test_processor_has_the_revision_of_its_model(tmp_path):
     with local_hub(tmp_path / "server", tokens=("hf_test=test-user",)) as hub:
         env = {**hub.client_env(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
         done = run(REVISIONS, tmp_path, str(tmp_path / "export"), **env)
@@ -343,7 +343,7 @@ def test_a_model_of_the_hub_brings_the_processor_of_its_own_revision(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*left out 91 images")
-def test_real_photographs_go_all_the_way_from_the_csv_to_the_search(shared):
+def test_real_photographs_are_found_by_search(shared):
     splits = load_captions(shared / "flickr8k")
     rows = splits["validation"].select(range(4))
     model, processor = tiny_model(), tiny_processor()

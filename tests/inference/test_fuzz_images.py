@@ -56,9 +56,7 @@ def assert_pixels(processor: MiniClipProcessor, image: Any) -> None:
 
 
 @cases(60, 3000)
-def test_modes_with_one_conversion_to_rgb_come_out_as_it(
-    processor: MiniClipProcessor, record_property: Any, count: int
-) -> None:
+def test_simple_modes_equal_pillows_conversion(processor: MiniClipProcessor, record_property: Any, count: int) -> None:
     @fuzz(count, record_property)
     @given(image=pictures(MODES))
     def check(image: Image.Image) -> None:
@@ -75,8 +73,8 @@ def test_every_mode_gives_pixels_of_its_size(processor: MiniClipProcessor, recor
     @fuzz(count, record_property)
     @given(image=pictures(MODES | MORE_MODES))
     def check(image: Image.Image) -> None:
-        opened, told = result_or_error(open_image, image)
-        assert not told and opened.mode == "RGB" and opened.size == image.size
+        opened, message = result_or_error(open_image, image)
+        assert not message and opened.mode == "RGB" and opened.size == image.size
         assert_pixels(processor, image)
         assert processor.crop(opened).shape == (3, PIXELS, PIXELS)
 
@@ -84,7 +82,7 @@ def test_every_mode_gives_pixels_of_its_size(processor: MiniClipProcessor, recor
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 60_000), (60_000, 1), (3, 65_000), (65_000, 2)])
-def test_the_thinnest_images_take_no_more_memory_than_others(
+def test_thin_images_need_no_extra_memory(
     processor: MiniClipProcessor, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     areas = []
@@ -103,9 +101,7 @@ def test_the_thinnest_images_take_no_more_memory_than_others(
 
 
 @pytest.mark.parametrize("size", [(4, 2000), (2701, 3), (2, 831)])
-def test_the_middle_of_a_thin_image_has_the_pixels_that_the_whole_image_has(
-    processor: MiniClipProcessor, size: tuple[int, int]
-) -> None:
+def test_cut_thin_image_keeps_its_middle_pixels(processor: MiniClipProcessor, size: tuple[int, int]) -> None:
     image = Image.effect_noise(size, 90).convert("RGB")
     whole = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     cut = processor(images=image, return_tensors="pt")["pixel_values"]
@@ -114,7 +110,7 @@ def test_the_middle_of_a_thin_image_has_the_pixels_that_the_whole_image_has(
 
 
 @cases(60, 3000)
-def test_any_array_is_an_image_or_told_with_its_shape_and_type(
+def test_any_array_opens_or_error_names_shape_and_type(
     processor: MiniClipProcessor, record_property: Any, count: int
 ) -> None:
     shapes = st.one_of(
@@ -130,9 +126,9 @@ def test_any_array_is_an_image_or_told_with_its_shape_and_type(
     @example(dtype=np.dtype("uint8"), shape=(0, 5, 3), fill=0)
     def check(dtype: np.dtype, shape: tuple[int, ...], fill: int) -> None:
         array = np.full(shape, fill).astype(dtype)
-        opened, told = result_or_error(open_image, array)
+        opened, message = result_or_error(open_image, array)
         if opened is None:
-            assert str(array.shape) in told or str(array.dtype) in told
+            assert str(array.shape) in message or str(array.dtype) in message
         else:
             assert opened.mode == "RGB" and opened.size == array.shape[1::-1]
             assert_pixels(processor, opened)
@@ -150,7 +146,7 @@ def encoded(name: str, mode: str, **options: Any) -> bytes:
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's and the decoders', of damaged files
 @cases(70, 5000)
-def test_damaged_image_files_are_images_or_told_with_their_name(
+def test_damaged_image_opens_or_error_names_file(
     tmp_path: Path, processor: MiniClipProcessor, record_property: Any, count: int
 ) -> None:
     seeds = {name: encoded(name, mode) for name, mode in FORMATS.items()}
@@ -163,9 +159,9 @@ def test_damaged_image_files_are_images_or_told_with_their_name(
         path.write_bytes(data.draw(damaged(st.just(seeds[name])), label="content"))
         with_size, _ = result_or_error(lambda: Image.open(path).size if _opens(path) else (0, 0))
         assume(with_size[0] * with_size[1] < 10**7)  # a flipped bit of a header may ask for gigabytes
-        opened, told = result_or_error(open_image, path)
+        opened, message = result_or_error(open_image, path)
         if opened is None:
-            assert str(path) in told
+            assert str(path) in message
         else:
             assert opened.mode == "RGB"
             assert_pixels(processor, opened)
@@ -193,8 +189,8 @@ def test_texts_are_embedded_as_if_each_was_alone(
     @given(texts=st.lists(TEXT, min_size=1, max_size=4))
     @example(texts=list(NASTY))
     def check(texts: list[str]) -> None:
-        together, told = result_or_error(encode_texts, model, texts, processor, progress=False)
-        assert not told
+        together, message = result_or_error(encode_texts, model, texts, processor, progress=False)
+        assert not message
         torch.testing.assert_close(together.norm(dim=1), torch.ones(len(texts)), atol=1e-5, rtol=0)
         alone = torch.cat([encode_texts(model, [text], processor, progress=False) for text in texts])
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
@@ -203,11 +199,9 @@ def test_texts_are_embedded_as_if_each_was_alone(
 
 
 @pytest.mark.parametrize("wrong", [None, 3, b"dog", ["dog"], "\ud83d", "dog \udc00"])
-def test_what_is_no_text_is_told_with_its_number(
-    model: MiniClipModel, processor: MiniClipProcessor, wrong: Any
-) -> None:
-    embeddings, told = result_or_error(encode_texts, model, ["a dog", wrong], processor, progress=False)
-    assert embeddings is None and told.startswith("text 1: ")
+def test_wrong_text_error_has_its_number(model: MiniClipModel, processor: MiniClipProcessor, wrong: Any) -> None:
+    embeddings, message = result_or_error(encode_texts, model, ["a dog", wrong], processor, progress=False)
+    assert embeddings is None and message.startswith("text 1: ")
 
 
 @cases(20, 1000)

@@ -35,7 +35,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def test_a_new_folder_and_its_replacement_are_complete_and_leave_nothing_beside_them(tmp_path: Path, way: str) -> None:
+def test_replaced_folder_is_complete_and_leaves_nothing_else(tmp_path: Path, way: str) -> None:
     for text in ("first", "second"):
         with replaced_folder(tmp_path / "deep" / "export") as fresh:
             write(fresh, text)
@@ -44,7 +44,7 @@ def test_a_new_folder_and_its_replacement_are_complete_and_leave_nothing_beside_
         assert os.listdir(tmp_path / "deep") == ["export"]
 
 
-def test_the_former_folder_is_untouched_until_the_block_ends(tmp_path: Path) -> None:
+def test_former_folder_is_kept_until_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "export"
     write(target, "former")
     with replaced_folder(target) as fresh:
@@ -53,9 +53,7 @@ def test_the_former_folder_is_untouched_until_the_block_ends(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("n", range(len(NAMES)))
-def test_an_error_at_the_nth_file_leaves_the_former_folder_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
-) -> None:
+def test_error_at_any_file_keeps_the_former_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     target = tmp_path / "export"
     write(target, "former")
     written = []
@@ -82,9 +80,7 @@ def test_a_first_folder_that_fails_is_not_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_an_error_between_the_two_renames_puts_the_former_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_between_renames_restores_the_former_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_exchange", lambda first, second: False)
     target = tmp_path / "export"
     write(target, "former")
@@ -140,9 +136,7 @@ def die_at(target: Path, way: str, n: int) -> bool:
 
 
 @pytest.mark.parametrize("way", ["one exchange", "two renames"])
-def test_a_process_that_dies_at_any_moment_leaves_a_complete_folder_to_the_next_start(
-    tmp_path: Path, way: str
-) -> None:
+def test_killed_process_leaves_a_complete_folder(tmp_path: Path, way: str) -> None:
     if way == "one exchange" and not sys.platform.startswith("linux"):
         pytest.skip("only Linux exchanges two names")
     target = tmp_path / "export"
@@ -156,19 +150,17 @@ def test_a_process_that_dies_at_any_moment_leaves_a_complete_folder_to_the_next_
             assert target.exists(), "there is no moment without a folder"
         recover_folder(target)
         assert content(target) in (dict.fromkeys(NAMES, "former"), dict.fromkeys(NAMES, "new"))
-    assert deaths >= {"one exchange": 2, "two renames": 3}[way], "it died before, between and behind the changes"
+    assert deaths >= {"one exchange": 2, "two renames": 3}[way], "it died before, between and after the changes"
     assert content(target) == dict.fromkeys(NAMES, "new")
     assert os.listdir(tmp_path) == ["export"], "the next run clears away what the dead ones left"
 
 
-def test_recovering_a_folder_that_was_never_there_does_nothing(tmp_path: Path) -> None:
+def test_recovering_a_missing_folder_does_nothing(tmp_path: Path) -> None:
     recover_folder(tmp_path / "export")
     assert os.listdir(tmp_path) == []
 
 
-def test_everything_is_flushed_to_disk_before_a_name_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
+def test_files_are_flushed_before_a_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     target, fresh = tmp_path / "step-1", tmp_path / ".step-1.new"
     write(target, "former")
     write(fresh, "new")

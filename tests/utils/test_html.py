@@ -15,7 +15,7 @@ VOID = {"meta", "img"}
 
 
 class Reader(HTMLParser):
-    """Tags with their attributes, and the text of the page; open tags have to be closed in order."""
+    """Tags with their attributes, and the text of the page; tags must be closed in the right order."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -63,7 +63,7 @@ def test_hostile_text_stays_text(made: str) -> None:
         assert image["src"] == HOSTILE and image["alt"] == HOSTILE
 
 
-def test_a_thumbnail_is_a_small_jpeg_of_the_same_shape_without_metadata() -> None:
+def test_thumbnail_is_a_small_jpeg_without_metadata() -> None:
     image = Image.new("RGB", (600, 300), (200, 30, 40))
     image.info["comment"] = b"at home"
     address = thumbnail(image)

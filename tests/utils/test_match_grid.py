@@ -51,7 +51,7 @@ def test_grids_of_every_shape_are_drawn(tmp_path, count, found):
      "two\nlines", "é ü ж Ω", "$", "WWWW " * 60],
     ids=["dollars", "markup", "backslashes", "empty", "one_word", "long", "lines", "alphabets", "one_dollar", "wide"],
 )  # fmt: skip
-def test_captions_are_drawn_as_they_are_and_the_size_stays(tmp_path, query, plain_shapes):
+def test_captions_are_drawn_literally_at_fixed_size(tmp_path, query, plain_shapes):
     for count, plain in plain_shapes.items():
         draw_matches(tmp_path / "grid.png", rows_of(count, 3, query), query)
         pixels = picture(tmp_path / "grid.png")
@@ -96,7 +96,7 @@ def test_rows_with_unequal_numbers_of_images_are_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [[], [MatchRow("x", "", [])]])
-def test_nothing_to_draw_is_told(tmp_path, rows):
+def test_nothing_to_draw_raises(tmp_path, rows):
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_matches(tmp_path / "grid.png", rows)
     assert not (tmp_path / "grid.png").exists()
@@ -108,13 +108,13 @@ def test_the_callers_images_are_not_changed(tmp_path):
     assert image.size == (500, 400) and image.getpixel((9, 9)) == (255, 0, 0)
 
 
-def test_rows_show_the_best_images_the_score_and_the_rank_of_the_right_one():
+def test_rows_show_best_images_scores_and_rank():
     images = [Image.new("L", (1, 1), i) for i in range(5)]
     scores = torch.tensor([[0.1, 0.5, 0.3, 0.2, 0.4], [0.2, 0.9, 0.2, 0.1, 0.2]])
     rows = match_rows([(2, "a"), (4, "b")], scores, lambda i: images[i], top=3)
     assert [row.query for row in rows] == ["a", "b"]
     assert [image.getpixel((0, 0)) for image, *_ in rows[0].found] == [1, 4, 2]
     assert [found[1:] for found in rows[0].found] == [("0.50", False), ("0.40", False), ("0.30", True)]
-    # 0.3 is third; 0.2 is behind 0.9 and two equal ones, which count against it as in the metrics
+    # 0.3 is third; 0.2 comes after 0.9 and two equal scores, which count against it as in the metrics
     assert [row.remark for row in rows] == ["right image: rank 3 of 5", "right image: rank 4 of 5"]
     assert len(match_rows([(0, "a")], scores[:1], lambda i: images[i], top=99)[0].found) == 5

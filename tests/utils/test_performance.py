@@ -27,7 +27,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
 
 
 @torch.no_grad()
-def test_compiled_towers_give_the_same_and_serve_all_lengths(counter: CompileCounterWithBackend) -> None:
+def test_compiled_towers_serve_all_text_lengths(counter: CompileCounterWithBackend) -> None:
     model = tiny_model()
     pixels = torch.rand(3, 3, 32, 32)
     texts = [torch.randint(5, 200, (number, length)) for number, length in ((4, 7), (6, 9), (5, 12))]
@@ -43,7 +43,7 @@ def test_compiled_towers_give_the_same_and_serve_all_lengths(counter: CompileCou
 
 
 @pytest.mark.slow
-def test_a_run_with_compiled_towers_is_the_same_run(counter: CompileCounterWithBackend, tmp_path: Path) -> None:
+def test_run_with_compiled_towers_has_same_metrics(counter: CompileCounterWithBackend, tmp_path: Path) -> None:
     train_miniclip.main(flags(tmp_path, "plain", num_train_epochs=1))
     assert counter.frame_count == 0
     train_miniclip.main(flags(tmp_path, "compiled", num_train_epochs=1, compile_towers=True))
@@ -72,7 +72,7 @@ def test_tf32_is_for_gpus_alone() -> None:
         torch.set_float32_matmul_precision(before)
 
 
-def test_one_thread_computes_within_the_block_and_as_many_as_before_behind_it() -> None:
+def test_one_thread_restores_the_number_of_threads() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

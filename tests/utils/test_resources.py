@@ -17,7 +17,7 @@ from tests.helpers.runs import ROOT
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package as the wheel lays it out, beside another one of the same environment; the folder that holds both."""
+    """A package as a wheel installs it, next to another package; returns the folder that holds both."""
     package = tmp_path / "site-packages" / "modeling_miniclip"
     (package / "configuration" / "recipes").mkdir(parents=True)
     (package / "configuration" / "recipes" / "scenes.yaml").write_text("dataset: scenes\n")
@@ -30,13 +30,13 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return package.parent
 
 
-def test_a_checkout_has_its_data_files_beside_the_package() -> None:
+def test_checkout_has_data_files_next_to_package() -> None:
     assert packaged_file("model_card.md") == ROOT / "model_card.md"
     assert packaged_file("configuration", "recipes", "scenes.yaml") == ROOT / "configuration/recipes/scenes.yaml"
     assert packaged_file("configuration", "presets").is_dir()
 
 
-def test_an_installed_package_has_them_inside_and_ignores_folders_of_others(installed: Path) -> None:
+def test_installed_package_uses_its_own_data_files(installed: Path) -> None:
     inside = installed / "modeling_miniclip"
     assert packaged_file("model_card.md") == inside / "model_card.md"
     assert named_file("scenes", "recipes", ".yaml") == inside / "configuration/recipes/scenes.yaml"
@@ -44,7 +44,7 @@ def test_an_installed_package_has_them_inside_and_ignores_folders_of_others(inst
         named_file("foreign", "recipes", ".yaml")
 
 
-def test_a_missing_data_file_is_told_with_those_that_are_there() -> None:
+def test_missing_data_file_error_lists_available_files() -> None:
     with pytest.raises(UsageError, match=r"configuration/presets/no\.json .* available: .*scenes_tiny\.json"):
         packaged_file("configuration", "presets", "no.json")
     with pytest.raises(
@@ -65,22 +65,20 @@ def test_a_missing_data_file_is_told_with_those_that_are_there() -> None:
         ("configuration", "/etc/passwd"),
     ],
 )
-def test_no_name_leaves_the_folder_of_the_data_files(installed: Path, parts: tuple[str, ...]) -> None:
+def test_no_name_escapes_the_data_folder(installed: Path, parts: tuple[str, ...]) -> None:
     (installed / "modeling_miniclip" / "secret.txt").touch()
     with pytest.raises(UsageError, match="does not come with the package"):
         packaged_file(*parts)
 
 
-def test_a_link_out_of_the_folder_is_not_followed(installed: Path) -> None:
+def test_link_out_of_the_data_folder_raises(installed: Path) -> None:
     (installed / "modeling_miniclip" / "configuration" / "recipes" / "link.yaml").symlink_to("/etc/passwd")
     with pytest.raises(UsageError, match="link"):
         named_file("link", "recipes", ".yaml")
 
 
 @pytest.mark.parametrize("value", ["../scenes", "./scenes", "recipes/scenes", "scenes.yaml", "/scenes", "a/../scenes"])
-def test_something_like_a_path_is_a_file_or_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
-) -> None:
+def test_path_must_be_an_existing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=f"{value}: no such file"):
         named_file(value, "recipes", ".yaml")
@@ -92,7 +90,7 @@ def test_a_name_of_dots_is_no_file(value: str) -> None:
         named_file(value, "recipes", ".yaml")
 
 
-def test_a_file_of_ones_own_comes_before_a_packaged_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_file_takes_precedence_over_packaged_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert named_file("scenes", "recipes", ".yaml") == ROOT / "configuration/recipes/scenes.yaml"
     Path("scenes").mkdir()
@@ -102,7 +100,7 @@ def test_a_file_of_ones_own_comes_before_a_packaged_name(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_builds_of_another_place_and_time_are_the_same_bit_for_bit(tmp_path: Path) -> None:
+def test_builds_are_reproducible_bit_for_bit(tmp_path: Path) -> None:
     def build(source: Path, *options: str) -> dict[str, bytes]:
         target = tmp_path / f"dist of {source.name}"
         command = [sys.executable, "-m", "build", *options, "--no-isolation", "--outdir", str(target), str(source)]
@@ -124,7 +122,7 @@ def test_builds_of_another_place_and_time_are_the_same_bit_for_bit(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_code_and_data_files_and_no_folder_of_its_own_beside_the_package(tmp_path: Path) -> None:
+def test_wheel_has_code_and_data_files_only(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
