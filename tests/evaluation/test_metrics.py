@@ -3,6 +3,8 @@
 import math
 import socket
 import sys
+from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -29,7 +31,9 @@ def unit(rows: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def split_of(images: int, captions: int, seed: int = 0, noise: float = 0.7):
+def split_of(
+    images: int, captions: int, seed: int = 0, noise: float = 0.7
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Image embeddings, noisy caption embeddings, and for each caption the row of its image, in random order."""
     generator = torch.Generator().manual_seed(seed)
     image = unit(images, seed=seed)
@@ -49,7 +53,7 @@ SIMILARITY = torch.tensor([[0.9, 0.2, 0.6, 0.1, 0.4], [0.3, 0.8, 0.5, 0.4, 0.2],
 TEXT_IMAGE_ID = [0, 0, 1, 2, 2]
 
 
-def test_ranks_and_metrics_worked_by_hand():
+def test_ranks_and_metrics_worked_by_hand() -> None:
     ids, texts = torch.arange(3), torch.tensor(TEXT_IMAGE_ID)
     assert ranks(SIMILARITY.T, torch.eye(3), texts, ids).tolist() == [1, 3, 2, 1, 3]
     assert ranks(SIMILARITY, torch.eye(5), ids, texts).tolist() == [1, 2, 1]
@@ -66,7 +70,7 @@ def test_ranks_and_metrics_worked_by_hand():
     assert set(found) == set(METRIC_NAMES)
 
 
-def test_even_median_is_mean_of_middle_two():
+def test_even_median_is_mean_of_middle_two() -> None:
     # ranks of the four texts: 1, 1, 2, 4
     similarity = torch.tensor([[9.0, 0, 9, 4], [0, 9, 0, 5], [0, 0, 8, 6], [0, 0, 0, 3]])
     assert ranks(similarity.T, torch.eye(4), torch.arange(4), torch.arange(4)).tolist() == [1, 1, 2, 4]
@@ -91,7 +95,7 @@ def brute_force(image: np.ndarray, text: np.ndarray, text_image_id: np.ndarray) 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_metrics_equal_brute_force(seed):
+def test_metrics_equal_brute_force(seed: int) -> None:
     image, text, text_image_id = split_of(40, 3, seed)
     text_image_id[:7] = 5  # images differ in their number of captions
     text_image_id = torch.cat([text_image_id, torch.arange(40)])
@@ -101,7 +105,7 @@ def test_metrics_equal_brute_force(seed):
     assert 0 < found["text_to_image_R@1"] < found["text_to_image_R@10"] < 100
 
 
-def test_metrics_equal_brute_force_with_many_ties():
+def test_metrics_equal_brute_force_with_many_ties() -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(-1, 2, (30, 3), generator=generator).float()
     text = torch.randint(-1, 2, (90, 3), generator=generator).float()
@@ -116,7 +120,7 @@ def clip_benchmark(image: torch.Tensor, text: torch.Tensor, text_image_id: list[
     positive = torch.zeros_like(scores, dtype=bool)
     positive[torch.arange(len(scores)), text_image_id] = True
 
-    def recall(scores, positive):
+    def recall(scores: torch.Tensor, positive: torch.Tensor) -> float:
         top = torch.topk(scores, min(k, scores.shape[1]), dim=1).indices
         hits = torch.zeros_like(scores).scatter_(1, top, 1.0).bool() & positive  # [queries, keys]
         return 100 * (hits.sum(dim=1) > 0).float().mean().item()
@@ -124,7 +128,7 @@ def clip_benchmark(image: torch.Tensor, text: torch.Tensor, text_image_id: list[
     return recall(scores, positive), recall(scores.T, positive.T)
 
 
-def test_recall_matches_clip_benchmark():
+def test_recall_matches_clip_benchmark() -> None:
     image, text, text_image_id = split_of(60, 5)
     found = retrieval_metrics(image, text, text_image_id)
     for k in RECALL_AT:
@@ -133,19 +137,19 @@ def test_recall_matches_clip_benchmark():
 
 
 @pytest.mark.parametrize("value", [0.25, math.nan, math.inf])
-def test_equal_or_nan_embeddings_get_no_credit(value):
+def test_equal_or_nan_embeddings_get_no_credit(value: float) -> None:
     image, text = torch.full((50, 8), value), torch.full((250, 8), value)
     found = retrieval_metrics(image, text, torch.arange(50).repeat(5))
     assert found["rsum"] == 0
     assert found["text_to_image_median_rank"] == 50 and found["image_to_text_median_rank"] == 246
 
 
-def test_single_image_and_text_are_found():
+def test_single_image_and_text_are_found() -> None:
     assert retrieval_metrics(unit(1), unit(1))["rsum"] == 600
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])
-def test_block_size_does_not_change_metrics(monkeypatch, block):
+def test_block_size_does_not_change_metrics(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     # whole numbers, so that similarities do not depend on the order of summation
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(-3, 4, (50, 6), generator=generator).float()
@@ -156,7 +160,7 @@ def test_block_size_does_not_change_metrics(monkeypatch, block):
     assert retrieval_metrics(image, text, text_image_id) == whole
 
 
-def test_row_order_does_not_matter():
+def test_row_order_does_not_matter() -> None:
     image, text, text_image_id = split_of(30, 2)
     order, image_order = torch.randperm(60), torch.randperm(30)
     place = image_order.argsort()  # new row of each image
@@ -177,7 +181,7 @@ def test_row_order_does_not_matter():
         ((4,), (4,), None, r"\[images, dim\]"),
     ],
 )
-def test_mismatched_embeddings_are_rejected(images, texts, text_image_id, message):
+def test_mismatched_embeddings_are_rejected(images: Any, texts: Any, text_image_id: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(torch.zeros(images), torch.zeros(texts), text_image_id)
 
@@ -187,7 +191,7 @@ def test_mismatched_embeddings_are_rejected(images, texts, text_image_id, messag
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("block", [1, 13, 1024])
-def test_dataset_loss_does_not_depend_on_blocks(monkeypatch, block, loss_type):
+def test_dataset_loss_does_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch, block: int, loss_type: str) -> None:
     image, text, text_image_id = split_of(40, 3)
     arguments = (20.0, torch.arange(40), text_image_id, loss_type, -7.0)
     expected = symmetric_contrastive_loss(image.double(), text.double(), *arguments).item()
@@ -195,13 +199,13 @@ def test_dataset_loss_does_not_depend_on_blocks(monkeypatch, block, loss_type):
     assert dataset_loss(image, text, 20.0, text_image_id, loss_type, -7.0) == pytest.approx(expected, rel=1e-6)
 
 
-def test_loss_of_equal_embeddings_is_log_of_candidates():
+def test_loss_of_equal_embeddings_is_log_of_candidates() -> None:
     image, text = torch.ones(8, 4) / 2, torch.ones(24, 4) / 2
     loss = dataset_loss(image, text, 50.0, torch.arange(8).repeat(3))
     assert loss == pytest.approx(math.log(8), rel=1e-6)
 
 
-def test_validation_metrics_are_loss_and_retrieval():
+def test_validation_metrics_are_loss_and_retrieval() -> None:
     image, text, text_image_id = split_of(12, 2)
     found = validation_metrics(image, text, text_image_id, 10.0, "sigmoid", -5.0)
     assert list(found) == ["loss", *retrieval_metrics(image, text, text_image_id)]
@@ -213,7 +217,7 @@ def test_validation_metrics_are_loss_and_retrieval():
     [("loss", True), ("rsum", False)]
     + [(name, name.endswith("median_rank")) for name in METRIC_NAMES if name != "rsum"],
 )
-def test_is_better_knows_each_direction(name, smaller_is_better):
+def test_is_better_knows_each_direction(name: str, smaller_is_better: bool) -> None:
     assert is_better(name, 1.0, 2.0) is smaller_is_better
     assert is_better(name, 2.0, 1.0) is not smaller_is_better
     assert not is_better(name, 1.0, 1.0) and not is_better(name, math.nan, 1.0)
@@ -223,11 +227,11 @@ def test_is_better_knows_each_direction(name, smaller_is_better):
 
 
 @pytest.fixture
-def metric(tmp_path):
+def metric(tmp_path: Path) -> RetrievalMetric:
     return RetrievalMetric(cache_dir=str(tmp_path))
 
 
-def ragged(seed: int = 0):
+def ragged(seed: int = 0) -> tuple[list, list, dict[str, float]]:
     """Predictions and references of four images with 2, 1, 3 and 2 captions, and the expected result."""
     image, text = unit(4, seed=seed), unit(8, seed=seed + 1)
     text_image_id = [0, 0, 1, 2, 2, 2, 3, 3]
@@ -235,12 +239,12 @@ def ragged(seed: int = 0):
     return image.tolist(), references, retrieval_metrics(image, text, text_image_id)
 
 
-def test_metric_accepts_any_number_of_captions(metric):
+def test_metric_accepts_any_number_of_captions(metric: RetrievalMetric) -> None:
     predictions, references, expected = ragged()
     assert metric.compute(predictions=predictions, references=references) == pytest.approx(expected)
 
 
-def test_metric_accumulates_images_and_batches(metric):
+def test_metric_accumulates_images_and_batches(metric: RetrievalMetric) -> None:
     predictions, references, expected = ragged()
     metric.add(prediction=predictions[0], reference=references[0])
     metric.add_batch(predictions=predictions[1:], references=references[1:])
@@ -259,12 +263,14 @@ def test_metric_accumulates_images_and_batches(metric):
         ([[1.0, 0.0]], [[[1.0, 0.0, 0.0]]], r"\(1, 2\).*\(1, 3\)"),
     ],
 )
-def test_metric_rejects_mismatched_input(metric, predictions, references, message):
+def test_metric_rejects_mismatched_input(
+    metric: RetrievalMetric, predictions: list, references: list, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         metric.compute(predictions=predictions, references=references)
 
 
-def test_metric_loads_from_its_path_offline(tmp_path, monkeypatch):
+def test_metric_loads_from_its_path_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predictions, references, expected = ragged()
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])  # evaluate adds the folder of its copies

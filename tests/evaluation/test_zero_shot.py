@@ -1,6 +1,7 @@
 """Zero-shot classification: class embeddings, scores, accuracy and errors."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from PIL import Image
 
 from modeling_miniclip import (
     DataError,
+    MiniClipModel,
+    MiniClipProcessor,
     UsageError,
     classify,
     encode_images,
@@ -23,13 +26,13 @@ NAMES = ["red dog", "boat", "yellow ball", "rock", "child", "lake", "beach"]
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> MiniClipModel:
     torch.manual_seed(0)
     return tiny_model(text_pooling="mean")
 
 
 @pytest.fixture(scope="module")
-def processor():
+def processor() -> MiniClipProcessor:
     return tiny_processor()
 
 
@@ -47,7 +50,7 @@ def axes(count: int, dim: int = 16) -> torch.Tensor:
 class Embeds(torch.nn.Module):
     """Stand-in for a model that embeds vectors as themselves, with temperature 1/10."""
 
-    def __init__(self, dim: int = 16):
+    def __init__(self, dim: int = 16) -> None:
         super().__init__()
         self.config = type("Config", (), {"projection_dim": dim, "name_or_path": ""})
         self.device = torch.device("cpu")
@@ -57,7 +60,7 @@ class Embeds(torch.nn.Module):
 
 
 @pytest.fixture
-def given_embeddings(monkeypatch):
+def given_embeddings(monkeypatch: pytest.MonkeyPatch) -> Embeds:
     """A stand-in model, and `encode_images` that returns the images as embeddings."""
     monkeypatch.setattr(
         "modeling_miniclip.evaluation.zero_shot.encode_images", lambda model, images, *rest: torch.stack([*images])
@@ -69,7 +72,9 @@ def given_embeddings(monkeypatch):
 
 
 @pytest.mark.parametrize("templates", PROMPT_TEMPLATES)
-def test_class_is_normalised_mean_of_its_sentences(model, processor, templates):
+def test_class_is_normalised_mean_of_its_sentences(
+    model: MiniClipModel, processor: MiniClipProcessor, templates: Any
+) -> None:
     weights = zero_shot_weights(model, NAMES, templates, processor)
     assert weights.shape == (7, 16) and weights.dtype == torch.float32
     for name, found in zip(NAMES, weights.double().numpy(), strict=True):
@@ -82,28 +87,28 @@ def test_class_is_normalised_mean_of_its_sentences(model, processor, templates):
         np.testing.assert_allclose(found, total / np.linalg.norm(total), atol=1e-5)
 
 
-def test_one_template_gives_plain_text_embeddings(model, processor):
+def test_one_template_gives_plain_text_embeddings(model: MiniClipModel, processor: MiniClipProcessor) -> None:
     plain = encode_texts(model, [f"a photo of a {name}." for name in NAMES], processor, progress=False)
     for templates in ("photo", "a photo of a {}.", ["a photo of a {}."], ("a photo of a {}.",) * 3):
         found = zero_shot_weights(model, NAMES, templates, processor, batch_size=3)
         torch.testing.assert_close(found, plain, atol=1e-6, rtol=0)
 
 
-def test_rows_follow_classes_whatever_the_template_order(model, processor):
+def test_rows_follow_classes_whatever_the_template_order(model: MiniClipModel, processor: MiniClipProcessor) -> None:
     weights = zero_shot_weights(model, NAMES, "ensemble", processor)
     turned = zero_shot_weights(model, NAMES[::-1], PROMPT_TEMPLATES["ensemble"][::-1], processor)
     torch.testing.assert_close(turned, weights.flip(0), atol=1e-6, rtol=0)
     assert not torch.allclose(weights, zero_shot_weights(model, NAMES, "photo", processor), atol=1e-3)
 
 
-def test_built_in_templates_are_valid_and_distinct():
+def test_built_in_templates_are_valid_and_distinct() -> None:
     for name, sentences in PROMPT_TEMPLATES.items():
         assert len(sentences) == len(set(sentences)) >= 1, name
         assert all(sentence.count("{}") == 1 and sentence.format("dog") for sentence in sentences)
     assert len(PROMPT_TEMPLATES["ensemble"]) > 3
 
 
-def test_braces_in_a_class_name_stay(model, processor):
+def test_braces_in_a_class_name_stay(model: MiniClipModel, processor: MiniClipProcessor) -> None:
     found = zero_shot_weights(model, ["{x}", "b{}"], "a {}", processor)
     assert torch.equal(found, zero_shot_weights(model, ["a {x}", "a b{}"], "{}", processor))
 
@@ -111,7 +116,9 @@ def test_braces_in_a_class_name_stay(model, processor):
 # --- classify -------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_sorted_softmax_over_all_classes(model, processor, images):
+def test_scores_are_sorted_softmax_over_all_classes(
+    model: MiniClipModel, processor: MiniClipProcessor, images: list[Image.Image]
+) -> None:
     with torch.no_grad():
         inputs = processor(images=images, text=[f"a photo of a {n}." for n in NAMES], return_tensors="pt")
         expected = model(**inputs).logits_per_image.softmax(dim=-1).numpy()
@@ -128,7 +135,7 @@ def test_scores_are_sorted_softmax_over_all_classes(model, processor, images):
     assert {len(row) for row in classify(model, images[:2], NAMES, processor=processor)} == {5}
 
 
-def test_scores_worked_by_hand(given_embeddings):
+def test_scores_worked_by_hand(given_embeddings: Embeds) -> None:
     # cosines 0.6, 0.8 and 0 times the inverse temperature 10: exp(6), exp(8), exp(0)
     image = 0.6 * axes(3)[0] + 0.8 * axes(3)[1]
     found = classify(given_embeddings, [image], ["a", "b", "c"], weights=axes(3))
@@ -137,20 +144,22 @@ def test_scores_worked_by_hand(given_embeddings):
     assert [item["score"] for item in found[0]] == pytest.approx([math.exp(8) / total, math.exp(6) / total, 1 / total])
 
 
-def test_weights_can_be_reused(model, processor, images, monkeypatch):
+def test_weights_can_be_reused(
+    model: MiniClipModel, processor: MiniClipProcessor, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = zero_shot_weights(model, NAMES, "ensemble", processor)
     expected = classify(model, images, NAMES, "ensemble", processor=processor)
     monkeypatch.setattr("modeling_miniclip.evaluation.zero_shot.encode_texts", None)
     assert classify(model, images, NAMES, weights=weights, processor=processor) == expected
 
 
-def test_ties_keep_the_class_order(given_embeddings):
+def test_ties_keep_the_class_order(given_embeddings: Embeds) -> None:
     names = [f"class {i}" for i in range(40)]
     found = classify(given_embeddings, [axes(1)[0]], names, weights=axes(1).expand(40, 16), top_k=40)
     assert [item["label"] for item in found[0]] == names
 
 
-def test_model_stays_in_its_mode(processor, images):
+def test_model_stays_in_its_mode(processor: MiniClipProcessor, images: list[Image.Image]) -> None:
     model = tiny_model(projection_depth=2, projection_dropout=0.5).train()
     first = classify(model, images, NAMES, processor=processor)
     assert first == classify(model, images, NAMES, processor=processor)
@@ -160,7 +169,7 @@ def test_model_stays_in_its_mode(processor, images):
 # --- accuracy -------------------------------------------------------------------------------------------------------
 
 
-def test_accuracy_worked_by_hand(given_embeddings):
+def test_accuracy_worked_by_hand(given_embeddings: Embeds) -> None:
     names = list("abcdefg")
     # similarity to class i falls with i: a is first, g is seventh
     image = torch.linspace(1, 0.1, 16)
@@ -174,7 +183,9 @@ def test_accuracy_worked_by_hand(given_embeddings):
     assert other == pytest.approx({"top-2": 37.5, "top-6": 87.5})
 
 
-def test_accuracy_equals_counting_ranks(model, processor, images):
+def test_accuracy_equals_counting_ranks(
+    model: MiniClipModel, processor: MiniClipProcessor, images: list[Image.Image]
+) -> None:
     rng = np.random.default_rng(1)
     labels = [NAMES[i] for i in rng.integers(0, 7, len(images))]
     found = zero_shot_accuracy(model, images, labels, NAMES, "photo", processor=processor, progress=False)
@@ -184,7 +195,7 @@ def test_accuracy_equals_counting_ranks(model, processor, images):
     assert found == pytest.approx(expected) and 0 < found["top-5"] < 100
 
 
-def test_ties_and_nan_count_against_the_model(given_embeddings):
+def test_ties_and_nan_count_against_the_model(given_embeddings: Embeds) -> None:
     names = list("abcdefg")
     alike = axes(1).expand(7, 16)  # all classes are equal
     assert zero_shot_accuracy(given_embeddings, [axes(1)[0]] * 3, [0, 3, 6], names, weights=alike) == {
@@ -199,13 +210,15 @@ def test_ties_and_nan_count_against_the_model(given_embeddings):
 
 
 @pytest.mark.parametrize(("classes", "keys"), [(2, ["top-1"]), (5, ["top-1"]), (6, ["top-1", "top-5"])])
-def test_top_5_needs_more_than_five_classes(given_embeddings, classes, keys):
+def test_top_5_needs_more_than_five_classes(given_embeddings: Embeds, classes: int, keys: list[str]) -> None:
     names = [f"class {i}" for i in range(classes)]
     found = zero_shot_accuracy(given_embeddings, [axes(1)[0]], [0], names, weights=axes(classes))
     assert list(found) == keys and set(found.values()) == {100.0}
 
 
-def test_data_set_split_gives_images_and_labels(model, processor, images):
+def test_data_set_split_gives_images_and_labels(
+    model: MiniClipModel, processor: MiniClipProcessor, images: list[Image.Image]
+) -> None:
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
 
@@ -230,7 +243,7 @@ def test_data_set_split_gives_images_and_labels(model, processor, images):
         (["dog", "cat", "dog"], "'dog' more than once"),
     ],
 )
-def test_bad_class_names_fail_before_encoding(model, class_names, message):
+def test_bad_class_names_fail_before_encoding(model: MiniClipModel, class_names: Any, message: str) -> None:
     for call in (
         lambda: zero_shot_weights(model, class_names),  # without a processor nothing can be encoded
         lambda: classify(model, ["no.png"], class_names),
@@ -253,7 +266,7 @@ def test_bad_class_names_fail_before_encoding(model, class_names, message):
         ([], "templates is empty"),
     ],
 )
-def test_bad_templates_are_rejected(model, templates, message):
+def test_bad_templates_are_rejected(model: MiniClipModel, templates: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         zero_shot_weights(model, NAMES, templates)
     with pytest.raises(UsageError, match=message):
@@ -275,13 +288,17 @@ def test_bad_templates_are_rejected(model, templates, message):
         ({"weights": axes(6, 9)}, UsageError, r"\(6, 9\).*zero_shot_weights"),
     ],
 )
-def test_accuracy_rejects_bad_arguments(given_embeddings, arguments, error, message):
+def test_accuracy_rejects_bad_arguments(
+    given_embeddings: Embeds, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     given = {"images": list(axes(2)), "labels": ["a", "b"], "class_names": list("abcdef"), "weights": axes(6)}
     with pytest.raises(error, match=message):
         zero_shot_accuracy(given_embeddings, **(given | arguments))
 
 
-def test_classify_rejects_bad_arguments(model, processor, images):
+def test_classify_rejects_bad_arguments(
+    model: MiniClipModel, processor: MiniClipProcessor, images: list[Image.Image]
+) -> None:
     with pytest.raises(UsageError, match="top_k must be at least 1, not 0"):
         classify(model, images, NAMES, processor=processor, top_k=0)
     with pytest.raises(DataError, match=r"no\.png"):
@@ -290,7 +307,9 @@ def test_classify_rejects_bad_arguments(model, processor, images):
         classify(model, images, NAMES)
 
 
-def test_classify_embeds_images_like_encode_images(model, processor, images):
+def test_classify_embeds_images_like_encode_images(
+    model: MiniClipModel, processor: MiniClipProcessor, images: list[Image.Image]
+) -> None:
     weights = torch.nn.functional.normalize(encode_images(model, images, processor, progress=False)[:7], dim=-1)
     found = classify(model, images[:7], NAMES, weights=weights, top_k=1, processor=processor)
     assert [row[0]["label"] for row in found] == NAMES  # each image is most similar to itself
