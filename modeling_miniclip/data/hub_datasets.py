@@ -26,7 +26,12 @@ def load_from_hub(
     revision: str | None,
     stream_first_rows: int | None,
 ) -> "DatasetDict":
-    """Load a dataset by its name on the Hub; arguments as of `load_captions`.
+    """Load a dataset by its name on the Hub.
+
+    Args:
+        name: name of the dataset.
+        columns: columns to look for.
+        validation_fraction, seed, revision, stream_first_rows: as in `load_captions`.
 
     Raises:
         DataError: the dataset cannot be loaded, or has no usable images and captions.
@@ -44,7 +49,7 @@ def load_from_hub(
         if "script" in reason:  # datasets has no separate error class for this
             reason += '; the Hub keeps most such datasets as files too: revision="refs/convert/parquet"'
         raise DataError(f"{name!r} is neither a local file or folder nor a dataset on the Hub: {reason}") from error
-    return _one_row_per_image(raw, name, columns, validation_fraction, seed)
+    return one_row_per_image(raw, name, columns, validation_fraction, seed)
 
 
 def _first_rows(streamed: "IterableDatasetDict", count: int) -> "DatasetDict":
@@ -61,10 +66,19 @@ def _first_rows(streamed: "IterableDatasetDict", count: int) -> "DatasetDict":
     return taken
 
 
-def _one_row_per_image(
+def one_row_per_image(
     raw: "DatasetDict", name: str, columns: ColumnNames, validation_fraction: float, seed: int
 ) -> "DatasetDict":
-    """Group the captions of each image, and sort the rows into the usual splits."""
+    """Group the captions of each image, and sort the rows into the usual splits.
+
+    Args:
+        raw: splits of the dataset as they are on the Hub.
+        name: name of the dataset, for errors.
+        columns, validation_fraction, seed: as in [`load_from_hub`].
+
+    Raises:
+        DataError: a column, an image or a caption is missing, an image is in two splits, or there is no train split.
+    """
     from datasets import DatasetDict, concatenate_datasets
 
     parts: dict[str, list[Dataset]] = {}

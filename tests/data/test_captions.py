@@ -85,11 +85,11 @@ def test_csv_without_id_and_with_other_column_names(two):
         ("blank_lines.csv", "image,caption\n\na.png,one\n\nb.png,two\n"),
     ],
 )
-def test_line_ends_bom_tabs_and_whitespace_do_not_matter(two, name, text):
+def test_line_ends_tabs_and_whitespace_do_not_matter(two, name, text):
     assert captions_by_id(load_captions(two(text, name))) == {"a.png": ["one"], "b.png": ["two"]}
 
 
-def test_quoted_captions_keep_commas_quotation_marks_and_line_ends(two):
+def test_quoted_captions_keep_their_punctuation(two):
     text = 'image,caption\na.png,"red, green\nand ""blue"""\nb.png,a 5" disc\n'
     assert captions_by_id(load_captions(two(text))) == {"a.png": ['red, green\nand "blue"'], "b.png": ['a 5" disc']}
 
@@ -101,7 +101,7 @@ def test_spellings_of_a_path_are_one_image(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["Images", "images", ".", "Flicker8k_Dataset"])
-def test_images_are_found_next_to_the_file_or_in_image_dir(tmp_path, place):
+def test_images_are_found_near_the_caption_file(tmp_path, place):
     text = "image,caption\na.png,one\nb.png,two\n"
     save_images(tmp_path / place, "a.png", "b.png")
     assert len(captions_by_id(load_captions(write(tmp_path / "c.csv", text)))) == 2
@@ -134,6 +134,7 @@ BAD_FILES = {
     "open_quotation_mark": ('image,caption\na.png,"one\nb.png,two\n', ["row 2", "quotation mark"]),
     "windows_line_ends": ("image,caption\r\na.png,one\r\nb.png,\r\n", ["row 3", "'caption'"]),
     "not_utf8": ("image,caption\r\na.png,one\r\nb.png,caf\u00e9\n".encode("latin-1"), ["row 3", "0xe9", "UTF-8"]),
+    "token_without_tab": ("a.png#0\tone\n\nb.png two\n", ["row 3", "name#number", "b.png two"]),
     "utf16": ("image,caption\na.png,one\n".encode("utf-16"), ["row 1", "UTF-8"]),
 }
 
@@ -353,6 +354,13 @@ def test_an_error_in_metadata_names_row_and_column(tmp_path, file, text, expecte
         load_captions(tmp_path)
     for part in expected:
         assert part in str(error.value), f"{part!r} is not in {error.value}"
+
+
+def test_an_imagefolder_needs_training_images(tmp_path):
+    save_images(tmp_path, "val/a.png", "test/b.png")
+    write(tmp_path / "metadata.csv", "file_name,text\nval/a.png,one\ntest/b.png,two\n")
+    with pytest.raises(DataError, match="images in validation, test but none in train"):
+        load_captions(tmp_path)
 
 
 def test_an_image_in_two_metadata_files_is_an_error(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from modeling_miniclip import UsageError, load_captions
+from modeling_miniclip import MiniClipError, ModelError, UsageError, load_captions
 from modeling_miniclip.cli import cli
+from modeling_miniclip.data import near_duplicates
 from modeling_miniclip.data.check import CHECKS, check, expected_false_negatives, quick_check
 from modeling_miniclip.data.near_duplicates import inspect_image
 from modeling_miniclip.data.problems import KINDS
+from modeling_miniclip.data.scenes import build_scenes
 
 NAMES = [f"{i}.png" for i in range(40)]
 
@@ -216,6 +219,46 @@ def test_the_terminal_gets_no_control_characters(good: Path, capsys: pytest.Capt
     assert cli(["check", str(good), "--quick"]) == 1
     output = capsys.readouterr().out
     assert "\\x1b[31mred\\u202e.png" in output and not any(c in output for c in "\x1b\u202e")
+
+
+def test_the_text_report_shows_a_limited_number_of_problems(good: Path) -> None:
+    for i in range(3):
+        append(good, f"none{i}.png,words")
+    report = check(str(good), decode=False)
+    lines = report.as_text(1).split("\n")
+    assert [line.count("none") for line in lines[:2]] == [1, 0]
+    assert lines[1] == f"... and 2 more {KINDS['missing']} (--json lists them)"
+    assert report.as_text(None).count("none") == 3
+
+
+def test_truncated_captions_are_counted(good: Path, tiny_towers: tuple[Path, Path]) -> None:
+    append(good, "0.png," + "dog " * 99)
+    append(good, "0.png,dog")
+    figures = check(str(good), decode=False, tokenizer=str(tiny_towers[1])).figures
+    assert figures["captions_cut_to_24_tokens"] == 1
+    with pytest.raises(ModelError, match="--tokenizer .*Images: no text tower"):
+        check(str(good), decode=False, tokenizer=str(good.parent / "Images"))
+
+
+def test_the_built_in_scenes_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build_scenes, "__defaults__", (40, 12, 32, 0))
+    report = check("scenes", num_workers=0)
+    assert report.problems == []
+    assert report.figures["images_in_train"] == 40 and report.figures["captions"] == 52 * 5
+    with pytest.raises(UsageError, match="--fix: scenes is not a local"):
+        check("scenes", decode=False, fix=str(tmp_path / "fixed.csv"))
+    with pytest.raises(UsageError, match="--batch_size must be at least 1"):
+        check("scenes", batch_size=0)
+
+
+def die(content: object) -> None:
+    os._exit(1)
+
+
+def test_a_dead_decoder_process_is_explained(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "inspect_image", die)
+    with pytest.raises(MiniClipError, match="a process that decodes images died.*--num_workers 0"):
+        check(str(good), num_workers=1)
 
 
 def test_expected_false_negatives_match_drawn_batches() -> None:

@@ -7,7 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as Pillow
 
+from modeling_miniclip import DataError
+from modeling_miniclip.data.caption_files import ColumnNames
+from modeling_miniclip.data.hub_datasets import one_row_per_image
 from tests.helpers.hubs import local_hub
 from tests.helpers.runs import ROOT
 
@@ -183,3 +188,44 @@ def test_rows_with_the_same_picture_are_grouped(from_hub):
 def test_an_error_in_a_hub_dataset_names_split_and_row(from_hub, name, expected):
     for part in expected:
         assert part in from_hub[name], f"{part!r} is not in {from_hub[name]}"
+
+
+# --- without a Hub --------------------------------------------------------------------------------------------------
+
+
+def dataset(shades: list[int | None], *more_images: str) -> Dataset:
+    """One-colour images, or no image for None, each with a caption; more image columns have the same images."""
+    images = [None if shade is None else Pillow.new("RGB", (4, 4), (shade, 0, 0)) for shade in shades]
+    columns = ("image", *more_images)
+    features = Features({"caption": Value("string"), **dict.fromkeys(columns, Image())})
+    return Dataset.from_dict({"caption": ["x"] * len(shades), **dict.fromkeys(columns, images)}, features=features)
+
+
+@pytest.mark.parametrize(
+    ("splits", "columns", "message"),
+    [
+        ({"a": dataset([1]), "b": dataset([2])}, ColumnNames(), "^set: no train split among a, b"),
+        ({"train": dataset([1, 2, None])}, ColumnNames(), "^set, split train, row 2, column 'image': no image"),
+        (
+            {"train": dataset([1], "crop")},
+            ColumnNames(image="photo"),
+            r"'photo', found image columns \['image', 'crop'\]",
+        ),
+    ],
+)
+def test_unusable_hub_datasets_are_errors(splits, columns, message):
+    with pytest.raises(DataError, match=message) as caught:
+        one_row_per_image(DatasetDict(splits), "set", columns, 0.5, 0)
+    assert caught.value.problem is not None
+
+
+def test_other_splits_of_the_hub_are_left_out():
+    splits = DatasetDict(train=dataset([1, 2]), dev=dataset([3]), extra=dataset([4, 5, 6]))
+    with pytest.warns(UserWarning, match="set: left out 3 images that are in none of train, validation, test"):
+        result = one_row_per_image(splits, "set", ColumnNames(), 0.5, 0)
+    assert {name: len(rows) for name, rows in result.items()} == {"train": 2, "validation": 1}
+
+
+def test_a_single_split_of_the_hub_is_divided():
+    result = one_row_per_image(DatasetDict(test=dataset([1, 2, 3, 4])), "set", ColumnNames(), 0.25, 0)
+    assert {name: len(rows) for name, rows in result.items()} == {"train": 3, "validation": 1}

@@ -400,6 +400,11 @@ def test_a_dead_loader_process_is_reported_with_a_cause(fail: Callable[[], Any],
         list(BatchLoader(FailingRows(fail), [[(0, 1)]], 1))
 
 
+def test_other_runtime_errors_are_not_explained() -> None:
+    with pytest.raises(RuntimeError, match="^mat1 and mat2$"), readable_worker_errors():
+        raise RuntimeError("mat1 and mat2")
+
+
 def test_lack_of_memory_in_the_trainer_is_explained() -> None:
     with pytest.raises(MiniClipError, match="not enough memory to load an image"):
         list(BatchLoader(FailingRows(fail_with(MemoryError())), [[(0, 1)]], 0))
