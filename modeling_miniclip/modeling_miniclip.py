@@ -423,7 +423,7 @@ class MiniClipModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False, so that transformers treats this model as one of its own.
+        """False, so that transformers treats this model like a built-in one.
 
         In custom code that initialises weights in place, it skips modules without direct weights. With them it would
         skip ModernBERT's rule for layers that a checkpoint lacks.

@@ -43,7 +43,7 @@ def read_environment_again() -> None:
     hf_api.api.endpoint = constants.ENDPOINT
     modules = os.environ.get("HF_MODULES_CACHE", os.path.join(constants.HF_HOME, "modules"))
     for module in (utils, utils.hub, dynamic_module_utils):
-        module.HF_MODULES_CACHE = modules  # type: ignore[attr-defined]
+        module.HF_MODULES_CACHE = modules
 
 
 def run_code(request: dict[str, Any]) -> int:

@@ -26,6 +26,15 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     torch._dynamo.reset()
 
 
+def test_each_tower_is_compiled_and_text_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[torch.nn.Module, dict[str, bool]]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: calls.append((module, options)))
+    vision, text = torch.nn.Identity(), torch.nn.Identity()
+    compile_towers(vision, text)
+    assert calls == [(vision, {}), (text, {"dynamic": True})]
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_towers_serve_all_text_lengths(counter: CompileCounterWithBackend) -> None:
     model = tiny_model()
