@@ -2,10 +2,10 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from modeling_miniclip import MiniClipModel, MiniClipProcessor, UsageError, encode_images, encode_texts
+from modeling_miniclip import MiniClipError, MiniClipModel, MiniClipProcessor, UsageError, encode_images, encode_texts
 from modeling_miniclip.data.captions import load_captions
 from modeling_miniclip.evaluation.metrics import METRIC_NAMES, validation_metrics
+from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.parsing import parse_arguments
-from tests.helpers.runs import ROOT, assert_same_log, command, environment, flags, launch, metrics_of
+from tests.helpers.forks import train_in_processes
+from tests.helpers.runs import ROOT, assert_same_log, environment, flags, launch, metrics_of
 from tests.helpers.towers import PIXELS
-from train_miniclip import main, prepare
+from train_miniclip import cli, main, prepare
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
@@ -37,15 +39,22 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def test_run_leaves_a_model_that_measures_what_its_log_and_card_say(tmp_path: Path) -> None:
-    argv = flags(tmp_path, num_workers=2)
-    export = main(argv)
-    run = tmp_path / "run"
-    assert export == run / "export"
-    assert {path.name for path in run.iterdir()} >= {
+def copy_run(tiny_run: Path, folder: Path, output_dir: str = "run") -> Path:
+    """A copy of the shared run, of two epochs, that may be changed. Returns its folder."""
+    return Path(shutil.copytree(tiny_run, folder / output_dir))
+
+
+def without_times(output_dir: Path) -> list[dict[str, Any]]:
+    noise = {"seconds", "pairs_per_second"}
+    return [{k: v for k, v in line.items() if k not in noise} for line in metrics_of(output_dir)]
+
+
+def test_exported_model_has_the_metrics_of_log_and_card(tiny_run: Path) -> None:
+    export = tiny_run / "export"
+    assert {path.name for path in tiny_run.iterdir()} >= {
         "arguments.yaml", "checkpoints", "curves.png", "export", "metrics.jsonl", "retrieval.png"
     }  # fmt: skip
-    lines = metrics_of(run)
+    lines = metrics_of(tiny_run)
     assert [list(line)[:4] for line in lines] == [["step", "epoch", "split", "loss"]] * len(lines)
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4, 5, 6]
     validations = [line for line in lines if line["split"] == "validation"]
@@ -54,7 +63,7 @@ def test_run_leaves_a_model_that_measures_what_its_log_and_card_say(tmp_path: Pa
     best = min(validations, key=lambda line: line["loss"])
 
     model, processor = MiniClipModel.from_pretrained(export), MiniClipProcessor.from_pretrained(export)
-    split = load_captions(tmp_path / "scenes" / "captions.csv", validation_fraction=0.2)["validation"]
+    split = load_captions(tiny_run.parent / "scenes" / "captions.csv", validation_fraction=0.2)["validation"]
     images = encode_images(model, split, processor, progress=False)
     texts = encode_texts(model, [text for row in split["captions"] for text in row], processor, progress=False)
     owner = torch.arange(len(split)).repeat_interleave(5)
@@ -62,35 +71,28 @@ def test_run_leaves_a_model_that_measures_what_its_log_and_card_say(tmp_path: Pa
     assert metrics["loss"] == pytest.approx(best["loss"], rel=1e-4)
     card = (export / "README.md").read_text()
     assert f"{best['loss']:.4f} nats" in card and f"{best['rsum']:.1f}" in card
-    assert str(tmp_path) not in card
+    assert str(tiny_run.parent) not in card
     for name in ("curves.png", "retrieval.png"):
-        with Image.open(run / name) as picture:
+        with Image.open(tiny_run / name) as picture:
             assert min(picture.size) > 300
 
 
-def test_saved_arguments_are_a_recipe_that_repeats_the_run(tmp_path: Path) -> None:
-    main(flags(tmp_path, num_train_epochs=1))
-    recipe = tmp_path / "run" / "arguments.yaml"
+def test_saved_arguments_repeat_the_run_with_loader_workers(tiny_run: Path, tmp_path: Path) -> None:
+    recipe = tiny_run / "arguments.yaml"
     assert yaml.safe_load(recipe.read_text())["batch_size"] == 8
-    main([f"--recipe={recipe}", f"--output_dir={tmp_path / 'again'}"])
-    assert_same(weights(tmp_path / "run"), weights(tmp_path / "again"))
+    main([f"--recipe={recipe}", f"--output_dir={tmp_path / 'again'}", "--num_workers=2"])
+    assert_same(weights(tiny_run), weights(tmp_path / "again"))
 
 
-def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    main(flags(tmp_path, "whole", num_train_epochs=3))
-    main(flags(tmp_path, "parts", num_train_epochs=1))
-    main(flags(tmp_path, "parts", num_train_epochs=3, resume_from_checkpoint="latest"))
-    assert_same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
-
-    def told(name: str) -> list[dict[str, Any]]:
-        noise = {"seconds", "pairs_per_second"}
-        return [{k: v for k, v in line.items() if k not in noise} for line in metrics_of(tmp_path / name)]
-
-    assert told("whole") == told("parts")
+def test_resumed_run_ends_as_an_uninterrupted_one(tiny_run: Path, tmp_path: Path) -> None:
+    main(flags(tmp_path, num_train_epochs=1))
+    main(flags(tmp_path, num_train_epochs=2, resume_from_checkpoint="latest"))
+    assert_same(last_state(tiny_run), last_state(tmp_path / "run"))
+    assert without_times(tiny_run) == without_times(tmp_path / "run")
 
 
-def test_run_stopped_within_an_epoch_resumes_behind_the_last_batch(tmp_path: Path) -> None:
-    # Without patience one validation more would lower the rates once more.
+def test_run_stopped_within_an_epoch_resumes_after_the_last_batch(tmp_path: Path) -> None:
+    # Without patience, an extra validation would lower the rates once more.
     same = {"num_train_epochs": 4, "lr_plateau_patience": 0, "lr_plateau_factor": 0.5, "text_learning_rate": 0.1}
     main(flags(tmp_path, "whole", **same))
     main(flags(tmp_path, "parts", max_steps=8, **same))
@@ -109,50 +111,49 @@ def test_run_stopped_within_an_epoch_resumes_behind_the_last_batch(tmp_path: Pat
         for name in ("parts", "whole")
     )
     assert steps == expected and len({rate for _, rate in expected}) > 1
-    # Also what the extra validation has told and exported is forgotten.
+    # The extra validation leaves nothing in the log or the export.
     assert [line["step"] for line in metrics_of(tmp_path / "parts") if line["split"] == "validation"] == [3, 6, 9, 12]
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert_same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
 
 
-def test_resuming_with_other_batches_is_refused_and_costs_nothing(tmp_path: Path) -> None:
-    main(flags(tmp_path, max_steps=2))
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+def test_resuming_with_other_batches_raises_and_changes_nothing(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_run(tiny_run, tmp_path)
     with pytest.raises(UsageError, match="made with batch_size 8, this run has 4"):
         main(flags(tmp_path, batch_size=4, resume_from_checkpoint="latest"))
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert metrics_of(run) == metrics_of(tiny_run)
 
 
-def test_resuming_from_an_earlier_checkpoint_forgets_the_later_ones(tmp_path: Path) -> None:
-    main(flags(tmp_path, num_train_epochs=3, save_total_limit=3))
-    main(flags(tmp_path, num_train_epochs=2, save_total_limit=3, resume_from_checkpoint="step-00000003"))
-    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == ["step-00000003", "step-00000006"]
-    assert [line["step"] for line in metrics_of(tmp_path / "run") if line["split"] == "validation"] == [3, 6]
-    with pytest.raises(UsageError, match="no such checkpoint.*step-00000003, step-00000006"):
-        main(flags(tmp_path, resume_from_checkpoint="step-00000009"))
+def test_resuming_from_an_earlier_checkpoint_deletes_later_ones(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_run(tiny_run, tmp_path)
+    main(flags(tmp_path, max_steps=4, save_total_limit=3, resume_from_checkpoint="step-00000003"))
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000004"]
+    assert [line["step"] for line in metrics_of(run) if line["split"] == "validation"] == [3, 4]
+    with pytest.raises(UsageError, match="no such checkpoint.*step-00000003, step-00000004"):
+        main(flags(tmp_path, resume_from_checkpoint="step-00000006"))
 
 
-def test_ctrl_c_validates_saves_and_can_be_resumed(tmp_path: Path) -> None:
-    argv = flags(tmp_path, num_train_epochs=500)
-    process = subprocess.Popen(
-        command(argv), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert "Ctrl-C" in output
+def test_ctrl_c_saves_validates_and_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = []
+
+    def clamp_and_interrupt(model: MiniClipModel) -> None:
+        clamp_logit_scale(model)
+        steps.append(1)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("train_miniclip.clamp_logit_scale", clamp_and_interrupt)
+    main(flags(tmp_path))
+    assert "Ctrl-C" in capsys.readouterr().out
     lines = metrics_of(tmp_path / "run")
-    assert lines[-1]["split"] == "validation" and lines[-1]["step"] < 1500
+    assert [(line["step"], line["split"]) for line in lines] == [(1, "train"), (2, "train"), (2, "validation")]
     MiniClipModel.from_pretrained(tmp_path / "run" / "export")
     assert (tmp_path / "run" / "curves.png").is_file() and (tmp_path / "run" / "retrieval.png").is_file()
-    more = lines[-1]["step"] + 1
-    main(flags(tmp_path, num_train_epochs=500, max_steps=more, resume_from_checkpoint="latest"))
-    assert metrics_of(tmp_path / "run")[-1]["step"] == more
+    main(flags(tmp_path, max_steps=3, resume_from_checkpoint="latest"))
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if line["split"] == "train"] == [1, 2, 3]
 
 
 # What makes the steps of any number of processes equal; 21 training images give batches of 8, 8 and 5.
@@ -164,8 +165,7 @@ EXACT: dict[str, Any] = {
 
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     main(flags(tmp_path, "one", **EXACT))
-    result = launch(flags(tmp_path, "two", **EXACT), processes=2)
-    assert result.returncode == 0, result.stderr[-3000:]
+    train_in_processes(flags(tmp_path, "two", **EXACT), 2, tmp_path / "log")
     assert_same_log(tmp_path / "one", tmp_path / "two")
 
 
@@ -184,23 +184,27 @@ def test_twenty_steps_of_one_two_and_four_processes_have_the_same_losses(
         assert_same_log(tmp_path / "1", tmp_path / str(processes), norms=1e-2)
 
 
-@pytest.mark.parametrize("freeze", ["vision", "text", "both"])
-def test_frozen_towers_keep_their_weights_and_their_features_stand_for_them(tmp_path: Path, freeze: str) -> None:
-    # Batch norm of the resnet apart, the features computed once must train like the tower itself run each step.
+@pytest.mark.parametrize(
+    "freeze", ["both", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vision", "text"))]
+)
+def test_frozen_towers_train_like_towers_that_run_each_step(tmp_path: Path, freeze: str) -> None:
+    # Except for the batch norm of the ResNet, cached features must train like the tower that runs in each step.
+    (tmp_path / "start").mkdir()
+    start = prepare(parse_arguments(flags(tmp_path, "start", freeze=freeze, augmentation="[]"))).unwrapped_model
+    before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
     main(flags(tmp_path, "cached", freeze=freeze, augmentation="[]"))
-    main(flags(tmp_path, "start", freeze=freeze, augmentation="[]", max_steps=1, head_learning_rate=1e-12))
+    after = last_state(tmp_path / "cached")
+    changed = {name for name in after if not torch.allclose(before[name], after[name], rtol=0, atol=1e-7)}
     frozen = {"vision": ["vision_model"], "text": ["text_model"], "both": ["vision_model", "text_model"]}[freeze]
-    start, end = last_state(tmp_path / "start"), last_state(tmp_path / "cached")
-    moved = {name for name in start if not torch.allclose(start[name], end[name], rtol=0, atol=1e-7)}
-    assert moved and not any(name.startswith(tuple(frozen)) for name in moved)
-    # An augmentation that does nothing keeps the image tower in the loop: the losses must be the same.
+    assert changed and not any(name.startswith(tuple(frozen)) for name in changed)
+    # An augmentation that does nothing makes the image tower run in each step: the losses must be the same.
     nothing = json.dumps([{"name": "NoOp"}])
     main(flags(tmp_path, "run-each-step", freeze=freeze, augmentation=nothing))
     pairs = zip(metrics_of(tmp_path / "cached"), metrics_of(tmp_path / "run-each-step"), strict=True)
     assert all(one["loss"] == pytest.approx(two["loss"], rel=1e-4) for one, two in pairs)
 
 
-def test_augmented_images_have_their_own_size_and_those_of_validation_the_models(tmp_path: Path) -> None:
+def test_augmented_images_have_their_own_size(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     run = prepare(parse_arguments(flags(tmp_path, train_image_size=PIXELS + 16, frozen_vision_fraction=0.5)))
     shapes = [next(iter(loader))["pixel_values"].shape[1:] for loader in (run.train_loader, run.validation_loader)]
@@ -223,42 +227,56 @@ def test_early_stopping_ends_after_patience_epochs_and_keeps_the_best(tmp_path: 
     assert f"{recalls[best]:.1f}" in (tmp_path / "run" / "export" / "README.md").read_text()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_export(tmp_path: Path, monkeypatch: Any) -> None:
-    main(flags(tmp_path, num_train_epochs=1))
-    before = weights(tmp_path / "run")
+def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_export(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_run(tiny_run, tmp_path)
     monkeypatch.setattr(MiniClipModel, "inverse_temperature", lambda self: self.logit_scale * math.nan)
-    with pytest.raises(Exception, match="training loss became nan.*--head_learning_rate"):
-        main(flags(tmp_path, num_train_epochs=2, resume_from_checkpoint="latest"))
-    assert_same(before, weights(tmp_path / "run"))
+    with pytest.raises(MiniClipError, match="training loss became nan.*--head_learning_rate"):
+        main(flags(tmp_path, num_train_epochs=3, resume_from_checkpoint="latest"))
+    assert_same(weights(tiny_run), weights(run))
 
 
-def test_earlier_run_is_not_overwritten_unless_told(tmp_path: Path) -> None:
-    main(flags(tmp_path, max_steps=1))
+def test_earlier_run_is_overwritten_only_when_asked(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_run(tiny_run, tmp_path)
     with pytest.raises(UsageError, match="--resume_from_checkpoint latest.*--overwrite_output_dir"):
         main(flags(tmp_path, max_steps=1))
     with pytest.raises(UsageError, match="nowhere"):  # a mistake must not cost the earlier run
         main(flags(tmp_path, preset="nowhere.json", overwrite_output_dir=True))
-    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    assert (run / "export" / "model.safetensors").exists()
     main(flags(tmp_path, max_steps=1, overwrite_output_dir=True))
-    assert len(metrics_of(tmp_path / "run")) == 2
+    assert len(metrics_of(run)) == 2
 
 
-def test_warm_start_goes_on_from_an_export(tmp_path: Path) -> None:
-    export = main(flags(tmp_path))
-    main(flags(tmp_path, "more", preset=None, model_name_or_path=export, max_steps=1, freeze_batch_norm=True,
+def test_warm_start_continues_from_an_export(tiny_run: Path, tmp_path: Path) -> None:
+    main(flags(tmp_path, preset=None, model_name_or_path=tiny_run / "export", max_steps=1, freeze_batch_norm=True,
                learning_rate=1e-12))  # fmt: skip
-    first = metrics_of(tmp_path / "more")[-1]
-    best = min(line["loss"] for line in metrics_of(tmp_path / "run") if line["split"] == "validation")
+    first = metrics_of(tmp_path / "run")[-1]
+    best = min(line["loss"] for line in metrics_of(tiny_run) if line["split"] == "validation")
     assert first["loss"] == pytest.approx(best, rel=1e-4)
 
 
-def test_wrong_input_ends_with_a_message_and_code_1_and_without_a_traceback(tmp_path: Path) -> None:
-    argv = flags(tmp_path)
+def test_missing_image_ends_with_one_line_and_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train_miniclip.py", *flags(tmp_path)])
     (tmp_path / "scenes" / "Images" / "003.png").unlink()
-    result = launch(argv)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr and "003.png" in result.stderr and "row 17" in result.stderr
+    assert cli() == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "003.png" in error and "row 17" in error
     assert not (tmp_path / "run" / "export").exists()
+
+
+def test_help_and_wrong_flags_end_before_the_imports() -> None:
+    # The modules are those of the process: importing torch would take seconds.
+    code = (
+        "import sys\nsys.argv = ['train_miniclip.py', '--batchsize', '3']\n"
+        "try:\n    import train_miniclip\nexcept SystemExit as ended:\n"
+        "    print(ended.code, 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "2 False\n"
+    assert "did you mean --batch_size?" in result.stderr
 
 
 def test_without_arguments_the_built_in_recipe_is_run() -> None:
@@ -266,7 +284,7 @@ def test_without_arguments_the_built_in_recipe_is_run() -> None:
     assert (arguments.recipe, arguments.dataset, arguments.preset) == ("scenes", "scenes", "scenes_tiny")
 
 
-def test_tracker_gets_losses_and_recalls_once_also_of_steps_that_were_trained_again(tmp_path: Path) -> None:
+def test_tracker_gets_each_step_once_even_after_resuming(tmp_path: Path) -> None:
     main(flags(tmp_path, max_steps=2, checkpointing_steps=1, report_to="tensorboard"))
     main(flags(tmp_path, max_steps=3, report_to="tensorboard", resume_from_checkpoint="step-00000001"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -4,7 +4,6 @@ What a killed process knew is lost, so that it does not matter when it dies betw
 here are killed by SIGKILL at such changes.
 """
 
-import multiprocessing
 import os
 import random
 import signal
@@ -23,10 +22,10 @@ from modeling_miniclip.training.checkpoints import expired_checkpoints, find_che
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.output_dir import clear_output_dir
 from modeling_miniclip.training.reporting import MetricsLog
+from tests.helpers.forks import FORK, fork, write_to
 from tests.helpers.runs import command, environment, flags, launch, metrics_of
 from train_miniclip import main
 
-PRELOADED = [__name__, "albumentations", "datasets", "matplotlib.figure", "transformers", "timm"]
 # What a Python program does to files, as its audit hooks see it.
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "shutil.rmtree", "shutil.copytree"}
 Point = tuple[str, str, int]  # the n-th change of a kind whose path contains a text
@@ -49,9 +48,9 @@ PLATEAU, COSINE = SETTINGS
 POINTS: list[tuple[str, Point]] = [
     (PLATEAU, ("os.rename", "/checkpoints/.step-", 1)),  # the first checkpoint is not yet there
     (PLATEAU, ("open", "/.export.new/README.md", 2)),  # while the best is exported
-    (PLATEAU, ("os.link", "/export/model.safetensors", 3)),  # behind that, while a checkpoint is written
+    (PLATEAU, ("os.link", "/export/model.safetensors", 3)),  # after that, while a checkpoint is written
     (PLATEAU, ("open", "/curves.png", 1)),  # when all is trained and validated
-    (COSINE, ("shutil.rmtree", "/.export.new", 2)),  # behind a validation that no checkpoint remembers
+    (COSINE, ("shutil.rmtree", "/.export.new", 2)),  # after a validation that no checkpoint remembers
 ]
 MORE_POINTS: list[tuple[str, Point]] = [
     (PLATEAU, ("os.rename", "/.arguments.yaml.new", 1)),  # at the very start
@@ -59,11 +58,13 @@ MORE_POINTS: list[tuple[str, Point]] = [
     (PLATEAU, ("shutil.rmtree", "/.export.new", 4)),  # while the former best is deleted
     (PLATEAU, ("os.rename", "/checkpoints/step-", 4)),  # the last is there, an old one not yet dropped
     (PLATEAU, ("shutil.rmtree", "/checkpoints/.step-00000002.old", 2)),  # and while it is
-    (COSINE, ("open", "/retrieval.png", 1)),  # behind early stopping
+    (COSINE, ("open", "/retrieval.png", 1)),  # after early stopping
 ]
 
 
-def at_change(output_dir: str, point: Point, act: Callable[[], None], counted: Callable[[], None] = int) -> None:
+def at_change(
+    output_dir: str, point: Point, act: Callable[[], None], counted: Callable[[], None] = lambda: None
+) -> None:
     """From now on count this process's changes to files of that kind, and act at the one of that number."""
     kind, text, number = point
     changes = 0
@@ -89,19 +90,15 @@ def run_and_die(argv: list[str], output_dir: str, point: Point, count: Any) -> N
         with count.get_lock():
             count.value += 1
 
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1), os.dup2(quiet, 2)
+    write_to(Path(os.devnull))
     at_change(output_dir, point, lambda: os.kill(os.getpid(), signal.SIGKILL), counted)
     main(argv)
 
 
 def killed(argv: list[str], output_dir: Path, point: Point) -> tuple[bool, int]:
-    """Whether a run in a process of its own was killed at a change to a file, and how many there were of that kind."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)  # the libraries are imported once, not once a process
-    count = context.Value("i", 0)
-    process = context.Process(target=run_and_die, args=(argv, str(output_dir), point, count))
-    process.start()
+    """Whether a run in a fork was killed at a change to a file, and the number of changes of that kind."""
+    count = FORK.Value("i", 0)
+    process = fork(run_and_die, argv, str(output_dir), point, count)
     process.join(900)
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0, count.value

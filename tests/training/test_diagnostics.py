@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from modeling_miniclip import MiniClipError
 from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
+from modeling_miniclip.training import diagnostics
 from modeling_miniclip.training.diagnostics import (
     Diagnosis,
     above_chance,
@@ -254,15 +255,17 @@ def warnings_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
 
 
-def test_rates_that_are_too_high_are_told_as_stuck_and_collapsed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_too_high_rates_are_reported_as_stuck_and_collapsed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main(flags(tmp_path, batch_size=3, num_train_epochs=16, logging_steps=5,
+    monkeypatch.setattr(diagnostics, "PATIENCE", 20)
+    monkeypatch.setattr(diagnostics, "WINDOW", 20)
+    main(flags(tmp_path, batch_size=3, num_train_epochs=5, logging_steps=5,
                best_metric="image_to_text_R@1", learning_rate=0.3))  # fmt: skip
     lines = warnings_of(capsys)
     assert any(re.search("that of guessing, ln.batch. = 1.09.*too high", line) for line in lines), lines
     assert any("embeddings have collapsed" in line for line in lines), lines
-    assert len(lines) == len({line[:30] for line in lines}), "each is told once"
+    assert len(lines) == len({line[:30] for line in lines}), "each is reported once"
 
 
 def test_a_run_that_becomes_nan_ends_with_its_last_good_checkpoint_and_export(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The loss and its gradients over several processes against one process with the whole batch."""
 
-import socket
 from queue import Empty
 from typing import Any
 
@@ -18,6 +17,7 @@ from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.create_model import set_dropout
 from modeling_miniclip.training.distributed import gather_rows, global_contrastive_loss
 from modeling_miniclip.training.layers import set_training_mode
+from tests.helpers.forks import FORK, free_port
 from tests.helpers.towers import PIXELS, tiny_model
 
 IMAGES, DIM = 7, 5
@@ -75,12 +75,10 @@ def gradients(loss_type: str, rank: int, world_size: int) -> list[Tensor]:
 
 
 def in_processes(function: Any, world_size: int) -> Any:
-    """What `function(rank, world_size)` returns in the first of so many processes joined by gloo."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # the libraries are imported once, not once a process
-    queue = context.Queue()
+    """What `function(rank, world_size)` returns in the first of `world_size` processes joined by gloo."""
+    queue = FORK.Queue()
     arguments = (world_size, free_port(), queue, function)
-    processes = mp.start_processes(worker, arguments, nprocs=world_size, join=False, start_method="forkserver")
+    processes = mp.start_processes(worker, arguments, nprocs=world_size, join=False, start_method="fork")
     try:
         result = queue.get(timeout=60)  # before joining: a process does not end while its result is not taken
     except Empty:
@@ -98,12 +96,6 @@ def worker(rank: int, world_size: int, port: int, queue: Any, function: Any) -> 
         queue.put(result)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

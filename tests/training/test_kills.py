@@ -1,6 +1,5 @@
 """Runs that are killed at any moment, again and again, lose nothing that was complete and end as if they were not."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -14,10 +13,10 @@ from safetensors.torch import load_file
 
 from modeling_miniclip import MiniClipModel
 from modeling_miniclip.training.checkpoints import list_checkpoints
+from tests.helpers.forks import fork, write_to
 from tests.helpers.runs import flags
 from tests.training.test_checkpoints import (
     PLATEAU,
-    PRELOADED,
     SETTINGS,
     assert_same_result,
     result_of,
@@ -29,18 +28,13 @@ KILLS = 50
 
 
 def run_quietly(argv: list[str]) -> None:
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1), os.dup2(quiet, 2)
+    write_to(Path(os.devnull))
     main(argv)
 
 
 def start(argv: list[str]) -> Any:
-    """A run in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=run_quietly, args=(argv,))
-    process.start()
-    return process
+    """A run in a fork of this process."""
+    return fork(run_quietly, argv)
 
 
 def assert_complete(run: Path, steps_before: list[str]) -> list[str]:

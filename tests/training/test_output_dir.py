@@ -1,6 +1,5 @@
 """A run has its folder to itself; on a disk that takes no more it says what is left, and the next start goes on."""
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -15,11 +14,11 @@ from modeling_miniclip import MiniClipError
 from modeling_miniclip.errors import disk_error_message
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.output_dir import LOCK_FILE, locked_output_dir
+from tests.helpers.forks import FORK, fork
 from tests.helpers.runs import environment, flags
 from tests.training.test_checkpoints import (
     NEVER,
     PLATEAU,
-    PRELOADED,
     SETTINGS,
     Point,
     assert_same_result,
@@ -145,12 +144,12 @@ MORE_FULL: list[tuple[Point, int]] = [
 ]
 
 
-def run_on_full_disk(argv: list[str], output_dir: str, point: Point, limit: int, told: Any) -> None:
+def run_on_full_disk(argv: list[str], output_dir: str, point: Point, limit: int, sender: Any) -> None:
     at_change(output_dir, point, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     try:
         main(argv)
     except MiniClipError as error:
-        told.send(str(error))
+        sender.send(str(error))
 
 
 @pytest.mark.parametrize(
@@ -165,14 +164,11 @@ def test_run_on_a_full_disk_says_what_is_left_and_ends_the_same_when_there_is_ro
 ) -> None:
     record_property("faults", 1)
     argv, run = flags(tmp_path, **SETTINGS[PLATEAU]), tmp_path / "run"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    told, tell = context.Pipe(duplex=False)
-    process = context.Process(target=run_on_full_disk, args=(argv, str(run), point, limit, tell))
-    process.start()
+    receiver, sender = FORK.Pipe(duplex=False)
+    process = fork(run_on_full_disk, argv, str(run), point, limit, sender)
     process.join(900)
-    assert process.exitcode == 0 and told.poll(), "it ended in no error, or in another one"
-    message = told.recv()
+    assert process.exitcode == 0 and receiver.poll(), "it ended without an error, or with another one"
+    message = receiver.recv()
     assert message.startswith("cannot write: ") and "--resume_from_checkpoint latest" in message
     assert not [path for path in (run / "checkpoints").glob(".*")] and not list(run.glob(".export*"))
     last = sorted((run / "checkpoints").glob("step-*"))[-1:]
