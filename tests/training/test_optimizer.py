@@ -95,7 +95,7 @@ def test_temperature_is_brought_back_to_its_bound_and_not_touched_below() -> Non
     assert model.logit_scale.item() == 1.5
 
 
-def test_forward_inputs_are_what_the_processor_gives() -> None:
+def test_model_inputs_match_the_processor() -> None:
     processor = tiny_processor()
     pixels = torch.randint(0, 256, (2, 3, PIXELS, PIXELS), dtype=torch.uint8)
     batch = {"pixel_values": pixels, "image_id": torch.tensor([0, 1]), "text_image_id": torch.tensor([0, 1])}
