@@ -69,7 +69,7 @@ def ask(index: ImageIndex, query: np.ndarray) -> list[Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_get_the_same_answers_as_one(indexes: Callable[[str], Path], kind: str) -> None:
-    folder, asked = indexes(kind), queries(16)
+    folder, asked = indexes(kind), queries(10)
     expected = [ask(ImageIndex.open(folder), query) for query in asked[:4]]
     assert expected[0][-1] == expected[0][0].name.encode()
     index = ImageIndex.open(folder)  # none of its entries have been read

@@ -50,7 +50,7 @@ def use(folder: Path) -> tuple[list[str], list[float], list[bytes | None], dict[
     return [match.name for match in found], [match.score for match in found], thumbnails, rows
 
 
-@cases(30, 3000)
+@cases(16, 3000)
 def test_damaged_index_answers_correctly_or_fails(whole: Path, copy: Path, record_property: Any, count: int) -> None:
     expected = use(whole)
     assert len(expected[0]) == 5 and set(expected[0]) <= set(NAMES) and set(expected[2]) == {b"jpeg"}
@@ -84,7 +84,7 @@ def test_each_flipped_bit_is_detected_or_harmless(whole: Path, copy: Path, name:
     assert detected == len(places) if name != MANIFEST else detected > 0.8 * len(places)  # white space is harmless
 
 
-@cases(20, 1500)
+@cases(16, 1500)
 def test_large_index_is_verified_on_request(
     whole: Path, copy: Path, record_property: Any, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
