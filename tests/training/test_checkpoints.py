@@ -47,12 +47,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PLATEAU, COSINE = SETTINGS
 POINTS: list[tuple[str, Point]] = [
     (PLATEAU, ("os.rename", "/checkpoints/.step-", 1)),  # the first checkpoint is not yet there
-    (PLATEAU, ("open", "/.export.new/README.md", 2)),  # while the best is exported
     (PLATEAU, ("os.link", "/export/model.safetensors", 3)),  # after that, while a checkpoint is written
-    (PLATEAU, ("open", "/curves.png", 1)),  # when all is trained and validated
     (COSINE, ("shutil.rmtree", "/.export.new", 2)),  # after a validation that no checkpoint remembers
 ]
 MORE_POINTS: list[tuple[str, Point]] = [
+    (PLATEAU, ("open", "/.export.new/README.md", 2)),  # while the best is exported
+    (PLATEAU, ("open", "/curves.png", 1)),  # when all is trained and validated
     (PLATEAU, ("os.rename", "/.arguments.yaml.new", 1)),  # at the very start
     (PLATEAU, ("open", "/metrics.jsonl", 3)),  # within the second epoch
     (PLATEAU, ("shutil.rmtree", "/.export.new", 4)),  # while the former best is deleted

@@ -255,6 +255,7 @@ def test_another_model_than_an_export_is_told_by_its_type(towers: dict[str, str]
         build(model_name_or_path=towers["text_model"])
 
 
+@pytest.mark.slow
 def test_an_export_is_loaded_in_a_fresh_process_without_asking_to_trust_its_code(exported: str) -> None:
     code = f"from modeling_miniclip.inference.loading import load_export; load_export({exported!r}, '--model')"
     done = subprocess.run(
@@ -357,6 +358,7 @@ def test_frequent_words_become_single_tokens_and_strangers_are_spelt_from_known_
     assert tokenizer.tokenize("€") == ["[UNK]"]
 
 
+@pytest.mark.slow
 def test_the_vocabulary_is_the_same_in_every_process() -> None:
     code = "from tests.helpers.towers import *; print(train_tokenizer(CAPTIONS, 160).get_vocab())"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
