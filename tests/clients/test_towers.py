@@ -1,4 +1,4 @@
-"""The towers of an export in the libraries that they came from, by the README's lines, without the package's code."""
+"""The towers of an export load in timm and transformers, by the code in `docs/sharing.md`, without the package."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,19 +9,20 @@ import torch
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, export
 from tests.clients.cases import Case
+from tests.helpers.runs import ROOT
 from tests.helpers.towers import PIXELS, VISION, tiny_model, tiny_processor
-from tests.test_readme import blocks
+from tests.test_documents import code_blocks
 
 
 def towers_of(folder: Path, monkeypatch: pytest.MonkeyPatch, text: bool = False) -> dict[str, Any]:
-    """The names that the README's block leaves, run where `my-clip/export` is this export.
+    """The variables that the block of `docs/sharing.md` defines, run where `my-clip/export` is this export.
 
     Args:
-        folder: of the export.
+        folder: folder of the export.
         monkeypatch: changes the working folder.
         text: whether to run the part for a DistilBERT text tower too; timm's part comes first and runs alone.
     """
-    (block,) = [block for block in blocks("python") if "DistilBertModel" in block]
+    (block,) = [block for block in code_blocks(ROOT / "docs" / "sharing.md", "python") if "DistilBertModel" in block]
     (folder.parent / "my-clip").mkdir(exist_ok=True)
     link = folder.parent / "my-clip" / "export"
     if not link.exists():
