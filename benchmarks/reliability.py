@@ -38,22 +38,24 @@ class Promise:
 
 PROMISES = {
     "data": Promise(
-        "A caption file, split file, recipe or flag gives exactly the rows and values it states, or an error of one "
-        "line with file, row or key, whatever it contains",
+        "Whatever a caption file, split file, recipe or flag contains, it gives exactly the rows and values it "
+        "states, or a one-line error that names the file, row or key",
         ("tests/data/test_fuzz_data.py", "tests/training/test_fuzz_recipes.py"),
     ),
     "images": Promise(
         "An image of any mode and size and an array of any type give the same pixels as Pillow alone; a damaged file "
-        "gives an image or an error with its name; a text, however odd, is embedded as if it were alone",
+        "gives an image or an error that names it; any text, however odd, is embedded as if it were alone in its "
+        "batch",
         ("tests/inference/test_fuzz_images.py",),
     ),
     "exports": Promise(
-        "An export loads as the model that was saved, or is an error: one flipped bit in the weights is enough; "
-        "pickled weights are never opened",
+        "An export loads as the model that was saved, or raises an error, even if only one bit of its weights has "
+        "flipped; pickled weights are never opened",
         ("tests/hub/test_fuzz_exports.py",),
     ),
     "index": Promise(
-        "A damaged index gives the correct answers, or an error with its folder: one flipped bit is enough",
+        "A damaged index gives the correct answers, or an error that names its folder, even if only one bit has "
+        "flipped",
         ("tests/search/test_fuzz_index.py",),
     ),
     "concurrency": Promise(
@@ -62,7 +64,8 @@ PROMISES = {
         ("tests/search/test_concurrency.py",),
     ),
     "folders": Promise(
-        "A folder that is being replaced is either the old one or the new one, complete, whenever the process dies",
+        "Whenever a process dies while it replaces a folder, the folder is completely the old one or completely the "
+        "new one",
         ("tests/utils/test_files.py",),
     ),
     "kills": Promise(
@@ -71,8 +74,8 @@ PROMISES = {
         ("tests/training/test_kills.py", "tests/training/test_checkpoints.py"),
     ),
     "disk": Promise(
-        "On a full or read-only disk, a run says what it kept, and ends with the same result once there is space; two "
-        "runs never share a folder",
+        "On a full or read-only disk, a run says what it kept, and when it is resumed with enough space, it ends with "
+        "the same result; two runs never share a folder",
         ("tests/training/test_output_dir.py",),
     ),
     "processes": Promise(
@@ -85,17 +88,18 @@ PROMISES = {
         ("tests/training/test_bad_images.py",),
     ),
     "checks": Promise(
-        "`miniclip check` finds every kind of problem at its row and continues; the corrected copy has none of them",
+        "`miniclip check` reports every kind of problem with its row and continues; the corrected copy has no "
+        "problems",
         ("tests/data/test_check.py",),
     ),
     "untrusted": Promise(
-        "Names stay in their folder, pickled weights are rejected, YAML creates no objects, and neither messages nor "
-        "cards show control characters, markup or tokens",
+        "File names in a dataset cannot leave its folder, pickled weights are rejected, YAML creates no objects, and "
+        "neither messages nor model cards show control characters, markup or access tokens",
         ("tests/test_untrusted.py",),
     ),
     "trouble": Promise(
-        "A loss that is not finite or stuck at chance, and collapsed embeddings, are reported; no damaged state is "
-        "saved",
+        "A run reports collapsed embeddings and a loss that is not finite or stuck at chance, and saves no damaged "
+        "state",
         ("tests/training/test_diagnostics.py",),
     ),
     "commands": Promise(
@@ -103,14 +107,14 @@ PROMISES = {
         ("tests/test_cli.py", "tests/test_package.py"),
     ),
     "pushes": Promise(
-        "A push that fails anywhere leaves the target as it was, and shows no token",
+        "Wherever a push fails, the target stays as it was, and no access token is shown",
         ("tests/hub/test_push.py", "tests/hub/test_export.py", "tests/test_errors.py"),
     ),
 }
 LOADS = {
     "page": "`miniclip app` serves many users at once without an error",
     "encode": "The memory of `encode_images` does not grow with the number of images",
-    "index": "`miniclip index` needs little more memory for ten times as many images: a few kB each",
+    "index": "`miniclip index` needs only a few kB more memory per image",
 }
 LOAD_WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "page": lambda x: (

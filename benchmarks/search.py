@@ -203,7 +203,7 @@ def main() -> None:
     captions = [captions[i] for i in np.linspace(0, len(captions) - 1, args.queries).astype(int)]
     texts = embed_queries(index, [Query(text) for text in captions])
     mixtures = Mixtures(np.asarray(index.embeddings, dtype=np.float32))
-    print(f"{len(index)} real images; mean cosine to the 10th neighbour {mixtures.goal:.3f}, of the same number of "
+    print(f"{len(index)} real images; mean cosine to the 10th neighbour: images {mixtures.goal:.3f}, as many "
           f"mixtures {mixtures.reached:.3f}; {args.clock} time, {args.dtype}\n")  # fmt: skip
     print("| vectors | search | build | queries | p50, ms | p99, ms | recall@10 |\n|---|---|---|---|---|---|---|")
     for rows in args.rows:

@@ -111,22 +111,22 @@ compared within each turn. EfficientNet-Lite0 and all-MiniLM-L6-v2, Flickr8k, {t
 TAIL = """
 - Training: both towers are trained, with batches of 32 images, 2 loader processes, the default augmentation and frozen
   batch norm. The other side is the [plain loop](plain_loop.py) with the same towers, heads and parameter groups, which
-  encodes an image once for each of its captions. The package adds `keep_freed_memory`, channels_last, texts padded to
-  the longest of a group of similar lengths, and encodes the image once.
-- Encoding: JPEG files in batches of 32, nothing is trained. "Default settings" gives the tower timm's transform of the
-  opened file in contiguous memory; "the same settings" adds `keep_freed_memory` and channels_last; "without reading"
-  encodes the same pixels over and over.
+  encodes an image once for each of its captions. MiniCLIP encodes it once. It also uses `keep_freed_memory` and
+  channels_last, and pads each text to the longest of a group of texts of similar length.
+- Encoding: JPEG files in batches of 32. "Default settings" gives the tower timm's transform of the opened file in
+  contiguous memory; "the same settings" adds `keep_freed_memory` and channels_last; "without reading" encodes the same
+  pixels over and over.
 - Loader: the other side opens and augments files and tokenizes captions in the same number of processes, and passes
   nothing on. Files as small as 224 x 224 pixels decode so fast that the remaining costs show: a seed for each row, and
   the first access to each batch's shared memory.
-- Race: both towers are frozen and the heads are trained, with 224 pixels on both sides. MiniCLIP uses recipe `heads`,
-  the plain loop the default heads of 256 dimensions, their learning rate and batches of 32. The goal is that half of
-  the 5,000 captions find their image among the first ten of the 1,000 validation images. Time counts from the start of
-  the process. For MiniCLIP it includes the features of the towers and all validations; for the plain loop it excludes
-  its validations, one every 100 steps of 32 pairs. With the recipe's dropout, MiniCLIP reaches the goal at the end of
-  its second epoch of 12 steps. Both sides spend their time in the forward passes of the towers, which the encoding row
-  above limits. Like the tutorial, the plain loop would validate at the end of an epoch; the seconds of that epoch are
-  calculated from its seconds per step.
+- Race to a given recall (the last two rows): both towers are frozen and the heads are trained, with 224 pixels on both
+  sides. MiniCLIP uses recipe `heads`, the plain loop the default heads of 256 dimensions, their learning rate and
+  batches of 32. The goal is that half of the 5,000 captions find their image among the first ten of the 1,000
+  validation images. Time counts from the start of the process. For MiniCLIP it includes the features of the towers and
+  all validations; for the plain loop it excludes its validations, one every 100 steps of 32 pairs. With the recipe's
+  dropout, MiniCLIP reaches the goal at the end of its second epoch of 12 steps. Both sides spend their time in the
+  forward passes of the towers, which the encoding row above limits. For the last row, the plain loop would validate at
+  the end of an epoch, like the tutorial; the time of that epoch is calculated from its seconds per step.
 """
 
 

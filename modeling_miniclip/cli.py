@@ -35,8 +35,12 @@ DATASET_FLAGS = (
 
 def declare_caption_columns(parser: argparse.ArgumentParser) -> None:
     """Flags that say how a caption file is read, with the help texts of training."""
-    parser.add_argument("--image_column", default="image", metavar="NAME", help=TRAINING_HELP["image_column"])
-    parser.add_argument("--caption_column", default="caption", metavar="NAME", help=TRAINING_HELP["caption_column"])
+    parser.add_argument(
+        "--image_column", default="image", metavar="NAME", help=f"{TRAINING_HELP['image_column']} (image)"
+    )
+    parser.add_argument(
+        "--caption_column", default="caption", metavar="NAME", help=f"{TRAINING_HELP['caption_column']} (caption)"
+    )
     parser.add_argument("--allow_outside_images", action="store_true", help=TRAINING_HELP["allow_outside_images"])
 
 
@@ -46,10 +50,14 @@ def declare_dataset(parser: argparse.ArgumentParser) -> None:
     declare_caption_columns(parser)
     parser.add_argument(
         "--validation_fraction", type=float, default=0.1, metavar="F",
-        help="fraction of images for validation if the data set has no such split; use the value of training (0.1)",
+        help=f"{TRAINING_HELP['validation_fraction']}; use the same value as in training (0.1)",
     )  # fmt: skip
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed of that split; use the value of training (0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="random seed of the validation split; use the same value as in training (0)",
     )
 
 
@@ -60,16 +68,22 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def declare_check(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip check`."""
-    parser.add_argument("dataset", metavar="DATASET", help="caption file, folder or Hub data set, as for training")
+    parser.add_argument("dataset", metavar="DATASET", help="caption file, folder or Hub dataset, as for training")
     declare_dataset(parser)
     parser.add_argument(
-        "--batch_size", type=int, default=32, metavar="N", help="images per step, to estimate false negatives (32)"
+        "--batch_size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images per training step, to estimate the number of false negatives (32)",
     )
-    parser.add_argument("--tokenizer", metavar="NAME", help="text tower or export: count captions it would truncate")
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="text tower or export; also counts the captions that it would truncate"
+    )
     parser.add_argument("--num_workers", type=int, default=2, metavar="N", help="processes that decode images (2)")
     parser.add_argument("--quick", action="store_true", help="check that image files exist, but do not open them")
     parser.add_argument(
-        "--fix", metavar="OUT.csv", help="write a CSV with only the valid rows, and a report next to it"
+        "--fix", metavar="OUT.csv", help="also write a CSV with only the valid rows, and a report next to it"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -132,7 +146,7 @@ def declare_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of an exported model, or a repository on the Hub")
     parser.add_argument(
         "sources", metavar="SOURCE", nargs="*",
-        help="folder of images, caption file, tar archive, or data set here or on the Hub; several are allowed "
+        help="folder of images, caption file, tar archive, or dataset here or on the Hub; can be repeated "
         "(default: the sources that the index was built from)",
     )  # fmt: skip
     parser.add_argument(
@@ -148,7 +162,9 @@ def declare_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="rebuild an existing index from scratch")
     parser.add_argument("--dtype", choices=("float32", "float16"), help="number format of the embeddings (float32)")
     parser.add_argument(
-        "--neighbours", choices=("auto", "exact", "approximate"), help="kind of search (auto: depends on the size)"
+        "--neighbours",
+        choices=("auto", "exact", "approximate"),
+        help="search method (auto: approximate from 500,000 images on, if FAISS is installed)",
     )
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images per forward pass (32)")
     parser.add_argument("--num_workers", type=int, metavar="N", help="threads that read images (one per core)")
@@ -198,7 +214,7 @@ def declare_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", type=int, default=10, metavar="N", help="number of images to find (10)")
     parser.add_argument("--folder", metavar="DIR", help="only images in this folder or below it")
     parser.add_argument("--since", metavar="DATE", help="only images from this date on: 2024, 2024-07 or 2024-07-14")
-    parser.add_argument("--until", metavar="DATE", help="only images up to this date, included")
+    parser.add_argument("--until", metavar="DATE", help="only images up to and including this date")
     parser.add_argument(
         "--caption_contains", metavar="WORDS", help="only images whose captions contain each of these words"
     )
@@ -209,7 +225,7 @@ def declare_search(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", metavar="FILE", help="write an HTML page of the results that works offline")
-    parser.add_argument("--open", action="store_true", help="open that page in the browser")
+    parser.add_argument("--open", action="store_true", help="open the page of results in the browser")
 
 
 def run_search(args: argparse.Namespace) -> None:
@@ -274,11 +290,17 @@ def declare_eval(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip eval`."""
     model = "an export, any CLIP model of transformers, or open_clip:ARCHITECTURE/CHECKPOINT"
     parser.add_argument("model", metavar="MODEL", help=model)
-    parser.add_argument("dataset", metavar="DATASET", help="captioned images, or a folder with one folder per class")
-    parser.add_argument("--split", metavar="NAME", help="train, validation or test (the last of these that exists)")
-    parser.add_argument("--baseline", metavar="MODEL", help="second model, compared on the same queries")
     parser.add_argument(
-        "--output_dir", metavar="DIR", help="write the scores, all queries and a page of failures here"
+        "dataset", metavar="DATASET", help="captioned images, or a folder with one subfolder per class"
+    )
+    parser.add_argument(
+        "--split", metavar="NAME", help="train, validation or test (the last of these that the dataset has)"
+    )
+    parser.add_argument("--baseline", metavar="MODEL", help="second model, to compare on the same queries")
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="folder for the scores, all queries and a page of failures (nothing is written)",
     )
     parser.add_argument(
         "--templates", nargs="+", metavar="TEXT", help="sentences with {} for the class name (an ensemble of eight)"
@@ -318,7 +340,7 @@ def run_eval(args: argparse.Namespace) -> None:
 def declare_app(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip app`."""
     parser.add_argument("index", metavar="INDEX", help="folder of an index, built by `miniclip index`")
-    parser.add_argument("--port", type=int, metavar="N", help="port of the page (the first free one from 7860)")
+    parser.add_argument("--port", type=int, metavar="N", help="port of the page (the first free one from 7860 on)")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
 
 

@@ -23,7 +23,7 @@ HUB_STATUS_MESSAGES = {
 DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 EXIT_CODES = (
-    "Exit codes: 2: the command or recipe is wrong; 1: any other failure (of the data, a model, the disk or the "
+    "Exit codes: 0 for success, 2 if the command or recipe is wrong, 1 for any other failure (data, model, disk or "
     "network)."
 )
 

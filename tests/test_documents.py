@@ -40,8 +40,8 @@ NOT_RUN_HERE = {
     "space": "tests/search/test_app.py",
     "export": "tests/hub/test_onnx_export.py and the slow test below",
 }
-# Flags of programs other than ours: `accelerate launch` and the ONNX example.
-FOREIGN_FLAGS = {"config_file", "text"}
+# Flags of other programs: `accelerate launch`, the ONNX example, and `hf download --local-dir`.
+FOREIGN_FLAGS = {"config_file", "text", "local"}
 
 
 def name_of(path: Path) -> str:

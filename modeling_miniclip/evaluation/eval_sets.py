@@ -28,7 +28,7 @@ class EvalSet:
     """Images and texts. Those with the same group number belong together.
 
     Args:
-        name: name of the data set, as it was given.
+        name: name of the dataset, as it was given.
         split: name of the split.
         images: paths, or rows with the key `image`.
         image_ids: names of the images.
@@ -75,10 +75,10 @@ class EvalSet:
 def load_eval_set(
     source: str, split: str | None = None, class_names: str | os.PathLike | None = None, **options: Any
 ) -> EvalSet:
-    """Load one split of a data set.
+    """Load one split of a dataset.
 
     Args:
-        source: data set as for `load_captions`; or a folder with one folder of images per class and no captions,
+        source: dataset as for `load_captions`; or a folder with one folder of images per class and no captions,
             optionally inside one folder per split.
         split: `train`, `validation` or `test`; by default the first of test, validation and train that exists.
         class_names: JSON file with a name for each class folder, such as `{"n02084071": "dog"}`. By default the class
@@ -86,7 +86,7 @@ def load_eval_set(
         options: other options of `load_captions`.
 
     Raises:
-        DataError: the data set or the file of class names is not as expected, or the split does not exist.
+        DataError: the dataset or the file of class names is not as expected, or the split does not exist.
         UsageError: class names were given for captioned images.
     """
     folder = Path(source).expanduser()

@@ -99,7 +99,7 @@ def export_onnx(
 
     Raises:
         ModelError: there is no such model, a tower cannot be exported, or the encoders differ from PyTorch.
-        DataError: the data set cannot be read.
+        DataError: the dataset cannot be read.
         MiniClipError: a library is missing.
         UsageError: the folder is not empty, or `num_images` is below 1.
     """

@@ -17,7 +17,7 @@ class EntryFilter:
     """Conditions on images, all of which must hold. None means no condition.
 
     Args:
-        folder: folder, archive or data set that contains the image, directly or further down.
+        folder: folder, archive or dataset that contains the image, directly or further down.
         since: earliest date, included: `2024`, `2024-07`, `2024-07-14`, or with a time after `T`.
         until: latest date, included, in the same form.
         caption_contains: words that must all occur in the image's captions, as whole words, ignoring case.

@@ -115,12 +115,12 @@ def update_index(
 
     Args:
         folder: folder of the index.
-        sources: folders, caption files, tar archives and data sets, see `walk_source`. Images of other sources stay
+        sources: folders, caption files, tar archives and datasets, see `walk_source`. Images of other sources stay
             in the index. By default all sources of the index are scanned again.
         model: folder or Hub name of the model; by default the one that built the index.
         remove: sources whose images are dropped from the index.
         overwrite: rebuild the index from scratch, with any model. The old index stays until the new one is ready.
-        columns: column names in caption files and data sets.
+        columns: column names in caption files and datasets.
         dtype: number format of the embeddings: `float32` (default), or `float16`, which takes half the space.
         neighbours: kind of search: `exact`, `approximate`, or `auto` (default): approximate if there are many images
             and FAISS is installed.
@@ -200,7 +200,7 @@ def _choose_sources(
     if not scan and not removed:
         scan = remaining
     if not scan and not remaining:
-        raise UsageError("no source to index: name a folder, a caption file, a tar archive or a data set")
+        raise UsageError("no source to index: name a folder, a caption file, a tar archive or a dataset")
     return scan, [name for name in remaining if name not in scan]
 
 

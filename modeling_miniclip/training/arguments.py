@@ -29,17 +29,19 @@ class TrainingArguments:
     # Data
     recipe: str | None = _flag(
         None,
-        "YAML file of flags, or the name of one in configuration/recipes; 'scenes' if there is no dataset either",
+        "YAML file of flags, or the name of one in configuration/recipes (scenes, if you pass no dataset either)",
     )
     dataset: str | None = _flag(
-        None, "CSV file, folder, Hub dataset, or 'scenes' for the built-in one (see load_captions)"
+        None, "CSV file, folder, Hub dataset, or 'scenes' for the built-in one (see docs/data.md)"
     )
-    image_dir: str | None = _flag(None, "image folder of a CSV file, if it is not next to it")
+    image_dir: str | None = _flag(
+        None, "folder of the images that a CSV file names (next to the CSV file, or its subfolder Images)"
+    )
     allow_outside_images: bool = _flag(
-        False, "allow a CSV file to name images outside image_dir: by '..', an absolute path or a symbolic link"
+        False, "allow a CSV file to name images outside its image folder: by '..', an absolute path or a symbolic link"
     )
-    image_column: str = _flag("image", "column that identifies the image")
-    caption_column: str = _flag("caption", "column of the caption, or the stem of caption_0, caption_1, ...")
+    image_column: str = _flag("image", "column with the image or its file name")
+    caption_column: str = _flag("caption", "column with the caption, or the common part of caption_0, caption_1, ...")
     dataset_revision: str | None = _flag(None, "commit, branch or tag of a Hub dataset")
     stream_first_rows: int | None = _flag(
         None, "stream only the first N rows of each split of a Hub dataset, without downloading the rest"
@@ -51,10 +53,12 @@ class TrainingArguments:
     max_validation_images: int | None = _flag(None, "use only the first N validation images")
     max_bad_image_fraction: float = _flag(
         0.01,
-        "largest fraction of a split's images that may fail to decode; each is reported and skipped, more of them "
-        "end the run; with 0 the first one does",
+        "largest fraction of a split's images that may fail to decode: up to it, each is reported and skipped; above "
+        "it, the run ends; 0 ends it at the first one",
     )
-    num_workers: int = _flag(2, "loader processes that decode and augment; 0 does it in the training process")
+    num_workers: int = _flag(
+        2, "processes that decode and augment images; with 0, the training process does this itself"
+    )
 
     # Model
     vision_model: str | None = _flag(
@@ -69,13 +73,15 @@ class TrainingArguments:
         "trains a WordPiece vocabulary on the captions",
     )
     model_name_or_path: str | None = _flag(None, "start from a trained MiniCLIP: export folder or Hub repository")
-    text_pooling: Literal["cls", "mean"] | None = _flag(None, "pooling of a text's token states into one vector (cls)")
+    text_pooling: Literal["cls", "mean"] | None = _flag(
+        None, "how the token states of a text become one vector: the first of them, or their mean (cls)"
+    )
     projection_dim: int | None = _flag(None, "dimensions of the shared embedding space (256)")
     projection_depth: int | None = _flag(None, "linear layers in each projection head; 1 is a plain projection (2)")
     loss_type: Literal["softmax_sum", "softmax_mean", "sigmoid"] | None = _flag(
         None,
-        "softmax: CLIP's loss; an image with several captions takes the log of their summed probability (sum) or the "
-        "mean of their log-probabilities (mean); sigmoid: SigLIP's loss (softmax_sum)",
+        "softmax is CLIP's loss; it combines the captions of an image as the log of their summed probability (sum) or "
+        "the mean of their log-probabilities (mean); sigmoid is SigLIP's loss (softmax_sum)",
     )
     dropout: float | None = _flag(
         None, "dropout of heads and towers (0.1 in the heads, each tower's own setting in the towers)"
@@ -84,8 +90,8 @@ class TrainingArguments:
     image_size: int | None = _flag(None, "image height and width in pixels (the image tower's own)")
     train_image_size: int | None = _flag(
         None,
-        "height and width of augmented training images, if different from image_size: random crops show objects "
-        "larger than validation does, and fewer pixels train faster (image_size)",
+        "height and width of augmented training images; a smaller size trains faster and makes up for random crops, "
+        "which enlarge objects (image_size)",
     )
     crop_pct: float | None = _flag(
         None, "fraction of the shorter edge kept by the center crop; 1 keeps all of it (the image tower's own)"
@@ -117,27 +123,29 @@ class TrainingArguments:
     batch_size: int = _flag(32, "images per optimizer step, summed over all processes")
     chunk_size: int | None = _flag(
         None,
-        "images that a process computes at a time, at least 2; a larger batch is computed in chunks, each twice, with "
-        "the same gradients and less memory (whole batch)",
+        "images that a process computes at a time, at least 2; a larger batch is computed in chunks, which gives the "
+        "same gradients with less memory but computes each chunk twice (the whole batch)",
     )
     captions_per_image: int = _flag(1, "captions drawn for each image of a batch")
     num_train_epochs: int = _flag(4, "passes over the training images")
     max_steps: int | None = _flag(None, "stop after N optimizer steps")
     learning_rate: float | None = _flag(
-        None, "learning rate of all parts; the next three override it for one part; overrides a recipe's rates"
+        None,
+        "learning rate of all parts; on the command line, overrides the rates of a recipe; the next three flags "
+        "override it for one part",
     )
     head_learning_rate: float = _flag(1e-3, "learning rate of the projection heads and the temperature")
     vision_learning_rate: float = _flag(1e-4, "learning rate of the image tower")
     text_learning_rate: float = _flag(1e-5, "learning rate of the text tower")
     layer_decay: float = _flag(
-        1.0, "layer-wise learning-rate decay: each layer's rate is this factor times that of the layer above"
+        1.0, "layer-wise learning-rate decay: each layer's rate is this factor times that of the next layer"
     )
     weight_decay: float = _flag(1e-3, "AdamW weight decay, applied to weight matrices only")
     max_grad_norm: float = _flag(1.0, "clip gradients to this norm")
     lr_scheduler_type: Literal["plateau", "cosine"] = _flag(
         "plateau", "plateau: lower the rates when the validation loss stops falling; cosine: warm up, then decay to 0"
     )
-    lr_plateau_patience: int = _flag(1, "plateau: epochs without improvement before the rates are lowered")
+    lr_plateau_patience: int = _flag(1, "plateau: epochs without improvement after which the rates are lowered")
     lr_plateau_factor: float = _flag(0.8, "plateau: factor by which the rates are lowered")
     warmup_steps: int = _flag(0, "cosine: steps of linear warm-up")
     ema_decay: float | None = _flag(
@@ -145,14 +153,16 @@ class TrainingArguments:
     )
     augmentation: str | None = _flag(
         None,
-        "albumentations for training images: list of {name, arguments} as JSON or YAML, [] for none (mild ones; none "
-        "for a frozen image tower, which then runs only once)",
+        "albumentations transforms for training images: list of {name, arguments} as JSON or YAML, [] for none (mild "
+        "ones; none for a frozen image tower, which then runs only once)",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(
         None, "precision of the forward pass (bf16 if the accelerator supports it, otherwise no)"
     )
     compile_towers: bool = _flag(
-        False, "torch.compile the towers: minutes at the start, then faster steps on a GPU; rarely pays off on a CPU"
+        False,
+        "compile the towers with torch.compile: takes minutes at the start, then steps are faster on a GPU; rarely "
+        "pays off on a CPU",
     )
     seed: int = _flag(0, "random seed for weights, batches, captions, augmentation and dropout")
     overfit_batch: bool = _flag(
@@ -168,12 +178,12 @@ class TrainingArguments:
         None, "'latest' (from scratch if there is none yet), or a folder in output_dir/checkpoints"
     )
     checkpointing_steps: str = _flag("epoch", "steps between checkpoints, or 'epoch' for one after each epoch")
-    save_total_limit: int = _flag(2, "checkpoints to keep; the last and the best are always kept")
+    save_total_limit: int = _flag(2, "number of checkpoints to keep; the last and the best are always kept")
     best_metric: str = _flag("loss", "validation metric that selects the exported model")
-    early_stopping_patience: int | None = _flag(None, "stop after N epochs without improvement of best_metric")
+    early_stopping_patience: int | None = _flag(None, "stop after N epochs in which best_metric did not improve")
     logging_steps: int = _flag(10, "steps between lines of metrics.jsonl")
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = _flag("none", "experiment tracker")
-    push_to_hub: bool = _flag(False, "upload the export to the Hub, see hub_strategy")
+    push_to_hub: bool = _flag(False, "upload the export to the Hub (see hub_strategy)")
     hub_strategy: Literal["end", "every_save"] = _flag(
         "end", "with push_to_hub: upload once at the end, or also each time a new best model is exported"
     )
@@ -231,9 +241,9 @@ def describe_flags() -> str:
     """The text of `--help`: all flags in groups, with choices and defaults."""
     lines = ["usage: train_miniclip.py [--flag value ...]", ""]
     lines += textwrap.wrap(
-        "Train your own CLIP on captioned images. Without arguments: the built-in recipe 'scenes'. Flags override the "
-        "recipe, and the recipe overrides the defaults, which are in parentheses. --debug shows the traceback of an "
-        f"error. {EXIT_CODES}", 100
+        "Train your own CLIP on captioned images. Without arguments, it runs the built-in recipe 'scenes'. Flags "
+        "override the recipe, and the recipe overrides the defaults, which are in parentheses. --debug shows the "
+        f"traceback of an error. {EXIT_CODES}", 100
     )  # fmt: skip
     for name, text in _flag_texts():
         if name in FLAG_GROUPS:
