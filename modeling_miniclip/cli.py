@@ -146,7 +146,7 @@ def declare_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of an exported model, or a repository on the Hub")
     parser.add_argument(
         "sources", metavar="SOURCE", nargs="*",
-        help="folder of images, caption file, tar archive, or dataset here or on the Hub; can be repeated "
+        help="folder of images, caption file, tar archive, or local or Hub dataset; several are allowed "
         "(default: the sources that the index was built from)",
     )  # fmt: skip
     parser.add_argument(
@@ -300,7 +300,7 @@ def declare_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_dir",
         metavar="DIR",
-        help="folder for the scores, all queries and a page of failures (nothing is written)",
+        help="folder for the scores, all queries and a page of failures (by default, nothing is written)",
     )
     parser.add_argument(
         "--templates", nargs="+", metavar="TEXT", help="sentences with {} for the class name (an ensemble of eight)"
