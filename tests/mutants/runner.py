@@ -123,6 +123,7 @@ def _pytest_in_child(copy: Path, root: Path, log: Path, arguments: list[str]) ->
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method(None, force=True)  # the tests start processes as usual, not by the fork server
     os.chdir(copy)
     os.environ["PYTHONPATH"] = str(copy)
     os.environ.pop("PYTHONWARNINGS", None)
