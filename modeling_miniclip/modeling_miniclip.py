@@ -109,7 +109,7 @@ def timm_config(name: str) -> TimmWrapperConfig:
         pretrained_cfg = timm.get_pretrained_cfg(name) if name in names else None
         if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
             near = difflib.get_close_matches(name, names, n=3)
-            hint = f"; near names: {', '.join(near)}" if near else ""
+            hint = f"; similar names: {', '.join(near)}" if near else ""
             raise ValueError(f"{name!r} is neither a folder nor a timm model with weights on the Hub{hint}")
         source = pretrained_cfg.hf_hub_id
         # Architectures that share weights (CLIP towers with GELU and quick GELU) share a repository.

@@ -642,8 +642,8 @@ def test_timm_name_gives_its_weights_repository(name, repository, architecture, 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet5O", "near names: .*resnet50"),
-        ("resnet50.a1_in2k", "near names: .*resnet50.a1_in1k"),
+        ("resnet5O", "similar names: .*resnet50"),
+        ("resnet50.a1_in2k", "similar names: .*resnet50.a1_in1k"),
         ("vit_huge_patch14_gap_224.in1k_ijepa", "neither a folder nor a timm model with weights on the Hub"),
         ("no model at all", "neither a folder nor a timm model with weights on the Hub$"),
     ],

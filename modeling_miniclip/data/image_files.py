@@ -23,7 +23,7 @@ IMAGE_FOLDERS = (
 
 # What is wrong with an image file, by the kind of problem.
 BAD_FILES = {
-    "outside": "lies outside {folder}; move it there, or allow this with --allow_outside_images",
+    "outside": "is outside {folder}; move it there, or allow this with --allow_outside_images",
     "missing": "is not in {folder}; name the right folder with image_dir, or delete its rows",
     "empty": "in {folder} is empty; replace it or delete its rows",
 }

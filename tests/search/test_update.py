@@ -228,7 +228,7 @@ def test_csv_needs_no_captions_but_rejects_outside_images(tmp_path: Path, model:
     images = tmp_path / "set" / "Images"
     assert ids(ImageIndex.open(index)) == [str(images / "a.png"), str(images / "sub" / "b.png")]
     assert set(report.skipped) == {str(secret), str(images / "gone.png")}
-    assert report.skipped[str(secret)].startswith("lies outside")
+    assert report.skipped[str(secret)].startswith("is outside")
     columns = ColumnNames(allow_outside_images=True)
     assert set(update_index(index, columns=columns, progress=False).skipped) == {str(images / "gone.png")}
     assert str(secret) in ids(ImageIndex.open(index))

@@ -71,7 +71,7 @@ def test_a_tower_of_one_size_refuses_to_be_trained_on_another(tmp_path: Path) ->
                                                    "pretrained_cfg": {"input_size": [3, PIXELS, PIXELS],
                                                                       "fixed_input_size": True}})  # fmt: skip
     build(preset=str(preset), train_image_size=PIXELS)
-    with pytest.raises(ModelError, match="takes images of 32x32 pixels only: image_size 64"):
+    with pytest.raises(ModelError, match="takes images of 32x32 pixels only, not image_size 64"):
         build(preset=str(preset), train_image_size=64)
 
 
@@ -219,7 +219,7 @@ def test_the_dropout_flag_reaches_every_module_from_each_source(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"vision_model": "resnet5O"}, "'resnet5O' is neither a folder nor a timm model.*near names: .*resnet50"),
+        ({"vision_model": "resnet5O"}, "'resnet5O' is neither a folder nor a timm model.*similar names: .*resnet50"),
         ({"vision_model": "./nowhere"}, "--vision_model ./nowhere: no such folder"),
         ({"text_model": "/nowhere/bert"}, "--text_model /nowhere/bert: no such folder"),
         ({"text_model": "no-such-text-tower"}, "--text_model no-such-text-tower: .*connect"),
@@ -246,7 +246,7 @@ def test_a_tower_of_fixed_size_refuses_another_image_size(tmp_path: Path) -> Non
     config = json.loads((vision / "config.json").read_text())
     config["pretrained_cfg"]["fixed_input_size"] = True
     (vision / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="takes images of 32x32 pixels only: image_size 64"):
+    with pytest.raises(ModelError, match="takes images of 32x32 pixels only, not image_size 64"):
         build(vision_model=str(vision), text_model=str(text), image_size=64)
 
 
