@@ -17,16 +17,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests themselves run in par
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import pytest  # noqa: E402
-from PIL import Image  # noqa: E402
 
-from tests.helpers.runs import flags, shared_folder  # noqa: E402
+# No heavy library is imported here: the process that only hands out the tests to the workers loads this file too.
 from tests.helpers.session import shared_once  # noqa: E402
-from tests.helpers.towers import CAPTIONS, save_towers  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let each worker fork its warm process before it imports the package."""
+    if hasattr(config, "workerinput") and hasattr(os, "fork"):
+        from tests.helpers.warm_process import fork_warm_process
+
+        fork_warm_process()
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder of real data and weights: `MINICLIP_SHARED`, else `../shared` next to the checkout."""
+    from tests.helpers.runs import shared_folder
+
     folder = shared_folder()
     if not (folder / "flickr8k" / "captions.csv").is_file():
         pytest.skip(f"no shared data at {folder}: set MINICLIP_SHARED")
@@ -36,6 +44,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_towers(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
     """Folders of a pretrained ResNet (timm) and DistilBERT (with tokenizer). Read-only."""
+    from tests.helpers.towers import save_towers
+
     for folder in shared_once(request, "towers", save_towers):
         yield folder / "vision-resnet", folder / "text-distilbert"
 
@@ -57,6 +67,7 @@ def tiny_run(request: pytest.FixtureRequest) -> Iterator[Path]:
     """
 
     def train(folder: Path) -> None:
+        from tests.helpers.runs import flags
         from train_miniclip import main
 
         main(flags(folder))
@@ -82,6 +93,10 @@ def tiny_index(request: pytest.FixtureRequest, tiny_export: Path) -> Iterator[Pa
 @pytest.fixture
 def captioned_folder(tmp_path: Path) -> Path:
     """`captions.csv` with `id,image,caption` and `Images/` with four pictures of one colour each."""
+    from PIL import Image
+
+    from tests.helpers.towers import CAPTIONS
+
     folder = tmp_path / "captioned"
     (folder / "Images").mkdir(parents=True)
     colours = ["red", "yellow", "gray", "blue"]

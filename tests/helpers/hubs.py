@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import warm_process
 from tests.helpers.runs import shared_folder
 
 Completed = subprocess.CompletedProcess[str]
@@ -71,40 +73,40 @@ def run(code_or_argv: str | list[str], cwd: Path, *arguments: str, **env: str) -
     inherited = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "PYTHONPATH", "HF_TOKEN")}
     env = inherited | {"HF_HOME": str(cwd / "home")} | env
     if isinstance(code_or_argv, str) and hasattr(os, "fork"):
-        return _warm_process().run(code_or_argv, arguments, cwd, env)
+        return _run_warm(code_or_argv, arguments, cwd, env)
     argv = [sys.executable, *(["-c", code_or_argv] if isinstance(code_or_argv, str) else code_or_argv), *arguments]
     return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
-class WarmProcess:
-    """The process of `warm_process.py`; it ends together with this one, when its stdin is closed."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("warm_process.py")
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(script)], cwd="/", env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def run(self, code: str, arguments: Sequence[str], cwd: Path, env: dict[str, str]) -> Completed:
-        """Run code in a fork; arguments as in [`run`], but `env` is the whole environment."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with tempfile.TemporaryDirectory() as folder:
-            files = {name: Path(folder) / name for name in ("stdout", "stderr")}
-            request = {"code": code, "arguments": arguments, "cwd": str(cwd), "env": env}
-            request |= {name: str(path) for name, path in files.items()}
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            ready, _, _ = select.select([self.process.stdout], [], [], 300)
-            if not ready:
-                self.process.kill()
-                _warm_process.cache_clear()
-                raise subprocess.TimeoutExpired(code, 300)
-            returncode = int(self.process.stdout.readline())
-            texts = (path.read_text(encoding="utf-8") for path in files.values())
-            return subprocess.CompletedProcess(["python", "-c", code], returncode, *texts)
+def _run_warm(code: str, arguments: Sequence[str], cwd: Path, env: dict[str, str]) -> Completed:
+    """Run code in a fork of the warm process; arguments as in [`run`], but `env` is the whole environment."""
+    process = _warm_process()
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / name for name in ("stdout", "stderr")}
+        request = {"code": code, "arguments": arguments, "cwd": str(cwd), "env": env}
+        request |= {name: str(path) for name, path in files.items()}
+        process.requests.write(json.dumps(request) + "\n")
+        process.requests.flush()
+        ready, _, _ = select.select([process.answers], [], [], 300)
+        if not ready:
+            os.kill(process.pid, signal.SIGKILL)
+            warm_process.forked = None
+            _warm_process.cache_clear()
+            raise subprocess.TimeoutExpired(code, 300)
+        returncode = int(process.answers.readline())
+        texts = (path.read_text(encoding="utf-8") for path in files.values())
+        return subprocess.CompletedProcess(["python", "-c", code], returncode, *texts)
 
 
 @cache
-def _warm_process() -> WarmProcess:
-    return WarmProcess()
+def _warm_process() -> warm_process.Pipes:
+    """The warm process of this worker, else a new one; it ends together with this process, when its pipe is closed."""
+    if warm_process.forked is not None:
+        return warm_process.forked
+    script = Path(__file__).with_name("warm_process.py")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    process = subprocess.Popen(
+        [sys.executable, str(script)], cwd="/", env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    return warm_process.Pipes(process.pid, process.stdin, process.stdout)

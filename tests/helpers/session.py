@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 Snapshot = dict[str, tuple[int, int]]
 
@@ -50,6 +48,9 @@ def snapshot(folder: Path) -> Snapshot:
 @contextmanager
 def untouched_generators() -> Iterator[None]:
     """Restores the states of Python's, NumPy's and torch's random number generators after the block."""
+    import numpy as np
+    import torch
+
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

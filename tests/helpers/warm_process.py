@@ -1,7 +1,8 @@
 """A process that has imported the heavy libraries, but not this package, and forks to run code for the tests.
 
-Run as a script. It reads one request per line from stdin, and answers each with the exit code of the fork. Starting
-Python and importing torch, timm and transformers takes seconds; a fork of this process has them already.
+It reads one request per line, and answers each with the exit code of the fork. Starting Python and importing torch,
+timm and transformers takes seconds; a fork of this process has them already. A worker of pytest-xdist forks it before
+it collects tests, since it needs these imports itself; without workers it is a script, started when first needed.
 """
 
 import atexit
@@ -12,7 +13,9 @@ import sys
 import threading
 import traceback
 import types
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 
 def preload() -> None:
@@ -88,17 +91,64 @@ def run_code(request: dict[str, Any]) -> int:
     return code
 
 
-def main() -> None:
-    """Serve requests until stdin is closed."""
-    preload()
-    answers = os.fdopen(os.dup(1), "w")
-    for line in sys.stdin:
+def serve(requests: Iterable[str], answers: IO[str]) -> None:
+    """Run what is requested, each in a fork, until there are no more requests."""
+    for line in requests:
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
             os._exit(run_code(request))
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+
+
+class Pipes(NamedTuple):
+    """The ends of a warm process that a test holds."""
+
+    pid: int
+    requests: IO[str]
+    answers: IO[str]
+
+
+# Of this worker; None without workers, or before `fork_warm_process`.
+forked: Pipes | None = None
+
+
+def fork_warm_process() -> None:
+    """Import the libraries and fork a warm process; to be called before this package is imported."""
+    global forked
+    assert "modeling_miniclip" not in sys.modules
+    preload()
+    from_test, to_test = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _serve_in_fork(from_test[0], to_test[1])
+        finally:
+            os._exit(0)
+    os.close(from_test[0])
+    os.close(to_test[1])
+    forked = Pipes(pid, os.fdopen(from_test[1], "w"), os.fdopen(to_test[0]))
+
+
+def _serve_in_fork(requests: int, answers: int) -> None:
+    for descriptor in range(3, 1024):  # pytest's, whose other ends wait until everybody has closed them
+        if descriptor not in (requests, answers):
+            try:
+                os.close(descriptor)
+            except OSError:
+                continue
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "pytest" not in type(finder).__module__]
+    root = str(Path(__file__).resolve().parents[2])
+    sys.path[:] = ["", *(path for path in sys.path if path not in ("", root)), root]  # as in a new process
+    with os.fdopen(requests) as lines, os.fdopen(answers, "w") as file:
+        serve(lines, file)
+
+
+def main() -> None:
+    """Serve requests from stdin until it is closed."""
+    preload()
+    serve(sys.stdin, os.fdopen(os.dup(1), "w"))
 
 
 if __name__ == "__main__":
