@@ -1,4 +1,4 @@
-"""The package's own errors: each message says what is wrong, where, what was expected and how to fix it."""
+"""The package's errors, and how commands print them: what is wrong, where, what was expected and how to fix it."""
 
 import difflib
 import errno
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
-# What a status code of the Hub means for the user. Messages of all other codes are clear enough.
+# What a status code of the Hub means for the user. The Hub's own messages for other codes are clear enough.
 HUB_STATUS_MESSAGES = {
     401: "the Hub rejected this token",
     403: "this token does not have permission",
@@ -19,7 +19,7 @@ HUB_STATUS_MESSAGES = {
     **dict.fromkeys((500, 502, 503, 504), "the Hub is temporarily unavailable"),
 }
 
-# Error numbers of a file system that cannot store any more, whichever library writes the file.
+# Error numbers of a file system that cannot store more data, whichever library writes the file.
 DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 EXIT_CODES = (
@@ -41,7 +41,7 @@ def printable(text: object) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """Ending of a message about an unknown name: the most similar known name, or `otherwise` if none is similar."""
+    """End of a message about an unknown name: the most similar known name, or `otherwise` if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else otherwise
 
@@ -54,7 +54,7 @@ class Problem:
         kind: a key of `data.problems.KINDS`.
         text: what is wrong, what was expected and how to fix it.
         file: file, or dataset and split on the Hub.
-        row: row of the file as an editor counts, from 1; in a dataset of the Hub, from 0.
+        row: row of the file as an editor counts it, from 1; for a dataset on the Hub, from 0.
         column: name of the column.
         image: name of the image that cannot be used because of the problem.
     """
@@ -76,9 +76,9 @@ class Problem:
 
 
 class MiniClipError(Exception):
-    """Base class of all errors that the package raises about its user's input, which the message may quote.
+    """Base class of the package's errors. A message may quote the user's input.
 
-    Raised itself when something outside fails: the disk, the Hub, a library that is not installed.
+    Raised directly when something outside the package fails: the disk, the Hub, a library that is not installed.
     """
 
     exit_code: ClassVar[int] = 1  # of a command that ends with this error
@@ -159,7 +159,7 @@ def run_command(command: Callable[[], object], debug: bool) -> int:
 
     Args:
         command: function to run; it may return an exit code.
-        debug: whether to raise errors, to see their traceback.
+        debug: whether to let errors through, with their traceback.
 
     Returns:
         The command's own exit code, else 0. After an error, its `exit_code`: 2 for [`UsageError`], 1 for all others.
@@ -176,5 +176,5 @@ def run_command(command: Callable[[], object], debug: bool) -> int:
         if reason is None:
             raise
         line, code = f"error: {printable(reason)}; free some space or choose another folder, then run again", 1
-    print(line, file=sys.stderr)  # only here the error's frame, and with it any progress bar, is gone
+    print(line, file=sys.stderr)  # not earlier: by now the error's frame is gone, and any progress bar with it
     return code

@@ -2,14 +2,14 @@
 
 captions.py: load captioned images from any source as splits
 caption_files.py: caption files (CSV, TSV, JSON Lines, Flickr8k tokens)
-image_files.py: image files: which they are, where they are, which cannot be used
+image_files.py: which files are images, where they are, which cannot be used
 splits.py: which image belongs to which split
 hub_datasets.py: datasets on the Hub
 scenes.py: the built-in dataset of drawn scenes
 sources.py: images of any source, for an index
 problems.py: kinds of problems of a dataset
 check.py: `miniclip check`: all problems of a dataset, and a copy without them
-near_duplicates.py: decode images once, find copies
+near_duplicates.py: decode every image once, find copies
 augmentation.py: random crops, flips and colours
 dataset.py: the rows of a split as a torch dataset
 loader.py: global batches, collation, loader processes

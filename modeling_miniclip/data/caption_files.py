@@ -47,7 +47,7 @@ class ResolvedColumns:
 
 @dataclass
 class CaptionedImage:
-    """One image of a caption file with everything that its rows say.
+    """One image of a caption file with everything that its rows say about it.
 
     Args:
         captions: all captions of the image.
@@ -127,7 +127,7 @@ def read_caption_file(
 
 
 def _read_rows(path: Path, find_columns: FindColumns, on_problem: OnProblem) -> Iterator[Row]:
-    """Rows of a file in whichever format its suffix and first line show."""
+    """Rows of a file; its suffix and first line show its format."""
     text = read_utf8(path, on_problem)
     if path.suffix.lower() == ".jsonl":
         return _json_rows(path, text, find_columns, on_problem)
@@ -175,7 +175,7 @@ def _csv_rows(
     path: Path, text: str, delimiter: str, find_columns: FindColumns, on_problem: OnProblem
 ) -> Iterator[Row]:
     lines = list(io.StringIO(text, newline=""))
-    start = 0  # number of lines before those that the present reader gets
+    start = 0  # number of lines before the first one of the current reader
 
     def reader_after(line: int) -> Any:
         # strict: without it, an open quotation mark would silently swallow all rows that follow.
@@ -285,7 +285,7 @@ def metadata_columns(names: Collection[str], file: str, row: int, wanted: Column
 
 
 def caption_columns(names: Collection[str], file: str, row: int | None, wanted: str) -> list[str]:
-    """The caption columns of a dataset whose names are not known: `wanted`, `wanted_0`, `wanted_1`, ... or usual ones.
+    """The caption columns of a dataset: `wanted`, or `wanted_0`, `wanted_1`, ..., or a column with a usual name.
 
     Args:
         names: names of all columns.
@@ -317,7 +317,7 @@ def _numbered_columns(names: Collection[str], stem: str) -> list[str]:
 
 
 def image_name(cell: Any, file: str, row: int, column: str | None, on_problem: OnProblem) -> str | None:
-    """The one spelling of an image's name, which may also be `./a.jpg`, or `sub\\a.jpg` on Windows; None if empty."""
+    """An image's name in its normal form, `sub/a.jpg` for `./sub/a.jpg` and `sub\\a.jpg`; None if it is empty."""
     name = cell.strip().replace("\\", "/") if isinstance(cell, str) else ""
     if not name:
         problem = f"no image name, found {cell!r}; fill the cell or delete the row"

@@ -79,7 +79,7 @@ def load_captions(
         caption_column: name of the column with the text.
         id_column: name of the column with the caption's id; kept as `caption_ids`, never used to group or to split.
         validation_fraction: fraction of the images in the validation split, if the source has none.
-        seed: random seed of that split.
+        seed: random seed of the split into training and validation.
         revision: commit, branch or tag of a dataset on the Hub.
         stream_first_rows: number of rows to stream from the start of each split of a Hub dataset into memory, instead
             of downloading all of it.
@@ -181,7 +181,7 @@ def _read_image_folder(path: Path, columns: ColumnNames, on_problem: OnProblem) 
 def _check_image_files(
     folder: Path, bounds: Path, images: Mapping[str, CaptionedImage], allow_outside: bool, on_problem: OnProblem
 ) -> None:
-    """Report image files that are missing, are empty or lie outside; arguments as of [`bad_files`]."""
+    """Report image files that are missing, empty or outside `bounds`; arguments as in [`bad_files`]."""
     by_kind: dict[str, list[str]] = {}
     for name, kind in bad_files(folder, bounds, images, allow_outside):
         by_kind.setdefault(kind, []).append(name)
@@ -196,7 +196,7 @@ def _check_image_files(
 
 
 def _build_splits(source: Source, validation_fraction: float, seed: int) -> "DatasetDict":
-    """Rows of image files, in the source's own splits as far as it has them."""
+    """One row per image, in the splits of the source, or in random ones where it has none."""
     from datasets import Dataset, DatasetDict, Features, Image, Value
 
     images, folder, splits = source.images, source.folder, source.splits

@@ -156,10 +156,7 @@ def check(
             raise
         report.problems.append(replace(error.problem, kind="unusable"))
         return report
-    bad = {problem.image for problem in report.problems}
-    to_decode = [entry for entry in entries if decode and entry.name not in bad]
-    inspected = inspect_images([entry.content for entry in to_decode], num_workers)
-    inspections = {entry.name: one for entry, one in zip(to_decode, inspected, strict=True)}
+    inspections = _inspect_usable_images(entries, report.problems, num_workers) if decode else {}
     report.problems += _run_checks(entries, inspections, batch_size)
     if source is not None:
         report.problems += files_without_captions(source)
@@ -235,9 +232,18 @@ def entries_of_splits(splits: "DatasetDict", dataset: str, with_images: bool = T
     return entries
 
 
-# --- checks: each takes the entries, the inspections of their images by name, and the batch size --------------------
+Inspections = Mapping[str, ImageInspection]  # by the name of the image
 
-Inspections = Mapping[str, ImageInspection]
+
+def _inspect_usable_images(entries: list[Entry], problems: list[Problem], num_workers: int) -> Inspections:
+    """Decode all images except those that have a problem already."""
+    bad = {problem.image for problem in problems}
+    usable = [entry for entry in entries if entry.name not in bad]
+    inspected = inspect_images([entry.content for entry in usable], num_workers)
+    return {entry.name: one for entry, one in zip(usable, inspected, strict=True)}
+
+
+# --- checks: each takes the entries, the inspections of their images, and the batch size ----------------------------
 
 
 def caption_problems(entries: list[Entry], inspections: Inspections, batch_size: int) -> Iterator[Problem]:
@@ -301,7 +307,7 @@ def _run_checks(entries: list[Entry], inspections: Inspections, batch_size: int)
 
 
 def files_without_captions(source: Source) -> Iterator[Problem]:
-    """Image files that no row names, in the folders of the images that are named."""
+    """Image files that no row names, in the folders that hold images named by rows."""
     for parent in sorted({posixpath.dirname(name) for name in source.images}):
         folder = source.folder / parent
         for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
@@ -330,11 +336,11 @@ def _figures(entries: list[Entry], batch_size: int, tokenizer: str | None) -> di
 def expected_false_negatives(captions: list[list[str]], batch_size: int) -> float:
     """Expected number of ordered pairs of images in a batch that have the same caption.
 
-    Each image of a batch brings one of its captions, drawn at random. Case and white space do not count.
+    Each image contributes one of its captions, drawn at random. Case and white space do not matter.
 
     Args:
         captions: captions of each image.
-        batch_size: images per batch.
+        batch_size: number of images per batch.
     """
     images = len(captions)
     if images < 2:

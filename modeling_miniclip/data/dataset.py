@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # A filler, which only keeps a process busy, is row i under the image id FILLER - i, which is negative.
 FILLER = -1
 
-READ_TOGETHER = 32  # image files that a loader process holds undecoded
+READ_TOGETHER = 32  # image files that a loader process reads at a time
 
 # The random draws for a row: the captions chosen, and two generators for its augmentation.
 Draw = tuple[np.ndarray, np.random.Generator, random.Random]

@@ -69,7 +69,7 @@ def _first_rows(streamed: "IterableDatasetDict", count: int) -> "DatasetDict":
 def one_row_per_image(
     raw: "DatasetDict", name: str, columns: ColumnNames, validation_fraction: float, seed: int
 ) -> "DatasetDict":
-    """Group the captions of each image, and sort the rows into the usual splits.
+    """Group the captions of each image, and assign the rows to the usual splits.
 
     Args:
         raw: splits of the dataset as they are on the Hub.
@@ -143,7 +143,7 @@ def _group_captions(
         columns: image column and caption columns.
         where: dataset and split, for errors.
         split: name of the split on the Hub.
-        first_use: dataset and split where each image was found first, to detect images in two splits; added to.
+        first_use: dataset and split where each image was found first, to detect images in two splits; updated here.
 
     Returns:
         `rows` with the columns `image`, `image_id` and `captions` (all captions of an image in its first row), the

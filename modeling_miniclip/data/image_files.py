@@ -1,4 +1,4 @@
-"""Image files of a dataset: which files are images, which folder has them, which of them cannot be used."""
+"""Image files of a dataset: which files are images, which folder holds them, which of them cannot be used."""
 
 import os
 import posixpath
@@ -35,7 +35,7 @@ def is_image_file(name: str) -> bool:
 
 
 def image_folder(root: Path, images: Iterable[str]) -> Path:
-    """The folder that has most of the first images, among [`IMAGE_FOLDERS`] of `root`."""
+    """The one of [`IMAGE_FOLDERS`] in `root` that holds most of the first 100 images."""
     sample = list(islice(images, 100))
     return max(
         (root / name for name in IMAGE_FOLDERS),

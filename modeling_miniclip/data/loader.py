@@ -1,4 +1,4 @@
-"""From rows to batches: which rows are in a batch, how they are collated, and the processes that do it.
+"""Global batches of a split: choose their rows, collate them, and do both in loader processes.
 
 All randomness depends only on the seed, the epoch and the row, never on the process, the worker or the batch, so that
 any number of processes trains on the same global batches.
@@ -24,7 +24,7 @@ from ..processing_miniclip import MiniClipProcessor
 from .dataset import FILLER, CaptionRows
 
 BY_VALUE = 2**18  # size in bytes up to which a tensor is copied to the trainer instead of shared with it
-SECONDS_BETWEEN_CHECKS = 2  # of a worker on whether the trainer is still running
+SECONDS_BETWEEN_CHECKS = 2  # after which a worker checks again whether the trainer is still running
 
 # Likely causes of a worker's death, by what the DataLoader's message says.
 CAUSES_OF_DEATH = (
@@ -51,7 +51,7 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
         batch_size: number of rows per global batch; the last one may be smaller.
         shuffle: whether to draw a new order in each epoch, instead of keeping the order of the split.
         seed: random seed of the order.
-        rank, world_size: number of this process and number of all processes.
+        rank, world_size: index of this process, and number of processes.
     """
 
     def __init__(
@@ -215,13 +215,13 @@ class _CollatedBatches(Dataset[Any]):
             error.add_note(f"In a loader process:\n{traceback.format_exc()}")
             return error
         except MemoryError as error:
-            lack = MiniClipError(
+            out_of_memory = MiniClipError(
                 "not enough memory to load an image: lower --batch_size or --num_workers, or look for images that are "
                 "much larger than the others"
             )
             if get_worker_info() is None:
-                raise lack from error
-            return lack
+                raise out_of_memory from error
+            return out_of_memory
 
 
 def _already_collated(batch: Any) -> Any:

@@ -14,9 +14,9 @@ import numpy as np
 
 from ..errors import MiniClipError
 
-LARGEST_BUCKET = 100  # images compared with each new one: flat images share a part of their hash with many others
-MOST_SIGNS = 8  # of 64 signs of gradients that may differ between copies
-MOST_COLOUR = 12  # of 255, by which a colour of the thumbnails of copies may differ
+LARGEST_BUCKET = 100  # images that share a part of their hash and are compared; flat images share one with many others
+MOST_SIGNS = 8  # of 64: gradient signs that may differ between copies
+MOST_COLOUR = 12  # of 255: difference allowed between the colours of two copies' thumbnails
 
 
 class ImageInspection(NamedTuple):
@@ -95,7 +95,7 @@ def find_image_copies(inspections: Mapping[str, ImageInspection]) -> list[tuple[
     differ by at least 14 and 66.
 
     Args:
-        inspections: inspections by image name; images that cannot be decoded are skipped.
+        inspections: results of [`inspect_image`] by image name; images that cannot be used are skipped.
 
     Returns:
         For each copy its name, the name of the first such image, and whether their files are identical.

@@ -133,7 +133,7 @@ class Scene:
         background: a name of `BACKGROUNDS`.
 
     Raises:
-        ValueError: the background or the layout is unknown, or the layout has another number of objects.
+        ValueError: the background or the layout is unknown, or the layout is for another number of objects.
     """
 
     objects: tuple[SceneObject, ...]

@@ -41,8 +41,8 @@ class Item:
         read: function that returns the encoded image.
         path: path of the image file, None for an image inside a container.
         size: size in bytes, or `UNKNOWN`.
-        mtime: time of the last change in nanoseconds, or `UNKNOWN`: such an image is read again to see whether it
-            changed.
+        mtime: time of the last change in nanoseconds; if it is `UNKNOWN`, the image is read again to see whether it
+            has changed.
         captions: captions of the image.
         split: `train`, `validation`, ..., or "".
     """
@@ -67,7 +67,7 @@ def resolve_source(source: str | os.PathLike) -> str:
 
 
 def walk_sources(sources: Iterable[str], columns: ColumnNames = DEFAULT_COLUMNS) -> Iterator[tuple[str, Item]]:
-    """The images of several sources, each with its source; an image that occurs again is skipped.
+    """The images of several sources, each with its source. A repeated image is returned once.
 
     Args:
         sources: sources as returned by [`resolve_source`].
@@ -75,16 +75,16 @@ def walk_sources(sources: Iterable[str], columns: ColumnNames = DEFAULT_COLUMNS)
 
     Raises:
         UsageError: there are no sources.
-        DataError: as [`walk_source`].
+        DataError: a source cannot be read, or has no images.
     """
     named = list(sources)
     if not named:
         raise UsageError("no source to index: name a folder, a caption file, a tar archive or a dataset")
-    met: set[str] = set()
+    seen: set[str] = set()
     for source in named:
         for item in walk_source(source, columns):
-            if item.id not in met:
-                met.add(item.id)
+            if item.id not in seen:
+                seen.add(item.id)
                 yield source, item
 
 
@@ -112,7 +112,7 @@ def walk_source(source: str, columns: ColumnNames = DEFAULT_COLUMNS) -> Iterator
 
 
 def is_listed_at_once(source: str) -> bool:
-    """Whether the images of a source can be listed, and so counted, without reading them."""
+    """Whether the images of a source can be listed, and thus counted, without reading them."""
     return _walker(source) in (_walk_folder, _walk_table)
 
 
@@ -140,7 +140,7 @@ def _walker(source: str) -> Callable[[str, ColumnNames], Iterator[Item]]:
 
 
 def _file_item(path: str, captions: list[str] | None = None, split: str = "") -> Item:
-    """A file in its present state; a missing one has neither size nor time, and cannot be read."""
+    """The item of a file as it is now. If the file is missing, its size and time are unknown and it cannot be read."""
     try:
         stat = os.stat(path)
         size, mtime = stat.st_size, stat.st_mtime_ns
@@ -202,7 +202,7 @@ def _read_table(file: Path, columns: ColumnNames) -> dict[str, CaptionedImage]:
 
 
 def _table_columns(names: Collection[str], file: str, row: int, wanted: ColumnNames) -> ResolvedColumns:
-    """An image column by the given or any usual name, and caption columns if any exist: an index needs none."""
+    """The image column, by the given or a usual name, and caption columns if there are any: an index needs none."""
     image = next((name for name in (wanted.image, *IMAGE_COLUMNS) if name in names), None)
     if image is None:
         text = f"no column {wanted.image!r} among {', '.join(names)}; name it with --image_column"

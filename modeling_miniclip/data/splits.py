@@ -72,7 +72,7 @@ def read_splits(
 
 
 def split_of_folder(image_id: str) -> str | None:
-    """The split after which a folder in the image's path is named."""
+    """The split that a folder in the image's path is named after; None if there is no such folder."""
     folders = [part.lower() for part in image_id.split("/")[:-1]]
     return next((split for folder in folders if (split := SPLIT_ALIASES.get(folder, folder)) in SPLITS), None)
 

@@ -21,7 +21,7 @@ from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 
 OPEN_CLIP = "open_clip:"
-# Models that were trained with all texts padded to the same length and need this (see SigLIP in transformers' docs).
+# Models trained with all texts padded to one length, which need the same here (see SigLIP in transformers' docs).
 PADDED_TO_FULL = frozenset({"siglip", "siglip2"})
 LONGEST_TEXT = 512  # tokens, if the model does not name a limit
 

@@ -58,7 +58,7 @@ def evaluate_model(
             and `failures.html`. It appears only when it is complete.
         templates: sentences for class names, as in `zero_shot_weights`.
         batch_size: images per forward pass.
-        progress: show progress bars.
+        progress: whether to show progress bars.
 
     Returns:
         `model`, `dataset`, `split`, `images`, `texts`, `metrics` (recalls in percent, median ranks, `rsum`) and their
@@ -102,6 +102,16 @@ def evaluate_model(
 def score_model(
     encoder: ClipEncoder, data: EvalSet, templates: str | Sequence[str], batch_size: int, progress: bool
 ) -> ModelScores:
+    """Embed a split with one model, and rank the answers to its queries in each direction.
+
+    Args:
+        encoder: model to score.
+        data: split to embed.
+        templates: sentences for class names, as in `zero_shot_weights`.
+        batch_size: number of images per forward pass; texts are encoded four times as many at a time.
+        progress: whether to show progress bars.
+    """
+
     def encode(texts: list[str]) -> Tensor:
         return encoder.encode_texts(texts, 4 * batch_size, progress)
 
@@ -138,7 +148,7 @@ def _comparison(ours: ModelScores, theirs: ModelScores, recalls: list[str], data
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Format a report of [`evaluate_model`] as a text table."""
+    """The report of [`evaluate_model`] as a text table."""
     head, rows = table_of(report)
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
     lines = [

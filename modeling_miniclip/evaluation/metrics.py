@@ -11,7 +11,7 @@ from ..modeling_miniclip import symmetric_contrastive_loss
 
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("text_to_image", "image_to_text")
-# Values of --best_metric.
+# Values of --best_metric, besides loss.
 METRIC_NAMES = tuple(
     f"{direction}_{name}" for direction in DIRECTIONS for name in (*(f"R@{k}" for k in RECALL_AT), "median_rank")
 ) + ("rsum",)
@@ -107,7 +107,7 @@ def _rank_block(block: Tensor, keys: Tensor, ids: Tensor, key_id: Tensor, top: i
 
 
 def ranks(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor) -> Tensor:
-    """`[Q]` int64, the `rank` of [`rank_keys`]."""
+    """`[Q]` int64, rank of each query's best right key, from 1; arguments as in [`rank_keys`]."""
     return rank_keys(queries, keys, query_id, key_id).rank
 
 
@@ -306,6 +306,6 @@ def validation_metrics(
     loss_type: str = "softmax_sum",
     logit_bias: float | None = None,
 ) -> dict[str, float]:
-    """All metrics of a validation: [`dataset_loss`] as `loss`, and [`retrieval_metrics`]. For arguments see there."""
+    """All metrics of a validation: [`dataset_loss`] as `loss`, and [`retrieval_metrics`]; arguments as there."""
     loss = dataset_loss(image_embeds, text_embeds, logit_scale, text_image_id, loss_type, logit_bias)
     return {"loss": loss, **retrieval_metrics(image_embeds, text_embeds, text_image_id)}

@@ -53,7 +53,7 @@ def zero_shot_weights(
         templates: a key of `PROMPT_TEMPLATES`, a sentence with one `{}` for the class name, or a list of sentences.
         processor: processor of the model; by default the one saved with it.
         batch_size: sentences per forward pass.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
 
     Returns:
         `[classes, projection_dim]` float32 on the CPU.
@@ -110,7 +110,7 @@ def classify(
         top_k: number of classes per image; all classes if there are fewer.
         processor: processor of the model; by default the one saved with it.
         batch_size: images per forward pass.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
 
     Returns:
         For each image at most `top_k` of `{"score": ..., "label": ...}`, best first. The scores are the softmax, over
@@ -162,7 +162,7 @@ def zero_shot_accuracy(
         top_k: values of K. Those not below the number of classes are left out: any model would score 100.
         processor: processor of the model; by default the one saved with it.
         batch_size: images per forward pass.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
 
     Returns:
         Percentages by name, such as `{"top-1": ..., "top-5": ...}`.

@@ -115,7 +115,7 @@ def encode_images(
 
 
 def _pixel_values(images: list[Image.Image], processor: MiniClipProcessor, device: torch.device) -> Tensor:
-    """The processor's `pixel_values`, computed by the faster way of training if that gives the same."""
+    """The processor's `pixel_values`, computed as in training, which is faster, if the result is the same."""
     settings = processor.image_processor
     if type(settings) is not CLIPImageProcessorPil or not (settings.do_rescale and settings.do_normalize):
         return processor(images=images, return_tensors="pt")["pixel_values"].to(device)
@@ -130,13 +130,13 @@ def encode_texts(
     batch_size: int = 128,
     progress: bool = True,
 ) -> Tensor:
-    """Unit-norm embeddings of texts; further arguments and the result are those of [`encode_images`].
+    """Unit-norm embeddings of texts; the other arguments and the result are those of [`encode_images`].
 
     Args:
         texts: texts; those longer than the text tower's limit are truncated.
 
     Raises:
-        DataError: an item is not a text, or contains half a character (a lone surrogate); its number counts from 0.
+        DataError: an item, which the message numbers from 0, is not a text or has half a character (a lone surrogate).
         ValueError: as in [`encode_images`].
     """
     processor = processor_of(model, processor)
@@ -157,7 +157,7 @@ def _check_text(text: Any, number: int) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"text {number}: half a character (a lone surrogate), which no tokenizer takes; remove it: {error}"
+            f"text {number}: half a character (a lone surrogate), which no tokenizer accepts; remove it: {error}"
         ) from error
 
 
@@ -170,7 +170,7 @@ def encode_batches(
     what: str,
     progress: bool,
 ) -> Tensor:
-    """Embed items batch by batch with a model in evaluation mode, and then restore its modes.
+    """Embed items batch by batch with a model in evaluation mode, then restore its former mode.
 
     Args:
         model: model that `embed` uses.
@@ -190,7 +190,7 @@ def encode_batches(
         raise ValueError(f"expected a list of {what}, got one {type(items).__name__}: put it in a list, [...]")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    modes = [(module, module.training) for module in model.modules()]  # parts may be frozen
+    modes = [(module, module.training) for module in model.modules()]  # of each part, as some may be frozen
     model.eval()
     parts = []
     total = len(items) if isinstance(items, Sized) else None

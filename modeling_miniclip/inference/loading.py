@@ -1,4 +1,4 @@
-"""Load an exported model: the whole of it, or the one tower that a search or an index needs."""
+"""Load an exported model: all of it, or only the tower that a search or an index needs."""
 
 import os
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcesso
 
 
 def check_export_folder(flag: str, source: str) -> None:
-    """Check that a source which must be a local folder exists, and that a local folder holds an export.
+    """Check that a source exists if it can only be a local folder, and that a local folder holds an export.
 
     Args:
         flag: flag or argument that named the source, for error messages.

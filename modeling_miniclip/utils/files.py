@@ -65,7 +65,7 @@ def commit_folder(fresh: Path, target: Path) -> None:
 
     Args:
         fresh: finished folder.
-        target: its new path.
+        target: path of the folder after the rename.
     """
     for path in (fresh, *fresh.rglob("*")):
         _flush(path)
@@ -92,7 +92,7 @@ def recover_folder(target: Path) -> None:
 def discard_folder(path: Path) -> None:
     """Delete a folder by renaming it first, so that a process that dies here leaves nothing under its name.
 
-    Also removes what an earlier process has left in this way.
+    Also removes what is left if an earlier process died here.
     """
     former = _former(path)
     shutil.rmtree(former, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Self-contained HTML pages of images: no scripts and no external resources, so they work offline and stay private.
 
-All text is escaped here. HTML is accepted only as made by the functions of this file: `body` of [`page`], `content` of
-[`section`] and the tiles of [`grid`].
+All text is escaped here. Only three arguments take HTML, which must come from the functions of this file: `body` of
+[`page`], `content` of [`section`] and `tiles` of [`grid`].
 """
 
 import base64

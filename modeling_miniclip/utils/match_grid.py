@@ -128,15 +128,14 @@ def _wrap(text: str, width: float, most_lines: int, points: int, weight: str = "
 
     font = ImageFont.truetype(findfont(FontProperties(weight=weight)), points * DPI / 72)
     parts = text[:2000].split("\n")
-    characters = max(int(width * 40), 1)  # as many as fit of the narrowest letter
+    characters = max(int(width * 40), 1)  # number of the narrowest letters that fit
     lines = [""]
     while characters > 0:
         lines = [line for part in parts for line in textwrap.wrap(part, characters)]
         if len(lines) > most_lines:
             lines = [*lines[: most_lines - 1], lines[most_lines - 1][: characters - 2].rstrip() + " …"]
-        if all(
-            font.getlength(line) <= 0.97 * width * DPI for line in lines
-        ):  # matplotlib rounds the width of each letter
+        # Not the full width, because matplotlib rounds the width of each letter.
+        if all(font.getlength(line) <= 0.97 * width * DPI for line in lines):
             break
         characters -= 1
     return lines

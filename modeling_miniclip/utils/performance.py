@@ -1,4 +1,4 @@
-"""Settings that speed up a process but do not change results. Only entry points call them, never an import."""
+"""Settings that save time or memory. Importing this module changes none of them."""
 
 import ctypes
 import sys
@@ -72,8 +72,8 @@ def best_mixed_precision(device: torch.device) -> str:
 def one_thread() -> Iterator[None]:
     """Let torch compute in the calling thread only, within the block.
 
-    OpenMP threads wait for each other in busy loops. If the cores are shared, this costs a small matrix product many
-    times what a second thread gains.
+    OpenMP threads wait for each other in busy loops. On shared cores, this costs a small matrix product many times the
+    time that a second thread saves.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
