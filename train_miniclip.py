@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     Raises:
         MiniClipError: the flags or the data are wrong; the message says where, and how to fix it. With
-            `--overfit_batch`, the loss did not reach zero. If the disk is full, it says what was saved.
+            `--overfit_batch`, the loss did not reach zero. If the disk is full, the message says what was saved.
         SystemExit: after SIGTERM, with code 143; a checkpoint was saved.
     """
     arguments = parse_arguments(argv)
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 def prepare(arguments: TrainingArguments) -> TrainingRun:
-    """Output folder, data, model, loaders, optimizer and schedule; the state of a resumed run."""
+    """Check the output folder, build data, model, loaders, optimizer and schedule, and load a checkpoint to resume."""
     checkpoint = setup.prepare_output_dir(arguments)
     hub_model_id = setup.prepare_hub_repo(arguments)
     accelerator = setup.build_accelerator(arguments)  # joins the processes and sets the seed
@@ -245,7 +245,7 @@ def validate(run: TrainingRun) -> bool:
     """Measure the whole validation split, step the plateau schedule, and export the model if it is the best so far.
 
     Returns:
-        Whether it is.
+        Whether the model is the best so far.
 
     Raises:
         MiniClipError: the loss is not finite.
@@ -283,7 +283,7 @@ def embed_validation_split(run: TrainingRun) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def measure_embeddings(run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    """Loss and retrieval metrics. Rank 0 computes them and broadcasts them, so that all ranks decide alike."""
+    """Loss and retrieval metrics of the split, computed on rank 0 and broadcast, so that all ranks decide alike."""
     model, accelerator = run.unwrapped_model, run.accelerator
     logit_scale = full_tensor(model.inverse_temperature()).item()
     logit_bias = None if model.logit_bias is None else full_tensor(model.logit_bias).item()
@@ -303,7 +303,7 @@ def finish(run: TrainingRun) -> Path:
     """Draw curves and retrieved images, close the trackers, and push; returns the folder of the export."""
     run.accelerator.wait_for_everyone()
     run.close()
-    if not run.accelerator.is_main_process:  # drawing and uploading are up to rank 0, and nobody waits for it
+    if not run.accelerator.is_main_process:  # only rank 0 draws and uploads, and the others need not wait
         return run.export_dir
     if bad := run.bad_images.describe():
         run.say(bad)

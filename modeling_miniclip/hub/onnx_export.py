@@ -59,7 +59,7 @@ class TextEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Encoder:
-    """An ONNX file: the exported module, the free axes of its inputs, and the name of its output."""
+    """An ONNX file: the exported module, the dynamic axes of its inputs, and the name of its output."""
 
     module: type[nn.Module]
     axes: dict[str, dict[int, str]]
@@ -202,7 +202,7 @@ def write_preparation(folder: Path, model: MiniClipModel, processor: MiniClipPro
     original = processor.tokenizer
     tokenizer = Tokenizer.from_str(original.backend_tokenizer.to_str())
     tokenizer.enable_padding(pad_id=original.pad_token_id, pad_token=original.pad_token)
-    tokenizer.no_truncation()  # drops the setting that the last call has left
+    tokenizer.no_truncation()  # drops the setting of the last call
     if original.model_max_length <= 2**31:  # transformers writes "no limit" as a number like 1e30
         tokenizer.enable_truncation(original.model_max_length)
     tokenizer.save(str(folder / "tokenizer.json"))

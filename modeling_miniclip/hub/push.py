@@ -27,7 +27,7 @@ HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # raised by the Hub
 
 @dataclass(frozen=True)
 class Target:
-    """The branch to push to, and the commit to build upon: that of the branch, or that of main if it `is_new`."""
+    """The branch to push to, and the commit to build upon: the branch's head, or main's if the branch `is_new`."""
 
     repo_id: str
     branch: str
@@ -97,14 +97,12 @@ def push(
     root, api = Path(folder), HfApi()
     if not (root / "config.json").is_file():
         raise ModelError(f"{folder} is not an export: it has no config.json")
-    command = ["miniclip", "push", str(folder), repo_id, *["--private"] * private]
-    command += [] if revision is None else ["--revision", revision]
-    safe = f"The model is safe in {folder}: try again with `{shlex.join(command)}`"
-    with hub_errors_as_miniclip_error(f"{folder} cannot be pushed to {repo_id}", safe):
+    retry = _advice_to_retry(folder, repo_id, private, revision)
+    with hub_errors_as_miniclip_error(f"{folder} cannot be pushed to {repo_id}", retry):
         _check_token()
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         target = _find_target(api, repo_id, private, revision or "main")
-    advice = f"Nothing that was in {repo_id} has changed. {safe}"
+    advice = f"Nothing that was in {repo_id} has changed. {retry}"
     with _temporary_branch(api, target, f"{folder} cannot be uploaded to {repo_id}", advice) as branch:
         with hub_errors_as_miniclip_error(f"{folder} cannot be uploaded to {repo_id}, branch {branch}", advice):
             files = _operations(root, repo_id)
@@ -118,13 +116,19 @@ def push(
             commit = _publish(api, target, staged, again, message)
         except HUB_ERRORS as error:
             what = f"{folder} was uploaded, but it is unknown whether {repo_id} has the commit"
-            with hub_errors_as_miniclip_error(what, safe):
+            with hub_errors_as_miniclip_error(what, retry):
                 published = _published(api, target, staged)
             if published is None:
                 what = f"{folder} was uploaded, but cannot be committed to {repo_id}"
                 raise MiniClipError(f"{what}: {one_line(error)}. {advice}") from None
-            commit = published  # only the answer was lost
+            commit = published  # only the Hub's answer was lost
     return f"{api.endpoint}/{repo_id}/commit/{commit}"
+
+
+def _advice_to_retry(folder: str | os.PathLike, repo_id: str, private: bool, revision: str | None) -> str:
+    command = ["miniclip", "push", str(folder), repo_id, *["--private"] * private]
+    command += [] if revision is None else ["--revision", revision]
+    return f"The model is safe in {folder}: try again with `{shlex.join(command)}`"
 
 
 def _check_token() -> None:
@@ -160,7 +164,7 @@ def _find_target(api: HfApi, repo_id: str, private: bool, branch: str) -> Target
 
 @contextmanager
 def _temporary_branch(api: HfApi, target: Target, what: str, advice: str) -> Iterator[str]:
-    """A branch that is deleted at the end of the block, even after an error; a warning reports one that is left."""
+    """A branch that is deleted at the end of the block, even after an error; a warning reports it if that fails."""
     branch, may_exist = f"upload-{secrets.token_hex(4)}", True
     try:
         with hub_errors_as_miniclip_error(what, advice):

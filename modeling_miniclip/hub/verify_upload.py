@@ -27,7 +27,7 @@ def logits_of(source: str, **where: Any) -> torch.Tensor:
 
 
 def main(folder: str, repo_id: str, commit: str) -> None:
-    """Exit with an error message if one of them does not load or the two differ."""
+    """Exit with an error message unless both models load and compute the same logits."""
     logits = []
     for source, where in ((folder, {}), (repo_id, {"revision": commit})):
         try:

@@ -1,19 +1,19 @@
 """Search images with a model.
 
-index.py: `ImageIndex`: open, search, filter
+index.py: `ImageIndex`: open, search and write an index
 update.py: `update_index`: add, change and remove images
-shards.py: embeddings of an unfinished update
-embeddings_file.py: embeddings on disk
+shards.py: encode images, and keep what an unfinished update has encoded
+embeddings_file.py: write and memory-map embeddings
 fingerprints.py: hashes that identify the model of an index
 exact.py: exact nearest neighbours
 approximate.py: approximate neighbours with FAISS
 filters.py: conditions on the entries of an index
-pictures.py: the picture of an entry
+pictures.py: the picture of an entry, from its file or thumbnail
 in_memory.py: `find_matches`: search without an index
-query.py: `miniclip search`
+query.py: `miniclip search`: a query of text, image or both
 formatting.py: results as text or JSON
 results_page.py: results as an HTML page
 duplicates.py: `miniclip duplicates`
 app.py: `miniclip app`: the search page
-space.py: `miniclip space`: the page as a Hugging Face Space
+space.py: `miniclip space`: the search page as a Hugging Face Space
 """

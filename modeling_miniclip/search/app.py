@@ -1,4 +1,4 @@
-"""The search page: query an image index in the browser by text, image or both, filter, and browse similar images.
+"""`miniclip app`: search an index in the browser by text, image or both, filter, and browse similar images.
 
 The browser gets re-encoded copies, never files: paths of this machine and metadata of photographs (such as where they
 were taken) stay private. The browser refers to an image by its position among the results. Thumbnails are made once
@@ -70,10 +70,9 @@ class IndexPage:
         self.index = index
         self.pictures = pictures
         self.threads = ThreadPoolExecutor(default_workers())
-        self.embedder = ThreadPoolExecutor(
-            1
-        )  # one, because torch keeps working memory for each thread that ever computed
-        self.load: Callable[..., Any] = lru_cache(maxsize=2)(load_checked)  # loads each tower once
+        # One thread, because torch keeps working memory for each thread that ever computed.
+        self.embedder = ThreadPoolExecutor(1)
+        self.load: Callable[..., Any] = lru_cache(maxsize=2)(load_checked)  # keeps both towers
 
     def search(
         self,
@@ -90,11 +89,11 @@ class IndexPage:
         Args:
             words: text to search for.
             picture: image to search for.
-            folder: condition, as in [`EntryFilter`], like the following ones.
-            since: earliest date.
-            until: latest date.
+            folder: folder that contains the images; this and the following conditions are those of [`EntryFilter`].
+            since: earliest date of the images.
+            until: latest date of the images.
             caption: words that the captions must contain.
-            split: split of the image.
+            split: split of the images.
 
         Returns:
             Thumbnails of the images found, best first, their rows, and a status line, which may report an error.
@@ -108,10 +107,10 @@ class IndexPage:
             rows = chosen.rows(self.index.entries) if chosen else None
             if rows is not None and not len(rows):
                 return [], [], "No image passes the filters."
-            embedding = self.embedder.submit(self._embedded, query).result()
+            embedding = self.embedder.submit(self._embed, query).result()
             matches = self.index.search(embedding, RESULTS, rows)
             found = [(match.index, match.score) for match in matches]
-            shown = self._shown(found)
+            shown = self._thumbnails(found)
         except MiniClipError as error:
             return [], [], str(error)
         candidates = len(self.index) if rows is None else len(rows)
@@ -142,11 +141,11 @@ class IndexPage:
         return (
             picture_of(self.index, row, LARGE_PIXELS),
             "\n".join(facts),
-            self._shown(others),
+            self._thumbnails(others),
             [row for row, _ in others],
         )
 
-    def small(self, row: int) -> Path:
+    def thumbnail_file(self, row: int) -> Path:
         """Thumbnail file of an image. It is blank for an unreadable image, so that the others keep their places."""
         path = self.pictures / f"{row}.jpg"
         try:
@@ -160,15 +159,15 @@ class IndexPage:
             fresh.replace(path)
         return path
 
-    def _embedded(self, query: Query) -> np.ndarray:
+    def _embed(self, query: Query) -> np.ndarray:
         """`[dim]` embedding of a query."""
         with one_thread():  # with many users there are many small computations at once
             embedding: np.ndarray = embed_queries(self.index, [query], load=self.load)[0]
         release_freed_memory()  # otherwise each of the server's threads keeps some
         return embedding
 
-    def _shown(self, found: list[tuple[int, float]]) -> list[Thumbnail]:
-        files = self.threads.map(self.small, [row for row, _ in found])
+    def _thumbnails(self, found: list[tuple[int, float]]) -> list[Thumbnail]:
+        files = self.threads.map(self.thumbnail_file, [row for row, _ in found])
         captions = (f"{score:.3f}  {_name(self.index.entry(row))}" for row, score in found)
         return list(zip(files, captions, strict=True))
 
@@ -214,8 +213,8 @@ def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
         raise DataError(f"{index.folder}: this index has no images; add some: miniclip index MODEL SOURCE -o INDEX")
     served = gr.utils.get_upload_folder()
     os.makedirs(served, exist_ok=True)
-    # Otherwise gradio computes statistics after each event, as a table of pandas, in any of the server's threads, and
-    # each of these threads then keeps some of Arrow's memory.
+    # Otherwise gradio computes statistics with pandas after each event, in any of the server's threads, and each of
+    # these threads then keeps some of Arrow's memory.
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(sys.maxsize))
     page = IndexPage(index, Path(tempfile.mkdtemp(prefix="miniclip-", dir=served)))
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
@@ -291,10 +290,8 @@ def _gallery(gr: Any, label: str, elem_id: str) -> Any:
 def launch_options() -> dict[str, Any]:
     """Arguments for `launch` of a page of [`build_page`]."""
     gr = _gradio()
-    fonts = {
-        "font": ["system-ui", "sans-serif"],
-        "font_mono": ["ui-monospace", "monospace"],
-    }  # system fonts, so that none is downloaded
+    # System fonts, so that none is downloaded.
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return {
         "theme": gr.themes.Default(primary_hue="blue", **fonts),
         "css": STYLE,
@@ -314,13 +311,13 @@ def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bo
     Args:
         folder: folder of the index.
         port: port of the page; by default the first free one from 7860.
-        open_browser: open the page in the browser.
+        open_browser: whether to open the page in the browser.
 
     Raises:
         DataError: there is no index, or it cannot be read.
         MiniClipError: gradio is not installed, or the port is taken.
     """
-    _gradio_installed()
+    _check_gradio_is_installed()
     index = ImageIndex.open(folder, verify=True)
     with tempfile.TemporaryDirectory(prefix="miniclip-app-") as cache:
         os.environ["GRADIO_TEMP_DIR"] = cache  # otherwise files of other apps on this machine could be requested
@@ -343,13 +340,13 @@ def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bo
             blocks.close(verbose=False)
 
 
-def _gradio_installed() -> None:
+def _check_gradio_is_installed() -> None:
     if find_spec("gradio") is None:
         raise MiniClipError("the search page needs gradio: pip install 'miniclip[app]'")
 
 
 def _gradio() -> Any:
-    _gradio_installed()
+    _check_gradio_is_installed()
     import gradio
 
     return gradio

@@ -55,7 +55,7 @@ def find_duplicates(index: ImageIndex, threshold: float = 0.95, across_splits: b
     Args:
         index: index to search.
         threshold: smallest cosine of two near-identical images, in (0, 1].
-        across_splits: only return groups with images of several splits, such as train and validation.
+        across_splits: whether to return only groups that span several splits, such as train and validation.
 
     Returns:
         The groups, exact ones first, then by falling similarity.
@@ -87,9 +87,8 @@ def find_duplicates(index: ImageIndex, threshold: float = 0.95, across_splits: b
 
 def _near(embeddings: np.ndarray, rows: np.ndarray, threshold: float) -> Iterator[tuple[int, int, float]]:
     """Pairs of these rows, smaller row first, with their cosine if it is at least `threshold`."""
-    tolerance = (
-        1e-6 if embeddings.dtype == np.float32 else 1e-3
-    )  # for rounding, so that a threshold of 1 finds equal embeddings
+    # For rounding, so that a threshold of 1 finds equal embeddings.
+    tolerance = 1e-6 if embeddings.dtype == np.float32 else 1e-3
     for top in range(0, len(rows), BLOCK):
         block = embeddings[rows[top : top + BLOCK]].astype(np.float32)
         for left in range(top, len(rows), BLOCK):

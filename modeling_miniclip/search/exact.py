@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 HALF_MARGIN = 4e-3  # above the error of a cosine in half precision; closer candidates are computed again
-PROCESS = os.getpid()  # differs in forked processes
+PROCESS = os.getpid()  # the process that imported this module; one forked from it has another id
 LEAST_SELECTED = 0.3  # fraction of the rows above which computing all is faster than gathering the selected ones
 
 
@@ -27,7 +27,7 @@ class Match:
 
 
 class Neighbours:
-    """Exact search.
+    """Exact nearest-neighbour search.
 
     Args:
         embeddings: `[rows, dim]` float32 or float16, unit norm; may be memory-mapped.

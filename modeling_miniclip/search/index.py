@@ -1,4 +1,4 @@
-"""`ImageIndex`: images that were embedded once and can be searched often. A folder that is complete or absent.
+"""`ImageIndex`: images embedded once and searched often, in a folder that is either complete or absent.
 
 | file | contents |
 |---|---|
@@ -36,7 +36,7 @@ from .filters import EntryFilter
 FORMAT = 1
 MANIFEST, ENTRIES, EMBEDDINGS = "manifest.json", "entries.parquet", "embeddings.safetensors"
 ROW_GROUP = 2_048  # entries that are read at a time
-VERIFIED = 256 << 20  # bytes; checking fewer takes little time compared with the imports and the model of a search
+VERIFIED = 256 << 20  # bytes; checking them takes little time compared with a search's imports and model
 OWN = "sha256"  # key of the manifest that holds the checksum of all other keys
 
 SCHEMA = pa.schema(
@@ -119,7 +119,7 @@ class ImageIndex:
 
         Args:
             folder: folder of the index.
-            verify: compare the files with their checksums; by default only if they have up to `VERIFIED` bytes.
+            verify: whether to compare the files with their checksums; by default only up to `VERIFIED` bytes.
 
         Raises:
             DataError: there is no index, a later version wrote it, or it is damaged.
@@ -187,7 +187,7 @@ class ImageIndex:
 
     def _row_group(self, number: int) -> pa.Table:
         """`ROW_GROUP` entries. A search shows a few images; reading all entries would take most of its time."""
-        if "entries" in vars(self):  # all of them were read before
+        if "entries" in vars(self):  # all of them have been read already
             return self.entries.slice(number * ROW_GROUP, ROW_GROUP)
         if number not in self._row_groups:
             self._row_groups[number] = self._read_row_group(number, COLUMNS)
@@ -213,7 +213,7 @@ class ImageIndex:
             query_embedding: `[dim]` or `[1, dim]` array or tensor from this index's model, of any length.
             k: number of images to find.
             filter: images to consider: an [`EntryFilter`], or `[n]` ascending rows.
-            exact: search exactly even if there is an approximate index. Filtered searches are always exact.
+            exact: whether to search exactly even if there is an approximate index; filtered searches always do.
 
         Returns:
             At most `k` [`Match`]es, best first, ties in the order of the index: `name` is the entry's id, `score` the

@@ -184,7 +184,7 @@ def search_index(
         k: number of images to find.
         filter: conditions on the images.
         timing: object to which the seconds of each part are added.
-        exact: search exactly even if there is an approximate index.
+        exact: whether to search exactly even if there is an approximate index.
         verify: whether to compare checksums, as in [`ImageIndex.open`].
 
     Returns:

@@ -35,13 +35,13 @@ from ..utils.performance import to_channels_last
 from ..utils.thumbnails import encode_thumbnail
 from .index import MANIFEST, SCHEMA, ImageIndex, Manifest, write_index
 
-SHARD = 1024  # images per shard; an interruption loses fewer than this, per process
+SHARD = 1024  # images per shard; an interruption loses fewer than this per process
 
 Place = tuple[int, int]  # part of the pool, and row in it
 
 
 class Pool:
-    """All embeddings that this model has computed before.
+    """All embeddings that the model of an index has computed before.
 
     Args:
         parts: the existing index and the shards, oldest first.
@@ -86,7 +86,7 @@ class Prepared:
     """An image after a thread has read it.
 
     Args:
-        entry: columns of [`SCHEMA`][modeling_miniclip.search.index.SCHEMA] that the image gives.
+        entry: the columns of [`SCHEMA`][modeling_miniclip.search.index.SCHEMA] that the image determines.
         pixels: `[3, H, W]` uint8, or None if the image was encoded before.
         place: where in the pool it was encoded before, or None.
     """
@@ -117,7 +117,7 @@ class Encoding:
         self._next_shard: list[tuple[dict[str, Any], np.ndarray]] = []  # entries and embeddings
 
     def load(self) -> tuple[MiniClipModel, MiniClipProcessor]:
-        """Image tower of the model and its processor, loaded by the first call, from whichever thread it comes."""
+        """Image tower of the model and its processor; any thread may call it, and the first call loads them."""
         with self._loading:
             if self._tower is None:
                 model, processor = load_tower(model_folder(self.manifest.model), "image")
@@ -130,8 +130,8 @@ class Encoding:
 
         Args:
             items: images to encode.
-            total: their number, if it is known.
-            progress: show a progress bar.
+            total: number of these images, if it is known.
+            progress: whether to show a progress bar.
         """
         batch: list[Prepared] = []
         if total:
@@ -195,7 +195,7 @@ class Encoding:
         return Prepared(entry, processor.crop(rgb))
 
     def _copy(self, prepared: Prepared) -> None:
-        """Store an image whose contents were encoded before: under another name, or before its file was touched."""
+        """Store an image whose contents were encoded before, under another name or when its file had another time."""
         assert prepared.place is not None
         if prepared.entry["mtime"] != UNKNOWN or self.pool.by_id.get(prepared.entry["id"]) != prepared.place:
             part, row = prepared.place

@@ -1,4 +1,4 @@
-"""`miniclip space`: a folder with a model, an index and the search page that runs as a Gradio Space, or locally.
+"""`miniclip space`: a folder with a model, an index and the search page, which runs as a Gradio Space or locally.
 
 The index holds copies of 512 pixels. Image files, paths, dates and metadata are not published.
 """

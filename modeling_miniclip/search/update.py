@@ -1,7 +1,7 @@
-"""`update_index`: build an index or update it. Only new and changed images are encoded, by one process or by several.
+"""`update_index`: build an index or update it. One or several processes encode only new and changed images.
 
-Finished embeddings go to `.NAME.shards` next to the index `NAME` at once (see `shards.py`), so an interrupted run, or
-a lost process, costs only its unfinished shard. At the end everything is merged into one index, which replaces the old
+Finished embeddings go at once to `.NAME.shards` next to the index `NAME` (see `shards.py`), so an interrupted run or a
+lost process costs only its unfinished shard. At the end everything is merged into one index, which replaces the old
 one in a single step.
 """
 
@@ -77,7 +77,7 @@ class _Plan:
         manifest: manifest of the index after the run.
         sources_to_scan: sources whose images are listed and encoded.
         sources_kept: sources whose images stay in the index as they are.
-        overwrite: use nothing of the existing index.
+        overwrite: whether to use nothing of the existing index.
     """
 
     target: Path
@@ -119,14 +119,15 @@ def update_index(
             in the index. By default all sources of the index are scanned again.
         model: folder or Hub name of the model; by default the one that built the index.
         remove: sources whose images are dropped from the index.
-        overwrite: rebuild the index from scratch, with any model. The old index stays until the new one is ready.
+        overwrite: whether to rebuild the index from scratch, with any model; the old index stays until the new one is
+            ready.
         columns: column names in caption files and datasets.
         dtype: number format of the embeddings: `float32` (default), or `float16`, which takes half the space.
         neighbours: kind of search: `exact`, `approximate`, or `auto` (default): approximate if there are many images
             and FAISS is installed.
         batch_size: images per forward pass.
         num_workers: threads that read images; by default one per core.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
 
     Raises:
         ModelError: there is no such model, or another one built the index.
@@ -249,7 +250,7 @@ def _check_same_kind(target: Path, existing: ImageIndex, manifest: Manifest, dty
 
 @contextmanager
 def _locked(plan: _Plan, processes: PartialState) -> Iterator[None]:
-    """Keep other runs away from this index. The lock ends with the process."""
+    """Within the block, no other run can write this index. The lock ends with the process."""
     from huggingface_hub.utils import WeakFileLock
 
     plan.shards.mkdir(parents=True, exist_ok=True)
@@ -301,7 +302,7 @@ def gather_reports(encoding: Encoding) -> Report:
 
 
 def _merge(plan: _Plan, listed: list[ListedImage], report: Report) -> None:
-    """Write the index, first images of sources that were not scanned, then the listed ones. Fills in the report."""
+    """Write the index: first the images of sources that were not scanned, then the listed ones; complete `report`."""
     pool = plan.pool()
     new = [image for image in listed if image.id not in report.skipped]
     if lost := [image.id for image in new if image.id not in pool.by_id]:

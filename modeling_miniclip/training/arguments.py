@@ -94,7 +94,7 @@ class TrainingArguments:
         "which enlarge objects (image_size)",
     )
     crop_pct: float | None = _flag(
-        None, "fraction of the shorter edge kept by the center crop; 1 keeps all of it (the image tower's own)"
+        None, "fraction of the shorter edge kept by the centre crop; 1 keeps all of it (the image tower's own)"
     )
     max_length: int | None = _flag(None, "longest caption in tokens (the text tower's limit)")
     freeze: Literal["none", "vision", "text", "both"] = _flag("none", "which towers to freeze")

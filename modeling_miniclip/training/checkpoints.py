@@ -1,4 +1,4 @@
-"""Resumable checkpoints: saved completely or not at all, rotated, found again, and rewound to."""
+"""Resumable checkpoints: save them completely or not at all, delete old ones, find one, and rewind to it."""
 
 import filecmp
 import math
@@ -29,7 +29,7 @@ class Progress:
         step_in_epoch: number of steps in the current epoch.
         best_value: best value of `--best_metric`; None before the first validation.
         best_step: step of the best value.
-        epochs_without_improvement: number of epochs since then.
+        epochs_without_improvement: number of epochs since the best value.
     """
 
     batch_size: int
@@ -59,8 +59,18 @@ class Progress:
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int, export_dir: Path) -> Path:
     """Write a resumable state as `folder/step-<step>`, completely or not at all, and delete the oldest beyond `keep`.
 
-    It includes the best model so far, as `export`: if the run is killed after a later validation, which the checkpoint
-    knows nothing of, that one may have replaced `export_dir`.
+    The checkpoint includes the best model so far, as `export`, because a later validation may replace `export_dir`
+    before the run is killed. Every process must call this function.
+
+    Args:
+        accelerator: processes and registered state of the run.
+        folder: folder of all checkpoints.
+        progress: position and best value of the run.
+        keep: number of checkpoints to keep.
+        export_dir: folder of the best model so far; may not exist yet.
+
+    Returns:
+        The new checkpoint.
     """
     target = folder / f"step-{progress.step:08d}"
     fresh = folder / f".{target.name}.new"
@@ -138,6 +148,11 @@ def _same_weights(one: Path, other: Path) -> bool:
 def check_resumed(progress: Progress, expected: Progress, output_dir: Path) -> None:
     """Check that a checkpoint was trained on the same batches as this run will be.
 
+    Args:
+        progress: progress that the checkpoint holds.
+        expected: progress of this run before it loaded the checkpoint.
+        output_dir: output folder of the run.
+
     Raises:
         UsageError: the batch size, the seed or the number of training images changed.
     """
@@ -179,7 +194,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
 
 
 @torch.no_grad()
-def check_weights(model: MiniClipModel, accelerator: Accelerator) -> None:
+def check_finite_weights(model: MiniClipModel, accelerator: Accelerator) -> None:
     """Check that all weights are finite before they are saved; every process must call it and gets the same answer.
 
     Raises:

@@ -48,7 +48,7 @@ def create_model(arguments: TrainingArguments, captions: list[list[str]]) -> tup
             model, processor = _from_towers(arguments, overrides)
         if arguments.train_image_size is not None:  # towers of a fixed size raise an error
             image_processor_from_timm(model.config.vision_config, arguments.train_image_size)
-    except Exception as error:  # the libraries raise all kinds at values that they did not write
+    except Exception as error:  # the libraries raise errors of many classes for wrong values
         named = [f"--{name} {getattr(arguments, name)}" for names in MODEL_SOURCES for name in names]
         sources = " and ".join(text for text in named if not text.endswith(" None"))
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "

@@ -17,11 +17,11 @@ from ..evaluation.metrics import ranks
 # Steps after the warm-up before the first warning: until then a good model may look like one that learns nothing.
 PATIENCE = 100
 WINDOW = 50  # steps over which the loss is averaged, as single batches are easier or harder
-MOST_ROWS = 2000  # validation images to look at, which limits the cost to a second or two
+MOST_ROWS = 2000  # validation images to look at, for a second or two
 # With fewer images, the shuffled-caption probe cannot distinguish matching captions from others: with untrained towers
 # on photographs its z is about 2 for 200 images and 14 for 1,000 (see `linear_alignment_z`).
 FEWEST_ROWS, ENOUGH_ROWS = 64, 500
-CLEAR = 3.0  # standard deviations
+CLEAR = 3.0  # standard deviations above chance that are no accident
 
 
 def chance_loss(images: float, texts: float, loss_type: str) -> float:
@@ -33,7 +33,7 @@ def chance_loss(images: float, texts: float, loss_type: str) -> float:
     Args:
         images: number of images in the batch, each with the same number of texts.
         texts: number of texts in the batch.
-        loss_type: loss of the model's configuration.
+        loss_type: loss type of the model's configuration.
     """
     if loss_type == "sigmoid":
         return math.log(images) + (images - 1) * math.log(images / (images - 1)) if images > 1 else 0.0
@@ -177,7 +177,7 @@ def mean_per_image(rows: Tensor, owner: Tensor, images: int) -> Tensor:
 def linear_alignment_z(image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor) -> float:
     """How well a linear map, fitted on one half of the images, retrieves in the other half, and the other way round.
 
-    The map is a regularized canonical correlation analysis (Vinod 1976). It finds the little that untrained or
+    The map is a regularised canonical correlation analysis (Vinod 1976). It finds the little that untrained or
     collapsed towers let through: with the untrained towers of the preset scenes_tiny, z is 50 for 1,000 of the
     built-in scenes and 14 for 1,000 photographs, and about 1 for shuffled captions.
 
@@ -206,7 +206,7 @@ def linear_alignment_z(image_embeds: Tensor, text_embeds: Tensor, text_image_id:
 
 
 def whiten(seen: Tensor, unseen: Tensor) -> tuple[Tensor, Tensor]:
-    """Center both and make the covariance of the first the identity, damped by its mean eigenvalue."""
+    """Centre both and make the covariance of the first the identity, damped by its mean eigenvalue."""
     mean = seen.mean(dim=0)
     values, vectors = torch.linalg.eigh((seen - mean).t() @ (seen - mean) / len(seen))
     values = values.clamp(min=0)

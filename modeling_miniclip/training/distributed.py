@@ -85,12 +85,12 @@ def compute_on_main(compute: Callable[[], T], is_main: bool) -> T:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor of a part that FSDP spread over processes; others unchanged. Every process must call it."""
+    """The whole of a tensor that FSDP spread over processes; other tensors unchanged. Every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that FSDP spread over processes; others unchanged."""
+    """This process's part of a tensor that FSDP spread over processes; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -125,7 +125,7 @@ def global_contrastive_loss(
         logit_scale: inverse temperature.
         image_id: `[b]` ids of the images.
         text_image_id: `[n]` id of each text's image.
-        loss_type: loss of the model's configuration.
+        loss_type: loss type of the model's configuration.
         logit_bias: bias of the sigmoid loss.
 
     Returns:

@@ -61,8 +61,7 @@ def embed_split(
             images are skipped.
 
     Returns:
-        `[B, dim]` image embeddings, `[N, dim]` text embeddings, and `[N]`, the row among the B of each text's image;
-        all on the CPU.
+        `[B, dim]` image embeddings, `[N, dim]` text embeddings, and `[N]`, the row of each text's image; on the CPU.
     """
     model.eval()
     parts: dict[str, list[Tensor]] = {"images": [], "image_id": [], "texts": [], "text_image_id": []}
@@ -147,6 +146,13 @@ def frozen_text_features(
     """Pooled features of every caption, each computed once; the processes of a machine share the work.
 
     Captions are sorted by length, so that there is almost no padding.
+
+    Args:
+        model: model on its device, with a frozen text tower.
+        captions: captions of each image.
+        processor: preprocessing that belongs to the model.
+        cache_dir: folder of the [`FeatureTable`]s.
+        accelerator: device and processes of the run.
 
     Returns:
         One `[captions, width]` tensor per image, memory-mapped.

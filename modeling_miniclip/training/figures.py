@@ -14,33 +14,6 @@ from ..utils.match_grid import BLUE, FRAME, GREEN, GREY, GRID, INK, ORANGE, PURP
 from .run import TrainingRun
 
 
-def draw_retrieval(run: TrainingRun, target: Path) -> None:
-    """Draw validation captions with the images that the exported model, loaded from disk, finds for them.
-
-    The features of a frozen image tower are used again, so the tower does not run.
-
-    Args:
-        run: a run with an export.
-        target: PNG file to write.
-    """
-
-    def project(features: list[Tensor]) -> Tensor:
-        return model(vision_pooler_output=torch.stack(features).to(model.device)).image_embeds
-
-    model = MiniClipModel.from_pretrained(run.export_dir).to(run.accelerator.device)
-    good = run.bad_images.good_rows("validation")
-    split = run.validation_split.select(good)
-    features = run.validation_image_features()  # [rows, width]
-    if features is None:
-        images = encode_images(model, (row["image"] for row in split), run.processor, progress=False)
-    else:
-        images = encode_batches(model, features[good], project, 256, "images", progress=False)
-    queries = example_queries(list(split["captions"]), 6)
-    texts = encode_texts(model, [text for _, text in queries], run.processor, progress=False)
-    rows = match_rows(queries, texts @ images.T, lambda i: split[i]["image"].convert("RGB"))
-    draw_matches(target, rows, "Validation captions and the images found for them")
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -79,7 +52,7 @@ def _draw_loss(axes: Any, train: list[dict[str, Any]], validation: list[dict[str
 
 
 def _draw_recall(axes: Any, validation: list[dict[str, Any]]) -> None:
-    """Both directions in a colour each; the three K are named at the right end of their lines."""
+    """One colour per direction and one line style per K, which is named at the right end of its lines."""
     axes.set_title("Validation recall (%)")
     for name, color in (("text_to_image", BLUE), ("image_to_text", ORANGE)):
         for k, style in zip(RECALL_AT, ("-", "--", ":"), strict=True):
@@ -92,7 +65,7 @@ def _draw_recall(axes: Any, validation: list[dict[str, Any]]) -> None:
     top, lowest = axes.get_ylim()[1], -1.0
     for k in RECALL_AT:
         height = (last[f"text_to_image_R@{k}"] + last[f"image_to_text_R@{k}"]) / 2
-        lowest = max(height, lowest + 0.06 * top)  # labels of lines that lie together do not cover each other
+        lowest = max(height, lowest + 0.06 * top)  # labels of neighbouring lines must not overlap
         at = (1.01, lowest)
         axes.annotate(f"R@{k}", at, xycoords=axes.get_yaxis_transform(), va="center", fontsize=9, color=GREY)
 
@@ -116,7 +89,7 @@ def _draw_rates(axes: Any, train: list[dict[str, Any]]) -> None:
 def _line(axes: Any, lines: list[dict[str, Any]], key: str, color: str, label: str = "", **style: Any) -> None:
     points = [(line["step"], line[key]) for line in lines if key in line]
     if points:
-        style.setdefault("marker", "o" if len(points) < 5 else None)  # a line of one point is not seen
+        style.setdefault("marker", "o" if len(points) < 5 else None)  # a line of one point is invisible
         axes.plot(*zip(*points, strict=True), label=label, color=color, markersize=3.5, linewidth=1.6, **style)
 
 
@@ -134,11 +107,38 @@ def _finish(axes: Any, best_step: int | None, best_label: str) -> None:
         return
     axes.set_xlim(left=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("optimiser step", fontsize=9, color=GREY)
+    axes.set_xlabel("optimizer step", fontsize=9, color=GREY)
     if best_step is not None:
         axes.axvline(best_step, color=GREEN, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1.5, label=best_label)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=9, labelcolor=INK)
+
+
+def draw_retrieval(run: TrainingRun, target: Path) -> None:
+    """Draw validation captions with the images that the exported model, loaded from disk, finds for them.
+
+    The features of a frozen image tower are used again, so the tower does not run.
+
+    Args:
+        run: a run with an export.
+        target: PNG file to write.
+    """
+
+    def project(features: list[Tensor]) -> Tensor:
+        return model(vision_pooler_output=torch.stack(features).to(model.device)).image_embeds
+
+    model = MiniClipModel.from_pretrained(run.export_dir).to(run.accelerator.device)
+    good = run.bad_images.good_rows("validation")
+    split = run.validation_split.select(good)
+    features = run.validation_image_features()  # [rows, width]
+    if features is None:
+        images = encode_images(model, (row["image"] for row in split), run.processor, progress=False)
+    else:
+        images = encode_batches(model, features[good], project, 256, "images", progress=False)
+    queries = example_queries(list(split["captions"]), 6)
+    texts = encode_texts(model, [text for _, text in queries], run.processor, progress=False)
+    rows = match_rows(queries, texts @ images.T, lambda i: split[i]["image"].convert("RGB"))
+    draw_matches(target, rows, "Validation captions and the images found for them")
 
 
 def example_queries(captions: list[list[str]], count: int) -> list[tuple[int, str]]:

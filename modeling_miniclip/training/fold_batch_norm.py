@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-# Exactly these: a subclass may normalize its weights first. With each norm: what remains of it after folding.
+# Exactly these classes: a subclass may normalise its weights first. Each norm maps to what is left of it when folded.
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 NORMS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.BatchNorm2d: lambda norm, hidden: hidden,
@@ -22,12 +22,12 @@ TOLERANCE = 1e-4  # of the largest component: float32 gives about 1e-6, a wrong 
 @contextmanager
 @torch.no_grad()
 def folded_batch_norms(tower: nn.Module, pixel_shape: tuple[int, int]) -> Iterator[int]:
-    """Within the block, each batch norm is part of the convolution before it, which saves a pass over memory.
+    """Within the block, batch norms are part of the convolutions before them, which saves passes over memory.
 
     In evaluation mode a batch norm multiplies and shifts each channel by constants, which the convolution's weights
     can do as well (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", section 3.2). The pairs are found by running the tower on one image of noise.
-    If the folded tower does not return the same up to float32's rounding, nothing is folded: this happens with 16-bit
+    If the folded tower's output differs by more than float32's rounding, nothing is folded: this happens with 16-bit
     weights, and may happen on GPUs that round convolutions to TF32. Do not train, save or use the tower in another
     thread within the block; afterwards it has its own weights again.
 

@@ -53,11 +53,11 @@ def backward_in_chunks(
 ) -> Tensor:
     """Compute the loss of a batch, and add the gradients of the parameters to their `.grad`.
 
-    Dropout draws the same masks in both passes. Batch norm in training mode normalizes with the statistics of a chunk,
+    Dropout draws the same masks in both passes. Batch norm in training mode normalises with the statistics of a chunk,
     and updates its running averages with each chunk once.
 
     Args:
-        accelerator: Accelerator that prepared the model; its precision and synchronization apply.
+        accelerator: Accelerator that prepared the model; its precision and synchronisation apply.
         model: model as prepared.
         chunks: result of [`split_batch`].
         inputs_of: function from a chunk to the model's keyword arguments, on the device.
@@ -84,7 +84,7 @@ def backward_in_chunks(
     start = dict.fromkeys(ROWS, 0)
     for i, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
         is_last = i == len(chunks) - 1
-        # Gradients are synchronized with the other processes only once, after the last chunk.
+        # Gradients are synchronised with the other processes only once, after the last chunk.
         with nullcontext() if is_last else accelerator.no_sync(model), _replayed(state, accelerator.device):
             output = model(**inputs_of(chunk))
             dots = []  # the gradients of these dot products are the cached gradients

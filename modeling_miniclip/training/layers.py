@@ -39,7 +39,7 @@ def vision_layers(vision_model: Any) -> list[list[nn.Parameter]]:
 def text_layers(text_model: nn.Module) -> list[list[nn.Parameter]]:
     """Parameters of each layer of a text tower, starting with the embeddings.
 
-    The layers are the items of the list of modules with the most parameters; parameters registered after it, such as
+    The layers are the items of the `ModuleList` with the most parameters. Parameters registered after it, such as
     those of a final norm, belong to the last layer.
     """
     lists = [module for module in text_model.modules() if isinstance(module, nn.ModuleList)]
@@ -53,6 +53,26 @@ def text_layers(text_model: nn.Module) -> list[list[nn.Parameter]]:
         else:
             layers[place].append(parameter)
     return [layer for layer in layers if layer]
+
+
+def freeze_layers(model: MiniClipModel, arguments: TrainingArguments) -> None:
+    """Freeze the weights of whole towers and of first layers, as the flags say.
+
+    Raises:
+        UsageError: timm does not know the layers of the image tower.
+    """
+    for tower in frozen_towers(model, arguments.freeze):
+        tower.requires_grad_(False)
+    if arguments.frozen_vision_fraction:
+        freeze_first_layers(vision_layers(model.vision_model), arguments.frozen_vision_fraction)
+    if arguments.frozen_text_fraction:
+        freeze_first_layers(text_layers(model.text_model), arguments.frozen_text_fraction)
+
+
+def frozen_towers(model: MiniClipModel, freeze: str) -> list[nn.Module]:
+    """The towers that `--freeze` freezes."""
+    towers = {"none": [], "vision": ["vision_model"], "text": ["text_model"], "both": ["vision_model", "text_model"]}
+    return [getattr(model, name) for name in towers[freeze]]
 
 
 def freeze_first_layers(layers: list[list[nn.Parameter]], fraction: float) -> None:
@@ -71,12 +91,16 @@ def rate_multipliers(layers: list[list[nn.Parameter]], decay: float) -> dict[nn.
     """Factor of the tower's learning rate for each parameter: 1 in the last layer, times `decay` for each layer below.
 
     Layer-wise learning-rate decay, as in ELECTRA (Clark et al. 2020) and BEiT (Bao et al. 2021).
+
+    Args:
+        layers: parameters of each layer of a tower, from its input to its output.
+        decay: factor between neighbouring layers, in (0, 1].
     """
     return {parameter: decay ** (len(layers) - 1 - i) for i, layer in enumerate(layers) for parameter in layer}
 
 
 def set_training_mode(model: MiniClipModel, freeze: str, freeze_batch_norm: bool) -> None:
-    """Training mode, except evaluation mode for frozen towers and, if asked for, batch norms."""
+    """Put the model into training mode, but frozen towers and, if asked for, batch norms into evaluation mode."""
     model.train()
     for tower in frozen_towers(model, freeze):
         tower.eval()
@@ -84,23 +108,3 @@ def set_training_mode(model: MiniClipModel, freeze: str, freeze_batch_norm: bool
         for module in model.vision_model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
-
-
-def frozen_towers(model: MiniClipModel, freeze: str) -> list[nn.Module]:
-    """The towers that `--freeze` freezes."""
-    towers = {"none": [], "vision": ["vision_model"], "text": ["text_model"], "both": ["vision_model", "text_model"]}
-    return [getattr(model, name) for name in towers[freeze]]
-
-
-def freeze_layers(model: MiniClipModel, arguments: TrainingArguments) -> None:
-    """Freeze the weights of whole towers and of first layers, as the flags say.
-
-    Raises:
-        UsageError: timm does not know the layers of the image tower.
-    """
-    for tower in frozen_towers(model, arguments.freeze):
-        tower.requires_grad_(False)
-    if arguments.frozen_vision_fraction:
-        freeze_first_layers(vision_layers(model.vision_model), arguments.frozen_vision_fraction)
-    if arguments.frozen_text_fraction:
-        freeze_first_layers(text_layers(model.text_model), arguments.frozen_text_fraction)

@@ -16,9 +16,9 @@ def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list
     """AdamW's groups: one learning rate per part and layer; weight decay for matrices only.
 
     Returns:
-        Groups with `params`, `lr`, `weight_decay` and `name`: `head`, `vision` or `text`; for layers below a tower's
-        last one followed by the factor of their rate (`vision*0.8`); for parameters without decay by `_no_decay`.
-        Groups without a trainable parameter are left out.
+        Groups with `params`, `lr`, `weight_decay` and `name`. The name is `head`, `vision` or `text`, followed by the
+        factor of the rate in layers below a tower's last one (`vision*0.8`), and by `_no_decay` if the group has no
+        weight decay. Groups without a trainable parameter are left out.
 
     Raises:
         UsageError: with `--layer_decay`, timm does not know the layers of the image tower.
@@ -72,5 +72,5 @@ def build_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArgumen
 
 @torch.no_grad()
 def clamp_logit_scale(model: MiniClipModel) -> None:
-    """Bring the parameter back to its bound after a step, where the next gradient can reach it."""
+    """After a step, bring the temperature's parameter back to its bound: beyond it, the gradient is zero."""
     model.logit_scale.clamp_(max=math.log(model.config.logit_scale_max))

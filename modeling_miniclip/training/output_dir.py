@@ -1,4 +1,4 @@
-"""The output folder: one run at a time, checked, emptied, and described when the disk is full."""
+"""The output folder: lock it for one run, check it, empty it, and say what was saved when its disk is full."""
 
 import errno
 import os
@@ -55,7 +55,7 @@ def locked_output_dir(arguments: TrainingArguments) -> Iterator[None]:
         with suppress(OSError):
             os.unlink(output_dir / LOCK_FILE)  # before it is closed, which releases the lock
             if is_new:
-                output_dir.rmdir()  # only of a run that failed before it wrote anything; others are not empty
+                output_dir.rmdir()  # succeeds only if the run failed before it wrote anything
         os.close(descriptor)
 
 
@@ -116,7 +116,7 @@ def check_output_dir(arguments: TrainingArguments) -> None:
 
 
 def clear_output_dir(output_dir: Path) -> None:
-    """Delete an earlier run's results; called when everything else about the new run is known to be right."""
+    """Delete an earlier run's results; called only when everything else about the new run is known to be right."""
     for path in (output_dir / name for name in RESULTS):
         if path.is_file():
             path.unlink()

@@ -43,7 +43,7 @@ def check_overfitting(
     Raises:
         MiniClipError: the loss does not reach zero; with the likely cause.
     """
-    run = prepare(without_randomness(arguments))
+    run = prepare_one_batch(without_randomness(arguments))
     batch = next(iter(run.train_loader))
     skipped = run.bad_images.record_undecodable("train", batch.pop("undecodable", []))
     images = run.train_batches.images_in(0) - skipped
@@ -75,8 +75,8 @@ def without_randomness(arguments: TrainingArguments) -> TrainingArguments:
     )
 
 
-def prepare(arguments: TrainingArguments) -> TrainingRun:
-    """As `prepare` of `train_miniclip.py`, but with the images of the first batch, and no output folder."""
+def prepare_one_batch(arguments: TrainingArguments) -> TrainingRun:
+    """Like `prepare` of `train_miniclip.py`, but with only the images of the first batch, and no output folder."""
     accelerator = setup.build_accelerator(arguments)
     splits = setup.load_splits(arguments)
     setup.report_splits(splits, arguments, accelerator)
@@ -144,7 +144,7 @@ def batch_bounds(batch: dict[str, Tensor], loss_type: str, device: torch.device)
 
 
 def row_keys(rows: Iterable[Tensor]) -> Tensor:
-    """`[rows]` int64 keys, the same for equal rows only, except with probability 2^-64."""
+    """`[rows]` int64 keys, equal for equal rows; two different rows have the same key with probability 2^-64."""
     digests = [hashlib.blake2b(row.cpu().numpy().tobytes(), digest_size=8).digest() for row in rows]
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.long)
 
@@ -162,11 +162,11 @@ def least_loss(
     a group have the same probability. In `softmax_mean`, an image with p captions gives each at most 1/p: ln p.
 
     Args:
-        image_id: `[B]`.
+        image_id: `[B]` ids of the images.
         text_image_id: `[N]`, id of each text's image.
-        image_key: `[B]`, the same for equal images.
-        text_key: `[N]`, the same for equal texts.
-        loss_type: loss of the model's configuration.
+        image_key: `[B]` keys, the same for equal images.
+        text_key: `[N]` keys, the same for equal texts.
+        loss_type: loss type of the model's configuration.
     """
     key_of = dict(zip(image_id, image_key, strict=True))
     copies_of_image, copies_of_text = Counter(image_key), Counter(text_key)
@@ -204,7 +204,7 @@ def _least_of_mean(queries: list[Counter[Hashable]], copies: Counter[Hashable]) 
 
 
 def _least_of_sum(queries: list[Counter[Hashable]], copies: Counter[Hashable]) -> float:
-    # Minus the log-likelihood of the best weights of a mixture, found by expectation-maximization.
+    # Minus the log-likelihood of the best weights of a mixture, found by expectation-maximisation.
     hits = [{key: number / copies[key] for key, number in right.items()} for right in queries]
     weights = dict.fromkeys((key for hit in hits for key in hit), 1.0)
     for _ in range(EM_STEPS):
@@ -226,7 +226,7 @@ def judge_overfit(losses: list[float], least: float, chance: float) -> tuple[boo
         chance: [`chance_loss`] of the batch.
 
     Returns:
-        Whether it did, and a line that says so.
+        Whether it did, and a line with the result and the likely cause.
     """
     result = f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps on one batch"
     if least > 0.001:

@@ -14,14 +14,12 @@ from .arguments import TrainingArguments
 from .reporting import split_sizes
 from .run import TrainingRun
 
-# Arguments that name places on the machine of the run, or what it showed and kept there: irrelevant to readers of the
-# model card.
+# Arguments that matter only on the machine of the run: folders, logs, checkpoints, uploads. The card leaves them out.
 LOCAL_ARGUMENTS = frozenset(
     "recipe num_workers output_dir overwrite_output_dir resume_from_checkpoint save_total_limit "
     "checkpointing_steps overfit_batch logging_steps report_to feature_cache_dir push_to_hub hub_model_id "
     "hub_private_repo hub_revision hub_strategy hub_license".split()
 )
-
 
 # Arguments that may be a path.
 PATH_ARGUMENTS = frozenset("dataset image_dir vision_model text_model preset model_name_or_path".split())
@@ -74,7 +72,7 @@ def data_for_card(arguments: TrainingArguments, splits: DatasetDict) -> dict[str
 
 
 def arguments_for_card(arguments: TrainingArguments) -> dict[str, Any]:
-    """The arguments that have a value, without those that mean something on this machine only."""
+    """The arguments that have a value, without [`LOCAL_ARGUMENTS`] and without paths on this machine."""
     return {
         name: without_path(value) if name in PATH_ARGUMENTS else value
         for name, value in asdict(arguments).items()

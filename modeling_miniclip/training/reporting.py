@@ -67,7 +67,7 @@ def describe_validation(epoch: float, metrics: dict[str, float], improved: bool)
 class StepMeter:
     """Collects steps and averages them: loss over all processes, pairs per second, rates and norm of the last step.
 
-    Steps that were not read yet are part of a checkpoint, so that a resumed run logs what an uninterrupted one would.
+    A checkpoint includes the steps since the last reading, so that a resumed run logs what an uninterrupted one would.
 
     Args:
         accelerator: processes of the run.
@@ -76,8 +76,8 @@ class StepMeter:
 
     def __init__(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer):
         self.accelerator, self.optimizer = accelerator, optimizer
-        self.chance = math.nan  # mean of `chance` over the steps of the last reading
-        self.steps = 0  # number of these steps
+        self.chance = math.nan  # mean of `chance` over the steps that `read` averaged last
+        self.steps = 0  # their number
         self.start_epoch(0)
 
     def start_epoch(self, step_in_epoch: int) -> None:

@@ -18,7 +18,7 @@ from ..processing_miniclip import MiniClipProcessor
 from .arguments import TrainingArguments
 from .bad_images import BadImages
 from .check_arguments import checkpoint_interval
-from .checkpoints import Progress, check_weights, save_checkpoint
+from .checkpoints import Progress, check_finite_weights, save_checkpoint
 from .diagnostics import Diagnosis
 from .ema import AveragedWeights
 from .features import FrozenFeatures
@@ -42,17 +42,17 @@ class TrainingRun:
         validation_loader: this process's share of the validation batches.
         validation_split: validation images with their captions, for the pictures.
         validation_features: features of the validation split from frozen towers.
-        card_data: what the model card says about the dataset.
-        log: `metrics.jsonl`.
-        meter: losses and throughput of the steps since the last log line.
+        card_data: name and sizes of the dataset, for the model card.
+        log: writer of `metrics.jsonl`.
+        meter: collector of losses and throughput since the last log line.
         progress: epoch, step and best value so far.
-        signals: Ctrl-C and SIGTERM.
-        diagnosis: warnings about a run that does not learn.
-        bad_images: images that could not be decoded.
+        signals: handler of Ctrl-C and SIGTERM.
+        diagnosis: watcher that warns if the run does not learn.
+        bad_images: images that could not be decoded so far.
         steps_per_epoch: optimizer steps per epoch.
-        last_step: step at which training ends.
+        last_step: number of the step after which training ends.
         ema: moving average of the weights; None without `--ema_decay`.
-        saved_position: `position` of the last checkpoint; the start needs none.
+        saved_position: `position` of the last checkpoint; at first the start of the run, which needs none.
     """
 
     arguments: TrainingArguments
@@ -139,7 +139,7 @@ class TrainingRun:
         """
         if self.saved_position == self.position:
             return
-        check_weights(self.unwrapped_model, self.accelerator)
+        check_finite_weights(self.unwrapped_model, self.accelerator)
         folder, keep = self.output_dir / "checkpoints", self.arguments.save_total_limit
         save_checkpoint(self.accelerator, folder, self.progress, keep, self.export_dir)
         self.saved_position = self.position

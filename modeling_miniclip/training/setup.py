@@ -72,7 +72,7 @@ def prepare_hub_repo(arguments: TrainingArguments) -> str | None:
 
 
 def build_accelerator(arguments: TrainingArguments) -> Accelerator:
-    """Device, processes and precision; sets the seed."""
+    """Choose device, processes and precision, and set the seed."""
     keep_freed_memory()
     # Without cpu=True, Accelerate does not start gloo and every process would train alone.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -229,7 +229,7 @@ def build_run(
     arguments: TrainingArguments,
     accelerator: Accelerator,
 ) -> TrainingRun:
-    """Optimizer, schedule and the state of a run at its start."""
+    """Build optimizer and schedule, and the state of a run at its start."""
 
     def warn(line: str) -> None:
         say(accelerator, f"warning: {line}")
@@ -296,7 +296,7 @@ def resume(run: TrainingRun, checkpoint: Path) -> None:
     expected = replace(run.progress)
     try:
         run.accelerator.load_state(str(checkpoint))
-    except Exception as error:  # the libraries raise all kinds at a damaged file or at other parameters
+    except Exception as error:  # of many classes, for a damaged file or different parameters
         raise ModelError(
             f"--resume_from_checkpoint: {checkpoint} is damaged or of another model: {one_line(error)}; resume with "
             f"the original flags (--recipe {run.output_dir / 'arguments.yaml'}) or from another checkpoint"

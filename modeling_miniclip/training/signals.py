@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run at the end of a step."""
+"""Let Ctrl-C and SIGTERM end a run only after the current step, with a checkpoint."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Compute the text tower in groups of texts of similar length, so that less of its work is padding."""
+"""Run the text tower on groups of texts of similar length, so that less of its work is padding."""
 
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling_miniclip import MiniClipModel
 
-# With four groups 256 captions of Flickr8k take 18 tokens each, with one group 30: the longest sets the length.
+# The longest text of a group sets its length: 256 captions of Flickr8k take 30 tokens each in one group, 18 in four.
 TEXT_GROUPS = 4
 
 
@@ -28,7 +28,7 @@ def group_texts_by_length(model: MiniClipModel, groups: int = TEXT_GROUPS) -> No
 def _pool_texts_by_length(
     model: MiniClipModel, groups: int, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> BaseModelOutputWithPooling:
-    """As [`MiniClipModel.pool_texts`], but in training the output has nothing but `pooler_output`."""
+    """Like [`MiniClipModel.pool_texts`], but in training the output has only `pooler_output`."""
     if not model.training or attention_mask is None:
         return MiniClipModel.pool_texts(model, input_ids, attention_mask, **kwargs)
     positions = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
