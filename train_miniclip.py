@@ -37,7 +37,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
-from modeling_miniclip.data.loader import model_inputs, readable_worker_errors
+from modeling_miniclip.data.collation import model_inputs
+from modeling_miniclip.data.loader import readable_worker_errors
 from modeling_miniclip.evaluation.metrics import is_better, recall_intervals, validation_metrics
 from modeling_miniclip.modeling_miniclip import MiniClipOutput
 from modeling_miniclip.training import setup

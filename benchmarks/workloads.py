@@ -28,8 +28,9 @@ from plain_loop import PlainLoop
 import train_miniclip
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images
 from modeling_miniclip.data.augmentation import build_augmentation
+from modeling_miniclip.data.batches import GlobalBatches
 from modeling_miniclip.data.dataset import CaptionRows
-from modeling_miniclip.data.loader import BatchLoader, GlobalBatches
+from modeling_miniclip.data.loader import BatchLoader
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.check_arguments import augmentation_list
 from modeling_miniclip.training.parsing import parse_arguments

@@ -12,5 +12,7 @@ check.py: `miniclip check`: all problems of a dataset, and a copy without them
 near_duplicates.py: decode every image once, find copies
 augmentation.py: random crops, flips and colours
 dataset.py: the rows of a split as a torch dataset
-loader.py: global batches, collation, loader processes
+batches.py: which rows are in each global batch
+collation.py: rows as tensors, and tensors as inputs of the model
+loader.py: loader processes
 """

@@ -1,4 +1,7 @@
-"""The rows of a split as a torch dataset: drawn captions with augmented pixels or cached features."""
+"""The rows of a split as a torch dataset: drawn captions with augmented pixels or cached features.
+
+All draws depend only on the seed, the epoch and the row, never on the process, the worker or the batch.
+"""
 
 import math
 import random

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessorPil
 
-from ..data.loader import model_inputs, stack_pixels
+from ..data.collation import model_inputs, stack_pixels
 from ..errors import DataError
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor, load_rgb, to_rgb

@@ -25,7 +25,7 @@ from accelerate import PartialState
 from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
-from ..data.loader import model_inputs
+from ..data.collation import model_inputs
 from ..data.sources import UNKNOWN, Item
 from ..errors import MiniClipError, printable
 from ..inference.loading import load_tower, model_folder

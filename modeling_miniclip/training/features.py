@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from ..data.collation import model_inputs
 from ..data.dataset import CaptionRows
-from ..data.loader import BatchLoader, model_inputs
+from ..data.loader import BatchLoader
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from .diagnostics import not_finite

@@ -13,7 +13,7 @@ from datasets import DatasetDict
 from torch import Tensor
 from tqdm.auto import trange
 
-from ..data.loader import GlobalBatches
+from ..data.batches import GlobalBatches
 from ..errors import DataError, MiniClipError
 from . import setup
 from .arguments import TrainingArguments

@@ -12,7 +12,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..data.loader import BatchLoader, GlobalBatches
+from ..data.batches import GlobalBatches
+from ..data.loader import BatchLoader
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from .arguments import TrainingArguments

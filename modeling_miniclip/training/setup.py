@@ -9,10 +9,11 @@ from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 from datasets import DatasetDict
 
 from ..data.augmentation import build_augmentation
+from ..data.batches import GlobalBatches
 from ..data.captions import load_captions
 from ..data.check import quick_check
 from ..data.dataset import CaptionRows
-from ..data.loader import BatchLoader, GlobalBatches
+from ..data.loader import BatchLoader
 from ..errors import ModelError, UsageError, one_line
 from ..hub.push import prepare_push
 from ..modeling_miniclip import MiniClipModel

@@ -17,15 +17,10 @@ from PIL import Image
 from modeling_miniclip import DataError, MiniClipError, UsageError, load_captions
 from modeling_miniclip.data import dataset, loader
 from modeling_miniclip.data.augmentation import DEFAULT_AUGMENTATION, build_augmentation
+from modeling_miniclip.data.batches import GlobalBatches
+from modeling_miniclip.data.collation import BY_VALUE, Batch, Collator
 from modeling_miniclip.data.dataset import FILLER, CaptionRows
-from modeling_miniclip.data.loader import (
-    BY_VALUE,
-    Batch,
-    BatchLoader,
-    Collator,
-    GlobalBatches,
-    readable_worker_errors,
-)
+from modeling_miniclip.data.loader import BatchLoader, readable_worker_errors
 from modeling_miniclip.errors import Problem
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_processor
 

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_miniclip import DataError, MiniClipError, MiniClipModel, MiniClipProcessor, load_captions
+from modeling_miniclip.data.batches import GlobalBatches
+from modeling_miniclip.data.collation import model_inputs
 from modeling_miniclip.data.dataset import CaptionRows
-from modeling_miniclip.data.loader import BatchLoader, GlobalBatches, model_inputs
+from modeling_miniclip.data.loader import BatchLoader
 from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.bad_images import BadImages
 from modeling_miniclip.training.features import embed_split

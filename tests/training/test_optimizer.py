@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_miniclip.data.loader import model_inputs
+from modeling_miniclip.data.collation import model_inputs
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.layers import set_training_mode
 from modeling_miniclip.training.optimizer import build_scheduler, clamp_logit_scale, parameter_groups
