@@ -11,9 +11,9 @@ from .dataset import FILLER
 class GlobalBatches(Sampler[list[tuple[int, int]]]):
     """This process's share of each global batch, as `(epoch, index)` keys of [`CaptionRows`].
 
-    A global batch depends only on the seed and the epoch; process r of n takes its rows r, r + n, r + 2n, ... A process whose
-    share of a short last batch is empty gets the batch's first row again, with the negative image id `FILLER - row`,
-    which the loss leaves out.
+    A global batch depends only on seed and epoch; process r of n takes its rows r, r + n, r + 2n, ... A process
+    whose share of a short last batch is empty gets the batch's first row again, with the negative image id
+    `FILLER - row`, which the loss leaves out.
 
     Args:
         num_rows: number of rows of the split.

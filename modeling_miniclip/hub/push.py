@@ -133,7 +133,9 @@ def _advice_to_retry(folder: str | os.PathLike, repo_id: str, private: bool, rev
 
 def _check_token() -> None:
     if get_token() is None:  # without one, the Hub would answer that the repository does not exist
-        raise ValueError("there is no token; log in with `hf auth login` or set HF_TOKEN, with a token that may write")
+        raise ValueError(
+            "there is no token; log in with `hf auth login` or set HF_TOKEN, with a token that has write access"
+        )
 
 
 def _find_target(api: HfApi, repo_id: str, private: bool, branch: str) -> Target:

@@ -1,6 +1,6 @@
 """Approximate nearest neighbours for large indexes: FAISS's inverted file with 8 bits per number.
 
-The vectors are grouped in cells around `cells(n)` centres, and a search visits one cell in `CELLS_PER_PROBE`. What it
+The vectors are grouped in cells, see [`number_of_cells`], and a search visits one cell in `CELLS_PER_PROBE`. What it
 finds there is compared again with the embeddings themselves, so scores and their order are exact. For the choice of
 library and index type see `benchmarks/search.md`.
 """
@@ -20,14 +20,14 @@ FILE = "neighbours.faiss"
 CHOICES = ("auto", "exact", "approximate")
 APPROXIMATE_FROM = 500_000  # images from which "auto" means approximate
 TRAINING_ROWS = 40  # rows per cell for k-means
-CELLS_PER_PROBE = 64
-LEAST_PROBES = 32
+CELLS_PER_PROBE = 64  # a search visits one of this many cells
+LEAST_PROBES = 32  # smallest number of cells that a search visits
 REFINED = 4  # candidates per requested image, and at least LEAST_REFINED in total
 LEAST_REFINED = 40
 BLOCK = 65_536  # rows that are added at a time
 
 
-def is_chosen(choice: str, count: int) -> bool:
+def uses_approximate_search(choice: str, count: int) -> bool:
     """Whether an index gets approximate search.
 
     Args:
@@ -46,7 +46,7 @@ def is_chosen(choice: str, count: int) -> bool:
     return choice == "approximate" or (choice == "auto" and installed and count >= APPROXIMATE_FROM)
 
 
-def cells(count: int) -> int:
+def number_of_cells(count: int) -> int:
     """Number of cells for `count` vectors: about twice the square root, a power of two, few enough to be trained."""
     number = 1 << round(math.log2(2 * math.sqrt(max(1, count))))
     while number > 1 and number * TRAINING_ROWS > count:
@@ -64,7 +64,7 @@ def build_neighbours(embeddings: np.ndarray, path: Path) -> None:
     import faiss
 
     rows, dim = embeddings.shape
-    lists = cells(rows)
+    lists = number_of_cells(rows)
     index = faiss.index_factory(dim, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     sample = np.sort(np.random.default_rng(0).choice(rows, min(rows, lists * TRAINING_ROWS), replace=False))
     index.train(embeddings[sample].astype(np.float32))

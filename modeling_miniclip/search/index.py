@@ -28,7 +28,7 @@ from ..errors import DataError, MiniClipError, UsageError
 from ..utils.checksums import file_checksum, value_checksum
 from ..utils.files import recover_folder, replaced_folder
 from .approximate import FILE as NEIGHBOURS
-from .approximate import ApproximateNeighbours, build_neighbours, is_chosen
+from .approximate import ApproximateNeighbours, build_neighbours, uses_approximate_search
 from .embeddings_file import BLOCK, map_embeddings, write_embeddings
 from .exact import Match, Neighbours
 from .filters import EntryFilter
@@ -323,7 +323,7 @@ def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Ite
             table = entries.cast(SCHEMA)
             pq.write_table(table, fresh / ENTRIES, row_group_size=ROW_GROUP, write_page_checksum=True)
             write_embeddings(fresh / EMBEDDINGS, manifest.count, manifest.dim, manifest.dtype, blocks)
-            if is_chosen(manifest.neighbours, manifest.count):
+            if uses_approximate_search(manifest.neighbours, manifest.count):
                 build_neighbours(map_embeddings(fresh / EMBEDDINGS), fresh / NEIGHBOURS)
             manifest = replace(manifest, checksums={path.name: file_checksum(path) for path in fresh.iterdir()})
             values = asdict(manifest)

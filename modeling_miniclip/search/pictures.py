@@ -5,7 +5,7 @@ import io
 from PIL import Image
 
 from ..processing_miniclip import to_rgb
-from ..utils.thumbnails import shrunk
+from ..utils.thumbnails import shrink
 from .index import ImageIndex
 
 
@@ -28,6 +28,6 @@ def picture_of(index: ImageIndex, row: int, pixels: int) -> Image.Image | None:
     try:
         with Image.open(source) as image:
             image.draft(None, (2 * pixels, 2 * pixels))  # decodes a JPEG at about this size, many times faster
-            return shrunk(to_rgb(image), pixels)
+            return shrink(to_rgb(image), pixels)
     except Exception:  # Pillow's decoders raise all sorts of errors
         return None

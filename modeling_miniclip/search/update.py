@@ -26,7 +26,7 @@ from ..data.sources import DEFAULT_COLUMNS, Item, is_listed_at_once, resolve_sou
 from ..errors import DataError, MiniClipError, ModelError, UsageError, one_line
 from ..inference.loading import model_folder
 from ..utils.files import discard_folder, recover_folder
-from .approximate import is_chosen
+from .approximate import uses_approximate_search
 from .embeddings_file import DTYPES, gather_blocks
 from .fingerprints import describe_files, fingerprint
 from .index import ImageIndex, Manifest, write_index
@@ -228,7 +228,7 @@ def _describe_index(
     unchanged = existing is not None and (existing.model, existing.manifest.files) == (name, files)
     hash_of_model = existing.manifest.fingerprint if existing and unchanged else fingerprint(folder)
     neighbours = neighbours or (existing.manifest.neighbours if existing else "auto")
-    is_chosen(neighbours, 0)  # raises its errors now instead of after the long work
+    uses_approximate_search(neighbours, 0)  # raises its errors now instead of after the long work
     dim = MiniClipConfig.from_pretrained(folder).projection_dim
     return Manifest(name, hash_of_model, dim, dtype or "float32", files=files, neighbours=neighbours)
 

@@ -53,7 +53,7 @@ def create_model(arguments: TrainingArguments, captions: list[list[str]]) -> tup
         sources = " and ".join(text for text in named if not text.endswith(" None"))
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         wrong = UsageError if isinstance(error, UsageError) else ModelError
-        raise wrong(f"no model of {sources}: {kind}{one_line(error)}") from error
+        raise wrong(f"cannot create a model from {sources}: {kind}{one_line(error)}") from error
     if arguments.dropout is not None:
         set_dropout(model, arguments.dropout)
     if arguments.projection_dropout is not None:

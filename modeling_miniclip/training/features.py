@@ -132,7 +132,7 @@ def frozen_image_features(
                 depends_on["augmentation"] = {"draws": 2, "seed": rows.seed, "view": view, "transforms": transforms}
             table = FeatureTable(cache_dir, depends_on, len(rows), model.vision_model.pooled_size, EVALUATION_BATCH)
             title = "image features" if views == 1 else f"image features, view {view + 1} of {views}"
-            tables.append(_filled(table, partial(compute, view), accelerator, title))
+            tables.append(_fill_table(table, partial(compute, view), accelerator, title))
     return tables
 
 
@@ -178,15 +178,15 @@ def frozen_text_features(
             yield model.pool_texts(**inputs).pooler_output.float()
 
     table = FeatureTable(cache_dir, depends_on, len(ids), model.config.text_config.hidden_size, TEXT_BLOCK)
-    features = _filled(table, compute, accelerator, "text features")
+    features = _fill_table(table, compute, accelerator, "text features")
     place = torch.tensor(order).argsort()  # [captions], row of each caption in the table
     return [features[rows] for rows in place.split([len(row) for row in captions])]
 
 
-def _filled(
+def _fill_table(
     table: FeatureTable, compute: Callable[[list[range]], Iterator[Tensor]], accelerator: Accelerator, title: str
 ) -> Tensor:
-    """The table, after the processes of this machine have computed its missing blocks together."""
+    """Compute the missing blocks of a table, shared between the processes of this machine; returns its values."""
 
     def fill(blocks: list[range]) -> None:
         shown = len(table.done) > 0 and blocks and accelerator.is_local_main_process

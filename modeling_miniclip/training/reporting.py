@@ -146,7 +146,7 @@ class MetricsLog:
         """Append a line: `step`, `epoch`, `split`, then the values (`loss` first)."""
         if self.is_main:
             line = {"step": step, "epoch": round(epoch, 4), "split": split} | {
-                k: significant(v) for k, v in values.items()
+                k: round_to_digits(v) for k, v in values.items()
             }
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -169,6 +169,6 @@ class MetricsLog:
             self.lines = len(kept)
 
 
-def significant(value: float, digits: int = 6) -> float:
+def round_to_digits(value: float, digits: int = 6) -> float:
     """A number rounded to `digits` significant digits."""
     return float(f"{value:.{digits}g}")

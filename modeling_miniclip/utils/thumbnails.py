@@ -15,12 +15,12 @@ def encode_thumbnail(image: Image.Image, pixels: int = THUMBNAIL) -> bytes:
         pixels: length of the longer side in pixels; a smaller image keeps its size.
     """
     buffer = io.BytesIO()
-    shrunk(image, pixels).save(buffer, "JPEG", quality=82, optimize=True)
+    shrink(image, pixels).save(buffer, "JPEG", quality=82, optimize=True)
     return buffer.getvalue()
 
 
-def shrunk(image: Image.Image, pixels: int) -> Image.Image:
-    """A small copy without metadata; arguments as in [`encode_thumbnail`]."""
+def shrink(image: Image.Image, pixels: int) -> Image.Image:
+    """A small copy of an image without its metadata; arguments as in [`encode_thumbnail`]."""
     small = Image.new("RGB", image.size)
     small.paste(image)
     small.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)

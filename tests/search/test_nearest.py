@@ -8,7 +8,12 @@ import pytest
 
 from modeling_miniclip import ImageIndex, update_index
 from modeling_miniclip.errors import MiniClipError, UsageError
-from modeling_miniclip.search.approximate import ApproximateNeighbours, build_neighbours, cells, is_chosen
+from modeling_miniclip.search.approximate import (
+    ApproximateNeighbours,
+    build_neighbours,
+    number_of_cells,
+    uses_approximate_search,
+)
 from modeling_miniclip.search.exact import Neighbours, top_k_rows
 from tests.helpers.indexes import write_pictures
 
@@ -89,15 +94,16 @@ def test_kind_of_search_depends_on_size_and_choice(monkeypatch: pytest.MonkeyPat
     from modeling_miniclip.search import approximate
 
     monkeypatch.setattr(approximate, "find_spec", lambda name: object())
-    assert [is_chosen("auto", count) for count in (499_999, 500_000)] == [False, True]
-    assert is_chosen("approximate", 3) and not is_chosen("exact", 10**9)
+    assert [uses_approximate_search("auto", count) for count in (499_999, 500_000)] == [False, True]
+    assert uses_approximate_search("approximate", 3) and not uses_approximate_search("exact", 10**9)
     monkeypatch.setattr(approximate, "find_spec", lambda name: None)
-    assert not is_chosen("auto", 10**9)
+    assert not uses_approximate_search("auto", 10**9)
     with pytest.raises(MiniClipError, match=r"needs FAISS: pip install 'miniclip\[search\]'"):
-        is_chosen("approximate", 10**9)
+        uses_approximate_search("approximate", 10**9)
     with pytest.raises(UsageError, match="expected one of auto, exact, approximate"):
-        is_chosen("best", 1)
-    assert [cells(count) for count in (0, 1, 1_000, 10_000, 100_000, 1_000_000)] == [1, 1, 16, 128, 512, 2048]
+        uses_approximate_search("best", 1)
+    counts = (0, 1, 1_000, 10_000, 100_000, 1_000_000)
+    assert [number_of_cells(count) for count in counts] == [1, 1, 16, 128, 512, 2048]
 
 
 @needs_faiss

@@ -231,13 +231,13 @@ def test_the_dropout_flag_reaches_every_module_from_each_source(
 def test_wrong_towers_and_sizes_are_told(towers: dict[str, str], flags: dict[str, Any], message: str) -> None:
     with pytest.raises(MiniClipError, match=message) as raised:
         build(**(towers | flags))
-    assert str(raised.value).startswith("no model of --vision_model ")
+    assert str(raised.value).startswith("cannot create a model from --vision_model ")
 
 
 def test_a_tower_in_the_wrong_place_is_told(towers: dict[str, str]) -> None:
     with pytest.raises(ModelError, match="text-distilbert is not a timm image model"):
         build(vision_model=towers["text_model"], text_model=towers["text_model"])
-    with pytest.raises(ModelError, match="no model of .*--text_model .*vision-resnet"):
+    with pytest.raises(ModelError, match="cannot create a model from .*--text_model .*vision-resnet"):
         build(vision_model=towers["vision_model"], text_model=towers["vision_model"])
 
 
