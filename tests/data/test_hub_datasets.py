@@ -23,24 +23,14 @@ from datasets import Dataset, DatasetDict, Features, Value
 datasets.disable_progress_bars()
 def table(shades, **columns):
     images = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in shades]
-    kind = {k: [Value("string")] if isinstance(v[0], list) else Value("string") for k, v in columns.items()}
+    kind = dict.fromkeys(columns, Value("string"))
     return Dataset.from_dict({"image": images, **columns}, features=Features({"image": datasets.Image(), **kind}))
 def numbered(split, shades):
     return table(shades, **{f"caption_{k}": [f"{split} {i} {k}" for i in shades] for k in range(5)})
 flickr8k = DatasetDict(train=numbered("train", range(4)), validation=numbered("validation", [10, 11]),
                        test=numbered("test", [20]))
-flickr8k.push_to_hub("test-user/flickr8k")
-shades = range(6)
-table(shades, caption=[[f"a{i}", f"b{i}"] for i in shades], sentids=[[str(i)] for i in shades],
-      split=["train", "train", "val", "test", "restval", "val"], img_id=[str(i) for i in shades],
-      filename=[f"{i}.jpg" for i in shades]).push_to_hub("test-user/flickr30k", split="test")
-table([1, 2, 1, 3, 2], caption=["one", "two", "one more", "three", "two more"]).push_to_hub("test-user/rows")
-leak = DatasetDict(train=table([1, 2], caption=["x", "x"]), test=table([3, 2], caption=["x", "x"]))
-leak.push_to_hub("test-user/leak")
-table([1, 2], caption=["x", " "]).push_to_hub("test-user/empty-caption")
-table([1, 2], label=["x", "y"]).push_to_hub("test-user/no-captions")
+flickr8k.push_to_hub("test-user/flickr8k", private=True)
 table(range(30, 38), caption=["x"] * 8).push_to_hub("test-user/shards", num_shards=4)
-table([40, 41], caption=["x", "x"]).push_to_hub("test-user/private", private=True)
 table([50, 51], caption=["x", "x"]).push_to_hub("test-user/unavailable")
 table([60, 61], caption=["x", "x"]).push_to_hub("test-user/broken")
 api = huggingface_hub.HfApi()
@@ -72,14 +62,12 @@ def load(name, title, token="hf_test", **how):
     except DataError as error:
         result[title] = str(error)
 # First those who may not read: later, the data would come from the cache.
-load("private", "stranger", token="hf_other")
-load("private", "stranger streamed", token="hf_other", stream_first_rows=2)
-load("rows", "unknown token", token="hf_wrong")
-load("rows", "unknown token streamed", token="hf_wrong", stream_first_rows=2)
-for name in ["shards", "flickr8k", "folder", "private", "unavailable", "broken"]:
+for how, options in [("", {}), (" streamed", {"stream_first_rows": 2})]:
+    load("flickr8k", "stranger" + how, token="hf_other", **options)
+    load("flickr8k", "unknown token" + how, token="hf_wrong", **options)
+for name in ["shards", "flickr8k", "folder", "unavailable", "broken"]:
     load(name, name + " streamed", stream_first_rows=2)
-for name in ["flickr8k", "flickr30k", "rows", "leak", "empty-caption", "no-captions", "nothere", "script", "folder",
-             "private", "unavailable", "broken"]:
+for name in ["flickr8k", "nothere", "script", "folder", "unavailable", "broken"]:
     load(name, name)
 print("RESULT", json.dumps(result))
 """
@@ -156,36 +144,16 @@ def test_a_failing_hub_is_explained_in_one_line(from_hub, case, reason, how):
     message = from_hub[case + how]
     assert re.search(f"^'test-user/.*dataset on the Hub: .*({reason})", message) and "\n" not in message
     assert "hf_" not in message and "Signature" not in message
-    assert [len(rows) for rows in from_hub["private" + how].values()] == [1, 1]
-
-
-def test_lists_of_captions_and_a_split_column(from_hub):
-    assert from_hub["flickr30k"] == {
-        "train": [[i, f"{i}.jpg", [f"a{i}", f"b{i}"]] for i in (0, 1, 4)],
-        "validation": [[i, f"{i}.jpg", [f"a{i}", f"b{i}"]] for i in (2, 5)],
-        "test": [[3, "3.jpg", ["a3", "b3"]]],
-    }
-
-
-def test_rows_with_the_same_picture_are_grouped(from_hub):
-    rows = [row for rows in from_hub["rows"].values() for row in rows]
-    assert {shade: captions for shade, _, captions in rows} == {
-        1: ["one", "one more"], 2: ["two", "two more"], 3: ["three"]
-    }  # fmt: skip
-    assert len(rows) == 3 and len(from_hub["rows"]["validation"]) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("leak", ["split test, row 1", "split train", "one split"]),
-        ("empty-caption", ["split train, row 1", "'caption'", "empty"]),
-        ("no-captions", ["'caption'", "label", "caption_column"]),
         ("nothere", ["neither a local file or folder", "test-user/nothere"]),
         ("script", ["script", "refs/convert/parquet"]),
     ],
 )
-def test_an_error_in_a_hub_dataset_names_split_and_row(from_hub, name, expected):
+def test_a_name_without_a_dataset_is_explained(from_hub, name, expected):
     for part in expected:
         assert part in from_hub[name], f"{part!r} is not in {from_hub[name]}"
 
@@ -193,18 +161,63 @@ def test_an_error_in_a_hub_dataset_names_split_and_row(from_hub, name, expected)
 # --- without a Hub --------------------------------------------------------------------------------------------------
 
 
-def dataset(shades: list[int | None], *more_images: str) -> Dataset:
-    """One-colour images, or no image for None, each with a caption; more image columns have the same images."""
+def dataset(shades: list[int | None], *more_images: str, **columns: list) -> Dataset:
+    """One-colour images, or no image for None; more image columns have the same images.
+
+    Further columns are text or lists of texts. Without them, each image has the caption "x".
+    """
     images = [None if shade is None else Pillow.new("RGB", (4, 4), (shade, 0, 0)) for shade in shades]
-    columns = ("image", *more_images)
-    features = Features({"caption": Value("string"), **dict.fromkeys(columns, Image())})
-    return Dataset.from_dict({"caption": ["x"] * len(shades), **dict.fromkeys(columns, images)}, features=features)
+    columns = columns or {"caption": ["x"] * len(shades)}
+    text = {k: [Value("string")] if isinstance(v[0], list) else Value("string") for k, v in columns.items()}
+    pictures = ("image", *more_images)
+    features = Features({**text, **dict.fromkeys(pictures, Image())})
+    return Dataset.from_dict({**columns, **dict.fromkeys(pictures, images)}, features=features)
+
+
+def contents(splits: DatasetDict) -> dict[str, list[list]]:
+    """(shade of red, image_id, captions) of each row of each split."""
+    return {split: [[row["image"].getpixel((0, 0))[0], row["image_id"], row["captions"]] for row in rows]
+            for split, rows in splits.items()}  # fmt: skip
+
+
+def test_lists_of_captions_and_a_split_column():
+    shades = list(range(6))
+    rows = dataset(
+        shades,
+        caption=[[f"a{i}", f"b{i}"] for i in shades],
+        sentids=[[str(i)] for i in shades],
+        split=["train", "train", "val", "test", "restval", "val"],
+        img_id=[str(i) for i in shades],
+        filename=[f"{i}.jpg" for i in shades],
+    )
+    assert contents(one_row_per_image(DatasetDict(test=rows), "set", ColumnNames(), 0.34, 0)) == {
+        "train": [[i, f"{i}.jpg", [f"a{i}", f"b{i}"]] for i in (0, 1, 4)],
+        "validation": [[i, f"{i}.jpg", [f"a{i}", f"b{i}"]] for i in (2, 5)],
+        "test": [[3, "3.jpg", ["a3", "b3"]]],
+    }
+
+
+def test_rows_with_the_same_picture_are_grouped():
+    rows = dataset([1, 2, 1, 3, 2], caption=["one", "two", "one more", "three", "two more"])
+    found = contents(one_row_per_image(DatasetDict(train=rows), "set", ColumnNames(), 0.34, 0))
+    grouped = [row for rows in found.values() for row in rows]
+    assert {shade: captions for shade, _, captions in grouped} == {
+        1: ["one", "one more"], 2: ["two", "two more"], 3: ["three"]
+    }  # fmt: skip
+    assert len(grouped) == 3 and len(found["validation"]) == 1
 
 
 @pytest.mark.parametrize(
     ("splits", "columns", "message"),
     [
         ({"a": dataset([1]), "b": dataset([2])}, ColumnNames(), "^set: no train split among a, b"),
+        (
+            {"train": dataset([1, 2]), "test": dataset([3, 2])},
+            ColumnNames(),
+            "^set, split test, row 1.*split train.*one split",
+        ),
+        ({"train": dataset([1, 2], caption=["x", " "])}, ColumnNames(), "^set, split train, row 1.*'caption'.*empty"),
+        ({"train": dataset([1, 2], label=["x", "y"])}, ColumnNames(), "'caption'.*label.*caption_column"),
         ({"train": dataset([1, 2, None])}, ColumnNames(), "^set, split train, row 2, column 'image': no image"),
         (
             {"train": dataset([1], "crop")},
