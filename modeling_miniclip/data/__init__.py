@@ -8,7 +8,10 @@ hub_datasets.py: datasets on the Hub
 scenes.py: the built-in dataset of drawn scenes
 sources.py: images of any source, for an index
 problems.py: kinds of problems of a dataset
-check.py: `miniclip check`: all problems of a dataset, and a copy without them
+check.py: `miniclip check`: all problems of a dataset
+find_problems.py: what can be wrong with captions, images and splits
+check_report.py: the report as text or JSON
+fixed_copy.py: a CSV with only the valid rows
 near_duplicates.py: decode every image once, find copies
 augmentation.py: random crops, flips and colours
 dataset.py: the rows of a split as a torch dataset

@@ -1,95 +1,26 @@
 """`miniclip check`: find every problem of a dataset before training, each with its file and row."""
 
-import csv
-import io
-import json
 import os
-import posixpath
-import re
 import warnings
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, ModelError, Problem, UsageError, one_line, printable
-from ..utils.files import replace_text
 from .caption_files import UNDECODED, CaptionedImage, ColumnNames
 from .captions import Source, load_captions, local_path, read_source
-from .image_files import is_image_file
-from .near_duplicates import ImageInspection, find_image_copies, inspect_images
+from .check_report import Report
+from .find_problems import Entry, Inspections, files_without_captions, find_problems
+from .fixed_copy import fix_target, report_path, write_fixed_copy
+from .near_duplicates import inspect_images
 from .problems import KINDS
 from .splits import split_by_image
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-
-LONGEST_CAPTION = 1000  # characters; more than any text tower reads
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all control characters except tabs and line ends
-FEWEST_VALIDATION_IMAGES = 11  # with ten, recall@10 is always 100 %
-SHOWN = 100  # problems of each kind on the terminal; --json and the report of --fix list all of them
-
-
-class Entry(NamedTuple):
-    """An image of a split with all its captions.
-
-    Args:
-        name: name of the image.
-        split: name of its split, "none" if it is in no split.
-        captions: all captions of the image.
-        rows: row number of each caption.
-        file: caption file, or dataset and split on the Hub.
-        column: name of the column that names the image.
-        content: path of the image file, or the encoded image.
-    """
-
-    name: str
-    split: str
-    captions: list[str]
-    rows: list[int]
-    file: str
-    column: str | None
-    content: str | bytes
-
-
-@dataclass
-class Report:
-    """All problems of a dataset, and its figures.
-
-    Args:
-        dataset: name or path of the dataset.
-        problems: all problems found.
-        figures: numbers of images and captions, expected false negatives, truncated captions.
-    """
-
-    dataset: str
-    problems: list[Problem] = field(default_factory=list)
-    figures: dict[str, int | float] = field(default_factory=dict)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of problems of each kind, in the order of [`KINDS`]."""
-        counted = Counter(problem.kind for problem in self.problems)
-        return {kind: counted[kind] for kind in KINDS if counted[kind]}
-
-    def as_json(self) -> str:
-        """The whole report as JSON."""
-        values = {"dataset": self.dataset, "counts": self.counts, "figures": self.figures}
-        return json.dumps(values | {"problems": [asdict(problem) for problem in self.problems]}, indent=1)
-
-    def as_text(self, most: int | None = SHOWN) -> str:
-        """The report for people: at most `most` problems of each kind (None: all), the figures, the counts."""
-        lines = []
-        for kind, count in self.counts.items():
-            of_kind = [printable(problem) for problem in self.problems if problem.kind == kind]
-            lines += of_kind[:most]
-            if most is not None and count > most:
-                lines.append(f"... and {count - most} more {KINDS[kind]} (--json lists them)")
-        lines += [f"{name.replace('_', ' ')}: {printable(value)}" for name, value in self.figures.items()]
-        lines += [f"{count} {KINDS[kind]}" for kind, count in self.counts.items()] or ["no problems found"]
-        return "\n".join(lines)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -102,7 +33,7 @@ def check_command(args: Namespace) -> int:
     report = check(args.dataset, decode=not args.quick, **{name: getattr(args, name) for name in options})
     print(report.as_json() if args.json else report.as_text())
     if args.fix and not args.json:
-        print(f"written: {printable(args.fix)} and {printable(_report_path(Path(args.fix)))}")
+        print(f"written: {printable(args.fix)} and {printable(report_path(Path(args.fix)))}")
     return 1 if report.problems else 0
 
 
@@ -137,7 +68,7 @@ def check(
         DataError: the dataset does not exist or cannot be loaded from the Hub.
         UsageError: `fix` cannot be written.
     """
-    target = _fix_target(fix) if fix else None
+    target = fix_target(fix) if fix else None
     if batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, not {batch_size}")
     columns = ColumnNames(image_column, caption_column, allow_outside_images)
@@ -157,7 +88,7 @@ def check(
         report.problems.append(replace(error.problem, kind="unusable"))
         return report
     inspections = _inspect_usable_images(entries, report.problems, num_workers) if decode else {}
-    report.problems += _run_checks(entries, inspections, batch_size)
+    report.problems += find_problems(entries, inspections, batch_size)
     if source is not None:
         report.problems += files_without_captions(source)
     report.figures = _figures(entries, batch_size, tokenizer)
@@ -177,7 +108,7 @@ def quick_check(splits: "DatasetDict", dataset: str, batch_size: int) -> list[st
         batch_size: images per step.
     """
     entries = entries_of_splits(splits, dataset, with_images=False)
-    counts = Report(dataset, _run_checks(entries, {}, batch_size)).counts
+    counts = Report(dataset, find_problems(entries, {}, batch_size)).counts
     return [f"{count} {KINDS[kind]}; `miniclip check` lists them" for kind, count in counts.items()]
 
 
@@ -232,88 +163,12 @@ def entries_of_splits(splits: "DatasetDict", dataset: str, with_images: bool = T
     return entries
 
 
-Inspections = Mapping[str, ImageInspection]  # by the name of the image
-
-
 def _inspect_usable_images(entries: list[Entry], problems: list[Problem], num_workers: int) -> Inspections:
     """Decode all images except those that have a problem already."""
     bad = {problem.image for problem in problems}
     usable = [entry for entry in entries if entry.name not in bad]
     inspected = inspect_images([entry.content for entry in usable], num_workers)
     return {entry.name: one for entry, one in zip(usable, inspected, strict=True)}
-
-
-# --- checks: each takes the entries, the inspections of their images, and the batch size ----------------------------
-
-
-def caption_problems(entries: list[Entry], inspections: Inspections, batch_size: int) -> Iterator[Problem]:
-    """Captions that are much too long, contain control characters, or occur twice for an image."""
-    for entry in entries:
-        first_at: dict[str, int] = {}
-        for i, caption in enumerate(entry.captions):
-            row = entry.rows[i]
-            if len(caption) > LONGEST_CAPTION:
-                text = f"a caption of {len(caption)} characters, {caption[:40]!r}...; shorten it or split it"
-                yield Problem("long-caption", text, entry.file, row)
-            if CONTROL.search(caption):
-                text = f"control characters in {caption[:80]!r}; delete them"
-                yield Problem("odd-caption", text, entry.file, row)
-            first = first_at.setdefault(caption, i)
-            if first != i:
-                other = entry.rows[first]
-                text = f"{caption[:80]!r} is already a caption of {entry.name!r}, in row {other}; delete one"
-                yield Problem("duplicate-caption", text, entry.file, row)
-
-
-def image_problems(entries: list[Entry], inspections: Inspections, batch_size: int) -> Iterator[Problem]:
-    """Images that cannot be decoded, and images that look like another one."""
-    by_name = {entry.name: entry for entry in entries}
-    for name, inspection in inspections.items():
-        if inspection.kind is not None:
-            entry = by_name[name]
-            text = f"image {name!r} {inspection.message}"
-            yield Problem(inspection.kind, text, entry.file, entry.rows[0], entry.column, name)
-    for name, first, identical in find_image_copies(inspections):
-        entry, other = by_name[name], by_name[first]
-        relation = "is byte for byte" if identical else "looks like"
-        if entry.split == other.split:
-            text = f"image {name!r} {relation} {first!r} (row {other.rows[0]}); move its captions to that one"
-            yield Problem("duplicate-image", text, entry.file, entry.rows[0])
-        elif "none" not in (entry.split, other.split):
-            text = (
-                f"image {name!r} of {entry.split} {relation} {first!r} of {other.split} (row {other.rows[0]}), so the "
-                "metrics are not those of unseen images; delete one"
-            )
-            yield Problem("two-splits", text, entry.file, entry.rows[0])
-
-
-def split_problems(entries: list[Entry], inspections: Inspections, batch_size: int) -> Iterator[Problem]:
-    """Splits that are too small for training or validation."""
-    sizes, files = Counter(entry.split for entry in entries), {entry.split: entry.file for entry in entries}
-    if sizes["train"] < batch_size:
-        text = f"the {sizes['train']} training images do not fill a batch of {batch_size}; lower --batch_size"
-        yield Problem("small-split", text, files.get("train", ""))
-    if 0 < sizes["validation"] < FEWEST_VALIDATION_IMAGES:
-        text = f"with only {sizes['validation']} validation images, recall@10 means nothing; use more"
-        yield Problem("small-split", text, files["validation"])
-
-
-Check = Callable[[list[Entry], Inspections, int], Iterator[Problem]]
-CHECKS: tuple[Check, ...] = (caption_problems, image_problems, split_problems)
-
-
-def _run_checks(entries: list[Entry], inspections: Inspections, batch_size: int) -> list[Problem]:
-    return [problem for find_problems in CHECKS for problem in find_problems(entries, inspections, batch_size)]
-
-
-def files_without_captions(source: Source) -> Iterator[Problem]:
-    """Image files that no row names, in the folders that hold images named by rows."""
-    for parent in sorted({posixpath.dirname(name) for name in source.images}):
-        folder = source.folder / parent
-        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            if is_image_file(file) and posixpath.join(parent, file) not in source.images:
-                text = "an image without captions; write some or delete it"
-                yield Problem("no-captions", text, str(folder / file))
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -369,50 +224,3 @@ def _count_truncated(tokenizer: str, texts: list[str]) -> tuple[int, int]:
     limit = max_text_length(getattr(config, "text_config", config), loaded)
     lengths = (len(ids) for ids in loaded(texts, truncation=False, verbose=False)["input_ids"])
     return sum(length > limit for length in lengths), limit
-
-
-# --- a fixed copy ---------------------------------------------------------------------------------------------------
-
-
-def _fix_target(fix: str) -> Path:
-    target = Path(fix).expanduser()
-    if target.suffix.lower() != ".csv" or not target.parent.is_dir():
-        raise UsageError(f"--fix {fix}: expected the name of a new .csv file in an existing folder")
-    for path in (target, _report_path(target)):
-        if path.exists() or path.is_symlink():
-            raise UsageError(f"--fix {fix}: {path} already exists and is not overwritten; choose another name")
-    return target
-
-
-def _report_path(target: Path) -> Path:
-    return target.with_suffix(".report.txt")
-
-
-def write_fixed_copy(
-    target: Path, entries: list[Entry], inspections: Inspections, report: Report, source: Source
-) -> None:
-    """Write the valid rows as a new CSV, and next to it the report of all problems.
-
-    Duplicate captions of an image are written once. Captions of a file that is identical to an earlier one go to that
-    one, if both are in the same split or the source has no splits.
-    """
-    bad = {problem.image for problem in report.problems}
-    first_of = {name: first for name, first, identical in find_image_copies(inspections) if identical}
-    split_of = {entry.name: entry.split for entry in entries}
-    captions: dict[str, list[str]] = {}
-    for entry in entries:
-        first = first_of.get(entry.name, entry.name)
-        name = first if not source.splits or split_of[first] == entry.split else entry.name
-        good = [text for text in entry.captions if not UNDECODED.search(text)]
-        if entry.name not in bad and not UNDECODED.search(entry.name):
-            captions.setdefault(name, []).extend(good)
-    unique = {name: list(dict.fromkeys(several)) for name, several in captions.items()}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "caption"])
-    for name, several in unique.items():
-        writer.writerows([name, " ".join(caption.split())] for caption in several)
-    written, total = sum(map(len, unique.values())), sum(len(entry.captions) for entry in entries)
-    head = f"{target.name}: {written} of {total} readable captions, images in {printable(source.folder)}\n"
-    replace_text(_report_path(target), head + report.as_text(None) + "\n")
-    replace_text(target, text.getvalue())

@@ -15,7 +15,8 @@ from PIL import Image, ImageFilter
 from modeling_miniclip import MiniClipError, ModelError, UsageError, load_captions
 from modeling_miniclip.cli import cli
 from modeling_miniclip.data import near_duplicates
-from modeling_miniclip.data.check import CHECKS, check, expected_false_negatives, quick_check
+from modeling_miniclip.data.check import check, expected_false_negatives, quick_check
+from modeling_miniclip.data.find_problems import CHECKS
 from modeling_miniclip.data.near_duplicates import inspect_image
 from modeling_miniclip.data.problems import KINDS
 from modeling_miniclip.data.scenes import build_scenes

@@ -1,0 +1,121 @@
+"""What can be wrong with a dataset that can be read: its captions, its images, its splits, files without captions."""
+
+import os
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from ..errors import Problem
+from .captions import Source
+from .image_files import is_image_file
+from .near_duplicates import ImageInspection, find_image_copies
+
+LONGEST_CAPTION = 1000  # characters; more than any text tower reads
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all control characters except tabs and line ends
+FEWEST_VALIDATION_IMAGES = 11  # with ten, recall@10 is always 100 %
+
+
+class Entry(NamedTuple):
+    """An image of a split with all its captions.
+
+    Args:
+        name: name of the image.
+        split: name of its split, "none" if it is in no split.
+        captions: all captions of the image.
+        rows: row number of each caption.
+        file: caption file, or dataset and split on the Hub.
+        column: name of the column that names the image.
+        content: path of the image file, or the encoded image.
+    """
+
+    name: str
+    split: str
+    captions: list[str]
+    rows: list[int]
+    file: str
+    column: str | None
+    content: str | bytes
+
+
+Inspections = Mapping[str, ImageInspection]  # by the name of the image
+
+# A check takes the entries, the inspections of their images, and the batch size.
+Check = Callable[[list[Entry], Inspections, int], Iterator[Problem]]
+
+
+def caption_problems(entries: list[Entry], inspections: Inspections, batch_size: int) -> Iterator[Problem]:
+    """Captions that are much too long, contain control characters, or occur twice for an image."""
+    for entry in entries:
+        first_at: dict[str, int] = {}
+        for i, caption in enumerate(entry.captions):
+            row = entry.rows[i]
+            if len(caption) > LONGEST_CAPTION:
+                text = f"a caption of {len(caption)} characters, {caption[:40]!r}...; shorten it or split it"
+                yield Problem("long-caption", text, entry.file, row)
+            if CONTROL.search(caption):
+                text = f"control characters in {caption[:80]!r}; delete them"
+                yield Problem("odd-caption", text, entry.file, row)
+            first = first_at.setdefault(caption, i)
+            if first != i:
+                other = entry.rows[first]
+                text = f"{caption[:80]!r} is already a caption of {entry.name!r}, in row {other}; delete one"
+                yield Problem("duplicate-caption", text, entry.file, row)
+
+
+def image_problems(entries: list[Entry], inspections: Inspections, batch_size: int) -> Iterator[Problem]:
+    """Images that cannot be decoded, and images that look like another one."""
+    by_name = {entry.name: entry for entry in entries}
+    for name, inspection in inspections.items():
+        if inspection.kind is not None:
+            entry = by_name[name]
+            text = f"image {name!r} {inspection.message}"
+            yield Problem(inspection.kind, text, entry.file, entry.rows[0], entry.column, name)
+    for name, first, identical in find_image_copies(inspections):
+        entry, other = by_name[name], by_name[first]
+        relation = "is byte for byte" if identical else "looks like"
+        if entry.split == other.split:
+            text = f"image {name!r} {relation} {first!r} (row {other.rows[0]}); move its captions to that one"
+            yield Problem("duplicate-image", text, entry.file, entry.rows[0])
+        elif "none" not in (entry.split, other.split):
+            text = (
+                f"image {name!r} of {entry.split} {relation} {first!r} of {other.split} (row {other.rows[0]}), so the "
+                "metrics are not those of unseen images; delete one"
+            )
+            yield Problem("two-splits", text, entry.file, entry.rows[0])
+
+
+def split_problems(entries: list[Entry], inspections: Inspections, batch_size: int) -> Iterator[Problem]:
+    """Splits that are too small for training or validation."""
+    sizes, files = Counter(entry.split for entry in entries), {entry.split: entry.file for entry in entries}
+    if sizes["train"] < batch_size:
+        text = f"the {sizes['train']} training images do not fill a batch of {batch_size}; lower --batch_size"
+        yield Problem("small-split", text, files.get("train", ""))
+    if 0 < sizes["validation"] < FEWEST_VALIDATION_IMAGES:
+        text = f"with only {sizes['validation']} validation images, recall@10 means nothing; use more"
+        yield Problem("small-split", text, files["validation"])
+
+
+CHECKS: tuple[Check, ...] = (caption_problems, image_problems, split_problems)
+
+
+def find_problems(entries: list[Entry], inspections: Inspections, batch_size: int) -> list[Problem]:
+    """Problems found by all checks.
+
+    Args:
+        entries: images of all splits with their captions.
+        inspections: results of decoding the images; empty if they were not decoded.
+        batch_size: number of images per step.
+    """
+    return [problem for check in CHECKS for problem in check(entries, inspections, batch_size)]
+
+
+def files_without_captions(source: Source) -> Iterator[Problem]:
+    """Image files that no row names, in the folders that hold images named by rows."""
+    for parent in sorted({posixpath.dirname(name) for name in source.images}):
+        folder = source.folder / parent
+        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            if is_image_file(file) and posixpath.join(parent, file) not in source.images:
+                text = "an image without captions; write some or delete it"
+                yield Problem("no-captions", text, str(folder / file))
