@@ -94,7 +94,7 @@ def reference(processor):
     return rows_seen(training_rows(processor), 4, epochs=(0, 1))
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_worker_processes_change_nothing(processor, reference, num_workers):
     assert_same(reference, rows_seen(training_rows(processor), 4, epochs=(0, 1), num_workers=num_workers))
 

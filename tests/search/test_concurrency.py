@@ -20,7 +20,7 @@ from modeling_miniclip.search.filters import EntryFilter
 from modeling_miniclip.search.index import SCHEMA, ImageIndex, Manifest, write_index
 from tests.helpers.runs import ROOT, environment
 
-ROWS, DIM = 6000, 64  # three row groups, and products that torch shares among threads
+ROWS, DIM = 4200, 64  # three row groups, and products that torch shares among threads
 NAMES = ("float32", "float16", "approximate")
 KINDS = ["float32", "float16", pytest.param("approximate", marks=pytest.mark.skipif(
     find_spec("faiss") is None, reason="no FAISS: pip install 'miniclip[search]'"))]  # fmt: skip

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tarfile
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,12 @@ def ids(index: ImageIndex) -> list[str]:
     return index.entries["id"].to_pylist()
 
 
+load_model = cache(MiniClipModel.from_pretrained)
+
+
 def expected(model: Path, paths: list[str]) -> np.ndarray:
     """Embeddings of images, encoded one by one."""
-    return encode_images(MiniClipModel.from_pretrained(model), paths, batch_size=1, progress=False).numpy()
+    return encode_images(load_model(model), paths, batch_size=1, progress=False).numpy()
 
 
 def test_index_holds_every_image_below_a_folder(tmp_path: Path, model: Path) -> None:
