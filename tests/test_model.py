@@ -408,7 +408,7 @@ def test_gradient_of_the_whole_model_equals_finite_differences():
         return torch.func.functional_call(model, changed, kwargs=inputs | {"return_loss": True}).loss
 
     values = [parameters[name].detach().clone().requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(loss, values, atol=1e-7)
+    assert torch.autograd.gradcheck(loss, values, atol=1e-7, fast_mode=True)  # along random directions
 
 
 def test_a_few_steps_tell_the_pairs_apart():

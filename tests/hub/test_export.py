@@ -410,7 +410,10 @@ with torch.inference_mode():
 """
     pushing = f"""
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, push
+from modeling_miniclip.hub import push as pushing, verify_upload
 from modeling_miniclip.hub.push import prepare_push
+# Verify in this process. The slow tests start another one, as `push` does.
+pushing._verify = lambda root, repo_id, commit, advice: verify_upload.main(str(root), repo_id, commit)
 print(prepare_push(None, "/somewhere/crows", private=True))
 print(prepare_push("alice/crows", "out"))
 print(push({str(exported)!r}, "crows", message="The first"))

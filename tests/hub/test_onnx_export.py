@@ -46,9 +46,15 @@ LIMIT = 24  # tokens of the tiny text towers
 
 
 def save_export(folder: Path, seed: int = 0, **settings: Any) -> Path:
-    """An export of tiny towers whose images are cropped with an odd margin; `settings` are of the image processor."""
+    """An export whose images are cropped with an odd margin; `settings` are of the image processor.
+
+    Its towers have hardly any layers, since torch.onnx takes up to a second per layer. The slow tests export more.
+    """
     torch.manual_seed(seed)
-    config = tiny_config(text_pooling="mean", logit_scale_init_value=3.0, loss_type="sigmoid")
+    fields = {"text_pooling": "mean", "projection_depth": 1, "logit_scale_init_value": 3.0, "loss_type": "sigmoid"}
+    config = tiny_config("vit", "distilbert", **fields)
+    config.vision_config.model_args = {**config.vision_config.model_args, "depth": 1}
+    config.text_config.n_layers = 0
     config.vision_config.pretrained_cfg = {**config.vision_config.pretrained_cfg, "crop_pct": 0.85}
     tokenizer = train_tokenizer([describe_scene(scene, Random(0)) for scene in sample_scenes(200, seed=3)], 200)
     tokenizer.model_max_length = LIMIT

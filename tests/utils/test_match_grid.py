@@ -38,7 +38,7 @@ def plain_shapes(tmp_path_factory) -> dict[int, tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize(("count", "found"), [(1, 1), (1, 3), (1, 9), (2, 1), (6, 3), (3, 9)])
+@pytest.mark.parametrize(("count", "found"), [(1, 1), (1, 9), (2, 7)])
 def test_grids_of_every_shape_are_drawn(tmp_path, count, found):
     draw_matches(tmp_path / "grid.png", rows_of(count, found), "What was found")
     pixels = picture(tmp_path / "grid.png")
@@ -52,7 +52,7 @@ def test_grids_of_every_shape_are_drawn(tmp_path, count, found):
     ids=["dollars", "markup", "backslashes", "empty", "one_word", "long", "lines", "alphabets", "one_dollar", "wide"],
 )  # fmt: skip
 def test_captions_are_drawn_literally_at_fixed_size(tmp_path, query, plain_shapes):
-    for count, plain in plain_shapes.items():
+    for count, plain in plain_shapes.items():  # a query above the images, and queries next to theirs
         draw_matches(tmp_path / "grid.png", rows_of(count, 3, query), query)
         pixels = picture(tmp_path / "grid.png")
         assert pixels.shape[1] == plain[1] and pixels.shape[0] < plain[0] + 250
@@ -61,11 +61,10 @@ def test_captions_are_drawn_literally_at_fixed_size(tmp_path, query, plain_shape
             assert ((pixels[-400:, :335] < 250).any() or not query) and (pixels[-400:, 335:345] == 255).all()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 900), (900, 3), (4000, 3000), (64, 64), (300, 200)])
-def test_tiny_huge_and_narrow_images_fit_their_tile(tmp_path, size):
-    draw_matches(tmp_path / "grid.png", rows_of(2, 2, size=size))
-    draw_matches(tmp_path / "plain.png", rows_of(2, 2))
-    assert picture(tmp_path / "grid.png").shape == picture(tmp_path / "plain.png").shape
+@pytest.mark.parametrize("size", [(1, 1), (3, 900), (900, 3), (1600, 1200), (300, 200)])
+def test_tiny_huge_and_narrow_images_fit_their_tile(tmp_path, size, plain_shapes):
+    draw_matches(tmp_path / "grid.png", rows_of(2, size=size))
+    assert picture(tmp_path / "grid.png").shape == plain_shapes[2]
     # As large as a tile in its longer side, the other side in proportion.
     where = np.argwhere((picture(tmp_path / "grid.png") == (40, 90, 200)).all(axis=2))
     found = (where.max(axis=0) - where.min(axis=0) + 1)[1]  # in both rows, so the width alone
