@@ -140,7 +140,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_an_error_in_a_caption_file_names_row_and_column(two, case):
+def test_caption_file_errors_name_row_and_column(two, case):
     text, expected = BAD_FILES[case]
     path = two(text)
     with pytest.raises(DataError) as error:

@@ -82,7 +82,7 @@ ROWS: dict[str, tuple[str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_a_bad_row_is_found_and_later_rows_are_read(good: Path, case: str) -> None:
+def test_bad_rows_are_found_and_later_ones_read(good: Path, case: str) -> None:
     line, kind = ROWS[case]
     row = append(good, line)
     last = append(good, "last.png,words")

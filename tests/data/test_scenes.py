@@ -284,7 +284,7 @@ def test_captions_tell_scenes_apart(sample):
 # --- swapped scenes ---
 
 
-def test_swap_keeps_the_words_and_changes_captions_and_picture(sample):
+def test_swap_changes_captions_and_picture_but_no_words(sample):
     for index, scene in enumerate(sample):
         swapped = swap_attributes(scene, random.Random(index))
         assert swapped != scene
@@ -372,7 +372,7 @@ def test_splits_share_no_scene(dataset):
     assert not images[0] & images[1]
 
 
-def test_validation_does_not_depend_on_the_number_of_training_scenes(dataset):
+def test_validation_ignores_the_number_of_training_scenes(dataset):
     other = build_scenes(5, NUM_VALIDATION, seed=3)
     assert _digest(other["validation"]) == _digest(dataset["validation"])
     assert other["train"]["captions"][:] == dataset["train"]["captions"][:5]
