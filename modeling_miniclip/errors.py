@@ -19,7 +19,7 @@ HUB_STATUS_MESSAGES = {
     **dict.fromkeys((500, 502, 503, 504), "the Hub is temporarily unavailable"),
 }
 
-# Error numbers of a file system that cannot store more data, whichever library writes the file.
+# Error numbers of a file system that cannot store more data, for files written by any library.
 DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 EXIT_CODES = (

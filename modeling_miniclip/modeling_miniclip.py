@@ -294,7 +294,7 @@ def symmetric_contrastive_loss(
     logit_bias: Tensor | float | None = None,
     candidates: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The loss of a batch: images have to find their texts, and texts their image.
+    """The loss of a batch: each image must find its texts, and each text its image.
 
     The softmax losses are the mean of the image-to-text and text-to-image [`contrastive_loss`]. The sigmoid loss is
     [`sigmoid_loss`] summed over all pairs and divided by the number of texts. With one text per image this is
@@ -397,7 +397,7 @@ class MiniClipModel(PreTrainedModel):
     def __init__(self, config: MiniClipConfig):
         super().__init__(config)
         tower_class = text_tower_class(config.text_config)
-        dtype = torch.get_default_dtype()  # as the heads, whatever the dtype of the towers' checkpoints
+        dtype = torch.get_default_dtype()  # as for the heads, whatever the dtype of the towers' checkpoints
         self.vision_model = MiniClipVisionModel._from_config(config.vision_config, dtype=dtype)
         self.text_model = tower_class._from_config(config.text_config, dtype=dtype, **without_pooler(tower_class))
         head = (config.projection_dim, config.projection_depth, config.projection_dropout)

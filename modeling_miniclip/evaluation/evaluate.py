@@ -147,42 +147,25 @@ def _comparison(ours: ModelScores, theirs: ModelScores, recalls: list[str], data
     }
 
 
-def format_report(report: dict[str, Any]) -> str:
-    """The report of [`evaluate_model`] as a text table."""
-    head, rows = table_of(report)
-    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
-    lines = [
-        f"{report['dataset']}, {report['split']}: {report['images']:,} images, {report['texts']:,} texts",
-        *(
-            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-            for cells in ([*zip(line, widths, strict=True)] for line in (head, *rows))
-        ),
-        "in brackets: 95 % confidence interval (bootstrap over images)",
-    ]
-    return "\n".join(lines)
-
-
-def table_of(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of a report."""
-    sides = [("metrics", "intervals", report["model"], ".1f")]
-    if "baseline" in report:
-        sides += [
-            ("baseline_metrics", "baseline_intervals", report["baseline"], ".1f"),
-            ("difference", "difference_intervals", "difference", "+.1f"),
-        ]
-    rows = []
-    for metric in report["metrics"]:
-        cells = (_cell(report[values], report[spans], metric, form) for values, spans, _, form in sides)
-        rows.append([metric.replace("_", " "), *cells])
-    return ["", *(name for *_, name, _ in sides)], rows
-
-
-def _cell(values: dict[str, float], intervals: dict[str, tuple[float, float]], metric: str, form: str) -> str:
-    text = f"{values[metric]:{form}}" if metric in values else ""
-    if metric in intervals:
-        low, high = intervals[metric]
-        text += f" [{low:{form}}, {high:{form}}]"
-    return text
+def write_queries(
+    path: Path, data: EvalSet, rankings: dict[str, Ranking], others: dict[str, Ranking] | None = None
+) -> None:
+    """Write [`query_rows`] as Parquet, `ROWS` rows at a time."""
+    result = pa.struct({"answer": pa.string(), "score": pa.float32(), "is_right": pa.bool_()})
+    columns = {
+        **dict.fromkeys(("direction", "query", "image_id", "right"), pa.string()),
+        "rank": pa.int64(),
+        "score": pa.float32(),
+        "baseline_rank": pa.int64(),
+        "results": pa.list_(result),
+    }
+    if not others:
+        del columns["baseline_rank"]
+    schema = pa.schema(list(columns.items()))
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        rows = query_rows(data, rankings, others or {})
+        while chunk := [row for row, _ in zip(rows, range(ROWS), strict=False)]:
+            writer.write_table(pa.Table.from_pylist(chunk, schema))
 
 
 def query_rows(data: EvalSet, rankings: dict[str, Ranking], others: dict[str, Ranking]) -> Iterator[dict[str, Any]]:
@@ -223,22 +206,39 @@ def query_rows(data: EvalSet, rankings: dict[str, Ranking], others: dict[str, Ra
             }
 
 
-def write_queries(
-    path: Path, data: EvalSet, rankings: dict[str, Ranking], others: dict[str, Ranking] | None = None
-) -> None:
-    """Write [`query_rows`] as Parquet, `ROWS` rows at a time."""
-    result = pa.struct({"answer": pa.string(), "score": pa.float32(), "is_right": pa.bool_()})
-    columns = {
-        **dict.fromkeys(("direction", "query", "image_id", "right"), pa.string()),
-        "rank": pa.int64(),
-        "score": pa.float32(),
-        "baseline_rank": pa.int64(),
-        "results": pa.list_(result),
-    }
-    if not others:
-        del columns["baseline_rank"]
-    schema = pa.schema(list(columns.items()))
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        rows = query_rows(data, rankings, others or {})
-        while chunk := [row for row, _ in zip(rows, range(ROWS), strict=False)]:
-            writer.write_table(pa.Table.from_pylist(chunk, schema))
+def table_of(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of a report."""
+    sides = [("metrics", "intervals", report["model"], ".1f")]
+    if "baseline" in report:
+        sides += [
+            ("baseline_metrics", "baseline_intervals", report["baseline"], ".1f"),
+            ("difference", "difference_intervals", "difference", "+.1f"),
+        ]
+    rows = []
+    for metric in report["metrics"]:
+        cells = (_cell(report[values], report[spans], metric, form) for values, spans, _, form in sides)
+        rows.append([metric.replace("_", " "), *cells])
+    return ["", *(name for *_, name, _ in sides)], rows
+
+
+def _cell(values: dict[str, float], intervals: dict[str, tuple[float, float]], metric: str, form: str) -> str:
+    text = f"{values[metric]:{form}}" if metric in values else ""
+    if metric in intervals:
+        low, high = intervals[metric]
+        text += f" [{low:{form}}, {high:{form}}]"
+    return text
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report of [`evaluate_model`] as a text table."""
+    head, rows = table_of(report)
+    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+    lines = [
+        f"{report['dataset']}, {report['split']}: {report['images']:,} images, {report['texts']:,} texts",
+        *(
+            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+            for cells in ([*zip(line, widths, strict=True)] for line in (head, *rows))
+        ),
+        "in brackets: 95 % confidence interval (bootstrap over images)",
+    ]
+    return "\n".join(lines)

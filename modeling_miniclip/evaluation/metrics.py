@@ -11,27 +11,13 @@ from ..modeling_miniclip import symmetric_contrastive_loss
 
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("text_to_image", "image_to_text")
-# Values of --best_metric, besides loss.
+# Values of --best_metric, in addition to loss.
 METRIC_NAMES = tuple(
     f"{direction}_{name}" for direction in DIRECTIONS for name in (*(f"R@{k}" for k in RECALL_AT), "median_rank")
 ) + ("rsum",)
 # Queries and keys whose similarities are computed at a time: 16 MB, so that a split of any size fits in memory.
 BLOCK = 1024
 KEY_BLOCK = 4096
-
-
-def is_better(name: str, value: float, best: float | None) -> bool:
-    """Whether a value improves on the best one so far. NaN never does, unless there is nothing to improve on.
-
-    Args:
-        name: `loss`, or one of [`METRIC_NAMES`].
-        value: new value.
-        best: best value so far; None or NaN if there is none.
-    """
-    if best is None or math.isnan(best):
-        return True
-    smaller_is_better = name == "loss" or name.endswith("median_rank")
-    return value < best if smaller_is_better else value > best
 
 
 @dataclass(frozen=True)
@@ -140,17 +126,6 @@ def retrieval_metrics(
     return metrics_of_ranks(_ranks_both_ways(image_embeds, text_embeds, text_image_id)[0])
 
 
-def metrics_of_ranks(rank_of: Mapping[str, Tensor]) -> dict[str, float]:
-    """[`retrieval_metrics`] from the ranks of the queries, by direction."""
-    metrics: dict[str, float] = {}
-    for direction, rank in rank_of.items():
-        for k in RECALL_AT:
-            metrics[f"{direction}_R@{k}"] = 100 * (rank <= k).double().mean().item()
-        metrics[f"{direction}_median_rank"] = rank.double().quantile(0.5).item()
-    metrics["rsum"] = sum(value for name, value in metrics.items() if "R@" in name)
-    return metrics
-
-
 def _ranks_both_ways(
     image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor | Sequence[int] | None
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -176,6 +151,17 @@ def _ranks_both_ways(
         "image_to_text": ranks(image_embeds, text_embeds, image_id, text_image_id),
     }
     return rank_of, text_image_id
+
+
+def metrics_of_ranks(rank_of: Mapping[str, Tensor]) -> dict[str, float]:
+    """[`retrieval_metrics`] from the ranks of the queries, by direction."""
+    metrics: dict[str, float] = {}
+    for direction, rank in rank_of.items():
+        for k in RECALL_AT:
+            metrics[f"{direction}_R@{k}"] = 100 * (rank <= k).double().mean().item()
+        metrics[f"{direction}_median_rank"] = rank.double().quantile(0.5).item()
+    metrics["rsum"] = sum(value for name, value in metrics.items() if "R@" in name)
+    return metrics
 
 
 def recall_intervals(
@@ -309,3 +295,17 @@ def validation_metrics(
     """All metrics of a validation: [`dataset_loss`] as `loss`, and [`retrieval_metrics`]; arguments as there."""
     loss = dataset_loss(image_embeds, text_embeds, logit_scale, text_image_id, loss_type, logit_bias)
     return {"loss": loss, **retrieval_metrics(image_embeds, text_embeds, text_image_id)}
+
+
+def is_better(name: str, value: float, best: float | None) -> bool:
+    """Whether a value improves on the best one so far. NaN never does, unless there is nothing to improve on.
+
+    Args:
+        name: `loss`, or one of [`METRIC_NAMES`].
+        value: new value.
+        best: best value so far; None or NaN if there is none.
+    """
+    if best is None or math.isnan(best):
+        return True
+    smaller_is_better = name == "loss" or name.endswith("median_rank")
+    return value < best if smaller_is_better else value > best

@@ -74,8 +74,9 @@ def push(
     """Upload an export, verify that it loads, then publish it as one commit.
 
     The files first go to a temporary branch. A fresh process loads that branch with the Auto classes and the uploaded
-    code, and compares its logits with those of the folder, bit for bit. Then one request commits the same files to
-    the target, and the temporary branch is deleted. Whatever fails, the target has either all of the files or none.
+    code, and compares its logits with those of the model in the folder, bit for bit. Then one request commits the same
+    files to the target, and the temporary branch is deleted. Whatever fails, the target has either all of the files or
+    none.
 
     The uploaded card names the repository, whatever the card in the folder says.
 

@@ -41,7 +41,7 @@ def open_image(image: Any) -> Image.Image:
         return to_rgb(image if isinstance(image, Image.Image) else _image_of_array(image))
     except DataError:
         raise
-    except Exception as error:  # Pillow's decoders raise all sorts of errors
+    except Exception as error:  # Pillow's decoders raise errors of many classes
         raise DataError(f"{name or type(image).__name__}: this image cannot be read: {error}; replace it") from error
 
 

@@ -47,7 +47,7 @@ def load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcesso
         return _load_export(source, flag)
     except (HTTPError, OSError, ValueError, StrictDataclassError):
         raise
-    except Exception as error:  # the libraries raise all sorts of errors for damaged files
+    except Exception as error:  # the libraries raise errors of many classes for damaged files
         raise ValueError(f"{flag} {source}: damaged, or not an export of MiniCLIP: {one_line(error)}") from error
 
 

@@ -97,7 +97,7 @@ class ImageIndex:
 
     Args:
         folder: folder of the index.
-        manifest: its manifest, read from the folder.
+        manifest: manifest in this folder.
 
     Example:
         >>> index = ImageIndex.open("photos.index")  # doctest: +SKIP
@@ -134,7 +134,7 @@ class ImageIndex:
             _verify_checksums(path, manifest, verify)
             index = cls(path, manifest)
             index._check_sizes()
-        except Exception as error:  # the libraries raise all sorts of errors for damaged files
+        except Exception as error:  # the libraries raise errors of many classes for damaged files
             if (path / MANIFEST).is_file() and (path / MANIFEST).stat().st_ino != inode:  # replaced in the meantime
                 return cls.open(folder, verify)
             raise error if isinstance(error, DataError) else _damaged(path, error) from error

@@ -29,5 +29,5 @@ def picture_of(index: ImageIndex, row: int, pixels: int) -> Image.Image | None:
         with Image.open(source) as image:
             image.draft(None, (2 * pixels, 2 * pixels))  # decodes a JPEG at about this size, many times faster
             return shrink(to_rgb(image), pixels)
-    except Exception:  # Pillow's decoders raise all sorts of errors
+    except Exception:  # Pillow's decoders raise errors of many classes
         return None

@@ -163,7 +163,7 @@ class Encoding:
                 item, future = waiting.popleft()
                 try:
                     prepared = future.result()
-                except Exception as error:  # Pillow's decoders raise all sorts of errors
+                except Exception as error:  # Pillow's decoders raise errors of many classes
                     reason = " ".join(str(error).split())[:200] or type(error).__name__
                     self.skipped[item.id] = reason
                     bar.write(printable(f"skipped: {item.id}: {reason}"), file=sys.stderr)

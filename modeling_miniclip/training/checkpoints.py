@@ -56,6 +56,18 @@ class Progress:
         vars(self).update(state)
 
 
+@torch.no_grad()
+def check_finite_weights(model: MiniClipModel, accelerator: Accelerator) -> None:
+    """Check that all weights are finite before they are saved; every process must call it and gets the same answer.
+
+    Raises:
+        MiniClipError: a parameter contains NaN or infinity, in any process.
+    """
+    wrong = torch.stack([~local_tensor(parameter).isfinite().all() for parameter in model.parameters()]).any()
+    if accelerator.reduce(wrong.int(), "sum").item():
+        raise not_finite("weights", math.nan, accelerator.mixed_precision)
+
+
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int, export_dir: Path) -> Path:
     """Write a resumable state as `folder/step-<step>`, completely or not at all, and delete the oldest beyond `keep`.
 
@@ -101,9 +113,10 @@ def clear_unfinished(folder: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"))
+def delete_expired(folder: Path, keep: int, best_step: int) -> None:
+    """Delete the [`expired_checkpoints`] in a folder."""
+    for old in expired_checkpoints(list_checkpoints(folder), keep, best_step):
+        discard_folder(old)
 
 
 def expired_checkpoints(paths: list[Path], keep: int, best_step: int) -> list[Path]:
@@ -118,51 +131,9 @@ def expired_checkpoints(paths: list[Path], keep: int, best_step: int) -> list[Pa
     return expendable[: max(0, len(paths) - keep)]
 
 
-def delete_expired(folder: Path, keep: int, best_step: int) -> None:
-    """Delete the [`expired_checkpoints`] in a folder."""
-    for old in expired_checkpoints(list_checkpoints(folder), keep, best_step):
-        discard_folder(old)
-
-
-def rewind_folders(checkpoint: Path, export_dir: Path) -> None:
-    """Restore `checkpoints/` and `export/` to what they were when a checkpoint was written."""
-    clear_unfinished(checkpoint.parent)
-    for path in reversed(list_checkpoints(checkpoint.parent)):  # newest first: if killed here, the latest is complete
-        if path.name > checkpoint.name:
-            discard_folder(path)
-    best = checkpoint / "export"
-    if not best.exists():
-        discard_folder(export_dir)
-    elif not _same_weights(best, export_dir):
-        with replaced_folder(export_dir) as fresh:
-            link_folder(best, fresh)
-
-
-def _same_weights(one: Path, other: Path) -> bool:
-    first, second = (folder / "model.safetensors" for folder in (one, other))
-    if not (first.exists() and second.exists()):
-        return False
-    return os.path.samefile(first, second) or filecmp.cmp(first, second, shallow=False)
-
-
-def check_resumed(progress: Progress, expected: Progress, output_dir: Path) -> None:
-    """Check that a checkpoint was trained on the same batches as this run will be.
-
-    Args:
-        progress: progress that the checkpoint holds.
-        expected: progress of this run before it loaded the checkpoint.
-        output_dir: output folder of the run.
-
-    Raises:
-        UsageError: the batch size, the seed or the number of training images changed.
-    """
-    for name in ("batch_size", "seed", "steps_per_epoch"):
-        saved, now = getattr(progress, name), getattr(expected, name)
-        if saved != now:
-            raise UsageError(
-                f"--resume_from_checkpoint: the checkpoint was made with {name} {saved}, this run has {now}; resume "
-                f"with the original data and flags: --recipe {output_dir / 'arguments.yaml'}"
-            )
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
@@ -193,13 +164,42 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     )
 
 
-@torch.no_grad()
-def check_finite_weights(model: MiniClipModel, accelerator: Accelerator) -> None:
-    """Check that all weights are finite before they are saved; every process must call it and gets the same answer.
+def check_resumed(progress: Progress, expected: Progress, output_dir: Path) -> None:
+    """Check that a checkpoint was trained on the same batches as this run will be.
+
+    Args:
+        progress: progress that the checkpoint holds.
+        expected: progress of this run before it loaded the checkpoint.
+        output_dir: output folder of the run.
 
     Raises:
-        MiniClipError: a parameter contains NaN or infinity, in any process.
+        UsageError: the batch size, the seed or the number of training images changed.
     """
-    wrong = torch.stack([~local_tensor(parameter).isfinite().all() for parameter in model.parameters()]).any()
-    if accelerator.reduce(wrong.int(), "sum").item():
-        raise not_finite("weights", math.nan, accelerator.mixed_precision)
+    for name in ("batch_size", "seed", "steps_per_epoch"):
+        saved, now = getattr(progress, name), getattr(expected, name)
+        if saved != now:
+            raise UsageError(
+                f"--resume_from_checkpoint: the checkpoint was made with {name} {saved}, this run has {now}; resume "
+                f"with the original data and flags: --recipe {output_dir / 'arguments.yaml'}"
+            )
+
+
+def rewind_folders(checkpoint: Path, export_dir: Path) -> None:
+    """Restore `checkpoints/` and `export/` to what they were when a checkpoint was written."""
+    clear_unfinished(checkpoint.parent)
+    for path in reversed(list_checkpoints(checkpoint.parent)):  # newest first: if killed here, the latest is complete
+        if path.name > checkpoint.name:
+            discard_folder(path)
+    best = checkpoint / "export"
+    if not best.exists():
+        discard_folder(export_dir)
+    elif not _same_weights(best, export_dir):
+        with replaced_folder(export_dir) as fresh:
+            link_folder(best, fresh)
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    first, second = (folder / "model.safetensors" for folder in (one, other))
+    if not (first.exists() and second.exists()):
+        return False
+    return os.path.samefile(first, second) or filecmp.cmp(first, second, shallow=False)

@@ -62,9 +62,8 @@ def locked_output_dir(arguments: TrainingArguments) -> Iterator[None]:
 def _lock(path: Path) -> int:
     """Open and lock a file that says who holds it.
 
-    It is a POSIX record lock: it ends with the process that holds it, in whatever way that ends, and is not inherited
-    by the loader processes, which may live some seconds longer. On a network file system it depends on the support for
-    locks there.
+    It is a POSIX record lock: it ends with the process that holds it, even if that is killed. The loader processes,
+    which may live some seconds longer, do not inherit it. Some network file systems do not support it.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

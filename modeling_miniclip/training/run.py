@@ -35,7 +35,7 @@ class TrainingRun:
         arguments: flags of the run, all resolved.
         accelerator: device, processes and precision.
         model: the model as Accelerate prepared it, for forward passes.
-        unwrapped_model: the same model without the wrapper, for everything else.
+        unwrapped_model: the same model without Accelerate's wrapper, for everything but forward passes.
         processor: preprocessing of images and texts.
         optimizer: AdamW, as Accelerate prepared it.
         scheduler: schedule of the learning rates.

@@ -26,5 +26,5 @@ def load_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, _PlainLoader)  # a SafeLoader
-    except Exception as error:  # its constructors raise all kinds: KeyError, AttributeError, RecursionError
+    except Exception as error:  # its constructors raise many: KeyError, AttributeError, RecursionError
         raise ValueError(one_line(error)) from error
