@@ -16,6 +16,7 @@ from tests.helpers.towers import tiny_model, tiny_processor, with_slow
 
 LABELS = ["red dog", "white boat on a blue lake", "child"]
 TEXTS = ["a red dog runs", "two children play with a yellow ball on the beach", "a boat"]
+BATCHED = {"pool": True, "batch_size": 2}
 
 
 @pytest.fixture(scope="module", params=with_slow([("resnet", "distilbert")], [(("vit", "bert"),)]), ids="-".join)
@@ -56,7 +57,7 @@ def by_label(rows: list[list[dict[str, Any]]]) -> np.ndarray:
     return np.array([[next(i["score"] for i in row if i["label"] == label) for label in LABELS] for row in rows])
 
 
-@pytest.mark.parametrize("options", [{}, {"pool": True}, {"batch_size": 2}], ids=["plain", "pool", "batched"])
+@pytest.mark.parametrize("options", with_slow([{}, BATCHED], [{"pool": True}]))
 def test_image_feature_extraction_returns_the_unit_norm_embedding(folder, images, options):
     extract = pipeline("image-feature-extraction", model=str(folder))
     assert type(extract.model) is MiniClipModel  # not the code in the folder
@@ -71,7 +72,7 @@ def test_image_feature_extraction_returns_the_unit_norm_embedding(folder, images
     torch.testing.assert_close(one.norm(), torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"truncation": True}], ids=["plain", "batched", "cut"])
+@pytest.mark.parametrize("options", with_slow([{"batch_size": 3}], [{}, {"truncation": True}]))
 def test_feature_extraction_returns_unit_norm_text_embedding(folder, images, options):
     extract = pipeline("feature-extraction", model=str(folder))
     assert set(extract.preprocess("a dog")) == {"input_ids", "attention_mask"}

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +29,31 @@ from tests.helpers.towers import save_towers, tiny_model
 
 SOURCES = [*sorted((ROOT / "modeling_miniclip").rglob("*.py")), ROOT / "train_miniclip.py"]
 HOSTILE = 'x\x1b]0;owned\x07\n# Title "` <img src=x onerror=alert(1)> | \u202egnp.exe'
-
-
 RUNNING = ("eval", "exec", "torch.load", "yaml.unsafe_load", "yaml.full_load", "os.system")
 
 
 # --- code -----------------------------------------------------------------------------------------------------------
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """The syntax tree of a source as a list, the module first."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def called(node: ast.Call) -> str:
     return ast.unparse(node.func)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_no_source_runs_what_it_reads(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def test_no_source_runs_what_it_reads() -> None:
+    for path, node in ((source, node) for source in SOURCES for node in nodes_of(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = {alias.name for alias in node.names} | {getattr(node, "module", None)}
-            assert not modules & {"pickle", "marshal", "shelve", "dill", "joblib"}, path
+            assert not modules & {"pickle", "marshal", "shelve", "dill", "joblib"}, (path, node.lineno)
         if isinstance(node, ast.Call):
-            assert called(node) not in (
-                "eval",
-                "exec",
-                "torch.load",
-                "yaml.unsafe_load",
-                "yaml.full_load",
-                "os.system",
-            )
-            assert called(node) != "yaml.load" or ast.unparse(node.args[1]) == "_PlainLoader"
+            assert called(node) not in RUNNING, (path, node.lineno)
+            is_safe = called(node) != "yaml.load" or ast.unparse(node.args[1]) == "_PlainLoader"
+            assert is_safe, (path, node.lineno)
             for keyword in node.keywords:
                 on = keyword.arg in ("trust_remote_code", "allow_pickle", "shell") and ast.unparse(keyword.value)
                 # A push loads what it has just uploaded itself, as its readers will.
@@ -247,8 +245,7 @@ def messages() -> list[tuple[str, str, bool]]:
     """Where an error of the package is raised, its text, and whether it names something."""
     found = []
     for path in SOURCES:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        for function in (node for node in nodes_of(path) if isinstance(node, ast.FunctionDef)):
             assignments = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
             for node in ast.walk(function):
                 if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
