@@ -19,6 +19,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 import pytest  # noqa: E402
 
 # No heavy library is imported here: the process that only hands out the tests to the workers loads this file too.
+from tests.helpers.forks import clean_process  # noqa: E402, F401  (a fixture)
 from tests.helpers.session import shared_once  # noqa: E402
 
 

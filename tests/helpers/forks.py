@@ -1,30 +1,124 @@
-"""Train in forks of this process, which has loaded the libraries: a new process would import them for seconds."""
+"""Train in forks of a clean process, which has loaded the libraries: a new process would import them for seconds.
+
+PyTorch cannot run backward in the fork of a process that has. So `clean_process` is forked before the first test, when
+everything has been imported and nothing has run, and forks whenever a test needs a process.
+"""
 
 import multiprocessing
 import os
+import pickle
+import signal
 import socket
 import sys
-from collections.abc import Callable
-from multiprocessing.context import ForkContext, ForkProcess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from accelerate.state import AcceleratorState, GradientState, PartialState
+import pytest
 
-FORK: ForkContext = multiprocessing.get_context("fork")
+_requests: socket.socket  # to the clean process
 
 
-def fork(function: Callable[..., None], *args: Any) -> ForkProcess:
-    """Start a function in a fork of this process that has no memory of earlier runs."""
-    process = FORK.Process(target=_start_afresh, args=(function, args))
+class Fork:
+    """A function that runs in a fork of the clean process, until it returns or this object is deleted.
+
+    Attributes:
+        pid: id of the process.
+        exitcode: exit code, negative for the signal that killed it; None until `join` has seen the end.
+        result: what the function returned.
+    """
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self.pid: int = connection.recv()
+        self.exitcode: int | None = None
+        self.result: Any = None
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the end of the process, for at most so many seconds."""
+        while self.exitcode is None and self._connection.poll(timeout):
+            name, value = self._connection.recv()
+            setattr(self, name, value)
+
+    def kill(self) -> None:
+        """Kill the process, if it has not ended."""
+        if self.exitcode is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def fork(function: Callable[..., Any], *args: Any) -> Fork:
+    """Start a function of a module in a fork of the clean process; arguments and result are pickled."""
+    ours, theirs = multiprocessing.Pipe()
+    socket.send_fds(_requests, [b"fork"], [theirs.fileno()])
+    theirs.close()
+    ours.send_bytes(pickle.dumps((function, args)))
+    return Fork(ours)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_process() -> Iterator[None]:
+    """Start the process before the first test; it ends with the session or with this process."""
+    global _requests
+    _requests, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        _requests.close()
+        _serve(theirs)
+    theirs.close()
+    yield
+    _requests.close()
+    os.waitpid(pid, 0)
+
+
+def _serve(requests: socket.socket) -> NoReturn:
+    """Start a keeper for each connection that arrives, until the test process closes its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, lambda *_: _reap())
+    try:
+        while descriptors := socket.recv_fds(requests, len(b"fork"), 1)[1]:
+            _import_late_modules()
+            if os.fork() == 0:
+                requests.close()
+                _keep(Connection(descriptors[0]))
+                break
+            os.close(descriptors[0])
+    finally:
+        os._exit(0)
+
+
+def _import_late_modules() -> None:
+    """Import what a run only imports when it needs it, so that not each fork does."""
+    import albumentations.pytorch  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import transformers.models.bert.tokenization_bert  # noqa: F401
+    import transformers.models.distilbert.modeling_distilbert  # noqa: F401
+
+
+def _reap() -> None:
+    """Wait for the keepers that have ended."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _keep(connection: Connection) -> None:
+    """Run what is requested in a process and report its end; kill it if the test process drops the connection."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(connection, connection.recv_bytes()))
     process.start()
-    return process
+    threading.Thread(target=lambda: connection.poll(None) and process.kill(), daemon=True).start()
+    process.join()
+    connection.send(("exitcode", process.exitcode))
 
 
-def _start_afresh(function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-    function(*args)
+def _run(connection: Connection, call: bytes) -> None:
+    connection.send(os.getpid())
+    function, args = pickle.loads(call)
+    connection.send(("result", function(*args)))
 
 
 def train_in_processes(argv: list[str], processes: int, log: Path) -> str:

@@ -22,7 +22,7 @@ from modeling_miniclip.training.checkpoints import expired_checkpoints, find_che
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.output_dir import clear_output_dir
 from modeling_miniclip.training.reporting import MetricsLog
-from tests.helpers.forks import FORK, fork, write_to
+from tests.helpers.forks import fork, write_to
 from tests.helpers.runs import command, environment, flags, launch, metrics_of
 from train_miniclip import main
 
@@ -63,7 +63,7 @@ MORE_POINTS: list[tuple[str, Point]] = [
 
 
 def at_change(
-    output_dir: str, point: Point, act: Callable[[], None], counted: Callable[[], None] = lambda: None
+    output_dir: str, point: Point, act: Callable[[], object], counted: Callable[[], object] = lambda: None
 ) -> None:
     """From now on count this process's changes to files of that kind, and act at the one of that number."""
     kind, text, number = point
@@ -83,25 +83,28 @@ def at_change(
     sys.addaudithook(hook)
 
 
-def run_and_die(argv: list[str], output_dir: str, point: Point, count: Any) -> None:
-    """Train, count the run's changes to files of that kind, and be killed at the one of that number."""
+def run_and_die(argv: list[str], output_dir: str, point: Point, count: Path) -> None:
+    """Train, count the run's changes to files of that kind, and be killed at the one of that number.
 
-    def counted() -> None:
-        with count.get_lock():
-            count.value += 1
-
+    Args:
+        argv: flags of the run.
+        output_dir: its output folder.
+        point: change at which it is killed.
+        count: file to which each change adds a byte.
+    """
+    counter = os.open(count, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     write_to(Path(os.devnull))
-    at_change(output_dir, point, lambda: os.kill(os.getpid(), signal.SIGKILL), counted)
+    at_change(output_dir, point, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os.write(counter, b"."))
     main(argv)
 
 
 def killed(argv: list[str], output_dir: Path, point: Point) -> tuple[bool, int]:
     """Whether a run in a fork was killed at a change to a file, and the number of changes of that kind."""
-    count = FORK.Value("i", 0)
+    count = output_dir.with_name("changes")
     process = fork(run_and_die, argv, str(output_dir), point, count)
     process.join(900)
     assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0, count.value
+    return process.exitcode != 0, count.stat().st_size
 
 
 @pytest.fixture(scope="module")

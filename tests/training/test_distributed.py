@@ -1,12 +1,11 @@
 """The loss and its gradients over several processes against one process with the whole batch."""
 
-from queue import Empty
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +16,7 @@ from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.create_model import set_dropout
 from modeling_miniclip.training.distributed import gather_rows, global_contrastive_loss
 from modeling_miniclip.training.layers import set_training_mode
-from tests.helpers.forks import FORK, free_port
+from tests.helpers.forks import fork, free_port
 from tests.helpers.towers import PIXELS, tiny_model
 
 IMAGES, DIM = 7, 5
@@ -74,28 +73,23 @@ def gradients(loss_type: str, rank: int, world_size: int) -> list[Tensor]:
     return results
 
 
-def in_processes(function: Any, world_size: int) -> Any:
+def in_processes(function: Callable[[int, int], Any], world_size: int) -> Any:
     """What `function(rank, world_size)` returns in the first of `world_size` processes joined by gloo."""
-    queue = FORK.Queue()
-    arguments = (world_size, free_port(), queue, function)
-    processes = mp.start_processes(worker, arguments, nprocs=world_size, join=False, start_method="fork")
-    try:
-        result = queue.get(timeout=60)  # before joining: a process does not end while its result is not taken
-    except Empty:
-        result = None
-    while not processes.join():  # raises what a process raised
-        pass
-    return result
+    port = free_port()
+    ranks = [fork(join_and_call, function, rank, world_size, port) for rank in range(world_size)]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0] * world_size
+    return ranks[0].result
 
 
-def worker(rank: int, world_size: int, port: int, queue: Any, function: Any) -> None:
+def join_and_call(function: Callable[[int, int], Any], rank: int, world_size: int, port: int) -> Any:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     result = function(rank, world_size)
-    if rank == 0:
-        queue.put(result)
     dist.barrier()
     dist.destroy_process_group()
+    return result if rank == 0 else None
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from modeling_miniclip import MiniClipModel
 from modeling_miniclip.training.checkpoints import list_checkpoints
-from tests.helpers.forks import fork, write_to
+from tests.helpers.forks import Fork, fork, write_to
 from tests.helpers.runs import flags
 from tests.training.test_checkpoints import (
     PLATEAU,
@@ -32,8 +32,8 @@ def run_quietly(argv: list[str]) -> None:
     main(argv)
 
 
-def start(argv: list[str]) -> Any:
-    """A run in a fork of this process."""
+def start(argv: list[str]) -> Fork:
+    """Start a run in a fork."""
     return fork(run_quietly, argv)
 
 

@@ -4,7 +4,7 @@ import os
 import resource
 import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from modeling_miniclip import MiniClipError
 from modeling_miniclip.errors import disk_error_message
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.output_dir import LOCK_FILE, locked_output_dir
-from tests.helpers.forks import FORK, fork
-from tests.helpers.runs import environment, flags
+from tests.helpers.forks import fork
+from tests.helpers.runs import flags
 from tests.training.test_checkpoints import (
     NEVER,
     PLATEAU,
@@ -25,47 +25,44 @@ from tests.training.test_checkpoints import (
     at_change,
     killed,
     result_of,
+    wait_for,
     whole,  # noqa: F401  (a fixture)
 )
 from train_miniclip import main
-
-# Holds a folder, with a child that outlives it, until it is killed.
-HOLDER = """
-import os, sys, time
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.output_dir import locked_output_dir
-with locked_output_dir(TrainingArguments(output_dir=sys.argv[1])):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
-    time.sleep(100)
-"""
 
 
 def arguments_of(folder: Path, **values: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **values)
 
 
-def test_a_second_run_is_refused_until_the_first_is_dead_although_its_workers_live(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)], env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None
-    child = int(holder.stdout.readline())
+def hold_folder(folder: Path, started: Path) -> None:
+    """Hold an output folder until this process is killed. It has a child that outlives it."""
+    with locked_output_dir(arguments_of(folder)):
+        child = os.fork()
+        if child:
+            started.with_suffix(".new").write_text(str(child))
+            started.with_suffix(".new").rename(started)
+        time.sleep(100)
+
+
+def test_output_dir_is_locked_until_its_process_dies(tmp_path: Path) -> None:
+    folder, started = tmp_path / "run", tmp_path / "started"
+    holder = fork(hold_folder, folder, started)
+    wait_for(started)
+    child = int(started.read_text())
     try:
         for resume in ("--resume_from_checkpoint=latest", "--overwrite_output_dir=true"):
             with pytest.raises(MiniClipError, match=f"used by another run, process {holder.pid} on .*: wait"):
                 main([*flags(tmp_path), resume])
         with pytest.raises(MiniClipError, match="does not reach zero"):  # writes nothing, so the lock does not matter
             main(flags(tmp_path, overfit_batch=True, max_steps=1))
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
+        holder.kill()
+        holder.join(60)
+        assert holder.exitcode == -signal.SIGKILL
         with locked_output_dir(arguments_of(folder)):
             assert (folder / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
     finally:
         os.kill(child, signal.SIGKILL)
-        holder.stdout.close()
     assert os.listdir(folder) == []
 
 
@@ -144,12 +141,12 @@ MORE_FULL: list[tuple[Point, int]] = [
 ]
 
 
-def run_on_full_disk(argv: list[str], output_dir: str, point: Point, limit: int, sender: Any) -> None:
+def run_on_full_disk(argv: list[str], output_dir: str, point: Point, limit: int) -> str:
+    """Train until no file may become longer than `limit` bytes. Returns the message of the error."""
     at_change(output_dir, point, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    try:
+    with pytest.raises(MiniClipError) as error:
         main(argv)
-    except MiniClipError as error:
-        sender.send(str(error))
+    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -164,11 +161,10 @@ def test_run_on_a_full_disk_says_what_is_left_and_ends_the_same_when_there_is_ro
 ) -> None:
     record_property("faults", 1)
     argv, run = flags(tmp_path, **SETTINGS[PLATEAU]), tmp_path / "run"
-    receiver, sender = FORK.Pipe(duplex=False)
-    process = fork(run_on_full_disk, argv, str(run), point, limit, sender)
+    process = fork(run_on_full_disk, argv, str(run), point, limit)
     process.join(900)
-    assert process.exitcode == 0 and receiver.poll(), "it ended without an error, or with another one"
-    message = receiver.recv()
+    assert process.exitcode == 0, "it ended without an error, or with another one"
+    message = process.result
     assert message.startswith("cannot write: ") and "--resume_from_checkpoint latest" in message
     assert not [path for path in (run / "checkpoints").glob(".*")] and not list(run.glob(".export*"))
     last = sorted((run / "checkpoints").glob("step-*"))[-1:]

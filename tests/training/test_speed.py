@@ -72,7 +72,7 @@ def test_ratios_are_taken_within_a_turn(benchmark: Any) -> None:
 def test_waiting_is_the_share_of_the_steps_after_the_warm_up(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     workloads = benchmark("workloads")
     watch = workloads.Stopwatch(torch.utils.data.DataLoader(range(3)))
-    watch.asked, watch.waited = [0.0, 9.0, 10.0, 12.0, 15.0], [9.0, 0.5, 0.5, 1.0, 7.0]
+    watch.requested, watch.waited = [0.0, 9.0, 10.0, 12.0, 15.0], [9.0, 0.5, 0.5, 1.0, 7.0]
     monkeypatch.setattr(workloads, "WARM_UP", 1)
     rates = watch.rates(images=6, captions=5)  # three steps in six seconds, two of them spent waiting
     assert rates == pytest.approx({"pairs_per_second": 15, "images_per_second": 3, "waiting_percent": 100 * 2 / 6})
