@@ -252,7 +252,7 @@ def check_saved_again(folder: Path, source: Path) -> None:
 # --- the card --------------------------------------------------------------------------------------------------------
 
 
-def test_the_card_tells_the_measured_metrics(exported: Path) -> None:
+def test_card_shows_measured_metrics(exported: Path) -> None:
     metadata, body = read_card((exported / "README.md").read_text())
     assert "| text to image | 12.3 (10.0 to 15.0) | 45.7 | 78.9 | 3 |" in body
     assert "95 % confidence intervals" in body
@@ -268,7 +268,7 @@ def test_the_card_tells_the_measured_metrics(exported: Path) -> None:
     assert values == {name: value for name, value in METRICS.items() if "R@" in name or name == "rsum"}
 
 
-def test_the_card_tells_data_arguments_and_versions(exported: Path, model: MiniClipModel) -> None:
+def test_card_shows_data_arguments_and_versions(exported: Path, model: MiniClipModel) -> None:
     _, body = read_card((exported / "README.md").read_text())
     assert "| train | 6,000 | 30,000 |" in body
     assert "| `learning_rate` | `1e-05` |" in body
