@@ -92,6 +92,14 @@ def tiny_index(request: pytest.FixtureRequest, tiny_export: Path) -> Iterator[Pa
 
 
 @pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw nothing."""
+    from tests.helpers.runs import leave_out_figures
+
+    leave_out_figures(monkeypatch)
+
+
+@pytest.fixture
 def captioned_folder(tmp_path: Path) -> Path:
     """`captions.csv` with `id,image,caption` and `Images/` with four pictures of one colour each."""
     from PIL import Image

@@ -25,6 +25,8 @@ from tests.helpers.runs import ROOT, assert_same_log, environment, flags, launch
 from tests.helpers.towers import PIXELS
 from train_miniclip import cli, main, prepare
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(output_dir / "export" / "model.safetensors")

@@ -142,9 +142,11 @@ def train_in_processes(argv: list[str], processes: int, log: Path) -> str:
 
 
 def _train_as_rank(argv: list[str], rank: int, processes: int, port: int, log: Path) -> None:
+    from tests.helpers.runs import leave_out_figures
     from train_miniclip import main
 
     write_to(log)
+    leave_out_figures(pytest.MonkeyPatch())
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in values.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}

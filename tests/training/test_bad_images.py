@@ -22,6 +22,8 @@ from tests.helpers.runs import assert_same_log, flags, metrics_of
 from tests.helpers.towers import tiny_model, tiny_processor
 from train_miniclip import main
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 # What makes the steps of any number of processes equal; 21 training images give batches of 8, 8 and 5.
 EXACT: dict[str, Any] = {
     "dropout": 0, "freeze_batch_norm": True, "captions_per_image": 2, "max_bad_image_fraction": 0.5,

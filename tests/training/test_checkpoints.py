@@ -23,7 +23,7 @@ from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.output_dir import clear_output_dir
 from modeling_miniclip.training.reporting import MetricsLog
 from tests.helpers.forks import fork, write_to
-from tests.helpers.runs import command, environment, flags, launch, metrics_of
+from tests.helpers.runs import command, environment, flags, launch, leave_out_figures, metrics_of
 from train_miniclip import main
 
 # What a Python program does to files, as its audit hooks see it.
@@ -48,9 +48,9 @@ PLATEAU, COSINE = SETTINGS
 POINTS: list[tuple[str, Point]] = [
     (PLATEAU, ("os.rename", "/checkpoints/.step-", 1)),  # the first checkpoint is not yet there
     (PLATEAU, ("os.link", "/export/model.safetensors", 3)),  # after that, while a checkpoint is written
-    (COSINE, ("shutil.rmtree", "/.export.new", 2)),  # after a validation that no checkpoint remembers
 ]
 MORE_POINTS: list[tuple[str, Point]] = [
+    (COSINE, ("shutil.rmtree", "/.export.new", 2)),  # after a validation that no checkpoint remembers
     (PLATEAU, ("open", "/.export.new/README.md", 2)),  # while the best is exported
     (PLATEAU, ("open", "/curves.png", 1)),  # when all is trained and validated
     (PLATEAU, ("os.rename", "/.arguments.yaml.new", 1)),  # at the very start
@@ -84,7 +84,7 @@ def at_change(
 
 
 def run_and_die(argv: list[str], output_dir: str, point: Point, count: Path) -> None:
-    """Train, count the run's changes to files of that kind, and be killed at the one of that number.
+    """Train without figures, count the run's changes to files of that kind, and be killed at the one of that number.
 
     Args:
         argv: flags of the run.
@@ -94,6 +94,7 @@ def run_and_die(argv: list[str], output_dir: str, point: Point, count: Path) -> 
     """
     counter = os.open(count, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     write_to(Path(os.devnull))
+    leave_out_figures(pytest.MonkeyPatch())
     at_change(output_dir, point, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os.write(counter, b"."))
     main(argv)
 
@@ -179,11 +180,15 @@ def test_killed_and_resumed_run_ends_as_an_uninterrupted_one(
     assert_resumes_exactly(tmp_path, setting, point, whole(setting)[0])
 
 
-def test_settings_put_the_best_where_it_must_be_kept(whole: Any) -> None:
+def test_plateau_settings_keep_best_and_last_checkpoint(whole: Any) -> None:
     result, _ = whole(PLATEAU)
     validations = [(line["loss"], line["step"]) for line in result["log"] if line["split"] == "validation"]
     assert [step for _, step in validations] == [3, 6, 9, 11] and min(validations)[1] == 6
     assert [name for name in result["files"] if "step" in name] == ["step-00000006", "step-00000011"]
+
+
+@pytest.mark.slow
+def test_cosine_settings_stop_early(whole: Any) -> None:
     result, _ = whole(COSINE)
     validations = [(line["loss"], line["step"]) for line in result["log"] if line["split"] == "validation"]
     assert min(validations)[1] == validations[-3][1] < validations[-1][1] < 27
@@ -225,6 +230,7 @@ def test_two_processes_with_loader_workers_killed_together_resume_exactly(tmp_pa
     assert_same_result(result_of(tmp_path / "parts" / "run"), result_of(tmp_path / "whole" / "run"))
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_sigterm_saves_after_the_step_and_the_run_resumes_exactly(
     tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

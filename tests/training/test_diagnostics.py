@@ -32,6 +32,8 @@ from modeling_miniclip.training.parsing import parse_arguments
 from tests.helpers.runs import ROOT, flags, launch, write_preset, write_scene_folder
 from train_miniclip import cli, main
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
     return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modeling_miniclip.configuration_miniclip import LOSS_TYPES
 from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.create_model import set_dropout
-from modeling_miniclip.training.distributed import gather_rows, global_contrastive_loss
+from modeling_miniclip.training.distributed import full_tensor, gather_rows, global_contrastive_loss, local_tensor
 from modeling_miniclip.training.layers import set_training_mode
 from tests.helpers.forks import fork, free_port
 from tests.helpers.towers import PIXELS, tiny_model
@@ -106,7 +108,9 @@ def all_gradients(rank: int, world_size: int) -> list[list[list[float]]]:
     return [[r.flatten().tolist() for r in gradients(name, rank, world_size)] for name in LOSS_TYPES]
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])  # 8 processes, 7 images: one process has only a filler
+@pytest.mark.parametrize(
+    "world_size", [2, pytest.param(4, marks=pytest.mark.slow), 8]
+)  # 8 processes, 7 images: one process has only a filler
 def test_loss_and_gradients_do_not_depend_on_the_number_of_processes(world_size: int) -> None:
     expected, found = all_gradients(0, 1), in_processes(all_gradients, world_size)
     for loss_type, one, many in zip(LOSS_TYPES, expected, found, strict=True):
@@ -147,18 +151,38 @@ def model_gradients(
     return total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-CASES = [(name, dtype, images) for name in LOSS_TYPES for dtype in (torch.float32, torch.float64) for images in (9, 3)]
+CASES = [(name, dtype, images) for name in LOSS_TYPES for dtype in (torch.float64, torch.float32) for images in (3, 9)]
+FEW_CASES = [CASES[0], CASES[3], CASES[4], CASES[8]]  # all losses, types and numbers of images
+
+
+def gradients_of_few_cases(rank: int, world_size: int) -> list[tuple[float, dict[str, Any]]]:
+    return gradients_of(FEW_CASES, rank, world_size)
 
 
 def gradients_of_all_cases(rank: int, world_size: int) -> list[tuple[float, dict[str, Any]]]:
-    found = [model_gradients(*case, rank, world_size) for case in CASES]
+    return gradients_of(CASES, rank, world_size)
+
+
+def gradients_of(
+    cases: list[tuple[str, torch.dtype, int]], rank: int, world_size: int
+) -> list[tuple[float, dict[str, Any]]]:
+    found = [model_gradients(*case, rank, world_size) for case in cases]
     return [(loss, {name: grad.numpy() for name, grad in grads.items()}) for loss, grads in found]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])  # 3 images in 4 processes: one of them has but a filler
-def test_first_step_of_a_model_has_the_gradients_of_one_process(world_size: int) -> None:
-    expected, found = gradients_of_all_cases(0, 1), in_processes(gradients_of_all_cases, world_size)
-    for case, (loss, one), (other_loss, many) in zip(CASES, expected, found, strict=True):
+def test_four_processes_compute_the_gradients_of_one() -> None:  # of 3 images; one of them has only a filler
+    assert_same_gradients(FEW_CASES, gradients_of_few_cases, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_compute_the_gradients_of_one_in_all_cases(world_size: int) -> None:
+    assert_same_gradients(CASES, gradients_of_all_cases, world_size)
+
+
+def assert_same_gradients(cases: list[Any], compute: Callable[[int, int], Any], world_size: int) -> None:
+    expected, found = compute(0, 1), in_processes(compute, world_size)
+    for case, (loss, one), (other_loss, many) in zip(cases, expected, found, strict=True):
         bound = 1e-5 if case[1] == torch.float32 else 1e-10
         assert other_loss == pytest.approx(loss, rel=bound), case
         assert one.keys() == many.keys() and len(one) == len(list(tiny_model(loss_type=case[0]).parameters())), case
@@ -201,3 +225,17 @@ def test_a_process_never_holds_the_similarities_of_other_processes() -> None:
     # 256 images and 512 texts in all: local x global is 64 x 512, global x global would be four times that.
     assert in_processes(largest_tensors, 4) == [64 * 512] * 3
     assert largest_tensors(0, 1) == [64 * 128] * 3
+
+
+# --- tensors that FSDP spreads over processes ------------------------------------------------------------------------
+
+
+def whole_and_part(rank: int, world_size: int) -> tuple[list[float], list[float]]:
+    spread = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (world_size,)), [Shard(0)])
+    return full_tensor(spread).tolist(), local_tensor(spread).tolist()
+
+
+def test_spread_tensor_has_a_whole_and_a_part() -> None:
+    assert in_processes(whole_and_part, 2) == ([0, 1, 2, 3], [0, 1])
+    tensor = torch.arange(4.0)
+    assert full_tensor(tensor) is tensor is local_tensor(tensor)

@@ -23,6 +23,7 @@ def train_sharded(argv: list[str]) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_sharded_training_equals_that_of_one_process_and_exports_all_of_the_model(tmp_path: Path) -> None:
     main(flags(tmp_path, "one", **SAME))
     told = train_sharded(flags(tmp_path, "sharded", **SAME))

@@ -86,7 +86,7 @@ NESTED = "a: &a [x]\nb: &b [*a, *a]\nseed: [*b, *b]"  # each line doubles the si
     "content",
     [
         "seed: 2001-99-99", "seed: !!timestamp x", "seed: !!bool x", "seed: !!int x", "dataset: !!binary x",
-        "[" * 2000, "{" * 5000, "seed: " + "1" * 5000, "seed: 0x" + "f" * 6000, "&a [*a]", "? [a]\n: b", NESTED,
+        "[" * 1000, "{" * 1000, "seed: " + "1" * 5000, "seed: 0x" + "f" * 6000, "&a [*a]", "? [a]\n: b", NESTED,
         "seed: !!python/object/apply:os.system [exit]", "\ufeff\0", "dataset: [a", "", "- seed",
         "augmentation: &a [*a]", "dataset: \"a\\0b\"",
     ],

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from modeling_miniclip import MiniClipModel
 from modeling_miniclip.training.checkpoints import list_checkpoints
 from tests.helpers.forks import Fork, fork, write_to
-from tests.helpers.runs import flags
+from tests.helpers.runs import flags, leave_out_figures
 from tests.training.test_checkpoints import (
     PLATEAU,
     SETTINGS,
@@ -29,6 +29,7 @@ KILLS = 50
 
 def run_quietly(argv: list[str]) -> None:
     write_to(Path(os.devnull))
+    leave_out_figures(pytest.MonkeyPatch())
     main(argv)
 
 

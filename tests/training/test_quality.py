@@ -45,6 +45,7 @@ def test_true_captions_are_no_worse_than_captions_with_swapped_attributes(demo: 
     assert share > 0.45  # by chance 0.5, with a standard deviation of 0.016
 
 
+@pytest.mark.slow
 def test_real_photographs_train_through_real_towers(shared: Path, tmp_path: Path) -> None:
     weights = shared / "weights"
     arguments = {
