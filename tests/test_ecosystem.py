@@ -538,6 +538,7 @@ def pairs() -> list[dict[str, Any]]:
 def make_trainer(model: nn.Module, output_dir: Path, **options: Any) -> Trainer:
     processor = tiny_processor()
     metrics = options.pop("compute_metrics", None)
+    options = {"max_steps": 3, **options}
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         texts, images = [row["caption"] for row in rows], [row["image"] for row in rows]
@@ -545,7 +546,7 @@ def make_trainer(model: nn.Module, output_dir: Path, **options: Any) -> Trainer:
 
     arguments = TrainingArguments(
         str(output_dir), remove_unused_columns=False, per_device_train_batch_size=4, per_device_eval_batch_size=3,
-        learning_rate=1e-3, logging_steps=1, save_steps=2, max_steps=3, seed=1, use_cpu=True, report_to=[],
+        learning_rate=1e-3, logging_steps=1, save_steps=2, seed=1, use_cpu=True, report_to=[],
         disable_tqdm=True, **options,
     )  # fmt: skip
     return Trainer(
@@ -607,9 +608,8 @@ def test_trainer_evaluates_loss_and_returns_embeddings(tmp_path: Path, loss_type
 def test_trainer_switches_checkpointing_on_in_both_towers(tmp_path: Path) -> None:
     models = []
     for checkpointing in (False, True):
-        trainer = make_trainer(
-            fresh(), tmp_path / str(checkpointing), activation_checkpointing=checkpointing, save_strategy="no"
-        )
+        options = {"activation_checkpointing": checkpointing, "max_steps": 1, "save_strategy": "no"}
+        trainer = make_trainer(fresh(), tmp_path / str(checkpointing), **options)
         trainer.train()
         models.append(trainer.model)
         towers = trainer.model.vision_model.timm_model.grad_checkpointing, trainer.model.text_model

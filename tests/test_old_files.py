@@ -75,7 +75,7 @@ def test_old_index_finds_same_images(kind: str) -> None:
         assert [match.score for match in found] == pytest.approx([score for _, score in matches], abs=1e-5)
 
 
-def test_old_index_takes_new_images_without_encoding_its_own_again(tmp_path: Path) -> None:
+def test_old_index_encodes_only_the_new_images(tmp_path: Path) -> None:
     shutil.copytree(OLD / "thumbnails.index", tmp_path / "index")
     (new,) = write_pictures(tmp_path / "photos", "new.png")
     report = update_index(tmp_path / "index", [new.parent], OLD / "export", progress=False)

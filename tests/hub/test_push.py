@@ -73,7 +73,7 @@ WITHOUT_VERIFICATION = "from modeling_miniclip.hub import push as pushing; pushi
 
 
 @pytest.mark.parametrize("requests", ["some", pytest.param("all", marks=pytest.mark.slow)])
-def test_failing_request_leaves_old_or_new_model_and_true_report(
+def test_failing_request_leaves_a_whole_model_and_true_report(
     alices_hub: Any, exports: dict[str, Path], tmp_path: Path, requests: str
 ) -> None:
     cases = [
