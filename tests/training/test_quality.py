@@ -1,6 +1,8 @@
 """What trained models can do: the built-in recipe from nothing, and real photographs through real towers."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -9,7 +11,7 @@ import torch
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images, encode_texts
 from modeling_miniclip.data.scenes import build_scenes, describe_pair, swap_attributes, validation_scenes
-from tests.helpers.runs import metrics_of
+from tests.helpers.runs import ROOT, metrics_of
 from train_miniclip import main
 
 
@@ -19,7 +21,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "MINICLIP_DEMO" in os.environ:
         return Path(os.environ["MINICLIP_DEMO"])
     run = tmp_path_factory.mktemp("demo") / "run"
-    main([f"--output_dir={run}"])
+    subprocess.run([sys.executable, str(ROOT / "train_miniclip.py"), f"--output_dir={run}"], check=True)
     return run
 
 
