@@ -39,7 +39,7 @@ def head(path: Path) -> str:
 # --- launch files ----------------------------------------------------------------------------------------------------
 
 
-def test_there_is_a_launch_file_for_each_kind_of_machine() -> None:
+def test_each_kind_of_machine_has_a_launch_file() -> None:
     assert set(LAUNCH_FILES) == {"cpu1", "cpu2", "gpu1", "multi_gpu", "fsdp", "deepspeed", "multi_node"}
 
 
@@ -64,7 +64,7 @@ def test_accelerate_reads_each_launch_file(
 
 
 @pytest.mark.parametrize("name", LAUNCH_FILES)
-def test_each_launch_file_says_when_it_is_used_and_how(name: str) -> None:
+def test_each_launch_file_describes_its_use(name: str) -> None:
     comment = head(LAUNCH_FILES[name])
     assert len(comment.splitlines()) > 1
     assert f"accelerate launch --config_file configuration/accelerate/{name}.yaml" in comment
@@ -80,7 +80,7 @@ def test_the_precision_is_left_to_the_training_script() -> None:
     assert all("mixed_precision" not in yaml.safe_load(path.read_text()) for path in LAUNCH_FILES.values())
 
 
-def test_the_deepspeed_file_names_one_that_exists_and_leaves_the_rest_to_it() -> None:
+def test_deepspeed_file_names_an_existing_file() -> None:
     config = load_config_from_file(str(LAUNCH_FILES["deepspeed"]))
     deepspeed = json.loads((ROOT / config.deepspeed_config["deepspeed_config_file"]).read_text())
     # Accelerate would take it from a loader, but the loaders are not given to `accelerator.prepare`.
@@ -92,7 +92,7 @@ def test_the_deepspeed_file_names_one_that_exists_and_leaves_the_rest_to_it() ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "processes"), [("cpu1", 1), ("cpu2", 2)])
-def test_a_cpu_launch_file_starts_as_many_processes_as_it_says(tmp_path: Path, name: str, processes: int) -> None:
+def test_cpu_launch_files_start_their_number_of_processes(tmp_path: Path, name: str, processes: int) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from accelerate import Accelerator\na = Accelerator(cpu=True)\n"
@@ -130,7 +130,7 @@ def test_each_preset_builds_a_model_that_embeds(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_each_recipe_is_accepted_and_says_how_it_is_run(path: Path) -> None:
+def test_each_recipe_is_accepted_and_shows_its_command(path: Path) -> None:
     arguments = parse_arguments(["--recipe", path.stem, "--dataset", "my.csv"])
     assert build_augmentation(augmentation_list(arguments), (64, 64)) is not None or arguments.augmentation == "[]"
     assert arguments.output_dir != TrainingArguments().output_dir, "two recipes should not write into one folder"
@@ -140,13 +140,13 @@ def test_each_recipe_is_accepted_and_says_how_it_is_run(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["heads_then_full", "lit"])
-def test_the_second_stage_goes_on_from_the_first_ones_export_with_its_pictures(name: str) -> None:
+def test_second_stage_continues_from_the_first_export(name: str) -> None:
     heads, second = (parse_arguments(["--recipe", recipe, "--dataset", "my.csv"]) for recipe in ("heads", name))
     assert Path(str(second.model_name_or_path)) == Path(heads.output_dir) / "export"
     assert (second.image_size, second.crop_pct) == (heads.image_size, heads.crop_pct)
 
 
-def test_the_flickr8k_recipe_is_the_run_of_the_well_known_tutorial() -> None:
+def test_flickr8k_recipe_matches_the_tutorial() -> None:
     arguments = asdict(parse_arguments(["--recipe", "flickr8k", "--dataset", "my.csv"]))
     expected = {
         "vision_model": "resnet50.a1_in1k", "text_model": "distilbert-base-uncased", "projection_dim": 256,
@@ -192,7 +192,7 @@ def save_distilbert(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-def test_the_flickr8k_recipe_trains_with_towers_of_the_real_shape_from_the_hub(tmp_path: Path) -> None:
+def test_flickr8k_recipe_trains_towers_of_real_shape(tmp_path: Path) -> None:
     images = tmp_path / "pictures" / "Images"
     images.mkdir(parents=True)
     rows = ["image,caption"]

@@ -59,7 +59,7 @@ def test_every_promised_flag_is_there() -> None:
     assert set(PROMISED) <= {field.name for field in fields(TrainingArguments)}
 
 
-def test_a_recipe_outweighs_the_code_and_a_flag_the_recipe(recipe: Any) -> None:
+def test_flags_override_recipes_and_recipes_override_defaults(recipe: Any) -> None:
     flag = recipe("dataset: a.csv\nbatch_size: 7\nseed: 3\n")
     assert changed(parse_arguments([flag, "--seed", "5"])) == {"batch_size": 7, "seed": 5}
     assert changed(parse_arguments(["--seed=5", flag, "--dataset=b.csv"])) == {"batch_size": 7, "seed": 5}
@@ -96,7 +96,7 @@ def test_learning_rate_on_the_command_line_overrides_a_recipe(recipe: Any) -> No
     assert rates(recipe("text_learning_rate: 0.2\nlearning_rate: null\n")) == (1e-3, 1e-4, 0.2)
 
 
-def test_without_recipe_and_dataset_the_built_in_recipe_is_taken() -> None:
+def test_built_in_recipe_is_the_default() -> None:
     arguments = parse_arguments(["--seed=1"])
     assert (arguments.recipe, arguments.dataset, arguments.preset) == ("scenes", "scenes", "scenes_tiny")
     assert (arguments.batch_size, arguments.seed) == (128, 1)
@@ -137,7 +137,7 @@ def test_a_recipe_without_data_asks_for_a_dataset(recipe: Any) -> None:
         ("checkpointing_steps: epoch", "checkpointing_steps", "epoch"),
     ],
 )
-def test_values_of_a_recipe_get_the_type_of_their_argument(recipe: Any, text: str, name: str, value: Any) -> None:
+def test_recipe_values_get_the_type_of_their_argument(recipe: Any, text: str, name: str, value: Any) -> None:
     found = getattr(parse_arguments([recipe(f"dataset: a.csv\n{text}\n")]), name)
     assert found == value
     assert type(found) is type(value)
@@ -170,7 +170,7 @@ def test_values_of_a_recipe_get_the_type_of_their_argument(recipe: Any, text: st
         ("augmentation", "3", "a list of mappings with a name each"),
     ],
 )
-def test_a_wrong_type_in_a_recipe_names_file_and_key(recipe: Any, key: str, value: str, expected: str) -> None:
+def test_wrong_type_in_a_recipe_names_file_and_key(recipe: Any, key: str, value: str, expected: str) -> None:
     with pytest.raises(UsageError, match=rf"my\.yaml: {key}: expected {expected}"):
         parse_arguments([recipe(f"{key}: {value}")])
 
@@ -188,12 +188,12 @@ def test_a_wrong_type_in_a_recipe_names_file_and_key(recipe: Any, key: str, valu
         ("a: \x00", "not a readable YAML file"),
     ],
 )
-def test_a_recipe_that_is_none_is_refused_by_name(recipe: Any, text: str, message: str) -> None:
+def test_file_that_is_no_recipe_is_named(recipe: Any, text: str, message: str) -> None:
     with pytest.raises(UsageError, match=rf"my\.yaml: {message}"):
         parse_arguments([recipe(text)])
 
 
-def test_a_missing_recipe_is_told_with_those_that_come_with_the_package(tmp_path: Path) -> None:
+def test_missing_recipe_lists_the_packaged_ones(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="sceens: neither a file nor .* scenes"):
         parse_arguments(["--recipe", "sceens"])
     with pytest.raises(UsageError, match="no.yaml: no such file"):
@@ -243,12 +243,12 @@ def test_a_missing_recipe_is_told_with_those_that_come_with_the_package(tmp_path
         *(([f"--{name}", str(least - 1)], f"--{name} must be at least") for name, least in LOWER_BOUNDS.items()),
     ],
 )  # fmt: skip
-def test_a_wrong_flag_is_told_by_name(argv: list[str], message: str) -> None:
+def test_wrong_flag_is_named(argv: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_arguments(["--dataset=a.csv", *argv])
 
 
-def test_flags_may_be_written_with_hyphens_and_booleans_without_a_value() -> None:
+def test_flags_accept_hyphens_and_bare_booleans() -> None:
     arguments = parse_arguments(["--dataset=a", "--batch-size", "4", "--push_to_hub", "--freeze_batch_norm"])
     assert (arguments.batch_size, arguments.push_to_hub, arguments.freeze_batch_norm) == (4, True, True)
     arguments = parse_arguments(["--dataset=a", "--push_to_hub", "false", "--freeze_batch_norm", "no"])
@@ -264,19 +264,19 @@ def test_flags_may_be_written_with_hyphens_and_booleans_without_a_value() -> Non
         (["--model_name_or_path=m"], (None, None, None, "m")),
     ],
 )
-def test_a_flag_for_the_model_outweighs_whatever_model_the_recipe_names(
+def test_model_flag_overrides_the_model_of_the_recipe(
     recipe: Any, flags: list[str], sources: tuple[str | None, ...]
 ) -> None:
     a = parse_arguments([recipe("dataset: a\nvision_model: v\ntext_model: t\n"), *flags])
     assert (a.vision_model, a.text_model, a.preset, a.model_name_or_path) == sources
 
 
-def test_a_recipe_whose_model_has_two_sources_is_refused(recipe: Any) -> None:
+def test_recipe_with_two_model_sources_is_rejected(recipe: Any) -> None:
     with pytest.raises(UsageError, match="--vision_model and --preset exclude each other"):
         parse_arguments([recipe("dataset: a\nvision_model: v\npreset: p\n")])
 
 
-def test_augmentation_is_a_list_in_a_recipe_and_json_or_yaml_in_a_flag(recipe: Any) -> None:
+def test_augmentation_is_read_from_recipes_and_flags(recipe: Any) -> None:
     wanted = [{"name": "ColorJitter", "brightness": [0.9, 1.1], "p": 0.5}, {"name": "HorizontalFlip"}]
     flag = recipe(
         "dataset: a\naugmentation:\n- {name: ColorJitter, brightness: [0.9, 1.1], p: 0.5}\n- name: HorizontalFlip\n"
@@ -318,7 +318,7 @@ def test_saved_arguments_parse_to_the_same_arguments(tmp_path: Path) -> None:
     assert asdict(first) | {"recipe": None} == asdict(second) | {"recipe": None}
 
 
-def test_saved_arguments_leave_out_how_one_start_treated_an_earlier_run(tmp_path: Path) -> None:
+def test_saved_arguments_omit_the_treatment_of_earlier_runs(tmp_path: Path) -> None:
     arguments = TrainingArguments(dataset="a", resume_from_checkpoint="latest", overwrite_output_dir=True)
     save_arguments(arguments, tmp_path / "arguments.yaml")
     saved = yaml.safe_load((tmp_path / "arguments.yaml").read_text())
@@ -343,7 +343,7 @@ def test_every_argument_is_read_somewhere() -> None:
     assert {field.name for field in fields(TrainingArguments)} - read == {"recipe", "learning_rate"}
 
 
-def test_help_lists_every_flag_once_under_its_group_with_choices_and_defaults(
+def test_help_lists_each_flag_once_with_choices_and_defaults(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -360,13 +360,13 @@ def test_help_lists_every_flag_once_under_its_group_with_choices_and_defaults(
     assert re.search(r"--push_to_hub .*\(false\)", text)
 
 
-def test_the_groups_of_the_flags_are_those_of_the_class() -> None:
+def test_flag_groups_match_the_class() -> None:
     source = inspect.getsource(TrainingArguments)
     comments = re.findall(r"^    # (.*)\n    (\w+):", source, flags=re.MULTILINE)
     assert {name: title for title, name in comments} == FLAG_GROUPS
 
 
-def test_the_tables_of_the_flags_are_written_between_their_marks(tmp_path: Path) -> None:
+def test_flag_tables_are_written_between_their_marks(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("# Top\n<!-- flags -->\nold\n<!-- end of flags -->\nbottom\n")
     for _ in range(2):

@@ -62,7 +62,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_batch_without_its_bad_image_is_the_batch_of_the_others(tmp_path: Path, num_workers: int) -> None:
+def test_batch_leaves_out_its_bad_image(tmp_path: Path, num_workers: int) -> None:
     processor = tiny_processor()
     whole = CaptionRows(split_of(tmp_path), processor, captions_per_image=2)
     keys = [[(0, 4), (0, 7), (0, 2)]]
@@ -77,14 +77,14 @@ def test_a_batch_without_its_bad_image_is_the_batch_of_the_others(tmp_path: Path
     assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
-def test_a_share_that_lost_all_its_images_holds_another_image_as_filler(tmp_path: Path) -> None:
+def test_share_without_good_images_gets_a_filler(tmp_path: Path) -> None:
     break_rows(tmp_path, [7, 8])
     rows = CaptionRows(split_of(tmp_path), tiny_processor(), captions_per_image=1)
     (batch,) = BatchLoader(rows, [[(0, 7)]], 0)
     assert batch["image_id"].tolist() == batch["text_image_id"].tolist() == [-1 - 9]
     assert torch.equal(batch["pixel_values"][0], torch.from_numpy(rows[0, 9]["pixels"]))
     assert [row for row, _ in batch["undecodable"]] == [7]
-    (batch,) = BatchLoader(rows, [[(0, -1 - 7)]], 0)  # a filler itself is told by the process that has its row
+    (batch,) = BatchLoader(rows, [[(0, -1 - 7)]], 0)  # the process that has the filler's row reports it
     assert batch["image_id"].tolist() == [-1 - 9] and "undecodable" not in batch
 
 
@@ -95,7 +95,7 @@ def test_a_split_without_any_good_image_is_an_error(tmp_path: Path) -> None:
         next(iter(BatchLoader(rows, [[(0, 0)]], 0)))
 
 
-def test_a_file_that_cannot_be_read_is_no_bad_image(tmp_path: Path) -> None:
+def test_unreadable_file_is_not_a_bad_image(tmp_path: Path) -> None:
     split = split_of(tmp_path)
     (tmp_path / "scenes" / "Images" / split["image_id"][3]).unlink()
     rows = CaptionRows(split, tiny_processor())
@@ -104,7 +104,7 @@ def test_a_file_that_cannot_be_read_is_no_bad_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_a_process_with_too_few_rows_for_its_chunks_fills_them(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_with_too_few_rows_fills_its_chunks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modeling_miniclip.training.grad_cache.all_reduce_max", lambda number, device: 8)
     batch = {"image_id": torch.arange(rows), "text_image_id": torch.arange(rows), "input_ids": torch.ones(rows, 3)}
     chunks = split_batch(batch, 2, torch.device("cpu"))
@@ -118,22 +118,24 @@ def test_a_process_with_too_few_rows_for_its_chunks_fills_them(rows: int, monkey
 # --- the count ------------------------------------------------------------------------------------------------------
 
 
-def test_images_are_told_once_and_the_limit_is_a_share_of_the_split() -> None:
-    told: list[str] = []
-    bad = BadImages({"train": {"images": 200}, "validation": {"images": 100}}, 0.01, told.append, torch.device("cpu"))
+def test_bad_images_are_reported_once_up_to_the_limit() -> None:
+    messages: list[str] = []
+    bad = BadImages(
+        {"train": {"images": 200}, "validation": {"images": 100}}, 0.01, messages.append, torch.device("cpu")
+    )
     assert bad.describe() is None
     assert bad.record_undecodable("train", [(5, "image 'a'")]) == 1
     assert bad.record_undecodable("train", [(5, "image 'a'"), (3, "image 'b'")]) == 2
     assert bad.record_undecodable("validation", [(5, "image 'c'")]) == 1
-    assert told == [f"image {name}; skipped in {split}"
+    assert messages == [f"image {name}; skipped in {split}"
                     for name, split in (("'a'", "train"), ("'b'", "train"), ("'c'", "validation"))]  # fmt: skip
     assert (
         bad.describe()
         == "images that could not be decoded and were skipped: 2 of 200 in train, 1 of 100 in validation"
     )
-    resumed = BadImages({"train": {"images": 200}, "validation": {"images": 100}}, 0.01, told.append, bad.device)
+    resumed = BadImages({"train": {"images": 200}, "validation": {"images": 100}}, 0.01, messages.append, bad.device)
     resumed.load_state_dict(bad.state_dict())
-    assert resumed.record_undecodable("train", [(3, "image 'b'")]) == 1 and len(told) == 3
+    assert resumed.record_undecodable("train", [(3, "image 'b'")]) == 1 and len(messages) == 3
     assert resumed.good_rows("validation") == [*range(5), *range(6, 100)]
     with pytest.raises(DataError, match=r"3 of 200 images of train .* image 'd'\. --max_bad_image_fraction 0.01"):
         resumed.record_undecodable("train", [(9, "image 'd'")])
@@ -142,7 +144,7 @@ def test_images_are_told_once_and_the_limit_is_a_share_of_the_split() -> None:
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_step_has_the_loss_of_the_batch_without_its_bad_images(tmp_path: Path) -> None:
+def test_first_loss_leaves_out_bad_images(tmp_path: Path) -> None:
     batch = [row for _, row in next(iter(GlobalBatches(21, 8, True)))]
     break_rows(tmp_path, batch[2:4])
     export = main(flags(tmp_path, "run", max_steps=1, augmentation="[]", learning_rate=1e-12, **EXACT))
@@ -165,30 +167,30 @@ def test_two_processes_skip_the_same_images_as_one(tmp_path: Path, capsys: pytes
     # The second process loses all of its share of the last batch, and in both a chunk would be left empty.
     lost = [*last_batch()[1::2], *[row for _, row in next(iter(GlobalBatches(21, 8, True)))][:5:2]]
     names = break_rows(tmp_path, lost) + break_rows(tmp_path, [1], "validation")
-    main(flags(tmp_path, "one", **EXACT))
+    main(flags(tmp_path, "one", num_train_epochs=1, **EXACT))
     printed = capsys.readouterr().out
-    output = train_in_processes(flags(tmp_path, "two", chunk_size=2, num_workers=1, **EXACT), 2, tmp_path / "log")
+    output = train_in_processes(
+        flags(tmp_path, "two", num_train_epochs=1, chunk_size=2, num_workers=1, **EXACT), 2, tmp_path / "log"
+    )
     assert_same_log(tmp_path / "one", tmp_path / "two")
     for name in names:
         assert printed.count(f"{name}' cannot be decoded") == output.count(f"{name}' cannot be decoded") == 1
     assert f"{len(lost)} of 21 in train, 1 of 5 in validation" in output
 
 
-def test_a_resumed_run_ends_as_one_that_went_on_and_remembers_the_bad_images(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resumed_run_remembers_bad_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (name,) = break_rows(tmp_path, last_batch()[:1])
     main(flags(tmp_path, "whole", **EXACT))
     main(flags(tmp_path, "parts", num_train_epochs=1, **EXACT))
     capsys.readouterr()
     main(flags(tmp_path, "parts", resume_from_checkpoint="latest", **EXACT))
-    told = capsys.readouterr().out
-    assert name not in told and "1 of 21 in train" in told
+    output = capsys.readouterr().out
+    assert name not in output and "1 of 21 in train" in output
     assert_same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
     assert_same_log(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_more_bad_images_than_allowed_end_the_run_and_leave_its_checkpoint(tmp_path: Path) -> None:
+def test_too_many_bad_images_end_the_run(tmp_path: Path) -> None:
     main(flags(tmp_path, num_train_epochs=1, max_bad_image_fraction=0))
     before = last_state(tmp_path / "run")
     (name,) = break_rows(tmp_path, [0])
@@ -197,7 +199,7 @@ def test_more_bad_images_than_allowed_end_the_run_and_leave_its_checkpoint(tmp_p
     assert_same(before, last_state(tmp_path / "run"))
 
 
-def test_a_step_that_lost_all_its_images_counts_and_changes_nothing(tmp_path: Path) -> None:
+def test_step_without_images_counts_and_changes_nothing(tmp_path: Path) -> None:
     same = {"batch_size": 10, "lr_scheduler_type": "cosine", "num_train_epochs": 1, "checkpointing_steps": 2}
     (row,) = last_batch(size=10)
     break_rows(tmp_path, [row])
@@ -211,16 +213,16 @@ def test_a_step_that_lost_all_its_images_counts_and_changes_nothing(tmp_path: Pa
     assert_same(*states)
 
 
-def test_cached_features_lose_the_images_that_decoding_them_each_step_does(tmp_path: Path) -> None:
+def test_cached_features_leave_out_the_same_bad_images(tmp_path: Path) -> None:
     break_rows(tmp_path, [*last_batch(), 0])
     break_rows(tmp_path, [2], "validation")
     for name, augmentation in (("cached", "[]"), ("again", "[]"), ("each-step", '[{"name": "NoOp"}]')):
-        main(flags(tmp_path, name, freeze="both", augmentation=augmentation, **EXACT))
+        main(flags(tmp_path, name, num_train_epochs=1, freeze="both", augmentation=augmentation, **EXACT))
     assert_same_log(tmp_path / "cached", tmp_path / "each-step")
     assert_same_log(tmp_path / "cached", tmp_path / "again")  # from the cache, in which the bad images are known
 
 
-def test_validation_without_a_bad_image_is_that_of_the_others(tmp_path: Path) -> None:
+def test_validation_leaves_out_a_bad_image(tmp_path: Path) -> None:
     model, processor, cpu = tiny_model(), tiny_processor(), torch.device("cpu")
     split = split_of(tmp_path)
 

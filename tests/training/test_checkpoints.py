@@ -46,10 +46,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PLATEAU, COSINE = SETTINGS
 POINTS: list[tuple[str, Point]] = [
-    (PLATEAU, ("os.rename", "/checkpoints/.step-", 1)),  # the first checkpoint is not yet there
-    (PLATEAU, ("os.link", "/export/model.safetensors", 3)),  # after that, while a checkpoint is written
+    (PLATEAU, ("os.link", "/export/model.safetensors", 3)),  # while the second checkpoint is written
 ]
 MORE_POINTS: list[tuple[str, Point]] = [
+    (PLATEAU, ("os.rename", "/checkpoints/.step-", 1)),  # the first checkpoint is not yet there
     (COSINE, ("shutil.rmtree", "/.export.new", 2)),  # after a validation that no checkpoint remembers
     (PLATEAU, ("open", "/.export.new/README.md", 2)),  # while the best is exported
     (PLATEAU, ("open", "/curves.png", 1)),  # when all is trained and validated
@@ -196,7 +196,7 @@ def test_cosine_settings_stop_early(whole: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_run_killed_at_random_changes_and_again_while_it_resumes(tmp_path: Path, whole: Any, setting: str) -> None:
+def test_run_survives_two_kills_at_random_changes(tmp_path: Path, whole: Any, setting: str) -> None:
     expected, changes = whole(setting)
     rng = random.Random(os.getpid())
     for _ in range(4):
@@ -231,7 +231,7 @@ def test_two_processes_with_loader_workers_killed_together_resume_exactly(tmp_pa
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_sigterm_saves_after_the_step_and_the_run_resumes_exactly(
+def test_sigterm_saves_and_the_run_resumes_exactly(
     tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = []
@@ -256,9 +256,7 @@ def test_sigterm_saves_after_the_step_and_the_run_resumes_exactly(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
-def test_signal_to_the_whole_group_with_its_loader_workers_ends_a_run_in_good_order(
-    tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def test_signal_to_group_with_loader_workers_ends_cleanly(tmp_path: Path, number: signal.Signals, code: int) -> None:
     argv = flags(tmp_path, num_train_epochs=500, num_workers=2)
     process = subprocess.Popen(
         command(argv),
@@ -296,7 +294,7 @@ def test_last_and_best_checkpoint_are_never_surplus() -> None:
     assert expired_checkpoints(paths, 4, 3) == []
 
 
-def test_latest_without_a_checkpoint_is_a_fresh_start_unless_a_run_ended_there(tmp_path: Path) -> None:
+def test_latest_without_checkpoint_starts_afresh(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "latest") is None
     (tmp_path / "metrics.jsonl").touch()
     assert find_checkpoint(tmp_path, "latest") is None
@@ -338,7 +336,7 @@ def test_rewinding_brings_back_the_best_model_of_the_checkpoint(tmp_path: Path) 
     assert sorted(os.listdir(tmp_path)) == ["checkpoints"]
 
 
-def test_rewound_log_ends_where_the_checkpoint_was_written_whatever_came_behind(tmp_path: Path) -> None:
+def test_rewound_log_ends_at_the_checkpoint(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl", True)
     log.write(1, 0.5, "train", {"loss": 1.0})
     log.write(2, 1.0, "train", {"loss": 0.5})
@@ -354,7 +352,7 @@ def test_rewound_log_ends_where_the_checkpoint_was_written_whatever_came_behind(
     assert again.state_dict() == {"lines": 3}
 
 
-def test_damaged_checkpoint_is_told_by_name(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     main(flags(tmp_path, max_steps=1))
     (tmp_path / "run" / "checkpoints" / "step-00000001" / "optimizer.bin").write_bytes(b"PK")
     with pytest.raises(ModelError, match="step-00000001 is damaged or of another model"):

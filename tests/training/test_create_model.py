@@ -48,7 +48,7 @@ def inputs_of(processor: MiniClipProcessor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("source", ["towers", "preset", "export"])
-def test_the_crop_is_that_of_the_flag_from_each_source(
+def test_crop_flag_applies_to_each_model_source(
     source: str, towers: dict[str, str], exported: str, tmp_path: Path
 ) -> None:
     flags = {"towers": towers, "preset": {"preset": str(write_preset(tmp_path))},
@@ -57,7 +57,7 @@ def test_the_crop_is_that_of_the_flag_from_each_source(
     assert (images.size["shortest_edge"], images.crop_size["height"]) == (2 * PIXELS, PIXELS)
 
 
-def test_the_heads_have_their_own_dropout_and_the_towers_theirs(towers: dict[str, str]) -> None:
+def test_heads_and_towers_have_separate_dropout(towers: dict[str, str]) -> None:
     model, _ = build(**towers, dropout=0.2, projection_dropout=0.6)
     found = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     heads = {name for name in found if "projection" in name}
@@ -66,7 +66,7 @@ def test_the_heads_have_their_own_dropout_and_the_towers_theirs(towers: dict[str
     assert model.config.projection_dropout == 0.6
 
 
-def test_a_tower_of_one_size_refuses_to_be_trained_on_another(tmp_path: Path) -> None:
+def test_fixed_size_tower_rejects_other_sizes(tmp_path: Path) -> None:
     preset = write_preset(tmp_path, vision_config={"model_type": "timm_wrapper", **VISION["vit"],
                                                    "pretrained_cfg": {"input_size": [3, PIXELS, PIXELS],
                                                                       "fixed_input_size": True}})  # fmt: skip
@@ -78,7 +78,7 @@ def test_a_tower_of_one_size_refuses_to_be_trained_on_another(tmp_path: Path) ->
 # --- three sources ---------------------------------------------------------------------------------------------------
 
 
-def test_a_model_of_towers_has_their_weights_and_the_shapes_of_the_flags(towers: dict[str, str]) -> None:
+def test_model_from_towers_has_their_weights(towers: dict[str, str]) -> None:
     flags = {"projection_dim": 24, "projection_depth": 1, "text_pooling": "mean", "max_length": 20, "image_size": 48}
     model, processor = build(**towers, **flags)
     config = model.config
@@ -104,7 +104,7 @@ def test_default_towers_are_used_without_a_model(monkeypatch: pytest.MonkeyPatch
     assert asked == [(*names, None, None, None), names]
 
 
-def test_a_preset_gives_random_weights_and_a_vocabulary_of_the_captions(tmp_path: Path) -> None:
+def test_preset_gives_random_weights_and_a_new_vocabulary(tmp_path: Path) -> None:
     preset = str(write_preset(tmp_path))
     torch.manual_seed(0)
     model, processor = build(preset=preset, projection_dim=8, max_length=10, image_size=64)
@@ -118,15 +118,13 @@ def test_a_preset_gives_random_weights_and_a_vocabulary_of_the_captions(tmp_path
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_the_limit_of_a_preset_is_that_of_its_position_table(tmp_path: Path) -> None:
+def test_preset_length_is_limited_by_its_position_table(tmp_path: Path) -> None:
     _, processor = build(preset=str(write_preset(tmp_path)))
     assert processor.tokenizer.model_max_length == 48
 
 
 @pytest.mark.parametrize("family", ["roberta", "modernbert", "t5"])
-def test_a_preset_may_have_any_text_tower_and_its_padding_is_that_of_the_vocabulary(
-    tmp_path: Path, family: str
-) -> None:
+def test_preset_text_tower_uses_the_padding_of_the_vocabulary(tmp_path: Path, family: str) -> None:
     preset = write_preset(tmp_path, text_config={"model_type": family, **TEXT[family]})
     model, processor = build(preset=str(preset))
     assert model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id == 0
@@ -137,7 +135,7 @@ def test_a_preset_may_have_any_text_tower_and_its_padding_is_that_of_the_vocabul
         assert torch.allclose(model(**together).text_embeds[0], model(**alone).text_embeds[0], atol=1e-5)
 
 
-def test_an_export_is_taken_up_with_its_weights_and_its_processor(exported: str) -> None:
+def test_export_is_loaded_with_weights_and_processor(exported: str) -> None:
     model, processor = build(model_name_or_path=exported)
     reference = MiniClipModel.from_pretrained(exported)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
@@ -145,7 +143,7 @@ def test_an_export_is_taken_up_with_its_weights_and_its_processor(exported: str)
     assert processor.image_processor.crop_size == {"height": PIXELS, "width": PIXELS}
 
 
-def test_an_export_takes_shorter_texts_other_images_and_what_it_already_has(exported: str) -> None:
+def test_export_accepts_shorter_texts_and_other_image_sizes(exported: str) -> None:
     model, processor = build(model_name_or_path=exported, max_length=8, image_size=64, projection_dim=16)
     assert processor.tokenizer.model_max_length == 8
     assert processor.image_processor.crop_size == {"height": 64, "width": 64}
@@ -176,7 +174,7 @@ def training_passes(model: MiniClipModel) -> list[Any]:
 @pytest.mark.parametrize(
     ("vision", "text"), [*((v, "distilbert") for v in VISION), *(("resnet", t) for t in TEXT if t != "distilbert")]
 )
-def test_without_dropout_two_training_passes_are_equal_and_with_it_each_tower_differs(vision: str, text: str) -> None:
+def test_dropout_makes_training_passes_differ(vision: str, text: str) -> None:
     model = tiny_model(vision, text)
     set_dropout(model, 0.0)
     first, second = training_passes(model)
@@ -192,7 +190,7 @@ def test_without_dropout_two_training_passes_are_equal_and_with_it_each_tower_di
     assert not torch.equal(*heads)
 
 
-def test_text_towers_have_dropout_of_their_own_where_the_flag_is_left_out() -> None:
+def test_text_towers_keep_their_dropout_without_the_flag() -> None:
     first, second = training_passes(tiny_model("resnet", "bert", projection_dropout=0.0))
     assert not torch.equal(first.text_embeds, second.text_embeds)
     assert torch.equal(first.image_embeds, second.image_embeds)
@@ -228,13 +226,13 @@ def test_the_dropout_flag_reaches_every_module_from_each_source(
         ({"projection_depth": 0}, "projection_depth must be at least 1"),
     ],
 )
-def test_wrong_towers_and_sizes_are_told(towers: dict[str, str], flags: dict[str, Any], message: str) -> None:
+def test_wrong_towers_and_sizes_are_rejected(towers: dict[str, str], flags: dict[str, Any], message: str) -> None:
     with pytest.raises(MiniClipError, match=message) as raised:
         build(**(towers | flags))
     assert str(raised.value).startswith("cannot create a model from --vision_model ")
 
 
-def test_a_tower_in_the_wrong_place_is_told(towers: dict[str, str]) -> None:
+def test_tower_in_the_wrong_place_is_rejected(towers: dict[str, str]) -> None:
     with pytest.raises(ModelError, match="text-distilbert is not a timm image model"):
         build(vision_model=towers["text_model"], text_model=towers["text_model"])
     with pytest.raises(ModelError, match="cannot create a model from .*--text_model .*vision-resnet"):
@@ -250,13 +248,13 @@ def test_a_tower_of_fixed_size_refuses_another_image_size(tmp_path: Path) -> Non
         build(vision_model=str(vision), text_model=str(text), image_size=64)
 
 
-def test_another_model_than_an_export_is_told_by_its_type(towers: dict[str, str]) -> None:
+def test_foreign_model_is_rejected_with_its_type(towers: dict[str, str]) -> None:
     with pytest.raises(ModelError, match="a model of type 'distilbert', not one that MiniCLIP exported"):
         build(model_name_or_path=towers["text_model"])
 
 
 @pytest.mark.slow
-def test_an_export_is_loaded_in_a_fresh_process_without_asking_to_trust_its_code(exported: str) -> None:
+def test_new_process_loads_an_export_without_remote_code(exported: str) -> None:
     code = f"from modeling_miniclip.inference.loading import load_export; load_export({exported!r}, '--model')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, input=""
@@ -265,7 +263,7 @@ def test_an_export_is_loaded_in_a_fresh_process_without_asking_to_trust_its_code
     assert "custom code" not in done.stdout + done.stderr
 
 
-def test_a_folder_without_a_model_is_told_with_the_export_inside_it(exported: str, tmp_path: Path) -> None:
+def test_folder_without_a_model_names_the_export_inside(exported: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"run: this folder has no config.json; did you mean .*run/export\?"):
         build(model_name_or_path=str(Path(exported).parent))
     with pytest.raises(ModelError, match="this folder has no config.json$"):
@@ -284,12 +282,12 @@ def test_a_folder_without_a_model_is_told_with_the_export_inside_it(exported: st
         ({"max_length": 25}, r"--max_length must be in 1\.\.24"),
     ],
 )
-def test_what_a_trained_model_cannot_change_is_told(exported: str, flags: dict[str, Any], message: str) -> None:
+def test_fixed_settings_of_a_trained_model_are_rejected(exported: str, flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build(model_name_or_path=exported, **flags)
 
 
-def test_an_export_that_lacks_a_weight_is_refused(exported: str, tmp_path: Path) -> None:
+def test_export_that_lacks_a_weight_is_rejected(exported: str, tmp_path: Path) -> None:
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -312,18 +310,18 @@ def test_an_export_that_lacks_a_weight_is_refused(exported: str, tmp_path: Path)
         ('{"text_pooling": "max"}', "text_pooling must be one of cls, mean"),
     ],
 )
-def test_a_wrong_preset_is_told_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+def test_wrong_preset_names_file_and_key(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "preset.json").write_text(text)
     with pytest.raises(UsageError, match=message):
         build(preset=str(tmp_path / "preset.json"))
 
 
-def test_an_unknown_preset_is_told_with_those_that_come_with_the_package() -> None:
+def test_unknown_preset_lists_the_packaged_ones() -> None:
     with pytest.raises(UsageError, match="scenes_tinny: neither a file nor .*scenes_tiny"):
         build(preset="scenes_tinny")
 
 
-def test_a_preset_is_read_with_the_fields_that_outweigh_it(tmp_path: Path) -> None:
+def test_given_fields_override_the_preset(tmp_path: Path) -> None:
     config = read_preset(write_preset(tmp_path, projection_depth=3), {"projection_dim": 99})
     assert (config.projection_dim, config.projection_depth) == (99, 3)
     assert config.vision_config.architecture == VISION["resnet"]["architecture"]
@@ -351,7 +349,7 @@ def test_the_vocabulary_knows_every_caption_and_spells_it_again(captions: list[l
         assert tokenizer.decode(ids[1:-1]).replace(" ", "") == normal.replace(" ", "")
 
 
-def test_frequent_words_become_single_tokens_and_strangers_are_spelt_from_known_letters() -> None:
+def test_rare_words_are_spelled_from_known_letters() -> None:
     tokenizer = train_tokenizer(CAPTIONS, 200)
     assert tokenizer.tokenize("the dog children") == ["the", "dog", "children"]
     assert len(tokenizer.tokenize("godlike")) > 1
@@ -368,7 +366,7 @@ def test_the_vocabulary_is_the_same_in_every_process() -> None:
     assert all(train_tokenizer(CAPTIONS, 160).get_vocab() == own for _ in range(5))
 
 
-def test_too_many_characters_for_the_vocabulary_are_told(tmp_path: Path) -> None:
+def test_too_many_characters_for_the_vocabulary_are_rejected(tmp_path: Path) -> None:
     captions = [["".join(chr(0x4E00 + i) for i in range(300))]]
     with pytest.raises(ValueError, match="the captions need 305 tokens .* vocab_size 200 .*raise it"):
         train_tokenizer(captions, 200)
@@ -377,7 +375,7 @@ def test_too_many_characters_for_the_vocabulary_are_told(tmp_path: Path) -> None
     assert tiny_processor().tokenizer.unk_token_id not in train_tokenizer(captions, 305)(captions[0])["input_ids"][0]
 
 
-def test_the_tokenizer_of_an_export_reloads_as_the_same_class_with_the_same_ids(exported: str) -> None:
+def test_reloaded_tokenizer_has_the_same_class_and_ids(exported: str) -> None:
     own = tiny_processor().tokenizer
     for tokenizer in (
         AutoTokenizer.from_pretrained(exported),

@@ -1,4 +1,4 @@
-"""Each thing that can go wrong is told in one line with its cause, and nothing is told of a run that learns."""
+"""Each problem is reported in one line with its cause; a run that learns causes no warnings."""
 
 import csv
 import math
@@ -54,7 +54,7 @@ LOSSES = ["softmax_sum", "softmax_mean", "sigmoid"]
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("captions", [1, 3])
-def test_chance_loss_is_that_of_a_model_that_gives_all_the_same_embedding(captions: int, loss_type: str) -> None:
+def test_chance_loss_is_that_of_equal_embeddings(captions: int, loss_type: str) -> None:
     images = 6
     image_id = torch.arange(images)
     same = torch.ones(1, 4) / 2
@@ -70,13 +70,13 @@ def test_chance_loss_is_that_of_a_model_that_gives_all_the_same_embedding(captio
     ("image_key", "text_key", "expected"),
     [
         ("abc", "uvw", 0.0),  # of [0, 1, 2], one caption each
-        ("aab", "uvw", 2 * math.log(2) / 3),  # two equal pictures: neither they nor their texts can be told apart
+        ("aab", "uvw", 2 * math.log(2) / 3),  # two equal pictures: neither they nor their texts can be distinguished
         ("abc", "uuw", 2 * math.log(2) / 3),
         ("aaa", "uuu", math.log(3)),
         ("aaa", "uvw", math.log(3)),
     ],
 )
-def test_least_loss_of_a_batch_with_equal_rows_worked_by_hand(
+def test_least_loss_with_equal_rows_worked_by_hand(
     image_key: str, text_key: str, expected: float, loss_type: str
 ) -> None:
     found = least_loss([0, 1, 2], [0, 1, 2], list(image_key), list(text_key), loss_type)
@@ -95,15 +95,15 @@ def test_least_loss_with_several_captions_worked_by_hand() -> None:
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_no_optimiser_gets_below_the_least_loss_but_next_to_it(loss_type: str) -> None:
+def test_optimizer_reaches_the_least_loss_from_above(loss_type: str) -> None:
     """Free embeddings, one a different row: 5 images, two of them equal; 8 texts, of which two pairs are equal."""
     image_key, text_key = [0, 0, 1, 2, 3], [0, 1, 2, 0, 3, 3, 4, 5]
     image_id, owner = torch.arange(5), torch.tensor([0, 0, 1, 2, 3, 3, 4, 4])
     least = least_loss(image_id.tolist(), owner.tolist(), image_key, text_key, loss_type)
     images, texts = (unit(n, 16, seed=n).requires_grad_() for n in (4, 6))
     bias = torch.tensor(-6.0, requires_grad=True)
-    optimizer = torch.optim.Adam([images, texts, bias], lr=0.02)
-    for _ in range(1000):
+    optimizer = torch.optim.Adam([images, texts, bias], lr=0.05)
+    for _ in range(500):
         rows = normalize(images, dim=-1)[image_key], normalize(texts, dim=-1)[text_key]
         loss = symmetric_contrastive_loss(*rows, 14.0, image_id, owner, loss_type, bias)
         assert loss.item() >= least - 1e-4
@@ -119,11 +119,11 @@ def test_row_keys_are_equal_for_equal_rows_alone() -> None:
     assert keys[0] == keys[2] != keys[1]
 
 
-# --- what is told, and what is not ----------------------------------------------------------------------------------
+# --- warnings -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("loss", "has_learned", "told"),
+    ("loss", "has_learned", "message"),
     [
         (3.47, True, "stuck at that of guessing, ln.batch. = 3.466.*too high"),
         (3.47, False, "stuck.*too low, or too much is frozen"),
@@ -133,18 +133,20 @@ def test_row_keys_are_equal_for_equal_rows_alone() -> None:
         (0.1, False, None),
     ],
 )
-def test_loss_of_guessing_is_told(loss: float, has_learned: bool, told: str | None) -> None:
+def test_loss_of_guessing_is_reported(loss: float, has_learned: bool, message: str | None) -> None:
     line = diagnose_loss(loss, math.log(32), 1.0, has_learned)
-    assert line is None if told is None else re.search(told, str(line))
+    assert line is None if message is None else re.search(message, str(line))
 
 
 @pytest.mark.parametrize(
-    ("scale", "loss", "told"),
+    ("scale", "loss", "message"),
     [(100.0, 3.0, "reached its bound 100"), (100.0, 0.3, None), (0.5, 3.4, "exploded"), (14.3, 3.4, None)],
 )
-def test_temperature_at_an_end_is_told_unless_the_loss_is_low(scale: float, loss: float, told: str | None) -> None:
+def test_extreme_temperature_is_reported_unless_the_loss_is_low(
+    scale: float, loss: float, message: str | None
+) -> None:
     line = diagnose_temperature(scale, 100.0, loss, math.log(32))
-    assert line is None if told is None else told in str(line)
+    assert line is None if message is None else message in str(line)
 
 
 def test_mean_cosine_is_that_of_all_pairs() -> None:
@@ -153,7 +155,7 @@ def test_mean_cosine_is_that_of_all_pairs() -> None:
     assert mean_cosine(embeds) == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_collapsed_side_is_told_by_name() -> None:
+def test_collapsed_side_is_named() -> None:
     spread, collapsed = unit(50, 16), normalize(torch.ones(50, 16) + 0.1 * unit(50, 16), dim=-1)
     assert diagnose_collapse(spread, spread) is None
     assert "image embeddings have collapsed" in str(diagnose_collapse(collapsed, spread))
@@ -169,7 +171,7 @@ def test_above_chance_is_a_standard_score() -> None:
     assert above_chance(texts, images, owner) > 20
 
 
-def test_probe_finds_a_relation_that_the_model_does_not_and_none_in_shuffled_captions() -> None:
+def test_probe_finds_relations_only_in_unshuffled_captions() -> None:
     images, texts, owner = pairs(600, 1.0)
     turned = texts @ torch.linalg.qr(unit(16, 16, seed=9))[0]  # a model whose sides know nothing of each other
     constant = torch.full((1, 16), 0.25)
@@ -192,7 +194,7 @@ def test_captions_are_judged_by_enough_images_only() -> None:
     assert diagnose_captions(images[:10], texts[:20], few, 0.3) is None
 
 
-def test_each_kind_is_told_once_and_not_before_its_time() -> None:
+def test_each_warning_appears_once_and_not_too_early() -> None:
     lines: list[str] = []
     diagnosis = Diagnosis(lines.append, warmup_steps=20, largest_scale=100.0)
     values = {"loss": 3.466, "gradient_norm": 1.0, "logit_scale": 100.0}
@@ -205,7 +207,7 @@ def test_each_kind_is_told_once_and_not_before_its_time() -> None:
 
 
 @pytest.mark.parametrize("recorded", ["demo", "heads", "lit", "heads_then_full", "full"])
-def test_nothing_is_told_of_the_recorded_runs(recorded: str) -> None:
+def test_recorded_runs_cause_no_warnings(recorded: str) -> None:
     lines: list[str] = []
     recipe = {"demo": "scenes"}.get(recorded, recorded)
     arguments = parse_arguments(["--recipe", recipe, "--dataset", "any"])
@@ -219,7 +221,7 @@ def test_nothing_is_told_of_the_recorded_runs(recorded: str) -> None:
     assert steps >= 15 and lines == []
 
 
-def test_loss_is_judged_by_many_steps_not_by_one_batch() -> None:
+def test_loss_is_judged_by_many_steps() -> None:
     lines: list[str] = []
     diagnosis = Diagnosis(lines.append, 0, 100.0)
     rng = random.Random(0)
@@ -260,9 +262,9 @@ def warnings_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_too_high_rates_are_reported_as_stuck_and_collapsed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnostics, "PATIENCE", 20)
-    monkeypatch.setattr(diagnostics, "WINDOW", 20)
-    main(flags(tmp_path, batch_size=3, num_train_epochs=5, logging_steps=5,
+    monkeypatch.setattr(diagnostics, "PATIENCE", 12)
+    monkeypatch.setattr(diagnostics, "WINDOW", 12)
+    main(flags(tmp_path, batch_size=3, num_train_epochs=3, logging_steps=3,
                best_metric="image_to_text_R@1", learning_rate=0.3))  # fmt: skip
     lines = warnings_of(capsys)
     assert any(re.search("that of guessing, ln.batch. = 1.09.*too high", line) for line in lines), lines
@@ -270,7 +272,7 @@ def test_too_high_rates_are_reported_as_stuck_and_collapsed(
     assert len(lines) == len({line[:30] for line in lines}), "each is reported once"
 
 
-def test_a_run_that_becomes_nan_ends_with_its_last_good_checkpoint_and_export(tmp_path: Path) -> None:
+def test_nan_run_keeps_its_last_good_checkpoint_and_export(tmp_path: Path) -> None:
     main(flags(tmp_path, num_train_epochs=1, learning_rate=1e-4))
     # The optimiser's state would bring back its rates: this is a run of its own, from the model of the first.
     argv = flags(tmp_path, "nan", num_train_epochs=3, preset=None, model_name_or_path=tmp_path / "run" / "export",
@@ -281,8 +283,10 @@ def test_a_run_that_becomes_nan_ends_with_its_last_good_checkpoint_and_export(tm
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
 
 
-@pytest.mark.parametrize(("captions", "equal"), [(1, False), (2, False), (1, True)])
-def test_overfit_batch_tells_whether_one_batch_can_be_learned_and_writes_nothing(
+@pytest.mark.parametrize(
+    ("captions", "equal"), [pytest.param(1, False, marks=pytest.mark.slow), (2, False), (1, True)]
+)
+def test_overfit_batch_reports_success_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, captions: int, equal: bool
 ) -> None:
     argv = flags(tmp_path, overfit_batch=True, captions_per_image=captions, head_learning_rate=3e-3, projection_dim=32,
@@ -314,7 +318,7 @@ def test_two_processes_overfit_the_batch_that_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_shuffled_captions_are_told_and_right_ones_are_not(
+def test_only_shuffled_captions_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], shuffled: bool
 ) -> None:
     table = write_scene_folder(tmp_path / "scenes", 220)

@@ -111,7 +111,7 @@ def all_gradients(rank: int, world_size: int) -> list[list[list[float]]]:
 @pytest.mark.parametrize(
     "world_size", [2, pytest.param(4, marks=pytest.mark.slow), 8]
 )  # 8 processes, 7 images: one process has only a filler
-def test_loss_and_gradients_do_not_depend_on_the_number_of_processes(world_size: int) -> None:
+def test_gradients_do_not_depend_on_the_process_count(world_size: int) -> None:
     expected, found = all_gradients(0, 1), in_processes(all_gradients, world_size)
     for loss_type, one, many in zip(LOSS_TYPES, expected, found, strict=True):
         for name, a, b in zip(("loss", "image_weight", "text_weight", "scale", "bias"), one, many, strict=False):

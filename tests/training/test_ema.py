@@ -111,6 +111,6 @@ def test_two_processes_average_as_one_does(tmp_path: Path) -> None:
     assert_same_log(tmp_path / "one", tmp_path / "two")
 
 
-def test_decays_out_of_range_are_refused(tmp_path: Path) -> None:
+def test_decays_out_of_range_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--ema_decay must be in"):
         main(flags(tmp_path, ema_decay=1.0))

@@ -94,7 +94,7 @@ def test_what_depends_on_something_else_is_another_table(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["features.npy", "done.npy"])
-def test_a_table_that_was_cut_off_is_made_anew(tmp_path: Path, name: str) -> None:
+def test_truncated_table_is_computed_again(tmp_path: Path, name: str) -> None:
     before = table(tmp_path)
     for rows in before.missing():
         before.write(rows, torch.ones(len(rows), 2))
@@ -103,7 +103,7 @@ def test_a_table_that_was_cut_off_is_made_anew(tmp_path: Path, name: str) -> Non
     assert len(table(tmp_path).missing()) == 3
 
 
-def test_a_full_disk_is_told_and_keeps_what_was_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_keeps_what_was_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table(tmp_path).write(range(0, 3), torch.ones(3, 2))
 
     def full(*_: Any) -> None:
@@ -116,7 +116,7 @@ def test_a_full_disk_is_told_and_keeps_what_was_computed(tmp_path: Path, monkeyp
     assert table(tmp_path).missing() == [range(3, 6), range(6, 7)]
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_unwritable_cache_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MiniClipError, match="--feature_cache_dir .*file/cache cannot be written: Not a directory"):
         table(tmp_path / "file" / "cache")
@@ -178,7 +178,7 @@ def test_image_features_are_computed_once(
     assert torch.equal(first, second)
 
 
-def test_an_interrupted_pass_goes_on_and_ends_with_the_same_bits(
+def test_interrupted_pass_resumes_with_the_same_bits(
     tmp_path: Path, rows: CaptionRows, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (expected,) = image_features(model_of(), rows, tmp_path / "whole")
@@ -192,9 +192,7 @@ def test_an_interrupted_pass_goes_on_and_ends_with_the_same_bits(
     assert torch.equal(found, expected)
 
 
-def test_other_weights_pixels_or_settings_are_not_taken_from_the_cache(
-    tmp_path: Path, rows: CaptionRows, small_blocks: None
-) -> None:
+def test_cache_depends_on_weights_pixels_and_settings(tmp_path: Path, rows: CaptionRows, small_blocks: None) -> None:
     def tables() -> int:
         return len(list((tmp_path / "cache").iterdir()))
 
@@ -233,9 +231,7 @@ def test_a_data_set_that_moved_keeps_its_features(tmp_path: Path, rows: CaptionR
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_views_are_the_augmentations_of_the_epochs_and_taken_in_turn(
-    tmp_path: Path, rows: CaptionRows, small_blocks: None
-) -> None:
+def test_views_are_augmentations_used_in_turn(tmp_path: Path, rows: CaptionRows, small_blocks: None) -> None:
     crop = {"name": "RandomResizedCrop", "scale": [0.2, 0.9]}
     rows.augmentation = build_augmentation([crop], (PIXELS, PIXELS))
     model = model_of()
@@ -281,7 +277,7 @@ def test_text_features_are_those_of_each_caption_alone(tmp_path: Path, small_blo
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_text_features_are_computed_once_and_for_these_captions_and_this_pooling(
+def test_text_features_depend_on_captions_and_pooling(
     tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text_features(model_of(), tmp_path)
@@ -309,9 +305,7 @@ def test_views_need_a_frozen_tower_and_an_augmentation() -> None:
         parse_arguments(["--num_views=2", "--freeze=both", "--augmentation=[]"])
 
 
-def test_a_run_runs_the_frozen_image_tower_once_for_each_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frozen_image_tower_runs_once_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images: list[int] = []
     plain = MiniClipModel.pool_images
 

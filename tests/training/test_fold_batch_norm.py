@@ -99,7 +99,7 @@ class Handmade(Tower):
 
 
 @pytest.mark.parametrize("pooled", ["with conv", "past activation", "norm twice"])
-def test_what_would_give_something_else_is_left_as_it_is(pooled: str) -> None:
+def test_inexact_folds_are_left_out(pooled: str) -> None:
     torch.manual_seed(0)
     tower, pixels = with_statistics(Handmade(nn.Conv2d(3, 4, 3), pooled)), torch.randn(3, 3, *SHAPE)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_what_would_give_something_else_is_left_as_it_is(pooled: str) -> None:
             assert torch.equal(tower(pixels).pooler_output, plain)
 
 
-def test_a_convolution_that_changes_its_weights_itself_keeps_its_norm() -> None:
+def test_convolution_with_changing_weights_keeps_its_norm() -> None:
     class Doubled(nn.Conv2d):
         def forward(self, hidden: Tensor) -> Tensor:
             return self._conv_forward(hidden, 2 * self.weight, self.bias)
@@ -127,7 +127,7 @@ def test_a_tower_without_batch_norms_is_not_even_run(monkeypatch: pytest.MonkeyP
         assert count == 0
 
 
-def test_random_numbers_and_an_interrupted_tower_are_left_as_they_were() -> None:
+def test_random_numbers_and_interrupted_towers_are_restored() -> None:
     tower = with_statistics(Tower("resnet18"))
     pixels = torch.randn(1, 3, *SHAPE)
     with torch.no_grad():

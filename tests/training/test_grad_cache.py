@@ -94,7 +94,7 @@ def test_gradients_are_those_of_the_plain_step(vision: str, loss_type: str, chun
     assert largest_difference(expected, gradients) < 1e-10
 
 
-def test_gradients_agree_under_mixed_precision_as_far_as_it_goes() -> None:
+def test_gradients_roughly_agree_under_mixed_precision() -> None:
     torch.manual_seed(1)
     model = tiny_model()
     _, gradients = step_in_chunks(model, 3, "bf16")
@@ -122,7 +122,7 @@ def test_dropout_draws_the_same_masks_in_both_passes() -> None:
     assert not torch.equal(masks[0], masks[by_chunk])  # but chunks do not share theirs
 
 
-def test_random_numbers_go_on_behind_one_forward_pass() -> None:
+def test_random_numbers_continue_after_one_forward_pass() -> None:
     model = frozen_norms(tiny_model(projection_dropout=0.5))
     torch.manual_seed(7)
     step_in_chunks(model, 3)

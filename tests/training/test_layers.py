@@ -27,7 +27,7 @@ def names_of(module: nn.Module, layer: list[nn.Parameter]) -> set[str]:
 
 
 @pytest.mark.parametrize("family", VISION)
-def test_each_parameter_of_an_image_tower_is_in_one_layer(family: str) -> None:
+def test_each_image_tower_parameter_is_in_one_layer(family: str) -> None:
     tower = tiny_model(vision=family).vision_model
     layers = vision_layers(tower)
     assert len(layers) > 2
@@ -35,7 +35,7 @@ def test_each_parameter_of_an_image_tower_is_in_one_layer(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", TEXT)
-def test_each_parameter_of_a_text_tower_is_in_one_layer(family: str) -> None:
+def test_each_text_tower_parameter_is_in_one_layer(family: str) -> None:
     tower = tiny_model(text=family).text_model
     layers = text_layers(tower)
     assert len(layers) == 3, "embeddings and the two layers that tests.helpers.towers asks for"
@@ -58,12 +58,12 @@ def test_a_last_norm_belongs_to_the_last_layer() -> None:
     assert any("final_norm" in name for name in names_of(tower, text_layers(tower)[-1]))
 
 
-def test_a_text_tower_without_a_stack_of_layers_is_one_layer() -> None:
+def test_text_tower_without_a_stack_is_one_layer() -> None:
     tower = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
     assert [len(layer) for layer in text_layers(tower)] == [3]
 
 
-def test_an_image_tower_whose_layers_timm_does_not_tell_is_refused() -> None:
+def test_image_tower_with_unknown_layers_is_rejected() -> None:
     with pytest.raises(UsageError, match="Linear.*--layer_decay"):
         vision_layers_of(nn.Linear(2, 2))
 
@@ -75,13 +75,13 @@ def test_multipliers_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("share", "frozen"), [(0.0, 0), (0.1, 0), (0.25, 1), (0.5, 2), (0.99, 3)])
-def test_the_share_is_rounded_to_layers_and_leaves_the_last(share: float, frozen: int) -> None:
+def test_frozen_share_is_rounded_and_leaves_the_last_layer(share: float, frozen: int) -> None:
     layers = [[nn.Parameter(torch.zeros(1))] for _ in range(4)]
     freeze_first_layers(layers, share)
     assert [layer[0].requires_grad for layer in layers] == [False] * frozen + [True] * (4 - frozen)
 
 
-def test_rates_fall_from_the_top_of_each_tower_by_hand() -> None:
+def test_rates_fall_from_the_top_of_each_tower() -> None:
     model = tiny_model()  # five layers of the resnet, three of DistilBERT
     arguments = TrainingArguments(
         head_learning_rate=1.0, vision_learning_rate=0.16, text_learning_rate=0.04, layer_decay=0.5
@@ -98,7 +98,7 @@ def test_rates_fall_from_the_top_of_each_tower_by_hand() -> None:
     assert all(p.ndim > 1 for group in groups if group["weight_decay"] for p in group["params"])
 
 
-def test_frozen_layers_get_neither_gradient_nor_optimiser_state_nor_statistics() -> None:
+def test_frozen_layers_do_not_change() -> None:
     model = tiny_model()
     arguments = TrainingArguments(frozen_vision_fraction=0.6, frozen_text_fraction=0.34, layer_decay=0.9)
     freeze_layers(model, arguments)
@@ -120,7 +120,7 @@ def test_frozen_layers_get_neither_gradient_nor_optimiser_state_nor_statistics()
                            after["vision_model.timm_model.layer4.0.bn1.running_mean"])  # fmt: skip
 
 
-def test_no_gradient_is_computed_below_the_first_layer_that_learns() -> None:
+def test_no_gradient_is_computed_below_the_trained_layers() -> None:
     model = tiny_model()
     freeze_layers(model, TrainingArguments(frozen_vision_fraction=0.4, frozen_text_fraction=0.34))
     seen = {}

@@ -13,7 +13,7 @@ from modeling_miniclip.training.optimizer import build_scheduler, clamp_logit_sc
 from tests.helpers.towers import PIXELS, tiny_model, tiny_processor
 
 
-def test_groups_hold_each_trainable_parameter_once_with_its_rate_and_decay() -> None:
+def test_groups_hold_each_trainable_parameter_once() -> None:
     model = tiny_model()
     arguments = TrainingArguments(
         head_learning_rate=1.0, vision_learning_rate=0.1, text_learning_rate=0.01, weight_decay=0.5
@@ -53,7 +53,7 @@ def test_cosine_warms_up_linearly_and_ends_near_zero() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
 
 
-def test_plateau_lowers_the_rate_only_after_patience_epochs_without_improvement() -> None:
+def test_plateau_lowers_the_rate_after_patience_epochs() -> None:
     optimizer = optimizer_at(1.0)
     arguments = TrainingArguments(lr_plateau_patience=1, lr_plateau_factor=0.5)
     scheduler: Any = build_scheduler(optimizer, arguments, 100)
@@ -74,7 +74,7 @@ def test_frozen_towers_stay_in_evaluation_mode(freeze: str, training: tuple[bool
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_frozen_batch_norm_keeps_its_statistics_through_a_training_step(frozen: bool) -> None:
+def test_frozen_batch_norm_keeps_its_statistics(frozen: bool) -> None:
     model = tiny_model()
     set_training_mode(model, "none", freeze_batch_norm=frozen)
     before = {name: value.clone() for name, value in model.named_buffers() if "running_mean" in name}
@@ -83,7 +83,7 @@ def test_frozen_batch_norm_keeps_its_statistics_through_a_training_step(frozen: 
     assert same and all(value == frozen for value in same)
 
 
-def test_temperature_is_brought_back_to_its_bound_and_not_touched_below() -> None:
+def test_temperature_is_clamped_only_at_its_bound() -> None:
     model = tiny_model()
     with torch.no_grad():
         model.logit_scale.fill_(9.0)

@@ -72,14 +72,14 @@ def test_of_several_processes_the_first_holds_the_folder(tmp_path: Path, monkeyp
         assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MiniClipError, match="file/run cannot be written: Not a directory"):
         main(flags(tmp_path, output_dir="file/run"))
 
 
 @pytest.mark.parametrize("made_before", [False, True])
-def test_a_run_that_is_refused_leaves_the_disk_as_it_was(tmp_path: Path, made_before: bool) -> None:
+def test_rejected_run_leaves_the_disk_unchanged(tmp_path: Path, made_before: bool) -> None:
     if made_before:
         (tmp_path / "run").mkdir()
     with pytest.raises(MiniClipError, match="missing.csv"):
@@ -104,12 +104,12 @@ def read_only(tmp_path: Path) -> Any:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_read_only_folder_is_told_before_any_work(tmp_path: Path, read_only: Path) -> None:
+def test_read_only_folder_is_reported_before_any_work(tmp_path: Path, read_only: Path) -> None:
     with pytest.raises(MiniClipError, match="cannot be written: (Read-only file system|Permission denied)"):
         main(flags(tmp_path, output_dir="read-only/run"))
 
 
-def test_what_a_disk_refuses_is_known_by_whatever_library_it_is_told() -> None:
+def test_disk_errors_of_all_libraries_are_recognized() -> None:
     assert disk_error_message(OSError(28, "No space left on device", "/a")) == (
         "cannot write: [Errno 28] No space left on device: '/a'"
     )
@@ -152,7 +152,7 @@ def run_on_full_disk(argv: list[str], output_dir: str, point: Point, limit: int)
 @pytest.mark.parametrize(
     ("point", "limit"), [*FULL, *(pytest.param(*values, marks=pytest.mark.slow) for values in MORE_FULL)]
 )
-def test_run_on_a_full_disk_says_what_is_left_and_ends_the_same_when_there_is_room(
+def test_run_on_a_full_disk_can_be_resumed(
     tmp_path: Path,
     whole: Any,  # noqa: F811
     point: Point,

@@ -32,7 +32,7 @@ def test_the_built_in_recipe_learns(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_true_captions_are_no_worse_than_captions_with_swapped_attributes(demo: Path) -> None:
+def test_true_captions_score_no_worse_than_swapped_ones(demo: Path) -> None:
     """Prints the share of scenes whose true caption wins; `benchmarks/README.md` reports it as it is."""
     model = MiniClipModel.from_pretrained(demo / "export")
     processor = MiniClipProcessor.from_pretrained(demo / "export")

@@ -80,7 +80,7 @@ def test_the_meter_adds_the_shares_of_all_processes(clock: SimpleNamespace) -> N
     assert (values["loss"], values["pairs_per_second"]) == (4.0, 50.0)
 
 
-def test_what_the_meter_has_not_told_yet_is_told_after_resuming_within_an_epoch_and_forgotten_by_a_new_one() -> None:
+def test_meter_keeps_unread_values_within_an_epoch() -> None:
     meter = StepMeter(Processes([2.0, 3.0]), OPTIMIZER)
     meter.update(torch.tensor(1.0), 1.0, 10, 4.0)
     meter.update(torch.tensor(2.0), 1.0, 10, 6.0)
@@ -98,7 +98,7 @@ def test_what_the_meter_has_not_told_yet_is_told_after_resuming_within_an_epoch_
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["here", "in another process"])
-def test_a_loss_that_is_not_finite_in_any_process_ends_the_run_with_advice(bad: float, where: str) -> None:
+def test_loss_of_nan_in_any_process_ends_the_run(bad: float, where: str) -> None:
     meter = StepMeter(Processes([bad if where != "here" else 1.0, 1.0]), OPTIMIZER)
     meter.update(torch.tensor(bad if where == "here" else 1.0), 1.0, 1, 3.0)
     with pytest.raises(
@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_in_any_process_ends_the_run_with_advice(bad: 
         meter.read()
 
 
-def test_a_card_gets_the_arguments_that_matter_and_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_card_lists_relevant_arguments_without_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     for folder in ("me/bert", "towers/lite0", "alice/birds", "mean"):
@@ -127,14 +127,14 @@ def test_a_card_gets_the_arguments_that_matter_and_no_path(tmp_path: Path, monke
         resume_from_checkpoint=str(tmp_path),
         push_to_hub=True,
     )
-    told = arguments_for_card(arguments)
+    shown = arguments_for_card(arguments)
     names = ("dataset", "image_dir", "vision_model", "text_model", "preset", "text_pooling")
-    assert [told[name] for name in names] == ["captions.csv", "towers", "lite0", "bert", "tiny.json", "mean"]
-    assert not any(str(tmp_path.name) in str(value) for value in told.values())
+    assert [shown[name] for name in names] == ["captions.csv", "towers", "lite0", "bert", "tiny.json", "mean"]
+    assert not any(str(tmp_path.name) in str(value) for value in shown.values())
     hidden = {"recipe", "output_dir", "hub_model_id", "resume_from_checkpoint", "push_to_hub"}
-    assert hidden.isdisjoint(told)
-    assert None not in told.values()
-    assert {"batch_size", "head_learning_rate", "seed", "weight_decay", "best_metric"} <= set(told)
+    assert hidden.isdisjoint(shown)
+    assert None not in shown.values()
+    assert {"batch_size", "head_learning_rate", "seed", "weight_decay", "best_metric"} <= set(shown)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_card_gets_the_arguments_that_matter_and_no_path(tmp_path: Path, monke
         ["--dataset", "bob/birds", "--stream_first_rows=9", "--augmentation=[{name: Blur}]", "--hub_license=mit"],
     ],
 )
-def test_the_command_of_a_card_gives_all_arguments_but_those_of_the_machine(argv: list[str]) -> None:
+def test_command_of_a_card_omits_local_arguments(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     python, script, *flags = shlex.split(command_for_card(arguments))
     assert (python, script) == ("python", "train_miniclip.py")
@@ -168,7 +168,7 @@ def test_the_command_of_a_card_gives_all_arguments_but_those_of_the_machine(argv
         ("here", "here"),
     ],
 )
-def test_only_a_path_that_exists_is_cut_to_its_last_part(
+def test_only_existing_paths_are_shortened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -187,7 +187,7 @@ def splits() -> dict[str, Any]:
     }
 
 
-def test_a_card_gets_the_name_and_the_size_of_the_data(
+def test_card_has_name_and_size_of_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: dict[str, Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)

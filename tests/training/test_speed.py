@@ -20,7 +20,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def test_plain_loop_and_package_agree_on_the_loss_of_a_batch(benchmark: Any, tmp_path: Path) -> None:
+def test_plain_loop_and_package_agree_on_a_loss(benchmark: Any, tmp_path: Path) -> None:
     vision, text = save_towers(tmp_path)
     argv: dict[str, Any] = {
         "dataset": write_scene_folder(tmp_path / "scenes", 8),
@@ -69,7 +69,7 @@ def test_ratios_are_taken_within_a_turn(benchmark: Any) -> None:
     assert row.split(" | ")[1:4] == ["50", "40", "0.95 x"]
 
 
-def test_waiting_is_the_share_of_the_steps_after_the_warm_up(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_is_measured_after_the_warm_up(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     workloads = benchmark("workloads")
     watch = workloads.Stopwatch(torch.utils.data.DataLoader(range(3)))
     watch.requested, watch.waited = [0.0, 9.0, 10.0, 12.0, 15.0], [9.0, 0.5, 0.5, 1.0, 7.0]
