@@ -38,7 +38,7 @@ class Fork:
         self.result: Any = None
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the end of the process, for at most so many seconds."""
+        """Wait for the end of the process, for at most `timeout` seconds."""
         while self.exitcode is None and self._connection.poll(timeout):
             name, value = self._connection.recv()
             setattr(self, name, value)
@@ -109,8 +109,13 @@ def _keep(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     process = multiprocessing.get_context("fork").Process(target=_run, args=(connection, connection.recv_bytes()))
+
+    def kill_if_dropped() -> None:
+        if connection.poll(None):
+            process.kill()
+
     process.start()
-    threading.Thread(target=lambda: connection.poll(None) and process.kill(), daemon=True).start()
+    threading.Thread(target=kill_if_dropped, daemon=True).start()
     process.join()
     connection.send(("exitcode", process.exitcode))
 
