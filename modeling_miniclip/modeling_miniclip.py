@@ -367,6 +367,16 @@ class MiniClipOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
+class Origin(dict[str, Any]):
+    """Arguments of `from_pretrained` that find a model's processor. A pickle leaves out the token."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Origin, ({name: value for name, value in self.items() if name != "token"},)
+
+    def __deepcopy__(self, memo: Any) -> "Origin":
+        return self
+
+
 class MiniClipModel(PreTrainedModel):
     """Image tower, text tower, projection heads and temperature.
 
@@ -390,6 +400,7 @@ class MiniClipModel(PreTrainedModel):
     input_modalities = ("image", "text")
     accepts_loss_kwargs = False  # a batch's loss is not a sum over items, which Trainer could divide by their number
     loaded_revision: str | None = None  # commit of the Hub repository that the weights came from
+    loaded_from: "Origin | None" = None  # None for a model built in memory
     _no_split_modules = ["MiniClipVisionModel", "ProjectionHead"]
     _supports_sdpa = True
     supports_gradient_checkpointing = True
@@ -436,14 +447,19 @@ class MiniClipModel(PreTrainedModel):
     ) -> Any:
         """Like `PreTrainedModel.from_pretrained`, but reads safetensors only: a pickle can hold any program.
 
-        Sets `loaded_revision`, the commit from which to load the matching processor.
+        Sets `loaded_revision`, and `loaded_from`, the arguments that load the matching processor.
         """
         kwargs.setdefault("use_safetensors", True)
+        source = pretrained_model_name_or_path
         where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs}
-        revision = resolve_revision(pretrained_model_name_or_path, revision, **where)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, revision=revision, **kwargs)
+        revision = resolve_revision(source, revision, **where)
+        loaded = super().from_pretrained(source, *args, revision=revision, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.loaded_revision = getattr(revision, "resolved", None)  # None for a local folder
+        if source is not None:
+            where["subfolder"] = kwargs.get("subfolder", "")
+            where["pretrained_model_name_or_path"] = os.path.abspath(source) if os.path.isdir(source) else str(source)
+            model.loaded_from = Origin(where, revision=model.loaded_revision or revision)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:

@@ -1,5 +1,5 @@
 """Load a trained model and embed images and texts.
 
-loading.py: load an export, or one tower of it
+loading.py: load an export, one tower of it, or the processor of a model
 encode.py: `encode_images`, `encode_texts`
 """

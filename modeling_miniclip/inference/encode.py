@@ -16,6 +16,7 @@ from ..data.collation import model_inputs, stack_pixels
 from ..errors import DataError
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor, load_rgb, to_rgb
+from .loading import processor_of
 
 
 def open_image(image: Any) -> Image.Image:
@@ -54,29 +55,6 @@ def _image_of_array(array: Any) -> Image.Image:
             "or a non-empty uint8 array [H, W, 3] or [H, W]"
         )
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels)
-
-
-def processor_of(model: MiniClipModel, processor: MiniClipProcessor | None = None) -> MiniClipProcessor:
-    """The given processor, or the one that was saved with the model.
-
-    Args:
-        model: model whose folder, or repository and revision, holds the processor.
-        processor: processor to return; None to load it.
-
-    Raises:
-        ValueError: the model was not loaded with `from_pretrained`, or there was no processor next to it.
-    """
-    if processor is not None:
-        return processor
-    source = model.config.name_or_path
-    if not source:
-        raise ValueError("the model was not loaded with from_pretrained, so its processor is unknown: pass processor=")
-    revision = getattr(model, "loaded_revision", None)
-    try:
-        return MiniClipProcessor.from_pretrained(source, revision=revision or "main")
-    except (OSError, ValueError, TypeError) as error:
-        place = f"{source} at revision {revision}" if revision else source
-        raise ValueError(f"found no processor with the model ({place}): pass processor=") from error
 
 
 def encode_images(

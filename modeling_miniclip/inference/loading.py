@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..configuration_miniclip import MiniClipConfig
 from ..errors import ModelError, one_line
-from ..modeling_miniclip import MiniClipModel, without_pooler
+from ..modeling_miniclip import MiniClipModel, Origin, without_pooler
 from ..processing_miniclip import MiniClipProcessor
 from ..utils.checksums import check_weights
 
@@ -81,7 +81,36 @@ def _load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcess
     model, info = MiniClipModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
     if info["missing_keys"]:
         raise ValueError(f"{source} lacks weights: {', '.join(sorted(info['missing_keys']))}")
-    return model, MiniClipProcessor.from_pretrained(source, revision=model.loaded_revision or "main")
+    return model, MiniClipProcessor.from_pretrained(**model.loaded_from)
+
+
+def processor_of(model: MiniClipModel, processor: MiniClipProcessor | None = None) -> MiniClipProcessor:
+    """The given processor, or the one that was saved with the model.
+
+    Args:
+        model: model loaded with `from_pretrained`; its processor is in the same folder or repository, at the same
+            revision and in the same subfolder.
+        processor: processor to return; None to load it.
+
+    Raises:
+        ValueError: the model was built in memory, its folder has moved, or there was no processor next to it.
+    """
+    if processor is not None:
+        return processor
+    origin = getattr(model, "loaded_from", None)
+    if origin is None:
+        raise ValueError("the model was not loaded with from_pretrained, so its processor is unknown: pass processor=")
+    source, subfolder, revision = (origin[name] for name in ("pretrained_model_name_or_path", "subfolder", "revision"))
+    if os.path.isabs(source):
+        place = os.path.join(source, subfolder)
+        if not os.path.isdir(place):  # transformers would look for a repository of this name
+            raise ValueError(f"{place}, the folder of this model, has moved: pass processor=, or load the model again")
+    else:
+        place = f"{source} at revision {revision}" + (f", subfolder {subfolder}" if subfolder else "")
+    try:
+        return MiniClipProcessor.from_pretrained(**origin)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"found no processor with the model ({place}): pass processor=") from error
 
 
 def model_folder(model: str | os.PathLike) -> Path:
@@ -147,7 +176,9 @@ def load_tower(folder: Path, side: Literal["image", "text"]) -> tuple[MiniClipMo
         raise ModelError(f"{folder}: no MiniCLIP model that can be loaded: {one_line(error)}") from error
     if missing:
         raise ModelError(f"{folder} lacks weights: {', '.join(sorted(missing))}; export the model again")
-    return model.eval(), MiniClipProcessor.from_pretrained(folder)
+    processor = MiniClipProcessor.from_pretrained(folder)
+    model.loaded_from = Origin(pretrained_model_name_or_path=os.path.abspath(folder), subfolder="", revision="main")
+    return model.eval(), processor
 
 
 def _read_weights(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:

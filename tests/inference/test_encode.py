@@ -1,16 +1,31 @@
 """Tests of encoding and search with a trained model."""
 
+import copy
 import json
 import os
+import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModel, PreTrainedModel
 
-from modeling_miniclip import DataError, encode_images, encode_texts, export, find_matches, load_captions
-from modeling_miniclip.inference.encode import _pixel_values, open_image, processor_of
+from modeling_miniclip import (
+    DataError,
+    MiniClipConfig,
+    MiniClipModel,
+    MiniClipProcessor,
+    encode_images,
+    encode_texts,
+    export,
+    find_matches,
+    load_captions,
+)
+from modeling_miniclip.inference.encode import _pixel_values, open_image
+from modeling_miniclip.inference.loading import load_tower, processor_of
 from modeling_miniclip.search.exact import Match
 from tests.helpers.hubs import local_hub, run
 from tests.helpers.runs import ROOT
@@ -276,8 +291,6 @@ def processor_with(mean: float):
 
 
 def test_an_export_brings_its_processor(files, tmp_path):
-    from modeling_miniclip import MiniClipModel
-
     own = processor_with(0.25)
     model = MiniClipModel.from_pretrained(export(tiny_model(), own, tmp_path / "export"))
     assert processor_of(model).image_processor.image_mean == pytest.approx((0.25, 0.25, 0.25))
@@ -289,8 +302,6 @@ def test_an_export_brings_its_processor(files, tmp_path):
 
 
 def test_unknown_processor_error_asks_for_one(model, files, tmp_path):
-    from modeling_miniclip import MiniClipModel
-
     with pytest.raises(ValueError, match="pass processor="):
         encode_images(model, files, progress=False)
     with pytest.raises(ValueError, match="pass processor="):
@@ -300,22 +311,80 @@ def test_unknown_processor_error_asks_for_one(model, files, tmp_path):
         encode_texts(MiniClipModel.from_pretrained(tmp_path / "bare"), TEXTS, progress=False)
 
 
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A folder of three models, two of them in subfolders, each with another mean in its processor. Read-only."""
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    for mean, name in ((0.1, "."), (0.2, "large"), (0.3, "small/first")):
+        export(tiny_model(), processor_with(mean), folder / name)
+    return folder
+
+
+def mean_of(model) -> float:
+    return processor_of(model).image_processor.image_mean[0]
+
+
+@pytest.mark.parametrize("auto_class", [MiniClipModel, AutoModel])
+def test_model_of_a_subfolder_gets_its_own_processor(repository, files, auto_class):
+    found = {
+        name: mean_of(auto_class.from_pretrained(repository, subfolder=name)) for name in ("", "large", "small/first")
+    }
+    assert found == {"": 0.1, "large": 0.2, "small/first": 0.3}
+    model = auto_class.from_pretrained(repository, subfolder="large")
+    own = MiniClipProcessor.from_pretrained(repository, subfolder="large")
+    assert torch.equal(encode_images(model, files, progress=False), encode_images(model, files, own, progress=False))
+    assert load_tower(repository / "large", "text")[0].loaded_from and mean_of(copy.deepcopy(model)) == 0.2
+
+
+def test_processor_is_never_that_of_another_model(repository, tmp_path, monkeypatch):
+    shutil.copytree(repository, tmp_path / "here" / "clip")
+    monkeypatch.chdir(tmp_path / "here")
+    model = MiniClipModel.from_pretrained("clip", subfolder="large")
+    export(tiny_model(), processor_with(0.9), tmp_path / "there" / "clip" / "large")
+    monkeypatch.chdir(tmp_path / "there")
+    assert mean_of(model) == 0.2
+    (tmp_path / "here").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="here/clip/large, the folder of this model, has moved: pass processor="):
+        mean_of(model)
+    built = MiniClipModel(MiniClipConfig.from_pretrained(repository))
+    with pytest.raises(ValueError, match="not loaded with from_pretrained.*pass processor="):
+        mean_of(built)
+
+
+def test_processor_is_loaded_with_the_arguments_of_its_model(repository, monkeypatch):
+    asked = []
+    for loader in (PreTrainedModel, MiniClipProcessor):
+        monkeypatch.setattr(
+            loader, "from_pretrained", classmethod(lambda cls, *args, **kw: asked.append(kw) or tiny_model())
+        )
+    where = {"token": "hf_secret", "local_files_only": True, "cache_dir": "cache", "subfolder": "large"}
+    model = MiniClipModel.from_pretrained("user/clip", revision="v2", **where)
+    processor_of(model)
+    assert asked[1] == {"pretrained_model_name_or_path": "user/clip", "revision": "v2", **where}
+    assert (
+        b"hf_secret" not in pickle.dumps(model)
+        and pickle.loads(pickle.dumps(model)).loaded_from["cache_dir"] == "cache"
+    )
+
+
 REVISIONS = """
 import json, sys
 from huggingface_hub import HfApi
 from modeling_miniclip import MiniClipModel, export
-from modeling_miniclip.inference.encode import processor_of
+from modeling_miniclip.inference.loading import processor_of
 from transformers import AutoModel
 from tests.inference.test_encode import processor_with
 from tests.helpers.towers import tiny_model
 api, repo, folder = HfApi(), "test-user/clip", sys.argv[1]
+other = str(export(tiny_model(), processor_with(0.7), folder + "-other"))
 api.create_repo(repo)
 def push(mean):
     export(tiny_model(), processor_with(mean), folder)
     return api.upload_folder(folder_path=folder, repo_id=repo, commit_message=str(mean)).oid
 first = push(0.1)
 unpinned = MiniClipModel.from_pretrained(repo)
-second = push(0.2)
+push(0.2)
+second = api.upload_folder(folder_path=other, repo_id=repo, path_in_repo="large").oid
 api.create_tag(repo, tag="v2", revision=second)
 push(0.3)
 def mean(model):
@@ -326,6 +395,7 @@ found = {
     "main": mean(MiniClipModel.from_pretrained(repo)),
     "main_before_two_pushes": mean(unpinned),
     "auto": mean(AutoModel.from_pretrained(repo, revision=first)),
+    "subfolder": mean(AutoModel.from_pretrained(repo, subfolder="large", revision=second)),
     "with_info": mean(MiniClipModel.from_pretrained(repo, revision=first, output_loading_info=True)[0]),
 }
 print("FOUND", json.dumps(found))
@@ -338,7 +408,8 @@ def test_processor_has_the_revision_of_its_model(tmp_path):
         done = run(REVISIONS, tmp_path, str(tmp_path / "export"), **env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.partition("FOUND ")[2]) == {
-        "commit": 0.1, "tag": 0.2, "main": 0.3, "main_before_two_pushes": 0.1, "auto": 0.1, "with_info": 0.1
+        "commit": 0.1, "tag": 0.2, "main": 0.3, "main_before_two_pushes": 0.1, "auto": 0.1, "with_info": 0.1,
+        "subfolder": 0.7,
     }  # fmt: skip
 
 
