@@ -96,9 +96,10 @@ def main(argv: list[str] | None = None) -> Path:
 
 def prepare(arguments: TrainingArguments) -> TrainingRun:
     """Check the output folder, build data, model, loaders, optimizer and schedule, and load a checkpoint to resume."""
+    launch = setup.check_launch(arguments)
     checkpoint = setup.prepare_output_dir(arguments)
     hub_model_id = setup.prepare_hub_repo(arguments)
-    accelerator = setup.build_accelerator(arguments)  # joins the processes and sets the seed
+    accelerator = setup.build_accelerator(arguments, launch)  # joins the processes and sets the seed
     arguments = replace(arguments, hub_model_id=hub_model_id, mixed_precision=accelerator.mixed_precision)
 
     splits = setup.load_splits(arguments)  # rows {image, image_id, captions}

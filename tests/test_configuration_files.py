@@ -76,7 +76,7 @@ def test_each_launch_file_describes_its_use(name: str) -> None:
 
 
 def test_the_precision_is_left_to_the_training_script() -> None:
-    # train_miniclip.py hands Accelerate a precision of its own: one in these files would be read by nobody.
+    # Which precision is best depends on the GPU; one in these files would be used on all of them.
     assert all("mixed_precision" not in yaml.safe_load(path.read_text()) for path in LAUNCH_FILES.values())
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
 from modeling_miniclip import MiniClipError, load_captions
@@ -40,8 +41,8 @@ NOT_RUN_HERE = {
     "space": "tests/search/test_app.py",
     "export": "tests/hub/test_onnx_export.py and the slow test below",
 }
-# Flags of other programs: `accelerate launch`, the ONNX example, and `hf download --local-dir`.
-FOREIGN_FLAGS = {"config_file", "text", "local"}
+# Flags of other programs: the ONNX example, `hf download --local-dir`, and `accelerate launch`.
+FOREIGN_FLAGS = {"text", "local"} | {action.dest for action in launch_command_parser()._actions}
 
 
 def name_of(path: Path) -> str:

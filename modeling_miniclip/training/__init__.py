@@ -4,6 +4,8 @@ arguments.py: all flags with their defaults and help
 parsing.py: the command line and its recipe as arguments
 recipes.py: read a recipe, save arguments as one
 check_arguments.py: check the values of arguments
+launch.py: what the launcher was given: its command line, launch file and environment
+launch_settings.py: each setting of the launcher, and what happens to it
 setup.py: the steps of `prepare`
 run.py: the state of a run, and when it saves and stops
 create_model.py: a model from towers, from a preset or from an export

@@ -77,7 +77,7 @@ def without_randomness(arguments: TrainingArguments) -> TrainingArguments:
 
 def prepare_one_batch(arguments: TrainingArguments) -> TrainingRun:
     """Like `prepare` of `train_miniclip.py`, but with only the images of the first batch, and no output folder."""
-    accelerator = setup.build_accelerator(arguments)
+    accelerator = setup.build_accelerator(arguments, setup.check_launch(arguments))
     splits = setup.load_splits(arguments)
     setup.report_splits(splits, arguments, accelerator)
     model, processor = setup.build_model(splits, arguments, accelerator)

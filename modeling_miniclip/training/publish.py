@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DistributedType
 from datasets import DatasetDict
 
 from ..errors import MiniClipError
@@ -34,7 +35,7 @@ def export_best(run: TrainingRun, metrics: dict[str, float], intervals: dict[str
         intervals: confidence intervals of the recalls, on the main process.
     """
     arguments = run.arguments
-    state_dict = run.accelerator.get_state_dict(run.model)  # by all processes: with FSDP each has only a part
+    state_dict = full_state_dict(run)  # by all processes: with FSDP each has only a part
     if run.accelerator.is_main_process:
         card = {
             "name": arguments.hub_model_id or run.output_dir.resolve().name,
@@ -52,6 +53,14 @@ def export_best(run: TrainingRun, metrics: dict[str, float], intervals: dict[str
             except MiniClipError as error:  # the Hub may be down for an hour; the run continues
                 run.say(f"not pushed: {error}")
     run.accelerator.wait_for_everyone()
+
+
+def full_state_dict(run: TrainingRun) -> dict[str, Any]:
+    """All weights of the model under their own names, whatever wraps it. Every process must call it."""
+    accelerator = run.accelerator
+    is_engine = accelerator.distributed_type == DistributedType.DEEPSPEED  # it gathers the weights itself
+    state: dict[str, Any] = accelerator.get_state_dict(run.model if is_engine else run.unwrapped_model)
+    return state
 
 
 def push_export(run: TrainingRun) -> None:

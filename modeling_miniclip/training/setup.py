@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
+from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
 from datasets import DatasetDict
 
 from ..data.augmentation import build_augmentation
@@ -35,6 +35,7 @@ from .diagnostics import Diagnosis
 from .ema import AveragedWeights
 from .feature_cache import default_cache_dir
 from .features import EVALUATION_BATCH, FrozenFeatures, frozen_image_features, frozen_text_features
+from .launch import Launch, read_launch
 from .layers import freeze_layers
 from .optimizer import build_scheduler, parameter_groups
 from .output_dir import check_output_dir, clear_output_dir
@@ -72,14 +73,28 @@ def prepare_hub_repo(arguments: TrainingArguments) -> str | None:
     )
 
 
-def build_accelerator(arguments: TrainingArguments) -> Accelerator:
+def check_launch(arguments: TrainingArguments) -> Launch:
+    """Read what the launcher was given, and check that each of its settings can be used."""
+    launch = read_launch()
+    launch.check(runs_on_cpu(launch), arguments.mixed_precision)
+    return launch
+
+
+def runs_on_cpu(launch: Launch) -> bool:
+    """Whether the run uses the CPU: as asked, or because there is nothing else."""
+    return launch.on_cpu or not torch.accelerator.is_available()
+
+
+def build_accelerator(arguments: TrainingArguments, launch: Launch) -> Accelerator:
     """Choose device, processes and precision, and set the seed."""
     keep_freed_memory()
     # Without cpu=True, Accelerate does not start gloo and every process would train alone.
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    on_cpu = runs_on_cpu(launch)
+    precision = arguments.mixed_precision or launch.mixed_precision
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=arguments.mixed_precision or best_mixed_precision(PartialState(cpu=on_cpu).device),
+        mixed_precision=precision or best_mixed_precision(PartialState(cpu=on_cpu).device),
+        dynamo_plugin=compilation(launch),
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_dir=arguments.output_dir,
     )
@@ -88,9 +103,26 @@ def build_accelerator(arguments: TrainingArguments) -> Accelerator:
             f"--ema_decay does not work with {accelerator.distributed_type}, which spreads the weights over "
             "processes; leave it out"
         )
+    if accelerator.num_processes != launch.processes:
+        raise UsageError(
+            f"the environment names {launch.processes} processes, but this one is not joined with others; start them "
+            "with accelerate launch or torchrun"
+        )
     allow_tf32(accelerator.device)
     set_seed(arguments.seed)
     return accelerator
+
+
+def compilation(launch: Launch) -> TorchDynamoPlugin:
+    """How `accelerator.prepare` compiles the model: as the launcher was asked, by default not at all."""
+    plugin = TorchDynamoPlugin(
+        backend=launch.value("dynamo_backend") or "no",
+        mode=launch.value("dynamo_mode") or "default",
+        fullgraph="dynamo_use_fullgraph" in launch.settings,
+    )
+    # The launcher's default is to compile again for each length of text.
+    plugin.dynamic = True if "dynamo_use_dynamic" in launch.settings else None
+    return plugin
 
 
 def load_splits(arguments: TrainingArguments) -> DatasetDict:
@@ -239,7 +271,7 @@ def build_run(
     prepared, optimizer = accelerator.prepare(
         model, torch.optim.AdamW(parameter_groups(model, arguments), fused=fused)
     )
-    unwrapped_model = accelerator.unwrap_model(prepared)
+    unwrapped_model = accelerator.unwrap_model(prepared, keep_torch_compile=False)
     train_loader, validation_loader = loaders
     steps_per_epoch = len(train_loader)
     all_steps = arguments.num_train_epochs * steps_per_epoch
