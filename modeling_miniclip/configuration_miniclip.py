@@ -1,19 +1,32 @@
-"""Configuration of a MiniCLIP model: two towers, two projection heads, a temperature."""
+"""Configuration of a MiniCLIP model: two towers, two projection heads, a temperature.
 
+This file, `modeling_miniclip.py` and `processing_miniclip.py` travel with every export and run under each release of
+transformers from 4.57 on: they use only names that all of these have, and the last two import nothing but this one.
+"""
+
+import difflib
 import math
+import os
+from inspect import signature
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+import timm
+from transformers import AutoConfig, PretrainedConfig, TimmWrapperConfig
 
 TEXT_POOLINGS = ("cls", "mean")
 # The losses, each with the logarithm of its initial inverse temperature: CLIP's 1/0.07, SigLIP's 10.
 LOSS_TYPES = {"softmax_sum": math.log(1 / 0.07), "softmax_mean": math.log(1 / 0.07), "sigmoid": math.log(10)}
+NUMBERS = {
+    "projection_dim": int,
+    "projection_depth": int,
+    "projection_dropout": float,
+    "logit_scale_init_value": float,
+    "logit_bias_init_value": float,
+    "logit_scale_max": float,
+}
 
 
-@strict
-class MiniClipConfig(PreTrainedConfig):
+class MiniClipConfig(PretrainedConfig):
     """Configuration of a [`MiniClipModel`]. The default is timm's ResNet-50 and DistilBERT in a 256-d space.
 
     Args:
@@ -34,7 +47,7 @@ class MiniClipConfig(PreTrainedConfig):
         logit_scale_max: upper bound of the inverse temperature (not of its logarithm); 100 as in CLIP.
 
     Raises:
-        StrictDataclassError: a value has the wrong type or is out of range, or the image tower is not a timm model.
+        ValueError: a value has the wrong type or is out of range, or the image tower is not a timm model.
 
     Example:
         >>> from modeling_miniclip import MiniClipConfig
@@ -53,43 +66,65 @@ class MiniClipConfig(PreTrainedConfig):
         "logit_scale",
         "logit_bias",
     ]
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="distilbert"),
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig, model_type="timm_wrapper", init_kwargs={"architecture": "resnet50.a1_in1k"}
-        ),
-    }
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
-    # Passed as a configuration, a dictionary or None; always a configuration in the finished object.
-    text_config: Any = None
-    vision_config: Any = None
-    text_pooling: str = "cls"
-    projection_dim: int = 256
-    projection_depth: int = 2
-    projection_dropout: int | float = 0.1
-    loss_type: str = "softmax_sum"
-    logit_scale_init_value: int | float | None = None
-    logit_bias_init_value: int | float = -10.0
-    logit_scale_max: int | float = 100.0
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if self.logit_scale_init_value is None:
-            self.logit_scale_init_value = LOSS_TYPES.get(self.loss_type)
+    def __init__(
+        self,
+        text_config: Any = None,
+        vision_config: Any = None,
+        text_pooling: str = "cls",
+        projection_dim: int = 256,
+        projection_depth: int = 2,
+        projection_dropout: float = 0.1,
+        loss_type: str = "softmax_sum",
+        logit_scale_init_value: float | None = None,
+        logit_bias_init_value: float = -10.0,
+        logit_scale_max: float = 100.0,
+        **kwargs: Any,
+    ):
+        if vision_config is None:
+            vision_config = {"architecture": "resnet50.a1_in1k"}
+        self.text_config = _tower_config(text_config, "distilbert")
+        self.vision_config = _tower_config(vision_config, "timm_wrapper")
+        self.text_pooling = text_pooling
+        self.projection_dim = projection_dim
+        self.projection_depth = projection_depth
+        self.projection_dropout = projection_dropout
+        self.loss_type = loss_type
+        if logit_scale_init_value is None and isinstance(loss_type, str):
+            logit_scale_init_value = LOSS_TYPES.get(loss_type)
+        self.logit_scale_init_value = logit_scale_init_value
+        self.logit_bias_init_value = logit_bias_init_value
+        self.logit_scale_max = logit_scale_max
         # The towers have no classifier, so leave the thousand ImageNet labels out of config.json.
         if self.vision_config.id2label:
             self.vision_config.num_labels = 0
             for stale in ("label_names", "num_classes"):
                 if hasattr(self.vision_config, stale):
                     delattr(self.vision_config, stale)
+        super().__init__(**kwargs)
+        self._check()
 
-    def validate_architecture(self) -> None:
-        """Part of the `@strict` validation: checks ranges and choices, and reports the wrong value."""
-        super().validate_architecture()
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The values for `config.json`: like the parent's, but without the towers' defaults in each release."""
+        values = super().to_diff_dict()
+        for name in self.sub_configs:
+            tower = getattr(self, name)
+            values[name] = tower.to_diff_dict()
+            values[name].pop("transformers_version", None)
+            if tower.name_or_path:
+                values[name]["_name_or_path"] = tower.name_or_path
+        return values
+
+    def _check(self) -> None:
         if self.text_pooling not in TEXT_POOLINGS:
             raise ValueError(f"text_pooling must be one of {', '.join(TEXT_POOLINGS)}, not {self.text_pooling!r}")
-        if self.loss_type not in LOSS_TYPES:
+        if self.loss_type not in tuple(LOSS_TYPES):
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, not {self.loss_type!r}")
+        for name, kind in NUMBERS.items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, kind)) or isinstance(value, bool):
+                raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be at least 1, not {self.projection_dim}")
         if self.projection_depth < 1:
@@ -99,16 +134,58 @@ class MiniClipConfig(PreTrainedConfig):
         if not self.logit_scale_max > 0:
             raise ValueError(f"logit_scale_max must be positive, not {self.logit_scale_max}")
         start = self.logit_scale_init_value
-        if start is not None and start > math.log(self.logit_scale_max):
+        if start > math.log(self.logit_scale_max):
             raise ValueError(
                 f"logit_scale_init_value must be at most ln(logit_scale_max) = {math.log(self.logit_scale_max):.4g}, "
                 f"not {start}: a clamped temperature gets no gradient"
             )
-        if isinstance(self.vision_config, PreTrainedConfig) and self.vision_config.model_type != "timm_wrapper":
+        if self.vision_config.model_type != "timm_wrapper":
             raise ValueError(
                 f"vision_config must describe a timm image model (model_type 'timm_wrapper'), "
                 f"not {self.vision_config.model_type!r}"
             )
+
+
+TOWERS = tuple(MiniClipConfig.sub_configs)
+FIELDS = tuple(name for name in list(signature(MiniClipConfig.__init__).parameters)[1:-1] if name not in TOWERS)
+
+
+def _tower_config(config: Any, model_type: str) -> Any:
+    if config is None or isinstance(config, dict):
+        return AutoConfig.for_model(**({"model_type": model_type} | (config or {})))
+    return config
+
+
+def timm_config(name: str) -> TimmWrapperConfig:
+    """Configuration of a pretrained timm model, with `name_or_path` set to where its weights are.
+
+    Args:
+        name: local folder, Hub repository (`timm/resnet50.a1_in1k`) or timm name (`resnet50`, `resnet50.a1_in1k`);
+            a name without a tag means timm's default weights.
+
+    Raises:
+        ValueError: timm has no such model (the message suggests similar names) or no weights for it on the Hub, or
+            the folder or repository holds something else.
+        OSError: the folder or repository cannot be read.
+    """
+    changes = {}
+    if os.path.isdir(name) or "/" in name:
+        source = name
+        if "architecture" not in TimmWrapperConfig.get_config_dict(source)[0]:
+            raise ValueError(f"{source} is not a timm image model: its config.json names no architecture")
+    else:
+        names = timm.list_pretrained() + timm.list_models()
+        pretrained_cfg = timm.get_pretrained_cfg(name) if name in names else None
+        if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
+            near = difflib.get_close_matches(name, names, n=3)
+            hint = f"; similar names: {', '.join(near)}" if near else ""
+            raise ValueError(f"{name!r} is neither a folder nor a timm model with weights on the Hub{hint}")
+        source = pretrained_cfg.hf_hub_id
+        # Architectures that share weights (CLIP towers with GELU and quick GELU) share a repository.
+        changes["architecture"] = pretrained_cfg.architecture
+    config = TimmWrapperConfig.from_pretrained(source, **changes)
+    config.name_or_path = source
+    return config
 
 
 __all__ = ["MiniClipConfig"]

@@ -3,14 +3,13 @@
 The functions are in the order in which data passes through them.
 """
 
-import difflib
 import inspect
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -18,15 +17,20 @@ from transformers import (
     MODEL_MAPPING,
     AutoConfig,
     PreTrainedModel,
-    TimmWrapperConfig,
     TimmWrapperModel,
 )
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging, resolve_revision
+from transformers.utils import (
+    ModelOutput,
+    TransformersKwargs,
+    cached_file,
+    can_return_tuple,
+    extract_commit_hash,
+    logging,
+)
 
-from .configuration_miniclip import MiniClipConfig
+from .configuration_miniclip import FIELDS, MiniClipConfig, timm_config
 
 logger = logging.get_logger(__name__)
 
@@ -87,38 +91,6 @@ class MiniClipVisionModel(TimmWrapperModel):
         return getattr(self.timm_model, "head_hidden_size", None) or self.timm_model.num_features
 
 
-def timm_config(name: str) -> TimmWrapperConfig:
-    """Configuration of a pretrained timm model, with `name_or_path` set to where its weights are.
-
-    Args:
-        name: local folder, Hub repository (`timm/resnet50.a1_in1k`) or timm name (`resnet50`, `resnet50.a1_in1k`);
-            a name without a tag means timm's default weights.
-
-    Raises:
-        ValueError: timm has no such model (the message suggests similar names) or no weights for it on the Hub, or
-            the folder or repository holds something else.
-        OSError: the folder or repository cannot be read.
-    """
-    changes = {}
-    if os.path.isdir(name) or "/" in name:
-        source = name
-        if "architecture" not in TimmWrapperConfig.get_config_dict(source)[0]:
-            raise ValueError(f"{source} is not a timm image model: its config.json names no architecture")
-    else:
-        names = timm.list_pretrained() + timm.list_models()
-        pretrained_cfg = timm.get_pretrained_cfg(name) if name in names else None
-        if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
-            near = difflib.get_close_matches(name, names, n=3)
-            hint = f"; similar names: {', '.join(near)}" if near else ""
-            raise ValueError(f"{name!r} is neither a folder nor a timm model with weights on the Hub{hint}")
-        source = pretrained_cfg.hf_hub_id
-        # Architectures that share weights (CLIP towers with GELU and quick GELU) share a repository.
-        changes["architecture"] = pretrained_cfg.architecture
-    config = TimmWrapperConfig.from_pretrained(source, **changes)
-    config.name_or_path = source
-    return config
-
-
 def text_tower_class(text_config: Any) -> type[PreTrainedModel]:
     """The class that encodes text for a configuration; for an encoder-decoder such as T5, that of the encoder alone.
 
@@ -129,7 +101,8 @@ def text_tower_class(text_config: Any) -> type[PreTrainedModel]:
     if found is None and not text_config.is_encoder_decoder:
         found = MODEL_MAPPING.get(type(text_config), None)
     tower_class = found[0] if isinstance(found, tuple) else found  # Funnel has a second class, for its decoder
-    if tower_class is None or "text" not in tower_class.input_modalities or "image" in tower_class.input_modalities:
+    modalities = getattr(tower_class, "input_modalities", "text")  # transformers 4 does not say
+    if tower_class is None or "text" not in modalities or "image" in modalities:
         raise ValueError(
             f"transformers has no text encoder for a {type(text_config).__name__} (model_type "
             f"{text_config.model_type!r}); choose one such as BERT, RoBERTa, MPNet, ModernBERT or T5"
@@ -158,10 +131,24 @@ def _load_pretrained_tower(tower_class: type[PreTrainedModel], config: Any) -> P
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
-        raise ValueError(
-            f"{source} lacks weights of {tower_class.__name__}: {', '.join(sorted(info['missing_keys']))}"
-        )
+        raise ValueError(_lacks_weights(source, info["missing_keys"]) + f" of {tower_class.__name__}")
     return tower
+
+
+def _commit(source: str | os.PathLike | None, revision: str, options: dict[str, Any]) -> str | None:
+    """The commit that a revision of a repository stands for now; None for a local folder."""
+    if source is None or os.path.isdir(source):
+        return None
+    known = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
+    where = {name: options[name] for name in known if name in options}
+    file = cached_file(source, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False, **where)
+    return extract_commit_hash(file, None)
+
+
+def _lacks_weights(source: object, names: Iterable[str]) -> str:
+    missing = sorted(names)
+    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    return f"{source} lacks weights: {shown}"
 
 
 def pool_text(last_hidden_state: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
@@ -422,15 +409,15 @@ class MiniClipModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self:
-            init.constant_(self.logit_scale, self.config.logit_scale_init_value)
+            nn.init.constant_(self.logit_scale, self.config.logit_scale_init_value)
             if self.logit_bias is not None:
-                init.constant_(self.logit_bias, self.config.logit_bias_init_value)
+                nn.init.constant_(self.logit_bias, self.config.logit_bias_init_value)
         elif isinstance(module, nn.Linear):
             # PyTorch's own rule for the heads: a standard deviation of 0.02 is meant for 768-wide transformers.
             bound = 1 / math.sqrt(module.in_features)
-            init.uniform_(module.weight, -bound, bound)
+            nn.init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
-                init.uniform_(module.bias, -bound, bound)
+                nn.init.uniform_(module.bias, -bound, bound)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -443,24 +430,45 @@ class MiniClipModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, revision: str = "main", **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        revision: str = "main",
+        allow_missing: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Like `PreTrainedModel.from_pretrained`, but reads safetensors only: a pickle can hold any program.
 
         Sets `loaded_revision`, and `loaded_from`, the arguments that load the matching processor.
+
+        Args:
+            pretrained_model_name_or_path: folder of a saved model, or its repository on the Hub.
+            *args: as for `PreTrainedModel.from_pretrained`.
+            revision: branch, tag or commit of the repository.
+            allow_missing: whether weights that the files lack get initial values instead of being an error.
+            output_loading_info: whether to also return what was missing, unexpected or of another shape.
+            **kwargs: as for `PreTrainedModel.from_pretrained`. The weights of a `state_dict` need not be complete.
+
+        Raises:
+            ValueError: the files lack weights.
+            OSError: there is no such folder or repository, or its files cannot be read.
         """
-        kwargs.setdefault("use_safetensors", True)
         source = pretrained_model_name_or_path
-        where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs}
-        revision = resolve_revision(source, revision, **where)
-        loaded = super().from_pretrained(source, *args, revision=revision, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.loaded_revision = getattr(revision, "resolved", None)  # None for a local folder
+        kwargs.setdefault("use_safetensors", True)
+        commit = _commit(source, revision, kwargs)
+        model, info = super().from_pretrained(
+            source, *args, revision=commit or revision, output_loading_info=True, **kwargs
+        )
+        if info["missing_keys"] and not allow_missing and kwargs.get("state_dict") is None:
+            raise ValueError(_lacks_weights(source, info["missing_keys"]))
+        model.loaded_revision = commit
         if source is not None:
+            where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs}
             where["subfolder"] = kwargs.get("subfolder", "")
             where["pretrained_model_name_or_path"] = os.path.abspath(source) if os.path.isdir(source) else str(source)
-            model.loaded_from = Origin(where, revision=model.loaded_revision or revision)
-        return loaded
+            model.loaded_from = Origin(where, revision=commit or revision)
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Like `PreTrainedModel.save_pretrained`, but every Auto class finds the code saved with the weights."""
@@ -483,17 +491,16 @@ class MiniClipModel(PreTrainedModel):
             The model in evaluation mode and float32.
 
         Raises:
-            ValueError: a tower is unknown or lacks weights, or a keyword is not a field of [`MiniClipConfig`].
-            StrictDataclassError: a value is not valid in [`MiniClipConfig`].
+            ValueError: a tower is unknown or lacks weights, or a keyword is no field of [`MiniClipConfig`] or has a
+                wrong value.
             OSError: the weights cannot be found.
 
         Example:
             >>> model = MiniClipModel.from_towers("resnet50.a1_in1k", "distilbert-base-uncased")  # doctest: +SKIP
         """
-        fields = [name for name in MiniClipConfig.__annotations__ if name not in ("vision_config", "text_config")]
-        unknown = sorted(set(config) - set(fields))
+        unknown = sorted(set(config) - set(FIELDS))
         if unknown:
-            raise ValueError(f"from_towers got unknown fields {', '.join(unknown)}; it takes {', '.join(fields)}")
+            raise ValueError(f"from_towers got unknown fields {', '.join(unknown)}; it takes {', '.join(FIELDS)}")
         vision_config, text_config = timm_config(os.fspath(vision)), AutoConfig.from_pretrained(text)
         text_class = text_tower_class(text_config)
         model_config = MiniClipConfig(

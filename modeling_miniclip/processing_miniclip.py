@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+import transformers
 from huggingface_hub import get_session
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from timm.data import resolve_data_config
@@ -18,14 +19,22 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BatchFeature,
-    CLIPImageProcessorPil,
+    CLIPImageProcessor,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TimmWrapperConfig,
 )
 from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.processing_utils import ProcessingKwargs
 
-from .modeling_miniclip import timm_config
+from .configuration_miniclip import timm_config
+
+# How to get the image processor that uses Pillow and NumPy alone in each release of transformers: 4 prefers it; 5.0 to
+# 5.3 have a switch, which would also select a tokenizer in 4; from 5.4 on it has a name.
+IS_VERSION_4 = not hasattr(ProcessorMixin, "get_attributes")
+PilImageProcessor: Any = getattr(transformers, "CLIPImageProcessorPil", CLIPImageProcessor)
+PIL_BACKEND = {"backend": "pil"} if PilImageProcessor is not CLIPImageProcessor else {"use_fast": False}
+PIL_BACKEND = {} if IS_VERSION_4 else PIL_BACKEND
 
 # Text encoders whose position table starts after the padding index (two of RoBERTa's 514 rows are never used).
 OFFSET_POSITIONS = frozenset(
@@ -87,7 +96,9 @@ def load_rgb(source: str | os.PathLike) -> Image.Image:
     """
     name = os.fspath(source)
     if name.startswith(("http://", "https://")):
-        opened = Image.open(io.BytesIO(get_session().get(name).raise_for_status().content))
+        response = get_session().get(name)
+        response.raise_for_status()
+        opened = Image.open(io.BytesIO(response.content))
     elif os.path.isfile(name):
         opened = Image.open(name)
     else:
@@ -101,9 +112,7 @@ def load_rgb(source: str | os.PathLike) -> Image.Image:
         return to_rgb(opened)
 
 
-def image_processor_from_timm(
-    vision_config: Any, image_size: int | None = None, crop_pct: float | None = None
-) -> CLIPImageProcessorPil:
+def image_processor_from_timm(vision_config: Any, image_size: int | None = None, crop_pct: float | None = None) -> Any:
     """A stock image processor that does what timm's evaluation transform does for this tower.
 
     It resizes the shorter edge, crops the centre, rescales and normalises. The result equals timm's bit for bit if
@@ -144,7 +153,7 @@ def image_processor_from_timm(
         )
     scaled = (math.floor(height / data["crop_pct"]), math.floor(width / data["crop_pct"]))
     squash = data["crop_mode"] == "squash"
-    return CLIPImageProcessorPil(
+    return PilImageProcessor(
         size={"height": scaled[0], "width": scaled[1]} if squash else {"shortest_edge": scaled[0]},
         crop_size={"height": height, "width": width},
         resample=PILImageResampling[data["interpolation"].upper()],
@@ -188,7 +197,7 @@ def _rgb_or_array(images: Any, pil: bool, whole: bool) -> Any:
     if isinstance(images, np.ndarray) and images.dtype == np.uint16:
         images = (images / 257).round().astype(np.uint8)
     if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 2:
-        images = images[None]  # grey
+        images = torch.stack([images] * 3) if isinstance(images, torch.Tensor) else np.stack([images] * 3)  # grey
     return images
 
 
@@ -221,6 +230,15 @@ def _forget_last_call(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.backend_tokenizer.no_padding()
 
 
+TEXT_DEFAULTS: dict[str, Any] = {"padding": True, "truncation": True}
+
+
+class MiniClipProcessorKwargs(ProcessingKwargs, total=False):
+    """Where transformers before 5.23 looks for defaults."""
+
+    _defaults = {"text_kwargs": TEXT_DEFAULTS}
+
+
 class MiniClipProcessor(ProcessorMixin):
     """Turns images into `pixel_values`, and texts into `input_ids` and `attention_mask`.
 
@@ -234,7 +252,11 @@ class MiniClipProcessor(ProcessorMixin):
         >>> inputs = processor(images=[image], text=["two dogs"], return_tensors="pt")  # doctest: +SKIP
     """
 
-    text_kwargs = {"padding": True, "truncation": True}
+    if IS_VERSION_4:  # later versions read the arguments of __init__
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class, tokenizer_class = "AutoImageProcessor", "AutoTokenizer"
+    valid_processor_kwargs = MiniClipProcessorKwargs
+    text_kwargs = TEXT_DEFAULTS
 
     def __init__(self, image_processor: Any, tokenizer: Any):
         super().__init__(image_processor, tokenizer)
@@ -253,10 +275,10 @@ class MiniClipProcessor(ProcessorMixin):
             part.__dict__.pop("auto_map", None)
         return files
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Like `ProcessorMixin.to_dict`, but without an `auto_map` of the stock image processor, which has no code."""
-        values = super().to_dict()
-        values["image_processor"].pop("auto_map", None)
+        values = super().to_dict(*args, **kwargs)
+        values.get("image_processor", {}).pop("auto_map", None)
         return values
 
     @classmethod
@@ -264,8 +286,7 @@ class MiniClipProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> "MiniClipProcessor":
         """Like `ProcessorMixin.from_pretrained`, with `backend="pil"` by default."""
-        kwargs.setdefault("backend", "pil")
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **(PIL_BACKEND | kwargs))
 
     @classmethod
     def from_towers(
@@ -352,9 +373,11 @@ class MiniClipProcessor(ProcessorMixin):
         # Size and crop box that the image processor would use. Without its copies, this takes half the time.
         # None if the image processor does something else.
         processor = self.image_processor
-        if type(processor) is not CLIPImageProcessorPil or processor.resample is None or processor.do_pad:
+        if type(processor) is not PilImageProcessor or processor.resample is None:
             return None
         if not (processor.do_resize and processor.do_center_crop and image.mode == "RGB"):
+            return None
+        if getattr(processor, "do_pad", None):
             return None
         if not all(isinstance(setting, dict | SizeDict) for setting in (processor.size, processor.crop_size)):
             return None

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from ..configuration_miniclip import MiniClipConfig
+from ..configuration_miniclip import FIELDS, TOWERS, MiniClipConfig
 from ..errors import ModelError, UsageError, did_you_mean, one_line
 from ..inference.loading import check_export_folder, load_export
 from ..modeling_miniclip import MiniClipModel
@@ -102,14 +102,14 @@ def read_preset(path: Path, overrides: dict[str, Any] | None = None) -> MiniClip
         raise UsageError(f"{path}: not JSON: {error}") from error
     if not isinstance(preset, dict):
         raise UsageError(f"{path}: expected the fields of a MiniClipConfig, found {type(preset).__name__}")
-    known = ["model_type", *MiniClipConfig.__annotations__]
+    known = ["model_type", *TOWERS, *FIELDS]
     for key in preset:
         if key not in known:  # the configuration would silently keep it
             expected = f"; expected one of {', '.join(known)}"
             raise UsageError(f"{path}: unknown key {key!r}{did_you_mean(key, known, expected)}")
     try:
         return MiniClipConfig.from_dict(preset | (overrides or {}))
-    except StrictDataclassError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise UsageError(f"{path}: {one_line(error)}") from error
 
 

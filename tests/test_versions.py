@@ -1,0 +1,43 @@
+"""The files that travel with an export run under each supported release of transformers."""
+
+import ast
+from pathlib import Path
+
+import modeling_miniclip
+
+PACKAGE = Path(modeling_miniclip.__file__).parent
+TRAVELLING = {f"{part}_miniclip" for part in ("configuration", "modeling", "processing")}
+# What they import: in transformers since 4.57, in timm since 1.0.15, in huggingface_hub since 0.34. Run
+# `make test-versions` before you add a name.
+NAMES = {
+    "huggingface_hub": "get_session",
+    "timm.data": "resolve_data_config",
+    "transformers": "AutoConfig AutoTokenizer BatchFeature CLIPImageProcessor MODEL_FOR_TEXT_ENCODING_MAPPING "
+    "MODEL_MAPPING PreTrainedModel PreTrainedTokenizerBase PretrainedConfig ProcessorMixin TimmWrapperConfig "
+    "TimmWrapperModel",
+    "transformers.image_utils": "PILImageResampling SizeDict",
+    "transformers.modeling_outputs": "BaseModelOutputWithPooling",
+    "transformers.processing_utils": "ProcessingKwargs Unpack",
+    "transformers.utils": "ModelOutput TransformersKwargs cached_file can_return_tuple extract_commit_hash logging",
+}
+
+
+def imports(name: str) -> list[ast.ImportFrom]:
+    """The `from ... import` lines of a file of the package, inside functions too."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+
+
+def test_travelling_files_import_names_of_every_release() -> None:
+    found: dict[str, set[str]] = {}
+    for node in (node for name in TRAVELLING for node in imports(name)):
+        if node.level == 0 and node.module.split(".")[0] in ("huggingface_hub", "timm", "transformers"):
+            found.setdefault(node.module, set()).update(alias.name for alias in node.names)
+    assert found == {module: set(names.split()) for module, names in NAMES.items()}
+
+
+def test_no_travelling_file_imports_a_chain() -> None:
+    # Up to transformers 5.8, a local folder's file may only import files that import no other.
+    siblings = {name: {node.module for node in imports(name) if node.level} for name in TRAVELLING}
+    assert siblings["configuration_miniclip"] == set()
+    assert siblings["modeling_miniclip"] == siblings["processing_miniclip"] == {"configuration_miniclip"}
