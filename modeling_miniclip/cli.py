@@ -267,9 +267,8 @@ def declare_duplicates(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold",
         type=float,
-        default=0.95,
         metavar="X",
-        help="smallest cosine similarity of near-identical images (0.95)",
+        help="smallest cosine similarity of near-identical images (by default, one that distinct images rarely reach)",
     )
     parser.add_argument("--across_splits", action="store_true", help="only groups that span several splits")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a list")
@@ -277,13 +276,14 @@ def declare_duplicates(parser: argparse.ArgumentParser) -> None:
 
 def run_duplicates(args: argparse.Namespace) -> None:
     """Print groups of identical and near-identical images."""
-    from .search.duplicates import find_duplicates
+    from .search.duplicates import default_threshold, find_duplicates
     from .search.formatting import format_groups, format_groups_json
     from .search.index import ImageIndex
 
     index = ImageIndex.open(args.index, verify=True)
-    groups = find_duplicates(index, args.threshold, args.across_splits)
-    print(format_groups_json(index, groups) if args.json else format_groups(index, groups))
+    threshold = default_threshold(index) if args.threshold is None else args.threshold
+    groups = find_duplicates(index, threshold, args.across_splits)
+    print(format_groups_json(index, groups) if args.json else format_groups(index, groups, threshold))
 
 
 def declare_eval(parser: argparse.ArgumentParser) -> None:

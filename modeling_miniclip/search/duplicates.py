@@ -11,6 +11,12 @@ from .index import ImageIndex
 
 BLOCK = 2_048  # rows and columns of similarities that are computed at a time
 
+# For the default threshold: pairs per image between which the growth of their number is measured, the number of wrong
+# pairs per image to allow, the number of images to sample, and the threshold of an index too small to measure.
+FEW_PAIRS, MANY_PAIRS, WRONG_PAIRS = 1, 10, 1e-3
+SAMPLE = 2_000
+FALLBACK_THRESHOLD = 0.95
+
 
 @dataclass(frozen=True)
 class Group:
@@ -47,14 +53,38 @@ class _Links:
             self.weakest[low] = min(similarity, self.weakest.get(low, 1.0), self.weakest.pop(high, 1.0))
 
 
-def find_duplicates(index: ImageIndex, threshold: float = 0.95, across_splits: bool = False) -> list[Group]:
+def default_threshold(index: ImageIndex) -> float:
+    """Cosine that about one pair of distinct images per 1,000 images of the index exceeds.
+
+    Models differ: for some, distinct photographs rarely exceed 0.82, for others 0.998. Among distinct images, the
+    number of pairs closer than d grows like a power of d, whose exponent is the dimension that the embeddings fill
+    (the correlation dimension of Grassberger and Procaccia, 1983). The growth is measured where there are 1 to 10
+    pairs per image, few of which are copies, and extrapolated to one pair per 1,000 images.
+
+    Args:
+        index: index whose images are mostly distinct. Below 22 images there is nothing to measure: 0.95.
+    """
+    rows = np.array(list(_first_rows(index.entries["hash"].to_pylist()).values()), dtype=np.int64)
+    most = MANY_PAIRS * 2  # a pair counts for both of its images
+    if len(rows) < most + 2:
+        return FALLBACK_THRESHOLD
+    sample = rows[:: -(-len(rows) // SAMPLE)]
+    cosines = _highest_cosines(index.embeddings, sample, rows, most * len(sample))
+    # A distance of zero, between copies or by a model that sees no difference, has no logarithm.
+    distances = (max(1 - float(cosines[2 * pairs * len(sample) - 1]), 1e-7) for pairs in (FEW_PAIRS, MANY_PAIRS))
+    few, many = map(np.log, distances)
+    log_distance_per_log_pairs = (many - few) / np.log(MANY_PAIRS / FEW_PAIRS)
+    return float(1 - np.exp(few - log_distance_per_log_pairs * np.log(FEW_PAIRS / WRONG_PAIRS)))
+
+
+def find_duplicates(index: ImageIndex, threshold: float | None = None, across_splits: bool = False) -> list[Group]:
     """Find groups of identical and near-identical images.
 
     Every pair of images is compared, in blocks: time grows with the square of the number of images, memory does not.
 
     Args:
         index: index to search.
-        threshold: smallest cosine of two near-identical images, in (0, 1].
+        threshold: smallest cosine of two near-identical images, in (0, 1]; by default [`default_threshold`].
         across_splits: whether to return only groups that span several splits, such as train and validation.
 
     Returns:
@@ -63,13 +93,15 @@ def find_duplicates(index: ImageIndex, threshold: float = 0.95, across_splits: b
     Raises:
         UsageError: the threshold is outside (0, 1].
     """
+    if threshold is None:
+        threshold = default_threshold(index)
     if not 0 < threshold <= 1:
         raise UsageError(f"--threshold {threshold}: expected a cosine above 0 and at most 1")
     links = _Links(len(index))
     hashes = index.entries["hash"].to_pylist()
-    first: dict[str, int] = {}
+    first = _first_rows(hashes)
     for row, content in enumerate(hashes):
-        if first.setdefault(content, row) != row:
+        if first[content] != row:
             links.join(first[content], row, 1.0)
     for one, other, cosine in _near(index.embeddings, np.array(list(first.values()), dtype=np.int64), threshold):
         links.join(one, other, cosine)
@@ -83,6 +115,29 @@ def find_duplicates(index: ImageIndex, threshold: float = 0.95, across_splits: b
         if len(rows) > 1 and (not across_splits or len({splits[row] for row in rows} - {""}) > 1)
     ]
     return sorted(groups, key=lambda group: (not group.exact, -group.similarity, group.rows))
+
+
+def _first_rows(hashes: list[str]) -> dict[str, int]:
+    """The first row of each content, ascending."""
+    first: dict[str, int] = {}
+    for row, content in enumerate(hashes):
+        first.setdefault(content, row)
+    return first
+
+
+def _highest_cosines(embeddings: np.ndarray, sample: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """The highest `count` cosines between images of the sample and other images, falling."""
+    highest = np.empty(0, dtype=np.float32)
+    for top in range(0, len(sample), BLOCK):
+        ones = sample[top : top + BLOCK]
+        block = embeddings[ones].astype(np.float32)
+        for left in range(0, len(rows), BLOCK):
+            others = rows[left : left + BLOCK]
+            cosines = block @ embeddings[others].astype(np.float32).T
+            highest = np.concatenate([highest, cosines[ones[:, None] != others]])
+            if len(highest) > count:
+                highest = np.partition(highest, -count)[-count:]
+    return np.sort(highest)[::-1]
 
 
 def _near(embeddings: np.ndarray, rows: np.ndarray, threshold: float) -> Iterator[tuple[int, int, float]]:

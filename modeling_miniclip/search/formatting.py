@@ -66,7 +66,7 @@ def format_json(index: ImageIndex, query: Query, matches: list[Match], timing: T
     return json.dumps(values, indent=1, ensure_ascii=False)
 
 
-def format_groups(index: ImageIndex, groups: list[Group]) -> str:
+def format_groups(index: ImageIndex, groups: list[Group], threshold: float) -> str:
     """Format groups of duplicates as text. All images of a group except its first are superfluous."""
     ids, splits = index.entries["id"].to_pylist(), index.entries["split"].to_pylist()
     lines = []
@@ -79,7 +79,7 @@ def format_groups(index: ImageIndex, groups: list[Group]) -> str:
     plural = "" if len(groups) == 1 else "s"
     lines.append(
         f"{len(groups)} group{plural} among {len(index)} images: {exact} identical, "
-        f"{len(groups) - exact} near-identical, "
+        f"{len(groups) - exact} near-identical (cosine {threshold:.4f} or more), "
         f"{more} superfluous images; {across} across splits"
     )
     return "\n".join(lines)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -232,7 +233,7 @@ def test_results_page_is_self_contained_and_escaped(tmp_path: Path, tiny_export:
 # --- export and duplicates ------------------------------------------------------------------------------------------
 
 
-def write_vectors(folder: Path, vectors: np.ndarray, hashes: str, splits: list[str]) -> ImageIndex:
+def write_vectors(folder: Path, vectors: np.ndarray, hashes: Sequence[str], splits: list[str]) -> ImageIndex:
     """An index of the given embeddings, without images."""
     rows = [
         {"id": f"/p/{i}.jpg", "hash": content, "split": split}
@@ -271,9 +272,34 @@ def test_duplicates_are_grouped_by_bytes_and_cosine(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "identical" and lines[1:3] == ["  /p/1.jpg  (train)", "  /p/5.jpg  (train)"]
     assert lines[-1] == (
-        "2 groups among 7 images: 1 identical, 1 near-identical, 3 superfluous images; 1 across splits"
+        "2 groups among 7 images: 1 identical, 1 near-identical (cosine 0.9975 or more), 3 superfluous images; "
+        "1 across splits"
     )
     assert cli(["duplicates", str(tmp_path / "index"), "--threshold", "0.9975", "--json"]) == 0
     assert [len(group["images"]) for group in json.loads(capsys.readouterr().out)] == [2, 3]
     with pytest.raises(UsageError, match="threshold 0: expected a cosine"):
         duplicates.find_duplicates(index, threshold=0)
+
+
+def test_default_threshold_allows_few_wrong_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modeling_miniclip.search import duplicates
+
+    # The cosine t of two random directions of 6 dimensions has the density (1 - t^2)^1.5, up to a factor.
+    count = 1_000
+    cosines = np.linspace(-1, 1, 200_001)
+    density = np.maximum(1 - cosines**2, 0) ** 1.5
+    pairs_per_image = (count - 1) / 2 * np.cumsum(density[::-1])[::-1] / density.sum()
+    expected = float(cosines[np.searchsorted(-pairs_per_image, -1e-3)])
+    vectors = np.random.default_rng(0).normal(size=(count, 6))
+    vectors[-100:] = vectors[:100] + 1e-3  # copies, which must not change much
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = write_vectors(tmp_path / "index", vectors, [str(i) for i in range(count)], [""] * count)
+    found = duplicates.default_threshold(index)
+    # within a factor of 2 of the distance; the threshold for ten times as many wrong pairs is a factor of 2.5 away
+    assert 0.5 < (1 - found) / (1 - expected) < 2
+    assert len(duplicates.find_duplicates(index)) == 100
+    monkeypatch.setattr(duplicates, "SAMPLE", 200)
+    monkeypatch.setattr(duplicates, "BLOCK", 64)
+    assert duplicates.default_threshold(index) == pytest.approx(found, abs=0.2 * (1 - found))
+    few = write_vectors(tmp_path / "few", vectors[:21], [str(i) for i in range(21)], [""] * 21)
+    assert duplicates.default_threshold(few) == 0.95
