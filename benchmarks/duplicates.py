@@ -91,7 +91,7 @@ def measure_model(export: Path, photos: Path, others: Path, made: dict[str, tupl
         pairs, other_pairs = (
             linked_pairs(index, threshold) for index, threshold in zip(indexes, thresholds, strict=True)
         )
-        values = " / ".join(f"{threshold:.3f}" for threshold in dict.fromkeys(thresholds))
+        values = " / ".join(f"{threshold:.4f}" for threshold in dict.fromkeys(thresholds))
         name = f"{export.parent.name}, {title}"
         print(table_row(name, values, found_by_kind(pairs, made), len(pairs - copies), len(other_pairs)))
         if title == "default":
