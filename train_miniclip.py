@@ -104,11 +104,13 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
 
     splits = setup.load_splits(arguments)  # rows {image, image_id, captions}
     setup.report_splits(splits, arguments, accelerator)
+    fingerprint = setup.fingerprint_data(splits, checkpoint, arguments, accelerator)
     model, processor = setup.build_model(splits, arguments, accelerator)
+    setup.fingerprint_model(fingerprint, model, processor, checkpoint, arguments, accelerator)
     features = setup.compute_frozen_features(model, processor, splits, arguments, accelerator)  # may take minutes
     loaders = setup.build_loaders(splits, features, processor, arguments, accelerator)
 
-    run = setup.build_run(model, processor, splits, features, loaders, arguments, accelerator)
+    run = setup.build_run(model, processor, splits, features, loaders, arguments, accelerator, fingerprint)
     setup.start_or_resume(run, checkpoint)
     return run
 

@@ -20,12 +20,19 @@ class BadImages:
         limit: largest fraction of a split's images that may be bad.
         warn: function that prints a line.
         device: device for the communication between processes.
+        remember: function called with the rows of each split when another image was found bad.
     """
 
-    def __init__(self, sizes: Mapping[str, Mapping[str, int]], limit: float, warn: Callable[[str], None],
-                 device: torch.device):  # fmt: skip
+    def __init__(
+        self,
+        sizes: Mapping[str, Mapping[str, int]],
+        limit: float,
+        warn: Callable[[str], None],
+        device: torch.device,
+        remember: Callable[[dict[str, list[int]]], object] = lambda rows: None,
+    ):
         self.sizes = {split: size["images"] for split, size in sizes.items()}
-        self.limit, self.warn, self.device = limit, warn, device
+        self.limit, self.warn, self.device, self.remember = limit, warn, device, remember
         self.rows: dict[str, list[int]] = {split: [] for split in sizes}
 
     def record_undecodable(self, split: str, undecodable: list[tuple[int, str]]) -> int:
@@ -43,11 +50,13 @@ class BadImages:
         """
         undecodable = sorted(gather_lists(undecodable, self.device))
         known, size = self.rows[split], self.sizes[split]
-        for row, why in undecodable:
-            if row not in known:
-                known.append(row)
-                self.warn(f"{why}; skipped in {split}")
-        if len(known) > self.limit * size:
+        new = [(row, why) for row, why in undecodable if row not in known]
+        for row, why in new:
+            known.append(row)
+            self.warn(f"{why}; skipped in {split}")
+        if new:
+            self.remember(self.rows)
+        if undecodable and len(known) > self.limit * size:
             raise DataError(
                 f"{len(known)} of {size} images of {split} cannot be decoded so far, the last one: "
                 f"{undecodable[-1][1]}. --max_bad_image_fraction {self.limit:g} allows {self.limit:.2%}: fix the "

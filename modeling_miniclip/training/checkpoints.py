@@ -16,6 +16,7 @@ from ..modeling_miniclip import MiniClipModel
 from ..utils.files import commit_folder, discard_folder, link_folder, replaced_folder
 from .diagnostics import not_finite
 from .distributed import local_tensor
+from .fingerprint import Fingerprint
 
 
 @dataclass
@@ -23,7 +24,6 @@ class Progress:
     """Position and best value of a run; saved in each checkpoint.
 
     Args:
-        batch_size, seed, steps_per_epoch: what the batches depend on; never changes.
         epoch: number of complete epochs.
         step: number of optimizer steps.
         step_in_epoch: number of steps in the current epoch.
@@ -32,9 +32,6 @@ class Progress:
         epochs_without_improvement: number of epochs since the best value.
     """
 
-    batch_size: int
-    seed: int
-    steps_per_epoch: int
     epoch: int = 0
     step: int = 0
     step_in_epoch: int = 0
@@ -68,7 +65,14 @@ def check_finite_weights(model: MiniClipModel, accelerator: Accelerator) -> None
         raise not_finite("weights", math.nan, accelerator.mixed_precision)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int, export_dir: Path) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    progress: Progress,
+    fingerprint: Fingerprint | None,
+    keep: int,
+    export_dir: Path,
+) -> Path:
     """Write a resumable state as `folder/step-<step>`, completely or not at all, and delete the oldest beyond `keep`.
 
     The checkpoint includes the best model so far, as `export`, because a later validation may replace `export_dir`
@@ -78,6 +82,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
         accelerator: processes and registered state of the run.
         folder: folder of all checkpoints.
         progress: position and best value of the run.
+        fingerprint: what the run trains on and with; only rank 0 needs it.
         keep: number of checkpoints to keep.
         export_dir: folder of the best model so far; may not exist yet.
 
@@ -94,6 +99,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
         accelerator.save_state(str(fresh))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            if fingerprint is not None:
+                fingerprint.save(fresh)
             if export_dir.exists():
                 link_folder(export_dir, fresh / "export")
             commit_folder(fresh, target)
@@ -162,26 +169,6 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     raise UsageError(
         f"--resume_from_checkpoint {wanted}: no such checkpoint in {output_dir / 'checkpoints'}; it has: {names}"
     )
-
-
-def check_resumed(progress: Progress, expected: Progress, output_dir: Path) -> None:
-    """Check that a checkpoint was trained on the same batches as this run will be.
-
-    Args:
-        progress: progress that the checkpoint holds.
-        expected: progress of this run before it loaded the checkpoint.
-        output_dir: output folder of the run.
-
-    Raises:
-        UsageError: the batch size, the seed or the number of training images changed.
-    """
-    for name in ("batch_size", "seed", "steps_per_epoch"):
-        saved, now = getattr(progress, name), getattr(expected, name)
-        if saved != now:
-            raise UsageError(
-                f"--resume_from_checkpoint: the checkpoint was made with {name} {saved}, this run has {now}; resume "
-                f"with the original data and flags: --recipe {output_dir / 'arguments.yaml'}"
-            )
 
 
 def rewind_folders(checkpoint: Path, export_dir: Path) -> None:

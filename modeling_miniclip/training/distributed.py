@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..errors import MiniClipError
 from ..modeling_miniclip import symmetric_contrastive_loss
 
 T = TypeVar("T")
@@ -82,6 +83,20 @@ def compute_on_main(compute: Callable[[], T], is_main: bool) -> T:
     """Compute something on rank 0 and broadcast it, so that all processes decide alike; every process must call it."""
     result: list[Any] = [compute() if is_main else None]
     return broadcast_object_list(result)[0]
+
+
+def check_on_main(check: Callable[[], object], is_main: bool) -> None:
+    """Check something on rank 0; every process must call it, and raises the error of the package that rank 0 found."""
+
+    def error_of_check() -> MiniClipError | None:
+        try:
+            check()
+        except MiniClipError as error:
+            return error
+        return None
+
+    if (error := compute_on_main(error_of_check, is_main)) is not None:
+        raise error
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

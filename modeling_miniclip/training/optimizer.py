@@ -1,6 +1,7 @@
 """Parameter groups, schedule of the learning rates, and the bound of the temperature."""
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -10,6 +11,17 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from ..modeling_miniclip import MiniClipModel
 from .arguments import TrainingArguments
 from .layers import rate_multipliers, text_layers, vision_layers
+
+NO_DECAY = "_no_decay"  # end of the name of a group without weight decay
+
+
+def part_rates(arguments: TrainingArguments) -> dict[str, float]:
+    """Learning rate of each part of a model."""
+    return {
+        "head": arguments.head_learning_rate,
+        "vision": arguments.vision_learning_rate,
+        "text": arguments.text_learning_rate,
+    }
 
 
 def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list[dict[str, Any]]:
@@ -23,11 +35,7 @@ def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list
     Raises:
         UsageError: with `--layer_decay`, timm does not know the layers of the image tower.
     """
-    rates = {
-        "vision": arguments.vision_learning_rate,
-        "text": arguments.text_learning_rate,
-        "head": arguments.head_learning_rate,
-    }
+    rates = part_rates(arguments)
     parts = {"vision_model": "vision", "text_model": "text"}
     multipliers: dict[Parameter, float] = {}
     if arguments.layer_decay != 1:
@@ -40,7 +48,7 @@ def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list
         part = parts.get(name.partition(".")[0], "head")
         multiplier = multipliers.get(parameter, 1.0)
         decays = parameter.ndim > 1
-        key = (part if multiplier == 1 else f"{part}*{multiplier:.4g}") + ("" if decays else "_no_decay")
+        key = (part if multiplier == 1 else f"{part}*{multiplier:.4g}") + ("" if decays else NO_DECAY)
         decay, rate = arguments.weight_decay if decays else 0.0, rates[part] * multiplier
         group = groups.setdefault(key, {"name": key, "params": [], "lr": rate, "weight_decay": decay})
         group["params"].append(parameter)
@@ -68,6 +76,33 @@ def build_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArgumen
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return LambdaLR(optimizer, factor_at)
+
+
+def apply_flags(
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler, arguments: TrainingArguments, saved: dict[str, Any]
+) -> None:
+    """After a checkpoint is loaded, let the flags hold that its optimizer and schedule have overridden.
+
+    A changed rate is applied as a factor, so that what a plateau has lowered stays lowered.
+
+    Args:
+        optimizer, scheduler: with the state of the checkpoint.
+        arguments: flags of this start of the run.
+        saved: flags in the checkpoint.
+    """
+    factors = {part: rate / saved[f"{part}_learning_rate"] for part, rate in part_rates(arguments).items()}
+    parts = [re.split(r"[*_]", group["name"])[0] for group in optimizer.param_groups]
+    for group, part in zip(optimizer.param_groups, parts, strict=True):
+        group["lr"] *= factors[part]
+        group["weight_decay"] = 0.0 if group["name"].endswith(NO_DECAY) else arguments.weight_decay
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.patience, scheduler.factor = arguments.lr_plateau_patience, arguments.lr_plateau_factor
+        return
+    scheduler.base_lrs = [rate * factors[part] for rate, part in zip(scheduler.base_lrs, parts, strict=True)]
+    assert isinstance(scheduler, LambdaLR)
+    now = scheduler.lr_lambdas[0](scheduler.last_epoch)  # its length or its warm-up may have changed
+    for group, rate in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
+        group["lr"] = rate * now
 
 
 @torch.no_grad()

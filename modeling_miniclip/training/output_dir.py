@@ -12,6 +12,7 @@ from ..utils.files import discard_folder, recover_folder
 from ..utils.processes import process_rank
 from .arguments import TrainingArguments
 from .checkpoints import list_checkpoints
+from .fingerprint import UNDECODABLE
 
 try:
     import fcntl
@@ -19,7 +20,7 @@ except ImportError:  # Windows: two runs may share a folder
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
-RESULTS = ("checkpoints", "export", "metrics.jsonl", "curves.png", "retrieval.png", "arguments.yaml")
+RESULTS = ("checkpoints", "export", "metrics.jsonl", "curves.png", "retrieval.png", "arguments.yaml", UNDECODABLE)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from .checkpoints import Progress, check_finite_weights, save_checkpoint
 from .diagnostics import Diagnosis
 from .ema import AveragedWeights
 from .features import FrozenFeatures
+from .fingerprint import Fingerprint
 from .reporting import MetricsLog, StepMeter, say
 from .signals import SignalHandler
 
@@ -53,6 +54,7 @@ class TrainingRun:
         steps_per_epoch: optimizer steps per epoch.
         last_step: number of the step after which training ends.
         ema: moving average of the weights; None without `--ema_decay`.
+        fingerprint: what the run trains on and with, on rank 0; each checkpoint has it.
         saved_position: `position` of the last checkpoint; at first the start of the run, which needs none.
     """
 
@@ -77,6 +79,7 @@ class TrainingRun:
     steps_per_epoch: int
     last_step: int
     ema: AveragedWeights | None = None
+    fingerprint: Fingerprint | None = None
     saved_position: tuple[int, int] = (0, 0)
     output_dir: Path = field(init=False)
     export_dir: Path = field(init=False)
@@ -142,7 +145,7 @@ class TrainingRun:
             return
         check_finite_weights(self.unwrapped_model, self.accelerator)
         folder, keep = self.output_dir / "checkpoints", self.arguments.save_total_limit
-        save_checkpoint(self.accelerator, folder, self.progress, keep, self.export_dir)
+        save_checkpoint(self.accelerator, folder, self.progress, self.fingerprint, keep, self.export_dir)
         self.saved_position = self.position
 
     def write_metrics(self, split: str, values: dict[str, float], **only_in_file: float) -> None:

@@ -1,6 +1,6 @@
 """The steps of `prepare` in `train_miniclip.py`, in the order in which it calls them."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,23 +28,29 @@ from ..utils.performance import (
 from ..utils.processes import process_rank
 from .arguments import TrainingArguments
 from .bad_images import BadImages
+from .changes import check_data, check_flags, check_model
 from .check_arguments import augmentation_list
-from .checkpoints import Progress, check_resumed, delete_expired, find_checkpoint, rewind_folders
+from .checkpoints import Progress, delete_expired, find_checkpoint, rewind_folders
 from .create_model import create_model
 from .diagnostics import Diagnosis
+from .distributed import check_on_main
 from .ema import AveragedWeights
 from .feature_cache import default_cache_dir
 from .features import EVALUATION_BATCH, FrozenFeatures, frozen_image_features, frozen_text_features
+from .fingerprint import Fingerprint, add_model, fingerprint_of_data
 from .launch import Launch, read_launch
 from .layers import freeze_layers
-from .optimizer import build_scheduler, parameter_groups
+from .optimizer import apply_flags, build_scheduler, parameter_groups
 from .output_dir import check_output_dir, clear_output_dir
 from .publish import data_for_card
 from .recipes import save_arguments
 from .reporting import MetricsLog, StepMeter, describe_model, describe_splits, say, split_sizes
+from .resume_rules import changed_flags, describe_flags
 from .run import TrainingRun
 from .signals import SignalHandler
 from .text_groups import group_texts_by_length
+
+SCALER = "scaler.pt"  # accelerate's file of fp16's scale of the loss
 
 
 def prepare_output_dir(arguments: TrainingArguments) -> Path | None:
@@ -52,12 +58,18 @@ def prepare_output_dir(arguments: TrainingArguments) -> Path | None:
 
     Returns:
         The checkpoint to resume from; None to start from scratch.
+
+    Raises:
+        UsageError: the folder cannot be used, or a flag differs that a resumed run cannot change.
     """
     if process_rank() == 0:
         check_output_dir(arguments)
     if arguments.resume_from_checkpoint is None:
         return None
-    return find_checkpoint(Path(arguments.output_dir), arguments.resume_from_checkpoint)
+    checkpoint = find_checkpoint(Path(arguments.output_dir), arguments.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_flags(Fingerprint.load(checkpoint), arguments)
+    return checkpoint
 
 
 def prepare_hub_repo(arguments: TrainingArguments) -> str | None:
@@ -153,6 +165,50 @@ def report_splits(splits: DatasetDict, arguments: TrainingArguments, accelerator
     if accelerator.is_main_process:
         for line in quick_check(splits, str(arguments.dataset), arguments.batch_size):
             say(accelerator, f"warning: {line}")
+
+
+def fingerprint_data(
+    splits: DatasetDict, checkpoint: Path | None, arguments: TrainingArguments, accelerator: Accelerator
+) -> Fingerprint | None:
+    """Fingerprint of the rows, on rank 0; when a run is resumed, they must be those of the checkpoint.
+
+    Raises:
+        DataError: images, captions or splits changed.
+    """
+    found: list[Fingerprint] = []
+
+    def compute() -> None:
+        saved = None if checkpoint is None else Fingerprint.load(checkpoint)
+        found.append(fingerprint_of_data(splits, arguments, None if saved is None else saved.by_content))
+        if saved is not None:
+            saved.add_undecodable(Path(arguments.output_dir))
+            check_data(saved, found[0], splits, arguments)
+
+    check_on_main(compute, accelerator.is_main_process)
+    return found[0] if found else None
+
+
+def fingerprint_model(
+    fingerprint: Fingerprint | None,
+    model: MiniClipModel,
+    processor: MiniClipProcessor,
+    checkpoint: Path | None,
+    arguments: TrainingArguments,
+    accelerator: Accelerator,
+) -> None:
+    """Complete the fingerprint; model, vocabulary and preprocessing of a resumed run must be those of the checkpoint.
+
+    Raises:
+        ModelError: one of them changed.
+    """
+
+    def compute() -> None:
+        assert fingerprint is not None, "rank 0 has it"
+        add_model(fingerprint, model, processor, arguments)
+        if checkpoint is not None:
+            check_model(Fingerprint.load(checkpoint), fingerprint, arguments)
+
+    check_on_main(compute, accelerator.is_main_process)
 
 
 def build_model(
@@ -261,11 +317,16 @@ def build_run(
     loaders: tuple[BatchLoader, BatchLoader],
     arguments: TrainingArguments,
     accelerator: Accelerator,
+    fingerprint: Fingerprint | None = None,
 ) -> TrainingRun:
     """Build optimizer and schedule, and the state of a run at its start."""
 
     def warn(line: str) -> None:
         say(accelerator, f"warning: {line}")
+
+    def remember(bad_rows: dict[str, list[int]]) -> None:
+        if fingerprint is not None:
+            fingerprint.mark_undecodable(bad_rows, Path(arguments.output_dir))
 
     fused = accelerator.device.type == "cuda"  # one kernel per step
     prepared, optimizer = accelerator.prepare(
@@ -291,7 +352,7 @@ def build_run(
         card_data=data_for_card(arguments, splits),
         log=MetricsLog(Path(arguments.output_dir) / "metrics.jsonl", accelerator.is_main_process),
         meter=StepMeter(accelerator, optimizer),
-        progress=Progress(arguments.batch_size, arguments.seed, steps_per_epoch),
+        progress=Progress(),
         signals=SignalHandler(lambda line: say(accelerator, line)),
         diagnosis=Diagnosis(
             warn,
@@ -299,10 +360,13 @@ def build_run(
             unwrapped_model.config.logit_scale_max,
             has_softmax=unwrapped_model.config.loss_type != "sigmoid",
         ),
-        bad_images=BadImages(split_sizes(splits), arguments.max_bad_image_fraction, warn, accelerator.device),
+        bad_images=BadImages(
+            split_sizes(splits), arguments.max_bad_image_fraction, warn, accelerator.device, remember
+        ),
         steps_per_epoch=steps_per_epoch,
         last_step=last_step,
         ema=None if arguments.ema_decay is None else AveragedWeights(unwrapped_model, arguments.ema_decay),
+        fingerprint=fingerprint,
     )
 
 
@@ -325,8 +389,13 @@ def start_or_resume(run: TrainingRun, checkpoint: Path | None) -> None:
 
 
 def resume(run: TrainingRun, checkpoint: Path) -> None:
-    """Load a checkpoint, and delete what an earlier start logged and saved after it."""
-    expected = replace(run.progress)
+    """Load a checkpoint, apply changed flags, and delete what an earlier start logged and saved after it."""
+    flags = Fingerprint.load(checkpoint).flags
+    if run.accelerator.scaler is not None and not (checkpoint / SCALER).exists():
+        raise UsageError(
+            f"--mixed_precision fp16: this run started with {flags['mixed_precision']}, and its checkpoint has no "
+            f"scale of the loss; resume with --mixed_precision {flags['mixed_precision']} or bf16"
+        )
     try:
         run.accelerator.load_state(str(checkpoint))
     except Exception as error:  # of many classes, for a damaged file or different parameters
@@ -334,10 +403,14 @@ def resume(run: TrainingRun, checkpoint: Path) -> None:
             f"--resume_from_checkpoint: {checkpoint} is damaged or of another model: {one_line(error)}; resume with "
             f"the original flags (--recipe {run.output_dir / 'arguments.yaml'}) or from another checkpoint"
         ) from error
-    check_resumed(run.progress, expected, run.output_dir)
+    changed = changed_flags(flags, run.arguments, "applied")
+    if changed:
+        apply_flags(run.optimizer.optimizer, run.scheduler, run.arguments, flags)
     if run.accelerator.is_main_process:
         rewind_folders(checkpoint, run.export_dir)
         delete_expired(checkpoint.parent, run.arguments.save_total_limit, run.progress.best_step)
     run.log.rewind()
     run.saved_position = run.position
     run.say(f"resumed from {checkpoint} at step {run.progress.step}")
+    if changed:
+        run.say(f"changed from here on: {describe_flags(changed)}")

@@ -191,12 +191,19 @@ def test_resumed_run_remembers_bad_images(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_too_many_bad_images_end_the_run(tmp_path: Path) -> None:
-    main(flags(tmp_path, num_train_epochs=1, max_bad_image_fraction=0))
+    whole = (tmp_path / "scenes" / "Images").joinpath
+    flags(tmp_path)
+    (name,) = names = split_of(tmp_path)["image_id"][:1]
+    picture = whole(name).read_bytes()
+    assert break_rows(tmp_path, [0]) == names
+    main(flags(tmp_path, num_train_epochs=1, max_bad_image_fraction=0.5))
     before = last_state(tmp_path / "run")
-    (name,) = break_rows(tmp_path, [0])
     with pytest.raises(DataError, match=f"1 of 21 images of train .*{name}.*--max_bad_image_fraction 0.01"):
         main(flags(tmp_path, resume_from_checkpoint="latest"))
     assert_same(before, last_state(tmp_path / "run"))
+    whole(name).write_bytes(picture)  # repaired, as the message asks
+    main(flags(tmp_path, max_steps=4, resume_from_checkpoint="latest"))
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if line["split"] == "train"] == [1, 2, 3, 4]
 
 
 def test_step_without_images_counts_and_changes_nothing(tmp_path: Path) -> None:

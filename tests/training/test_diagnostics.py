@@ -274,7 +274,7 @@ def test_too_high_rates_are_reported_as_stuck_and_collapsed(
 
 def test_nan_run_keeps_its_last_good_checkpoint_and_export(tmp_path: Path) -> None:
     main(flags(tmp_path, num_train_epochs=1, learning_rate=1e-4))
-    # The optimiser's state would bring back its rates: this is a run of its own, from the model of the first.
+    # A run of its own, from the model of the first: in a resumed one AdamW's state would soften the first steps.
     argv = flags(tmp_path, "nan", num_train_epochs=3, preset=None, model_name_or_path=tmp_path / "run" / "export",
                  logging_steps=100, checkpointing_steps=1, learning_rate=1e30)  # fmt: skip
     with pytest.raises(MiniClipError, match="the (weights|training loss) became nan.*--head_learning_rate"):
