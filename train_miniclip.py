@@ -57,6 +57,7 @@ from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.output_dir import locked_output_dir
 from modeling_miniclip.training.overfit import check_overfitting
 from modeling_miniclip.training.publish import export_best, push_export
+from modeling_miniclip.training.reload_check import load_checked_export
 from modeling_miniclip.training.reporting import describe_validation
 from modeling_miniclip.training.run import TrainingRun
 from modeling_miniclip.utils.performance import release_freed_memory
@@ -269,6 +270,7 @@ def validate(run: TrainingRun) -> bool:
     if improved:
         progress.best_value, progress.best_step = value, progress.step
         export_best(run, metrics, recall_intervals(*embeddings) if is_main else {})
+        run.exported.record(*embeddings)
     return improved
 
 
@@ -304,7 +306,7 @@ def measure_embeddings(run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tenso
 
 
 def finish(run: TrainingRun) -> Path:
-    """Draw curves and retrieved images, close the trackers, and push; returns the folder of the export."""
+    """Check the export, draw curves and retrieved images, and push; returns the folder of the export."""
     run.accelerator.wait_for_everyone()
     run.close()
     if not run.accelerator.is_main_process:  # only rank 0 draws and uploads, and the others need not wait
@@ -312,7 +314,8 @@ def finish(run: TrainingRun) -> Path:
     if bad := run.bad_images.describe():
         run.say(bad)
     draw_curves(read_metrics(run.log.path), run.output_dir / "curves.png", run.progress.best_step)
-    draw_retrieval(run, run.output_dir / "retrieval.png")
+    exported = load_checked_export(run)
+    draw_retrieval(run, exported, run.output_dir / "retrieval.png")
     run.say(f"best {run.arguments.best_metric} {run.progress.best_value:.4g} at step {run.progress.best_step}")
     run.say(f"model: {run.export_dir}")
     if run.arguments.push_to_hub:

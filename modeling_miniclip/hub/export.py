@@ -2,11 +2,14 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..errors import ModelError
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from ..utils.checksums import seal_weights
@@ -58,15 +61,19 @@ def export(
 
     Returns:
         Path of the folder.
+
+    Raises:
+        ModelError: the weights are not those of a model of this configuration. Nothing is written.
     """
     from .. import auto  # noqa: F401  (registers the classes, so that their code is saved with the model)
 
     target = Path(folder)
     _remove_local_paths(model, processor)
+    with torch.device("meta"):
+        empty = MiniClipModel(model.config)
+    check_tensors(model.state_dict() if state_dict is None else state_dict, empty)
     if state_dict is not None:
-        # FSDP changes the model's class; the code saved with the model would be torch's instead of ours.
-        with torch.device("meta"):
-            model = MiniClipModel(model.config)
+        model = empty  # FSDP changes the model's class; the code saved with it would be torch's instead of ours
     with replaced_folder(target) as fresh:
         model.save_pretrained(fresh, state_dict=state_dict)
         if (weights := fresh / "model.safetensors").exists():  # more than 50 GB are split into several files
@@ -75,6 +82,31 @@ def export(
         write_sentence_files(fresh)
         write_card(fresh / "README.md", model, card or {})
     return target
+
+
+def check_tensors(weights: Mapping[str, Tensor], model: MiniClipModel) -> None:
+    """Check that weights fit a model: loading would fill what is missing with random values.
+
+    Args:
+        weights: weights by name.
+        model: model with the expected names and shapes.
+
+    Raises:
+        ModelError: a name or a shape differs; the message has the first of each kind.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    resized = [name for name in expected if found.get(name, expected[name]) != expected[name]]
+    differences = [f"{len(names)} {what}, such as {names[0]}" for names, what in (
+        (missing, "missing"), (unknown, "that the model does not have"), (resized, "of another shape")
+    ) if names]  # fmt: skip
+    if differences:
+        raise ModelError(
+            f"not exported: the weights are not those of a model of this configuration: {'; '.join(differences)}; "
+            "pass the model itself, without what wraps it (accelerator.unwrap_model, merge_and_unload of PEFT)"
+        )
 
 
 def _remove_local_paths(model: MiniClipModel, processor: MiniClipProcessor) -> None:

@@ -29,5 +29,6 @@ reporting.py: log lines, metrics.jsonl, throughput
 diagnostics.py: warn about a run that does not learn
 figures.py: curves and retrieved images
 overfit.py: `--overfit_batch`: can the model learn one batch?
+reload_check.py: load the export again and compare its embeddings
 publish.py: export and push the best model
 """

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from ..errors import UsageError
 from ..modeling_miniclip import MiniClipModel
@@ -50,6 +51,33 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what [`state_dict`][Progress.state_dict] returned."""
+        vars(self).update(state)
+
+
+class ExportedEmbeddings:
+    """What the model that was exported last embeds: the first validation images, and the first caption of each.
+
+    Saved in each checkpoint, so that the end of a resumed run can check an export of its first part.
+    """
+
+    ROWS = 16
+
+    def __init__(self) -> None:
+        self.images: Tensor | None = None  # [n, dim]
+        self.texts: Tensor | None = None  # [n, dim]
+
+    def record(self, images: Tensor, texts: Tensor, image_row: Tensor) -> None:
+        """Keep the first rows of a split's embeddings, as `embed_split` returns them."""
+        rows = torch.arange(min(self.ROWS, len(images)))
+        self.images = images[rows].clone()
+        self.texts = texts[torch.searchsorted(image_row, rows)].clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for `accelerator.register_for_checkpointing`."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what [`state_dict`][ExportedEmbeddings.state_dict] returned."""
         vars(self).update(state)
 
 

@@ -114,20 +114,20 @@ def _finish(axes: Any, best_step: int | None, best_label: str) -> None:
         axes.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=9, labelcolor=INK)
 
 
-def draw_retrieval(run: TrainingRun, target: Path) -> None:
-    """Draw validation captions with the images that the exported model, loaded from disk, finds for them.
+def draw_retrieval(run: TrainingRun, model: MiniClipModel, target: Path) -> None:
+    """Draw validation captions with the images that the exported model finds for them.
 
     The features of a frozen image tower are used again, so the tower does not run.
 
     Args:
         run: a run with an export.
+        model: the exported model, on the device of the run.
         target: PNG file to write.
     """
 
     def project(features: list[Tensor]) -> Tensor:
         return model(vision_pooler_output=torch.stack(features).to(model.device)).image_embeds
 
-    model = MiniClipModel.from_pretrained(run.export_dir).to(run.accelerator.device)
     good = run.bad_images.good_rows("validation")
     split = run.validation_split.select(good)
     features = run.validation_image_features()  # [rows, width]

@@ -19,7 +19,7 @@ from ..processing_miniclip import MiniClipProcessor
 from .arguments import TrainingArguments
 from .bad_images import BadImages
 from .check_arguments import checkpoint_interval
-from .checkpoints import Progress, check_finite_weights, save_checkpoint
+from .checkpoints import ExportedEmbeddings, Progress, check_finite_weights, save_checkpoint
 from .diagnostics import Diagnosis
 from .ema import AveragedWeights
 from .features import FrozenFeatures
@@ -53,6 +53,7 @@ class TrainingRun:
         bad_images: images that could not be decoded so far.
         steps_per_epoch: optimizer steps per epoch.
         last_step: number of the step after which training ends.
+        exported: what the exported model embeds, to check the export at the end.
         ema: moving average of the weights; None without `--ema_decay`.
         fingerprint: what the run trains on and with, on rank 0; each checkpoint has it.
         saved_position: `position` of the last checkpoint; at first the start of the run, which needs none.
@@ -78,6 +79,7 @@ class TrainingRun:
     bad_images: BadImages
     steps_per_epoch: int
     last_step: int
+    exported: ExportedEmbeddings = field(default_factory=ExportedEmbeddings)
     ema: AveragedWeights | None = None
     fingerprint: Fingerprint | None = None
     saved_position: tuple[int, int] = (0, 0)

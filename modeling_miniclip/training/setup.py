@@ -373,7 +373,7 @@ def build_run(
 def start_or_resume(run: TrainingRun, checkpoint: Path | None) -> None:
     """Load the checkpoint, or empty the output folder; from now on the run writes to it."""
     arguments, accelerator = run.arguments, run.accelerator
-    saved = (run.progress, run.scheduler, run.log, run.meter, run.bad_images, run.ema)
+    saved = (run.progress, run.scheduler, run.log, run.meter, run.bad_images, run.exported, run.ema)
     accelerator.register_for_checkpointing(*(state for state in saved if state is not None))
     if checkpoint is not None:
         resume(run, checkpoint)

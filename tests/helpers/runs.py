@@ -80,7 +80,7 @@ def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
     def write_curves(metrics: list[dict[str, Any]], path: Path, best_step: int | None = None) -> None:
         path.write_text(f"{len(metrics)} lines, best step {best_step}")
 
-    def write_retrieval(run: Any, path: Path) -> None:
+    def write_retrieval(run: Any, model: Any, path: Path) -> None:
         path.write_text(f"step {run.progress.best_step}")
 
     patch.setattr("train_miniclip.draw_curves", write_curves)

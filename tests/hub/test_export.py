@@ -181,6 +181,32 @@ def test_an_export_that_fails_leaves_the_one_before(
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+@pytest.mark.parametrize("wrong", ["compiled", "missing", "resized"])
+def test_weights_of_another_model_are_not_exported(tmp_path: Path, wrong: str) -> None:
+    model, processor = tiny_model(), tiny_processor()
+    target = export(model, processor, tmp_path / "export", {"name": "first"})
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    weights = model.state_dict()
+    if wrong == "compiled":
+        weights = torch.compile(model).state_dict()
+        expected = r"\d+ missing, such as logit_scale; \d+ that the model does not have, such as _orig_mod.logit_scale"
+    elif wrong == "missing":
+        del weights["logit_scale"]
+        expected = "configuration: 1 missing, such as logit_scale; pass the model itself"
+    else:
+        weights["logit_scale"] = torch.zeros(2)
+        expected = "configuration: 1 of another shape, such as logit_scale; pass the model itself"
+    with pytest.raises(ModelError, match=f"not exported: .*{expected}"):
+        export(model, processor, target, {"name": "second"}, weights)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+
+def test_wrapped_model_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not exported: .*_orig_mod.*accelerator.unwrap_model"):
+        export(torch.compile(tiny_model()), tiny_processor(), tmp_path / "export")  # type: ignore[arg-type]
+    assert not (tmp_path / "export").exists()
+
+
 def test_export_contains_no_local_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vision, text = save_towers(tmp_path / "private-folder")
     monkeypatch.chdir(tmp_path)
