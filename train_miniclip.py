@@ -21,13 +21,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from modeling_miniclip.utils.interrupts import quit_at_interrupt
+
+if Path(sys.argv[0]).stem in ("train_miniclip", "train-miniclip"):
+    quit_at_interrupt()
+
 # Set before the libraries are imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no network access at import
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader processes already run in parallel
 
-from modeling_miniclip.errors import run_command
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.parsing import command_line, exit_on_wrong_flags, parse_arguments
+from modeling_miniclip.utils.commands import run_command
 
 if Path(sys.argv[0]).stem in ("train_miniclip", "train-miniclip"):
     exit_on_wrong_flags()  # after 1 s: --help and typing errors do not wait for the imports below, which take 6 s
@@ -61,6 +66,7 @@ from modeling_miniclip.training.reload_check import load_checked_export
 from modeling_miniclip.training.reporting import describe_validation
 from modeling_miniclip.training.run import TrainingRun
 from modeling_miniclip.utils.performance import release_freed_memory
+from modeling_miniclip.utils.processes import ended_children
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -79,7 +85,7 @@ def main(argv: list[str] | None = None) -> Path:
         SystemExit: after SIGTERM, with code 143; a checkpoint was saved.
     """
     arguments = parse_arguments(argv)
-    with readable_worker_errors():
+    with readable_worker_errors(), ended_children():
         if arguments.overfit_batch:
             return check_overfitting(arguments, train_step)
         with locked_output_dir(arguments):
@@ -327,7 +333,7 @@ def cli() -> int:
     """The console script.
 
     Returns:
-        The exit code, see [`run_command`][modeling_miniclip.errors.run_command].
+        The exit code, see [`run_command`][modeling_miniclip.utils.commands.run_command].
     """
     argv, debug = command_line()
     return run_command(lambda: main(argv), debug)

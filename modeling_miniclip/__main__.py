@@ -2,6 +2,10 @@
 
 import sys
 
-from .cli import cli
+from .utils.interrupts import quit_at_interrupt
+
+quit_at_interrupt()
+
+from .cli import cli  # noqa: E402
 
 sys.exit(cli())

@@ -13,8 +13,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import EXIT_CODES, DataError, UsageError, run_command
+from .utils.interrupts import quit_at_interrupt
+
+if Path(sys.argv[0]).stem == "miniclip":
+    quit_at_interrupt()
+
+from .errors import EXIT_CODES, DataError, UsageError
 from .training.arguments import TrainingArguments
+from .utils.commands import run_command
 from .utils.processes import process_rank
 
 
@@ -407,9 +413,14 @@ def cli(argv: list[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        The exit code of [`run_command`][modeling_miniclip.errors.run_command], which is 1 if `check` finds problems.
+        The exit code, see [`run_command`][modeling_miniclip.utils.commands.run_command]; 1 if `check` finds problems.
     """
-    args = build_parser().parse_args(argv)
+
+    def command() -> int | None:
+        args = build_parser().parse_args(argv)
+        result: int | None = args.run(args)
+        return result
+
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        return run_command(lambda: args.run(args), args.debug)
+        return run_command(command, "--debug" in (sys.argv if argv is None else argv))

@@ -1,10 +1,9 @@
-"""The package's errors, and how commands print them: what is wrong, where, what was expected and how to fix it."""
+"""The package's errors: what is wrong, where, what was expected and how to fix it."""
 
 import difflib
 import errno
 import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,8 +22,8 @@ HUB_STATUS_MESSAGES = {
 DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 EXIT_CODES = (
-    "Exit codes: 0 for success, 2 if the command or recipe is wrong, 1 for any other failure (data, model, disk or "
-    "network)."
+    "Exit codes: 0 for success, 2 if the command or recipe is wrong, 130 after Ctrl-C, 1 for any other failure (data, "
+    "model, disk or network)."
 )
 
 
@@ -152,29 +151,3 @@ def disk_error_message(error: BaseException) -> str | None:
         return f"cannot write: {text}"
     # torch.save names its own source line and not the file system's reason.
     return "cannot write: torch could not write a file" if "PytorchStreamWriter" in text else None
-
-
-def run_command(command: Callable[[], object], debug: bool) -> int:
-    """Run a command of the command line; print the package's errors, and disk errors, as one line on stderr.
-
-    Args:
-        command: function to run; it may return an exit code.
-        debug: whether to let errors through, with their traceback.
-
-    Returns:
-        The command's own exit code, else 0. After an error, its `exit_code`: 2 for [`UsageError`], 1 for all others.
-    """
-    try:
-        result = command()
-        return result if isinstance(result, int) else 0
-    except MiniClipError as error:
-        if debug:
-            raise
-        line, code = f"error: {error}", error.exit_code
-    except Exception as error:
-        reason = None if debug else disk_error_message(error)
-        if reason is None:
-            raise
-        line, code = f"error: {printable(reason)}; free some space or choose another folder, then run again", 1
-    print(line, file=sys.stderr)  # not earlier: by now the error's frame is gone, and any progress bar with it
-    return code

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from modeling_miniclip.cli import COMMANDS, Command, cli
-from modeling_miniclip.errors import MiniClipError, ModelError, UsageError, run_command
+from modeling_miniclip.errors import MiniClipError, ModelError, UsageError
+from modeling_miniclip.utils.commands import run_command
 from tests.helpers.runs import ROOT, environment
 from train_miniclip import cli as train_cli
 

@@ -1,23 +1,22 @@
 """Loader processes: they read and collate batches, report errors like the trainer itself, and end with it."""
 
 import os
+import pickle
 import re
 import signal
-import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from threading import Thread
+from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..errors import MiniClipError
+from ..utils.processes import end_daemons_at_exit, follow_parent
 from .collation import Batch, Collator
 from .dataset import CaptionRows
-
-SECONDS_BETWEEN_CHECKS = 2  # after which a worker checks again whether the trainer is still running
 
 # Likely causes of a worker's death, by what the DataLoader's message says.
 CAUSES_OF_DEATH = (
@@ -52,6 +51,8 @@ class BatchLoader(DataLoader[Any]):
         prefetch_factor: int = 2,
     ):
         self.rows = rows
+        if num_workers:
+            end_daemons_at_exit()
         super().__init__(
             _CollatedBatches(rows),
             batch_sampler=batches,
@@ -91,6 +92,21 @@ class _CollatedBatches(Dataset[Any]):
             if get_worker_info() is None:
                 raise out_of_memory from error
             return out_of_memory
+        except Exception as error:
+            if _reaches_the_trainer(error):
+                raise
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _reaches_the_trainer(error: Exception) -> bool:
+    """Whether an error can be raised as it is: some would end the data or, sent from a process, never arrive."""
+    if isinstance(error, StopIteration) or get_worker_info() is None:
+        return not isinstance(error, StopIteration)
+    try:
+        pickle.dumps(type(error))  # the DataLoader sends the class, with the traceback as its message
+    except Exception:
+        return False
+    return True
 
 
 def _already_collated(batch: Any) -> Any:
@@ -107,18 +123,18 @@ def _raise_if_error(batch: Batch | MiniClipError) -> Batch:
 
 
 def _start_worker(_: int) -> None:
-    Thread(target=_exit_with_trainer, args=(os.getppid(),), daemon=True).start()
-    # Ctrl-C, and a scheduler that ends a job, signal the whole process group. If workers died, the trainer could not
-    # finish its last step. A second SIGTERM does end a worker: that one comes from the DataLoader.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-def _exit_with_trainer(trainer: int) -> None:
     # The DataLoader ends its workers too, but only after their batches are in a pipe. Without the trainer nobody
     # empties the pipe, and the workers keep it open for each other: they would wait, and hold their memory, forever.
-    while os.getppid() == trainer:
-        time.sleep(SECONDS_BETWEEN_CHECKS)
+    follow_parent()
+    # Ctrl-C, and a scheduler that ends a job, signal the whole process group. If workers died, the trainer could not
+    # finish its last step. A second SIGTERM does end a worker: that one comes from the DataLoader.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]  # a hook for subclasses
+
+
+def _end_worker(error: Exception, _: Any) -> None:
+    # A batch cannot be sent: the shared memory is full, for example. Without it the trainer would wait forever.
+    traceback.print_exception(error)
     os._exit(1)
 
 
@@ -133,7 +149,7 @@ def readable_worker_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         message = f"{error} {error.__cause__ or ''}"  # the cause names the signal
-        if "DataLoader worker" not in message:  # torch has no separate error class for this
+        if "DataLoader worker (pid" not in message:  # torch has no separate error class for this
             raise
         cause = next(cause for pattern, cause in CAUSES_OF_DEATH if re.search(pattern, message))
         last_line = str(error).strip().splitlines()[-1]

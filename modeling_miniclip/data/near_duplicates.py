@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import MiniClipError
+from ..utils.processes import follow_parent
 
 LARGEST_BUCKET = 100  # images that share a part of their hash and are compared; flat images share one with many others
 MOST_SIGNS = 8  # of 64: gradient signs that may differ between copies
@@ -51,7 +52,7 @@ def inspect_images(contents: list[str | bytes], num_workers: int) -> Iterator[Im
         yield from map(inspect_image, contents)
         return
     try:
-        with ProcessPoolExecutor(num_workers) as pool:
+        with ProcessPoolExecutor(num_workers, initializer=follow_parent) as pool:
             yield from pool.map(inspect_image, contents, chunksize=32)
     except BrokenProcessPool as error:
         raise MiniClipError(

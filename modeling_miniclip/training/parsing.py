@@ -5,7 +5,8 @@ from argparse import Namespace
 from dataclasses import fields, replace
 from typing import Any
 
-from ..errors import UsageError, did_you_mean, run_command
+from ..errors import UsageError, did_you_mean
+from ..utils.commands import run_command
 from ..utils.resources import named_file
 from .arguments import (
     DEFAULT_TEXT_MODEL,

@@ -4,7 +4,9 @@ files.py: files and folders that are written completely or not at all
 checksums.py: checksums of weights and indexes
 resources.py: paths of the data files in the package
 plain_yaml.py: YAML from users, plain values only
-processes.py: rank of this process, without torch
+processes.py: rank of this process, and the end of the processes that it starts, without torch
+interrupts.py: one line and exit code 130 at Ctrl-C
+commands.py: run a command; how it ends after an error, Ctrl-C or a closed pipe
 performance.py: memory allocator, precision, memory format, compilation, threads
 html.py: HTML pages without scripts
 thumbnails.py: small copies of images

@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 
 from modeling_miniclip import DataError, MiniClipError, UsageError, load_captions
-from modeling_miniclip.data import dataset, loader
+from modeling_miniclip.data import dataset
 from modeling_miniclip.data.augmentation import DEFAULT_AUGMENTATION, build_augmentation
 from modeling_miniclip.data.batches import GlobalBatches
 from modeling_miniclip.data.collation import BY_VALUE, Batch, Collator
 from modeling_miniclip.data.dataset import FILLER, CaptionRows
 from modeling_miniclip.data.loader import BatchLoader, readable_worker_errors
 from modeling_miniclip.errors import Problem
+from modeling_miniclip.utils import processes
+from modeling_miniclip.utils.processes import ended_children
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_processor
 
 SIZE = (PIXELS, PIXELS)
@@ -395,6 +397,29 @@ def test_a_dead_loader_process_is_reported_with_a_cause(fail: Callable[[], Any],
         list(BatchLoader(FailingRows(fail), [[(0, 1)]], 1))
 
 
+class Unsendable:
+    def __reduce__(self) -> Any:
+        raise OSError(28, "No space left on device")
+
+
+def test_batch_that_cannot_be_sent_is_no_endless_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Collator, "__call__", lambda self, rows: Unsendable())
+    with pytest.raises(MiniClipError, match="a loader process died"), ended_children(), readable_worker_errors():
+        list(BatchLoader(CaptionRows(noise_rows(4), tiny_processor()), [[(0, 1)]], 1))
+
+
+def test_unexpected_error_in_a_loader_process_is_not_called_a_death() -> None:
+    rows, text = FailingRows(fail_with(RuntimeError("mat1 and mat2"))), "(?s)Traceback.*mat1 and mat2"
+    with pytest.raises(RuntimeError, match=text), ended_children(), readable_worker_errors():
+        list(BatchLoader(rows, [[(0, 1)]], 1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_stop_iteration_is_not_taken_for_the_end(num_workers: int) -> None:
+    with pytest.raises(RuntimeError, match="StopIteration: boom"), ended_children():
+        list(BatchLoader(FailingRows(fail_with(StopIteration("boom"))), [[(0, 1)]], num_workers))
+
+
 def test_other_runtime_errors_are_not_explained() -> None:
     with pytest.raises(RuntimeError, match="^mat1 and mat2$"), readable_worker_errors():
         raise RuntimeError("mat1 and mat2")
@@ -419,7 +444,7 @@ def test_an_error_in_a_loader_process_keeps_its_problem(num_workers: int) -> Non
 
 def test_loader_processes_end_with_a_killed_trainer(processor, monkeypatch) -> None:
     """They hold a pipe of the trainer open: it does not end while one of them lives."""
-    monkeypatch.setattr(loader, "SECONDS_BETWEEN_CHECKS", 0.1)
+    monkeypatch.setattr(processes, "SECONDS_BETWEEN_CHECKS", 0.1)
     output, end = os.pipe()
     trainer = os.fork()
     if trainer == 0:

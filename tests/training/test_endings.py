@@ -1,0 +1,147 @@
+"""However a run ends, every process that it started ends with it, within seconds."""
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from modeling_miniclip.utils.commands import run_command
+from tests.helpers.forks import fork, free_port, write_to
+from tests.helpers.runs import flags, leave_out_figures
+from train_miniclip import main
+
+# A function that each phase of a run calls while loader processes are running.
+PHASES = {
+    "features": "modeling_miniclip.modeling_miniclip.MiniClipModel.pool_images",
+    "preparing": "modeling_miniclip.training.setup.build_run",
+    "training": "train_miniclip.clamp_logit_scale",
+    "validation": "train_miniclip.validation_metrics",
+    "export": "modeling_miniclip.training.publish.export",
+    "saving": "accelerate.Accelerator.save_state",
+    "figures": "train_miniclip.draw_curves",
+    "a loader process": "modeling_miniclip.data.collation.Collator.__call__",
+}
+
+
+class NeedsTwo(Exception):
+    """Cannot be made from a message alone."""
+
+    def __init__(self, one: str, two: str):
+        super().__init__(one, two)
+
+
+class Panic(BaseException):
+    """As libraries written in Rust raise it."""
+
+
+def errors() -> dict[str, BaseException]:
+    class Local(Exception):
+        """No other process can import it."""
+
+    kinds = (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        AssertionError,
+        MemoryError,
+        StopIteration,
+        OSError,
+        SystemExit,
+        Panic,
+    )
+    return {kind.__name__: kind("boom") for kind in kinds} | {"NeedsTwo": NeedsTwo("a", "b"), "Local": Local("boom")}
+
+
+def endings(folder: Path, cases: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, int, float]]:
+    """How runs end that raise an error in a phase.
+
+    Args:
+        folder: folder for the runs.
+        cases: phase and name of the error of each.
+
+    Returns:
+        For each case the name of the error that `main` raised, how many processes were left, and the seconds from the
+        error on in which they ended.
+    """
+    write_to(folder / "log")
+    patch, found = pytest.MonkeyPatch(), {}
+    for number, (phase, name) in enumerate(cases):
+        raised_at = folder / f"raised{number}"
+        error = errors()[name]
+
+        def fail(*_: Any, at: Path = raised_at, error: BaseException = error, **__: Any) -> NoReturn:
+            at.touch()
+            raise error
+
+        leave_out_figures(patch)
+        patch.setattr(PHASES[phase], fail)
+        values = {"freeze": "vision", "feature_cache_dir": folder / f"run{number}"} if phase == "features" else {}
+        ended = ""
+        try:
+            main(flags(folder, f"run{number}", num_workers=1, num_train_epochs=1, **values))
+        except BaseException as error_of_run:
+            ended, keep = type(error_of_run).__name__, error_of_run  # noqa: F841  (keeps what refers to the loaders)
+        left = len(multiprocessing.active_children())
+        found[phase, name] = ended, left, time.time() - raised_at.stat().st_mtime
+        patch.undo()
+    return found
+
+
+def assert_ends(folder: Path, cases: list[tuple[str, str]], expected: dict[str, str]) -> None:
+    process = fork(endings, folder, cases)
+    process.join(300)
+    assert process.exitcode == 0, (folder / "log").read_text()
+    for (phase, name), (ended, left, seconds) in process.result.items():
+        assert (ended, left) == (expected.get(name, name), 0), (phase, name)
+        assert seconds < 15, (phase, name)
+
+
+def test_unexpected_errors_leave_no_process(tmp_path: Path) -> None:
+    cases = [("saving", "RuntimeError"), ("a loader process", "Local")]
+    assert_ends(tmp_path, cases, {"Local": "RuntimeError"})
+
+
+@pytest.mark.slow
+def test_any_error_in_any_phase_leaves_no_process(tmp_path: Path) -> None:
+    cases = [(phase, "RuntimeError") for phase in PHASES] + [("training", name) for name in errors()]
+    assert_ends(tmp_path, cases, {})
+
+
+@pytest.mark.slow
+def test_any_error_in_a_loader_process_leaves_no_process(tmp_path: Path) -> None:
+    # Those that are no Exception end the loader process, and torch cannot make the others from a message.
+    expected = {
+        "MemoryError": "MiniClipError", "SystemExit": "MiniClipError", "Panic": "MiniClipError",
+        "NeedsTwo": "RuntimeError", "Local": "RuntimeError", "StopIteration": "RuntimeError",
+    }  # fmt: skip
+    assert_ends(tmp_path, [("a loader process", name) for name in errors()], expected)
+
+
+def end_as_rank(argv: list[str], rank: int, port: int, phase: str, log: Path) -> None:
+    """Run the command as one of two processes, of which the second raises an error in a phase."""
+    write_to(log)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError("boom")
+
+    patch = pytest.MonkeyPatch()
+    leave_out_figures(patch)
+    if rank == 1:
+        patch.setattr(PHASES[phase], fail)
+    raise SystemExit(run_command(lambda: main(argv), False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["preparing", "training", "saving", "a loader process"])
+def test_error_in_one_of_two_processes_ends_both(tmp_path: Path, phase: str) -> None:
+    argv, port, log = flags(tmp_path, num_workers=1), free_port(), tmp_path / "log"
+    ranks = [fork(end_as_rank, argv, rank, port, phase, log) for rank in range(2)]
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [1, 1], log.read_text()
+    assert "RuntimeError: boom" in log.read_text()
