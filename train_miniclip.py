@@ -47,6 +47,7 @@ from modeling_miniclip.data.loader import readable_worker_errors
 from modeling_miniclip.evaluation.metrics import is_better, recall_intervals, validation_metrics
 from modeling_miniclip.modeling_miniclip import MiniClipOutput
 from modeling_miniclip.training import setup
+from modeling_miniclip.training.checkpoints import INTERRUPTED_EXPORT, drop_repeated_export
 from modeling_miniclip.training.diagnostics import chance_loss, not_finite
 from modeling_miniclip.training.distributed import (
     broadcast_buffers,
@@ -147,7 +148,10 @@ def train(run: TrainingRun) -> None:
         run.say(f"early stopping: {arguments.best_metric} did not improve for {epochs} epochs")
     if not run.signals.terminated and (progress.step_in_epoch > 0 or progress.best_value is None):
         with run.final_weights():
-            validate(run)  # after the checkpoint: a resumed run repeats the rest of this epoch without it
+            improved = validate(run)  # after the checkpoint: a resumed run repeats the rest of this epoch without it
+        if run.signals.agreed is not None:
+            kept = f"; if the run is resumed, it stays as {INTERRUPTED_EXPORT}" if improved else ""
+            run.say(f"exported: the model of step {progress.best_step}{kept}")
 
 
 def train_one_epoch(run: TrainingRun) -> None:
@@ -319,6 +323,7 @@ def finish(run: TrainingRun) -> Path:
         return run.export_dir
     if bad := run.bad_images.describe():
         run.say(bad)
+    drop_repeated_export(run.export_dir)
     draw_curves(read_metrics(run.log.path), run.output_dir / "curves.png", run.progress.best_step)
     exported = load_checked_export(run)
     draw_retrieval(run, exported, run.output_dir / "retrieval.png")

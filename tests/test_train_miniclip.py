@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.parsing import parse_arguments
 from tests.helpers.forks import train_in_processes
 from tests.helpers.runs import ROOT, assert_same_log, environment, flags, launch, metrics_of
+from tests.helpers.session import snapshot
 from tests.helpers.towers import PIXELS
 from train_miniclip import cli, main, prepare
 
@@ -125,9 +127,14 @@ def test_resuming_with_other_batches_raises_and_changes_nothing(tiny_run: Path, 
     assert metrics_of(run) == metrics_of(tiny_run)
 
 
-def test_resuming_from_an_earlier_checkpoint_deletes_later_ones(tiny_run: Path, tmp_path: Path) -> None:
+def test_resuming_from_an_earlier_checkpoint_needs_a_flag(tiny_run: Path, tmp_path: Path) -> None:
     run = copy_run(tiny_run, tmp_path)
-    main(flags(tmp_path, max_steps=4, save_total_limit=3, resume_from_checkpoint="step-00000003"))
+    values = {"max_steps": 4, "save_total_limit": 3, "resume_from_checkpoint": "step-00000003"}
+    before = snapshot(run)
+    with pytest.raises(UsageError, match="deletes the later step-00000006,.*--discard_later_checkpoints true"):
+        main(flags(tmp_path, **values))
+    assert snapshot(run) == before
+    main(flags(tmp_path, discard_later_checkpoints=True, **values))
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["step-00000003", "step-00000004"]
     assert [line["step"] for line in metrics_of(run) if line["split"] == "validation"] == [3, 4]
@@ -148,13 +155,17 @@ def test_ctrl_c_saves_validates_and_can_be_resumed(
 
     monkeypatch.setattr("train_miniclip.clamp_logit_scale", clamp_and_interrupt)
     main(flags(tmp_path))
-    assert "Ctrl-C" in capsys.readouterr().out
+    assert re.search("Ctrl-C.*exported: the model of step 2; if.*export-interrupted", capsys.readouterr().out, re.S)
     lines = metrics_of(tmp_path / "run")
     assert [(line["step"], line["split"]) for line in lines] == [(1, "train"), (2, "train"), (2, "validation")]
     MiniClipModel.from_pretrained(tmp_path / "run" / "export")
     assert (tmp_path / "run" / "curves.png").is_file() and (tmp_path / "run" / "retrieval.png").is_file()
+    interrupted = (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
     main(flags(tmp_path, max_steps=3, resume_from_checkpoint="latest"))
     assert [line["step"] for line in metrics_of(tmp_path / "run") if line["split"] == "train"] == [1, 2, 3]
+    assert "export-interrupted: the model of step 2," in capsys.readouterr().out
+    assert (tmp_path / "run" / "export-interrupted" / "model.safetensors").read_bytes() == interrupted
+    assert (tmp_path / "run" / "export" / "model.safetensors").read_bytes() != interrupted
 
 
 # What makes the steps of any number of processes equal; 21 training images give batches of 8, 8 and 5.
@@ -285,7 +296,8 @@ def test_without_arguments_the_built_in_recipe_is_run() -> None:
 
 def test_tracker_gets_each_step_once_even_after_resuming(tmp_path: Path) -> None:
     main(flags(tmp_path, max_steps=2, checkpointing_steps=1, report_to="tensorboard"))
-    main(flags(tmp_path, max_steps=3, report_to="tensorboard", resume_from_checkpoint="step-00000001"))
+    resume = {"resume_from_checkpoint": "step-00000001", "discard_later_checkpoints": True}
+    main(flags(tmp_path, max_steps=3, report_to="tensorboard", **resume))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "miniclip")).Reload()

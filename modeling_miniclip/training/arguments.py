@@ -177,6 +177,7 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = _flag(
         None, "'latest' (from scratch if there is none yet), or a folder in output_dir/checkpoints"
     )
+    discard_later_checkpoints: bool = _flag(False, "delete the checkpoints after the one in resume_from_checkpoint")
     checkpointing_steps: str = _flag("epoch", "steps between checkpoints, or 'epoch' for one after each epoch")
     save_total_limit: int = _flag(2, "number of checkpoints to keep; the last and the best are always kept")
     best_metric: str = _flag("loss", "validation metric that selects the exported model")

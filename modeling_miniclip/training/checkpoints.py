@@ -19,6 +19,8 @@ from .diagnostics import not_finite
 from .distributed import local_tensor
 from .fingerprint import Fingerprint
 
+INTERRUPTED_EXPORT = "export-interrupted"  # next to `export`: the best model of a run that stopped within an epoch
+
 
 @dataclass
 class Progress:
@@ -199,18 +201,55 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     )
 
 
-def rewind_folders(checkpoint: Path, export_dir: Path) -> None:
-    """Restore `checkpoints/` and `export/` to what they were when a checkpoint was written."""
+def check_later_checkpoints(checkpoint: Path) -> None:
+    """Check that resuming from a checkpoint deletes no later one.
+
+    Raises:
+        UsageError: it would; the message names what would be lost.
+    """
+    later = [path.name for path in list_checkpoints(checkpoint.parent) if path.name > checkpoint.name]
+    if later:
+        raise UsageError(
+            f"--resume_from_checkpoint {checkpoint.name}: this deletes the later {', '.join(later)}, their log and "
+            "any better export made since; add --discard_later_checkpoints true, resume from latest, or copy "
+            f"{checkpoint.parent.parent} and resume there"
+        )
+
+
+def rewind_folders(checkpoint: Path, export_dir: Path, within_epoch: bool = False) -> bool:
+    """Restore `checkpoints/` and `export/` to what they were when a checkpoint was written.
+
+    Args:
+        checkpoint: checkpoint from which the run goes on.
+        export_dir: folder of the best model so far.
+        within_epoch: whether `export_dir` may have been written when the run stopped within an epoch. The resumed run
+            does not validate there, so that the model is kept as [`INTERRUPTED_EXPORT`].
+
+    Returns:
+        Whether there was such a model.
+    """
     clear_unfinished(checkpoint.parent)
     for path in reversed(list_checkpoints(checkpoint.parent)):  # newest first: if killed here, the latest is complete
         if path.name > checkpoint.name:
             discard_folder(path)
     best = checkpoint / "export"
+    kept = within_epoch and export_dir.exists() and not _same_weights(best, export_dir)
+    if kept:
+        discard_folder(export_dir.with_name(INTERRUPTED_EXPORT))
+        export_dir.rename(export_dir.with_name(INTERRUPTED_EXPORT))
     if not best.exists():
         discard_folder(export_dir)
     elif not _same_weights(best, export_dir):
         with replaced_folder(export_dir) as fresh:
             link_folder(best, fresh)
+    return kept
+
+
+def drop_repeated_export(export_dir: Path) -> None:
+    """Delete the [`INTERRUPTED_EXPORT`] if it has the weights of the export."""
+    interrupted = export_dir.with_name(INTERRUPTED_EXPORT)
+    if _same_weights(interrupted, export_dir):
+        discard_folder(interrupted)
 
 
 def _same_weights(one: Path, other: Path) -> bool:

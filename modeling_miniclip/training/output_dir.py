@@ -11,7 +11,7 @@ from ..errors import MiniClipError, UsageError, disk_error_message
 from ..utils.files import discard_folder, recover_folder
 from ..utils.processes import process_rank
 from .arguments import TrainingArguments
-from .checkpoints import list_checkpoints
+from .checkpoints import INTERRUPTED_EXPORT, list_checkpoints
 from .fingerprint import UNDECODABLE
 
 try:
@@ -20,7 +20,10 @@ except ImportError:  # Windows: two runs may share a folder
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
-RESULTS = ("checkpoints", "export", "metrics.jsonl", "curves.png", "retrieval.png", "arguments.yaml", UNDECODABLE)
+RESULTS = (
+    "checkpoints", "export", INTERRUPTED_EXPORT, "metrics.jsonl", "curves.png", "retrieval.png", "arguments.yaml",
+    UNDECODABLE,
+)  # fmt: skip
 
 
 @contextmanager

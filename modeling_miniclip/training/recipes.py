@@ -99,7 +99,8 @@ def save_arguments(arguments: TrainingArguments, path: Path) -> None:
     Flags that concern a single start (resuming, overwriting, pushing, a test on one batch) are left out.
     """
     values = asdict(arguments)
-    for name in ("recipe", "overfit_batch", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub"):
+    for name in ("recipe", "overfit_batch", "resume_from_checkpoint", "discard_later_checkpoints",
+                 "overwrite_output_dir", "push_to_hub"):  # fmt: skip
         values.pop(name)
     if values["augmentation"] is not None:
         values["augmentation"] = augmentation_list(arguments)

@@ -160,6 +160,13 @@ class MetricsLog:
         """Restore what [`state_dict`][MetricsLog.state_dict] returned; `rewind` then shortens the file."""
         self.lines = state["lines"]
 
+    def last_validation(self) -> int | None:
+        """Step of the last validation in the file, also if it comes after the checkpoint that was loaded."""
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        steps = [line["step"] for line in map(json.loads, (line for line in lines if line.endswith("\n")))
+                 if line["split"] == "validation"]  # fmt: skip
+        return steps[-1] if steps else None
+
     def rewind(self) -> None:
         """Delete the lines after the checkpoint that a run resumes from: they will be written again."""
         if self.is_main and self.path.exists():

@@ -30,7 +30,14 @@ from .arguments import TrainingArguments
 from .bad_images import BadImages
 from .changes import check_data, check_flags, check_model
 from .check_arguments import augmentation_list
-from .checkpoints import Progress, delete_expired, find_checkpoint, rewind_folders
+from .checkpoints import (
+    INTERRUPTED_EXPORT,
+    Progress,
+    check_later_checkpoints,
+    delete_expired,
+    find_checkpoint,
+    rewind_folders,
+)
 from .create_model import create_model
 from .diagnostics import Diagnosis
 from .distributed import check_on_main
@@ -60,7 +67,8 @@ def prepare_output_dir(arguments: TrainingArguments) -> Path | None:
         The checkpoint to resume from; None to start from scratch.
 
     Raises:
-        UsageError: the folder cannot be used, or a flag differs that a resumed run cannot change.
+        UsageError: the folder cannot be used, later checkpoints would be lost, or a flag differs that a resumed run
+            cannot change.
     """
     if process_rank() == 0:
         check_output_dir(arguments)
@@ -68,6 +76,8 @@ def prepare_output_dir(arguments: TrainingArguments) -> Path | None:
         return None
     checkpoint = find_checkpoint(Path(arguments.output_dir), arguments.resume_from_checkpoint)
     if checkpoint is not None:
+        if not arguments.discard_later_checkpoints:
+            check_later_checkpoints(checkpoint)
         check_flags(Fingerprint.load(checkpoint), arguments)
     return checkpoint
 
@@ -407,7 +417,9 @@ def resume(run: TrainingRun, checkpoint: Path) -> None:
     if changed:
         apply_flags(run.optimizer.optimizer, run.scheduler, run.arguments, flags)
     if run.accelerator.is_main_process:
-        rewind_folders(checkpoint, run.export_dir)
+        last = run.log.last_validation()
+        if rewind_folders(checkpoint, run.export_dir, bool(last and last % run.steps_per_epoch)):
+            run.say(f"{INTERRUPTED_EXPORT}: the model of step {last}, exported when the run stopped within an epoch")
         delete_expired(checkpoint.parent, run.arguments.save_total_limit, run.progress.best_step)
     run.log.rewind()
     run.saved_position = run.position

@@ -18,7 +18,13 @@ import pytest
 import torch
 
 from modeling_miniclip import ModelError, UsageError
-from modeling_miniclip.training.checkpoints import expired_checkpoints, find_checkpoint, rewind_folders
+from modeling_miniclip.training.checkpoints import (
+    INTERRUPTED_EXPORT,
+    drop_repeated_export,
+    expired_checkpoints,
+    find_checkpoint,
+    rewind_folders,
+)
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.output_dir import clear_output_dir
 from modeling_miniclip.training.reporting import MetricsLog
@@ -331,6 +337,21 @@ def test_rewinding_brings_back_the_best_model_of_the_checkpoint(tmp_path: Path) 
     (export / "README.md").write_text("my own words")
     rewind_folders(second, export)
     assert (export / "README.md").read_text() == "my own words", "the same weights are left alone"
+    (export / "model.safetensors").unlink()
+    (export / "model.safetensors").write_text("the same step again, resumed")
+    assert not rewind_folders(second, export) and not (tmp_path / INTERRUPTED_EXPORT).exists()
+    for text in ("stopped within an epoch", "stopped again"):
+        (export / "model.safetensors").unlink()
+        (export / "model.safetensors").write_text(text)
+        assert rewind_folders(second, export, within_epoch=True)
+        assert (tmp_path / INTERRUPTED_EXPORT / "model.safetensors").read_text() == text
+        assert (export / "model.safetensors").read_text() == "best"
+        assert not rewind_folders(second, export, within_epoch=True), "it is killed, and resumed once more"
+    drop_repeated_export(export)
+    assert (tmp_path / INTERRUPTED_EXPORT).exists()
+    (export / "model.safetensors").unlink()
+    (export / "model.safetensors").write_text("stopped again")
+    drop_repeated_export(export)
     rewind_folders(first, export)  # when it was saved, nothing was exported yet
     assert not export.exists() and not second.exists()
     assert sorted(os.listdir(tmp_path)) == ["checkpoints"]
