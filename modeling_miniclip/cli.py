@@ -178,8 +178,9 @@ def declare_index(parser: argparse.ArgumentParser) -> None:
 
 
 def run_index(args: argparse.Namespace) -> None:
-    """Build or update an index and print what was done. The exit code is 1 if images could not be read."""
+    """Build or update an index and print what was done. The exit code is 1 if images or folders could not be read."""
     from .data.caption_files import ColumnNames
+    from .data.skipped import describe_skipped
     from .search.update import update_index
     from .utils.performance import keep_freed_memory
 
@@ -194,11 +195,12 @@ def run_index(args: argparse.Namespace) -> None:
         return
     done = f"{report.encoded} encoded, {report.reused} reused, {report.dropped} dropped"
     print(f"{args.output}: {report.images} images; {done}; {report.seconds:.1f} s")
-    if report.skipped:
-        first = ", ".join(sorted(report.skipped)[:3]) + (", ..." if len(report.skipped) > 3 else "")
+    if report.skipped or report.unlisted:
+        total = report.images - report.kept + len(report.skipped)
+        kept = f" The {report.kept} images that were indexed from there before are kept." if report.kept else ""
         raise DataError(
-            f"{len(report.skipped)} of {report.images + len(report.skipped)} images could not be read and are not "
-            f"in the index: {first}; replace or delete them and index again"
+            f"{describe_skipped(report.skipped, total, report.unlisted)}. Replace or delete such images, give access "
+            f"to such folders, and index again.{kept}"
         )
 
 
@@ -319,7 +321,7 @@ def declare_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    """Evaluate and print the scores."""
+    """Evaluate and print the scores. The exit code is 1 if images or folders could not be read."""
     import json
 
     from .evaluation.eval_sets import load_eval_set
@@ -341,6 +343,8 @@ def run_eval(args: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
     )
     print(json.dumps(report, indent=2) if args.json else format_report(report))
+    if "warning" in report:
+        raise DataError(f"{report['warning']}; the scores are those of the others")
 
 
 def declare_app(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,12 @@ def printable(text: object) -> str:
         >>> print(printable("cat\x1b[2J\n.jpg"))
         cat\x1b[2J\n.jpg
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    number = ord(character) - 0xDC00  # of a byte that is not UTF-8, as Python shows it in a file name
+    return f"\\x{number:02x}" if 0x80 <= number <= 0xFF else character.encode("unicode_escape").decode()
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:

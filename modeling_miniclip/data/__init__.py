@@ -2,12 +2,16 @@
 
 captions.py: load captioned images from any source as splits
 caption_files.py: caption files (CSV, TSV, JSON Lines, Flickr8k tokens)
-image_files.py: which files are images, where they are, which cannot be used
+recognise.py: what a source file is, by its content
+listing.py: the files of a folder and below it
+picture_formats.py: one list of picture formats, one function that decodes a picture
+image_files.py: the images that a caption file names: where they are, which cannot be used
 splits.py: which image belongs to which split
 hub_datasets.py: datasets on the Hub
 scenes.py: the built-in dataset of drawn scenes
 sources.py: images of any source, for an index
 problems.py: kinds of problems of a dataset
+skipped.py: one report of images and folders that were skipped
 check.py: `miniclip check`: all problems of a dataset
 find_problems.py: what can be wrong with captions, images and splits
 check_report.py: the report as text or JSON

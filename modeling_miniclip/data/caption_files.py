@@ -7,14 +7,15 @@ import json
 import posixpath
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, Problem, one_line
-from .image_files import is_image_file
+from .listing import ListedFolder
+from .picture_formats import is_picture_file
 from .problems import OnProblem, raise_problem
 
 CAPTION_FILES = ("captions.csv", "captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
@@ -81,9 +82,13 @@ def find_caption_file(folder: Path) -> Path | None:
     return next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
 
 
-def find_metadata_files(folder: Path) -> list[Path]:
-    """All metadata files of an imagefolder, sorted by path."""
-    return sorted(file for name in METADATA_FILES for file in folder.rglob(name))
+def find_metadata_files(folders: Iterable[ListedFolder]) -> list[Path]:
+    """All metadata files of an imagefolder, sorted by path.
+
+    Args:
+        folders: the folder and those below it, from [`walk_folders`][modeling_miniclip.data.listing.walk_folders].
+    """
+    return sorted(Path(folder.path, name) for folder in folders for name in METADATA_FILES if name in folder.files)
 
 
 def read_caption_file(
@@ -144,7 +149,11 @@ def _read_rows(path: Path, find_columns: FindColumns, on_problem: OnProblem) -> 
 
 def read_utf8(path: Path, on_problem: OnProblem) -> str:
     """Read a text file; bytes that are not UTF-8 become [`UNDECODED`] characters, and their row a problem."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        text = f"cannot be read: {error.strerror or error}; check its permissions and its disk"
+        raise DataError(Problem("unusable", text, str(path))) from error
     text = data.decode("utf-8-sig", "surrogateescape")
     position = 3 if data.startswith(b"\xef\xbb\xbf") else 0
     row, done, reported = 1, 0, 0
@@ -264,7 +273,7 @@ def exact_columns(names: Collection[str], file: str, row: int, wanted: ColumnNam
 
 
 def _header_hint(column: str, names: Collection[str]) -> str:
-    if any(is_image_file(name.partition("#")[0]) for name in names):  # the number of a caption may follow the name
+    if any(is_picture_file(name.partition("#")[0]) for name in names):  # the number of a caption may follow the name
         return "; this row looks like data: write a header such as image,caption above it"
     near = difflib.get_close_matches(column, [name.lower() for name in names], n=1)
     return f"; did you mean {next(name for name in names if name.lower() == near[0])!r}?" if near else ""

@@ -1,5 +1,6 @@
 """Load captioned images from any source as splits with one row per image: `{image, image_id, captions}`."""
 
+import errno
 import os
 import re
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DataError, Problem
+from ..utils.names import is_utf8, name_of
 from .caption_files import (
     CAPTION_FILES,
     METADATA_FILES,
@@ -23,7 +25,9 @@ from .caption_files import (
 )
 from .hub_datasets import load_from_hub
 from .image_files import BAD_FILES, bad_files, image_folder
+from .listing import walk_folders
 from .problems import OnProblem, raise_problem
+from .recognise import SOURCE_KINDS, TAR_ENDINGS, recognise_file
 from .splits import SPLITS, read_splits, split_by_image, split_of_folder
 
 if TYPE_CHECKING:
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
 
 # A missing local file with one of these endings is not looked for on the Hub.
 FILE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".zip")
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -108,11 +111,17 @@ def local_path(source: str | os.PathLike) -> Path | None:
     """The file or folder that a source names; None if it is the name of a dataset on the Hub.
 
     Raises:
-        DataError: no such file or folder exists, and it cannot be the name of a dataset.
+        DataError: no such file or folder exists, and it cannot be the name of a dataset; or it cannot be reached.
     """
     path = Path(source).expanduser()
-    if os.path.exists(path):  # Path.exists() raises an error if the name is too long
+    try:
+        os.stat(path)
         return path
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
+        pass
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions and its disk") from error
     if path.name.lower().endswith(FILE_ENDINGS + TAR_ENDINGS) or not HUB_NAME.fullmatch(os.fspath(source)):
         raise DataError(f"{source}: no such file or folder; name a file, a folder or a dataset on the Hub")
     return None
@@ -135,6 +144,21 @@ def read_source(
     Raises:
         DataError: the source cannot be used: no captions, a missing column, no folder of images.
     """
+    try:
+        return _read_source(path, image_dir, columns, on_problem)
+    except OSError as error:
+        text = f"cannot be read: {error.strerror or error}; check its permissions and its disk"
+        raise DataError(Problem("unusable", text, name_of(error.filename or path))) from error
+
+
+def _read_source(
+    path: Path, image_dir: str | os.PathLike | None, columns: ColumnNames, on_problem: OnProblem
+) -> Source:
+    if not is_utf8(path.absolute()):
+        raise DataError(Problem("unusable", "its path is not UTF-8; rename the file or folder", name_of(path)))
+    if path.is_file() and (kind := recognise_file(path)) != "text":
+        text = f"{SOURCE_KINDS[kind]}, not a caption file; `miniclip index` reads it, training and evaluation do not"
+        raise DataError(Problem("unusable", text, str(path)))
     caption_file = path if path.is_file() else find_caption_file(path)
     if caption_file is None:
         return _read_image_folder(path, columns, on_problem)
@@ -150,7 +174,7 @@ def read_source(
 
 def _read_image_folder(path: Path, columns: ColumnNames, on_problem: OnProblem) -> Source:
     """Read the metadata files of an imagefolder."""
-    metadata = find_metadata_files(path)
+    metadata = find_metadata_files(walk_folders(path, on_problem))
     if not metadata:
         text = (
             f"no captions found; expected one of {', '.join(CAPTION_FILES[:3])}, or {METADATA_FILES[0]} or "

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from ..errors import DataError
-from ..processing_miniclip import MiniClipProcessor, to_rgb
+from ..processing_miniclip import MiniClipProcessor
+from .picture_formats import decode_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,7 +63,6 @@ class CaptionRows(TorchDataset):
     ):
         from datasets import Image
 
-        self.decode = split.features["image"].decode_example
         self.undecoded = split.select_columns(["image"]).cast_column("image", Image(decode=False))
         self.image_ids: list[str] = list(split["image_id"])
         self.captions: list[list[str]] = list(split["captions"])
@@ -141,7 +141,7 @@ class CaptionRows(TorchDataset):
         """The image of a row as RGB, or the reason why it cannot be decoded."""
         name = f"image {self.image_ids[index]!r}"
         try:
-            return to_rgb(self.decode(self.undecoded[index]["image"] if file is None else file))
+            return decode_row(self.undecoded[index]["image"] if file is None else file, self.image_ids[index])
         except MemoryError:  # not the image's fault
             raise
         except Exception as error:  # Pillow's decoders raise errors of many classes

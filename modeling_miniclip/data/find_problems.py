@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..errors import Problem
+from ..utils.names import name_of
 from .captions import Source
-from .image_files import is_image_file
+from .listing import is_hidden
 from .near_duplicates import ImageInspection, find_image_copies
+from .picture_formats import is_picture_file
 
 LONGEST_CAPTION = 1000  # characters; more than any text tower reads
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all control characters except tabs and line ends
@@ -72,6 +74,10 @@ def image_problems(entries: list[Entry], inspections: Inspections, batch_size: i
             entry = by_name[name]
             text = f"image {name!r} {inspection.message}"
             yield Problem(inspection.kind, text, entry.file, entry.rows[0], entry.column, name)
+        elif not inspection.metadata_is_readable:
+            entry = by_name[name]
+            text = f"image {name!r}: its EXIF data cannot be read; it is used, but may be shown turned"
+            yield Problem("metadata", text, entry.file, entry.rows[0], entry.column)
     for name, first, identical in find_image_copies(inspections):
         entry, other = by_name[name], by_name[first]
         relation = "is byte for byte" if identical else "looks like"
@@ -115,7 +121,13 @@ def files_without_captions(source: Source) -> Iterator[Problem]:
     """Image files that no row names, in the folders that hold images named by rows."""
     for parent in sorted({posixpath.dirname(name) for name in source.images}):
         folder = source.folder / parent
-        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            if is_image_file(file) and posixpath.join(parent, file) not in source.images:
+        try:
+            files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        except OSError as error:
+            text = f"this folder cannot be listed: {error.strerror or error}; check its permissions and its disk"
+            yield Problem("unlisted", text, name_of(folder))
+            continue
+        for file in files:
+            if is_picture_file(file) and not is_hidden(file) and posixpath.join(parent, file) not in source.images:
                 text = "an image without captions; write some or delete it"
-                yield Problem("no-captions", text, str(folder / file))
+                yield Problem("no-captions", text, name_of(folder / file))

@@ -65,6 +65,6 @@ def write_fixed_copy(
     for name, several in unique.items():
         writer.writerows([name, " ".join(caption.split())] for caption in several)
     written, total = sum(map(len, unique.values())), sum(len(entry.captions) for entry in entries)
-    head = f"{target.name}: {written} of {total} readable captions, images in {printable(source.folder)}\n"
+    head = f"{printable(target.name)}: {written} of {total} readable captions, images in {printable(source.folder)}\n"
     replace_text(report_path(target), head + report.as_text(None) + "\n")
     replace_text(target, text.getvalue())

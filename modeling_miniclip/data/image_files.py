@@ -1,5 +1,6 @@
-"""Image files of a dataset: which files are images, which folder holds them, which of them cannot be used."""
+"""Image files of a caption file: which folder holds them, which of them cannot be used."""
 
+import errno
 import os
 import posixpath
 import stat
@@ -7,9 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .jp2 .ppm .pgm .pbm .pnm .mpo .tga".split()
-)
+from .picture_formats import unreadable_format
 
 # Where the images of a caption file may be, relative to its folder.
 IMAGE_FOLDERS = (
@@ -26,12 +25,9 @@ BAD_FILES = {
     "outside": "is outside {folder}; move it there, or allow this with --allow_outside_images",
     "missing": "is not in {folder}; name the right folder with image_dir, or delete its rows",
     "empty": "in {folder} is empty; replace it or delete its rows",
+    "unreadable": "in {folder} cannot be read; check its permissions and its disk",
+    "format": "in {folder} is in a format that is not read here",
 }
-
-
-def is_image_file(name: str) -> bool:
-    """Whether a file's suffix is that of an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def image_folder(root: Path, images: Iterable[str]) -> Path:
@@ -80,5 +76,9 @@ def bad_files(folder: Path, bounds: Path, images: Iterable[str], allow_outside: 
                 yield name, "missing"
             elif info.st_size == 0:
                 yield name, "empty"
-        except (OSError, ValueError):  # ValueError: a null byte
+            elif unreadable_format(path) is not None:
+                yield name, "format"
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
             yield name, "missing"
+        except OSError as error:
+            yield name, "missing" if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else "unreadable"

@@ -1,7 +1,6 @@
 """Decode every image once, to see whether it can be used and which images are copies of each other."""
 
 import hashlib
-import io
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ import numpy as np
 
 from ..errors import MiniClipError
 from ..utils.processes import follow_parent
+from .picture_formats import UnreadableFormat, decode_picture
 
 LARGEST_BUCKET = 100  # images that share a part of their hash and are compared; flat images share one with many others
 MOST_SIGNS = 8  # of 64: gradient signs that may differ between copies
@@ -29,6 +29,7 @@ class ImageInspection(NamedTuple):
         hash_of_bytes: hash of the file's content, 16 bytes.
         gradients: signs of the brightness gradients, 64 bits, hardly changed by resizing and compression.
         thumbnail: the image as 8x8 RGB pixels, 192 bytes.
+        metadata_is_readable: whether its EXIF data can be read.
     """
 
     kind: str | None = None
@@ -36,6 +37,7 @@ class ImageInspection(NamedTuple):
     hash_of_bytes: bytes = b""
     gradients: bytes = b""
     thumbnail: bytes = b""
+    metadata_is_readable: bool = True
 
 
 def inspect_images(contents: list[str | bytes], num_workers: int) -> Iterator[ImageInspection]:
@@ -65,26 +67,33 @@ def inspect_image(content: str | bytes) -> ImageInspection:
     """Decode one image, given as the path of its file or as its encoded bytes."""
     from PIL import Image
 
-    from ..processing_miniclip import to_rgb
+    from ..processing_miniclip import exif_orientation, to_rgb
+
+    def check_size(opened: Image.Image) -> None:
+        if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or opened.width * opened.height):
+            raise Image.DecompressionBombError(f"has {opened.width}x{opened.height} pixels")
 
     try:
         data = content if isinstance(content, bytes) else Path(content).read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # decompression bombs are reported below, before they are decoded
-            with Image.open(io.BytesIO(data)) as opened:
-                width, height = opened.size
-                if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
-                    message = f"has {width}x{height} pixels; scale it down, it may be a decompression bomb"
-                    return ImageInspection("huge", message)
-                image = to_rgb(opened)
-    except Image.DecompressionBombError:
-        return ImageInspection("huge", "has more pixels than can be decoded safely; scale it down")
+            opened = decode_picture(data, check_size)
+            readable = exif_orientation(opened) is not None
+            image = to_rgb(opened)
+    except Image.DecompressionBombError as error:
+        size = str(error) if str(error).startswith("has ") else "has more pixels than can be decoded safely"
+        return ImageInspection("huge", f"{size}; scale it down, it may be a decompression bomb")
+    except UnreadableFormat as error:
+        return ImageInspection("format", f"is {error}")
     except Exception as error:  # Pillow's decoders raise errors of many classes
+        if getattr(error, "errno", None) is not None:
+            return ImageInspection("unreadable", f"cannot be read: {error}; check its permissions and its disk")
         return ImageInspection("undecodable", f"cannot be decoded: {error}; replace the file or delete its rows")
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)  # [8, 9]
     gradients = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
     thumbnail = image.resize((8, 8), Image.Resampling.BOX).tobytes()
-    return ImageInspection(None, "", hashlib.blake2b(data, digest_size=16).digest(), gradients, thumbnail)
+    hash_of_bytes = hashlib.blake2b(data, digest_size=16).digest()
+    return ImageInspection(None, "", hash_of_bytes, gradients, thumbnail, readable)
 
 
 def find_image_copies(inspections: Mapping[str, ImageInspection]) -> list[tuple[str, str, bool]]:

@@ -1,7 +1,8 @@
 """The kinds of problems that a dataset can have, and what a reader does when it meets one."""
 
+import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from ..errors import DataError, Problem
 
@@ -19,9 +20,14 @@ KINDS = {
     "odd-caption": "captions with control characters",
     "duplicate-caption": "duplicate captions of an image",
     "outside": "images outside the folder of images",
+    "unlisted": "folders that cannot be listed",
+    "link": "links to folders that are not followed",
     "missing": "missing image files",
+    "unreadable": "image files that cannot be read",
     "empty": "empty image files",
+    "format": "images in formats that are not read here",
     "undecodable": "images that cannot be decoded",
+    "metadata": "images whose EXIF data cannot be read",
     "huge": "images that are too large to decode safely",
     "duplicate-image": "images that look like another one of their split",
     "two-splits": "images in two splits",
@@ -29,14 +35,19 @@ KINDS = {
     "small-split": "splits that are too small",
 }
 
+# Problems that do no harm: what they are about is used, or is used elsewhere. `miniclip check` names them.
+HARMLESS = frozenset({"link", "metadata"})
+
 # Called with each problem. If it returns, the reader skips the row and goes on.
 OnProblem = Callable[[Problem], Any]
 
 
-def raise_problem(problem: Problem) -> NoReturn:
-    """Stop at the first problem: what a reader does by default.
+def raise_problem(problem: Problem) -> None:
+    """Stop at the first problem: what a reader does by default. A [`HARMLESS`] one is only a warning.
 
     Raises:
-        DataError: always.
+        DataError: the problem is not harmless.
     """
-    raise DataError(problem)
+    if problem.kind not in HARMLESS:
+        raise DataError(problem)
+    warnings.warn(str(problem), stacklevel=2)

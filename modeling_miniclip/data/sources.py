@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import tarfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError, Problem, UsageError, one_line
+from ..utils.names import name_of, path_of
 from .caption_files import (
     CaptionedImage,
     ColumnNames,
@@ -19,16 +21,22 @@ from .caption_files import (
     find_metadata_files,
     read_caption_file,
 )
-from .captions import TAR_ENDINGS, local_path
+from .captions import local_path
 from .hub_datasets import find_image_column
-from .image_files import BAD_FILES, bad_files, image_folder, is_image_file
+from .image_files import BAD_FILES, bad_files, image_folder
+from .listing import ListedFolder, images_of_folder, is_hidden_path, walk_folders
+from .picture_formats import is_picture_file
+from .problems import OnProblem, raise_problem
+from .recognise import recognise_file
 from .splits import read_splits, split_of_folder
 
-TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".jsonl"})
 SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")  # of Dataset.save_to_disk and DatasetDict.save_to_disk
 IMAGE_COLUMNS = ("image", "file_name", "filename", "path", "file", "filepath")
 UNKNOWN = -1  # size or time of an image that is not a file
 DEFAULT_COLUMNS = ColumnNames()
+
+# Lists the images of a source, with the columns to look for; calls a function with each problem.
+Walker = Callable[[str, ColumnNames, OnProblem], Iterator["Item"]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Item:
 
     Args:
         id: absolute path of an image file; for other images the path or name of their container, `/`, and their name
-            in it.
+            in it. Paths are written as by [`name_of`][modeling_miniclip.utils.names.name_of].
         read: function that returns the encoded image.
         path: path of the image file, None for an image inside a container.
         size: size in bytes, or `UNKNOWN`.
@@ -57,21 +65,24 @@ class Item:
 
 
 def resolve_source(source: str | os.PathLike) -> str:
-    """The absolute path of a source, or its name on the Hub, so that the working folder does not matter.
+    """The absolute path of a source as text, or its name on the Hub, so that the working folder does not matter.
 
     Raises:
         DataError: no such file or folder exists, and it cannot be the name of a dataset.
     """
     path = local_path(source)
-    return os.fspath(source) if path is None else os.path.abspath(path)
+    return os.fspath(source) if path is None else name_of(os.path.abspath(path))
 
 
-def walk_sources(sources: Iterable[str], columns: ColumnNames = DEFAULT_COLUMNS) -> Iterator[tuple[str, Item]]:
+def walk_sources(
+    sources: Iterable[str], columns: ColumnNames = DEFAULT_COLUMNS, on_problem: OnProblem = raise_problem
+) -> Iterator[tuple[str, Item]]:
     """The images of several sources, each with its source. A repeated image is returned once.
 
     Args:
         sources: sources as returned by [`resolve_source`].
         columns: columns to look for in caption files and datasets.
+        on_problem: function called with what is left out: see [`walk_source`].
 
     Raises:
         UsageError: there are no sources.
@@ -82,93 +93,105 @@ def walk_sources(sources: Iterable[str], columns: ColumnNames = DEFAULT_COLUMNS)
         raise UsageError("no source to index: name a folder, a caption file, a tar archive or a dataset")
     seen: set[str] = set()
     for source in named:
-        for item in walk_source(source, columns):
+        for item in walk_source(source, columns, on_problem):
             if item.id not in seen:
                 seen.add(item.id)
                 yield source, item
 
 
-def walk_source(source: str, columns: ColumnNames = DEFAULT_COLUMNS) -> Iterator[Item]:
+def walk_source(
+    source: str, columns: ColumnNames = DEFAULT_COLUMNS, on_problem: OnProblem = raise_problem
+) -> Iterator[Item]:
     """The images of one source, always in the same order.
 
     Args:
         source: a source as returned by [`resolve_source`]:
-            - a folder: all image files in it and its subfolders (except hidden ones), with the captions and splits of
-              a caption file or of `metadata.csv` in it;
+            - a folder: all image files in it and its subfolders, linked ones too, except hidden ones, with the
+              captions and splits of a caption file or of `metadata.csv` in it;
             - a CSV, TSV or JSON Lines file that names images next to it, with or without captions;
             - a tar archive; `name.txt`, or the `caption` in `name.json`, is the caption of `name.jpg`;
             - a folder of `Dataset.save_to_disk`, a Parquet file, a dataset on the Hub (streamed), or `scenes`.
         columns: columns to look for in caption files and datasets.
+        on_problem: function called with each folder that cannot be listed (kind `unlisted`), each image in a format
+            that cannot be read (`format`), and each link that is not followed (`link`).
 
     Raises:
         DataError: the source cannot be read, or has no images.
     """
-    items = _walker(source)(source, columns)
-    first = next(items, None)
-    if first is None:
-        raise DataError(f"{source}: no images found; the images that were indexed from it before are kept")
-    yield first
-    yield from items
+    try:
+        items = _walker(source)(source, columns, on_problem)
+        first = next(items, None)
+        if first is None:
+            raise DataError(f"{source}: no images found; the images that were indexed from it before are kept")
+        yield first
+        yield from items
+    except OSError as error:
+        place = name_of(error.filename or path_of(source))
+        raise DataError(
+            f"{place}: cannot be read: {error.strerror or error}; check its permissions and its disk. The images that "
+            "were indexed from it before are kept"
+        ) from error
 
 
 def is_listed_at_once(source: str) -> bool:
     """Whether the images of a source can be listed, and thus counted, without reading them."""
-    return _walker(source) in (_walk_folder, _walk_table)
+    try:
+        return _walker(source) in (_walk_folder, _walk_table)
+    except OSError:  # which the walk reports
+        return False
 
 
-def _walker(source: str) -> Callable[[str, ColumnNames], Iterator[Item]]:
+def _walker(source: str) -> Walker:
     """The function that lists the images of this kind of source."""
-    path = Path(source)
+    path = Path(path_of(source))
     if path.is_dir():
         saved = any((path / name).is_file() for name in SAVED_DATASETS)
         return _walk_saved if saved else _walk_folder
     if path.is_file():
-        name, suffix = path.name.lower(), path.suffix.lower()
-        if name.endswith(TAR_ENDINGS):
-            return _walk_tar
-        if suffix in TABLE_SUFFIXES:
-            return _walk_table
-        if suffix == ".parquet":
-            return _walk_parquet
-        if is_image_file(name):
-            return lambda source, columns: iter([_file_item(source)])
-        raise DataError(
-            f"{source}: expected a folder, an image, a caption file ({', '.join(sorted(TABLE_SUFFIXES))}), Parquet or "
-            f"a tar archive ({', '.join(TAR_ENDINGS)})"
-        )
+        walkers = {"tar": _walk_tar, "parquet": _walk_parquet, "image": _walk_image, "text": _walk_table}
+        return walkers[recognise_file(path)]
+    if path.exists():
+        raise DataError(f"{source}: neither a file nor a folder; name the file or folder with the images")
     return _walk_scenes if source == "scenes" else _walk_hub
+
+
+def _walk_image(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
+    yield _file_item(path_of(source))
 
 
 def _file_item(path: str, captions: list[str] | None = None, split: str = "") -> Item:
     """The item of a file as it is now. If the file is missing, its size and time are unknown and it cannot be read."""
+    name, read = name_of(path), Path(path).read_bytes
     try:
-        stat = os.stat(path)
-        size, mtime = stat.st_size, stat.st_mtime_ns
+        info = os.stat(path)
     except OSError:
-        size = mtime = UNKNOWN
-    return Item(path, Path(path).read_bytes, path, size, mtime, captions or [], split)
+        return Item(name, read, name, UNKNOWN, UNKNOWN, captions or [], split)
+    if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
+        read = partial(_raise, "not a regular file")
+    return Item(name, read, name, info.st_size, info.st_mtime_ns, captions or [], split)
 
 
 # --- folders and caption files --------------------------------------------------------------------------------------
 
 
-def _walk_folder(source: str, columns: ColumnNames) -> Iterator[Item]:
-    captions, splits = _captions_of_folder(Path(source), columns)
-    for folder, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and is_image_file(name):
-                path = os.path.join(folder, name)
-                relative = os.path.relpath(path, source).replace(os.sep, "/")
-                yield _file_item(path, captions.get(path), splits.get(path) or split_of_folder(relative) or "")
+def _walk_folder(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
+    root = path_of(source)
+    folders = list(walk_folders(root, on_problem))
+    captions, splits = _captions_of_folder(Path(root), folders, columns)
+    for folder in folders:
+        for path in images_of_folder(folder, on_problem):
+            relative = os.path.relpath(path, root).replace(os.sep, "/")
+            yield _file_item(path, captions.get(path), splits.get(path) or split_of_folder(relative) or "")
 
 
-def _captions_of_folder(root: Path, columns: ColumnNames) -> tuple[dict[str, list[str]], dict[str, str]]:
+def _captions_of_folder(
+    root: Path, folders: list[ListedFolder], columns: ColumnNames
+) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Captions, and the splits of split files, by the absolute path of the image."""
     caption_file = find_caption_file(root)
     captions: dict[str, list[str]] = {}
     splits: dict[str, str] = {}
-    for file in [caption_file] if caption_file else find_metadata_files(root):
+    for file in [caption_file] if caption_file else find_metadata_files(folders):
         images = _read_table(file, columns)
         folder = image_folder(root, images) if caption_file else file.parent
         paths = {name: os.path.normpath(folder / name) for name in images}
@@ -179,8 +202,8 @@ def _captions_of_folder(root: Path, columns: ColumnNames) -> tuple[dict[str, lis
     return captions, splits
 
 
-def _walk_table(source: str, columns: ColumnNames) -> Iterator[Item]:
-    file = Path(source)
+def _walk_table(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
+    file = Path(path_of(source))
     images = _read_table(file, columns)
     folder = image_folder(file.parent, images)
     splits = {name: split for split, names in read_splits(file.parent, images, file).items() for name in names}
@@ -188,13 +211,14 @@ def _walk_table(source: str, columns: ColumnNames) -> Iterator[Item]:
     for name, image in images.items():
         path = os.path.normpath(folder / name)
         if bad.get(name) == "outside":
-            yield Item(path, partial(_raise_outside, folder), path)
+            reason = BAD_FILES["outside"].format(folder=folder)
+            yield Item(name_of(path), partial(_raise, reason), name_of(path))
         else:
             yield _file_item(path, image.captions, splits.get(name) or split_of_folder(name) or "")
 
 
-def _raise_outside(folder: Path) -> bytes:
-    raise DataError(BAD_FILES["outside"].format(folder=folder))
+def _raise(problem: str) -> bytes:
+    raise DataError(problem)
 
 
 def _read_table(file: Path, columns: ColumnNames) -> dict[str, CaptionedImage]:
@@ -220,23 +244,23 @@ def _optional_captions(names: Collection[str], wanted: str) -> list[str]:
 # --- tar archives ---------------------------------------------------------------------------------------------------
 
 
-def _walk_tar(source: str, columns: ColumnNames) -> Iterator[Item]:
+def _walk_tar(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
     """Members in their order. As in WebDataset, neighbours that differ only in their suffix belong together."""
     images: list[Item] = []
     captions: list[str] = []
     current = ""
     try:
-        with tarfile.open(source) as archive:
+        with tarfile.open(path_of(source)) as archive:
             for member in archive:
-                if not member.isfile():
+                if not member.isfile() or is_hidden_path(member.name):
                     continue
                 stem, suffix = os.path.splitext(member.name)
                 if stem != current:
                     yield from _with_captions(source, images, captions)
                     images, captions, current = [], [], stem
-                if is_image_file(member.name):
+                if is_picture_file(member.name):
                     content = _content_of_member(archive, member)
-                    name = f"{source}/{PurePosixPath(member.name)}"
+                    name = f"{source}/{name_of(PurePosixPath(member.name))}"
                     images.append(Item(name, partial(bytes, content), None, member.size, int(member.mtime * 1e9)))
                 elif suffix.lower() in (".txt", ".json"):
                     content = _content_of_member(archive, member)
@@ -276,25 +300,27 @@ def _texts(value: Any) -> list[str]:
 # --- datasets -------------------------------------------------------------------------------------------------------
 
 
-def _walk_saved(source: str, columns: ColumnNames) -> Iterator[Item]:
+def _walk_saved(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
     from datasets import load_from_disk
 
-    yield from _walk_dataset(source, columns, lambda: load_from_disk(source))
+    path = path_of(source)
+    yield from _walk_dataset(source, columns, lambda: load_from_disk(path))
 
 
-def _walk_parquet(source: str, columns: ColumnNames) -> Iterator[Item]:
+def _walk_parquet(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
     from datasets import load_dataset
 
-    yield from _walk_dataset(source, columns, lambda: load_dataset("parquet", data_files=source, streaming=True))
+    path = path_of(source)
+    yield from _walk_dataset(source, columns, lambda: load_dataset("parquet", data_files=path, streaming=True))
 
 
-def _walk_hub(source: str, columns: ColumnNames) -> Iterator[Item]:
+def _walk_hub(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
     from datasets import load_dataset
 
     yield from _walk_dataset(source, columns, lambda: load_dataset(source, streaming=True))
 
 
-def _walk_scenes(source: str, columns: ColumnNames) -> Iterator[Item]:
+def _walk_scenes(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
     from .scenes import build_scenes
 
     yield from _walk_dataset(source, columns, build_scenes)

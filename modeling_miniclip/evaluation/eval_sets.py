@@ -2,20 +2,25 @@
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Image as UndecodedImage
 from PIL import Image
 from torch import Tensor
 
 from ..data.caption_files import METADATA_FILES, find_caption_file
 from ..data.captions import load_captions
+from ..data.listing import list_images, subfolders, walk_folders
+from ..data.problems import HARMLESS
 from ..data.splits import SPLIT_ALIASES, SPLITS
-from ..errors import DataError, UsageError
+from ..errors import DataError, Problem, UsageError
 from ..inference.encode import open_image
+from ..utils.names import is_utf8, name_of
 from .metrics import DIRECTIONS, RECALL_AT
 
 CLASSIFICATION = "image_to_class"
@@ -30,13 +35,15 @@ class EvalSet:
     Args:
         name: name of the dataset, as it was given.
         split: name of the split.
-        images: paths, or rows with the key `image`.
+        images: paths, or rows with the undecoded `image`.
         image_ids: names of the images.
         texts: captions, or class names; `directions` is then `("image_to_class",)`.
         image_group: `[images]` int64, group of each image.
         text_group: `[texts]` int64, group of each text.
         directions: directions of retrieval, such as `"text_to_image"`.
         at: values of K in recall@K.
+        skipped: names of images that could not be read, with the reason.
+        unlisted: names of folders that could not be listed, with the reason.
     """
 
     name: str
@@ -48,6 +55,8 @@ class EvalSet:
     text_group: Tensor
     directions: tuple[str, ...]
     at: tuple[int, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+    unlisted: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_classification(self) -> bool:
@@ -66,6 +75,34 @@ class EvalSet:
         """Names (texts, or image ids) and groups, of the queries and then of the answers of a direction."""
         images, texts = (self.image_ids, self.image_group), (self.texts, self.text_group)
         return (texts, images) if direction == "text_to_image" else (images, texts)
+
+    def kept_texts(self, unreadable: Collection[int]) -> Tensor:
+        """`[texts]` booleans: which texts remain without some images; all classes do."""
+        if self.is_classification:
+            return torch.ones(len(self.texts), dtype=torch.bool)
+        return ~torch.isin(self.text_group, torch.tensor(sorted(unreadable), dtype=torch.long))
+
+    def without(self, unreadable: Mapping[int, str]) -> "EvalSet":
+        """The set without some images.
+
+        Args:
+            unreadable: rows of these images, with the reason.
+        """
+        rows = [row for row in range(len(self.image_ids)) if row not in unreadable]
+        images = [self.images[row] for row in rows] if isinstance(self.images, list) else self.images.select(rows)
+        text_rows = self.kept_texts(unreadable).nonzero().flatten().tolist()
+        image_group, text_group = self.image_group[rows], self.text_group[text_rows]
+        if not self.is_classification:  # the number of a group is the row of its image
+            image_group, text_group = torch.arange(len(rows)), torch.searchsorted(torch.tensor(rows), text_group)
+        return replace(
+            self,
+            images=images,
+            image_ids=[self.image_ids[row] for row in rows],
+            texts=[self.texts[row] for row in text_rows],
+            image_group=image_group,
+            text_group=text_group,
+            skipped=self.skipped | {self.image_ids[row]: reason for row, reason in unreadable.items()},
+        )
 
     def open(self, row: int) -> Image.Image:
         """Open the image of a row, as RGB."""
@@ -90,8 +127,12 @@ def load_eval_set(
         UsageError: class names were given for captioned images.
     """
     folder = Path(source).expanduser()
-    if _holds_class_folders(folder):
-        return _class_folders(folder, split, class_names)
+    try:
+        if _holds_class_folders(folder):
+            return _class_folders(folder, split, class_names)
+    except OSError as error:
+        place = name_of(error.filename or folder)
+        raise DataError(f"{place}: cannot be read: {error.strerror or error}; check its permissions") from error
     if class_names is not None:
         raise UsageError(f"--class_names {class_names}: {source} is not a folder of class folders without captions")
     splits = load_captions(source, **options)
@@ -101,8 +142,9 @@ def load_eval_set(
     owner = [i for i, several in enumerate(captions) for _ in several]
     texts = [caption for several in captions for caption in several]
     group = torch.arange(len(rows))
+    images = rows.select_columns(["image"]).cast_column("image", UndecodedImage(decode=False))
     return EvalSet(
-        source, name, rows, list(rows["image_id"]), texts, group, torch.tensor(owner), DIRECTIONS, RECALL_AT
+        source, name, images, list(rows["image_id"]), texts, group, torch.tensor(owner), DIRECTIONS, RECALL_AT
     )
 
 
@@ -117,57 +159,67 @@ def _chosen_split(split: str | None, names: Sequence[str], source: str) -> str:
 def _holds_class_folders(folder: Path) -> bool:
     if not folder.is_dir() or find_caption_file(folder):
         return False
-    return not any(next(folder.rglob(name), None) for name in METADATA_FILES) and bool(_folders(folder))
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    listed = walk_folders(folder, lambda problem: None)
+    return not any(name in each.files for each in listed for name in METADATA_FILES) and bool(subfolders(folder))
 
 
 def _class_folders(root: Path, split: str | None, class_names: str | os.PathLike | None) -> EvalSet:
-    by_split = {SPLIT_ALIASES.get(path.name.lower(), path.name.lower()): path for path in _folders(root)}
+    by_split = {SPLIT_ALIASES.get(name.lower(), name.lower()): root / name for name in subfolders(root)}
     if set(by_split) <= set(SPLITS):
         chosen = _chosen_split(split, list(by_split), str(root))
         top = by_split[chosen]
     elif split is not None:
         raise DataError(
-            f"{root}: --split {split}, but its folders are {', '.join(path.name for path in _folders(root)[:5])}: "
+            f"{root}: --split {split}, but its folders are {', '.join(subfolders(root)[:5])}: "
             "put the class folders into one folder per split, or leave --split out"
         )
     else:
         chosen, top = "all", root
-    classes = _folders(top)
+    classes = subfolders(top)
     if len(classes) < 2:
         raise DataError(
             f"{top}: {len(classes)} class folder; expected captions (a CSV, metadata.csv), or at least two "
             "folders with the images of one class each"
         )
-    suffixes = set(Image.registered_extensions())
-    images: list[Path] = []
+    images: list[str] = []
     labels: list[int] = []
+    problems: list[Problem] = []
     for label, folder in enumerate(classes):
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+        found = list(list_images(top / folder, problems.append))
         if not found:
-            raise DataError(f"{folder}: no images; fill this class folder or delete it")
+            inside = [problem for problem in problems if problem.file.startswith(name_of(top / folder))]
+            reason = f" that can be read: {inside[0]}" if inside else ""
+            raise DataError(f"{name_of(top / folder)}: no images{reason}; fill this class folder or delete it")
         images += found
         labels += [label] * len(found)
-    texts = _words([path.name for path in classes], class_names)
+    for problem in problems:
+        if problem.kind in HARMLESS:
+            warnings.warn(str(problem), stacklevel=2)
+    texts = _words(classes, class_names)
     return EvalSet(
-        name=str(root),
+        name=name_of(root),
         split=chosen,
         images=images,
-        image_ids=[path.relative_to(top).as_posix() for path in images],
+        image_ids=[name_of(Path(path).relative_to(top).as_posix()) for path in images],
         texts=texts,
         image_group=torch.tensor(labels),
         text_group=torch.arange(len(texts)),
         directions=(CLASSIFICATION,),
         at=tuple(k for k in TOP_K if k < len(texts)),
+        skipped={each.file: each.text for each in problems if each.kind not in (*HARMLESS, "unlisted")},
+        unlisted={each.file: each.text for each in problems if each.kind == "unlisted"},
     )
 
 
 def _words(folders: list[str], class_names: str | os.PathLike | None) -> list[str]:
     """Class names, one per class folder."""
+    odd = next((name for name in folders if not is_utf8(name)), None)
+    folders = [name_of(name) for name in folders]
     if class_names is None:
+        if odd is not None:
+            raise DataError(
+                f"the name of the class folder {name_of(odd)} is not UTF-8; rename it, or use --class_names"
+            )
         return [name.replace("_", " ").strip() for name in folders]
     try:
         named = json.loads(Path(class_names).expanduser().read_text(encoding="utf-8"))

@@ -9,8 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 from torch import Tensor
 
+from ..data.skipped import describe_skipped
+from ..errors import DataError
 from ..utils.files import check_new_folder, replaced_folder
 from ..utils.html import table
 from .encoders import ClipEncoder, open_encoder
@@ -64,19 +67,28 @@ def evaluate_model(
         `model`, `dataset`, `split`, `images`, `texts`, `metrics` (recalls in percent, median ranks, `rsum`) and their
         95 % `intervals` from a bootstrap over images; with a baseline also `baseline`, `baseline_metrics`,
         `baseline_intervals`, the `difference` of the recalls (model minus baseline) and its `difference_intervals`
-        from the paired bootstrap.
+        from the paired bootstrap. If images could not be read, or folders not be listed, they are left out of
+        everything else: `skipped` has their names and the reasons, and `warning` a sentence about them.
 
     Raises:
         ModelError: a model does not load.
         UsageError: the output folder holds other files.
-        DataError: an image cannot be read.
+        DataError: no image can be read.
     """
     target = None if output_dir is None else Path(output_dir)
     if target is not None:
         check_new_folder(target, "--output_dir ", allowed=FILES)
     named = [("MODEL", model)] + ([("--baseline", baseline)] if baseline is not None else [])
     encoders = [open_encoder(name, flag) for flag, name in named]  # open both before the long work starts
-    ours, *theirs = [score_model(encoder, data, templates, batch_size, progress) for encoder in encoders]
+    scores: list[ModelScores] = []
+    for encoder in encoders:
+        texts, images, unreadable = embed_set(encoder, data, templates, batch_size, progress)
+        if unreadable and scores:
+            raise DataError(f"{next(iter(unreadable.values()))}; it could be read a moment ago: evaluate again")
+        if unreadable:
+            texts, data = texts[data.kept_texts(unreadable)], data.without(unreadable)
+        scores.append(score_model(texts, images, data))
+    ours, *theirs = scores
     names = [data.metric(direction, k) for direction in data.directions for k in data.at]
     report = {
         "model": model,
@@ -87,6 +99,9 @@ def evaluate_model(
         "metrics": ours.metrics,
         "intervals": _intervals(names, ours.recalls, data),
     }
+    if data.skipped or data.unlisted:
+        report["skipped"] = data.skipped | data.unlisted
+        report["warning"] = describe_skipped(data.skipped, len(data.image_ids) + len(data.skipped), data.unlisted)
     for other in theirs:
         report |= {"baseline": baseline, **_comparison(ours, other, names, data)}
     if target is not None:
@@ -99,10 +114,34 @@ def evaluate_model(
     return report
 
 
-def score_model(
+class ReadableImages:
+    """Opens the images of a set one after the other, and leaves out those that cannot be read.
+
+    Args:
+        data: set with the images.
+    """
+
+    def __init__(self, data: EvalSet):
+        self.data = data
+        self.unreadable: dict[int, str] = {}  # rows found so far, with the reason
+
+    def __len__(self) -> int:
+        return len(self.data.image_ids)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        for row in range(len(self)):
+            try:
+                image = self.data.open(row)
+            except DataError as error:
+                self.unreadable[row] = str(error)
+            else:
+                yield image
+
+
+def embed_set(
     encoder: ClipEncoder, data: EvalSet, templates: str | Sequence[str], batch_size: int, progress: bool
-) -> ModelScores:
-    """Embed a split with one model, and rank the answers to its queries in each direction.
+) -> tuple[Tensor, Tensor, dict[int, str]]:
+    """Embed a split with one model.
 
     Args:
         encoder: model to score.
@@ -110,6 +149,12 @@ def score_model(
         templates: sentences for class names, as in `zero_shot_weights`.
         batch_size: number of images per forward pass; texts are encoded four times as many at a time.
         progress: whether to show progress bars.
+
+    Returns:
+        `[texts, dim]`; `[readable images, dim]`; the rows of the other images, with the reason.
+
+    Raises:
+        DataError: no image can be read.
     """
 
     def encode(texts: list[str]) -> Tensor:
@@ -117,7 +162,24 @@ def score_model(
 
     # Texts first: they are quick, and a wrong template raises an error before the images are encoded.
     texts = ensemble_weights(encode, data.texts, templates) if data.is_classification else encode(data.texts)
-    images = encoder.encode_images(data.images, batch_size, progress)
+    readable = ReadableImages(data)
+    try:
+        images = encoder.encode_images(readable, batch_size, progress)
+    except ValueError as error:
+        if len(readable.unreadable) < len(readable):
+            raise
+        raise DataError(f"none of the {len(readable)} images can be read; {readable.unreadable[0]}") from error
+    return texts, images, readable.unreadable
+
+
+def score_model(texts: Tensor, images: Tensor, data: EvalSet) -> ModelScores:
+    """Rank the answers to the queries of a split in each direction.
+
+    Args:
+        texts: `[texts, dim]` embeddings.
+        images: `[images, dim]` embeddings.
+        data: split that was embedded.
+    """
     rankings = {}
     for direction in data.directions:
         queries, keys = (texts, images) if direction == "text_to_image" else (images, texts)

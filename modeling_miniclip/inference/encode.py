@@ -13,23 +13,26 @@ from tqdm.auto import tqdm
 from transformers import CLIPImageProcessorPil
 
 from ..data.collation import model_inputs, stack_pixels
+from ..data.picture_formats import decode_picture, decode_row
 from ..errors import DataError
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor, load_rgb, to_rgb
 from .loading import processor_of
+
+UNDECODED = {"bytes", "path"}  # keys of an image in a column `datasets.Image(decode=False)`
 
 
 def open_image(image: Any) -> Image.Image:
     """Open an image as RGB.
 
     Args:
-        image: path, URL, PIL image, array (`[H, W, 3]` or `[H, W]`, uint8), or a dictionary with one of these as
-            `image`.
+        image: path, URL, PIL image, array (`[H, W, 3]` or `[H, W]`, uint8), an undecoded image of a dataset
+            (`{"bytes", "path"}`), or a dictionary with one of these as `image`.
 
     Raises:
         DataError: the file does not exist or is not an image, or the array has another shape or type.
     """
-    if isinstance(image, dict):
+    if isinstance(image, dict) and image.keys() != UNDECODED:
         if "image" not in image:
             raise DataError(
                 f"a row without the key 'image': it has {', '.join(map(str, image)) or 'none'}; rename the right one"
@@ -37,8 +40,11 @@ def open_image(image: Any) -> Image.Image:
         image = image["image"]
     name = os.fspath(image) if isinstance(image, str | os.PathLike) else getattr(image, "filename", "")
     try:
+        if isinstance(image, dict):
+            name = image["path"] or ""
+            return decode_row(image)
         if isinstance(image, str | os.PathLike):
-            return load_rgb(image)
+            return to_rgb(decode_picture(image), name) if os.path.isfile(image) else load_rgb(image)
         return to_rgb(image if isinstance(image, Image.Image) else _image_of_array(image))
     except DataError:
         raise

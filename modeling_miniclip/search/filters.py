@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UsageError
+from ..utils.names import name_of
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class EntryFilter:
 
 
 def _in_folder(ids: pa.ChunkedArray, folder: str) -> np.ndarray:
-    given = folder.rstrip("/\\")
-    whole = os.path.abspath(os.path.expanduser(folder))
+    given = name_of(folder.rstrip("/\\"))
+    whole = name_of(os.path.abspath(os.path.expanduser(folder)))
     found = [_numpy(pc.starts_with(ids, prefix + sep)) for prefix in {given, whole} for sep in {"/", os.sep}]
     return np.logical_or.reduce(found)
 

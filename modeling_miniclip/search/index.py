@@ -41,7 +41,7 @@ OWN = "sha256"  # key of the manifest that holds the checksum of all other keys
 
 SCHEMA = pa.schema(
     [
-        ("id", pa.string()),  # absolute path, or source/name
+        ("id", pa.string()),  # absolute path, or source/name; bytes that are not UTF-8 are escaped, see utils/names.py
         ("path", pa.string()),  # null: the image is not a file
         ("source", pa.string()),
         ("size", pa.int64()),  # bytes; -1: unknown until the image is read
@@ -70,7 +70,7 @@ class Manifest:
         count: number of images.
         files: `[name, size, mtime in ns]` of the model's files when the fingerprint was computed.
         sources: indexed sources, as named by `resolve_source`.
-        skipped: images that could not be read, with the reason.
+        skipped: images that could not be read, and folders that could not be listed, with the reason.
         neighbours: kind of search: `exact`, `approximate`, or `auto`, which depends on the number of images.
         format: version of the folder's format.
         checksums: SHA-256 of the other files, by name.
@@ -327,7 +327,9 @@ def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Ite
                 build_neighbours(map_embeddings(fresh / EMBEDDINGS), fresh / NEIGHBOURS)
             manifest = replace(manifest, checksums={path.name: file_checksum(path) for path in fresh.iterdir()})
             values = asdict(manifest)
-            text = json.dumps({**values, OWN: value_checksum(values)}, indent=1, ensure_ascii=False)
+            text = json.dumps(
+                {**values, OWN: value_checksum(values)}, indent=1
+            )  # ASCII, so that any path can be stored
             (fresh / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise MiniClipError(

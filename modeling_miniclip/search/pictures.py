@@ -1,10 +1,10 @@
 """The picture of an entry: from its file, or from the thumbnail in the index."""
 
-import io
-
 from PIL import Image
 
+from ..data.picture_formats import decode_picture
 from ..processing_miniclip import to_rgb
+from ..utils.names import path_of
 from ..utils.thumbnails import shrink
 from .index import ImageIndex
 
@@ -24,10 +24,10 @@ def picture_of(index: ImageIndex, row: int, pixels: int) -> Image.Image | None:
         DataError: the index is damaged.
     """
     path = index.entry(row)["path"]
-    source = io.BytesIO(index.thumbnail(row) or b"") if path is None else path
+    source = (index.thumbnail(row) or b"") if path is None else path_of(path)
     try:
-        with Image.open(source) as image:
-            image.draft(None, (2 * pixels, 2 * pixels))  # decodes a JPEG at about this size, many times faster
-            return shrink(to_rgb(image), pixels)
+        # A JPEG is decoded at about the size that is needed, many times faster.
+        image = decode_picture(source, lambda opened: opened.draft(None, (2 * pixels, 2 * pixels)))
+        return shrink(to_rgb(image, path or ""), pixels)
     except Exception:  # Pillow's decoders raise errors of many classes
         return None

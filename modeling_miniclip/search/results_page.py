@@ -5,6 +5,7 @@ from pathlib import Path
 from ..errors import MiniClipError
 from ..utils.files import replace_text
 from ..utils.html import grid, page, thumbnail, tile
+from ..utils.names import path_of
 from ..utils.thumbnails import THUMBNAIL
 from .exact import Match
 from .index import ImageIndex
@@ -39,5 +40,5 @@ def _tile(index: ImageIndex, match: Match) -> str:
         name,
         image=thumbnail(picture) if picture else "",
         text="missing or unreadable",
-        link=Path(entry["path"]).as_uri() if entry["path"] else "",
+        link=Path(path_of(entry["path"])).as_uri() if entry["path"] else "",
     )

@@ -4,8 +4,8 @@ Before an image is encoded, it is looked up in the existing index and in all fin
 its file, then by its contents.
 """
 
+import errno
 import hashlib
-import io
 import os
 import sys
 import uuid
@@ -26,11 +26,12 @@ from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
 from ..data.collation import model_inputs
+from ..data.picture_formats import decode_picture
 from ..data.sources import UNKNOWN, Item
 from ..errors import MiniClipError, printable
 from ..inference.loading import load_tower, model_folder
 from ..modeling_miniclip import MiniClipModel
-from ..processing_miniclip import MiniClipProcessor, to_rgb
+from ..processing_miniclip import MiniClipProcessor, exif_orientation, to_rgb
 from ..utils.performance import to_channels_last
 from ..utils.thumbnails import encode_thumbnail
 from .index import MANIFEST, SCHEMA, ImageIndex, Manifest, write_index
@@ -89,11 +90,13 @@ class Prepared:
         entry: the columns of [`SCHEMA`][modeling_miniclip.search.index.SCHEMA] that the image determines.
         pixels: `[3, H, W]` uint8, or None if the image was encoded before.
         place: where in the pool it was encoded before, or None.
+        warning: what is odd about the image; may be empty.
     """
 
     entry: dict[str, Any]
     pixels: np.ndarray | None = None
     place: Place | None = None
+    warning: str = ""
 
 
 class Encoding:
@@ -112,6 +115,7 @@ class Encoding:
         self.batch_size, self.num_workers = batch_size, num_workers
         self.encoded = 0
         self.skipped: dict[str, str] = {}  # names of images that could not be read, with the reason
+        self.unreachable: set[str] = set()  # those of them whose files exist, but a disk or its permissions failed
         self._tower: tuple[MiniClipModel, MiniClipProcessor] | None = None
         self._loading = Lock()
         self._next_shard: list[tuple[dict[str, Any], np.ndarray]] = []  # entries and embeddings
@@ -166,8 +170,12 @@ class Encoding:
                 except Exception as error:  # Pillow's decoders raise errors of many classes
                     reason = " ".join(str(error).split())[:200] or type(error).__name__
                     self.skipped[item.id] = reason
+                    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
+                        self.unreachable.add(item.id)
                     bar.write(printable(f"skipped: {item.id}: {reason}"), file=sys.stderr)
                 else:
+                    if prepared.warning:
+                        bar.write(printable(f"warning: {item.id}: {prepared.warning}"), file=sys.stderr)
                     yield prepared
                 bar.update()
 
@@ -175,24 +183,30 @@ class Encoding:
         content = item.read()
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         place = self.pool.by_hash.get(digest)
-        with Image.open(io.BytesIO(content)) as image:
-            exif = image.getexif()
-            turned = exif.get(ExifTags.Base.Orientation, 1) >= 5
-            width, height = image.size[::-1] if turned else image.size
-            entry: dict[str, Any] = {
-                "id": item.id, "path": item.path, "size": item.size, "mtime": item.mtime, "hash": digest,
-                "date": _date_of(exif, item.mtime), "width": width, "height": height,
-            }  # fmt: skip
-            needs_thumbnail = item.path is None and (place is None or self.pool.by_id.get(item.id) != place)
-            if place is not None and not needs_thumbnail:
-                return Prepared(entry, place=place)
-            rgb = to_rgb(image)
+        needs_thumbnail = item.path is None and (place is None or self.pool.by_id.get(item.id) != place)
+        needs_pixels = place is None or needs_thumbnail
+        image = decode_picture(content, lambda opened: needs_pixels)
+        orientation = exif_orientation(image)
+        width, height = image.size[::-1] if (orientation or 1) >= 5 else image.size
+        entry: dict[str, Any] = {
+            "id": item.id, "path": item.path, "size": item.size, "mtime": item.mtime, "hash": digest,
+            "date": _date_of(image, item.mtime), "width": width, "height": height,
+        }  # fmt: skip
+        if not needs_pixels:
+            return Prepared(entry, place=place)
+        if orientation is None:
+            warning = "its EXIF data cannot be read, so it may be shown turned"
+            for key in ("exif", "Raw profile type exif"):
+                image.info.pop(key, None)
+        else:
+            warning = ""
+        rgb = to_rgb(image)
         if needs_thumbnail:
             entry["thumbnail"] = encode_thumbnail(rgb)
         if place is not None:
-            return Prepared(entry, place=place)
+            return Prepared(entry, None, place, warning)
         _, processor = self.load()
-        return Prepared(entry, processor.crop(rgb))
+        return Prepared(entry, processor.crop(rgb), None, warning)
 
     def _copy(self, prepared: Prepared) -> None:
         """Store an image whose contents were encoded before, under another name or when its file had another time."""
@@ -231,13 +245,15 @@ class Encoding:
             self._next_shard = []
 
 
-def _date_of(exif: Image.Exif, mtime: int) -> datetime | None:
+def _date_of(image: Image.Image, mtime: int) -> datetime | None:
     """Local time at which a photograph was taken, or else at which its file last changed."""
-    details = exif.get_ifd(ExifTags.IFD.Exif)
-    for text in (details.get(ExifTags.Base.DateTimeOriginal), exif.get(ExifTags.Base.DateTime)):
+    for find in (
+        lambda: image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal),
+        lambda: image.getexif().get(ExifTags.Base.DateTime),
+    ):
         try:
-            return datetime.strptime(str(text).strip("\0 "), "%Y:%m:%d %H:%M:%S")
-        except ValueError:  # missing, or all zeros because the camera's clock was never set
+            return datetime.strptime(str(find()).strip("\0 "), "%Y:%m:%d %H:%M:%S")
+        except Exception:  # missing, all zeros because the camera's clock was never set, or damaged in any way
             continue
     return datetime.fromtimestamp(mtime // 10**9) if mtime != UNKNOWN else None
 

@@ -7,6 +7,7 @@ one in a single step.
 
 import os
 import shlex
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,10 +23,13 @@ from accelerate.utils import gather_object
 
 from ..configuration_miniclip import MiniClipConfig
 from ..data.caption_files import ColumnNames
+from ..data.problems import HARMLESS, OnProblem
+from ..data.skipped import describe_skipped
 from ..data.sources import DEFAULT_COLUMNS, Item, is_listed_at_once, resolve_source, walk_sources
-from ..errors import DataError, MiniClipError, ModelError, UsageError, one_line
+from ..errors import DataError, MiniClipError, ModelError, Problem, UsageError, one_line, printable
 from ..inference.loading import model_folder
 from ..utils.files import discard_folder, recover_folder
+from ..utils.names import check_name, name_of
 from .approximate import uses_approximate_search
 from .embeddings_file import DTYPES, gather_blocks
 from .fingerprints import describe_files, fingerprint
@@ -45,6 +49,9 @@ class Report:
         reused: images of the scanned sources that had been encoded before.
         dropped: images that were in the index before and no longer are.
         skipped: names of images that could not be read, with the reason.
+        unlisted: names of folders that could not be listed, with the reason.
+        kept: images that are as they were in the index, because their folder could not be listed or their file not be
+            reached.
         seconds: duration of the run.
     """
 
@@ -53,6 +60,8 @@ class Report:
     reused: int = 0
     dropped: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
+    unlisted: dict[str, str] = field(default_factory=dict)
+    kept: int = 0
     seconds: float = 0.0
 
 
@@ -143,10 +152,12 @@ def update_index(
     plan = _make_plan(Path(folder).expanduser(), list(sources), model, list(remove), overwrite, dtype, neighbours)
     with _locked(plan, processes):
         encoding = Encoding(plan.manifest, plan.pool(), plan.shards, batch_size, num_workers or default_workers())
-        listed = _encode_share(encoding, plan.sources_to_scan, columns, processes, progress)
-        report = gather_reports(encoding)
+        problems: list[Problem] = []
+        listed = _encode_share(encoding, plan.sources_to_scan, columns, processes, progress, problems.append)
+        report, unreachable = gather_reports(encoding)
         if processes.is_main_process:
-            _merge(plan, listed, report)
+            _add_problems(report, problems)
+            _merge(plan, listed, report, unreachable)
     if processes.is_main_process:
         discard_folder(plan.shards)
     report.seconds = time.perf_counter() - start
@@ -175,6 +186,7 @@ def _make_plan(
     neighbours: str | None,
 ) -> _Plan:
     """Check the arguments of [`update_index`] and decide what to do."""
+    check_name(target)
     recover_folder(target)
     existing = ImageIndex.open(target, verify=True) if target.exists() else None
     scan, kept = _choose_sources(existing, sources, remove)
@@ -192,7 +204,8 @@ def _choose_sources(
     known = existing.manifest.sources if existing else []
     removed = []
     for name in [os.fspath(source) for source in remove]:
-        found = next((s for s in (name, os.path.abspath(os.path.expanduser(name))) if s in known), None)
+        whole = name_of(os.path.abspath(os.path.expanduser(name)))
+        found = next((source for source in (name, whole) if source in known), None)
         if found is None:
             raise UsageError(f"--remove {name}: not a source of this index, which has: {', '.join(known) or 'none'}")
         removed.append(found)
@@ -268,13 +281,18 @@ def _locked(plan: _Plan, processes: PartialState) -> Iterator[None]:
 
 
 def _encode_share(
-    encoding: Encoding, sources: list[str], columns: ColumnNames, processes: PartialState, progress: bool
+    encoding: Encoding,
+    sources: list[str],
+    columns: ColumnNames,
+    processes: PartialState,
+    progress: bool,
+    on_problem: OnProblem,
 ) -> list[ListedImage]:
     """Encode this process's share of the new images. Returns all images that the sources list."""
     listed: list[ListedImage] = []
 
     def new_items() -> Iterator[Item]:
-        for number, (source, item) in enumerate(walk_sources(sources, columns) if sources else ()):
+        for number, (source, item) in enumerate(walk_sources(sources, columns, on_problem) if sources else ()):
             listed.append(ListedImage(source, item.id, item.path, item.captions, item.split))
             if number % processes.num_processes == processes.process_index and encoding.pool.find(item) is None:
                 yield item
@@ -288,20 +306,31 @@ def _encode_share(
     return listed
 
 
-def gather_reports(encoding: Encoding) -> Report:
-    """Wait for all processes and combine their reports."""
+def gather_reports(encoding: Encoding) -> tuple[Report, set[str]]:
+    """Wait for all processes and combine their reports, and the names of images whose files could not be reached."""
     try:
-        parts = gather_object([(encoding.encoded, encoding.skipped)])
+        parts = gather_object([(encoding.encoded, encoding.skipped, encoding.unreachable)])
     except RuntimeError as error:
         raise MiniClipError(
             f"a process of this run was lost ({one_line(error)}); run the same command again: all embeddings are kept "
             "except those of its unfinished shard"
         ) from error
-    skipped = {name: reason for _, some in parts for name, reason in some.items()}
-    return Report(encoded=sum(encoded for encoded, _ in parts), skipped=skipped)
+    skipped = {name: reason for _, some, _ in parts for name, reason in some.items()}
+    unreachable = {name for *_, names in parts for name in names}
+    return Report(encoded=sum(encoded for encoded, *_ in parts), skipped=skipped), unreachable
 
 
-def _merge(plan: _Plan, listed: list[ListedImage], report: Report) -> None:
+def _add_problems(report: Report, problems: list[Problem]) -> None:
+    """Add what the walk through the sources left out to a report, and print it."""
+    for problem in problems:
+        if problem.kind in HARMLESS:
+            print(printable(f"warning: {problem}"), file=sys.stderr)
+        else:
+            (report.unlisted if problem.kind == "unlisted" else report.skipped)[problem.file] = problem.text
+            print(printable(f"skipped: {problem}"), file=sys.stderr)
+
+
+def _merge(plan: _Plan, listed: list[ListedImage], report: Report, unreachable: set[str]) -> None:
     """Write the index: first the images of sources that were not scanned, then the listed ones; complete `report`."""
     pool = plan.pool()
     new = [image for image in listed if image.id not in report.skipped]
@@ -310,7 +339,7 @@ def _merge(plan: _Plan, listed: list[ListedImage], report: Report) -> None:
             f"{len(lost)} of {len(new)} images are not in {plan.shards}, the first {lost[0]}: all processes must see "
             "this folder on a shared file system; run the same command again there"
         )
-    kept_rows = _kept_rows(plan, pool, {image.id for image in new})
+    kept_rows = _kept_rows(plan, {image.id for image in new}, report, unreachable)
     places = [*((0, row) for row in kept_rows), *(pool.by_id[image.id] for image in new)]
     if not places:
         raise DataError(
@@ -321,7 +350,7 @@ def _merge(plan: _Plan, listed: list[ListedImage], report: Report) -> None:
     entries = pa.concat_tables([part.read_entries() for part in pool.parts]).take(pa.array(offsets[part_of] + row_of))
     entries = _update_columns(entries, len(kept_rows), new)
     sources = [*plan.sources_kept, *plan.sources_to_scan]
-    manifest = replace(plan.manifest, sources=sources, skipped=report.skipped)
+    manifest = replace(plan.manifest, sources=sources, skipped=report.skipped | report.unlisted)
     embeddings = gather_blocks([part.embeddings for part in pool.parts], part_of, row_of)
     write_index(plan.target, manifest, entries, embeddings)
     ids = set(entries["id"].to_pylist())
@@ -330,13 +359,34 @@ def _merge(plan: _Plan, listed: list[ListedImage], report: Report) -> None:
     report.dropped = sum(name not in ids for name in old_ids)
 
 
-def _kept_rows(plan: _Plan, pool: Pool, new_ids: set[str]) -> list[int]:
-    """Rows of the existing index that stay: images of sources that were not scanned, unless listed again."""
-    if not plan.sources_kept:
+def _kept_rows(plan: _Plan, new_ids: set[str], report: Report, unreachable: set[str]) -> list[int]:
+    """Rows of the existing index that stay, unless listed again; those that could not be reached are counted.
+
+    These are the images of sources that were not scanned, and those whose folder or file could not be reached.
+
+    Raises:
+        DataError: everything is overwritten, and images could not be reached.
+    """
+    if plan.existing is None:
         return []
-    existing = pool.parts[0].entries
-    pairs = zip(existing["source"].to_pylist(), existing["id"].to_pylist(), strict=True)
-    return [row for row, (source, name) in enumerate(pairs) if source in plan.sources_kept and name not in new_ids]
+    folders = tuple(os.path.join(name, "") for name in report.unlisted)
+    rows = []
+    pairs = zip(*(plan.existing.entries[name].to_pylist() for name in ("source", "id")), strict=True)
+    for row, (source, name) in enumerate(pairs):
+        if name in new_ids:
+            continue
+        if source in plan.sources_kept:
+            rows.append(row)
+        elif source in plan.sources_to_scan and (name in unreachable or name.startswith(folders)):
+            rows.append(row)
+            report.kept += 1
+    if plan.overwrite and report.kept:
+        raise DataError(
+            f"{report.kept} images of {plan.target} are in folders or files that cannot be read: "
+            f"{describe_skipped(report.skipped, len(rows), report.unlisted)}; they would be lost, so nothing was "
+            "overwritten"
+        )
+    return rows
 
 
 def _update_columns(entries: pa.Table, kept: int, new: list[ListedImage]) -> pa.Table:

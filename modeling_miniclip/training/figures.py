@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Image as UndecodedImage
 from torch import Tensor
 
 from ..evaluation.metrics import RECALL_AT
-from ..inference.encode import encode_batches, encode_images, encode_texts
+from ..inference.encode import encode_batches, encode_images, encode_texts, open_image
 from ..modeling_miniclip import MiniClipModel
 from ..utils.match_grid import BLUE, FRAME, GREEN, GREY, GRID, INK, ORANGE, PURPLE, draw_matches, match_rows
 from .run import TrainingRun
@@ -129,7 +130,7 @@ def draw_retrieval(run: TrainingRun, model: MiniClipModel, target: Path) -> None
         return model(vision_pooler_output=torch.stack(features).to(model.device)).image_embeds
 
     good = run.bad_images.good_rows("validation")
-    split = run.validation_split.select(good)
+    split = run.validation_split.select(good).cast_column("image", UndecodedImage(decode=False))
     features = run.validation_image_features()  # [rows, width]
     if features is None:
         images = encode_images(model, (row["image"] for row in split), run.processor, progress=False)
@@ -137,7 +138,7 @@ def draw_retrieval(run: TrainingRun, model: MiniClipModel, target: Path) -> None
         images = encode_batches(model, features[good], project, 256, "images", progress=False)
     queries = example_queries(list(split["captions"]), 6)
     texts = encode_texts(model, [text for _, text in queries], run.processor, progress=False)
-    rows = match_rows(queries, texts @ images.T, lambda i: split[i]["image"].convert("RGB"))
+    rows = match_rows(queries, texts @ images.T, lambda i: open_image(split[i]["image"]))
     draw_matches(target, rows, "Validation captions and the images found for them")
 
 

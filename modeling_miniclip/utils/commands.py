@@ -28,6 +28,9 @@ def run_command(command: Callable[[], object], debug: bool) -> int:
         The command's own exit code, else 0. After an error, its `exit_code`: 2 for `UsageError`, 1 for all others.
         130 after Ctrl-C, 141 if the output is closed.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for names of files that the terminal's encoding lacks
     with interruptible() as interrupt, ended_children():
         try:
             result = _run_and_flush(command)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UsageError
+from .names import check_name
 
 # Linux's constants for renameat2(2) (fcntl.h, linux/fs.h).
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -23,8 +24,9 @@ def check_new_folder(folder: Path, label: str = "", allowed: Collection[str] = (
         allowed: names of files that may exist in the folder.
 
     Raises:
-        UsageError: it is a file, or a folder with other contents.
+        UsageError: it is a file, or a folder with other contents, or its name is not UTF-8.
     """
+    check_name(folder, label)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or not names <= set(allowed):
         other = "something else" if allowed else "something"
@@ -114,10 +116,13 @@ def link_folder(source: Path, target: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a text file in one step: at any moment it has either the old or the new content."""
+    """Replace a text file in one step: at any moment it has either the old or the new content.
+
+    Characters that are not Unicode, such as bytes of a file name, are escaped.
+    """
     fresh = path.with_name(f".{path.name}.new")
     try:
-        fresh.write_text(text, encoding="utf-8")
+        fresh.write_text(text, encoding="utf-8", errors="backslashreplace")
         fresh.replace(path)
     except OSError:
         fresh.unlink(missing_ok=True)

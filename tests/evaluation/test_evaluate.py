@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from modeling_miniclip.evaluation.eval_sets import load_eval_set
 from modeling_miniclip.evaluation.evaluate import FILES, evaluate_model, format_report
 from modeling_miniclip.evaluation.metrics import named_intervals, rank_keys, resampled_recalls
 from modeling_miniclip.evaluation.zero_shot import zero_shot_accuracy
+from tests.helpers.listing import unlistable
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_model, tiny_processor
 from tests.utils.test_html import Reader, of
 
@@ -172,6 +174,90 @@ def test_bad_sets_are_rejected(class_folders: Path, captioned_folder: Path, tmp_
     with pytest.raises(DataError, match="1 class folder; expected captions"):
         (tmp_path / "one" / "Images").mkdir(parents=True)
         load_eval_set(str(tmp_path / "one"))
+
+
+# --- odd files ------------------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_no_pictures_are_passed_over(class_folders: Path) -> None:
+    before = load_eval_set(str(class_folders)).image_ids
+    for name in ("sky/._0.png", "sky/notes.pdf", "sky/.DS_Store", "wood/Thumbs.db", "__MACOSX/sky/._0.png"):
+        (class_folders / name).parent.mkdir(parents=True, exist_ok=True)
+        (class_folders / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    data = load_eval_set(str(class_folders))
+    assert data.image_ids == before and data.texts == ["red thing", "sky", "wood"] and not data.skipped
+
+
+@pytest.mark.parametrize("dataset", ["class_folders", "captioned_folder"])
+def test_broken_picture_is_named_and_left_out(
+    models: Path, request: pytest.FixtureRequest, tmp_path: Path, dataset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder: Path = request.getfixturevalue(dataset)
+    argv = ["eval", str(models / "mine"), str(folder), "--templates", "{}", "--json"]
+    if dataset == "captioned_folder":
+        for split, names in {"test": "0.png\n1.png\n", "train": "2.png\n", "validation": "3.png\n"}.items():
+            (folder / f"{split}.txt").write_text(names)
+    assert cli(argv) == 0
+    whole = json.loads(capsys.readouterr().out)
+    broken = folder / ("sky/zz.png" if dataset == "class_folders" else "Images/00.png")
+    content = next(folder.rglob("*.png")).read_bytes()
+    broken.write_bytes(content[:60])
+    if dataset == "captioned_folder":
+        with (folder / "captions.csv").open("a") as file:
+            file.write("99,00.png,a broken picture\n")
+        (folder / "test.txt").write_text("00.png\n0.png\n1.png\n")
+    assert cli([*argv, "--output_dir", str(tmp_path / "out"), "--baseline", str(models / "clip")]) == 1
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    name = "sky/zz.png" if dataset == "class_folders" else "00.png"
+    assert report["metrics"] == whole["metrics"] and report["images"] == whole["images"]
+    assert report["texts"] == whole["texts"] and list(report["skipped"]) == [name]
+    assert f"1 of {whole['images'] + 1} images could not be read: {name}" in printed.err
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == report
+    rows = pq.read_table(tmp_path / "out" / "queries.parquet").to_pylist()
+    assert name not in {row["image_id"] for row in rows} and "a broken picture" not in {row["query"] for row in rows}
+
+
+def test_set_of_broken_pictures_is_an_error(models: Path, class_folders: Path) -> None:
+    for path in class_folders.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="none of the 7 images can be read; .*0.png"):
+        evaluate_model(str(models / "mine"), load_eval_set(str(class_folders)), templates="{}")
+
+
+def test_skipped_formats_and_folders_are_reported(
+    class_folders: Path, monkeypatch: pytest.MonkeyPatch, models: Path
+) -> None:
+    (class_folders / "sky" / "c.nef").write_bytes(b"II*\0")
+    (class_folders / "wood" / "deep").mkdir()
+    unlistable(monkeypatch, class_folders / "wood" / "deep")
+    data = load_eval_set(str(class_folders))
+    assert list(data.skipped) == [str(class_folders / "sky" / "c.nef")]
+    assert list(data.unlisted) == [str(class_folders / "wood" / "deep")]
+    report = evaluate_model(str(models / "mine"), data, templates="{}")
+    assert report["warning"].startswith("1 of 8 images could not be read") and "1 folders" in report["warning"]
+    unlistable(monkeypatch, class_folders / "sky")
+    with pytest.raises(DataError, match="sky: cannot be read: Permission denied"):
+        load_eval_set(str(class_folders))
+
+
+def test_class_folders_take_names_that_are_not_utf8(models: Path, class_folders: Path, tmp_path: Path) -> None:
+    (class_folders / "sky" / "0.png").rename(class_folders / "sky" / os.fsdecode(b"caf\xe9.png"))
+    data = load_eval_set(str(class_folders))
+    assert r"sky/caf\xe9.png" in data.image_ids
+    evaluate_model(str(models / "mine"), data, output_dir=tmp_path / "out", templates="{}")
+    (class_folders / "wood").rename(class_folders / os.fsdecode(b"b\xe4ume"))
+    with pytest.raises(DataError, match=r"the class folder b\\xe4ume is not UTF-8; rename it"):
+        load_eval_set(str(class_folders))
+    (tmp_path / "names.json").write_text(json.dumps({r"b\xe4ume": "trees", "red_thing": "apple", "sky": "sky"}))
+    assert "trees" in load_eval_set(str(class_folders), class_names=tmp_path / "names.json").texts
+
+
+def test_linked_folders_in_a_class_are_read(class_folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (PIXELS, PIXELS)).save(tmp_path / "more" / "x.png")
+    (class_folders / "sky" / "album").symlink_to(tmp_path / "more")
+    assert "sky/album/x.png" in load_eval_set(str(class_folders)).image_ids
 
 
 # --- whole evaluations ----------------------------------------------------------------------------------------------

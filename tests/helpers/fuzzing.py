@@ -91,6 +91,13 @@ NASTY = (
 TEXT = st.one_of(st.text(st.characters(codec="utf-8"), max_size=40), st.sampled_from(NASTY))
 CAPTIONS = TEXT.filter(lambda text: bool(text.strip()))
 
+# Names of files as Linux allows them: any bytes but "/" and "\0", often hardly different from each other.
+PATHS = st.lists(
+    st.sampled_from([b"a", b"\xe9", b"\\", b"x", b"e9", "é".encode(), b"\xff\xfe", b"5c", b" ", b"\n"]),
+    min_size=1,
+    max_size=6,
+).map(b"".join) | st.binary(min_size=1, max_size=12).map(lambda name: name.translate(None, b"/\0") or b"b")
+
 
 @st.composite
 def damaged(draw: Any, contents: st.SearchStrategy[bytes]) -> bytes:

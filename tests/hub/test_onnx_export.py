@@ -392,13 +392,17 @@ def test_real_towers_on_real_photographs(shared: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(found), expected.flatten().detach(), atol=2e-4, rtol=0)
 
 
-def test_example_has_the_packages_to_rgb() -> None:
-    # The example runs without the package, so it has a copy.
-    sources = [
-        ast.get_source_segment(text, function)
+def test_example_decodes_images_like_the_package() -> None:
+    # The example runs without the package, so it has copies.
+    package, example = (
+        {
+            function.name: ast.get_source_segment(text, function)
+            for function in ast.parse(text).body
+            if isinstance(function, ast.FunctionDef)
+        }
         for text in ((ROOT / "modeling_miniclip" / name).read_text(encoding="utf-8")
                      for name in ("processing_miniclip.py", "hub/onnx_example.py"))
-        for function in ast.parse(text).body
-        if isinstance(function, ast.FunctionDef) and function.name == "to_rgb"
-    ]  # fmt: skip
-    assert len(sources) == 2 and sources[0] == sources[1]
+    )  # fmt: skip
+    copied = {name for name in example if name != "main"}
+    assert {"open_picture", "exif_orientation", "to_rgb"} <= copied
+    assert {name: example[name] for name in copied} == {name: package[name] for name in copied}

@@ -1,5 +1,6 @@
 """`update_index`: contents of an index, encoding each image once, interruptions, several processes."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 
 from modeling_miniclip import (
     DataError,
+    EntryFilter,
     ImageIndex,
     MiniClipError,
     MiniClipModel,
@@ -27,10 +29,14 @@ from modeling_miniclip import (
     update_index,
 )
 from modeling_miniclip.cli import cli
+from modeling_miniclip.data import picture_formats
 from modeling_miniclip.data.caption_files import ColumnNames
 from modeling_miniclip.search import shards as shards_module
 from modeling_miniclip.search import update
+from modeling_miniclip.search.pictures import picture_of
 from tests.helpers.indexes import write_model, write_picture, write_pictures
+from tests.helpers.listing import unlistable
+from tests.helpers.pictures import SIZE, odd_pictures
 from tests.helpers.runs import ROOT, command, environment
 
 NAMES = "b.png a.png sub/c.jpg sub/deep/d.png"
@@ -155,7 +161,7 @@ def test_unreadable_images_are_named_and_skipped(
     assert cli(["index", str(model), str(photos), "-o", str(tmp_path / "index")]) == 1
     printed = capsys.readouterr()
     assert "4 images; 4 encoded, 0 reused, 0 dropped" in printed.out
-    assert "2 of 6 images could not be read and are not in the index" in printed.err
+    assert "2 of 6 images could not be read: " in printed.err
     for name in ("broken.jpg", "empty.png"):
         assert f"skipped: {photos / name}" in printed.err
     index = ImageIndex.open(tmp_path / "index")
@@ -166,6 +172,195 @@ def test_unreadable_images_are_named_and_skipped(
     assert (
         ImageIndex.open(tmp_path / "index").manifest.skipped == {} and "5 images; 0 encoded" in capsys.readouterr().out
     )
+
+
+def test_unlistable_folder_keeps_its_images(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    write_pictures(photos, "a/1.png a/2.png b/3.png b/c/4.png d/5.png")
+    update_index(tmp_path / "index", [photos], model, progress=False)
+    before = ImageIndex.open(tmp_path / "index")
+    (photos / "d" / "5.png").unlink()  # this one is gone
+    write_picture(photos / "a" / "6.png", 6)
+    argv = ["index", str(model), str(photos), "-o", str(tmp_path / "index")]
+    with monkeypatch.context() as patch:
+        unlistable(patch, photos / "b")
+        assert cli(argv) == 1
+        printed = capsys.readouterr()
+        assert "5 images; 1 encoded, 2 reused, 1 dropped" in printed.out
+        assert f"1 folders could not be listed: {photos / 'b'}." in printed.err
+        assert "The 2 images that were indexed from there before are kept." in printed.err
+        index = ImageIndex.open(tmp_path / "index")
+        assert {os.path.relpath(name, photos) for name in ids(index)} == {
+            "a/1.png", "a/2.png", "a/6.png", "b/3.png", "b/c/4.png"
+        }  # fmt: skip
+        assert index.manifest.skipped[str(photos / "b")].startswith("this folder cannot be listed: Permission denied")
+        row = ids(index).index(str(photos / "b" / "3.png"))
+        np.testing.assert_array_equal(index.embeddings[row], before.embeddings[2])
+        assert cli([*argv, "--overwrite"]) == 1
+        assert "2 images of .* cannot be read" and "nothing was overwritten" in capsys.readouterr().err
+        assert len(ImageIndex.open(tmp_path / "index")) == 5
+        unlistable(patch, photos)
+        assert cli(argv) == 1
+        assert f"{photos}: cannot be read: Permission denied" in capsys.readouterr().err
+    assert cli(argv) == 0 and "5 images; 0 encoded, 5 reused, 0 dropped" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0 and not shutil.which("setpriv"), reason="needs setpriv")
+def test_permissions_of_the_system_keep_images(tmp_path: Path, model: Path) -> None:
+    write_pictures(tmp_path / "photos", "a/1.png b/2.png")
+    update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
+    (tmp_path / "photos" / "b").chmod(0)
+    capabilities = "-dac_override,-dac_read_search"  # without these two, root is a user like any other
+    user = ["setpriv", "--bounding-set", capabilities, "--inh-caps", capabilities] if os.geteuid() == 0 else []
+    line = [*user, *command(["index", str(model), str(tmp_path / "photos"), "-o", str(tmp_path / "index")], 1)]
+    try:
+        done = subprocess.run(line, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300)
+    finally:
+        (tmp_path / "photos" / "b").chmod(0o755)
+    assert done.returncode == 1 and "1 folders could not be listed" in done.stderr, done.stderr
+    assert len(ImageIndex.open(tmp_path / "index")) == 2
+
+
+@pytest.mark.parametrize(("number", "stays"), [(errno.EACCES, True), (errno.EIO, True), (errno.ENOENT, False)])
+def test_image_on_a_failing_disk_stays(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, number: int, stays: bool
+) -> None:
+    first, second = write_pictures(tmp_path / "photos", "a.png b.png")
+    update_index(tmp_path / "index", [tmp_path / "photos"], model, progress=False)
+    os.utime(second, ns=(5, 5))
+    real = Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path == second:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    report = update_index(tmp_path / "index", progress=False)
+    assert list(report.skipped) == [str(second)] and report.kept == stays
+    assert ids(ImageIndex.open(tmp_path / "index")) == sorted([str(first)] + [str(second)] * stays, reverse=stays)
+
+
+def test_unreadable_sources_leave_the_index_alone(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path, "photos/a.png c.png")
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        archive.add(tmp_path / "c.png", "c.png")
+    (tmp_path / "list.csv").write_text("image\nc.png\n")
+    sources = [tmp_path / name for name in ("photos", "b.tar", "list.csv")]
+    update_index(tmp_path / "index", sources, model, progress=False)
+    (tmp_path / "photos" / "a.png").unlink()
+    real = open
+
+    for broken in ("b.tar", "list.csv"):
+
+        def denied(path: object, *args: object, broken: str = broken, **kwargs: object) -> object:
+            if str(path).endswith(broken):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("io.open", denied)
+            patch.setattr("builtins.open", denied)
+            with pytest.raises(DataError, match=f"{broken}: .*Permission denied"):
+                update_index(tmp_path / "index", [tmp_path / broken], progress=False)
+        assert len(ImageIndex.open(tmp_path / "index")) == 3
+
+
+def test_names_that_are_not_utf8_are_escaped(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    top = tmp_path / os.fsdecode(b"f\xf6to")
+    names = [b"caf\xe9.jpg", rb"caf\xe9.jpg", "café.jpg".encode(), b"broken\xff.jpg", b"s\xfcb/d.png"]
+    for seed, name in enumerate(names):
+        write_picture(top / os.fsdecode(name), seed)
+    (top / os.fsdecode(names[3])).write_bytes(b"")
+    index_folder = tmp_path / "my.index"
+    assert cli(["index", str(model), str(top), "-o", str(index_folder)]) == 1
+    assert r"broken\xff.jpg" in capsys.readouterr().err
+    index = ImageIndex.open(index_folder)
+    inside = [name.removeprefix(rf"{tmp_path}/f\xf6to/") for name in ids(index)]
+    assert inside == [r"caf\x5cxe9.jpg", "café.jpg", r"caf\xe9.jpg", r"s\xfcb/d.png"]
+    assert update_index(index_folder, progress=False).encoded == 0
+    for row in range(4):
+        assert picture_of(index, row, 20) is not None
+    assert cli(["search", str(index_folder), "x", "--json", "--html", str(tmp_path / "page.html")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {match["id"] for match in found["matches"]} == set(ids(index))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert r"caf\xe9.jpg" in page and "caf%E9.jpg" in page and "missing or unreadable" not in page
+    assert cli(["duplicates", str(index_folder)]) == 0
+    assert (
+        len(index.search(np.ones(index.manifest.dim), 5, EntryFilter(folder=str(top / os.fsdecode(b"s\xfcb"))))) == 1
+    )
+    index.to_parquet(tmp_path / "all.parquet")
+    with pytest.raises(UsageError, match=r"f\\xf6to/x: .* is not UTF-8; choose another name"):
+        update_index(top / "x", [top], model, progress=False)
+    assert update_index(index_folder, remove=[top], sources=[top / os.fsdecode(names[4])], progress=False).images == 1
+
+
+def test_names_in_archives_are_escaped(tmp_path: Path, model: Path) -> None:
+    picture = write_picture(tmp_path / "a.png", 0)
+    with tarfile.open(tmp_path / "l.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        for name in ("café.png", "b.png", "._b.png", "__MACOSX/b.png"):
+            archive.add(picture, name)
+    update_index(tmp_path / "index", [tmp_path / "l.tar"], model, progress=False)
+    assert ids(ImageIndex.open(tmp_path / "index")) == [rf"{tmp_path}/l.tar/caf\xe9.png", f"{tmp_path}/l.tar/b.png"]
+
+
+def test_formats_that_are_not_read_are_counted(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(picture_formats, "import_module", missing)
+    photos = tmp_path / "photos"
+    write_pictures(photos, "a.png")
+    start = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    for name, content in {"b.HEIC": start, "c.jpg": start, "d.CR2": b"II*\0", "notes.txt": b"x"}.items():
+        (photos / name).write_bytes(content)
+    assert cli(["index", str(model), str(photos), "-o", str(tmp_path / "index")]) == 1
+    printed = capsys.readouterr()
+    assert "index: 1 images; 1 encoded" in printed.out
+    assert "3 of 4 images could not be read: " in printed.err
+    assert (
+        "2 of them HEIC (pip install 'miniclip[formats]' reads it); 1 of them RAW (export it as JPEG)" in printed.err
+    )
+    for name in ("b.HEIC", "c.jpg", "d.CR2"):
+        assert f"skipped: {photos / name}: " in printed.err
+    assert len(ImageIndex.open(tmp_path / "index").manifest.skipped) == 3
+
+
+def test_linked_folders_are_indexed_once(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pictures(tmp_path, "photos/a.png other/b.png other/c.png")
+    (tmp_path / "photos" / "album").symlink_to("../other")
+    (tmp_path / "other" / "back").symlink_to("../photos")
+    assert cli(["index", str(model), str(tmp_path / "photos"), "-o", str(tmp_path / "index")]) == 0
+    names = [os.path.relpath(name, tmp_path / "photos") for name in ids(ImageIndex.open(tmp_path / "index"))]
+    assert names == ["a.png", "album/b.png", "album/c.png"]
+    assert "album/back: a link to a folder that is listed already; not followed" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pictures_with_odd_metadata_are_indexed(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, (content, _) in odd_pictures().items():
+        (photos / name).write_bytes(content)
+    assert cli(["index", str(model), str(photos), "-o", str(tmp_path / "index")]) == 0
+    warned = {line.partition(": ")[2] for line in capsys.readouterr().err.splitlines() if "EXIF data" in line}
+    for name, (_, orientation) in odd_pictures().items():
+        line = f"{photos / name}: its EXIF data cannot be read, so it may be shown turned"
+        assert (line in warned) == (orientation is None), name
+    rows = ImageIndex.open(tmp_path / "index").entries.to_pylist()
+    sizes = {os.path.basename(row["id"]): (row["width"], row["height"]) for row in rows}
+    turned = {name for name, size in sizes.items() if size == SIZE[::-1]}
+    assert turned == {name for name, (_, orientation) in odd_pictures().items() if orientation == 6}
 
 
 def test_source_without_images_drops_nothing(tmp_path: Path, model: Path) -> None:

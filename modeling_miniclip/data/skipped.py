@@ -1,0 +1,34 @@
+"""One report of what was skipped, for every command that goes on without some of its images."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from .picture_formats import FORMATS
+
+NAMED = 3  # images or folders that are named; all of them are named where they are found
+
+
+def describe_skipped(skipped: Mapping[str, str], total: int, folders: Mapping[str, str] | None = None) -> str:
+    """What was skipped, as a sentence without its end; "" if nothing was.
+
+    Args:
+        skipped: names of images that could not be read, with the reason.
+        total: number of all images.
+        folders: names of folders that could not be listed, with the reason.
+
+    Example:
+        >>> describe_skipped({"b.heic": "HEIC, a format that is not read here: ..."}, 9)
+        '1 of 9 images could not be read: b.heic'
+    """
+    parts = []
+    if skipped:
+        parts.append(f"{len(skipped)} of {total} images could not be read: {_first(skipped)}")
+    counts = Counter(each for reason in skipped.values() for each in FORMATS if each.reason in reason)
+    parts += [f"{count} of them {each.name} ({each.hint})" for each, count in counts.most_common()]
+    if folders:
+        parts.append(f"{len(folders)} folders could not be listed: {_first(folders)}")
+    return "; ".join(parts)
+
+
+def _first(names: Mapping[str, str]) -> str:
+    return ", ".join(sorted(names)[:NAMED]) + (", ..." if len(names) > NAMED else "")

@@ -1,0 +1,115 @@
+"""What a file is, by its content."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import pickle
+import sqlite3
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from modeling_miniclip import DataError, load_captions
+from modeling_miniclip.data.recognise import recognise_file
+from modeling_miniclip.data.sources import walk_source
+
+CSV = b"image,caption\na.png,a red picture\n"
+
+
+def picture(form: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), "red").save(buffer, form)
+    return buffer.getvalue()
+
+
+def tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member, content = tarfile.TarInfo("a.png"), picture("PNG")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def parquet() -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": [{"bytes": picture("PNG"), "path": "a.png"}]}), buffer)
+    return buffer.getvalue()
+
+
+def archive(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr(name, "x")
+    return buffer.getvalue()
+
+
+KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "tar": (tar, "tar"),
+    "tar.gz": (lambda: gzip.compress(tar()), "tar"),
+    "tar.bz2": (lambda: bz2.compress(tar()), "tar"),
+    "tar.xz": (lambda: lzma.compress(tar()), "tar"),
+    "parquet": (parquet, "parquet"),
+    "picture": (lambda: picture("JPEG"), "image"),
+    "text": (lambda: CSV, "text"),
+    "UTF-16": (lambda: CSV.decode().encode("utf-16"), "text"),
+    "empty": (lambda: b"", "text"),
+    "one null byte": (lambda: CSV.replace(b"red", b"r\0d"), "text"),
+}
+
+
+@pytest.mark.parametrize("name", ["data", "data.csv", "data.bin"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_source_is_known_by_its_content(tmp_path: Path, kind: str, name: str) -> None:
+    (tmp_path / name).write_bytes(KINDS[kind][0]())
+    assert recognise_file(tmp_path / name) == KINDS[kind][1]
+
+
+def database() -> bytes:
+    with sqlite3.connect(":memory:") as connection:
+        connection.execute("CREATE TABLE rows (image)")
+        return connection.serialize()
+
+
+OTHERS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "workbook": (lambda: archive("xl/workbook.xml"), "a workbook .* save it as CSV in UTF-8"),
+    "zip": (lambda: archive("a.png"), "a ZIP archive.*unpack it and name the folder"),
+    "gzip": (lambda: gzip.compress(CSV), "a compressed file.*gzip -d data"),
+    "zstd": (lambda: b"\x28\xb5\x2f\xfd" + bytes(20), "a compressed file.*zstd -d data"),
+    "pdf": (lambda: b"%PDF-1.4 notes", "a PDF"),
+    "database": (database, "an SQLite database.*export the table as CSV"),
+    "pickle": (lambda: pickle.dumps({"a": bytes(200)}), "a binary file"),
+    "list": (lambda: json.dumps([{"image": "a.png"}], indent=1).encode(), "a JSON list.*JSON Lines"),
+    "object": (lambda: json.dumps({"images": []}, indent=1).encode(), "a JSON object.*JSON Lines"),
+    "lines": (lambda: b'{"image": "a.png"}\n{"image": "b.png"}\n', "JSON Lines under another name"),
+    "lfs": (lambda: b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_files_are_rejected_with_advice(tmp_path: Path, kind: str) -> None:
+    for name in ("data.csv", "data"):
+        (tmp_path / name).write_bytes(OTHERS[kind][0]())
+        for read in (recognise_file, load_captions, lambda path: list(walk_source(str(path)))):
+            with pytest.raises(DataError, match=f"{name}: .*{OTHERS[kind][1]}"):
+                read(tmp_path / name)
+
+
+def test_training_names_sources_that_only_an_index_takes(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_bytes(parquet())
+    with pytest.raises(DataError, match="train.csv: a Parquet file, not a caption file; `miniclip index` reads it"):
+        load_captions(tmp_path / "train.csv")
+
+
+def test_damaged_source_is_known_by_its_suffix(tmp_path: Path) -> None:
+    for name, kind in {"a.tar": "tar", "b.parquet": "parquet", "c.jpg": "image"}.items():
+        (tmp_path / name).write_bytes(bytes(600))
+        assert recognise_file(tmp_path / name) == kind
