@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,13 @@ from PIL import Image
 
 from modeling_miniclip import load_captions
 from modeling_miniclip.data.caption_files import ResolvedColumns, read_caption_file
+from modeling_miniclip.data.sources import walk_source
+from modeling_miniclip.evaluation.eval_sets import load_eval_set
+from modeling_miniclip.evaluation.evaluate import ReadableImages
+from modeling_miniclip.utils.names import path_of
+from tests.data.test_recognise import OTHERS
 from tests.helpers.fuzzing import CAPTIONS, NASTY, TEXT, cases, damaged, fuzz, result_or_error
+from tests.helpers.trees import HEIC, Tree, picture, trees
 
 # File names that are not changed when they are read: no separators, no white space around them, not "." or "..".
 NAMES = TEXT.filter(
@@ -167,3 +175,65 @@ def test_files_found_by_fuzzing_are_rejected(source: Path, name: str, content: s
 def test_any_source_name_is_rejected_cleanly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert result_or_error(load_captions, name)[1]
+
+
+# --- layouts of sources ---------------------------------------------------------------------------------------------
+
+CLASSES = st.lists(st.sampled_from([b"red", b"blue", b"green"]), min_size=2, max_size=3, unique=True)
+
+
+@cases(60, 3000)
+def test_class_folders_hold_exactly_their_pictures(tmp_path: Path, record_property: Any, count: int) -> None:
+    numbers = iter(range(10**9))
+
+    @fuzz(count, record_property)
+    @given(tree=trees(CLASSES))
+    def check(tree: Tree) -> None:
+        root = tmp_path / str(next(numbers))
+        tree.write(root)
+        data, message = result_or_error(load_eval_set, str(root))
+        assert data is not None, message
+        readable = ReadableImages(data)
+        opened = len(list(readable))
+        names = [
+            os.fsencode(path_of(data.image_ids[row])) for row in range(len(readable)) if row not in readable.unreadable
+        ]
+        real = {
+            os.path.relpath(os.path.realpath(os.path.join(os.fsencode(root), name)), os.fsencode(root))
+            for name in names
+        }
+        assert real == tree.good and opened == len(names)
+        shutil.rmtree(root)
+
+    check()
+
+
+@cases(60, 3000)
+def test_any_kind_of_file_is_read_or_named(tmp_path: Path, record_property: Any, count: int) -> None:
+    (tmp_path / "a.png").write_bytes(picture(0))
+    contents = [
+        SEEDS["captions.csv"].replace(b"b.png", b"a.png"),
+        picture(0),
+        HEIC,
+        *(make() for make, _ in OTHERS.values()),
+    ]
+
+    @fuzz(count, record_property)
+    @given(
+        content=st.sampled_from(contents),
+        cut=st.integers(0, 400),
+        name=st.sampled_from(
+            ["captions.csv", "captions.tsv", "captions.txt", "rows.jsonl", "rows.parquet", "rows.tar", "rows"]
+        ),
+    )
+    def check(content: bytes, cut: int, name: str) -> None:
+        path = tmp_path / name
+        path.write_bytes(content[: len(content) - cut] or content)
+        for read in (load_captions, lambda path: list(walk_source(str(path)))):
+            rows, message = result_or_error(read, path)
+            assert rows or str(path) in message or "cannot be split" in message
+            binary = not content.startswith((b"id,", b"[", b"{", b"version"))
+            assert not (binary and "UTF-8 (it" in message), "a binary file is taken for text"
+        path.unlink()
+
+    check()

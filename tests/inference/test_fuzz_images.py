@@ -1,6 +1,8 @@
 """Images of any mode, size and type, damaged files, and any text: right pixels and embeddings, or a `DataError`."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_texts
 from modeling_miniclip.inference.encode import open_image
 from modeling_miniclip.training.create_model import train_tokenizer
 from tests.helpers.fuzzing import CAPTIONS, NASTY, TEXT, cases, damaged, fuzz, result_or_error
+from tests.helpers.pictures import ROTATED, SIZE, jpeg_with_exif, jpeg_with_segment, png_with_chunk, upright
 from tests.helpers.towers import PIXELS, tiny_model, tiny_processor
 
 # Bytes a pixel of Pillow's modes; those of 8 bits without transparency have but one conversion to RGB.
@@ -175,6 +178,65 @@ def _opens(path: Path) -> bool:
     except Exception:
         return False
     return True
+
+
+# --- metadata -------------------------------------------------------------------------------------------------------
+
+ENTRIES = st.lists(
+    st.tuples(
+        st.sampled_from((0x100, 0x101, 0x10F, 0x11A, 0x128, 0x132, 0x8769, 0x8825)),
+        st.integers(0, 13),
+        st.sampled_from((0, 1, 2, 4, 100, 2**31)),
+        st.binary(min_size=4, max_size=4) | st.sampled_from((b"\xff" * 4, bytes(4), struct.pack("<f", 3.5))),
+    ),
+    max_size=4,
+)
+STARTS = (
+    b"",
+    b"JFIF\0",
+    b"Exif\0\0",
+    b"Exif\0\0II*\0",
+    b"ICC_PROFILE\0",
+    b"MPF\0",
+    b"Photoshop 3.0\x008BIM",
+    b"Adobe\0",
+)
+CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"acTL", b"prVt")
+KEYS = (b"", b"key\0", b"key\0\0" + zlib.compress(b"a" * 2_000_000), b"Raw profile type exif\0\nexif\n 20\n")
+
+
+@st.composite
+def odd_files(draw: Any) -> tuple[bytes, int | None]:
+    """A file with whole pixels and odd metadata, and its orientation; None if it has none that can be relied on."""
+    kind = draw(st.sampled_from(("exif", "segment", "chunk")))
+    if kind == "exif":
+        entries = draw(ENTRIES)
+        turned = draw(st.booleans())
+        if turned:
+            entries.insert(draw(st.integers(0, len(entries))), ROTATED)
+        return jpeg_with_exif(entries), 6 if turned else 1
+    if kind == "segment":
+        body = draw(st.sampled_from(STARTS)) + draw(st.binary(max_size=40))
+        return jpeg_with_segment(draw(st.integers(0xE0, 0xEF) | st.just(0xFE)), body), None
+    data = draw(st.sampled_from(KEYS)) + draw(st.binary(max_size=40))
+    checksum = draw(st.none() | st.integers(0, 5))
+    return png_with_chunk(draw(st.sampled_from(CHUNKS)), data, draw(st.booleans()), checksum), None
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged metadata
+@cases(200, 20_000)
+def test_odd_metadata_does_not_change_pixels(record_property: Any, count: int) -> None:
+    @fuzz(count, record_property)
+    @given(odd=odd_files())
+    def check(odd: tuple[bytes, int | None]) -> None:
+        content, orientation = odd
+        opened, message = result_or_error(open_image, {"bytes": content, "path": None})
+        assert opened is not None, message
+        if orientation is not None or opened.size == SIZE:
+            expected = upright(content[:4], orientation or 1)
+            assert np.asarray(opened).shape == expected.shape and np.abs(np.asarray(opened) - expected).max() <= 2
+
+    check()
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------

@@ -412,8 +412,8 @@ FAULTS = [
         (
             "shards.py",
             "an image turned by 90 degrees keeps its size",
-            "exif.get(ExifTags.Base.Orientation, 1) >= 5",
-            "exif.get(ExifTags.Base.Orientation, 1) > 6",
+            "(orientation or 1) >= 5",
+            "(orientation or 1) > 6",
             UPDATE,
         ),
     ),

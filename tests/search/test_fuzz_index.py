@@ -1,5 +1,6 @@
-"""Damaged index files: the index gives the same answers as before, or an error that names the folder."""
+"""Any folder is indexed without a loss; a damaged index answers as before, or an error names its folder."""
 
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modeling_miniclip.data import picture_formats
 from modeling_miniclip.errors import DataError
 from modeling_miniclip.search import index as image_index
 from modeling_miniclip.search.approximate import FILE as NEIGHBOURS
 from modeling_miniclip.search.index import EMBEDDINGS, ENTRIES, MANIFEST, SCHEMA, ImageIndex, Manifest, write_index
+from modeling_miniclip.search.update import update_index
+from modeling_miniclip.utils.names import path_of
 from tests.helpers.fuzzing import cases, damaged, fuzz, result_or_error
+from tests.helpers.listing import unlistable
+from tests.helpers.trees import Tree, trees
 
 ROWS, DIM = 12, 8
 NAMES = [f"/photos/{i}.jpg" for i in range(ROWS)]
@@ -115,3 +121,38 @@ def test_pages_of_large_index_are_verified_when_read(whole: Path, copy: Path, mo
     assert index.search(np.ones(DIM), 1)
     with pytest.raises(DataError, match="photos.index: .*CRC"):
         index.thumbnail(0)
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+@cases(24, 600)
+def test_nothing_is_lost_from_any_folder(
+    tmp_path: Path, tiny_export: Path, record_property: Any, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(picture_formats, "import_module", missing)  # the extra `formats` is not installed
+    numbers = iter(range(10**9))
+
+    @fuzz(count, record_property)
+    @given(tree=trees())
+    def check(tree: Tree) -> None:
+        root, index = tmp_path / f"{(number := next(numbers))}", tmp_path / f"{number}.index"
+        tree.write(root)
+        report = update_index(index, [root], tiny_export, progress=False)
+        named = {os.fsencode(path_of(name)) for name in ImageIndex.open(index).entries["id"].to_pylist()}
+        found = {os.path.relpath(os.path.realpath(name), os.fsencode(root)) for name in named}
+        assert found == tree.good and len(named) == len(tree.good)
+        skipped = {os.path.realpath(os.fsencode(path_of(name))) for name in report.skipped}
+        assert {os.path.relpath(name, os.fsencode(root)) for name in skipped} == tree.bad
+        with pytest.MonkeyPatch.context() as patch:
+            unlistable(patch, *(Path(os.fsdecode(os.path.join(os.fsencode(root), name))) for name in tree.closed))
+            again = update_index(index, progress=False)
+        assert again.images == len(tree.good) and again.dropped == 0
+        closed = {name for name in tree.closed if tree.visible(name)}
+        assert bool(again.unlisted) == bool(closed)
+        shutil.rmtree(root)
+
+    check()
