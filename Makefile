@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-long test-min test-clients conformance coverage mutants lint audit constraints format docs clean
+.PHONY: help demo test test-slow test-long test-min test-versions test-clients conformance coverage mutants lint audit constraints format docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,22 @@ coverage: $(VENV)/.installed-dev  ## report the lines that the fast tests run, c
 
 test-min: .venv-min/.installed  ## run the fast tests with the oldest versions that pyproject.toml allows
 	.venv-min/bin/python -m pytest -n 2 --dist worksteal
+
+# Releases of transformers: the oldest one that can open an export, 5.0, and every fourth minor release since. The last
+# name is the oldest one with the oldest torch and timm, in an environment of its own (3 GB).
+VERSIONS := 4.57.6 5.0.0 5.4.0 5.8.1 5.12.1 5.16.1 5.20.2 torch-2.4.1
+
+.venv-versions/%/.installed: .ci/version_env.py | $(VENV)/.installed-dev
+	$(BIN)/python .ci/version_env.py $(@D) transformers==$*
+	touch $@
+
+.venv-versions/torch-2.4.1/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet transformers==4.57.6 torch==2.4.1 torchvision==0.19.1 timm==1.0.15 'numpy<2.3' pillow
+	touch $@
+
+test-versions: $(VERSIONS:%=.venv-versions/%/.installed)  ## open exports under older releases of transformers and torch
+	VERSIONS='$(VERSIONS)' $(BIN)/python -m pytest tests/versions
 
 .venv-clients/.installed: pyproject.toml
 	test -x .venv-clients/bin/pip || $(PYTHON) -m venv .venv-clients
@@ -91,4 +107,4 @@ docs: $(VENV)/.installed-dev  ## write the generated parts of the Markdown files
 	$(BIN)/python benchmarks/reliability.py --write
 
 clean:  ## delete environments, runs and builds
-	rm -rf $(VENV) .venv-min .venv-clients .venv-audit .venv-wheel runs dist build .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) .venv-min .venv-versions .venv-clients .venv-audit .venv-wheel runs dist build .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -1,6 +1,6 @@
 """Open an export as its receiver would, by the Auto classes and pipelines of transformers, and write what they return.
 
-python .ci/open_export.py FOLDER_OR_REPOSITORY OUTPUT.npz
+python .ci/open_export.py OUTPUT.npz FOLDER_OR_REPOSITORY...
 
 Needs transformers, torch and timm, and not this package: the code comes from the export.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -54,11 +53,13 @@ def outputs_of(source: str) -> dict[str, np.ndarray]:
     found |= {f"tokens/{name}": value for name, value in tokens.items()}
     for auto in (AutoModel, AutoModelForZeroShotImageClassification):
         model = auto.from_pretrained(source, trust_remote_code=True)
-        assert not model.training and type(model).__module__.startswith("transformers_modules."), type(model)
         outputs = model(**inputs)
         for name in ("image_embeds", "text_embeds", "logits_per_image", "logits_per_text"):
             found[f"{auto.__name__}/{name}"] = outputs[name]
         found[f"{auto.__name__}/mean"] = model.get_text_features(**tokens).pooler_output
+    half = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.bfloat16)(**inputs)
+    assert half.image_embeds.dtype == torch.bfloat16
+    torch.testing.assert_close(half.image_embeds.float(), found["AutoModel/image_embeds"], atol=0.05, rtol=0)
     found |= pipeline_outputs(source, processor)
     return {name: np.asarray(value) for name, value in found.items()}
 
@@ -83,6 +84,7 @@ def pipeline_outputs(source: str, processor: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    source, output = sys.argv[1:]
-    np.savez(output, **outputs_of(source))
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}: opened {source}")
+    output, *sources = sys.argv[1:]
+    found = {f"{i}/{name}": value for i, source in enumerate(sources) for name, value in outputs_of(source).items()}
+    assert "modeling_miniclip" not in sys.modules  # the code came from the exports
+    np.savez(output, **found)

@@ -58,6 +58,7 @@ class MiniClipVisionModel(TimmWrapperModel):
         accelerate's hooks fetch the weights of a module when the module is called. timm computes features without
         calling the whole model, and some of its layers read the weights of a submodule without calling it.
         """
+        pixel_values = pixel_values.to(self.dtype)  # transformers 5.0 to 5.4 leave them in float32
         if self.device.type != "meta":
             return super().forward(pixel_values, **kwargs)
         hooked = [module for module in self.timm_model.modules() if hasattr(module, "_hf_hook")]
@@ -462,6 +463,8 @@ class MiniClipModel(PreTrainedModel):
         )
         if info["missing_keys"] and not allow_missing and kwargs.get("state_dict") is None:
             raise ValueError(_lacks_weights(source, info["missing_keys"]))
+        if not hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters()):
+            model.tie_weights()  # of T5, which transformers 5.3 leaves out in code that is not its own
         model.loaded_revision = commit
         if source is not None:
             where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs}

@@ -1,9 +1,11 @@
 """The files that travel with an export run under each supported release of transformers."""
 
 import ast
+import re
 from pathlib import Path
 
 import modeling_miniclip
+from tests.helpers.runs import ROOT
 
 PACKAGE = Path(modeling_miniclip.__file__).parent
 TRAVELLING = {f"{part}_miniclip" for part in ("configuration", "modeling", "processing")}
@@ -41,3 +43,17 @@ def test_no_travelling_file_imports_a_chain() -> None:
     siblings = {name: {node.module for node in imports(name) if node.level} for name in TRAVELLING}
     assert siblings["configuration_miniclip"] == set()
     assert siblings["modeling_miniclip"] == siblings["processing_miniclip"] == {"configuration_miniclip"}
+
+
+def test_tested_releases_are_those_of_the_guide() -> None:
+    (line,) = re.findall(r"^VERSIONS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    *tested, oldest_torch = line.split()
+    guide = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (\d+\.\d+\.\d+) \| torch", guide, re.MULTILINE) == tested
+    assert f"tested with {oldest_torch.replace('-', ' ')}" in guide
+    minors = [tuple(map(int, version.split(".")[:2])) for version in tested]
+    assert minors[0] == (4, 57) and minors[1:] == [(5, 4 * i) for i in range(len(minors) - 1)]
+    # Within four minor releases of the newest one that the tests have passed with.
+    constraints = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
+    newest = re.search(r"^transformers==(\d+)\.(\d+)", constraints, re.MULTILINE)
+    assert newest is not None and (5, minors[-1][1] + 4) >= tuple(map(int, newest.groups()))
