@@ -21,6 +21,9 @@ HUB_STATUS_MESSAGES = {
 # Error numbers of a file system that cannot store more data, for files written by any library.
 DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
+# torch.save names its own source line and not the file system's reason.
+TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter|unexpected pos \d+ vs \d+")
+
 EXIT_CODES = (
     "Exit codes: 0 for success, 2 if the command or recipe is wrong, 130 after Ctrl-C, 1 for any other failure (data, "
     "model, disk or network)."
@@ -145,14 +148,21 @@ def one_line(error: BaseException | str) -> str:
 
 
 def disk_error_message(error: BaseException) -> str | None:
-    """Why a file could not be written, from an error of any library that writes files; None for other errors."""
-    text = one_line(error)
-    if isinstance(error, OSError):
-        number = error.errno
-    else:  # safetensors is written in Rust and passes on the number only in its text
-        in_text = re.search(r"\(os error (\d+)\)", text)
-        number = int(in_text[1]) if in_text else None
-    if number in DISK_ERRNOS:
-        return f"cannot write: {text}"
-    # torch.save names its own source line and not the file system's reason.
-    return "cannot write: torch could not write a file" if "PytorchStreamWriter" in text else None
+    """Why a file could not be written, from an error of any library that writes files; None for other errors.
+
+    Errors from which this one was raised count too: torch.save raises a second one while it closes the file.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        text = one_line(link)
+        if isinstance(link, OSError) and link.errno is not None:
+            number = link.errno
+        else:  # safetensors is written in Rust, and Arrow in C++: they pass on the number only in their texts
+            in_text = re.search(r"\(os error (\d+)\)|\[errno (\d+)\]", text, re.IGNORECASE)
+            number = int(in_text[1] or in_text[2]) if in_text else 0
+        if number in DISK_ERRNOS:
+            return f"cannot write: {text}"
+        if TORCH_CANNOT_WRITE.search(text):
+            return "cannot write: torch could not write a file"
+        link = link.__cause__ or link.__context__
+    return None

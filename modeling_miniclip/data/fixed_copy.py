@@ -66,5 +66,9 @@ def write_fixed_copy(
         writer.writerows([name, " ".join(caption.split())] for caption in several)
     written, total = sum(map(len, unique.values())), sum(len(entry.captions) for entry in entries)
     head = f"{printable(target.name)}: {written} of {total} readable captions, images in {printable(source.folder)}\n"
-    replace_text(report_path(target), head + report.as_text(None) + "\n")
-    replace_text(target, text.getvalue())
+    try:
+        replace_text(report_path(target), head + report.as_text(None) + "\n")
+        replace_text(target, text.getvalue())
+    except BaseException:
+        report_path(target).unlink(missing_ok=True)  # the same command could not run again
+        raise

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..modeling_miniclip import MiniClipModel
-from ..utils.files import commit_folder, discard_folder, link_folder, replaced_folder
+from ..utils.files import commit_folder, discard_folder, disk_errors, link_folder, replaced_folder
 from .diagnostics import not_finite
 from .distributed import local_tensor
 from .fingerprint import Fingerprint
@@ -126,7 +126,8 @@ def save_checkpoint(
         fresh.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
-        accelerator.save_state(str(fresh))
+        with disk_errors(fresh):
+            accelerator.save_state(str(fresh))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if fingerprint is not None:

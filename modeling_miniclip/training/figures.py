@@ -11,6 +11,7 @@ from torch import Tensor
 from ..evaluation.metrics import RECALL_AT
 from ..inference.encode import encode_batches, encode_images, encode_texts, open_image
 from ..modeling_miniclip import MiniClipModel
+from ..utils.files import replaced_file
 from ..utils.match_grid import BLUE, FRAME, GREEN, GREY, GRID, INK, ORANGE, PURPLE, draw_matches, match_rows
 from .run import TrainingRun
 
@@ -42,7 +43,8 @@ def draw_curves(metrics: list[dict[str, Any]], target: Path, best_step: int | No
     _line(scale, train, "logit_scale", PURPLE)
     for axes in panels:
         _finish(axes, best_step, "exported model" if axes in panels[:2] else "")
-    figure.savefig(target, dpi=110)
+    with replaced_file(target) as fresh:
+        figure.savefig(fresh, dpi=110, format="png")
 
 
 def _draw_loss(axes: Any, train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> None:

@@ -4,12 +4,15 @@ import ctypes
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import DISK_ERRNOS, MiniClipError, UsageError
 from .names import check_name
+
+PROBE = 2**20  # bytes that must fit on a disk that is not full
 
 # Linux's constants for renameat2(2) (fcntl.h, linux/fs.h).
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -51,8 +54,9 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
-        yield fresh
-        commit_folder(fresh, target)
+        with disk_errors(fresh):
+            yield fresh
+            commit_folder(fresh, target)
     except BaseException:
         recover_folder(target)
         shutil.rmtree(fresh, ignore_errors=True)
@@ -115,18 +119,66 @@ def link_folder(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
 
 
+@contextmanager
+def replaced_file(target: Path) -> Iterator[Path]:
+    """A new file that replaces `target` when the block ends without an error: `target` is never half-written.
+
+    Args:
+        target: file to write; may exist.
+    """
+    fresh = target.with_name(f".{target.name}.new")
+    try:
+        with disk_errors(target.parent):
+            yield fresh
+            fresh.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a text file in one step: at any moment it has either the old or the new content.
 
     Characters that are not Unicode, such as bytes of a file name, are escaped.
     """
-    fresh = path.with_name(f".{path.name}.new")
-    try:
+    with replaced_file(path) as fresh:
         fresh.write_text(text, encoding="utf-8", errors="backslashreplace")
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Within the block, whatever a library raises because `folder` cannot be written is raised as an OSError.
+
+    PyTorch, FAISS and others say at most at which line of their source code it happened, not why. So after an error,
+    this tries to write a file there itself.
+
+    Raises:
+        OSError: the disk takes no more, with the system's reason.
+    """
+    try:
+        yield
+    except MiniClipError:
         raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+            raise
+        reason = _why_not_writable(folder)
+        if reason is None:
+            raise
+        raise OSError(reason.errno, reason.strerror, str(folder)) from error
+
+
+def _why_not_writable(folder: Path) -> OSError | None:
+    """The error of the file system if it takes no more data, found by writing some; None if it does."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(os.urandom(PROBE))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        return error if error.errno in DISK_ERRNOS else None
+    return None
 
 
 def _former(target: Path) -> Path:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import printable
 from ..processing_miniclip import to_rgb
+from .files import replaced_file
 
 INK, GREY, GRID, FRAME = "#1a202c", "#718096", "#e2e8f0", "#cbd5e0"
 BLUE, ORANGE, PURPLE, GREEN = "#2b6cb0", "#dd6b20", "#805ad5", "#15803d"
@@ -119,7 +120,8 @@ def _draw_grid(target: Path, rows: list[MatchRow], heading: str, tile: float, te
                 fontsize=8.5,
                 **style,
             )
-    figure.savefig(target)
+    with replaced_file(target) as fresh:
+        figure.savefig(fresh, format=target.suffix[1:] or "png")
 
 
 def _wrap(text: str, width: float, most_lines: int, points: int, weight: str = "normal") -> list[str]:

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from modeling_miniclip import MiniClipError
 from modeling_miniclip.errors import disk_error_message
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.output_dir import LOCK_FILE, locked_output_dir
-from tests.helpers.forks import fork
+from tests.helpers.forks import Fork, fork
 from tests.helpers.runs import flags
+from tests.helpers.small_disks import fill, make_room, mounted_disk
 from tests.training.test_checkpoints import (
     NEVER,
     PLATEAU,
@@ -118,6 +120,15 @@ def test_disk_errors_of_all_libraries_are_recognized() -> None:
     assert disk_error_message(
         RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0: file write failed")
     )
+    assert disk_error_message(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598"))
+    assert disk_error_message(OSError("[Errno 28] Error writing bytes to file")) is not None
+    try:
+        try:
+            raise OSError(28, "No space left on device", "/a")
+        finally:
+            raise RuntimeError("closing failed")
+    except RuntimeError as second:
+        assert "'/a'" in str(disk_error_message(second))
     assert disk_error_message(OSError(2, "No such file or directory")) is None
     assert disk_error_message(RuntimeError("mat1 and mat2 (os error 2)")) is None
 
@@ -136,8 +147,8 @@ MORE_FULL: list[tuple[Point, int]] = [
     (("os.mkdir", "/checkpoints/.step-00000006.new", 1), 0),
     (("os.mkdir", "/checkpoints/.step-00000008.new", 1), 200_000),
     (("os.mkdir", "/checkpoints/.step-00000011.new", 1), 400_000),
-    (("open", "/curves.png", 1), 4_096),
-    (("open", "/retrieval.png", 1), 1),
+    (("open", "/.curves.png.new", 1), 4_096),
+    (("open", "/.retrieval.png.new", 1), 1),
 ]
 
 
@@ -162,6 +173,13 @@ def test_run_on_a_full_disk_can_be_resumed(
     record_property("faults", 1)
     argv, run = flags(tmp_path, **SETTINGS[PLATEAU]), tmp_path / "run"
     process = fork(run_on_full_disk, argv, str(run), point, limit)
+    assert_ends_and_resumes(process, argv, run, whole(PLATEAU)[0])
+
+
+def assert_ends_and_resumes(
+    process: Fork, argv: list[str], run: Path, expected: dict[str, Any], make_room: Callable[[], object] = bool
+) -> None:
+    """The run says why it ends and what it kept; with room, it goes on and leaves what another one leaves."""
     process.join(900)
     assert process.exitcode == 0, "it ended without an error, or with another one"
     message = process.result
@@ -169,5 +187,42 @@ def test_run_on_a_full_disk_can_be_resumed(
     assert not [path for path in (run / "checkpoints").glob(".*")] and not list(run.glob(".export*"))
     last = sorted((run / "checkpoints").glob("step-*"))[-1:]
     assert (f"{last[0]} is complete" if last else "there is no checkpoint yet") in message
+    make_room()
     assert not killed([*argv, "--resume_from_checkpoint=latest"], run, NEVER)[0]
-    assert_same_result(result_of(run), whole(PLATEAU)[0])
+    assert_same_result(result_of(run), expected)
+
+
+# From a change to files on, so many bytes are free on a file system that holds nothing else.
+NO_SPACE: list[tuple[Point, int]] = [
+    (("os.mkdir", "/checkpoints/.step-00000004.new", 1), 2_500_000),  # within the optimizer, which PyTorch writes
+]
+MORE_NO_SPACE: list[tuple[Point, int]] = [
+    (("os.mkdir", "/checkpoints/.step-00000002.new", 1), 100_000),  # within the weights
+    (("os.mkdir", "/checkpoints/.step-00000006.new", 1), 4_900_000),  # within the random states
+    (("os.mkdir", "/.export.new", 2), 500_000),
+    (("open", "/metrics.jsonl", 6), 0),
+    (("open", "/.curves.png.new", 1), 4_096),
+]
+
+
+def run_on_filled_disk(argv: list[str], output_dir: str, point: Point, left: int) -> str:
+    """Train until only so many bytes are left. Returns the message of the error."""
+    at_change(output_dir, point, lambda: fill(Path(output_dir).parent, left))
+    with pytest.raises(MiniClipError) as error:
+        main(argv)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("point", "left"), [*NO_SPACE, *(pytest.param(*values, marks=pytest.mark.slow) for values in MORE_NO_SPACE)]
+)
+def test_run_on_a_small_disk_goes_on_with_room(
+    tmp_path: Path,
+    whole: Any,  # noqa: F811
+    point: Point,
+    left: int,
+) -> None:
+    with mounted_disk(tmp_path / "disk") as disk:
+        argv, run = flags(tmp_path, "disk/run", **SETTINGS[PLATEAU]), disk / "run"
+        process = fork(run_on_filled_disk, argv, str(run), point, left)
+        assert_ends_and_resumes(process, argv, run, whole(PLATEAU)[0], lambda: make_room(disk))
