@@ -200,8 +200,6 @@ MORE_NO_SPACE: list[tuple[Point, int]] = [
     (("os.mkdir", "/checkpoints/.step-00000002.new", 1), 100_000),  # within the weights
     (("os.mkdir", "/checkpoints/.step-00000006.new", 1), 4_900_000),  # within the random states
     (("os.mkdir", "/.export.new", 2), 500_000),
-    (("open", "/metrics.jsonl", 6), 0),
-    (("open", "/.curves.png.new", 1), 4_096),
 ]
 
 
