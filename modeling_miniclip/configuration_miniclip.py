@@ -5,15 +5,28 @@ transformers from 4.57 on: they use only names that all of these have, and the l
 """
 
 import difflib
+import json
 import math
 import os
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import timm
-from transformers import AutoConfig, PretrainedConfig, TimmWrapperConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    TimmWrapperConfig,
+)
+from transformers.utils import cached_file
 
-TEXT_POOLINGS = ("cls", "mean")
+TEXT_POOLINGS = ("cls", "mean", "last")
+# sentence-transformers' names of the poolings, and those of `text_pooling`.
+DECLARED_POOLINGS = {"cls": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "last"}
 # The losses, each with the logarithm of its initial inverse temperature: CLIP's 1/0.07, SigLIP's 10.
 LOSS_TYPES = {"softmax_sum": math.log(1 / 0.07), "softmax_mean": math.log(1 / 0.07), "sigmoid": math.log(10)}
 NUMBERS = {
@@ -25,6 +38,23 @@ NUMBERS = {
     "logit_scale_max": float,
 }
 
+# Causal text towers that have no language model in transformers, and language models that are not causal.
+CAUSAL_ENCODERS = frozenset(
+    f"{name}_text_model" for name in "clip clipseg groupvit metaclip_2 owlv2 owlvit xclip".split()
+)
+NOT_CAUSAL = frozenset(("bert-generation", "cpmant", "xlnet"))
+
+
+def is_causal(text_config: Any) -> bool:
+    """Whether a token of this text tower sees only the tokens before it, as in GPT-2."""
+    kind, name = type(text_config), getattr(text_config, "model_type", None)
+    if name in CAUSAL_ENCODERS:
+        return True
+    if name in NOT_CAUSAL or getattr(text_config, "use_bidirectional_attention", False):
+        return False
+    in_one_mapping = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+    return in_one_mapping and not text_config.is_encoder_decoder
+
 
 class MiniClipConfig(PretrainedConfig):
     """Configuration of a [`MiniClipModel`]. The default is timm's ResNet-50 and DistilBERT in a 256-d space.
@@ -32,8 +62,9 @@ class MiniClipConfig(PretrainedConfig):
     Args:
         vision_config: `TimmWrapperConfig` of any timm image model, or its dictionary.
         text_config: configuration of any Hugging Face text encoder, or its dictionary.
-        text_pooling: `"cls"` takes the last hidden state of the first token, `"mean"` averages over all tokens except
-            padding.
+        text_pooling: `"cls"` takes the last hidden state of the first token, `"last"` that of the last one, `"mean"`
+            averages over all; padding does not count. None means `"last"` for a causal tower such as GPT-2, whose
+            first token does not see the others, and `"cls"` for any other.
         projection_dim: number of dimensions of the shared space.
         projection_depth: number of linear layers in each head. 1 is a linear projection without bias, as in CLIP; 2 is
             linear, GELU, linear, dropout, residual, layer norm; more layers repeat the residual block.
@@ -72,7 +103,7 @@ class MiniClipConfig(PretrainedConfig):
         self,
         text_config: Any = None,
         vision_config: Any = None,
-        text_pooling: str = "cls",
+        text_pooling: str | None = None,
         projection_dim: int = 256,
         projection_depth: int = 2,
         projection_dropout: float = 0.1,
@@ -86,6 +117,11 @@ class MiniClipConfig(PretrainedConfig):
             vision_config = {"architecture": "resnet50.a1_in1k"}
         self.text_config = _tower_config(text_config, "distilbert")
         self.vision_config = _tower_config(vision_config, "timm_wrapper")
+        causal = is_causal(self.text_config)
+        if text_pooling is None:
+            text_pooling = "last" if causal else "cls"
+        if causal:
+            self.text_config.use_cache = False  # of keys and values, which only generation needs
         self.text_pooling = text_pooling
         self.projection_dim = projection_dim
         self.projection_depth = projection_depth
@@ -119,6 +155,11 @@ class MiniClipConfig(PretrainedConfig):
     def _check(self) -> None:
         if self.text_pooling not in TEXT_POOLINGS:
             raise ValueError(f"text_pooling must be one of {', '.join(TEXT_POOLINGS)}, not {self.text_pooling!r}")
+        if self.text_pooling == "cls" and is_causal(self.text_config):
+            raise ValueError(
+                f"text_pooling 'cls' takes the first token, which sees no other one in {self.text_config.model_type}; "
+                "choose last or mean"
+            )
         if self.loss_type not in tuple(LOSS_TYPES):
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, not {self.loss_type!r}")
         for name, kind in NUMBERS.items():
@@ -144,6 +185,16 @@ class MiniClipConfig(PretrainedConfig):
                 f"vision_config must describe a timm image model (model_type 'timm_wrapper'), "
                 f"not {self.vision_config.model_type!r}"
             )
+
+
+class Origin(dict[str, Any]):
+    """Arguments of `from_pretrained` that find a model's processor. A pickle leaves out the token."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Origin, ({name: value for name, value in self.items() if name != "token"},)
+
+    def __deepcopy__(self, memo: Any) -> "Origin":
+        return self
 
 
 TOWERS = tuple(MiniClipConfig.sub_configs)
@@ -186,6 +237,61 @@ def timm_config(name: str) -> TimmWrapperConfig:
     config = TimmWrapperConfig.from_pretrained(source, **changes)
     config.name_or_path = source
     return config
+
+
+def text_tower_class(text_config: Any) -> Any:
+    """The class that encodes text for a configuration; for an encoder-decoder such as T5, that of the encoder alone.
+
+    Raises:
+        ValueError: transformers has no text encoder for this configuration.
+    """
+    found = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(text_config), None)
+    if found is None and not text_config.is_encoder_decoder:
+        found = MODEL_MAPPING.get(type(text_config), None)
+    tower_class = found[0] if isinstance(found, tuple) else found  # Funnel has a second class, for its decoder
+    modalities = getattr(tower_class, "input_modalities", "text")  # transformers 4 does not say
+    if tower_class is None or "text" not in modalities or "image" in modalities:
+        raise ValueError(
+            f"transformers has no text encoder for a {type(text_config).__name__} (model_type "
+            f"{text_config.model_type!r}); choose one such as BERT, RoBERTa, MPNet, ModernBERT or T5"
+        )
+    return tower_class
+
+
+def declared_pooling(source: str | os.PathLike) -> str | None:
+    """The `text_pooling` that a text tower's repository declares for sentence-transformers.
+
+    Args:
+        source: Hub name or local folder of the text tower.
+
+    Returns:
+        A value of `text_pooling`; None if nothing is declared, or the Hub cannot be reached.
+
+    Raises:
+        ValueError: it declares a pooling that `text_pooling` lacks, such as the maximum over the tokens.
+    """
+
+    def read(name: str) -> Any:
+        quiet = [
+            f"_raise_exceptions_for_{reason}" for reason in ("missing_entries", "connection_errors", "gated_repo")
+        ]
+        path = cached_file(source, name, **dict.fromkeys(quiet, False))
+        return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+
+    folders = [module["path"] for module in read("modules.json") or () if module["type"].endswith(".Pooling")]
+    if not folders:
+        return None
+    fields = read(f"{folders[0]}/config.json") or {}
+    # A single name in recent files; in older ones a flag for each name, of which only the mean is on by default.
+    flags = {"pooling_mode_mean_tokens": True} | fields
+    names = [name.removeprefix("pooling_mode_") for name in flags if flags[name] is True and "pooling_mode_" in name]
+    declared = str(fields.get("pooling_mode", "+".join(names)))
+    if declared.removesuffix("_token") not in DECLARED_POOLINGS:
+        raise ValueError(
+            f"{source} declares the pooling {declared!r} ({folders[0]}/config.json), which is not supported; "
+            f"set text_pooling to one of {', '.join(TEXT_POOLINGS)}"
+        )
+    return DECLARED_POOLINGS[declared.removesuffix("_token")]
 
 
 __all__ = ["MiniClipConfig"]

@@ -12,13 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    PreTrainedModel,
-    TimmWrapperModel,
-)
+from transformers import AutoConfig, PreTrainedModel, TimmWrapperModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import (
@@ -30,7 +24,15 @@ from transformers.utils import (
     logging,
 )
 
-from .configuration_miniclip import FIELDS, MiniClipConfig, timm_config
+from .configuration_miniclip import (
+    FIELDS,
+    MiniClipConfig,
+    Origin,
+    declared_pooling,
+    is_causal,
+    text_tower_class,
+    timm_config,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -92,25 +94,6 @@ class MiniClipVisionModel(TimmWrapperModel):
         return getattr(self.timm_model, "head_hidden_size", None) or self.timm_model.num_features
 
 
-def text_tower_class(text_config: Any) -> type[PreTrainedModel]:
-    """The class that encodes text for a configuration; for an encoder-decoder such as T5, that of the encoder alone.
-
-    Raises:
-        ValueError: transformers has no text encoder for this configuration.
-    """
-    found = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(text_config), None)
-    if found is None and not text_config.is_encoder_decoder:
-        found = MODEL_MAPPING.get(type(text_config), None)
-    tower_class = found[0] if isinstance(found, tuple) else found  # Funnel has a second class, for its decoder
-    modalities = getattr(tower_class, "input_modalities", "text")  # transformers 4 does not say
-    if tower_class is None or "text" not in modalities or "image" in modalities:
-        raise ValueError(
-            f"transformers has no text encoder for a {type(text_config).__name__} (model_type "
-            f"{text_config.model_type!r}); choose one such as BERT, RoBERTa, MPNet, ModernBERT or T5"
-        )
-    return tower_class
-
-
 def without_pooler(tower_class: type[PreTrainedModel]) -> dict[str, bool]:
     """Keyword arguments that build a text tower without its pooler; empty if the class has none.
 
@@ -158,7 +141,7 @@ def pool_text(last_hidden_state: Tensor, attention_mask: Tensor | None, pooling:
     Args:
         last_hidden_state: `[N, L, width]` token states.
         attention_mask: `[N, L]`, 1 for tokens and 0 for padding; None means no padding.
-        pooling: `"cls"` (state of the first token) or `"mean"` (average over the tokens, without padding).
+        pooling: `"cls"` (state of the first token), `"last"` (of the last one) or `"mean"` (average), without padding.
 
     Returns:
         `[N, width]`.
@@ -166,7 +149,11 @@ def pool_text(last_hidden_state: Tensor, attention_mask: Tensor | None, pooling:
     if pooling == "cls":
         return last_hidden_state[:, 0]
     if attention_mask is None:
-        return last_hidden_state.mean(dim=1)
+        return last_hidden_state.mean(dim=1) if pooling == "mean" else last_hidden_state[:, -1]
+    if pooling == "last":
+        positions = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+        last = (attention_mask.long() * positions).argmax(dim=1)  # [N]; the padding may be on either side
+        return last_hidden_state[torch.arange(len(last), device=last.device), last]
     weights = attention_mask.unsqueeze(-1).to(last_hidden_state.dtype)  # [N, L, 1]
     return (last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
@@ -355,16 +342,6 @@ class MiniClipOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-class Origin(dict[str, Any]):
-    """Arguments of `from_pretrained` that find a model's processor. A pickle leaves out the token."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Origin, ({name: value for name, value in self.items() if name != "token"},)
-
-    def __deepcopy__(self, memo: Any) -> "Origin":
-        return self
-
-
 class MiniClipModel(PreTrainedModel):
     """Image tower, text tower, projection heads and temperature.
 
@@ -398,6 +375,9 @@ class MiniClipModel(PreTrainedModel):
         tower_class = text_tower_class(config.text_config)
         dtype = torch.get_default_dtype()  # as for the heads, whatever the dtype of the towers' checkpoints
         self.vision_model = MiniClipVisionModel._from_config(config.vision_config, dtype=dtype)
+        # As for generation: a decoder counts the positions of a text without the padding in front of it.
+        arguments = inspect.signature(tower_class.forward).parameters
+        self.counts_positions = is_causal(config.text_config) and "position_ids" in arguments
         self.text_model = tower_class._from_config(config.text_config, dtype=dtype, **without_pooler(tower_class))
         head = (config.projection_dim, config.projection_depth, config.projection_dropout)
         self.visual_projection = ProjectionHead(self.vision_model.pooled_size, *head)
@@ -467,7 +447,9 @@ class MiniClipModel(PreTrainedModel):
             model.tie_weights()  # of T5, which transformers 5.3 leaves out in code that is not its own
         model.loaded_revision = commit
         if source is not None:
-            where = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs}
+            where: dict[str, Any] = {
+                name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs
+            }
             where["subfolder"] = kwargs.get("subfolder", "")
             where["pretrained_model_name_or_path"] = os.path.abspath(source) if os.path.isdir(source) else str(source)
             model.loaded_from = Origin(where, revision=commit or revision)
@@ -488,14 +470,15 @@ class MiniClipModel(PreTrainedModel):
         Args:
             vision: timm name, timm repository on the Hub, or local folder of an image model.
             text: Hub name or local folder of a Hugging Face text encoder.
-            **config: fields of [`MiniClipConfig`] other than the towers, such as `text_pooling="mean"`.
+            **config: fields of [`MiniClipConfig`] other than the towers, such as `projection_dim=512`. The default of
+                `text_pooling` is what the text tower's repository declares, see [`declared_pooling`].
 
         Returns:
             The model in evaluation mode and float32.
 
         Raises:
-            ValueError: a tower is unknown or lacks weights, or a keyword is no field of [`MiniClipConfig`] or has a
-                wrong value.
+            ValueError: a tower is unknown or lacks weights, a keyword is no field of [`MiniClipConfig`] or has a
+                wrong value, or the text tower declares a pooling that is not supported.
             OSError: the weights cannot be found.
 
         Example:
@@ -506,6 +489,8 @@ class MiniClipModel(PreTrainedModel):
             raise ValueError(f"from_towers got unknown fields {', '.join(unknown)}; it takes {', '.join(FIELDS)}")
         vision_config, text_config = timm_config(os.fspath(vision)), AutoConfig.from_pretrained(text)
         text_class = text_tower_class(text_config)
+        if config.get("text_pooling") is None:
+            config["text_pooling"] = declared_pooling(text)
         model_config = MiniClipConfig(
             vision_config=vision_config.to_dict(), text_config=text_config.to_dict(), **config
         )
@@ -585,6 +570,8 @@ class MiniClipModel(PreTrainedModel):
         Returns:
             Output with `pooler_output` `[N, text width]`.
         """
+        if self.counts_positions and attention_mask is not None and "position_ids" not in kwargs:
+            kwargs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,

@@ -378,6 +378,10 @@ class MiniClipProcessor(ProcessorMixin):
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved with the tokenizer
         tokenizer.padding_side = "right"  # text_pooling="cls" takes the first token
+        if tokenizer.pad_token is None:  # as for GPT-2; the attention mask, not the token, says what is padding
+            if tokenizer.eos_token is None:
+                raise ValueError("this tokenizer has neither a padding token nor an end-of-text token to pad with")
+            tokenizer.pad_token = tokenizer.eos_token
         _drop_settings_of_earlier_use(tokenizer)
         _forget_last_call(tokenizer)
 
@@ -451,7 +455,7 @@ class MiniClipProcessor(ProcessorMixin):
             whole = not self._sees_the_middle() or any(name in given for name in RESIZING)
             images = _rgb_or_array(images, getattr(self.image_processor, "backend", "pil") == "pil", whole)
             self._warn_of_scaled(images, given.get("do_rescale"))
-        outputs = super().__call__(images=images, text=text, **kwargs)
+        outputs = super().__call__(images=images, text=self.fill_empty(text), **kwargs)
         if text is not None and "attention_mask" in outputs:
             settings = self.tokenizer.init_kwargs | kwargs.get("text_kwargs", {}) | kwargs
             limit = settings.get("max_length") or self.tokenizer.model_max_length
@@ -529,6 +533,16 @@ class MiniClipProcessor(ProcessorMixin):
         """
         ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"] if texts else []
         return sum(len(row) > (limit or self.tokenizer.model_max_length) for row in ids)
+
+    def fill_empty(self, text: Any) -> Any:
+        """A text, or a list, with the padding token in place of empty texts, if these would have no token at all.
+
+        That is so if the tokenizer adds no special tokens, as that of GPT-2.
+        """
+        if text is None or self.tokenizer.num_special_tokens_to_add() > 0:
+            return text
+        padding = self.tokenizer.pad_token
+        return (text or padding) if isinstance(text, str) else [one or padding for one in text]
 
     def _warn_of_scaled(self, images: Any, do_rescale: bool | None) -> None:
         if not (self.image_processor.do_rescale if do_rescale is None else do_rescale):

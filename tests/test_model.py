@@ -13,7 +13,16 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, BartConfig, CLIPConfig, FunnelConfig, TimmWrapperConfig, ViTConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BartConfig,
+    CLIPConfig,
+    FunnelConfig,
+    GPT2Model,
+    TimmWrapperConfig,
+    ViTConfig,
+)
 
 from modeling_miniclip import MiniClipConfig, MiniClipModel, MiniClipOutput, symmetric_contrastive_loss
 from modeling_miniclip import configuration_miniclip as module
@@ -102,8 +111,10 @@ def test_embedding_does_not_depend_on_the_batch(vision, text, pooling):
         torch.testing.assert_close(text_embed, texts[row : row + 1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("text", TEXT)
+@pytest.mark.parametrize(
+    ("text", "pooling"),
+    [(text, pool) for text in TEXT for pool in ("cls", "mean", "last") if (text, pool) != ("gpt2", "cls")],
+)
 def test_padding_does_not_change_a_text(text, pooling):
     model = tiny_model("resnet", text, text_pooling=pooling)
     shake(model)
@@ -124,6 +135,44 @@ def test_poolings_by_hand():
     assert pool_text(states, mask, "cls").tolist() == [[1, 10], [0, 0]]
     assert pool_text(states, mask, "mean").tolist() == [[2, 15], [4, 4]]
     assert pool_text(states, None, "mean").tolist() == [[4, 40], [4, 4]]
+    assert (
+        pool_text(states, mask, "last").tolist()
+        == pool_text(states, mask.bool(), "last").tolist()
+        == [[3, 20], [7, 7]]
+    )
+    assert (
+        pool_text(states, mask.flip(1), "last").tolist()
+        == pool_text(states, None, "last").tolist()
+        == [[8, 90], [7, 7]]
+    )
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_decoder_feature_is_its_own_hidden_state(side, pooling):
+    model = tiny_model(text="gpt2", text_pooling=pooling)
+    texts = [torch.randint(4, 200, (length,)) for length in (9, 1, 5)]
+    rows = [torch.cat([torch.zeros(9 - len(t), dtype=torch.long), t][:: 1 if side == "left" else -1]) for t in texts]
+    mask = torch.stack([row > 0 for row in rows]).long()
+    with torch.no_grad():
+        found = model.pool_texts(torch.stack(rows), mask).pooler_output
+        states = [GPT2Model.forward(model.text_model, text[None]).last_hidden_state[0] for text in texts]
+    expected = [state[-1] if pooling == "last" else state.mean(dim=0) for state in states]
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_default_pooling_of_decoders_is_the_last_token():
+    def default(name, **values):
+        return MiniClipConfig(text_config=AutoConfig.for_model(name, **values)).text_pooling
+
+    causal = "gpt2 opt llama qwen2 qwen3 gemma3_text mistral bloom mamba modernbert-decoder clip_text_model".split()
+    others = "bert distilbert roberta modernbert xlm-roberta deberta-v2 electra mpnet xlnet bert-generation t5".split()
+    assert {name: default(name) for name in causal} == dict.fromkeys(causal, "last")
+    assert {name: default(name) for name in others} == dict.fromkeys(others, "cls")
+    assert default("gemma3_text", use_bidirectional_attention=True) == "cls"  # EmbeddingGemma
+    with pytest.raises(ValueError, match="'cls' takes the first token, .* no other one in gpt2; choose last"):
+        tiny_config(text="gpt2", text_pooling="cls")
+    assert not tiny_config(text="gpt2").text_config.use_cache
 
 
 def test_model_uses_the_configured_pooling():
@@ -601,7 +650,7 @@ def test_keywords_of_from_towers(tmp_path):
         MiniClipModel.from_towers(*towers, projection_dims=128)
     with pytest.raises(ValueError, match="unknown fields text_config"):
         MiniClipModel.from_towers(*towers, text_config=text_config())
-    with pytest.raises(ValueError, match="text_pooling must be one of cls, mean, not 'max'"):
+    with pytest.raises(ValueError, match="text_pooling must be one of cls, mean, last, not 'max'"):
         MiniClipModel.from_towers(*towers, text_pooling="max")
     linear = MiniClipModel.from_towers(*towers, projection_depth=1)
     assert [name for name, _ in linear.visual_projection.named_parameters()] == ["linear.weight"]

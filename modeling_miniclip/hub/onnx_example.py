@@ -29,6 +29,7 @@ class MiniClip:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))  # truncates and pads as the model needs
         self.settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        self.empty_text = str(model["empty_text"])  # what stands for a text without characters
         self.logit_scale, self.logit_bias = float(model["logit_scale"]), float(model["logit_bias"])
 
     def prepare_image(self, image: Image.Image) -> np.ndarray:
@@ -52,7 +53,7 @@ class MiniClip:
 
     def prepare_texts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """`input_ids` and `attention_mask` `[N, L]`, padded to the longest text."""
-        rows = self.tokenizer.encode_batch(list(texts))
+        rows = self.tokenizer.encode_batch([text or self.empty_text for text in texts])
         ids, masks = [row.ids for row in rows], [row.attention_mask for row in rows]
         return {"input_ids": np.array(ids, np.int64), "attention_mask": np.array(masks, np.int64)}
 

@@ -196,7 +196,7 @@ def write_preparation(folder: Path, model: MiniClipModel, processor: MiniClipPro
     settings.pop("auto_map", None)  # there is no code in this folder
     bias = 0.0 if model.logit_bias is None else model.logit_bias.item()  # only the sigmoid loss has one
     logits = {"logit_scale": model.inverse_temperature().item(), "logit_bias": bias}
-    files = {"preprocessor_config.json": settings, "model.json": logits}
+    files = {"preprocessor_config.json": settings, "model.json": {**logits, "empty_text": processor.fill_empty("")}}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     original = processor.tokenizer

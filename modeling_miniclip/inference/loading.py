@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging
 
-from ..configuration_miniclip import MiniClipConfig
+from ..configuration_miniclip import MiniClipConfig, Origin
 from ..errors import ModelError, one_line
-from ..modeling_miniclip import MiniClipModel, Origin, without_pooler
+from ..modeling_miniclip import MiniClipModel, without_pooler
 from ..processing_miniclip import MiniClipProcessor
 from ..utils.checksums import check_weights
 

@@ -73,8 +73,10 @@ class TrainingArguments:
         "trains a WordPiece vocabulary on the captions",
     )
     model_name_or_path: str | None = _flag(None, "start from a trained MiniCLIP: export folder or Hub repository")
-    text_pooling: Literal["cls", "mean"] | None = _flag(
-        None, "how the token states of a text become one vector: the first of them, or their mean (cls)"
+    text_pooling: Literal["cls", "mean", "last"] | None = _flag(
+        None,
+        "how the token states of a text become one vector: the first of them, their mean, or the last (what the text "
+        "tower's repository declares; otherwise last for a decoder such as GPT-2, and cls for any other tower)",
     )
     projection_dim: int | None = _flag(None, "dimensions of the shared embedding space (256)")
     projection_depth: int | None = _flag(None, "linear layers in each projection head; 1 is a plain projection (2)")

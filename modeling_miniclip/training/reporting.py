@@ -49,7 +49,8 @@ def describe_model(model: MiniClipModel) -> str:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return (
-        f"{config.vision_config.architecture} + {config.text_config.model_type}, {config.projection_dim}-d, "
+        f"{config.vision_config.architecture} + {config.text_config.model_type} ({config.text_pooling}), "
+        f"{config.projection_dim}-d, "
         f"{total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained)"
     )
 

@@ -8,6 +8,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
 from datasets import DatasetDict
 
+from ..configuration_miniclip import declared_pooling
 from ..data.augmentation import build_augmentation
 from ..data.batches import GlobalBatches
 from ..data.captions import load_captions
@@ -234,6 +235,9 @@ def build_model(
     if arguments.compile_towers:
         compile_towers(model.vision_model, model.text_model)
     say(accelerator, describe_model(model))
+    if arguments.text_model is not None and arguments.text_pooling is None:
+        if (declared := declared_pooling(arguments.text_model)) is not None:
+            say(accelerator, f"--text_pooling {declared}, as {arguments.text_model} declares")
     truncated = processor.count_truncated([text for row in captions for text in row])
     if truncated:
         limit, total = processor.tokenizer.model_max_length, sum(map(len, captions))

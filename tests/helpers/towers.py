@@ -34,6 +34,8 @@ TEXT: dict[str, dict[str, Any]] = {
     "mpnet": {**_SMALL, "hidden_size": 32, "max_position_embeddings": 26, "pad_token_id": 1},
     "modernbert": {**_SMALL, "hidden_size": 32, "max_position_embeddings": 24, "pad_token_id": 0, "cls_token_id": 2,
                    "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
+    "gpt2": {"vocab_size": 200, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "pad_token_id": 0,
+             "bos_token_id": 2, "eos_token_id": 3},
     "t5": {"vocab_size": 200, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
 }  # fmt: skip
 
@@ -85,6 +87,27 @@ def tiny_processor() -> MiniClipProcessor:
     tokenizer = train_tokenizer(CAPTIONS, 200)
     tokenizer.model_max_length = 24
     return MiniClipProcessor(image_processor_from_timm(vision_config()), tokenizer)
+
+
+def save_decoder(folder: Path, **tokens: str) -> Path:
+    """A tiny GPT-2 with a byte-level tokenizer, which adds no special tokens; `tokens` are those it has."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer, learner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    learner.train_from_iterator([text for row in CAPTIONS for text in row], trainer)
+    small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2Model(GPT2Config(vocab_size=300, **small)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=learner, **tokens).save_pretrained(folder)
+    return folder
 
 
 def save_towers(folder: Path, vision: str = "resnet", text: str = "distilbert") -> tuple[Path, Path]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,29 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoProcessor, AutoTokenizer, BertTokenizer
 
-from modeling_miniclip import MiniClipError, MiniClipModel, MiniClipProcessor, ModelError, UsageError, export
+from modeling_miniclip import (
+    MiniClipError,
+    MiniClipModel,
+    MiniClipProcessor,
+    ModelError,
+    UsageError,
+    encode_texts,
+    export,
+)
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.create_model import create_model, read_preset, set_dropout, train_tokenizer
 from modeling_miniclip.training.parsing import parse_arguments
 from tests.helpers.runs import ROOT, environment, write_preset
-from tests.helpers.towers import CAPTIONS, PIXELS, TEXT, VISION, save_towers, tiny_model, tiny_processor
+from tests.helpers.towers import (
+    CAPTIONS,
+    PIXELS,
+    TEXT,
+    VISION,
+    save_decoder,
+    save_towers,
+    tiny_model,
+    tiny_processor,
+)
 
 TEXTS = [caption for row in CAPTIONS for caption in row]
 
@@ -156,6 +174,84 @@ def test_an_export_in_half_precision_is_trained_in_full(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+# --- decoders and declared poolings ----------------------------------------------------------------------------------
+
+
+def test_decoder_without_padding_token_pads_with_its_end(towers: dict[str, str], tmp_path: Path) -> None:
+    text = str(save_decoder(tmp_path / "gpt2", eos_token="<|endoftext|>"))
+    model, processor = build(vision_model=towers["vision_model"], text_model=text)
+    assert (model.config.text_pooling, processor.tokenizer.pad_token) == ("last", "<|endoftext|>")
+    exported = MiniClipModel.from_pretrained(export(model, processor, tmp_path / "export"))
+    texts = [*TEXTS, "", "a", "a a a"]
+    found = encode_texts(exported, texts, progress=False)
+    alone = torch.cat([encode_texts(model, [text], processor, progress=False) for text in texts])
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+    assert (found @ found.T).fill_diagonal_(0).max() < 0.999  # all embeddings differ
+
+
+def test_unusable_decoders_are_rejected(towers: dict[str, str], tmp_path: Path) -> None:
+    flags = {"vision_model": towers["vision_model"], "text_model": str(save_decoder(tmp_path / "gpt2"))}
+    with pytest.raises(ModelError, match="neither a padding token nor an end-of-text token"):
+        build(**flags)
+    save_decoder(tmp_path / "gpt2", eos_token="<|endoftext|>")
+    with pytest.raises(ModelError, match="text_pooling 'cls' takes the first token.*choose last or mean"):
+        build(**flags, text_pooling="cls")
+
+
+def declare(folder: str, pooling: dict[str, Any], place: str = "1_Pooling") -> None:
+    """Write the files in which sentence-transformers keeps a pooling."""
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"},
+               {"path": place, "type": "sentence_transformers.models.Pooling"}]  # fmt: skip
+    (Path(folder) / place).mkdir(exist_ok=True)
+    (Path(folder) / "modules.json").write_text(json.dumps(modules))
+    (Path(folder) / place / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **pooling}))
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": False}, "cls"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True, "include_prompt": True}, "last"),
+        ({}, "mean"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode": "cls"}, "cls"),
+    ],
+)
+def test_declared_pooling_is_the_default(
+    towers: dict[str, str], tmp_path: Path, declared: dict[str, Any], expected: str
+) -> None:
+    text = str(shutil.copytree(towers["text_model"], tmp_path / "text"))
+    declare(text, declared)
+    assert build(vision_model=towers["vision_model"], text_model=text)[0].config.text_pooling == expected
+    assert (
+        build(vision_model=towers["vision_model"], text_model=text, text_pooling="mean")[0].config.text_pooling
+        == "mean"
+    )
+
+
+@pytest.mark.parametrize(
+    ("declared", "name"),
+    [
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}, "max_tokens"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, r"mean_tokens\+cls_token"),
+        ({"pooling_mode": "weightedmean"}, "weightedmean"),
+    ],
+)
+def test_unsupported_declared_pooling_is_named(
+    towers: dict[str, str], tmp_path: Path, declared: dict[str, Any], name: str
+) -> None:
+    text = str(shutil.copytree(towers["text_model"], tmp_path / "text"))
+    declare(text, declared, "0_Pool")
+    with pytest.raises(
+        ModelError, match=f"pooling '{name}' .0_Pool/config.json.*set text_pooling to one of cls, mean"
+    ):
+        build(vision_model=towers["vision_model"], text_model=text)
+    assert (
+        build(vision_model=towers["vision_model"], text_model=text, text_pooling="cls")[0].config.text_pooling == "cls"
+    )
+
+
 # --- dropout ---------------------------------------------------------------------------------------------------------
 
 
@@ -288,8 +384,6 @@ def test_fixed_settings_of_a_trained_model_are_rejected(exported: str, flags: di
 
 
 def test_export_that_lacks_a_weight_is_rejected(exported: str, tmp_path: Path) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(exported, tmp_path / "export")

@@ -265,9 +265,11 @@ def text_features(model: MiniClipModel, cache: Path, captions: list[list[str]] =
     return frozen_text_features(model, captions, tiny_processor(), cache, Accelerator(cpu=True))
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_text_features_are_those_of_each_caption_alone(tmp_path: Path, small_blocks: None, pooling: str) -> None:
-    model, tokenizer = model_of(text_pooling=pooling), tiny_processor().tokenizer
+@pytest.mark.parametrize(("text", "pooling"), [("distilbert", "cls"), ("distilbert", "mean"), ("gpt2", "last")])
+def test_text_features_are_those_of_each_caption_alone(
+    tmp_path: Path, small_blocks: None, text: str, pooling: str
+) -> None:
+    model, tokenizer = model_of(text=text, text_pooling=pooling), tiny_processor().tokenizer
     found = text_features(model, tmp_path)
     assert [len(f) for f in found] == [len(row) for row in CAPTIONS]
     for row, values in zip(CAPTIONS, found, strict=True):

@@ -209,7 +209,7 @@ def test_lines_for_the_terminal(splits: dict[str, Any]) -> None:
     model.vision_model.requires_grad_(False)
     trained = total - sum(p.numel() for p in model.vision_model.parameters())
     counts = f"{total / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained)"
-    assert describe_model(model) == f"test_resnet + distilbert, 16-d, {counts}"
+    assert describe_model(model) == f"test_resnet + distilbert (cls), 16-d, {counts}"
     metrics = {f"{d}_R@{k}": 10.04 * k for d in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
     recalls = "text to image 10.0 / 50.2 / 100.4, image to text 10.0 / 50.2 / 100.4"
     line = f"epoch 1.5: loss 0.5000, R@1/5/10 {recalls}, rsum 9.0"

@@ -10,10 +10,10 @@ from modeling_miniclip.training.text_groups import group_texts_by_length
 from tests.helpers.towers import tiny_model
 
 
-@pytest.mark.parametrize("text", ["distilbert", "t5"])
-def test_groups_give_the_features_and_gradients_of_one_batch(text: str) -> None:
+@pytest.mark.parametrize(("text", "pooling"), [("distilbert", "mean"), ("t5", "mean"), ("gpt2", "last")])
+def test_groups_give_the_features_and_gradients_of_one_batch(text: str, pooling: str) -> None:
     torch.manual_seed(0)
-    model = tiny_model(text=text, text_pooling="mean")
+    model = tiny_model(text=text, text_pooling=pooling)
     model.train()
     set_dropout(model, 0.0)
     lengths = torch.tensor([3, 9, 5, 9, 2, 7, 4])
@@ -40,8 +40,9 @@ def test_groups_give_the_features_and_gradients_of_one_batch(text: str) -> None:
         torch.testing.assert_close(gradient, found[1][2][name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_left_padding_is_not_cut() -> None:
-    model = tiny_model(text_pooling="mean")
+@pytest.mark.parametrize("text", ["distilbert", "gpt2"])
+def test_left_padding_is_not_cut(text: str) -> None:
+    model = tiny_model(text=text, text_pooling="mean")
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
     ids = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8], [0, 6, 7, 8]])
     expected = model(input_ids=ids, attention_mask=mask).text_embeds
