@@ -298,25 +298,93 @@ def _middle(image: Image.Image) -> Image.Image:
     return image.crop((margins[0], margins[1], image.width - margins[0], image.height - margins[1]))
 
 
-def _rgb_or_array(images: Any, pil: bool, whole: bool) -> Any:
-    # PIL images, files and URLs become RGB; arrays and tensors become what the image processor accepts.
+def rgb_of_array(array: Any, channels: str | None = None) -> Image.Image:
+    """The RGB image that an array or tensor holds.
+
+    Args:
+        array: `[H, W, C]`, `[C, H, W]` or `[H, W]` of any real type, where C is 1 (grey), 3, or 4 (the last one is the
+            opacity, on white). Values are 0..255 and rounded; uint16 is 0..65535, bool is black and white.
+        channels: `"channels_first"` or `"channels_last"`; by default first for a tensor and last for any other array
+            if both are possible.
+
+    Raises:
+        ValueError: another shape, type or range.
+    """
+    pixels = _as_numpy(array)
+    sides = {"channels_first": 0, "channels_last": -1}
+    order = [sides[channels]] if channels else ([0, -1] if isinstance(array, torch.Tensor) else [-1, 0])
+    axes = [axis for axis in order if pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4)]
+    what = f"{type(array).__name__} of shape {pixels.shape} and type {pixels.dtype}"
+    if (pixels.ndim != 2 and not axes) or not pixels.size:
+        raise ValueError(f"{what}: expected pixels [H, W, C], [C, H, W] or [H, W] with 1, 3 or 4 channels")
+    if pixels.dtype.kind not in "buif":
+        raise ValueError(f"{what}: expected real numbers 0..255")
+    if pixels.dtype.kind == "b":
+        pixels = pixels.astype(np.uint8) * 255
+    elif pixels.dtype != np.uint8:
+        low, high = pixels.min(), pixels.max()
+        wide = pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2
+        if not (wide or -0.5 <= low <= high < 255.5):  # also if there is a NaN
+            raise ValueError(f"{what} with values {low:g}..{high:g}: expected 0..255 (uint16: 0..65535)")
+        pixels = np.rint(pixels / 257 if wide else pixels).clip(0, 255).astype(np.uint8)
+    if axes:
+        pixels = np.moveaxis(pixels, axes[0], -1)
+        pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
+    return to_rgb(Image.fromarray(np.ascontiguousarray(pixels)))
+
+
+def _as_numpy(array: Any) -> np.ndarray:
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = array.double() if array.is_floating_point() and array.dtype != torch.float32 else array
+    return np.asarray(array)
+
+
+def _leaves(images: Any) -> list[Any]:
+    # The single images in nested lists and batches; nested lists of numbers become arrays.
     if isinstance(images, list | tuple):
-        return [_rgb_or_array(image, pil, whole) for image in images]
-    if isinstance(images, Image.Image | str | os.PathLike):
-        image = to_rgb(images) if isinstance(images, Image.Image) else load_rgb(images)
-        return image if whole else _middle(image)
-    if isinstance(images, torch.Tensor) and pil:  # which takes no other device and no gradient
-        images = images.detach().cpu()
-        images = (images.float() if images.is_floating_point() else images).numpy()
-    if isinstance(images, np.ndarray) and images.dtype == np.uint16:
-        images = (images / 257).round().astype(np.uint8)
-    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 2:
-        images = torch.stack([images] * 3) if isinstance(images, torch.Tensor) else np.stack([images] * 3)  # grey
-    return images
+        depth, first = 0, images
+        while isinstance(first, list | tuple) and first:
+            depth, first = depth + 1, first[0]
+        if depth in (2, 3) and isinstance(first, int | float):
+            return [np.asarray(images)]
+        return [leaf for image in images for leaf in _leaves(image)]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
-def _is_between_0_and_1(image: Any) -> bool:
-    return "float" in str(getattr(image, "dtype", "")) and 0 < image.max() <= 1 and image.min() >= 0
+def _prepared(image: Any, pil: bool, whole: bool, channels: str | None, scaled: bool) -> Any:
+    # An RGB image for the image processor. For values that are scaled already, what the image processor accepts.
+    if isinstance(image, np.ndarray | torch.Tensor) and scaled:
+        return _checked_scaled(image, pil)
+    if isinstance(image, np.ndarray | torch.Tensor):
+        rgb = rgb_of_array(image, channels)
+    elif isinstance(image, Image.Image | str | os.PathLike):
+        rgb = to_rgb(image) if isinstance(image, Image.Image) else load_rgb(image)
+    else:
+        return image  # its type is rejected with a clear message
+    rgb = rgb if whole else _middle(rgb)
+    if isinstance(image, torch.Tensor) and not pil:  # torchvision works on the tensor's device
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).to(image.device)
+    return rgb
+
+
+def _checked_scaled(array: Any, pil: bool) -> Any:
+    values = _as_numpy(array)
+    if values.dtype.kind == "f" and not ((values >= 0) & ((values <= 1) | (values == np.rint(values)))).all():
+        raise ValueError(
+            f"{type(array).__name__} of shape {values.shape} and type {array.dtype} with values {values.min():g}.."
+            f"{values.max():g}: expected 0..1 with do_rescale=False"
+        )
+    if pil or not isinstance(array, torch.Tensor):
+        array = values.astype(np.float32) if values.dtype.kind in "bf" else values
+    stack: Any = torch.stack if isinstance(array, torch.Tensor) else np.stack
+    return stack([array] * 3) if array.ndim == 2 else array  # grey
+
+
+def is_between_0_and_1(image: Any) -> bool:
+    """Whether this is an array or tensor whose values seem to be scaled to 0..1."""
+    is_float = "float" in str(getattr(image, "dtype", "")) and 0 not in image.shape
+    return is_float and bool(0 < image.max() <= 1) and bool(image.min() >= 0)
 
 
 def _drop_settings_of_earlier_use(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -442,19 +510,21 @@ class MiniClipProcessor(ProcessorMixin):
 
         Args:
             images: one image or a list: PIL images (any mode, see [`to_rgb`]), paths, URLs (see [`load_rgb`]), or
-                arrays and tensors `[H, W, C]`, `[C, H, W]` or `[H, W]`, the first two also in batches `[B, ...]`,
-                with values 0..255 (uint16: 0..65535). For values 0..1 pass `do_rescale=False`.
+                arrays, tensors and nested lists of numbers `[H, W, C]`, `[C, H, W]` or `[H, W]`, the first two also in
+                batches `[B, ...]`, with values 0..255 of any type (uint16: 0..65535, bool: black and white), see
+                [`rgb_of_array`]. For values 0..1 pass `do_rescale=False`.
             text: one text or a list of texts.
             **kwargs: arguments of the image processor and the tokenizer, such as `return_tensors="pt"`.
 
         Returns:
             `pixel_values` `[B, 3, H, W]` and/or `input_ids`, `attention_mask` `[N, L]`.
+
+        Raises:
+            ValueError: an array has another shape, type or range.
+            OSError: a file cannot be read.
         """
         if images is not None:
-            given = kwargs.get("images_kwargs", {}) | kwargs
-            whole = not self._sees_the_middle() or any(name in given for name in RESIZING)
-            images = _rgb_or_array(images, getattr(self.image_processor, "backend", "pil") == "pil", whole)
-            self._warn_of_scaled(images, given.get("do_rescale"))
+            images, kwargs = self._prepared(images, kwargs)
         outputs = super().__call__(images=images, text=self.fill_empty(text), **kwargs)
         if text is not None and "attention_mask" in outputs:
             settings = self.tokenizer.init_kwargs | kwargs.get("text_kwargs", {}) | kwargs
@@ -544,14 +614,29 @@ class MiniClipProcessor(ProcessorMixin):
         padding = self.tokenizer.pad_token
         return (text or padding) if isinstance(text, str) else [one or padding for one in text]
 
-    def _warn_of_scaled(self, images: Any, do_rescale: bool | None) -> None:
-        if not (self.image_processor.do_rescale if do_rescale is None else do_rescale):
-            return
-        if any(_is_between_0_and_1(image) for image in (images if isinstance(images, list) else [images])):
+    def _prepared(self, images: Any, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        # A list of images for the image processor, and the arguments for it.
+        given = kwargs.get("images_kwargs", {}) | kwargs
+        leaves = _leaves(images)
+        scaled = not given.get("do_rescale", self.image_processor.do_rescale)
+        if not scaled and any(map(is_between_0_and_1, leaves)):
             warnings.warn(
                 "pixels between 0 and 1 are divided by 255 again: pass do_rescale=False, or values 0..255",
                 stacklevel=3,
             )
+        whole = not self._sees_the_middle() or any(name in given for name in RESIZING)
+        pil = getattr(self.image_processor, "backend", "pil") == "pil"
+        channels = given.get("input_data_format")
+        prepared = [
+            _prepared(leaf, pil, whole, channels and str(getattr(channels, "value", channels)), scaled)
+            for leaf in leaves
+        ]
+        if not scaled and channels:  # from now on all images have one layout
+            kwargs = {name: value for name, value in kwargs.items() if name != "input_data_format"}
+            if "images_kwargs" in kwargs:
+                own = kwargs["images_kwargs"].items()
+                kwargs["images_kwargs"] = {name: value for name, value in own if name != "input_data_format"}
+        return prepared, kwargs
 
     def _warn_of_truncation(self, text: str | list[str], attention_mask: Any, limit: int) -> None:
         if isinstance(text, str):

@@ -16,7 +16,7 @@ from ..data.collation import model_inputs, stack_pixels
 from ..data.picture_formats import decode_picture, decode_row
 from ..errors import DataError
 from ..modeling_miniclip import MiniClipModel
-from ..processing_miniclip import MiniClipProcessor, load_rgb, to_rgb
+from ..processing_miniclip import MiniClipProcessor, is_between_0_and_1, load_rgb, rgb_of_array, to_rgb
 from .loading import processor_of
 
 UNDECODED = {"bytes", "path"}  # keys of an image in a column `datasets.Image(decode=False)`
@@ -26,11 +26,12 @@ def open_image(image: Any) -> Image.Image:
     """Open an image as RGB.
 
     Args:
-        image: path, URL, PIL image, array (`[H, W, 3]` or `[H, W]`, uint8), an undecoded image of a dataset
+        image: path, URL, PIL image, array or tensor (values 0..255, see
+            [`rgb_of_array`][modeling_miniclip.processing_miniclip.rgb_of_array]), an undecoded image of a dataset
             (`{"bytes", "path"}`), or a dictionary with one of these as `image`.
 
     Raises:
-        DataError: the file does not exist or is not an image, or the array has another shape or type.
+        DataError: the file does not exist or is not an image, or the array has another shape, type or range.
     """
     if isinstance(image, dict) and image.keys() != UNDECODED:
         if "image" not in image:
@@ -53,14 +54,16 @@ def open_image(image: Any) -> Image.Image:
 
 
 def _image_of_array(array: Any) -> Image.Image:
-    pixels = np.asarray(array)
-    has_channels = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
-    if pixels.dtype != np.uint8 or not has_channels or not pixels.size:
-        raise DataError(
-            f"{type(array).__name__} of shape {pixels.shape} and type {pixels.dtype}: expected a path, a PIL image "
-            "or a non-empty uint8 array [H, W, 3] or [H, W]"
-        )
-    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels)
+    pixels = np.asarray(array) if isinstance(array, list | tuple) else array
+    if not hasattr(pixels, "__array__"):
+        raise DataError(f"{type(array).__name__}: expected a path, a PIL image, an array or a tensor")
+    if is_between_0_and_1(pixels):
+        what = f"{type(array).__name__} of type {pixels.dtype} with values up to {float(pixels.max()):g}"
+        raise DataError(f"{what}: expected 0..255; multiply them by 255")
+    try:
+        return rgb_of_array(pixels)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def encode_images(

@@ -133,8 +133,56 @@ def test_any_array_opens_or_error_names_shape_and_type(
         if opened is None:
             assert str(array.shape) in message or str(array.dtype) in message
         else:
-            assert opened.mode == "RGB" and opened.size == array.shape[1::-1]
+            assert opened.mode == "RGB" and opened.size in (array.shape[1::-1], array.shape[:0:-1])
             assert_pixels(processor, opened)
+
+    check()
+
+
+NUMBERS = "bool uint8 int16 uint16 int32 int64 uint64 float16 bfloat16 float32 float64".split()
+
+
+@st.composite
+def numbers(draw: Any) -> tuple[Any, Image.Image | None]:
+    """An array, tensor or nested list of any type and layout, with the image that it holds; None if it holds none."""
+    dtype, channels = draw(st.sampled_from(NUMBERS)), draw(st.sampled_from((0, 1, 3, 4)))
+    size = (draw(st.integers(5, 40)), draw(st.integers(5, 40)))
+    data = draw(st.binary(min_size=8, max_size=64)) + b"\0\xff"
+    values = np.resize(np.frombuffer(data, np.uint8), (*size, channels or 1))
+    held = values > 127 if dtype == "bool" else values
+    image = Image.fromarray(held[:, :, 0] if channels < 3 else held * np.uint8(255 if dtype == "bool" else 1))
+    array = torch.from_numpy(held.astype(np.int64)) * (257 if dtype == "uint16" else 1)
+    if "float" in dtype:  # bfloat16 keeps only halves above 127
+        array = (array.double() + draw(st.floats(-0.4, 0.4) if dtype != "bfloat16" else st.just(0))).clamp(0, 255)
+    wrong = draw(st.sampled_from((0, 0, 0, 300, -300))) if dtype not in ("bool", "uint8", "uint16") else 0
+    if wrong and (dtype != "uint64" or wrong > 0):
+        array, image = array + wrong, None
+    array = array.to(getattr(torch, dtype))
+    array = array.permute(2, 0, 1) if channels and draw(st.booleans()) else array
+    array = array[:, :, 0] if not channels else array
+    array = array[None] if channels and draw(st.booleans()) else array
+    kind = draw(st.sampled_from(("tensor", "array", "list")))
+    if kind == "array" and dtype != "bfloat16":
+        array = array.numpy()
+    return array.tolist() if kind == "list" and dtype not in ("bool", "uint16") else array, image
+
+
+@cases(100, 5000)
+def test_arrays_equal_the_image_they_hold(processor: MiniClipProcessor, record_property: Any, count: int) -> None:
+    @fuzz(count, record_property)
+    @given(case=numbers())
+    def check(case: tuple[Any, Image.Image | None]) -> None:
+        array, image = case
+        if image is None:
+            with pytest.raises(
+                ValueError, match=r"type (u?int|float)\d+ with values -?[0-9.e+]+\.\.-?[0-9.e+]+: expected 0"
+            ):
+                processor(images=array)
+            return
+        expected = processor(images=image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(processor(images=array, return_tensors="pt")["pixel_values"], expected)
+        if not isinstance(array, list) and array.ndim < 4:
+            assert open_image(array).tobytes() == open_image(image).tobytes()
 
     check()
 
