@@ -58,9 +58,10 @@ from modeling_miniclip.training.distributed import (
 from modeling_miniclip.training.features import embed_split
 from modeling_miniclip.training.figures import draw_curves, draw_retrieval, read_metrics
 from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
+from modeling_miniclip.training.heartbeat import ends_with_lost_processes
 from modeling_miniclip.training.layers import set_training_mode
 from modeling_miniclip.training.optimizer import clamp_logit_scale
-from modeling_miniclip.training.output_dir import locked_output_dir
+from modeling_miniclip.training.output_dir import how_to_resume, locked_output_dir
 from modeling_miniclip.training.overfit import check_overfitting
 from modeling_miniclip.training.publish import export_best, push_export
 from modeling_miniclip.training.reload_check import load_checked_export
@@ -86,7 +87,8 @@ def main(argv: list[str] | None = None) -> Path:
         SystemExit: after SIGTERM, with code 143; a checkpoint was saved.
     """
     arguments = parse_arguments(argv)
-    with readable_worker_errors(), ended_children():
+    advice = partial(how_to_resume, arguments.output_dir)
+    with ends_with_lost_processes(advice), readable_worker_errors(), ended_children():
         if arguments.overfit_batch:
             return check_overfitting(arguments, train_step)
         with locked_output_dir(arguments):

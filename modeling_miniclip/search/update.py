@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +25,9 @@ from ..data.caption_files import ColumnNames
 from ..data.problems import HARMLESS, OnProblem
 from ..data.skipped import describe_skipped
 from ..data.sources import DEFAULT_COLUMNS, Item, is_listed_at_once, resolve_source, walk_sources
-from ..errors import DataError, MiniClipError, ModelError, Problem, UsageError, one_line, printable
+from ..errors import DataError, MiniClipError, ModelError, Problem, UsageError, printable
 from ..inference.loading import model_folder
+from ..training.heartbeat import ends_with_lost_processes, join_processes
 from ..utils.files import discard_folder, recover_folder
 from ..utils.names import check_name, name_of
 from .approximate import uses_approximate_search
@@ -35,8 +35,6 @@ from .embeddings_file import DTYPES, gather_blocks
 from .fingerprints import describe_files, fingerprint
 from .index import ImageIndex, Manifest, write_index
 from .shards import Encoding, Pool, default_workers, open_pool
-
-PATIENCE = timedelta(days=7)  # how long processes wait for the slowest one
 
 
 @dataclass
@@ -148,18 +146,19 @@ def update_index(
         8000
     """
     start = time.perf_counter()
-    processes = _processes()
-    plan = _make_plan(Path(folder).expanduser(), list(sources), model, list(remove), overwrite, dtype, neighbours)
-    with _locked(plan, processes):
-        encoding = Encoding(plan.manifest, plan.pool(), plan.shards, batch_size, num_workers or default_workers())
-        problems: list[Problem] = []
-        listed = _encode_share(encoding, plan.sources_to_scan, columns, processes, progress, problems.append)
-        report, unreachable = gather_reports(encoding)
+    with ends_with_lost_processes(lambda: "run the same command again: finished embeddings are kept"):
+        processes = _processes()
+        plan = _make_plan(Path(folder).expanduser(), list(sources), model, list(remove), overwrite, dtype, neighbours)
+        with _locked(plan, processes):
+            encoding = Encoding(plan.manifest, plan.pool(), plan.shards, batch_size, num_workers or default_workers())
+            problems: list[Problem] = []
+            listed = _encode_share(encoding, plan.sources_to_scan, columns, processes, progress, problems.append)
+            report, unreachable = gather_reports(encoding)
+            if processes.is_main_process:
+                _add_problems(report, problems)
+                _merge(plan, listed, report, unreachable)
         if processes.is_main_process:
-            _add_problems(report, problems)
-            _merge(plan, listed, report, unreachable)
-    if processes.is_main_process:
-        discard_folder(plan.shards)
+            discard_folder(plan.shards)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -173,7 +172,7 @@ def _processes() -> PartialState:
         return PartialState()
     cpu_requested = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     # Without cpu=True, Accelerate does not connect the processes of a machine without a GPU.
-    return PartialState(cpu=cpu_requested or not torch.accelerator.is_available(), timeout=PATIENCE)
+    return join_processes(cpu_requested or not torch.accelerator.is_available())
 
 
 def _make_plan(
@@ -308,13 +307,7 @@ def _encode_share(
 
 def gather_reports(encoding: Encoding) -> tuple[Report, set[str]]:
     """Wait for all processes and combine their reports, and the names of images whose files could not be reached."""
-    try:
-        parts = gather_object([(encoding.encoded, encoding.skipped, encoding.unreachable)])
-    except RuntimeError as error:
-        raise MiniClipError(
-            f"a process of this run was lost ({one_line(error)}); run the same command again: all embeddings are kept "
-            "except those of its unfinished shard"
-        ) from error
+    parts = gather_object([(encoding.encoded, encoding.skipped, encoding.unreachable)])
     skipped = {name: reason for _, some, _ in parts for name, reason in some.items()}
     unreachable = {name for *_, names in parts for name in names}
     return Report(encoded=sum(encoded for encoded, *_ in parts), skipped=skipped), unreachable

@@ -13,6 +13,7 @@ layers.py: freezing, learning rates and training mode of a tower's layers
 text_groups.py: run the text tower on texts of similar length together
 optimizer.py: parameter groups, schedule, bound of the temperature
 distributed.py: the loss over all processes
+heartbeat.py: notice a lost process or machine, and end the others
 grad_cache.py: large batches in chunks, with exact gradients
 ema.py: averaged weights
 features.py: features of frozen towers, computed once

@@ -99,6 +99,15 @@ def _what_was_saved(output_dir: Path) -> str:
     return f"{left}: free some space and repeat the command with --resume_from_checkpoint latest"
 
 
+def how_to_resume(output_dir: str | os.PathLike) -> str:
+    """What is left of a run whose processes did not all survive, and how to go on."""
+    found = list_checkpoints(Path(output_dir) / "checkpoints")
+    last = f"last checkpoint: {found[-1]}" if found else "no checkpoint yet"
+    several = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+    where = " on all machines" if several else ""
+    return f"{last}; resume with the same command{where} and --resume_from_checkpoint latest"
+
+
 def check_output_dir(arguments: TrainingArguments) -> None:
     """Check that the folder is new, or may be overwritten or resumed; repair an export that was being replaced.
 

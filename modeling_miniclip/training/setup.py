@@ -46,6 +46,7 @@ from .ema import AveragedWeights
 from .feature_cache import default_cache_dir
 from .features import EVALUATION_BATCH, FrozenFeatures, frozen_image_features, frozen_text_features
 from .fingerprint import Fingerprint, add_model, fingerprint_of_data
+from .heartbeat import join_processes, run_is_ending
 from .launch import Launch, read_launch
 from .layers import freeze_layers
 from .optimizer import apply_flags, build_scheduler, parameter_groups
@@ -114,6 +115,7 @@ def build_accelerator(arguments: TrainingArguments, launch: Launch) -> Accelerat
     # Without cpu=True, Accelerate does not start gloo and every process would train alone.
     on_cpu = runs_on_cpu(launch)
     precision = arguments.mixed_precision or launch.mixed_precision
+    join_processes(on_cpu)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision or best_mixed_precision(PartialState(cpu=on_cpu).device),
@@ -367,7 +369,7 @@ def build_run(
         log=MetricsLog(Path(arguments.output_dir) / "metrics.jsonl", accelerator.is_main_process),
         meter=StepMeter(accelerator, optimizer),
         progress=Progress(),
-        signals=SignalHandler(lambda line: say(accelerator, line)),
+        signals=SignalHandler(lambda line: None if run_is_ending() else say(accelerator, line)),
         diagnosis=Diagnosis(
             warn,
             arguments.warmup_steps,
