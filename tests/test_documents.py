@@ -41,8 +41,9 @@ NOT_RUN_HERE = {
     "space": "tests/search/test_app.py",
     "export": "tests/hub/test_onnx_export.py and the slow test below",
 }
-# Flags of other programs: the ONNX example, `hf download --local-dir`, and `accelerate launch`.
-FOREIGN_FLAGS = {"text", "local"} | {action.dest for action in launch_command_parser()._actions}
+# Flags of other programs: the ONNX example, `hf download --local-dir`, Slurm, `torchrun`, and `accelerate launch`.
+FOREIGN_FLAGS = {"text", "local", "nodes", "ntasks", "gpus", "cpus", "signal", "requeue", "open", "kill"}
+FOREIGN_FLAGS |= {"nnodes", "nproc", "max", "rdzv"} | {action.dest for action in launch_command_parser()._actions}
 
 
 def name_of(path: Path) -> str:
@@ -70,6 +71,8 @@ TRAINING = [
     for path in DOCUMENTS
     for number, words in enumerate(commands(path))
     if training_flags(words) is not None
+    and "multi_gpu.yaml" not in str(words)  # needs GPUs
+    and "--num_machines" not in words  # tests/training/test_machines.py
 ]
 
 

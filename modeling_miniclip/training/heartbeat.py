@@ -200,7 +200,7 @@ class Heartbeat:
         """Connect to process 0. Until it has started, the store may have the address of one before a restart."""
         tried = "it has not started"
         while time.monotonic() < self._joined_by:
-            address = json.loads(self._store.get(KEY)) if self._store.check([KEY]) else {"hosts": []}
+            address = self._address_of_process_0()
             for host in address["hosts"]:
                 tried = f"{host}, port {address['port']}"
                 with suppress(OSError):
@@ -216,6 +216,12 @@ class Heartbeat:
             f"process {self.rank} cannot connect to process 0 ({tried}): all machines must be able to reach each "
             "other on all ports, see docs/several-machines.md"
         )
+
+    def _address_of_process_0(self) -> Message:
+        try:
+            return dict(json.loads(self._store.get(KEY))) if self._store.check([KEY]) else {"hosts": []}
+        except RuntimeError as error:
+            raise MiniClipError(f"process {self.rank} lost the connection to the launcher of process 0") from error
 
     def _accept(self) -> None:
         """Accept a connection, if one is waiting."""
