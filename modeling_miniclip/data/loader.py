@@ -1,13 +1,13 @@
 """Loader processes: they read and collate batches, report errors like the trainer itself, and end with it."""
 
 import os
-import pickle
 import re
 import signal
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.queues import Queue
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def _reaches_the_trainer(error: Exception) -> bool:
     if isinstance(error, StopIteration) or get_worker_info() is None:
         return not isinstance(error, StopIteration)
     try:
-        pickle.dumps(type(error))  # the DataLoader sends the class, with the traceback as its message
+        ForkingPickler.dumps(type(error))  # the DataLoader sends the class, with the traceback as its message
     except Exception:
         return False
     return True

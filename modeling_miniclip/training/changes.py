@@ -39,7 +39,7 @@ def check_data(saved: Fingerprint, now: Fingerprint, splits: DatasetDict, argume
         DataError: images, captions or splits changed; names each kind of difference with its first example.
     """
     if differences := changed_rows(saved, now, splits):
-        raise DataError(_message("data", differences, saved, arguments))
+        raise DataError(f"--resume_from_checkpoint: the data {_changed(differences, saved, arguments)}")
 
 
 def check_model(saved: Fingerprint, now: Fingerprint, arguments: TrainingArguments) -> None:
@@ -50,14 +50,16 @@ def check_model(saved: Fingerprint, now: Fingerprint, arguments: TrainingArgumen
     """
     differences = [*changed_settings(saved.settings, now.settings), *changed_pieces(saved.vocabulary, now.vocabulary)]
     if differences:
-        raise ModelError(_message("model or preprocessing", differences, saved, arguments))
+        raise ModelError(
+            f"--resume_from_checkpoint: the model or preprocessing {_changed(differences, saved, arguments)}"
+        )
 
 
-def _message(what: str, differences: list[str], saved: Fingerprint, arguments: TrainingArguments) -> str:
+def _changed(differences: list[str], saved: Fingerprint, arguments: TrainingArguments) -> str:
     flags = changed_flags(saved.flags, arguments, "compared")
     because = f" (changed flags: {describe_flags(flags)})" if flags else ""
     return (
-        f"--resume_from_checkpoint: the {what} changed since the run started: {'; '.join(differences)}{because}. "
+        f"changed since the run started: {'; '.join(differences)}{because}. "
         f"Restore what was there, or {_start_again(arguments)}"
     )
 

@@ -111,9 +111,9 @@ class Launch:
         for name, asked in self.settings.items():
             setting = find_setting(name)
             if setting is not None and setting.instead:
-                raise UsageError(f"{asked.place} is not supported: {setting.instead}")
+                raise UsageError(f"{asked.place} is not supported; {setting.instead}")
             if setting is not None and setting.needs and setting.needs not in self.settings:
-                raise UsageError(f"{asked.place} has no effect without --{setting.needs}")
+                raise UsageError(f"{asked.place} has no effect without --{setting.needs}; add it, or leave this out")
         if on_cpu and "use_fsdp" in self.settings:
             raise UsageError(
                 f"{self.settings['use_fsdp'].place}: FSDP needs GPUs, on CPUs Accelerate would use "
@@ -123,9 +123,11 @@ class Launch:
             raise UsageError(f"{self.settings['use_fsdp'].place}: only version 2 is supported; add --fsdp_version 2")
         backend = self.value("dynamo_backend")
         if backend is not None and backend not in known_backends():
-            raise UsageError(f"{self.settings['dynamo_backend'].place}: torch.compile has no such backend here")
+            raise UsageError(
+                f"{self.settings['dynamo_backend'].place}: torch.compile has no such backend here; choose another"
+            )
         if precision is None and self.mixed_precision == "fp8":
-            raise UsageError(f"{self.settings['mixed_precision'].place} is not supported: {NO_FP8}")
+            raise UsageError(f"{self.settings['mixed_precision'].place} is not supported; {NO_FP8}")
         if on_cpu and (precision or self.mixed_precision) == "fp16":
             place = "--mixed_precision fp16" if precision else self.settings["mixed_precision"].place
             raise UsageError(f"{place} needs a GPU: on a CPU, Accelerate would use full precision; use bf16 or no")

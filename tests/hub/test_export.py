@@ -233,12 +233,17 @@ def test_export_contains_no_local_path(tmp_path: Path, monkeypatch: pytest.Monke
     assert "local_files_only" not in (target / "tokenizer_config.json").read_text()
 
 
+def own_lines(output: str) -> list[str]:
+    """The lines of an output without the log of DeepSpeed, which transformers imports where it is installed."""
+    return [line for line in output.splitlines() if not line.startswith("[20")]
+
+
 def test_export_loads_and_saves_bit_equal_without_the_package(
     exported: Path, model: MiniClipModel, tmp_path: Path
 ) -> None:
     photo = paint(tmp_path)
     done = run(WITHOUT_PACKAGE + LOAD_AND_SAVE_AGAIN, tmp_path, HF_HUB_OFFLINE="1", SOURCE=str(exported))
-    assert done.stdout.split() == ["alone"], done.stderr
+    assert own_lines(done.stdout) == ["alone"], done.stderr
     wanted = logits_of(model, photo)
     for auto in AUTO_MODELS:
         assert torch.equal(torch.load(tmp_path / f"{auto}.pt"), wanted)
@@ -503,7 +508,7 @@ except Exception:
     print("broken")
 """
     done = run(WITHOUT_PACKAGE + main_is_broken + LOAD_AND_SAVE_AGAIN, tmp_path, **env, REVISION=first)
-    assert done.stdout.split() == ["broken", "alone"], done.stderr
+    assert own_lines(done.stdout) == ["broken", "alone"], done.stderr
     for auto in AUTO_MODELS:
         assert torch.equal(torch.load(tmp_path / f"{auto}.pt"), logits_of(model, photo))
         check_saved_again(tmp_path / auto, exported)

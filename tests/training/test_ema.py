@@ -95,7 +95,8 @@ def test_resumed_run_exports_the_same_average(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     checkpoint = sorted((tmp_path / "parts" / "checkpoints").glob("step-*"))[0]
     before = exported(tmp_path / "parts")
-    main(flags(tmp_path, "parts", **values, resume_from_checkpoint=checkpoint))
+    resumed = {"resume_from_checkpoint": checkpoint, "discard_later_checkpoints": True}
+    main(flags(tmp_path, "parts", **values, **resumed))
     whole, parts = exported(tmp_path / "whole"), exported(tmp_path / "parts")
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
     assert before.keys() == parts.keys()

@@ -129,7 +129,7 @@ def test_precision_in_the_environment_is_read(environment: dict[str, str], expec
 
 def test_precision_of_the_training_script_comes_first() -> None:
     fp8 = launched("--mixed_precision fp8")
-    assert "--mixed_precision fp8 is not supported: use --mixed_precision bf16" in checked(fp8)
+    assert "--mixed_precision fp8 is not supported; use --mixed_precision bf16" in checked(fp8)
     assert checked(fp8, precision="bf16") == ""
 
 
@@ -145,11 +145,11 @@ def test_half_precision_on_a_cpu_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--gradient_accumulation_steps 4", "--gradient_accumulation_steps 4 is not supported: a step has all images"),
-        ("--use_megatron_lm", "--use_megatron_lm is not supported: use FSDP"),
-        ("--tpu", "--tpu is not supported: start it on GPUs or CPUs"),
+        ("--gradient_accumulation_steps 4", "--gradient_accumulation_steps 4 is not supported; a step has all images"),
+        ("--use_megatron_lm", "--use_megatron_lm is not supported; use FSDP"),
+        ("--tpu", "--tpu is not supported; start it on GPUs or CPUs"),
         ("--downcast_bf16", "--downcast_bf16 is not supported"),
-        ("--fp8_backend te", "--fp8_backend te is not supported: use --mixed_precision bf16"),
+        ("--fp8_backend te", "--fp8_backend te is not supported; use --mixed_precision bf16"),
         ("--dynamo_mode max-autotune", "--dynamo_mode max-autotune has no effect without --dynamo_backend"),
         ("--dynamo_backend ofi", "--dynamo_backend ofi: torch.compile has no such backend here"),
         ("--dynamo_backend eager --dynamo_use_regional_compilation", "use --compile_towers"),
