@@ -102,9 +102,9 @@ class FeatureTable:
             np.lib.format.open_memmap(fresh / "done.npy", "w+", np.uint8, (-(-rows // self.block),))
             (fresh / "about.json").write_text(about + "\n", encoding="utf-8")
             fresh.rename(self.folder)
-        except OSError:
+        except BaseException as error:
             shutil.rmtree(fresh, ignore_errors=True)
-            if not self.folder.exists():  # otherwise another process was faster
+            if not (isinstance(error, OSError) and self.folder.exists()):  # another process was faster
                 raise
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[range]:

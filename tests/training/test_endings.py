@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -118,6 +119,37 @@ def test_any_error_in_a_loader_process_leaves_no_process(tmp_path: Path) -> None
         "NeedsTwo": "RuntimeError", "Local": "RuntimeError", "StopIteration": "RuntimeError",
     }  # fmt: skip
     assert_ends(tmp_path, [("a loader process", name) for name in errors()], expected)
+
+
+def interrupt_runs(folder: Path, phases: list[str]) -> dict[str, tuple[int, int, list[str]]]:
+    """Runs that get Ctrl-C in a phase in which nothing can be saved.
+
+    Returns:
+        For each phase the exit code, how many processes were left, and the files that are unfinished.
+    """
+    write_to(folder / "log")
+    patch, found = pytest.MonkeyPatch(), {}
+    for phase in phases:
+        output_dir, cache = folder / phase, folder / f"{phase}-features"
+        leave_out_figures(patch)
+        patch.setattr(PHASES[phase], lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        values = {"freeze": "vision" if phase == "features" else None, "feature_cache_dir": cache}
+        argv = flags(folder, phase, num_workers=1, num_train_epochs=1, **values)
+        code = run_command(lambda argv=argv: main(argv), False)  # type: ignore[misc]
+        unfinished = [str(path) for place in (output_dir, cache) for path in place.rglob(".*")]
+        found[phase] = code, len(multiprocessing.active_children()), unfinished
+        patch.undo()
+    return found
+
+
+def test_ctrl_c_outside_of_training_leaves_nothing_unfinished(tmp_path: Path) -> None:
+    phases = ["features", "preparing", "figures"]
+    process = fork(interrupt_runs, tmp_path, phases)
+    process.join(300)
+    log = (tmp_path / "log").read_text()
+    assert process.result == dict.fromkeys(phases, (130, 0, [])), log
+    assert log.count("interrupted\n") == len(phases) and "Traceback" not in log
+    assert not (tmp_path / "preparing").exists() and (tmp_path / "figures" / "export").exists()
 
 
 def end_as_rank(argv: list[str], rank: int, port: int, phase: str, log: Path) -> None:
