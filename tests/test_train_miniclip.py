@@ -22,7 +22,7 @@ from modeling_miniclip.evaluation.metrics import METRIC_NAMES, validation_metric
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.parsing import parse_arguments
 from tests.helpers.forks import train_in_processes
-from tests.helpers.runs import ROOT, assert_same_log, environment, flags, launch, metrics_of
+from tests.helpers.runs import ROOT, assert_same_log, assert_same_weights, environment, flags, launch, metrics_of
 from tests.helpers.session import snapshot
 from tests.helpers.towers import PIXELS
 from train_miniclip import cli, main, prepare
@@ -179,6 +179,8 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     main(flags(tmp_path, "one", max_steps=4, **EXACT))
     train_in_processes(flags(tmp_path, "two", max_steps=4, **EXACT), 2, tmp_path / "log")
     assert_same_log(tmp_path / "one", tmp_path / "two")
+    for part in ("export", "checkpoints/step-00000004"):
+        assert_same_weights(tmp_path / "one" / part, tmp_path / "two" / part, 4e-3)  # at most a step's length
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from ..data.sources import DEFAULT_COLUMNS, Item, is_listed_at_once, resolve_sou
 from ..errors import DataError, MiniClipError, ModelError, Problem, UsageError, printable
 from ..inference.loading import model_folder
 from ..training.heartbeat import ends_with_lost_processes, join_processes
+from ..training.launch import read_launch
 from ..utils.files import discard_folder, recover_folder
 from ..utils.names import check_name, name_of
 from .approximate import uses_approximate_search
@@ -168,11 +169,13 @@ def update_index(
 
 def _processes() -> PartialState:
     """This process among those that a launcher started, or alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return PartialState()
-    cpu_requested = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    launch = read_launch()
+    launch.check_processes()
     # Without cpu=True, Accelerate does not connect the processes of a machine without a GPU.
-    return join_processes(cpu_requested or not torch.accelerator.is_available())
+    on_cpu = launch.on_cpu or not torch.accelerator.is_available()
+    processes = join_processes(on_cpu)
+    launch.check_joined(processes.num_processes)
+    return processes
 
 
 def _make_plan(

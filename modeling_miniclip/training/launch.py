@@ -98,6 +98,18 @@ class Launch:
                     "without --cpu), and on GPUs with multi_gpu.yaml or --multi_gpu"
                 )
 
+    def check_joined(self, processes: int) -> None:
+        """Check that Accelerate has joined as many processes as the environment names.
+
+        Raises:
+            UsageError: this process would work alone.
+        """
+        if processes != self.processes:
+            raise UsageError(
+                f"the environment names {self.processes} processes, but this one is not joined with others; start "
+                "them with accelerate launch or torchrun"
+            )
+
     def check(self, on_cpu: bool, precision: str | None) -> None:
         """Check that every setting can be used.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
 from datasets import DatasetDict
 
@@ -116,6 +117,7 @@ def build_accelerator(arguments: TrainingArguments, launch: Launch) -> Accelerat
     on_cpu = runs_on_cpu(launch)
     precision = arguments.mixed_precision or launch.mixed_precision
     join_processes(on_cpu)
+    AcceleratorState._reset_state()  # an earlier run of this process may have had other settings
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision or best_mixed_precision(PartialState(cpu=on_cpu).device),
@@ -128,11 +130,7 @@ def build_accelerator(arguments: TrainingArguments, launch: Launch) -> Accelerat
             f"--ema_decay does not work with {accelerator.distributed_type}, which spreads the weights over "
             "processes; leave it out"
         )
-    if accelerator.num_processes != launch.processes:
-        raise UsageError(
-            f"the environment names {launch.processes} processes, but this one is not joined with others; start them "
-            "with accelerate launch or torchrun"
-        )
+    launch.check_joined(accelerator.num_processes)
     allow_tf32(accelerator.device)
     set_seed(arguments.seed)
     return accelerator

@@ -126,19 +126,20 @@ def _run(connection: Connection, call: bytes) -> None:
     connection.send(("result", function(*args)))
 
 
-def train_in_processes(argv: list[str], processes: int, log: Path) -> str:
+def train_in_processes(argv: list[str], processes: int, log: Path, environment: dict[str, str] | None = None) -> str:
     """Run `train_miniclip.main` in several processes joined by gloo, as a launcher would.
 
     Args:
         argv: flags of the run.
         processes: number of processes.
         log: file for the output of all processes.
+        environment: more variables of their environment.
 
     Returns:
         The output.
     """
     port = free_port()
-    ranks = [fork(_train_as_rank, argv, rank, processes, port, log) for rank in range(processes)]
+    ranks = [fork(_train_as_rank, argv, rank, processes, port, log, environment or {}) for rank in range(processes)]
     for process in ranks:
         process.join(120)
     output = log.read_text(encoding="utf-8", errors="replace")
@@ -146,7 +147,9 @@ def train_in_processes(argv: list[str], processes: int, log: Path) -> str:
     return output
 
 
-def _train_as_rank(argv: list[str], rank: int, processes: int, port: int, log: Path) -> None:
+def _train_as_rank(
+    argv: list[str], rank: int, processes: int, port: int, log: Path, environment: dict[str, str]
+) -> None:
     from tests.helpers.runs import leave_out_figures
     from train_miniclip import main
 
@@ -155,6 +158,7 @@ def _train_as_rank(argv: list[str], rank: int, processes: int, port: int, log: P
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in values.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= environment
     main(argv)
 
 

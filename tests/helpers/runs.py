@@ -10,6 +10,8 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from modeling_miniclip.data.scenes import describe_scene, render, sample_scenes
 from tests.helpers.towers import PIXELS, TEXT, VISION
@@ -122,6 +124,14 @@ def assert_same_log(one: Path, other: Path, norms: float = 1e-4) -> None:
         for name in found.keys() - {"split", "seconds", "pairs_per_second"}:
             tolerance = norms if name == "gradient_norm" else 1e-4
             assert found[name] == pytest.approx(expected[name], rel=tolerance), (name, expected["step"])
+
+
+def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
+    """Check that two exports or checkpoints have the same names, and values that differ by at most `tolerance`."""
+    expected, found = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=tolerance, msg=name)
 
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:

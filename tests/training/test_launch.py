@@ -11,7 +11,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import write_basic_config
 
-from modeling_miniclip import MiniClipError
+from modeling_miniclip import MiniClipError, update_index
 from modeling_miniclip.errors import UsageError
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.launch import Launch, Launcher, find_launcher, launch_words, read_launch
@@ -225,6 +225,13 @@ def test_launch_file_that_starts_one_process_is_an_error(tmp_path: Path) -> None
     assert f"num_processes: 2 in {path}: accelerate launch started only 1" in checked(
         launched(f"--config_file {path}")
     )
+
+
+def test_index_asks_for_the_processes_of_the_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launcher = Launcher(["--cpu", "--num_processes", "2", "train.py"])
+    monkeypatch.setattr("modeling_miniclip.training.launch.find_launcher", lambda: launcher)
+    with pytest.raises(UsageError, match="--num_processes 2: accelerate launch started only 1"):
+        update_index(tmp_path / "photos.index", [tmp_path], "model")
 
 
 def test_processes_that_are_not_joined_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
