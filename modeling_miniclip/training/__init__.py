@@ -12,6 +12,7 @@ create_model.py: a model from towers, from a preset or from an export
 layers.py: freezing, learning rates and training mode of a tower's layers
 text_groups.py: run the text tower on texts of similar length together
 optimizer.py: parameter groups, schedule, bound of the temperature
+connections.py: between the processes of a run, for the heartbeat
 distributed.py: the loss over all processes
 heartbeat.py: notice a lost process or machine, and end the others
 grad_cache.py: large batches in chunks, with exact gradients

@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 from modeling_miniclip.errors import MiniClipError
-from modeling_miniclip.training import heartbeat
+from modeling_miniclip.training import connections, heartbeat
 from modeling_miniclip.training.heartbeat import ends_with_lost_processes, join_processes
 from tests.helpers.forks import Fork, fork, free_port, write_to
 
 Role = Callable[[int, Path], None]
 HOST = socket.gethostname()
-FAST = {"BEAT": 0.5, "SILENCE": 1.5, "NOTICE": 5.0, "GRACE_AFTER_ERROR": 0.3, "JOIN": 60.0}
+FAST = {"BEAT": 0.5, "SILENCE": 2.0, "NOTICE": 5.0, "GRACE_AFTER_ERROR": 0.3}
 
 
 def member(role: Role, rank: int, port: int, folder: Path) -> None:
@@ -116,7 +116,7 @@ def be_slow_in_process_2(rank: int, folder: Path) -> None:
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
     if rank == 2:
-        time.sleep(2 * FAST["SILENCE"])
+        time.sleep(FAST["SILENCE"] + 0.7)
     dist.barrier()
     if rank == 0:
         time.sleep(0.5)  # the last one to end
@@ -161,3 +161,17 @@ def test_slow_process_is_no_loss(tmp_path: Path) -> None:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert lines(tmp_path) == [[], []]
+
+
+def start_without_the_others() -> str:
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    connections.JOIN = 1.0
+    with pytest.raises(MiniClipError) as error, ends_with_lost_processes(str):
+        pass
+    return str(error.value)
+
+
+def test_process_without_the_others_gives_up() -> None:
+    process = fork(start_without_the_others)
+    process.join(30)
+    assert "process 0 cannot join the others at 127.0.0.1, port" in process.result

@@ -78,18 +78,18 @@ def test_two_machines_equal_two_processes_on_one(tmp_path: Path, tiny_export: Pa
     index = ["index", str(tiny_export), str(tmp_path / "photos"), "-o", str(tmp_path / "two.index")]
     port, env = free_port(), environment() | {"ACCELERATE_USE_CPU": "true"}
     machines = []
-    for machine in (0, 1):
+    for number in (0, 1):
         if launcher == "accelerate":
-            module, words = "accelerate.commands.launch", words_of_guide(machine, port)
+            module, words = "accelerate.commands.launch", words_of_guide(number, port)
         else:  # process 1 is lost once, and the run goes on by itself
             module, env["DIE"] = "torch.distributed.run", "1"
             words = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-id=test",
                      f"--rdzv-endpoint=127.0.0.1:{port}"]  # fmt: skip
         words = [*words, str(tmp_path / "worker.py"), json.dumps(training), json.dumps(index)]
-        machines.append(fork(start_launcher, module, words, env, tmp_path / f"machine-{machine}.log"))
+        machines.append(fork(start_launcher, module, words, env, tmp_path / f"machine-{number}.log"))
     for machine in machines:
         machine.join(200)
-    printed = [(tmp_path / f"machine-{machine}.log").read_text(errors="replace") for machine in (0, 1)]
+    printed = [(tmp_path / f"machine-{number}.log").read_text(errors="replace") for number in (0, 1)]
     assert [machine.exitcode for machine in machines] == [0, 0], printed
 
     places = sorted(re.findall(r"^machine (.*)", "\n".join(printed), re.MULTILINE))
