@@ -121,7 +121,11 @@ def run_push(args: argparse.Namespace) -> None:
 def declare_export(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip export`."""
     parser.add_argument("export", metavar="EXPORT", help="folder of an exported model, or a repository on the Hub")
-    parser.add_argument("--onnx", metavar="DIR", required=True, help="new folder for the ONNX files and an example")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--onnx", metavar="DIR", help="new folder for the ONNX files and an example")
+    kind.add_argument(
+        "--code", metavar="DIR", help="new folder for a copy of an earlier export with the code of this release"
+    )
     parser.add_argument(
         "--dataset", default="scenes", help="captioned images on which to compare ONNX with PyTorch (scenes)"
     )
@@ -135,7 +139,12 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    """Write the ONNX files and print how much they differ from PyTorch."""
+    """Write the ONNX files and print how much they differ from PyTorch, or copy an export with new code."""
+    if args.code is not None:
+        from .hub.renew_code import renew_code
+
+        print(f"written: {renew_code(args.export, args.code)}")
+        return
     from .hub.onnx_export import export_onnx, format_onnx_report
     from .utils.performance import keep_freed_memory
 
@@ -386,7 +395,7 @@ COMMANDS = {
     "check": Command("find problems in captioned images", declare_check, run_check),
     "duplicates": Command("find identical and near-identical images in an index", declare_duplicates, run_duplicates),
     "eval": Command("evaluate a model, alone or against a baseline", declare_eval, run_eval),
-    "export": Command("export a model to ONNX and check it against PyTorch", declare_export, run_export),
+    "export": Command("export a model to ONNX and check it, or copy it with new code", declare_export, run_export),
     "index": Command("build an index of images, or update one", declare_index, run_index),
     "push": Command("upload an exported model to the Hugging Face Hub", declare_push, run_push),
     "search": Command("search an index by text, by image or both", declare_search, run_search),

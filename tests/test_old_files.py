@@ -1,6 +1,8 @@
 """Exports and indexes written by earlier versions still load and give the same results (see `tests/fixtures`)."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,12 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from modeling_miniclip import ImageIndex, MiniClipModel, MiniClipProcessor, encode_images, encode_texts, update_index
+from modeling_miniclip.cli import cli
+from modeling_miniclip.errors import ModelError
+from modeling_miniclip.hub.renew_code import check_code, renew_code
 from modeling_miniclip.inference.loading import load_tower
 from modeling_miniclip.search.fingerprints import fingerprint
+from modeling_miniclip.utils.resources import PACKAGE
 from tests.helpers.hubs import WITHOUT_PACKAGE, run
 from tests.helpers.indexes import write_pictures
 
@@ -60,6 +66,21 @@ torch.save([output.image_embeds, output.text_embeds], "embeddings.pt")
     done = run(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert_expected(*torch.load(tmp_path / "embeddings.pt"))
+
+
+def test_old_export_is_pushed_with_new_code_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["push", str(OLD / "export"), "alice/clip"]) == 1
+    (command,) = re.findall(r"`miniclip (.*)`", capsys.readouterr().err)
+    words = shlex.split(command)
+    new = words[-1] = str(tmp_path / "new")
+    assert cli(words) == 0 and cli(words) == 2  # the second time, there is something in the folder
+    for path in (OLD / "export").iterdir():
+        source = PACKAGE / path.name if path.suffix == ".py" else path
+        assert (Path(new) / path.name).read_bytes() == source.read_bytes()
+    check_code(Path(new))
+    with pytest.raises(ModelError, match="is not an export"):
+        renew_code(OLD / "files.index", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """Share a model.
 
 export.py: write model, processor, code and card to a folder
+renew_code.py: give an export of an earlier release the code of this one
 model_card.py: fill in the model card and rename it
 push.py: upload an export, verified before it becomes visible
 verify_upload.py: load an uploaded export in a fresh process

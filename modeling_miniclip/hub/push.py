@@ -20,6 +20,7 @@ from ..configuration_miniclip import MiniClipConfig
 from ..errors import MiniClipError, ModelError, one_line
 from ..utils.resources import PACKAGE
 from .model_card import rename_card
+from .renew_code import check_code
 
 VERIFICATION_TIMEOUT = 1800  # seconds to download and load the uploaded model
 HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # raised by the Hub's client; RuntimeError by uploads
@@ -91,13 +92,14 @@ def push(
         URL of the commit.
 
     Raises:
-        MiniClipError: the folder is not an export, the repository is public although `private` is set or holds
-            another kind of model, the revision is not a branch, the Hub rejects the upload, or the uploaded model
-            does not load; the message says which. The folder stays as it is.
+        MiniClipError: the folder is not an export or its code is out of date, the repository is public although
+            `private` is set or holds another kind of model, the revision is not a branch, the Hub rejects the upload,
+            or the uploaded model does not load; the message says which. The folder stays as it is.
     """
     root, api = Path(folder), HfApi()
     if not (root / "config.json").is_file():
         raise ModelError(f"{folder} is not an export: it has no config.json")
+    check_code(root)
     retry = _advice_to_retry(folder, repo_id, private, revision)
     with hub_errors_as_miniclip_error(f"{folder} cannot be pushed to {repo_id}", retry):
         _check_token()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from modeling_miniclip import export
+from modeling_miniclip.hub.renew_code import renew_code
 from tests.helpers.hubs import add_repository, local_hub
 from tests.helpers.runs import ROOT
 from tests.helpers.towers import tiny_model, tiny_processor
@@ -38,6 +39,8 @@ def folders(tmp_path_factory: Any) -> list[Path]:
     for i, (vision, text, fields) in enumerate(models):
         torch.manual_seed(i)
         export(tiny_model(vision, text, **fields), tiny_processor(), folder / f"{vision}-{text}")
+    if len(VERSIONS) > 1:
+        renew_code(ROOT / "tests" / "fixtures" / "before_folders" / "export", folder / "renewed")
     return sorted(folder.iterdir())
 
 
