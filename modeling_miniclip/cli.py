@@ -202,6 +202,10 @@ def run_index(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if process_rank() > 0:  # only one process reports
         return
+    if report.missing:
+        gone = ", ".join(report.missing)
+        print(f"{args.output}: {report.images} images, now of {args.model}; not updated, as these are gone: {gone}")
+        return
     done = f"{report.encoded} encoded, {report.reused} reused, {report.dropped} dropped"
     print(f"{args.output}: {report.images} images; {done}; {report.seconds:.1f} s")
     if report.skipped or report.unlisted:

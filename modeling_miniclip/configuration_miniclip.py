@@ -258,6 +258,20 @@ def text_tower_class(text_config: Any) -> Any:
     return tower_class
 
 
+def without_pooler(tower_class: Any) -> dict[str, bool]:
+    """Keyword arguments that build a text tower without its pooler; empty if the class has none.
+
+    The pooler of BERT would never get a gradient here, and DistributedDataParallel does not allow that.
+    """
+    has_pooler = "add_pooling_layer" in signature(tower_class.__init__).parameters
+    return {"add_pooling_layer": False} if has_pooler else {}
+
+
+def counts_positions(text_config: Any) -> bool:
+    """Whether a tower takes positions that leave out the padding in front of a text, as decoders do for generation."""
+    return is_causal(text_config) and "position_ids" in signature(text_tower_class(text_config).forward).parameters
+
+
 def declared_pooling(source: str | os.PathLike) -> str | None:
     """The `text_pooling` that a text tower's repository declares for sentence-transformers.
 

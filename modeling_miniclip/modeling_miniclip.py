@@ -3,7 +3,7 @@
 The functions are in the order in which data passes through them.
 """
 
-import inspect
+import functools
 import math
 import os
 from collections.abc import Iterable
@@ -28,10 +28,11 @@ from .configuration_miniclip import (
     FIELDS,
     MiniClipConfig,
     Origin,
+    counts_positions,
     declared_pooling,
-    is_causal,
     text_tower_class,
     timm_config,
+    without_pooler,
 )
 
 logger = logging.get_logger(__name__)
@@ -92,15 +93,6 @@ class MiniClipVisionModel(TimmWrapperModel):
     def pooled_size(self) -> int:
         """Width of the pooled feature: 2048 for ResNet-50."""
         return getattr(self.timm_model, "head_hidden_size", None) or self.timm_model.num_features
-
-
-def without_pooler(tower_class: type[PreTrainedModel]) -> dict[str, bool]:
-    """Keyword arguments that build a text tower without its pooler; empty if the class has none.
-
-    The pooler of BERT would never get a gradient here, and DistributedDataParallel does not allow that.
-    """
-    has_pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
-    return {"add_pooling_layer": False} if has_pooler else {}
 
 
 def _load_pretrained_tower(tower_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
@@ -190,6 +182,19 @@ class ProjectionHead(nn.Module):
         return hidden
 
 
+def _takes_arrays(loss: Any) -> Any:
+    # Arrays and lists in place of tensors; a tensor keeps its graph.
+    def tensor(value: Any) -> Any:
+        return torch.tensor(value) if isinstance(value, list) or hasattr(value, "__array_interface__") else value
+
+    @functools.wraps(loss)
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        return loss(*map(tensor, args), **{name: tensor(value) for name, value in kwargs.items()})
+
+    return wrapped
+
+
+@_takes_arrays
 def contrastive_loss(
     queries: Tensor,
     keys: Tensor,
@@ -231,6 +236,7 @@ def contrastive_loss(
     return logits.logsumexp(dim=1) - positive
 
 
+@_takes_arrays
 def sigmoid_loss(
     queries: Tensor,
     keys: Tensor,
@@ -259,6 +265,7 @@ def sigmoid_loss(
     return -nn.functional.logsigmoid(torch.where(positives, logits, -logits)).sum(dim=1)
 
 
+@_takes_arrays
 def symmetric_contrastive_loss(
     image_embeds: Tensor,
     text_embeds: Tensor,
@@ -375,9 +382,7 @@ class MiniClipModel(PreTrainedModel):
         tower_class = text_tower_class(config.text_config)
         dtype = torch.get_default_dtype()  # as for the heads, whatever the dtype of the towers' checkpoints
         self.vision_model = MiniClipVisionModel._from_config(config.vision_config, dtype=dtype)
-        # As for generation: a decoder counts the positions of a text without the padding in front of it.
-        arguments = inspect.signature(tower_class.forward).parameters
-        self.counts_positions = is_causal(config.text_config) and "position_ids" in arguments
+        self.counts_positions = counts_positions(config.text_config)
         self.text_model = tower_class._from_config(config.text_config, dtype=dtype, **without_pooler(tower_class))
         head = (config.projection_dim, config.projection_depth, config.projection_dropout)
         self.visual_projection = ProjectionHead(self.vision_model.pooled_size, *head)

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..modeling_miniclip import symmetric_contrastive_loss
+from ..utils.arrays import as_embeddings, as_tensor
 
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("text_to_image", "image_to_text")
@@ -97,18 +99,17 @@ def ranks(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor) -> Te
     return rank_keys(queries, keys, query_id, key_id).rank
 
 
-def retrieval_metrics(
-    image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor | Sequence[int] | None = None
-) -> dict[str, float]:
+def retrieval_metrics(image_embeds: Any, text_embeds: Any, text_image_id: Any = None) -> dict[str, float]:
     """Recall@1, 5 and 10 in percent, median rank in both directions, and rsum, the sum of the six recalls.
 
     As defined by CLIP_benchmark: text-to-image counts each text with its one image; image-to-text counts an image as
     found if any of its texts is among the first K. Ties count against the model.
 
     Args:
-        image_embeds: `[B, dim]`, one row per image, unit norm; similarity is the dot product.
+        image_embeds: `[B, dim]` tensor, array or nested list, one row per image, unit norm; similarity is the dot
+            product.
         text_embeds: `[N, dim]`, all captions of all images, unit norm.
-        text_image_id: `[N]`, for each text the row of its image; None if text i belongs to image i.
+        text_image_id: `[N]` integers, for each text the row of its image; None if text i belongs to image i.
 
     Returns:
         `text_to_image_R@1`, ..., `image_to_text_median_rank`, `rsum`.
@@ -126,10 +127,9 @@ def retrieval_metrics(
     return metrics_of_ranks(_ranks_both_ways(image_embeds, text_embeds, text_image_id)[0])
 
 
-def _ranks_both_ways(
-    image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor | Sequence[int] | None
-) -> tuple[dict[str, Tensor], Tensor]:
+def _ranks_both_ways(image_embeds: Any, text_embeds: Any, text_image_id: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Check the shapes. Returns the [`ranks`] of the queries, by direction, and for each text the row of its image."""
+    image_embeds, text_embeds = as_embeddings(image_embeds, text_embeds)
     if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(
             f"expected embeddings [images, dim] and [texts, dim], got {tuple(image_embeds.shape)} and "
@@ -138,7 +138,7 @@ def _ranks_both_ways(
     image_id = torch.arange(len(image_embeds), device=image_embeds.device)
     if text_image_id is None:
         text_image_id = torch.arange(len(text_embeds))
-    text_image_id = torch.as_tensor(text_image_id, device=image_embeds.device)
+    text_image_id = as_tensor(text_image_id).to(image_embeds.device)
     if len(text_image_id) != len(text_embeds):
         raise ValueError(f"text_image_id has {len(text_image_id)} entries for {len(text_embeds)} text embeddings")
     if not torch.equal(text_image_id.unique(), image_id) or len(image_id) == 0:
@@ -165,9 +165,9 @@ def metrics_of_ranks(rank_of: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def recall_intervals(
-    image_embeds: Tensor,
-    text_embeds: Tensor,
-    text_image_id: Tensor | Sequence[int] | None = None,
+    image_embeds: Any,
+    text_embeds: Any,
+    text_image_id: Any = None,
     samples: int = 1000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:

@@ -17,6 +17,7 @@ from ..errors import DataError, UsageError
 from ..inference.encode import encode_images, encode_texts
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
+from ..utils.arrays import as_tensor
 from .metrics import BLOCK, ranks
 
 # Sets of sentences by name. "pipeline" is the default of transformers' zero-shot-image-classification pipeline.
@@ -92,7 +93,7 @@ def classify(
     images: Iterable[Any],
     class_names: Sequence[str],
     templates: str | Sequence[str] = "ensemble",
-    weights: Tensor | None = None,
+    weights: Any = None,
     top_k: int = 5,
     processor: MiniClipProcessor | None = None,
     batch_size: int = 32,
@@ -105,8 +106,8 @@ def classify(
         images: paths, URLs, PIL images, arrays or rows, as for [`encode_images`][modeling_miniclip.encode_images].
         class_names: distinct names of the classes, at least one.
         templates: sentences, as in [`zero_shot_weights`].
-        weights: `[classes, projection_dim]` from [`zero_shot_weights`] for these class names, to encode them only
-            once; `templates` are then ignored.
+        weights: `[classes, projection_dim]` tensor or array from [`zero_shot_weights`] for these class names, to
+            encode them only once; `templates` are then ignored.
         top_k: number of classes per image; all classes if there are fewer.
         processor: processor of the model; by default the one saved with it.
         batch_size: images per forward pass.
@@ -141,10 +142,10 @@ def classify(
 def zero_shot_accuracy(
     model: MiniClipModel,
     images: Iterable[Any],
-    labels: Sequence[str | int],
+    labels: Any,
     class_names: Sequence[str],
     templates: str | Sequence[str] = "ensemble",
-    weights: Tensor | None = None,
+    weights: Any = None,
     top_k: Sequence[int] = (1, 5),
     processor: MiniClipProcessor | None = None,
     batch_size: int = 32,
@@ -155,7 +156,7 @@ def zero_shot_accuracy(
     Args:
         model: model on any device; it is not changed.
         images: paths, URLs, PIL images, arrays or rows, as for [`encode_images`][modeling_miniclip.encode_images].
-        labels: one per image: the name of its class, or the index of it in `class_names`.
+        labels: list, array or tensor with one per image: the name of its class, or its index in `class_names`.
         class_names: distinct names of the classes, at least two.
         templates: sentences, as in [`zero_shot_weights`].
         weights: `[classes, projection_dim]` or None, as in [`classify`].
@@ -226,11 +227,12 @@ def _weights(
     model: MiniClipModel,
     names: list[str],
     templates: str | Sequence[str],
-    weights: Tensor | None,
+    weights: Any,
     processor: MiniClipProcessor | None,
 ) -> Tensor:
     if weights is None:
         return zero_shot_weights(model, names, templates, processor)
+    weights = as_tensor(weights)
     expected = (len(names), model.config.projection_dim)
     if tuple(weights.shape) != expected:
         raise UsageError(
@@ -240,10 +242,12 @@ def _weights(
     return weights.detach().float().cpu()
 
 
-def _targets(labels: Sequence[str | int], names: list[str]) -> Tensor:
+def _targets(labels: Any, names: list[str]) -> Tensor:
     """`[images]`, index of the right class of each image."""
     index_of: dict[Any, int] = {key: i for i, name in enumerate(names) for key in (i, name)}
-    given = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    numbers = (Tensor, np.ndarray, np.generic)
+    given = labels.tolist() if isinstance(labels, numbers) else list(labels)
+    given = [label.item() if isinstance(label, numbers) else label for label in given]
     for row, label in enumerate(given):
         if label not in index_of:
             raise DataError(

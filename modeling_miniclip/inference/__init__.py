@@ -1,5 +1,6 @@
 """Load a trained model and embed images and texts.
 
 loading.py: load an export, one tower of it, or the processor of a model
+pickled.py: the command that converts pickled weights, which are never read
 encode.py: `encode_images`, `encode_texts`
 """

@@ -18,6 +18,7 @@ from ..errors import ModelError, one_line
 from ..modeling_miniclip import MiniClipModel, without_pooler
 from ..processing_miniclip import MiniClipProcessor
 from ..utils.checksums import check_weights
+from .pickled import reject_pickled
 
 PARTS = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
 SCALARS = ("logit_scale", "logit_bias")
@@ -45,7 +46,9 @@ def load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcesso
         check_weights(weights)
     try:
         return _load_export(source, flag)
-    except (HTTPError, OSError, ValueError, StrictDataclassError):
+    except (HTTPError, OSError, ValueError, StrictDataclassError) as error:
+        if isinstance(error, OSError):
+            reject_pickled(flag, source)
         raise
     except Exception as error:  # the libraries raise errors of many classes for damaged files
         raise ValueError(f"{flag} {source}: damaged, or not an export of MiniCLIP: {one_line(error)}") from error
@@ -61,6 +64,8 @@ def check_export_folder(flag: str, source: str) -> None:
     Raises:
         ValueError: the folder does not exist or has no `config.json`.
     """
+    if os.path.isfile(source):
+        raise ValueError(f"{flag} {source}: a file; expected a folder with config.json and model.safetensors")
     if os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") > 1:
         if not os.path.isdir(source):
             raise ValueError(f"{flag} {source}: no such folder")
@@ -129,6 +134,8 @@ def model_folder(model: str | os.PathLike) -> Path:
                 f"{model}: neither the folder of an export nor a model on the Hub: {one_line(error)}"
             ) from error
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
+        if (path / "config.json").is_file():
+            reject_pickled("model", os.fspath(path if Path(model).expanduser().is_dir() else model))
         raise ModelError(
             f"{model} is not an export: it has no config.json and weights (*.safetensors){export_hint(path)}"
         )

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..inference.encode import encode_images, encode_texts, open_image
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
+from ..utils.arrays import as_tensor
 from .exact import Match
 
 
 def find_matches(
     model: MiniClipModel,
-    image_embeddings: Tensor,
+    image_embeddings: Any,
     query: Any,
     image_filenames: Sequence[str | os.PathLike],
     n: int = 9,
@@ -27,7 +27,7 @@ def find_matches(
 
     Args:
         model: the model that made the embeddings.
-        image_embeddings: `[images, projection_dim]` of [`encode_images`].
+        image_embeddings: `[images, projection_dim]` tensor or array of [`encode_images`].
         query: a text, or an image: `PIL.Image`, array or `Path`.
         image_filenames: one name per embedding; a repeated name is returned once, with its best score.
         n: number of images to find.
@@ -45,7 +45,7 @@ def find_matches(
     Example:
         >>> find_matches(model, embeddings, "two dogs playing in the snow", filenames, n=3)  # doctest: +SKIP
     """
-    embeddings = torch.as_tensor(image_embeddings).detach().float().cpu()
+    embeddings = as_tensor(image_embeddings).detach().float().cpu()
     names = [os.fspath(name) for name in image_filenames]
     if embeddings.ndim != 2 or len(names) != len(embeddings):
         raise ValueError(f"image_embeddings of shape {tuple(embeddings.shape)} but {len(names)} image_filenames")

@@ -13,6 +13,7 @@ opened, and on request. `FORMAT` goes up whenever an older version of this packa
 
 import json
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -24,9 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import DataError, MiniClipError, UsageError
+from ..errors import DataError, MiniClipError, ModelError, UsageError
+from ..utils.arrays import as_array
 from ..utils.checksums import file_checksum, value_checksum
-from ..utils.files import recover_folder, replaced_folder
+from ..utils.files import recover_folder, replace_text, replaced_folder
 from .approximate import FILE as NEIGHBOURS
 from .approximate import ApproximateNeighbours, build_neighbours, uses_approximate_search
 from .embeddings_file import BLOCK, map_embeddings, write_embeddings
@@ -204,15 +206,15 @@ class ImageIndex:
         self,
         query_embedding: Any,
         k: int = 10,
-        filter: EntryFilter | np.ndarray | None = None,
+        filter: Any = None,
         exact: bool = False,
     ) -> list[Match]:
         """Find the images nearest to a query.
 
         Args:
-            query_embedding: `[dim]` or `[1, dim]` array or tensor from this index's model, of any length.
+            query_embedding: `[dim]` or `[1, dim]` array, tensor or list from this index's model, of any length.
             k: number of images to find.
-            filter: images to consider: an [`EntryFilter`], or `[n]` ascending rows.
+            filter: images to consider: an [`EntryFilter`], or `[n]` rows (array, tensor or list).
             exact: whether to search exactly even if there is an approximate index; filtered searches always do.
 
         Returns:
@@ -225,14 +227,26 @@ class ImageIndex:
         query = self._checked_query(query_embedding)
         if k < 1:
             raise UsageError(f"k must be at least 1, not {k}")
-        rows = filter.rows(self.entries) if isinstance(filter, EntryFilter) else filter
+        rows = filter.rows(self.entries) if isinstance(filter, EntryFilter) else self._checked_rows(filter)
         neighbours = Neighbours(self.embeddings) if exact else self.neighbours
         scores, found = neighbours.search(query, k, rows)
         names = (self._row_group(i // ROW_GROUP)["id"][i % ROW_GROUP].as_py() for i in found.tolist())
         return [Match(name, float(s), int(i)) for name, s, i in zip(names, scores, found, strict=True)]
 
+    def _checked_rows(self, rows: Any) -> np.ndarray | None:
+        if rows is None:
+            return None
+        chosen = as_array(rows)
+        if chosen.dtype == bool and chosen.shape == (len(self),):
+            chosen = np.flatnonzero(chosen)
+        is_row = (chosen >= 0) & (chosen < len(self)) if chosen.dtype.kind in "iu" else np.zeros(1, bool)
+        if chosen.size and (chosen.ndim != 1 or not is_row.all()):
+            raise UsageError(f"filter: expected rows from 0 to {len(self) - 1}, got {chosen.dtype} {chosen.shape}")
+        is_sorted = bool((np.diff(chosen) > 0).all())
+        return chosen.astype(np.int64) if is_sorted else np.unique(chosen).astype(np.int64)
+
     def _checked_query(self, query_embedding: Any) -> np.ndarray:
-        query = np.asarray(query_embedding, dtype=np.float32).squeeze()
+        query = as_array(query_embedding).astype(np.float32).squeeze()
         if query.shape != (self.manifest.dim,) or not np.isfinite(query).all() or not query.any():
             raise UsageError(
                 f"expected a query of {self.manifest.dim} finite numbers, not all 0, embedded by {self.model}; got "
@@ -302,6 +316,28 @@ def _damaged(folder: Path, error: Exception) -> DataError:
     return DataError(f"{folder}: this index cannot be read ({error}); delete it and index again")
 
 
+def folder_of_model(index: ImageIndex) -> Path:
+    """The folder of the model that built an index, see `inference.loading.model_folder`.
+
+    Raises:
+        ModelError: it is gone; the message has the command that names its new place.
+    """
+    from ..inference.loading import model_folder  # loads torch
+
+    try:
+        return model_folder(index.model)
+    except ModelError as error:
+        command = f"miniclip index NEW_PLACE -o {shlex.quote(str(index.folder))}"
+        raise ModelError(f"{error}; if the model has moved, run (nothing is encoded again): {command}") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write or replace the manifest of an index, in one step."""
+    values = asdict(manifest)
+    text = json.dumps({**values, OWN: value_checksum(values)}, indent=1)  # ASCII, so that any path can be stored
+    replace_text(folder / MANIFEST, text + "\n")
+
+
 def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Iterable[np.ndarray]) -> ImageIndex:
     """Write or replace an index. The folder holds the old index until the new one is complete.
 
@@ -326,11 +362,7 @@ def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Ite
             if uses_approximate_search(manifest.neighbours, manifest.count):
                 build_neighbours(map_embeddings(fresh / EMBEDDINGS), fresh / NEIGHBOURS)
             manifest = replace(manifest, checksums={path.name: file_checksum(path) for path in fresh.iterdir()})
-            values = asdict(manifest)
-            text = json.dumps(
-                {**values, OWN: value_checksum(values)}, indent=1
-            )  # ASCII, so that any path can be stored
-            (fresh / MANIFEST).write_text(text + "\n", encoding="utf-8")
+            write_manifest(fresh, manifest)
     except OSError as error:
         raise MiniClipError(
             f"{folder} cannot be written: {error.strerror or error}; free some space or choose another folder, then "

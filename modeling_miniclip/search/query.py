@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import ModelError, UsageError
 from .exact import Match
 from .filters import EntryFilter
-from .index import ImageIndex
+from .index import ImageIndex, folder_of_model
 
 NEGATIVE_WEIGHT = 0.5  # weight of each text to avoid; what is wanted has weight 1
 
@@ -103,10 +103,10 @@ def load_checked(index: ImageIndex, side: Literal["image", "text"]) -> tuple[Any
     Raises:
         ModelError: the model is missing, or has changed since the index was built.
     """
-    from ..inference.loading import load_tower, model_folder
+    from ..inference.loading import load_tower
     from .fingerprints import describe_files, fingerprint
 
-    folder = model_folder(index.model)
+    folder = folder_of_model(index)
     if describe_files(folder) != index.manifest.files and fingerprint(folder) != index.manifest.fingerprint:
         words = ["miniclip", "index", index.model, *index.manifest.sources, "-o", str(index.folder), "--overwrite"]
         raise ModelError(

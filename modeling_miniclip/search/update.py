@@ -30,11 +30,11 @@ from ..inference.loading import model_folder
 from ..training.heartbeat import ends_with_lost_processes, join_processes
 from ..training.launch import read_launch
 from ..utils.files import discard_folder, recover_folder
-from ..utils.names import check_name, name_of
+from ..utils.names import check_name, name_of, path_of
 from .approximate import uses_approximate_search
 from .embeddings_file import DTYPES, gather_blocks
 from .fingerprints import describe_files, fingerprint
-from .index import ImageIndex, Manifest, write_index
+from .index import ImageIndex, Manifest, folder_of_model, write_index, write_manifest
 from .shards import Encoding, Pool, default_workers, open_pool
 
 
@@ -52,6 +52,7 @@ class Report:
         kept: images that are as they were in the index, because their folder could not be listed or their file not be
             reached.
         seconds: duration of the run.
+        missing: sources that are gone, if the model has moved: then only its place was updated.
     """
 
     images: int = 0
@@ -62,6 +63,7 @@ class Report:
     unlisted: dict[str, str] = field(default_factory=dict)
     kept: int = 0
     seconds: float = 0.0
+    missing: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class _Plan:
         sources_to_scan: sources whose images are listed and encoded.
         sources_kept: sources whose images stay in the index as they are.
         overwrite: whether to use nothing of the existing index.
+        missing: with an index whose model has moved: its sources that are gone, so that only the model can be updated.
     """
 
     target: Path
@@ -94,6 +97,7 @@ class _Plan:
     sources_to_scan: list[str]
     sources_kept: list[str]
     overwrite: bool
+    missing: list[str] = field(default_factory=list)
 
     @property
     def shards(self) -> Path:
@@ -125,7 +129,8 @@ def update_index(
         folder: folder of the index.
         sources: folders, caption files, tar archives and datasets, see `walk_source`. Images of other sources stay
             in the index. By default all sources of the index are scanned again.
-        model: folder or Hub name of the model; by default the one that built the index.
+        model: folder or Hub name of the model; by default the one that built the index. If that has moved, its new
+            place. If the images have moved, too, nothing but the model's place is updated.
         remove: sources whose images are dropped from the index.
         overwrite: whether to rebuild the index from scratch, with any model; the old index stays until the new one is
             ready.
@@ -150,6 +155,8 @@ def update_index(
     with ends_with_lost_processes(lambda: "run the same command again: finished embeddings are kept"):
         processes = _processes()
         plan = _make_plan(Path(folder).expanduser(), list(sources), model, list(remove), overwrite, dtype, neighbours)
+        if plan.existing is not None and plan.missing:
+            return _point_at_model(plan, plan.existing, processes)
         with _locked(plan, processes):
             encoding = Encoding(plan.manifest, plan.pool(), plan.shards, batch_size, num_workers or default_workers())
             problems: list[Problem] = []
@@ -196,6 +203,10 @@ def _make_plan(
     if existing is not None and not overwrite:
         _check_same_kind(target, existing, manifest, dtype)
         manifest = replace(manifest, dtype=existing.manifest.dtype)
+        if not sources and not remove and manifest.model != existing.model:
+            gone = [source for source in scan if os.path.isabs(source) and not os.path.exists(path_of(source))]
+            if gone:
+                return _Plan(target, existing, manifest, [], scan, False, gone)
     return _Plan(target, existing, manifest, scan, [] if overwrite else kept, overwrite)
 
 
@@ -235,7 +246,7 @@ def _describe_index(
     name = os.fspath(model) if model is not None else existing.model if existing else ""
     if os.path.isdir(os.path.expanduser(name)):
         name = os.path.abspath(os.path.expanduser(name))
-    folder = model_folder(name)
+    folder = model_folder(name) if model is not None or existing is None else folder_of_model(existing)
     values = MiniClipConfig.get_config_dict(folder)[0]
     if values.get("model_type") != MiniClipConfig.model_type:
         raise ModelError(f"{name}: a model of type {values.get('model_type')!r}, not one that MiniCLIP exported")
@@ -261,6 +272,20 @@ def _check_same_kind(target: Path, existing: ImageIndex, manifest: Manifest, dty
         raise UsageError(
             f"{target} holds {existing.manifest.dtype}, not {dtype}; rebuild the index: {rebuild} --dtype {dtype}"
         )
+
+
+def _point_at_model(plan: _Plan, existing: ImageIndex, processes: PartialState) -> Report:
+    """Write only the new place of the model, which has the same fingerprint, into the index."""
+    with _locked(plan, processes):
+        if processes.is_main_process:
+            moved = replace(existing.manifest, model=plan.manifest.model, files=plan.manifest.files)
+            try:
+                write_manifest(plan.target, moved)
+            except OSError as error:
+                raise MiniClipError(f"{plan.target} cannot be written: {error.strerror or error}") from error
+    if processes.is_main_process and set(os.listdir(plan.shards)) <= {"lock"}:
+        discard_folder(plan.shards)
+    return Report(images=len(existing), reused=len(existing), missing=plan.missing)
 
 
 @contextmanager

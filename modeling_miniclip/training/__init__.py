@@ -9,6 +9,7 @@ launch_settings.py: each setting of the launcher, and what happens to it
 setup.py: the steps of `prepare`
 run.py: the state of a run, and when it saves and stops
 create_model.py: a model from towers, from a preset or from an export
+try_towers.py: run both towers once, to find sizes that they cannot take before any long work
 layers.py: freezing, learning rates and training mode of a tower's layers
 text_groups.py: run the text tower on texts of similar length together
 optimizer.py: parameter groups, schedule, bound of the temperature

@@ -10,10 +10,12 @@ from torch import nn
 from ..configuration_miniclip import FIELDS, TOWERS, MiniClipConfig
 from ..errors import ModelError, UsageError, did_you_mean, one_line
 from ..inference.loading import check_export_folder, load_export
+from ..inference.pickled import reject_pickled
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor, image_processor_from_timm, max_text_length
 from ..utils.resources import named_file
 from .arguments import MODEL_SOURCES, TrainingArguments
+from .try_towers import try_towers
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -48,6 +50,7 @@ def create_model(arguments: TrainingArguments, captions: list[list[str]]) -> tup
             model, processor = _from_towers(arguments, overrides)
         if arguments.train_image_size is not None:  # towers of a fixed size raise an error
             image_processor_from_timm(model.config.vision_config, arguments.train_image_size)
+        try_towers(model, processor, arguments)
     except Exception as error:  # the libraries raise errors of many classes for wrong values
         named = [f"--{name} {getattr(arguments, name)}" for names in MODEL_SOURCES for name in names]
         sources = " and ".join(text for text in named if not text.endswith(" None"))
@@ -69,7 +72,12 @@ def _from_towers(arguments: TrainingArguments, overrides: dict[str, Any]) -> tup
         check_export_folder(flag, source)
     sizes = (arguments.image_size, arguments.max_length, arguments.crop_pct)
     processor = MiniClipProcessor.from_towers(vision, text, *sizes)
-    return MiniClipModel.from_towers(vision, text, **overrides), processor
+    try:
+        return MiniClipModel.from_towers(vision, text, **overrides), processor
+    except OSError:
+        reject_pickled("--vision_model", vision)
+        reject_pickled("--text_model", text)
+        raise
 
 
 def _from_preset(

@@ -3,6 +3,7 @@
 import math
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,34 @@ def test_ranks_and_metrics_worked_by_hand() -> None:
         }
     )  # fmt: skip
     assert set(found) == set(METRIC_NAMES)
+
+
+FORMS = {
+    "float32": lambda x: np.asarray(x, np.float32),
+    "float64": lambda x: np.asarray(x, np.float64),
+    "float16": lambda x: np.asarray(x, np.float16),
+    "list": lambda x: x.tolist(),
+    "list_of_arrays": lambda x: list(x.numpy()),
+    "list_of_tensors": lambda x: list(x.clone().requires_grad_()),
+    "bfloat16": lambda x: x.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_metrics_and_losses_take_arrays_and_lists(form: str, tmp_path: Path) -> None:
+    images, texts = SIMILARITY.round(decimals=1), torch.eye(5)
+    expected = retrieval_metrics(images, texts, TEXT_IMAGE_ID)
+    for ids in (np.array(TEXT_IMAGE_ID), torch.tensor(TEXT_IMAGE_ID), tuple(TEXT_IMAGE_ID)):
+        assert retrieval_metrics(FORMS[form](images), texts, ids) == expected
+        assert retrieval_metrics(images, FORMS[form](texts), ids) == expected
+    np.save(tmp_path / "images.npy", images.numpy())
+    with warnings.catch_warnings(action="error"):
+        read_only = np.load(tmp_path / "images.npy", mmap_mode="r")
+        assert retrieval_metrics(read_only, texts.numpy(), TEXT_IMAGE_ID) == expected
+    ids = torch.arange(3)
+    loss = symmetric_contrastive_loss(torch.eye(3), torch.eye(3), 2.0, ids, ids)
+    arrays = [np.eye(3, dtype=np.float32), torch.eye(3).tolist(), 2.0, ids.numpy(), ids.tolist()]
+    assert symmetric_contrastive_loss(*arrays).item() == pytest.approx(loss.item())
 
 
 def test_even_median_is_mean_of_middle_two() -> None:

@@ -313,3 +313,16 @@ def test_classify_embeds_images_like_encode_images(
     weights = torch.nn.functional.normalize(encode_images(model, images, processor, progress=False)[:7], dim=-1)
     found = classify(model, images[:7], NAMES, weights=weights, top_k=1, processor=processor)
     assert [row[0]["label"] for row in found] == NAMES  # each image is most similar to itself
+
+
+def test_weights_and_labels_may_be_arrays_lists_or_tensors(
+    model: MiniClipModel, processor: MiniClipProcessor, images: list[Image.Image]
+) -> None:
+    weights, given = zero_shot_weights(model, NAMES, processor=processor), {"processor": processor, "progress": False}
+    expected = classify(model, images, NAMES, weights=weights, **given)
+    labels = [i % len(NAMES) for i in range(len(images))]
+    accuracy = zero_shot_accuracy(model, images, labels, NAMES, weights=weights, **given)
+    for form in (weights.numpy(), weights.tolist(), list(weights)):
+        assert classify(model, images, NAMES, weights=form, **given) == expected
+        for same in (np.array(labels), torch.tensor(labels), list(torch.tensor(labels)), [NAMES[i] for i in labels]):
+            assert zero_shot_accuracy(model, images, same, NAMES, weights=form, **given) == accuracy

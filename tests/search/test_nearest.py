@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from modeling_miniclip import ImageIndex, update_index
 from modeling_miniclip.errors import MiniClipError, UsageError
@@ -116,3 +117,17 @@ def test_index_keeps_its_kind_of_search(tmp_path: Path, tiny_export: Path) -> No
         assert (tmp_path / "index" / "neighbours.faiss").is_file() == approximate
         query = np.array(index.embeddings[1])
         assert index.search(query, 2) == index.search(query, 2, exact=True)
+
+
+def test_queries_and_rows_may_be_arrays_lists_or_tensors(tiny_index: Path) -> None:
+    index = ImageIndex.open(tiny_index)
+    query = np.array(index.embeddings[2])
+    expected, of_three = index.search(query, 4), index.search(query, 4, np.array([1, 2, 5]))
+    assert expected[0].index == 2 and {match.index for match in of_three} == {1, 2, 5}
+    for form in (query.tolist(), torch.tensor(query, requires_grad=True), torch.tensor(query)[None].double()):
+        assert index.search(form, 4) == expected
+    for rows in ([1, 2, 5], torch.tensor([5, 1, 2]), (2, 5, 1, 1), np.isin(np.arange(6), [1, 2, 5])):
+        assert index.search(query, 4, rows) == of_three
+    for rows in ([6], [-1], [0.5], [[1, 2]], [True]):
+        with pytest.raises(UsageError, match="filter: expected rows from 0 to 5"):
+            index.search(query, 4, rows)

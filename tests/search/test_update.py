@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as DatasetImage
 from PIL import ExifTags, Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from modeling_miniclip import (
     DataError,
@@ -34,6 +34,7 @@ from modeling_miniclip.data.caption_files import ColumnNames
 from modeling_miniclip.search import shards as shards_module
 from modeling_miniclip.search import update
 from modeling_miniclip.search.pictures import picture_of
+from modeling_miniclip.search.query import Query, search_index
 from tests.helpers.indexes import write_model, write_picture, write_pictures
 from tests.helpers.listing import unlistable
 from tests.helpers.pictures import SIZE, odd_pictures
@@ -626,3 +627,47 @@ def test_killed_process_loses_only_its_unfinished_shard(tmp_path: Path, model: P
     assert [os.path.basename(name) for name in ids(index)] == [f"{i:02d}.png" for i in range(24)]
     np.testing.assert_allclose(index.embeddings, expected(model, ids(index)), atol=1e-5)
     assert not (tmp_path / ".index.shards").exists()
+
+
+def test_index_follows_its_moved_model_without_images(
+    tmp_path: Path, model: Path, encoded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, photos, target = tmp_path / "place", tmp_path / "photos", tmp_path / "my index"
+    shutil.copytree(model, place)
+    write_pictures(photos, NAMES)
+    update_index(target, [photos], place, progress=False)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    encoded.clear()
+    place.rename(tmp_path / "elsewhere")
+    message = rf"place: .*if the model has moved, run .*: miniclip index NEW_PLACE -o '{target}'"
+    with pytest.raises(ModelError, match=message):
+        search_index(target, Query("a dog"))
+    with pytest.raises(ModelError, match=message):
+        update_index(target, progress=False)
+    photos.rename(tmp_path / "pictures")
+    shutil.copytree(model, tmp_path / "other")
+    weights = load_file(model / "model.safetensors")
+    save_file({**weights, "logit_scale": weights["logit_scale"] + 1}, tmp_path / "other" / "model.safetensors")
+    with pytest.raises(ModelError, match="not comparable"):
+        update_index(target, model=tmp_path / "other", progress=False)
+    assert cli(["index", str(tmp_path / "elsewhere"), "-o", str(target)]) == 0
+    assert (
+        f"4 images, now of {tmp_path / 'elsewhere'}; not updated, as these are gone: {photos}"
+        in capsys.readouterr().out
+    )
+    after = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"manifest.json"}
+    assert len(search_index(target, Query("a dog"), verify=True)[1]) == 4 and not encoded
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "my index", "other", "pictures"]
+
+
+def test_moved_model_with_its_images_is_a_normal_update(tmp_path: Path, model: Path, encoded: list[str]) -> None:
+    shutil.copytree(model, tmp_path / "place")
+    write_pictures(tmp_path / "photos", NAMES)
+    update_index(tmp_path / "index", [tmp_path / "photos"], tmp_path / "place", progress=False)
+    encoded.clear()
+    (tmp_path / "place").rename(tmp_path / "elsewhere")
+    write_picture(tmp_path / "photos" / "new.png", seed=9)
+    report = update_index(tmp_path / "index", model=tmp_path / "elsewhere", progress=False)
+    assert (encoded, report.reused, report.missing) == (["new.png"], 4, [])
+    assert ImageIndex.open(tmp_path / "index").model == str(tmp_path / "elsewhere")

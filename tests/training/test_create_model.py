@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoProcessor, AutoTokenizer, BertTokenizer
@@ -23,9 +26,12 @@ from modeling_miniclip import (
     encode_texts,
     export,
 )
+from modeling_miniclip.inference.loading import model_folder
+from modeling_miniclip.modeling_miniclip import MiniClipVisionModel
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.create_model import create_model, read_preset, set_dropout, train_tokenizer
 from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.try_towers import try_towers
 from tests.helpers.runs import ROOT, environment, write_preset
 from tests.helpers.towers import (
     CAPTIONS,
@@ -105,8 +111,6 @@ def test_model_from_towers_has_their_weights(towers: dict[str, str]) -> None:
     assert processor.image_processor.crop_size == {"height": 48, "width": 48}
     output = model(**inputs_of(processor))
     assert output.image_embeds.shape == output.text_embeds.shape == (4, 24)
-    from safetensors.torch import load_file
-
     saved = load_file(Path(towers["text_model"]) / "model.safetensors")
     own = model.text_model.state_dict()
     assert saved.keys() == own.keys()
@@ -117,6 +121,7 @@ def test_default_towers_are_used_without_a_model(monkeypatch: pytest.MonkeyPatch
     asked = []
     monkeypatch.setattr(MiniClipProcessor, "from_towers", lambda *args: asked.append(args))
     monkeypatch.setattr(MiniClipModel, "from_towers", lambda *args: asked.append(args))
+    monkeypatch.setattr("modeling_miniclip.training.create_model.try_towers", lambda *args: None)
     create_model(parse_arguments(["--dataset=any.csv"]), CAPTIONS)
     names = ("resnet50.a1_in1k", "distilbert-base-uncased")
     assert asked == [(*names, None, None, None), names]
@@ -252,6 +257,115 @@ def test_unsupported_declared_pooling_is_named(
     )
 
 
+# --- towers tried before any work ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def picky(tmp_path_factory: pytest.TempPathFactory, towers: dict[str, str]) -> dict[str, str]:
+    """Towers of which the image tower takes only multiples of 32 pixels, which timm does not know."""
+    folder = Path(shutil.copytree(towers["vision_model"], tmp_path_factory.mktemp("picky") / "dla"))
+    tower = timm.create_model("dla46_c", num_classes=10)
+    save_file(tower.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"architecture": "dla46_c"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return towers | {"vision_model": str(folder)}
+
+
+@pytest.mark.parametrize("flag", ["image_size", "train_image_size"])
+def test_image_size_that_a_tower_cannot_take_names_others(picky: dict[str, str], flag: str) -> None:
+    build(**picky, **{flag: 96})
+    with pytest.raises(UsageError, match=f"--{flag} 100: dla46_c takes no images of 100x100.*it takes: 32, 96, 128$"):
+        build(**picky, **{flag: 100})
+
+
+def test_image_tower_that_cannot_be_used_is_rejected(towers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MiniClipVisionModel, "pooled_size", 7)
+    with pytest.raises(
+        ModelError, match=r"an image of 32x32 pixels: its features have the shape \[1, \d+\] instead of"
+    ):
+        build(**towers)
+    monkeypatch.undo()
+    model, processor = build(**towers)
+    next(iter(model.vision_model.parameters())).data[0] = torch.nan
+    with pytest.raises(ModelError, match="cannot embed an image of 32x32 pixels: its features are NaN or infinite"):
+        try_towers(model, processor, TrainingArguments())
+
+
+def test_text_tower_that_cannot_be_used_is_rejected(towers: dict[str, str]) -> None:
+    model, processor = build(**towers)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    try_towers(model, processor, TrainingArguments())
+    assert torch.equal(torch.rand(2), expected) and not model.training  # nothing of the run has changed
+    processor.tokenizer.model_max_length = 64  # the table has 24 positions
+    with pytest.raises(
+        UsageError, match="--max_length 64: text tower distilbert takes no texts of 64 tokens.*set --max_length 16"
+    ):
+        try_towers(model, processor, TrainingArguments())
+    processor.tokenizer.model_max_length = 24
+    processor.tokenizer.add_special_tokens({"pad_token": "[NEW]"})
+    model.set_input_embeddings(nn.Embedding(len(processor.tokenizer) - 1, 32))
+    with pytest.raises(ModelError, match=r"cannot embed a short text: .*token \d+ of its tokenizer, but a table of"):
+        try_towers(model, processor, TrainingArguments())
+
+
+def test_causal_tower_in_disguise_needs_another_pooling(towers: dict[str, str]) -> None:
+    model, processor = build(**towers)
+    decoder = tiny_model(text="bert", text_pooling="cls")
+    decoder.config.text_config.is_decoder = True
+    decoder = MiniClipModel(decoder.config).eval()
+    with pytest.raises(UsageError, match="--text_pooling cls: text tower bert gives all texts .* choose last or mean"):
+        try_towers(decoder, processor, TrainingArguments())
+    decoder.config.text_pooling = "last"
+    try_towers(decoder, processor, TrainingArguments())
+
+
+# --- pickled weights -------------------------------------------------------------------------------------------------
+
+
+def pickle_weights(folder: Path, shards: int = 1) -> None:
+    """Replace the safetensors of a model by pickles with the same weights."""
+    weights = list(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    for i in range(shards):
+        name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-0000{i + 1}-of-0000{shards}.bin"
+        torch.save(dict(weights[i::shards]), folder / name)
+
+
+@pytest.mark.parametrize(("part", "shards"), [("vision_model", 1), ("text_model", 1), ("text_model", 2)])
+def test_pickled_tower_names_the_command_that_converts_it(
+    towers: dict[str, str], tmp_path: Path, part: str, shards: int
+) -> None:
+    folder = Path(shutil.copytree(towers[part], tmp_path / "it's a tower"))
+    pickle_weights(folder, shards)
+    flags = towers | {part: str(folder)}
+    with pytest.raises(
+        ModelError, match=rf"--{part} .*: pickled weights \(pytorch_model.*bin\) are not read"
+    ) as raised:
+        build(**flags)
+    words = shlex.split(str(raised.value).partition("convert them with ")[2])
+    assert words[:2] == ["python", "-c"] and len(words) == 3
+    exec(words[2], {})  # noqa: S102
+    torch.manual_seed(0)
+    converted = build(**flags)[0].state_dict()
+    torch.manual_seed(0)
+    assert all(torch.equal(value, converted[name]) for name, value in build(**towers)[0].state_dict().items())
+
+
+def test_pickled_export_and_file_of_weights_are_rejected(
+    exported: str, towers: dict[str, str], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "export"))
+    pickle_weights(folder)
+    with pytest.raises(ModelError, match="--model_name_or_path .*pickled weights.*python -c"):
+        build(model_name_or_path=str(folder))
+    with pytest.raises(ModelError, match="model .*export: pickled weights.*python -c"):
+        model_folder(folder)
+    with pytest.raises(ModelError, match="pytorch_model.bin: a file; expected a folder with config.json"):
+        build(**towers | {"vision_model": str(folder / "pytorch_model.bin")})
+
+
 # --- dropout ---------------------------------------------------------------------------------------------------------
 
 
@@ -384,8 +498,6 @@ def test_fixed_settings_of_a_trained_model_are_rejected(exported: str, flags: di
 
 
 def test_export_that_lacks_a_weight_is_rejected(exported: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(exported, tmp_path / "export")
     weights = load_file(tmp_path / "export" / "model.safetensors")
     del weights["logit_scale"]
