@@ -86,7 +86,7 @@ def _try_texts(model: MiniClipModel, tokenizer: Any) -> None:
         )
         raise ModelError(f"{tower} cannot embed a short text: {problem}{beyond}; choose another text tower")
     states, pooled = outputs[0].last_hidden_state[:, length - 1], outputs[0].pooler_output
-    if torch.allclose(*pooled, atol=1e-6) and not torch.allclose(*states, atol=1e-6):
+    if torch.allclose(pooled[0], pooled[1], atol=1e-6) and not torch.allclose(states[0], states[1], atol=1e-6):
         raise UsageError(
             f"--text_pooling {model.config.text_pooling}: {tower} gives all texts that begin alike the same feature, "
             "as its first token sees no other one; choose last or mean"
