@@ -48,12 +48,14 @@ from modeling_miniclip.evaluation.metrics import is_better, recall_intervals, va
 from modeling_miniclip.modeling_miniclip import MiniClipOutput
 from modeling_miniclip.training import setup
 from modeling_miniclip.training.checkpoints import INTERRUPTED_EXPORT, drop_repeated_export
+from modeling_miniclip.training.deepspeed import check_engine_state, describe_engine
 from modeling_miniclip.training.diagnostics import chance_loss, not_finite
 from modeling_miniclip.training.distributed import (
     broadcast_buffers,
     compute_on_main,
     full_tensor,
     global_contrastive_loss,
+    scale_and_bias,
 )
 from modeling_miniclip.training.features import embed_split
 from modeling_miniclip.training.figures import draw_curves, draw_retrieval, read_metrics
@@ -110,6 +112,7 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
     checkpoint = setup.prepare_output_dir(arguments)
     hub_model_id = setup.prepare_hub_repo(arguments)
     accelerator = setup.build_accelerator(arguments, launch)  # joins the processes and sets the seed
+    check_engine_state(checkpoint, accelerator)
     arguments = replace(arguments, hub_model_id=hub_model_id, mixed_precision=accelerator.mixed_precision)
 
     splits = setup.load_splits(arguments)  # rows {image, image_id, captions}
@@ -134,6 +137,7 @@ def train(run: TrainingRun) -> None:
     run.say(
         f"steps {progress.step + 1} to {run.last_step} of {arguments.batch_size} images on "
         f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
+        f"{describe_engine(accelerator)}"
     )
     while not run.should_stop():
         train_one_epoch(run)
@@ -248,7 +252,7 @@ def compute_loss_and_gradients(run: TrainingRun, batch: dict[str, Any]) -> Tenso
 def log_steps(run: TrainingRun, bar: tqdm) -> None:
     """Log the means of the steps since the last line, warn if nothing is learned, and update the progress bar."""
     values = run.meter.read()
-    values["logit_scale"] = full_tensor(run.unwrapped_model.inverse_temperature()).item()
+    values["logit_scale"], _ = scale_and_bias(run.unwrapped_model)
     run.write_metrics("train", values)
     run.diagnosis.after_steps(run.progress.step, values, run.meter.steps, run.meter.chance)
     rate = run.optimizer.param_groups[-1]["lr"]
@@ -303,8 +307,7 @@ def embed_validation_split(run: TrainingRun) -> tuple[Tensor, Tensor, Tensor]:
 def measure_embeddings(run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
     """Loss and retrieval metrics of the split, computed on rank 0 and broadcast, so that all ranks decide alike."""
     model, accelerator = run.unwrapped_model, run.accelerator
-    logit_scale = full_tensor(model.inverse_temperature()).item()
-    logit_bias = None if model.logit_bias is None else full_tensor(model.logit_bias).item()
+    logit_scale, logit_bias = scale_and_bias(model)
     metrics = compute_on_main(
         lambda: validation_metrics(*embeddings, logit_scale, model.config.loss_type, logit_bias),
         accelerator.is_main_process,

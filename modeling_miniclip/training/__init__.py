@@ -16,6 +16,7 @@ optimizer.py: parameter groups, schedule, bound of the temperature
 connections.py: between the processes of a run, for the heartbeat
 distributed.py: the loss over all processes
 heartbeat.py: notice a lost process or machine, and end the others
+deepspeed.py: training with ZeRO of DeepSpeed
 grad_cache.py: large batches in chunks, with exact gradients
 ema.py: averaged weights
 features.py: features of frozen towers, computed once

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..errors import MiniClipError
-from ..modeling_miniclip import symmetric_contrastive_loss
+from ..modeling_miniclip import MiniClipModel, symmetric_contrastive_loss
+from .deepspeed import gathered
 
 T = TypeVar("T")
 
@@ -105,8 +106,15 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that FSDP spread over processes; other tensors unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """This process's part of a tensor that FSDP or ZeRO-3 spread over processes; other tensors unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
+
+
+def scale_and_bias(model: MiniClipModel) -> tuple[float, float | None]:
+    """A model's inverse temperature and the bias of its logits, None if it has none; every process must call it."""
+    with gathered(model.logit_scale, model.logit_bias):
+        bias = None if model.logit_bias is None else full_tensor(model.logit_bias).item()
+        return full_tensor(model.inverse_temperature()).item(), bias
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.dataset import FILLER
 from ..modeling_miniclip import MiniClipOutput
+from .deepspeed import without_step
 from .distributed import all_reduce_max
 
 ROWS = ("image_embeds", "text_embeds")  # outputs of the model with one row per image or text
@@ -85,15 +86,15 @@ def backward_in_chunks(
     for i, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
         is_last = i == len(chunks) - 1
         # Gradients are synchronised with the other processes only once, after the last chunk.
-        with nullcontext() if is_last else accelerator.no_sync(model), _replayed(state, accelerator.device):
+        with nullcontext() if is_last else without_step(accelerator, model), _replayed(state, accelerator.device):
             output = model(**inputs_of(chunk))
             dots = []  # the gradients of these dot products are the cached gradients
             for name in ROWS:
                 end = start[name] + len(output[name])
                 dots.append((output[name] * gradients[name][start[name] : end]).sum())
                 start[name] = end
-            if is_last:
-                dots += [(output[name] * gradients[name]).sum() for name in scalars]
+            # Zero, but not left out, in the other chunks: ZeRO-3 would add to the gradients of the last step.
+            dots += [(output[name] * gradients[name]).sum() * is_last for name in scalars]
             accelerator.backward(torch.stack(dots).sum() * accelerator.num_processes)
     return loss.detach()
 

@@ -287,15 +287,16 @@ def ends_with_lost_processes(advice: Callable[[], str]) -> Iterator[None]:
             signal.signal(signal.SIGTERM, heartbeat.previous_handler)
 
 
-def join_processes(on_cpu: bool) -> PartialState:
+def join_processes(on_cpu: bool, backend: str | None = None) -> PartialState:
     """Connect the processes of the run, if there are several, so that they can exchange tensors.
 
     Args:
         on_cpu: whether they compute on CPUs.
+        backend: backend of torch.distributed; None lets Accelerate choose.
     """
     if _current is None:
-        return PartialState(cpu=on_cpu)
-    options: dict[str, Any] = {"timeout": PATIENCE}
+        return PartialState(cpu=on_cpu, backend=backend)
+    options: dict[str, Any] = {"timeout": PATIENCE, "backend": backend}
     if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):  # DeepSpeed chooses the store itself
         options |= {"store": _current.store, "rank": _current.rank, "world_size": _current.world_size}
     return PartialState(cpu=on_cpu, **options)

@@ -22,6 +22,7 @@ VARIABLES = {
     "ACCELERATE_USE_CPU": "cpu",
     "ACCELERATE_CPU_AFFINITY": "enable_cpu_affinity",
     "ACCELERATE_DEBUG_MODE": "debug",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "zero3_init_flag",
     "ACCELERATE_USE_SAGEMAKER": "aws_profile",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "fsdp_transformer_layer_cls_to_wrap",

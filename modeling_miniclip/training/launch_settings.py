@@ -55,13 +55,18 @@ SETTINGS = (
             "only for version 1 of FSDP, without effect", needs="use_fsdp"),
     Setting("fsdp_activation_checkpointing fsdp_activation_checkpointing_offload", "error",
             "use --chunk_size of the training script to compute a large batch in little memory"),
-    Setting("use_deepspeed", "used"),
-    Setting("deepspeed_config_file zero_stage offload_optimizer_device offload_param_device "
-            "offload_optimizer_nvme_path offload_param_nvme_path zero3_init_flag zero3_save_16bit_model "
-            "deepspeed_hostfile deepspeed_exclusion_filter deepspeed_inclusion_filter deepspeed_multinode_launcher "
-            "deepspeed_moe_layer_cls_names", "used with `--use_deepspeed`", needs="use_deepspeed"),
+    Setting("use_deepspeed", "used; an error on CPUs without `DS_ACCELERATOR=cpu`"),
+    Setting("zero_stage deepspeed_config_file", "used with `--use_deepspeed`; an error for settings in that file that "
+            "flags of the training script decide", needs="use_deepspeed"),
+    Setting("zero3_save_16bit_model", "without effect: always on, as the export needs it", needs="use_deepspeed"),
+    Setting("zero3_init_flag", "error, unless false", "each process builds the whole model before it is spread"),
+    Setting("offload_optimizer_device offload_param_device offload_optimizer_nvme_path offload_param_nvme_path",
+            "error, unless none", "use --chunk_size of the training script to compute a large batch in little memory"),
+    Setting("deepspeed_hostfile deepspeed_exclusion_filter deepspeed_inclusion_filter deepspeed_multinode_launcher",
+            "used by the launcher", needs="use_deepspeed"),
+    Setting("deepspeed_moe_layer_cls_names", "error", "the towers have no experts"),
     Setting("gradient_accumulation_steps", "error, unless 1", NO_ACCUMULATION),
-    Setting("gradient_clipping", "used with `--use_deepspeed`", needs="use_deepspeed"),
+    Setting("gradient_clipping", "error", "use --max_grad_norm of the training script"),
     Setting("fp8_*", "error", NO_FP8),
     Setting("use_megatron_lm megatron_lm_*", "error", NO_MODEL_PARALLEL),
     Setting("use_parallelism_config parallelism_config_*", "error", NO_MODEL_PARALLEL),

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from ..modeling_miniclip import MiniClipModel
 from .arguments import TrainingArguments
+from .deepspeed import clamp_parameter
 from .layers import rate_multipliers, text_layers, vision_layers
 
 NO_DECAY = "_no_decay"  # end of the name of a group without weight decay
@@ -108,4 +109,4 @@ def apply_flags(
 @torch.no_grad()
 def clamp_logit_scale(model: MiniClipModel) -> None:
     """After a step, bring the temperature's parameter back to its bound: beyond it, the gradient is zero."""
-    model.logit_scale.clamp_(max=math.log(model.config.logit_scale_max))
+    clamp_parameter(model.logit_scale, math.log(model.config.logit_scale_max))

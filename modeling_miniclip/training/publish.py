@@ -58,6 +58,8 @@ def export_best(run: TrainingRun, metrics: dict[str, float], intervals: dict[str
 def full_state_dict(run: TrainingRun) -> dict[str, Any]:
     """All weights of the model under their own names, whatever wraps it. Every process must call it."""
     accelerator = run.accelerator
+    if accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        return run.unwrapped_model.state_dict()
     is_engine = accelerator.distributed_type == DistributedType.DEEPSPEED  # it gathers the weights itself
     state: dict[str, Any] = accelerator.get_state_dict(run.model if is_engine else run.unwrapped_model)
     return state

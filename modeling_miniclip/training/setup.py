@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
 from datasets import DatasetDict
@@ -41,6 +41,7 @@ from .checkpoints import (
     rewind_folders,
 )
 from .create_model import create_model
+from .deepspeed import before_joining, check_deepspeed, complete_config, is_deepspeed, prepare_engine
 from .diagnostics import Diagnosis
 from .distributed import check_on_main
 from .ema import AveragedWeights
@@ -102,6 +103,7 @@ def check_launch(arguments: TrainingArguments) -> Launch:
     """Read what the launcher was given, and check that each of its settings can be used."""
     launch = read_launch()
     launch.check(runs_on_cpu(launch), arguments.mixed_precision)
+    check_deepspeed(launch, arguments)
     return launch
 
 
@@ -115,21 +117,25 @@ def build_accelerator(arguments: TrainingArguments, launch: Launch) -> Accelerat
     keep_freed_memory()
     # Without cpu=True, Accelerate does not start gloo and every process would train alone.
     on_cpu = runs_on_cpu(launch)
-    precision = arguments.mixed_precision or launch.mixed_precision
-    join_processes(on_cpu)
+    backend = None
+    if "use_deepspeed" in launch.settings:
+        before_joining(on_cpu)
+        # With cpu=True, Accelerate would do without DeepSpeed, and without gloo take each process for the only one.
+        backend, on_cpu = ("gloo" if on_cpu else None), False
+    device = join_processes(on_cpu, backend).device
+    precision = arguments.mixed_precision or launch.mixed_precision or best_mixed_precision(device)
     AcceleratorState._reset_state()  # an earlier run of this process may have had other settings
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=precision or best_mixed_precision(PartialState(cpu=on_cpu).device),
+        mixed_precision=precision,
         dynamo_plugin=compilation(launch),
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_dir=arguments.output_dir,
     )
-    if arguments.ema_decay is not None and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-        raise UsageError(
-            f"--ema_decay does not work with {accelerator.distributed_type}, which spreads the weights over "
-            "processes; leave it out"
-        )
+    if arguments.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
+        raise UsageError("--ema_decay does not work with FSDP, which spreads the weights over processes; leave it out")
+    if is_deepspeed(accelerator):
+        complete_config(accelerator, arguments, precision)
     launch.check_joined(accelerator.num_processes)
     allow_tf32(accelerator.device)
     set_seed(arguments.seed)
@@ -229,8 +235,8 @@ def build_model(
     captions = list(splits["train"]["captions"])
     model, processor = create_model(arguments, captions)
     freeze_layers(model, arguments)
-    if accelerator.distributed_type != DistributedType.FSDP:
-        to_channels_last(model.vision_model)  # FSDP needs contiguous parameters,
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        to_channels_last(model.vision_model)  # these need contiguous parameters,
         group_texts_by_length(model)  # and all its processes must run a tower equally often
     if arguments.compile_towers:
         compile_towers(model.vision_model, model.text_model)
@@ -343,10 +349,10 @@ def build_run(
             fingerprint.mark_undecodable(bad_rows, Path(arguments.output_dir))
 
     fused = accelerator.device.type == "cuda"  # one kernel per step
-    prepared, optimizer = accelerator.prepare(
-        model, torch.optim.AdamW(parameter_groups(model, arguments), fused=fused)
-    )
-    unwrapped_model = accelerator.unwrap_model(prepared, keep_torch_compile=False)
+    adamw = torch.optim.AdamW(parameter_groups(model, arguments), fused=fused)
+    prepare = prepare_engine if is_deepspeed(accelerator) else Accelerator.prepare
+    prepared, optimizer = prepare(accelerator, model, adamw)
+    unwrapped_model = model  # `accelerator.unwrap_model` would import DeepSpeed in every run, if it is installed
     train_loader, validation_loader = loaders
     steps_per_epoch = len(train_loader)
     all_steps = arguments.num_train_epochs * steps_per_epoch
@@ -358,7 +364,7 @@ def build_run(
         unwrapped_model=unwrapped_model,
         processor=processor,
         optimizer=optimizer,
-        scheduler=build_scheduler(optimizer.optimizer, arguments, last_step),
+        scheduler=build_scheduler(adamw, arguments, last_step),
         train_loader=train_loader,
         validation_loader=validation_loader,
         validation_split=splits["validation"],
@@ -420,6 +426,8 @@ def resume(run: TrainingRun, checkpoint: Path) -> None:
     changed = changed_flags(flags, run.arguments, "applied")
     if changed:
         apply_flags(run.optimizer.optimizer, run.scheduler, run.arguments, flags)
+    if is_deepspeed(run.accelerator):
+        run.optimizer.optimizer.clip_grad = run.arguments.max_grad_norm  # it has loaded the checkpoint's
     if run.accelerator.is_main_process:
         last = run.log.last_validation()
         if rewind_folders(checkpoint, run.export_dir, bool(last and last % run.steps_per_epoch)):

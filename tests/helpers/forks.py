@@ -138,13 +138,20 @@ def train_in_processes(argv: list[str], processes: int, log: Path, environment: 
     Returns:
         The output.
     """
-    port = free_port()
-    ranks = [fork(_train_as_rank, argv, rank, processes, port, log, environment or {}) for rank in range(processes)]
+    ranks = start_in_processes(argv, processes, log, environment)
     for process in ranks:
         process.join(120)
     output = log.read_text(encoding="utf-8", errors="replace")
     assert [process.exitcode for process in ranks] == [0] * processes, output[-3000:]
     return output
+
+
+def start_in_processes(
+    argv: list[str], processes: int, log: Path, environment: dict[str, str] | None = None
+) -> list[Fork]:
+    """Like `train_in_processes`, without waiting for the end; returns the processes."""
+    port = free_port()
+    return [fork(_train_as_rank, argv, rank, processes, port, log, environment or {}) for rank in range(processes)]
 
 
 def _train_as_rank(

@@ -271,8 +271,8 @@ FAULTS = [
         (
             "optimizer.py",
             "the temperature's bound is not a logarithm",
-            "clamp_(max=math.log(model.config.logit_scale_max))",
-            "clamp_(max=model.config.logit_scale_max)",
+            "(model.logit_scale, math.log(model.config.logit_scale_max))",
+            "(model.logit_scale, model.config.logit_scale_max)",
             OPTIMIZER,
         ),
         (
