@@ -20,7 +20,8 @@ from tests.helpers.forks import start_in_processes, train_in_processes
 from tests.helpers.runs import ROOT, environment, flags, metrics_of, write_preset
 
 LAUNCH_FILE = "configuration/accelerate/deepspeed.yaml"
-ZERO_2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+ZERO = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+ZERO_2 = ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
 # The temperature reaches its bound, gradients are clipped, the last step of an epoch has an odd number of images.
 SETTINGS: dict[str, Any] = {
@@ -234,8 +235,7 @@ def test_killed_zero_3_run_resumes_as_without_deepspeed(folder: Path) -> None:
     # By default, ZeRO-3 does not spread parameters as small as these.
     zero = {"stage": 3, "stage3_param_persistence_threshold": 500, "reduce_bucket_size": "auto"}
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero, "gradient_clipping": "auto"}))
-    settings = ZERO_2 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "ds.json")}
-    settings.pop("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    settings = ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "ds.json")}
     output = kill_and_resume(folder, "killed", settings, arguments(folder, "killed", chunk_size=2))
     assert "steps 8 to 20 of 8 images on 2 x cpu, precision no, DeepSpeed ZeRO-3\n" in output
     assert_same_run(folder / "ddp", folder / "killed")
@@ -244,7 +244,7 @@ def test_killed_zero_3_run_resumes_as_without_deepspeed(folder: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("stage", ["1", "2"])
 def test_killed_run_of_lower_stage_resumes_too(folder: Path, stage: str) -> None:
-    zero = ZERO_2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
+    zero = ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
     output = kill_and_resume(folder, f"zero{stage}", zero, arguments(folder, f"zero{stage}", chunk_size=2))
     assert f"steps 8 to 20 of 8 images on 2 x cpu, precision no, DeepSpeed ZeRO-{stage}\n" in output
     assert_same_run(folder / "ddp", folder / f"zero{stage}")
