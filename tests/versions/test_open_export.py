@@ -29,6 +29,7 @@ MODELS: list[tuple[str, str, dict[str, Any]]] = [
     ("efficientnet", "bert", {}),
     ("convnext", "mpnet", {}),
     ("resnet", "modernbert", {}),
+    ("vit", "gpt2", {}),
 ]
 
 
