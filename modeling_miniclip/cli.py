@@ -210,11 +210,9 @@ def run_index(args: argparse.Namespace) -> None:
     print(f"{args.output}: {report.images} images; {done}; {report.seconds:.1f} s")
     if report.skipped or report.unlisted:
         total = report.images - report.kept + len(report.skipped)
-        kept = f" The {report.kept} images that were indexed from there before are kept." if report.kept else ""
-        raise DataError(
-            f"{describe_skipped(report.skipped, total, report.unlisted)}. Replace or delete such images, give access "
-            f"to such folders, and index again.{kept}"
-        )
+        text = f"{describe_skipped(report.skipped, total, report.unlisted)}; "
+        text += f"of the images indexed there before, {report.kept} are kept. " if report.kept else ""
+        raise DataError(f"{text}Replace or delete what cannot be read, or give access to it, and index again")
 
 
 def declare_search(parser: argparse.ArgumentParser) -> None:

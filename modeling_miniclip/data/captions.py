@@ -26,6 +26,7 @@ from .caption_files import (
 from .hub_datasets import load_from_hub
 from .image_files import BAD_FILES, bad_files, image_folder
 from .listing import walk_folders
+from .picture_formats import unreadable_format
 from .problems import OnProblem, raise_problem
 from .recognise import SOURCE_KINDS, TAR_ENDINGS, recognise_file
 from .splits import SPLITS, read_splits, split_by_image, split_of_folder
@@ -165,6 +166,8 @@ def _read_source(
     root = path.parent if path.is_file() else path
     images = read_caption_file(caption_file, partial(exact_columns, wanted=columns), on_problem)
     folder = Path(image_dir).expanduser() if image_dir is not None else image_folder(root, images)
+    if not is_utf8(folder.absolute()):
+        raise DataError(Problem("unusable", "its path is not UTF-8; rename the folder", name_of(folder)))
     if not folder.is_dir():
         text = "no such folder of images; name the right one with image_dir"
         raise DataError(Problem("unusable", text, str(folder)))
@@ -214,6 +217,8 @@ def _check_image_files(
         count = f"({len(names)} of {len(images)} images are {kind})"
         for name in names:
             entry = images[name]
+            if kind == "format" and (found := unreadable_format(os.path.join(folder, name))) is not None:
+                reason = f"is {found.reason}"
             text = f"image file {name!r} {reason} {count}"
             image = name if folder == bounds else Path(os.path.relpath(folder / name, bounds)).as_posix()
             on_problem(Problem(kind, text, entry.file, entry.rows[0], entry.column, image))

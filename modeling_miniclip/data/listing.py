@@ -40,8 +40,9 @@ def walk_folders(root: str | os.PathLike, on_problem: OnProblem) -> Iterator[Lis
 
     Args:
         root: folder to start with.
-        on_problem: function called with each folder that cannot be listed (kind `unlisted`) and each linked folder
-            that is not followed, because it was listed already or holds this one (kind `link`).
+        on_problem: function called with each folder that cannot be listed (kind `unlisted`), each linked folder that
+            is not followed, because it was listed already or holds this one (`link`), and each link that leads nowhere
+            (`dangling`; links to images are left to whoever reads them).
 
     Raises:
         OSError: `root` cannot be listed.
@@ -57,7 +58,7 @@ def walk_folders(root: str | os.PathLike, on_problem: OnProblem) -> Iterator[Lis
                 on_problem(Problem("link", "a link to a folder that is listed already; not followed", name_of(path)))
                 continue
             seen.add((info.st_dev, info.st_ino))
-            folder, folders, linked = _list_folder(path)
+            folder, folders, linked, dangling = _list_folder(path)
         except OSError as error:
             if path == os.fspath(root):
                 raise
@@ -65,6 +66,8 @@ def walk_folders(root: str | os.PathLike, on_problem: OnProblem) -> Iterator[Lis
                 text = f"this folder cannot be listed: {error.strerror or error}; check its permissions and its disk"
                 on_problem(Problem("unlisted", text, name_of(path)))
             continue
+        for link in dangling:
+            on_problem(Problem("dangling", "a link that leads nowhere", name_of(link)))
         for link in linked:
             if _holds(os.path.realpath(link), os.path.realpath(path)):
                 on_problem(Problem("link", "a link to a folder that holds it; not followed", name_of(link)))
@@ -74,20 +77,22 @@ def walk_folders(root: str | os.PathLike, on_problem: OnProblem) -> Iterator[Lis
         yield folder
 
 
-def _list_folder(path: str) -> tuple[ListedFolder, list[str], list[str]]:
-    """A folder, the paths of its subfolders, and those of its links to folders, without what is hidden."""
-    files, folders, links = [], [], []
+def _list_folder(path: str) -> tuple[ListedFolder, list[str], list[str], list[str]]:
+    """A folder; the paths of its subfolders, links to folders, and links to nothing. What is hidden is left out."""
+    files, folders, links, dangling = [], [], [], []
     with os.scandir(path) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if is_hidden(entry.name):
                 continue
             if not _is_folder(entry):
                 files.append(entry.name)
+                if entry.is_symlink() and not is_picture_file(entry.name) and not os.path.exists(entry.path):
+                    dangling.append(entry.path)  # to a folder that was there before, perhaps
             elif entry.is_symlink():
                 links.append(entry.path)
             else:
                 folders.append(entry.path)
-    return ListedFolder(path, files), folders, links
+    return ListedFolder(path, files), folders, links, dangling
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -107,7 +112,7 @@ def subfolders(folder: str | os.PathLike) -> list[str]:
     Raises:
         OSError: the folder cannot be listed.
     """
-    with os.scandir(folder) as entries:
+    with os.scandir(os.fspath(folder)) as entries:
         return sorted(entry.name for entry in entries if not is_hidden(entry.name) and _is_folder(entry))
 
 

@@ -181,13 +181,13 @@ def decode_row(image: Mapping[str, Any], name: str = "") -> Image.Image:
     """
     from ..processing_miniclip import to_rgb
 
-    content, path = image.get("bytes"), image.get("path")
-    if content is None and path and not os.path.isfile(path) and "://" in path:  # in an archive or on the Hub
+    content, path = image.get("bytes"), str(image.get("path") or "")
+    if content is None and "://" in path and not os.path.isfile(path):  # in an archive or on the Hub
         from datasets.utils.file_utils import xopen
 
         with xopen(path, "rb") as file:
             content = file.read()
-    return to_rgb(decode_picture(path if content is None else content), name or path or "")
+    return to_rgb(decode_picture(path if content is None else content), name or path)
 
 
 def _register(module: str) -> bool:

@@ -22,6 +22,7 @@ KINDS = {
     "outside": "images outside the folder of images",
     "unlisted": "folders that cannot be listed",
     "link": "links to folders that are not followed",
+    "dangling": "links that lead nowhere",
     "missing": "missing image files",
     "unreadable": "image files that cannot be read",
     "empty": "empty image files",
@@ -36,7 +37,7 @@ KINDS = {
 }
 
 # Problems that do no harm: what they are about is used, or is used elsewhere. `miniclip check` names them.
-HARMLESS = frozenset({"link", "metadata"})
+HARMLESS = frozenset({"link", "dangling", "metadata"})
 
 # Called with each problem. If it returns, the reader skips the row and goes on.
 OnProblem = Callable[[Problem], Any]

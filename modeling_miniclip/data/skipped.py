@@ -26,7 +26,8 @@ def describe_skipped(skipped: Mapping[str, str], total: int, folders: Mapping[st
     counts = Counter(each for reason in skipped.values() for each in FORMATS if each.reason in reason)
     parts += [f"{count} of them {each.name} ({each.hint})" for each, count in counts.most_common()]
     if folders:
-        parts.append(f"{len(folders)} folders could not be listed: {_first(folders)}")
+        plural = "folder" if len(folders) == 1 else "folders"
+        parts.append(f"{len(folders)} {plural} could not be listed: {_first(folders)}")
     return "; ".join(parts)
 
 

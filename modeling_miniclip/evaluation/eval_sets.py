@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from datasets import Image as UndecodedImage
 from PIL import Image
 from torch import Tensor
@@ -89,7 +90,7 @@ class EvalSet:
             unreadable: rows of these images, with the reason.
         """
         rows = [row for row in range(len(self.image_ids)) if row not in unreadable]
-        images = [self.images[row] for row in rows] if isinstance(self.images, list) else self.images.select(rows)
+        images = self.images.select(rows) if isinstance(self.images, Dataset) else [self.images[row] for row in rows]
         text_rows = self.kept_texts(unreadable).nonzero().flatten().tolist()
         image_group, text_group = self.image_group[rows], self.text_group[text_rows]
         if not self.is_classification:  # the number of a group is the row of its image

@@ -163,7 +163,7 @@ def update_index(
             listed = _encode_share(encoding, plan.sources_to_scan, columns, processes, progress, problems.append)
             report, unreachable = gather_reports(encoding)
             if processes.is_main_process:
-                _add_problems(report, problems)
+                _add_problems(plan, report, problems)
                 _merge(plan, listed, report, unreachable)
         if processes.is_main_process:
             discard_folder(plan.shards)
@@ -341,10 +341,15 @@ def gather_reports(encoding: Encoding) -> tuple[Report, set[str]]:
     return Report(encoded=sum(encoded for encoded, *_ in parts), skipped=skipped), unreachable
 
 
-def _add_problems(report: Report, problems: list[Problem]) -> None:
+def _add_problems(plan: _Plan, report: Report, problems: list[Problem]) -> None:
     """Add what the walk through the sources left out to a report, and print it."""
+    known = plan.existing.entries["id"].to_pylist() if plan.existing and problems else []
     for problem in problems:
-        if problem.kind in HARMLESS:
+        inside = os.path.join(problem.file, "")
+        if problem.kind == "dangling" and any(name.startswith(inside) for name in known):
+            report.unlisted[problem.file] = problem.text  # it led to a folder of images, perhaps on another disk
+            print(printable(f"skipped: {problem}"), file=sys.stderr)
+        elif problem.kind in HARMLESS:
             print(printable(f"warning: {problem}"), file=sys.stderr)
         else:
             (report.unlisted if problem.kind == "unlisted" else report.skipped)[problem.file] = problem.text
@@ -360,7 +365,7 @@ def _merge(plan: _Plan, listed: list[ListedImage], report: Report, unreachable: 
             f"{len(lost)} of {len(new)} images are not in {plan.shards}, the first {lost[0]}: all processes must see "
             "this folder on a shared file system; run the same command again there"
         )
-    kept_rows = _kept_rows(plan, {image.id for image in new}, report, unreachable)
+    kept_rows = _kept_rows(plan, new, report, unreachable)
     places = [*((0, row) for row in kept_rows), *(pool.by_id[image.id] for image in new)]
     if not places:
         raise DataError(
@@ -380,10 +385,11 @@ def _merge(plan: _Plan, listed: list[ListedImage], report: Report, unreachable: 
     report.dropped = sum(name not in ids for name in old_ids)
 
 
-def _kept_rows(plan: _Plan, new_ids: set[str], report: Report, unreachable: set[str]) -> list[int]:
+def _kept_rows(plan: _Plan, new: list[ListedImage], report: Report, unreachable: set[str]) -> list[int]:
     """Rows of the existing index that stay, unless listed again; those that could not be reached are counted.
 
-    These are the images of sources that were not scanned, and those whose folder or file could not be reached.
+    These are the images of sources that were not scanned, those whose folder or file could not be reached, and those
+    of sources of which not a single image can be read.
 
     Raises:
         DataError: everything is overwritten, and images could not be reached.
@@ -391,6 +397,7 @@ def _kept_rows(plan: _Plan, new_ids: set[str], report: Report, unreachable: set[
     if plan.existing is None:
         return []
     folders = tuple(os.path.join(name, "") for name in report.unlisted)
+    new_ids, alive = {image.id for image in new}, {image.source for image in new}
     rows = []
     pairs = zip(*(plan.existing.entries[name].to_pylist() for name in ("source", "id")), strict=True)
     for row, (source, name) in enumerate(pairs):
@@ -398,7 +405,9 @@ def _kept_rows(plan: _Plan, new_ids: set[str], report: Report, unreachable: set[
             continue
         if source in plan.sources_kept:
             rows.append(row)
-        elif source in plan.sources_to_scan and (name in unreachable or name.startswith(folders)):
+        elif source in plan.sources_to_scan and (
+            name in unreachable or name.startswith(folders) or source not in alive
+        ):
             rows.append(row)
             report.kept += 1
     if plan.overwrite and report.kept:

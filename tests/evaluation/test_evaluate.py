@@ -235,7 +235,7 @@ def test_skipped_formats_and_folders_are_reported(
     assert list(data.skipped) == [str(class_folders / "sky" / "c.nef")]
     assert list(data.unlisted) == [str(class_folders / "wood" / "deep")]
     report = evaluate_model(str(models / "mine"), data, templates="{}")
-    assert report["warning"].startswith("1 of 8 images could not be read") and "1 folders" in report["warning"]
+    assert report["warning"].startswith("1 of 8 images could not be read") and "1 folder could" in report["warning"]
     unlistable(monkeypatch, class_folders / "sky")
     with pytest.raises(DataError, match="sky: cannot be read: Permission denied"):
         load_eval_set(str(class_folders))

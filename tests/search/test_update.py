@@ -190,8 +190,8 @@ def test_unlistable_folder_keeps_its_images(
         assert cli(argv) == 1
         printed = capsys.readouterr()
         assert "5 images; 1 encoded, 2 reused, 1 dropped" in printed.out
-        assert f"1 folders could not be listed: {photos / 'b'}." in printed.err
-        assert "The 2 images that were indexed from there before are kept." in printed.err
+        assert f"1 folder could not be listed: {photos / 'b'}; " in printed.err
+        assert "; of the images indexed there before, 2 are kept. " in printed.err
         index = ImageIndex.open(tmp_path / "index")
         assert {os.path.relpath(name, photos) for name in ids(index)} == {
             "a/1.png", "a/2.png", "a/6.png", "b/3.png", "b/c/4.png"
@@ -221,7 +221,7 @@ def test_permissions_of_the_system_keep_images(tmp_path: Path, model: Path) -> N
         done = subprocess.run(line, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300)
     finally:
         (tmp_path / "photos" / "b").chmod(0o755)
-    assert done.returncode == 1 and "1 folders could not be listed" in done.stderr, done.stderr
+    assert done.returncode == 1 and "1 folder could not be listed" in done.stderr, done.stderr
     assert len(ImageIndex.open(tmp_path / "index")) == 2
 
 
@@ -343,6 +343,28 @@ def test_linked_folders_are_indexed_once(tmp_path: Path, model: Path, capsys: py
     names = [os.path.relpath(name, tmp_path / "photos") for name in ids(ImageIndex.open(tmp_path / "index"))]
     assert names == ["a.png", "album/b.png", "album/c.png"]
     assert "album/back: a link to a folder that is listed already; not followed" in capsys.readouterr().err
+
+
+def test_images_behind_a_broken_link_stay(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pictures(tmp_path, "photos/a.png disk/b.png")
+    (tmp_path / "photos" / "album").symlink_to("../disk")
+    (tmp_path / "photos" / "notes").symlink_to("nothing")
+    argv = ["index", str(model), str(tmp_path / "photos"), "-o", str(tmp_path / "index")]
+    assert cli(argv) == 0 and "warning: " in capsys.readouterr().err
+    (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    assert cli(argv) == 1
+    printed = capsys.readouterr()
+    assert "2 images; 0 encoded, 1 reused, 0 dropped" in printed.out
+    assert f"1 folder could not be listed: {tmp_path / 'photos' / 'album'}; of the images" in printed.err
+
+
+def test_source_without_a_readable_image_drops_nothing(tmp_path: Path, model: Path) -> None:
+    write_pictures(tmp_path, "photos/a.png set/pictures/b.png set/pictures/c.png")
+    (tmp_path / "set" / "list.csv").write_text("image\npictures/b.png\npictures/c.png\n")
+    update_index(tmp_path / "index", [tmp_path / "photos", tmp_path / "set" / "list.csv"], model, progress=False)
+    (tmp_path / "set" / "pictures").rename(tmp_path / "elsewhere")  # like a disk that is not mounted
+    report = update_index(tmp_path / "index", progress=False)
+    assert (report.images, report.kept, report.dropped, len(report.skipped)) == (3, 2, 0, 2)
 
 
 @pytest.mark.filterwarnings("ignore")
