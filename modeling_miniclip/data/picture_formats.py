@@ -187,6 +187,8 @@ def decode_row(image: Mapping[str, Any], name: str = "") -> Image.Image:
 
         with xopen(path, "rb") as file:
             content = file.read()
+    if content is None and not path:
+        raise UnidentifiedImageError("this row has no image")
     return to_rgb(decode_picture(path if content is None else content), name or path)
 
 

@@ -17,6 +17,7 @@ APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X"
 FOLDERS = st.sampled_from([b"a", b"b", b"album", b"train", b"__MACOSX", b".cache"]) | PATHS.filter(
     lambda name: name not in (b".", b"..")
 )
+OUTSIDE = b"/outside"
 SUFFIXES = (b".png", b".JPG", b".jpeg", b".heic", b".cr2", b".txt", b".pdf", b"")
 PICTURES = frozenset({b".png", b".jpg", b".jpeg", b".heic", b".cr2"})  # what is in the file does not matter
 
@@ -35,7 +36,8 @@ class Tree:
 
     Args:
         files: content of each file, by its path.
-        links: target of each link to a folder, by the path of the link.
+        links: target of each link to a folder, by the path of the link; `OUTSIDE` is a folder next to the tree, with
+            one picture.
         closed: folders that cannot be listed.
     """
 
@@ -51,7 +53,20 @@ class Tree:
             with open(path, "wb") as file:
                 file.write(content)
         for link, target in self.links.items():
-            os.symlink(os.path.join(os.fsencode(root), target), os.path.join(os.fsencode(root), link))
+            if target == OUTSIDE:
+                self.outside(root).mkdir()
+                (self.outside(root) / "far.png").write_bytes(picture(200))
+            there = self.outside(root) if target == OUTSIDE else os.path.join(os.fsencode(root), target)
+            os.symlink(os.fsencode(there), os.path.join(os.fsencode(root), link))
+
+    def outside(self, root: Path) -> Path:
+        """The folder next to the tree."""
+        return root.with_name(f"{root.name}.outside")
+
+    def readable(self, root: Path) -> set[bytes]:
+        """Real paths, relative to the tree's folder, of the pictures that can be read."""
+        far = {os.fsencode(os.path.relpath(self.outside(root) / "far.png", root))}
+        return self.good | (far if OUTSIDE in self.links.values() else set())
 
     def visible(self, name: bytes) -> bool:
         """Whether no part of a path is hidden."""
@@ -96,7 +111,7 @@ def trees(draw: Any, folders: st.SearchStrategy[list[bytes]] | None = None) -> T
     files = {name: content for name, content in files.items() if name not in occupied}
     linkable = sorted({os.path.dirname(name) for name in files})
     links = draw(st.dictionaries(st.builds(os.path.join, st.sampled_from(given), st.just(b"link")),
-                                 st.sampled_from(linkable), max_size=1))  # fmt: skip
+                                 st.sampled_from([*linkable, OUTSIDE]), max_size=1))  # fmt: skip
     inner = sorted(occupied - {b"", *given})
     closed = draw(st.sets(st.sampled_from(inner), max_size=2)) if inner else ()
     return Tree(files, links, frozenset(closed))
