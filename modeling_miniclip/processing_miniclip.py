@@ -352,7 +352,7 @@ def _leaves(images: Any) -> list[Any]:
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
-def _prepared(image: Any, pil: bool, whole: bool, channels: str | None, scaled: bool) -> Any:
+def _for_image_processor(image: Any, pil: bool, whole: bool, channels: str | None, scaled: bool) -> Any:
     # An RGB image for the image processor. For values that are scaled already, what the image processor accepts.
     if isinstance(image, np.ndarray | torch.Tensor) and scaled:
         return _checked_scaled(image, pil)
@@ -628,7 +628,7 @@ class MiniClipProcessor(ProcessorMixin):
         pil = getattr(self.image_processor, "backend", "pil") == "pil"
         channels = given.get("input_data_format")
         prepared = [
-            _prepared(leaf, pil, whole, channels and str(getattr(channels, "value", channels)), scaled)
+            _for_image_processor(leaf, pil, whole, channels and str(getattr(channels, "value", channels)), scaled)
             for leaf in leaves
         ]
         if not scaled and channels:  # from now on all images have one layout
