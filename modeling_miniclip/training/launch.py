@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UsageError
-from .launch_settings import NO_FP8, find_setting
+from .launch_settings import NO_FP8, ONLY_FSDP_1, find_setting
 
 # Values that ask for nothing.
 NEUTRAL = frozenset(("", "none", "no", "false", "0", "[]", "{}", "default"))
@@ -134,6 +134,8 @@ class Launch:
             )
         if "use_fsdp" in self.settings and self.value("fsdp_version") != "2":
             raise UsageError(f"{self.settings['use_fsdp'].place}: only version 2 is supported; add --fsdp_version 2")
+        if "use_fsdp" in self.settings and "dynamo_backend" in self.settings:
+            raise UsageError(f"{self.settings['dynamo_backend'].place} does not work with FSDP; leave it out")
         backend = self.value("dynamo_backend")
         if backend is not None and backend not in known_backends():
             raise UsageError(
@@ -279,5 +281,5 @@ def _read_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, Ask
         for prefix in PREFIXES:
             if name is None and variable.startswith(prefix) and find_setting(variable[len(prefix) :].lower()):
                 name = variable[len(prefix) :].lower()
-        if name is not None:
+        if name is not None and name not in ONLY_FSDP_1.split():  # the launcher sets these whatever it was given
             yield name, Asked(value, f"{variable}={value}")

@@ -31,6 +31,9 @@ NO_FP8 = "use --mixed_precision bf16"
 NO_MODEL_PARALLEL = "use FSDP (--config_file configuration/accelerate/fsdp.yaml) for towers that do not fit on one GPU"
 NO_TPU = "start it on GPUs or CPUs"
 
+# Options that version 2 of FSDP ignores.
+ONLY_FSDP_1 = "fsdp_sharding_strategy fsdp_backward_prefetch fsdp_forward_prefetch fsdp_use_orig_params"
+
 SETTINGS = (
     Setting("mixed_precision", "used, unless `--mixed_precision` of the training script says otherwise; not fp8"),
     Setting("cpu", "used (`use_cpu` in a launch file), also where there are GPUs"),
@@ -42,7 +45,8 @@ SETTINGS = (
     Setting("config_file quiet module no_python debug training_script training_script_args", "used by the launcher"),
     Setting("num_cpu_threads_per_process enable_cpu_affinity", "used"),
     Setting("main_training_function", "only for TPUs, without effect here"),
-    Setting("dynamo_backend", "used: compiles the whole model; `--compile_towers` compiles the towers only"),
+    Setting("dynamo_backend", "used, but not with FSDP: compiles the whole model; `--compile_towers` compiles the "
+            "towers only"),
     Setting("dynamo_mode dynamo_use_fullgraph dynamo_use_dynamic", "used with `--dynamo_backend`",
             needs="dynamo_backend"),
     Setting("dynamo_use_regional_compilation", "error", "use --compile_towers of the training script"),
@@ -51,8 +55,7 @@ SETTINGS = (
     Setting("fsdp_auto_wrap_policy fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params fsdp_reshard_after_forward "
             "fsdp_state_dict_type fsdp_offload_params fsdp_cpu_ram_efficient_loading fsdp_sync_module_states",
             "used with `--use_fsdp`", needs="use_fsdp"),
-    Setting("fsdp_sharding_strategy fsdp_backward_prefetch fsdp_forward_prefetch fsdp_use_orig_params",
-            "only for version 1 of FSDP, without effect", needs="use_fsdp"),
+    Setting(ONLY_FSDP_1, "error", "it belongs to version 1 of FSDP; use fsdp_reshard_after_forward"),
     Setting("fsdp_activation_checkpointing fsdp_activation_checkpointing_offload", "error",
             "use --chunk_size of the training script to compute a large batch in little memory"),
     Setting("use_deepspeed", "used; an error on CPUs without `DS_ACCELERATOR=cpu`"),

@@ -156,6 +156,8 @@ def test_half_precision_on_a_cpu_is_an_error() -> None:
         ("--zero_stage 3", "--zero_stage 3 has no effect without --use_deepspeed"),
         ("--use_fsdp", "--use_fsdp: only version 2 is supported; add --fsdp_version 2"),
         ("--use_fsdp --fsdp_version 2 --fsdp_activation_checkpointing true", "use --chunk_size"),
+        ("--use_fsdp --fsdp_version 2 --fsdp_forward_prefetch true", "--fsdp_forward_prefetch true is not supported"),
+        ("--use_fsdp --fsdp_version 2 --dynamo_backend eager", "--dynamo_backend eager does not work with FSDP"),
         ("--fsdp_offload_params true", "--fsdp_offload_params true has no effect without --use_fsdp"),
         ("--dynamo_backend eager --dynamo_use_dynamic --multi_gpu --num_cpu_threads_per_process 1", ""),
         ("--use_fsdp --fsdp_version 2 --fsdp_offload_params true", ""),
@@ -182,6 +184,11 @@ def test_fully_sharded_training_on_cpus_is_an_error() -> None:
     fsdp = launched(f"--config_file {ACCELERATE_FILES / 'fsdp.yaml'}", processes=2)
     assert checked(fsdp, on_cpu=False) == ""
     assert "FSDP needs GPUs" in checked(fsdp, on_cpu=True)
+
+
+def test_defaults_in_the_environment_of_fully_sharded_training_are_no_errors() -> None:
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
+    assert checked(read_launch(variables), on_cpu=False) == ""
 
 
 def test_launch_files_of_accelerate_config_can_be_used(tmp_path: Path) -> None:
