@@ -120,10 +120,11 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
     fingerprint = setup.fingerprint_data(splits, checkpoint, arguments, accelerator)
     model, processor = setup.build_model(splits, arguments, accelerator)
     setup.fingerprint_model(fingerprint, model, processor, checkpoint, arguments, accelerator)
+    evidence = setup.probe_captions(splits, model, processor, arguments, accelerator)
     features = setup.compute_frozen_features(model, processor, splits, arguments, accelerator)  # may take minutes
     loaders = setup.build_loaders(splits, features, processor, arguments, accelerator)
 
-    run = setup.build_run(model, processor, splits, features, loaders, arguments, accelerator, fingerprint)
+    run = setup.build_run(model, processor, splits, features, loaders, arguments, accelerator, fingerprint, evidence)
     setup.start_or_resume(run, checkpoint)
     return run
 
@@ -334,6 +335,8 @@ def finish(run: TrainingRun) -> Path:
     draw_retrieval(run, exported, run.output_dir / "retrieval.png")
     run.say(f"best {run.arguments.best_metric} {run.progress.best_value:.4g} at step {run.progress.best_step}")
     run.say(f"model: {run.export_dir}")
+    if doubt := run.diagnosis.doubt():
+        run.say(doubt)
     if run.arguments.push_to_hub:
         push_export(run)
     return run.export_dir

@@ -30,6 +30,7 @@ checkpoints.py: save, find and delete checkpoints
 output_dir.py: lock, check and empty the output folder
 signals.py: save and exit at Ctrl-C and SIGTERM
 reporting.py: log lines, metrics.jsonl, throughput
+caption_probe.py: do captions belong to their images?
 diagnostics.py: warn about a run that does not learn
 figures.py: curves and retrieved images
 overfit.py: `--overfit_batch`: can the model learn one batch?

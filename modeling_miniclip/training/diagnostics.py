@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from ..errors import MiniClipError
 from ..evaluation.metrics import ranks
+from .caption_probe import CaptionEvidence
 
 # Steps after the warm-up before the first warning: until then a good model may look like one that learns nothing.
 PATIENCE = 100
@@ -22,6 +23,7 @@ MOST_ROWS = 2000  # validation images to look at, for a second or two
 # on photographs its z is about 2 for 200 images and 14 for 1,000 (see `linear_alignment_z`).
 FEWEST_ROWS, ENOUGH_ROWS = 64, 500
 CLEAR = 3.0  # standard deviations above chance that are no accident
+NO_EVIDENCE = CaptionEvidence()
 
 
 def chance_loss(images: float, texts: float, loss_type: str) -> float:
@@ -118,7 +120,11 @@ def diagnose_collapse(image_embeds: Tensor, text_embeds: Tensor, has_learned: bo
 
 
 def diagnose_captions(
-    image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor, share: float | None
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    text_image_id: Tensor,
+    share: float | None,
+    evidence: CaptionEvidence = NO_EVIDENCE,
 ) -> str | None:
     """A warning if unseen images fit their own captions no better than shuffled ones, else None.
 
@@ -131,21 +137,22 @@ def diagnose_captions(
         text_embeds: `[N, dim]`, unit norm, texts of the split.
         text_image_id: `[N]`, row of each text's image.
         share: last training loss divided by its [`chance_loss`]; None if unknown.
+        evidence: what the probe of the captions found before the run.
     """
     images = len(image_embeds)
     if images < FEWEST_ROWS or above_chance(text_embeds, image_embeds, text_image_id) > CLEAR:
         return None
     learned = share is not None and share < 0.9
-    z = linear_alignment_z(image_embeds, text_embeds, text_image_id)
+    z = evidence.z if evidence.related else linear_alignment_z(image_embeds, text_embeds, text_image_id)
     if z > CLEAR:
         if share is None or share < 0.98:
             return None
         return (
-            f"the model finds no image by its caption, but the captions do fit the images (a linear map shows it, "
-            f"z = {z:.1f}): likely not the data but the learning rates are wrong; divide them by ten"
+            f"the model finds no image by its caption, but the captions do fit the images (z = {z:.1f}): "
+            "likely not the data but the learning rates are wrong; divide them by ten"
         )
-    if images < ENOUGH_ROWS and not learned:
-        return None
+    if evidence.enough or evidence.z > CLEAR / 2 or (images < ENOUGH_ROWS and not learned):
+        return None  # it was said before the run, or it is not certain
     return (
         f"{images} validation images fit their own captions no better than shuffled ones (z = {z:.1f})"
         f"{' although the training loss fell' if learned else ''}: likely captions are unrelated to their images; "
@@ -233,11 +240,20 @@ class Diagnosis:
         largest_scale: upper bound of the inverse temperature.
         has_softmax: whether the loss is a softmax loss. The sigmoid loss can start anywhere, and may pass that of
             guessing while it falls.
+        evidence: what the probe of the captions found before the run.
     """
 
-    def __init__(self, warn: Callable[[str], None], warmup_steps: int, largest_scale: float, has_softmax: bool = True):
+    def __init__(
+        self,
+        warn: Callable[[str], None],
+        warmup_steps: int,
+        largest_scale: float,
+        has_softmax: bool = True,
+        evidence: CaptionEvidence = NO_EVIDENCE,
+    ):
         self.warn, self.first_step, self.largest_scale = warn, warmup_steps + PATIENCE, largest_scale
-        self.has_softmax = has_softmax
+        self.has_softmax, self.evidence = has_softmax, evidence
+        self.finds_images = evidence.related  # whether anything shows that captions belong to their images
         self.reported: set[str] = set()
         self.windows: deque[tuple[int, float, float]] = deque()
         self.first: dict[str, float] | None = None
@@ -276,7 +292,18 @@ class Diagnosis:
         if step >= self.first_step:
             self._report("collapse", diagnose_collapse(images, text_embeds[keep], self.has_learned))
         share = self.share if step >= self.first_step else None
-        self._report("captions", diagnose_captions(images, text_embeds[keep], text_image_id[keep], share))
+        rows = images, text_embeds[keep], text_image_id[keep]
+        self._report("captions", diagnose_captions(*rows, share, self.evidence))
+        self.finds_images = self.finds_images or above_chance(rows[1], rows[0], rows[2]) > CLEAR
+
+    def doubt(self) -> str | None:
+        """What to say at the end if nothing showed whether the captions belong to their images; else None."""
+        if self.finds_images or self.evidence.enough or "captions" in self.reported:
+            return None
+        return (
+            f"{self.evidence.images} images are too few to see whether captions belong to their images: look at "
+            "retrieval.png"
+        )
 
     def _report(self, kind: str, line: str | None) -> None:
         if line is not None and kind not in self.reported:

@@ -28,8 +28,10 @@ from ..utils.performance import (
     to_channels_last,
 )
 from ..utils.processes import process_rank
+from . import caption_probe
 from .arguments import TrainingArguments
 from .bad_images import BadImages
+from .caption_probe import CaptionEvidence
 from .changes import check_data, check_flags, check_model
 from .check_arguments import augmentation_list
 from .checkpoints import (
@@ -42,7 +44,7 @@ from .checkpoints import (
 )
 from .create_model import create_model
 from .deepspeed import before_joining, check_deepspeed, complete_config, is_deepspeed, prepare_engine
-from .diagnostics import Diagnosis
+from .diagnostics import NO_EVIDENCE, Diagnosis
 from .distributed import check_on_main
 from .ema import AveragedWeights
 from .feature_cache import default_cache_dir
@@ -306,6 +308,27 @@ def caption_rows(
     )
 
 
+def probe_captions(
+    splits: DatasetDict,
+    model: MiniClipModel,
+    processor: MiniClipProcessor,
+    arguments: TrainingArguments,
+    accelerator: Accelerator,
+) -> CaptionEvidence:
+    """Look whether captions belong to their images, on rank 0, and warn if they do not."""
+    found = [CaptionEvidence()]
+
+    def probe() -> None:
+        found.append(
+            caption_probe.probe_captions(splits, model, processor, accelerator.device, arguments.preset is None)
+        )
+
+    check_on_main(probe, accelerator.is_main_process)
+    if line := found[-1].warning():
+        say(accelerator, f"warning: {line}")
+    return found[-1]
+
+
 def build_loaders(
     splits: DatasetDict,
     features: dict[str, FrozenFeatures],
@@ -338,6 +361,7 @@ def build_run(
     arguments: TrainingArguments,
     accelerator: Accelerator,
     fingerprint: Fingerprint | None = None,
+    evidence: CaptionEvidence = NO_EVIDENCE,
 ) -> TrainingRun:
     """Build optimizer and schedule, and the state of a run at its start."""
 
@@ -379,6 +403,7 @@ def build_run(
             arguments.warmup_steps,
             unwrapped_model.config.logit_scale_max,
             has_softmax=unwrapped_model.config.loss_type != "sigmoid",
+            evidence=evidence,
         ),
         bad_images=BadImages(
             split_sizes(splits), arguments.max_bad_image_fraction, warn, accelerator.device, remember
