@@ -79,7 +79,9 @@ def probe_captions(
     parts = [splits[name].select_columns(["image", "image_id", "captions"]) for name in ("train", "validation")]
     places = torch.randperm(sum(map(len, parts)), generator=torch.Generator().manual_seed(0)).tolist()
     enough_images = ENOUGH_PRETRAINED if is_pretrained else ENOUGH
-    evidence = CaptionEvidence()
+    evidence = CaptionEvidence(images=len(places))
+    if len(places) < ENOUGH_PRETRAINED:  # too few for any verdict
+        return evidence
     for count in (FIRST, MOST):
         rows = CaptionRows(concatenate_datasets(parts).select(places[:count]), processor)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling takes longer than a few batches
