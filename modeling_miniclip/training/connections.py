@@ -83,18 +83,26 @@ def shared_store() -> dist.Store:
         ) from error
 
 
-def listen(store: dist.Store) -> tuple[socket.socket, str]:
+def listen(store: dist.Store, one_machine: bool) -> tuple[socket.socket, str]:
     """In process 0: open a port for the others and publish its address.
+
+    Args:
+        store: the shared store.
+        one_machine: whether all processes are on this machine; then others cannot reach the port.
 
     Returns:
         The socket, and a secret that the others get from the store.
     """
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    listener = socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=1024)
+    if one_machine:
+        hosts = ["127.0.0.1"]
+        listener = socket.create_server((hosts[0], 0), backlog=1024)
+    else:
+        hosts, both = _own_addresses(), socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        listener = socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=1024)
     listener.setblocking(False)
     token = secrets.token_hex()
-    address = {"hosts": _own_addresses(), "port": listener.getsockname()[1], "token": token}
+    address = {"hosts": hosts, "port": listener.getsockname()[1], "token": token}
     store.set(KEY, json.dumps(address))
     return listener, token
 

@@ -78,7 +78,7 @@ class Heartbeat:
         store = shared_store()
         self._joined_by = time.monotonic() + JOIN
         if self.rank == 0:
-            self._listener, self._token = listen(store)
+            self._listener, self._token = listen(store, one_machine=not me["place"])
         else:
             connection, self._token = connect(store, me)
             self._connections, self._members[0] = [connection], connection.member or {}
