@@ -74,7 +74,7 @@ def environment_of_process(words: list[str]) -> dict[str, str]:
 def trained_gradient(launch: Launch, own: str | None) -> tuple[str, list[str], torch.Tensor]:
     """Precision, names of the weights, and gradient of a step of a tiny model, as a run takes it."""
     launch.check(launch.on_cpu or not torch.accelerator.is_available(), own)
-    accelerator = build_accelerator(TrainingArguments(mixed_precision=own), launch)
+    accelerator = build_accelerator(TrainingArguments(mixed_precision=cast(Any, own)), launch)
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 1)
     prepared = accelerator.prepare(model)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_wrong_export_ends_the_run_with_an_error(tmp_path: Path, monkeypatch: py
 
 def test_resumed_run_checks_the_export_of_its_first_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is exported after the first epoch, so that what its export embeds comes from the checkpoint."""
-    run = {"num_train_epochs": 2, "max_steps": 4}
+    run: dict[str, Any] = {"num_train_epochs": 2, "max_steps": 4}
     monkeypatch.setattr("train_miniclip.is_better", lambda metric, value, best: best is None)
     main(flags(tmp_path, **run))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
