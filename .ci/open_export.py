@@ -91,4 +91,4 @@ if __name__ == "__main__":
     output, *sources = sys.argv[1:]
     found = {f"{i}/{name}": value for i, source in enumerate(sources) for name, value in outputs_of(source).items()}
     assert "modeling_miniclip" not in sys.modules  # the code came from the exports
-    np.savez(output, **found)
+    np.savez(output, **found)  # type: ignore[arg-type]

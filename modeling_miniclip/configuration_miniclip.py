@@ -127,8 +127,8 @@ class MiniClipConfig(PretrainedConfig):
         self.projection_depth = projection_depth
         self.projection_dropout = projection_dropout
         self.loss_type = loss_type
-        if logit_scale_init_value is None and isinstance(loss_type, str):
-            logit_scale_init_value = LOSS_TYPES.get(loss_type)
+        if logit_scale_init_value is None:
+            logit_scale_init_value = LOSS_TYPES.get(str(loss_type), 0.0)  # another loss is reported below
         self.logit_scale_init_value = logit_scale_init_value
         self.logit_bias_init_value = logit_bias_init_value
         self.logit_scale_max = logit_scale_max

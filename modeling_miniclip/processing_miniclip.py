@@ -415,7 +415,7 @@ def _forget_last_call(tokenizer: PreTrainedTokenizerBase) -> None:
 TEXT_DEFAULTS: dict[str, Any] = {"padding": True, "truncation": True}
 
 
-class MiniClipProcessorKwargs(ProcessingKwargs, total=False):
+class MiniClipProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Where transformers before 5.23 looks for defaults."""
 
     _defaults = {"text_kwargs": TEXT_DEFAULTS}
