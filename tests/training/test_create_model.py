@@ -32,7 +32,6 @@ from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.create_model import create_model, read_preset, set_dropout, train_tokenizer
 from modeling_miniclip.training.parsing import parse_arguments
 from modeling_miniclip.training.try_towers import try_towers
-from tests.helpers.hubs import local_hub, run
 from tests.helpers.runs import ROOT, environment, write_preset
 from tests.helpers.towers import (
     CAPTIONS,
@@ -256,32 +255,6 @@ def test_unsupported_declared_pooling_is_named(
     assert (
         build(vision_model=towers["vision_model"], text_model=text, text_pooling="cls")[0].config.text_pooling == "cls"
     )
-
-
-PUSHED = """
-import sys
-from huggingface_hub import HfApi
-from modeling_miniclip.configuration_miniclip import declared_pooling
-if len(sys.argv) > 1:
-    api = HfApi()
-    api.create_repo("test-user/sentences")
-    api.upload_folder(folder_path=sys.argv[1], repo_id="test-user/sentences")
-print("FOUND", declared_pooling("test-user/sentences"))
-"""
-
-
-@pytest.mark.slow
-def test_pooling_declared_on_the_hub_is_read_offline_too(tmp_path: Path) -> None:
-    (tmp_path / "text").mkdir()
-    declare(str(tmp_path / "text"), {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True})
-    with local_hub(tmp_path / "server", tokens=("hf_test=test-user",)) as hub:
-        env = {**hub.client_env(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-        done = run(
-            PUSHED.replace(', declared_pooling("test-user/none")', ", None"), tmp_path, str(tmp_path / "text"), **env
-        )
-    assert "FOUND last None" in done.stdout, done.stderr[-3000:]
-    offline = run(PUSHED, tmp_path, **env | {"HF_HUB_OFFLINE": "1"})
-    assert "FOUND last None" in offline.stdout, offline.stderr[-3000:]
 
 
 # --- towers tried before any work ------------------------------------------------------------------------------------
