@@ -636,7 +636,7 @@ def test_wrong_input_raises_like_processor_mixin():
     processor = tiny_processor()
     with pytest.raises(ValueError, match="at least one input to call MiniClipProcessor"):
         processor()
-    with pytest.raises(ValueError, match="string or list of strings"):
+    with pytest.raises(ValueError, match="string or list of strings|must be of type `str`"):
         processor(text=[1, 2])
     assert processor.batch_decode(processor(text=["a dog"])["input_ids"], skip_special_tokens=True) == ["a dog"]
     assert set(processor.model_input_names) == {"pixel_values", "input_ids", "attention_mask"}

@@ -2,9 +2,9 @@
 
 import hashlib
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import fsspec
 import numpy as np
 
 from ..errors import DataError, Problem, one_line
@@ -191,6 +191,9 @@ def _image_keys(rows: "Dataset", image_column: str, where: str, split: str) -> t
     undecoded = rows.select_columns([image_column]).cast_column(image_column, Image(decode=False))
     keys = []
     for row in undecoded:
-        content = row[image_column]["bytes"] or Path(row[image_column]["path"]).read_bytes()
+        content = row[image_column]["bytes"]
+        if not content:
+            with fsspec.open(row[image_column]["path"], "rb") as file:  # a file here, or on the Hub (hf://)
+                content = file.read()
         keys.append(hashlib.sha256(content).hexdigest())
     return keys, [f"{split}-{i:06d}" for i in range(len(rows))]

@@ -24,6 +24,7 @@ def training(step: int, **values: float) -> dict:
 def no_warning_of_matplotlib():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a legend without lines, a scale without positive values
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what matplotlib itself calls
         yield
 
 

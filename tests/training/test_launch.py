@@ -48,6 +48,7 @@ def launch_file(folder: Path, **values: Any) -> Path:
 
 
 def test_table_lists_every_option_of_accelerate_launch() -> None:
+    pytest.importorskip("accelerate", minversion="1.15", reason="older releases have other options")
     assert {option for option in OPTIONS if find_setting(option) is None} == set(), "new: add them to SETTINGS"
     patterns = [name for setting in SETTINGS for name in setting.options.split()]
     unknown = [
