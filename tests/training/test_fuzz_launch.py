@@ -67,6 +67,8 @@ def environment_of_process(words: list[str]) -> dict[str, str]:
         reject()
     if any(engines) and not arguments.cpu:
         machines = max(arguments.num_machines or 1, 1)
+        if arguments.num_processes < machines:  # as on a machine without GPUs: it starts none
+            reject()
         environment["WORLD_SIZE"] = str(arguments.num_processes // machines * machines)
     return environment
 
