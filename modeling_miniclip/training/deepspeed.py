@@ -118,7 +118,7 @@ def _check_settings(launch: Launch) -> None:
     if file is None:
         stage = launch.value("zero_stage") or "2"
         if stage not in map(str, STAGES):
-            raise UsageError(f"{launch.settings['zero_stage'].place}: the stages of ZeRO are 1, 2 and 3")
+            raise UsageError(f"{launch.settings['zero_stage'].place}: expected a stage of ZeRO: 1, 2 or 3")
         return
     for name in ONLY_WITHOUT_FILE:
         if name in launch.settings:
@@ -198,7 +198,7 @@ def complete_config(accelerator: Accelerator, arguments: TrainingArguments, prec
     config = accelerator.deepspeed_plugin.deepspeed_config
     zero = {name: value for name, value in config["zero_optimization"].items() if value != "auto"}
     if zero["stage"] not in STAGES:
-        raise UsageError(f"DeepSpeed's zero_stage is {zero['stage']}, but the stages of ZeRO are 1, 2 and 3")
+        raise UsageError(f"DeepSpeed's zero_stage is {zero['stage']}; expected 1, 2 or 3")
     if zero["stage"] == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # of any precision; the export needs it
     images = max(1, arguments.batch_size // accelerator.num_processes)  # for DeepSpeed's reports only
