@@ -73,7 +73,7 @@ def test_unused_settings_of_deepspeed_are_an_error(words: str, message: str) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"words": "--zero_stage 4"}, "--zero_stage 4: the stages of ZeRO are 1, 2 and 3"),
+        ({"words": "--zero_stage 4"}, "--zero_stage 4: expected a stage of ZeRO: 1, 2 or 3"),
         ({"words": "--deepspeed_config_file a.json --zero_stage 3"}, "--zero_stage 3: write it into a.json instead"),
         ({"words": "--dynamo_backend inductor"}, "--dynamo_backend inductor does not work with DeepSpeed"),
         ({"words": "--mixed_precision fp16"}, "--mixed_precision fp16 does not work with DeepSpeed"),
