@@ -16,7 +16,7 @@ from train_miniclip import main
 
 # A function that each phase of a run calls while loader processes are running.
 PHASES = {
-    "features": "modeling_miniclip.modeling_miniclip.MiniClipModel.pool_images",
+    "features": "modeling_miniclip.training.features.model_inputs",
     "preparing": "modeling_miniclip.training.setup.build_run",
     "training": "train_miniclip.clamp_logit_scale",
     "validation": "train_miniclip.validation_metrics",
