@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +13,9 @@ import pytest
 
 from modeling_miniclip.utils.commands import run_command
 from tests.helpers.forks import fork, free_port, write_to
-from tests.helpers.runs import flags, leave_out_figures
+from tests.helpers.runs import ROOT, environment, flags, leave_out_figures
+from tests.helpers.small_disks import fill, make_room, mounted_disk
+from tests.training.test_checkpoints import at_change
 from train_miniclip import main
 
 # A function that each phase of a run calls while loader processes are running.
@@ -152,18 +156,39 @@ def test_ctrl_c_outside_of_training_leaves_nothing_unfinished(tmp_path: Path) ->
     assert not (tmp_path / "preparing").exists() and (tmp_path / "figures" / "export").exists()
 
 
-def end_as_rank(argv: list[str], rank: int, port: int, phase: str, log: Path) -> None:
-    """Run the command as one of two processes, of which the second raises an error in a phase."""
+@pytest.mark.slow
+@pytest.mark.parametrize("command_line", ["train_miniclip.py", "-m modeling_miniclip search INDEX dogs"])
+def test_ctrl_c_during_imports_is_one_line(tiny_index: Path, command_line: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, *command_line.replace("INDEX", str(tiny_index)).split()],
+        env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    maps, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+    while "libtorch_cpu" not in maps.read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "interrupted\n")
+
+
+def become_rank(rank: int, port: int, log: Path) -> None:
+    """Let this process be one of two, as a launcher would."""
     write_to(log)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+
+
+def end_as_rank(argv: list[str], rank: int, port: int, phase: str, log: Path) -> None:
+    """Run the command as one of two processes, of which the second raises an error in a phase."""
+    become_rank(rank, port, log)
 
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise RuntimeError("boom")
 
     patch = pytest.MonkeyPatch()
     leave_out_figures(patch)
-    if rank == 1:
+    if rank == 1 and phase in PHASES:
         patch.setattr(PHASES[phase], fail)
     raise SystemExit(run_command(lambda: main(argv), False))
 
@@ -177,3 +202,31 @@ def test_error_in_one_of_two_processes_ends_both(tmp_path: Path, phase: str) -> 
         process.join(120)
     assert [process.exitcode for process in ranks] == [1, 1], log.read_text()
     assert "RuntimeError: boom" in log.read_text()
+
+
+def fill_disk_as_rank(argv: list[str], rank: int, port: int, disk: Path, log: Path) -> None:
+    """Run the command as one of two processes on a disk that fills up while a checkpoint is written."""
+    become_rank(rank, port, log)
+    leave_out_figures(pytest.MonkeyPatch())
+    if rank == 0:
+        at_change(str(disk), ("os.mkdir", "/checkpoints/.step-", 2), lambda: fill(disk, 2_500_000))
+    raise SystemExit(run_command(lambda: main(argv), False))
+
+
+@pytest.mark.slow
+def test_full_disk_ends_two_processes_with_one_line(tmp_path: Path) -> None:
+    with mounted_disk(tmp_path / "disk") as disk:
+        argv = [*flags(tmp_path, "disk/run", num_workers=1), "--resume_from_checkpoint=latest"]
+        for expected in (1, 0):
+            port, log = free_port(), tmp_path / f"log{expected}"
+            start = fill_disk_as_rank if expected else end_as_rank
+            what = disk if expected else "a phase that does not occur"
+            ranks = [fork(start, argv, rank, port, what, log) for rank in range(2)]
+            for process in ranks:
+                process.join(120)
+            text = log.read_text()
+            assert [process.exitcode for process in ranks] == [expected, expected], text
+            assert text.count("error: cannot write: [Errno 28]") == text.count("error: ") == expected, text
+            assert "Traceback" not in text
+            if expected:
+                make_room(disk)
