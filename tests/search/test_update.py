@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from datetime import datetime
 from functools import cache
@@ -216,7 +217,8 @@ def test_permissions_of_the_system_keep_images(tmp_path: Path, model: Path) -> N
     (tmp_path / "photos" / "b").chmod(0)
     capabilities = "-dac_override,-dac_read_search"  # without these two, root is a user like any other
     user = ["setpriv", "--bounding-set", capabilities, "--inh-caps", capabilities] if os.geteuid() == 0 else []
-    line = [*user, *command(["index", str(model), str(tmp_path / "photos"), "-o", str(tmp_path / "index")], 1)]
+    line = [*user, sys.executable, "-m", "modeling_miniclip", "index", model, tmp_path / "photos", "-o"]
+    line = [str(word) for word in (*line, tmp_path / "index")]
     try:
         done = subprocess.run(line, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300)
     finally:

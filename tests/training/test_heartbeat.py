@@ -140,7 +140,10 @@ LOSSES: dict[str, tuple[Role, list[int | None], list[str | None]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("machine 1", "silence") else []) for name in LOSSES],
+)
 def test_loss_ends_others_with_one_line(name: str, tmp_path: Path) -> None:
     role, codes, expected = LOSSES[name]
     processes = run(role, tmp_path)
@@ -155,6 +158,7 @@ def test_loss_ends_others_with_one_line(name: str, tmp_path: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX)  # at once, as the loader process has ended too
 
 
+@pytest.mark.slow
 def test_slow_process_is_no_loss(tmp_path: Path) -> None:
     processes = run(be_slow_in_process_2, tmp_path)
     for process in processes:

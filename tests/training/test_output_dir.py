@@ -211,9 +211,8 @@ def run_on_filled_disk(argv: list[str], output_dir: str, point: Point, left: int
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("point", "left"), [*NO_SPACE, *(pytest.param(*values, marks=pytest.mark.slow) for values in MORE_NO_SPACE)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("point", "left"), [*NO_SPACE, *MORE_NO_SPACE])
 def test_run_on_a_small_disk_goes_on_with_room(
     tmp_path: Path,
     whole: Any,  # noqa: F811
