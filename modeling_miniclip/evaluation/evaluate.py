@@ -80,14 +80,7 @@ def evaluate_model(
         check_new_folder(target, "--output_dir ", allowed=FILES)
     named = [("MODEL", model)] + ([("--baseline", baseline)] if baseline is not None else [])
     encoders = [open_encoder(name, flag) for flag, name in named]  # open both before the long work starts
-    scores: list[ModelScores] = []
-    for encoder in encoders:
-        texts, images, unreadable = embed_set(encoder, data, templates, batch_size, progress)
-        if unreadable and scores:
-            raise DataError(f"{next(iter(unreadable.values()))}; it could be read a moment ago: evaluate again")
-        if unreadable:
-            texts, data = texts[data.kept_texts(unreadable)], data.without(unreadable)
-        scores.append(score_model(texts, images, data))
+    scores, data = _score_models(encoders, data, templates, batch_size, progress)
     ours, *theirs = scores
     names = [data.metric(direction, k) for direction in data.directions for k in data.at]
     report = {
@@ -112,6 +105,21 @@ def evaluate_model(
             gallery = failure_page(report, data, ours.rankings, table(*table_of(report)))
             (fresh / FILES[2]).write_text(gallery, encoding="utf-8")
     return report
+
+
+def _score_models(
+    encoders: list[ClipEncoder], data: EvalSet, templates: str | Sequence[str], batch_size: int, progress: bool
+) -> tuple[list[ModelScores], EvalSet]:
+    """Scores of each model, and the set without the images that the first one could not read."""
+    scores: list[ModelScores] = []
+    for encoder in encoders:
+        texts, images, unreadable = embed_set(encoder, data, templates, batch_size, progress)
+        if unreadable and scores:
+            raise DataError(f"{next(iter(unreadable.values()))}; it could be read a moment ago: evaluate again")
+        if unreadable:
+            texts, data = texts[data.kept_texts(unreadable)], data.without(unreadable)
+        scores.append(score_model(texts, images, data))
+    return scores, data
 
 
 class ReadableImages:

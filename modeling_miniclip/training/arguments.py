@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..errors import EXIT_CODES, UsageError
+from ..utils.files import replace_between_marks
 from ..utils.resources import PACKAGE
 
 DEFAULT_VISION_MODEL, DEFAULT_TEXT_MODEL = "resnet50.a1_in1k", "distilbert-base-uncased"
@@ -282,10 +283,7 @@ def _flag_texts() -> list[tuple[str, str]]:
 
 def write_flag_tables(readme: Path) -> None:
     """Replace the text between `<!-- flags -->` and `<!-- end of flags -->` in a Markdown file by the tables."""
-    before, rest = readme.read_text(encoding="utf-8").split("<!-- flags -->")
-    after = rest.split("<!-- end of flags -->")[1]
-    text = f"{before}<!-- flags -->\n{flag_tables()}<!-- end of flags -->{after}"
-    readme.write_text(text, encoding="utf-8")
+    replace_between_marks(readme, "flags", flag_tables())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
+from ..utils.files import replace_between_marks
 from ..utils.resources import PACKAGE
 
 
@@ -98,10 +99,7 @@ def settings_table() -> str:
 
 def write_settings_table(guide: Path) -> None:
     """Replace the text between `<!-- launch settings -->` and `<!-- end of launch settings -->` by the table."""
-    before, rest = guide.read_text(encoding="utf-8").split("<!-- launch settings -->")
-    after = rest.split("<!-- end of launch settings -->")[1]
-    text = f"{before}<!-- launch settings -->\n{settings_table()}<!-- end of launch settings -->{after}"
-    guide.write_text(text, encoding="utf-8")
+    replace_between_marks(guide, "launch settings", settings_table())
 
 
 if __name__ == "__main__":

@@ -146,6 +146,13 @@ def replace_text(path: Path, text: str) -> None:
         fresh.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def replace_between_marks(path: Path, name: str, text: str) -> None:
+    """Replace the text between `<!-- name -->` and `<!-- end of name -->` in a Markdown file."""
+    before, rest = path.read_text(encoding="utf-8").split(f"<!-- {name} -->")
+    after = rest.split(f"<!-- end of {name} -->")[1]
+    replace_text(path, f"{before}<!-- {name} -->\n{text}<!-- end of {name} -->{after}")
+
+
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Within the block, whatever a library raises because `folder` cannot be written is raised as an OSError.
