@@ -8,6 +8,8 @@ picture_formats.py: one list of picture formats, one function that decodes a pic
 image_files.py: the images that a caption file names: where they are, which cannot be used
 splits.py: which image belongs to which split
 hub_datasets.py: datasets on the Hub
+rows.py: what every reader of a source yields
+shard_url.py: names for images inside a shard, and how to read them
 scenes.py: the built-in dataset of drawn scenes
 sources.py: images of any source, for an index
 problems.py: kinds of problems of a dataset

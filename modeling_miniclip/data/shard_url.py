@@ -1,0 +1,143 @@
+"""Names for images inside a shard, and how to read them: `row://PLACE/NAME::SHARD`.
+
+| shard | PLACE/NAME | the image is |
+|---|---|---|
+| tar archive | `1536,20481/0001.jpg` | 20,481 bytes from byte 1,536 on, the member `0001.jpg` |
+| Parquet or Arrow file | `17/image` | in row 17 (from 0) of the column `image` |
+
+Such a name is a chained URL of fsspec, so plain `datasets` opens it too, wherever this module was imported. SHARD is a
+path or, for a remote shard, a URL.
+"""
+
+import io
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.spec import AbstractFileSystem
+
+from ..errors import DataError
+
+PROTOCOL = "row"
+PREFIX = f"{PROTOCOL}://"
+OPEN_SHARDS = 64  # files that a process keeps open
+
+
+class Place(NamedTuple):
+    """Where an image is in its shard.
+
+    Args:
+        shard: path or URL of the shard.
+        start: byte offset in a tar archive, row number in a table.
+        size: bytes in a tar archive; -1 in a table.
+        name: member of the archive, or column of the table.
+    """
+
+    shard: str
+    start: int
+    size: int
+    name: str
+
+
+def member_url(shard: str, start: int, size: int, name: str) -> str:
+    """Name of an image in a tar archive; arguments as in [`Place`]."""
+    return f"{PREFIX}{start},{size}/{name}::{shard}"
+
+
+def table_url(shard: str, row: int, column: str) -> str:
+    """Name of an image in a Parquet or Arrow file."""
+    return f"{PREFIX}{row}/{column}::{shard}"
+
+
+def place_of(url: str) -> Place | None:
+    """The place that a name stands for; None for the path of an image file or another URL."""
+    if not url.startswith(PREFIX):
+        return None
+    place, _, rest = url.removeprefix(PREFIX).partition("/")
+    name, _, shard = rest.rpartition("::")
+    start, _, size = place.partition(",")
+    return Place(shard, int(start), int(size or -1), name)
+
+
+def read_place(place: Place, local: Callable[[str], str] = str) -> bytes:
+    """The encoded image at a place.
+
+    Args:
+        place: place in a shard.
+        local: function that returns the local file of a remote shard.
+
+    Raises:
+        DataError: the shard is shorter than it was, or the row holds no image.
+        OSError: the shard cannot be read.
+    """
+    path = local(place.shard)
+    if place.size >= 0:
+        with open(path, "rb") as file:
+            file.seek(place.start)
+            content = file.read(place.size)
+        if len(content) < place.size:
+            raise DataError(f"{place.shard}: ends within {place.name}; it changed, or is truncated")
+        return content
+    value = _open_table(path).read(place.start, place.name)
+    if isinstance(value, dict):
+        value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+    if not value:
+        raise DataError(
+            f"{place.shard}, row {place.start}, column {place.name!r}: no image; fill it or delete the row"
+        )
+    return value
+
+
+class _ArrowTable:
+    """An Arrow file of `datasets`, memory-mapped."""
+
+    def __init__(self, path: str):
+        self.table = pa.ipc.open_stream(pa.memory_map(path)).read_all()  # nothing is copied
+
+    def read(self, row: int, column: str) -> Any:
+        return self.table[column][row].as_py()
+
+
+class _ParquetTable:
+    """A Parquet file, whose last row groups stay in memory: its rows are read in about their order."""
+
+    def __init__(self, path: str):
+        self.file = pq.ParquetFile(path, memory_map=True)
+        about = self.file.metadata
+        self.starts = np.cumsum([0, *(about.row_group(i).num_rows for i in range(about.num_row_groups))])
+        self.groups = lru_cache(maxsize=2)(lambda i, column: self.file.read_row_group(i, columns=[column])[column])
+
+    def read(self, row: int, column: str) -> Any:
+        group = int(self.starts.searchsorted(row, "right")) - 1
+        return self.groups(group, column)[row - int(self.starts[group])].as_py()
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _open_table(path: str) -> _ArrowTable | _ParquetTable:
+    with open(path, "rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    return _ParquetTable(path) if is_parquet else _ArrowTable(path)
+
+
+class RowFileSystem(AbstractFileSystem):
+    """Opens images inside shards for libraries that use fsspec."""
+
+    protocol = PROTOCOL
+    root_marker = ""
+
+    def __init__(self, fo: str = "", target_protocol: str | None = None, target_options: Any = None, **options: Any):
+        super().__init__(**options)
+        self.shard = fo
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
+        place = place_of(f"{PREFIX}{self._strip_protocol(path)}::{self.shard}")
+        assert place is not None, "the prefix is there"
+        return io.BytesIO(read_place(place))
+
+
+fsspec.register_implementation(PROTOCOL, RowFileSystem, clobber=True)
