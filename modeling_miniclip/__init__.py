@@ -13,9 +13,9 @@ _MODULE_OF = {
     "MiniClipConfig": "configuration_miniclip",
     "MiniClipModel": "modeling_miniclip",
     "MiniClipOutput": "modeling_miniclip",
-    "contrastive_loss": "modeling_miniclip",
-    "sigmoid_loss": "modeling_miniclip",
-    "symmetric_contrastive_loss": "modeling_miniclip",
+    "contrastive_loss": "loss_miniclip",
+    "sigmoid_loss": "loss_miniclip",
+    "symmetric_contrastive_loss": "loss_miniclip",
     "MiniClipProcessor": "processing_miniclip",
     "load_captions": "data.captions",
     "retrieval_metrics": "evaluation.metrics",
@@ -55,11 +55,11 @@ if TYPE_CHECKING:
     from .hub.push import push as push
     from .inference.encode import encode_images as encode_images
     from .inference.encode import encode_texts as encode_texts
+    from .loss_miniclip import contrastive_loss as contrastive_loss
+    from .loss_miniclip import sigmoid_loss as sigmoid_loss
+    from .loss_miniclip import symmetric_contrastive_loss as symmetric_contrastive_loss
     from .modeling_miniclip import MiniClipModel as MiniClipModel
     from .modeling_miniclip import MiniClipOutput as MiniClipOutput
-    from .modeling_miniclip import contrastive_loss as contrastive_loss
-    from .modeling_miniclip import sigmoid_loss as sigmoid_loss
-    from .modeling_miniclip import symmetric_contrastive_loss as symmetric_contrastive_loss
     from .processing_miniclip import MiniClipProcessor as MiniClipProcessor
     from .search.filters import EntryFilter as EntryFilter
     from .search.in_memory import find_matches as find_matches

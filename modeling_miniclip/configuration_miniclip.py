@@ -1,7 +1,7 @@
 """Configuration of a MiniCLIP model: two towers, two projection heads, a temperature.
 
-This file, `modeling_miniclip.py` and `processing_miniclip.py` travel with every export and run under each release of
-transformers from 4.57 on: they use only names that all of these have, and the last two import nothing but this one.
+The files `*_miniclip.py` travel with every export and run under each release of transformers from 4.57 on: they use
+only names that all of these have, and import nothing else but files that import no other of them.
 """
 
 import difflib

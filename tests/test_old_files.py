@@ -78,6 +78,7 @@ def test_old_export_is_pushed_with_new_code_only(tmp_path: Path, capsys: pytest.
     for path in (OLD / "export").iterdir():
         source = PACKAGE / path.name if path.suffix == ".py" else path
         assert (Path(new) / path.name).read_bytes() == source.read_bytes()
+    assert {path.name for path in Path(new).glob("*.py")} == {path.name for path in PACKAGE.glob("*_miniclip.py")}
     check_code(Path(new))
     with pytest.raises(ModelError, match="is not an export"):
         renew_code(OLD / "files.index", tmp_path / "other")

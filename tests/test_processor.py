@@ -34,7 +34,8 @@ from transformers import (
 from transformers.image_utils import load_image
 
 from modeling_miniclip import MiniClipConfig, MiniClipProcessor
-from modeling_miniclip.processing_miniclip import image_processor_from_timm, max_text_length, to_rgb
+from modeling_miniclip.pictures_miniclip import to_rgb
+from modeling_miniclip.processing_miniclip import image_processor_from_timm, max_text_length
 from tests.helpers.towers import (
     CAPTIONS,
     PIXELS,

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from ..errors import MiniClipError
+from ..pictures_miniclip import exif_orientation, to_rgb
 from ..utils.processes import follow_parent
 from .picture_formats import UnreadableFormat, decode_picture
 
@@ -65,9 +67,6 @@ def inspect_images(contents: list[str | bytes], num_workers: int) -> Iterator[Im
 
 def inspect_image(content: str | bytes) -> ImageInspection:
     """Decode one image, given as the path of its file or as its encoded bytes."""
-    from PIL import Image
-
-    from ..processing_miniclip import exif_orientation, to_rgb
 
     def check_size(opened: Image.Image) -> None:
         if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or opened.width * opened.height):

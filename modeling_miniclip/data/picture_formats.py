@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from ..pictures_miniclip import open_picture, to_rgb
+
 EXTRA = "pip install 'miniclip[formats]' reads it"
 START = 64  # bytes at the start of a file that show its format
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -155,8 +157,6 @@ def decode_picture(
         UnreadableFormat: nothing that is installed reads its format.
         OSError: the file cannot be read, or holds no picture. Decoders raise errors of other classes too.
     """
-    from ..processing_miniclip import open_picture  # whose imports take seconds
-
     data = file if isinstance(file, bytes) else Path(file).read_bytes()
     found = picture_format(data[:START])
     if found is not None and not found.is_readable:
@@ -179,8 +179,6 @@ def decode_row(image: Mapping[str, Any], name: str = "") -> Image.Image:
     Raises:
         OSError, UnreadableFormat: as in [`decode_picture`].
     """
-    from ..processing_miniclip import to_rgb
-
     content, path = image.get("bytes"), str(image.get("path") or "")
     if content is None and "://" in path and not os.path.isfile(path):  # in an archive or on the Hub
         from datasets.utils.file_utils import xopen

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modeling_miniclip import symmetric_contrastive_loss
+from ..loss_miniclip import symmetric_contrastive_loss
 from ..utils.arrays import as_embeddings, as_tensor
 
 RECALL_AT = (1, 5, 10)

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import runpy
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ..inference.loading import load_export
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from ..utils.files import check_new_folder, replaced_folder
+from ..utils.resources import PACKAGE
 
 Inputs = dict[str, np.ndarray]  # inputs of an encoder by name
 
@@ -206,7 +206,17 @@ def write_preparation(folder: Path, model: MiniClipModel, processor: MiniClipPro
     if original.model_max_length <= 2**31:  # transformers writes "no limit" as a number like 1e30
         tokenizer.enable_truncation(original.model_max_length)
     tokenizer.save(str(folder / "tokenizer.json"))
-    shutil.copyfile(Path(__file__).with_name("onnx_example.py"), folder / "example.py")
+    (folder / "example.py").write_text(example_source(), encoding="utf-8")
+
+
+def example_source() -> str:
+    """`onnx_example.py` with the code of `pictures_miniclip.py` in place of its import, so that it runs alone."""
+    example, pictures = (
+        path.read_text(encoding="utf-8")
+        for path in (Path(__file__).with_name("onnx_example.py"), PACKAGE / "pictures_miniclip.py")
+    )
+    start = example.index("from ..pictures_miniclip import")
+    return example[:start] + pictures + "\n" + example[example.index("\n", start) + 1 :]
 
 
 @torch.no_grad()

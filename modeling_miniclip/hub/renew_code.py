@@ -11,7 +11,8 @@ from ..errors import ModelError, one_line
 from ..utils.files import check_new_folder, replaced_folder
 from ..utils.resources import PACKAGE
 
-CODE = ("configuration_miniclip.py", "modeling_miniclip.py", "processing_miniclip.py")
+CLASSES = ("configuration_miniclip.py", "modeling_miniclip.py", "processing_miniclip.py")  # in exports of any release
+CODE = (*CLASSES, "loss_miniclip.py", "pictures_miniclip.py")  # all that travels
 FILES = ["*.json", "*.md", "*.safetensors", "*.txt"]  # all that an export consists of, but for the code
 NEWEST_ONLY = "SubConfigSpec"  # imported by the code that transformers before 5.23 could not run
 
@@ -37,12 +38,12 @@ def renew_code(source: str | os.PathLike, folder: str | os.PathLike) -> Path:
             path = Path(snapshot_download(os.fspath(source), allow_patterns=[*FILES, *CODE]))
         except (HFValidationError, HTTPError, OSError, ValueError) as error:
             raise ModelError(f"{source}: neither a folder nor a model on the Hub: {one_line(error)}") from error
-    if not (path / "config.json").is_file() or not all((path / name).is_file() for name in CODE):
-        raise ModelError(f"{source} is not an export: it has no config.json, or no {', '.join(CODE)}")
+    if not (path / "config.json").is_file() or not all((path / name).is_file() for name in CLASSES):
+        raise ModelError(f"{source} is not an export: it has no config.json, or no {', '.join(CLASSES)}")
     with replaced_folder(target) as fresh:
         shutil.copytree(path, fresh, dirs_exist_ok=True)
         for name in CODE:
-            (fresh / name).unlink()
+            (fresh / name).unlink(missing_ok=True)
             shutil.copyfile(PACKAGE / name, fresh / name)
     return target
 
@@ -53,7 +54,7 @@ def check_code(folder: Path) -> None:
     Raises:
         ModelError: they cannot; the message has the command that helps.
     """
-    code = folder / CODE[0]
+    code = folder / CLASSES[0]
     if code.is_file() and NEWEST_ONLY in code.read_text(encoding="utf-8", errors="replace"):
         new = f"{folder}-new"
         raise ModelError(

@@ -16,7 +16,8 @@ from ..data.collation import model_inputs, stack_pixels
 from ..data.picture_formats import decode_picture, decode_row
 from ..errors import DataError
 from ..modeling_miniclip import MiniClipModel
-from ..processing_miniclip import MiniClipProcessor, is_between_0_and_1, load_rgb, rgb_of_array, to_rgb
+from ..pictures_miniclip import to_rgb
+from ..processing_miniclip import MiniClipProcessor, is_between_0_and_1, load_rgb, rgb_of_array
 from .loading import processor_of
 
 UNDECODED = {"bytes", "path"}  # keys of an image in a column `datasets.Image(decode=False)`

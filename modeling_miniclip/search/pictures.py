@@ -3,7 +3,7 @@
 from PIL import Image
 
 from ..data.picture_formats import decode_picture
-from ..processing_miniclip import to_rgb
+from ..pictures_miniclip import to_rgb
 from ..utils.names import path_of
 from ..utils.thumbnails import shrink
 from .index import ImageIndex

@@ -31,7 +31,8 @@ from ..data.sources import UNKNOWN, Item
 from ..errors import MiniClipError, printable
 from ..inference.loading import load_tower, model_folder
 from ..modeling_miniclip import MiniClipModel
-from ..processing_miniclip import MiniClipProcessor, exif_orientation, to_rgb
+from ..pictures_miniclip import exif_orientation, to_rgb
+from ..processing_miniclip import MiniClipProcessor
 from ..utils.performance import to_channels_last
 from ..utils.thumbnails import encode_thumbnail
 from .index import MANIFEST, SCHEMA, ImageIndex, Manifest, write_index

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..errors import MiniClipError
-from ..modeling_miniclip import MiniClipModel, symmetric_contrastive_loss
+from ..loss_miniclip import symmetric_contrastive_loss
+from ..modeling_miniclip import MiniClipModel
 from .deepspeed import gathered
 
 T = TypeVar("T")

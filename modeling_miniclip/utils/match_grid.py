@@ -9,7 +9,7 @@ from PIL import Image, ImageFont
 from torch import Tensor
 
 from ..errors import printable
-from ..processing_miniclip import to_rgb
+from ..pictures_miniclip import to_rgb
 from .files import replaced_file
 
 INK, GREY, GRID, FRAME = "#1a202c", "#718096", "#e2e8f0", "#cbd5e0"

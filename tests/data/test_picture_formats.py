@@ -28,7 +28,8 @@ from modeling_miniclip.data.picture_formats import (
 )
 from modeling_miniclip.data.skipped import describe_skipped
 from modeling_miniclip.inference.encode import open_image
-from modeling_miniclip.processing_miniclip import exif_orientation, load_rgb, to_rgb
+from modeling_miniclip.pictures_miniclip import exif_orientation, to_rgb
+from modeling_miniclip.processing_miniclip import load_rgb
 from tests.helpers.pictures import ROTATED, SIZE, jpeg_with_exif, odd_pictures, png_with_chunk, upright
 from tests.helpers.towers import tiny_processor
 

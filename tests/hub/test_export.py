@@ -28,7 +28,7 @@ from tests.helpers.hubs import WITHOUT_PACKAGE, add_repository, local_hub, run
 from tests.helpers.runs import ROOT, flags, metrics_of
 from tests.helpers.towers import CAPTIONS, save_towers, tiny_model, tiny_processor
 
-CODE = ("configuration_miniclip.py", "modeling_miniclip.py", "processing_miniclip.py")
+CODE = tuple(f"{part}_miniclip.py" for part in ("configuration", "loss", "modeling", "pictures", "processing"))
 FILES = {
     "README.md",
     "config.json",

@@ -13,7 +13,7 @@ from modeling_miniclip.data.batches import GlobalBatches
 from modeling_miniclip.data.collation import model_inputs
 from modeling_miniclip.data.dataset import CaptionRows
 from modeling_miniclip.data.loader import BatchLoader
-from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
+from modeling_miniclip.loss_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.bad_images import BadImages
 from modeling_miniclip.training.features import embed_split
 from modeling_miniclip.training.grad_cache import split_batch

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from modeling_miniclip import MiniClipError
-from modeling_miniclip.modeling_miniclip import symmetric_contrastive_loss
+from modeling_miniclip.loss_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training import diagnostics
 from modeling_miniclip.training.diagnostics import (
     Diagnosis,
