@@ -10,6 +10,9 @@ splits.py: which image belongs to which split
 hub_datasets.py: datasets on the Hub
 rows.py: what every reader of a source yields
 shard_url.py: names for images inside a shard, and how to read them
+table.py: the rows of a source as a table on disk
+table_cache.py: tables that are built once and shared
+assign_splits.py: which rows of a table belong to which split
 scenes.py: the built-in dataset of drawn scenes
 sources.py: images of any source, for an index
 problems.py: kinds of problems of a dataset

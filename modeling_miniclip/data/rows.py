@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .caption_files import ColumnNames
 from .problems import OnProblem
@@ -35,6 +36,21 @@ class Row:
     file: str = ""
     number: int | None = None
     column: str | None = None
+
+
+class SplitName(NamedTuple):
+    """A line of a split file.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        name: name of an image.
+        file, number: where the line is.
+    """
+
+    split: str
+    name: str
+    file: str
+    number: int
 
 
 @dataclass(frozen=True)
