@@ -4,23 +4,24 @@ import os
 import warnings
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import DataError, ModelError, Problem, UsageError, one_line, printable
 from .caption_files import UNDECODED, CaptionedImage, ColumnNames
 from .captions import Source, load_captions, local_path, read_source
 from .check_report import Report
-from .find_problems import Entry, Inspections, files_without_captions, find_problems
+from .columns import record_batches, sample_of_captions
+from .find_problems import ENTRY_CHECKS, Entry, Inspections, files_without_captions, find_problems, small_splits
 from .fixed_copy import fix_target, report_path, write_fixed_copy
 from .near_duplicates import inspect_images
 from .problems import HARMLESS, KINDS
 from .splits import split_by_image
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -107,9 +108,20 @@ def quick_check(splits: "DatasetDict", dataset: str, batch_size: int) -> list[st
         dataset: name or path of the dataset.
         batch_size: images per step.
     """
-    entries = entries_of_splits(splits, dataset, with_images=False)
-    counts = Report(dataset, find_problems(entries, {}, batch_size)).counts
-    return [f"{count} {KINDS[kind]}; `miniclip check` lists them" for kind, count in counts.items()]
+    found = Counter(problem.kind for problem in small_splits({n: len(rows) for n, rows in splits.items()}, batch_size))
+    looked_at, whole = 0, True
+    for split, rows in splits.items():
+        sample = sample_of_captions(rows)
+        whole = whole and len(sample) == len(rows)
+        for entries in _blocks_of_entries(sample, split, f"{dataset}, split {split}"):
+            looked_at += sum(len(entry.captions) for entry in entries)
+            found.update(problem.kind for check in ENTRY_CHECKS for problem in check(entries, {}, batch_size))
+    among = "" if whole else f" among {looked_at} sampled captions"
+    return [
+        f"{found[kind]} {KINDS[kind]}{'' if kind == 'small-split' else among}; `miniclip check` lists them"
+        for kind in KINDS
+        if found[kind]
+    ]
 
 
 # --- entries --------------------------------------------------------------------------------------------------------
@@ -140,21 +152,25 @@ def _load_entries(dataset: str, columns: ColumnNames, validation_fraction: float
     return entries_of_splits(splits, dataset)
 
 
-def entries_of_splits(splits: "DatasetDict", dataset: str, with_images: bool = True) -> list[Entry]:
-    """Entries of splits as returned by `load_captions`.
+def _blocks_of_entries(rows: "Dataset", split: str, file: str) -> Iterator[list[Entry]]:
+    """Entries of a split without their images, a block of rows at a time."""
+    for batch in record_batches(rows, ["image_id", "captions"]):
+        columns = zip(*(column.to_pylist() for column in batch), strict=True)
+        yield [Entry(name, split, texts, [0] * len(texts), file, None, b"") for name, texts in columns]
+
+
+def entries_of_splits(splits: "DatasetDict", dataset: str) -> list[Entry]:
+    """Entries of splits as returned by `load_captions`, with their encoded images.
 
     Args:
         splits: splits with the columns `image`, `image_id` and `captions`.
         dataset: name or path of the dataset.
-        with_images: whether to read the encoded images.
     """
     from datasets import Image
 
     entries = []
     for split, rows in splits.items():
-        images: Iterable[dict[str, Any]] = [{"bytes": b"", "path": None}] * len(rows)
-        if with_images:
-            images = (row["image"] for row in rows.select_columns(["image"]).cast_column("image", Image(decode=False)))
+        images = (row["image"] for row in rows.select_columns(["image"]).cast_column("image", Image(decode=False)))
         columns = zip(rows["image_id"], rows["captions"], images, strict=True)
         for i, (name, captions, image) in enumerate(columns):
             content = image["bytes"] if image["bytes"] is not None else image["path"]

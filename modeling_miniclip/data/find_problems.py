@@ -94,16 +94,25 @@ def image_problems(entries: list[Entry], inspections: Inspections, batch_size: i
 
 def split_problems(entries: list[Entry], inspections: Inspections, batch_size: int) -> Iterator[Problem]:
     """Splits that are too small for training or validation."""
-    sizes, files = Counter(entry.split for entry in entries), {entry.split: entry.file for entry in entries}
-    if sizes["train"] < batch_size:
-        text = f"the {sizes['train']} training images do not fill a batch of {batch_size}; lower --batch_size"
+    files = {entry.split: entry.file for entry in entries}
+    yield from small_splits(Counter(entry.split for entry in entries), batch_size, files)
+
+
+def small_splits(
+    sizes: Mapping[str, int], batch_size: int, files: Mapping[str, str] | None = None
+) -> Iterator[Problem]:
+    """Splits that are too small; `sizes` and `files` have the number of images and the file of each split."""
+    train, validation, files = sizes.get("train", 0), sizes.get("validation", 0), files or {}
+    if train < batch_size:
+        text = f"the {train} training images do not fill a batch of {batch_size}; lower --batch_size"
         yield Problem("small-split", text, files.get("train", ""))
-    if 0 < sizes["validation"] < FEWEST_VALIDATION_IMAGES:
-        text = f"with only {sizes['validation']} validation images, recall@10 means nothing; use more"
-        yield Problem("small-split", text, files["validation"])
+    if 0 < validation < FEWEST_VALIDATION_IMAGES:
+        text = f"with only {validation} validation images, recall@10 means nothing; use more"
+        yield Problem("small-split", text, files.get("validation", ""))
 
 
-CHECKS: tuple[Check, ...] = (caption_problems, image_problems, split_problems)
+ENTRY_CHECKS: tuple[Check, ...] = (caption_problems,)  # of each entry alone, without its image
+CHECKS: tuple[Check, ...] = (*ENTRY_CHECKS, image_problems, split_problems)
 
 
 def find_problems(entries: list[Entry], inspections: Inspections, batch_size: int) -> list[Problem]:

@@ -12,8 +12,9 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from datasets import DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
@@ -77,26 +78,36 @@ def probe_captions(
         is_pretrained: whether the towers know something.
     """
     parts = [splits[name].select_columns(["image", "image_id", "captions"]) for name in ("train", "validation")]
-    places = torch.randperm(sum(map(len, parts)), generator=torch.Generator().manual_seed(0)).tolist()
+    total = sum(map(len, parts))
+    places = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:MOST].tolist()
     enough_images = ENOUGH_PRETRAINED if is_pretrained else ENOUGH
-    evidence = CaptionEvidence(images=len(places))
-    if len(places) < ENOUGH_PRETRAINED:  # too few for any verdict
+    evidence = CaptionEvidence(images=total)
+    if total < ENOUGH_PRETRAINED:  # too few for any verdict
         return evidence
     for count in (FIRST, MOST):
-        rows = CaptionRows(concatenate_datasets(parts).select(places[:count]), processor)
+        rows = CaptionRows(_select(parts, places[:count]), processor)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling takes longer than a few batches
             try:
                 images, captions = _describe_images(rows, model, processor, device)
             except DataError:  # the files cannot be read: training will say so, if it needs them
                 return evidence
             texts = [describe_words(captions)]
-            if count == MOST or len(rows) == len(places):
+            if count == MOST or len(rows) == total:
                 texts.append(_describe_texts(captions, model, processor, device))
         z = relation(images, texts)
         evidence = CaptionEvidence(z or 0.0, len(captions), z is not None and len(captions) >= enough_images)
-        if evidence.related or len(rows) == len(places):
+        if evidence.related or len(rows) == total:
             break
     return evidence
+
+
+def _select(parts: list[Dataset], places: list[int]) -> Dataset:
+    """Rows of several tables, numbered one table after the other. (All rows together would need an index of each.)"""
+    first, second = parts
+    chosen = [first.select([i for i in places if i < len(first)]),
+              second.select([i - len(first) for i in places if i >= len(first)])]  # fmt: skip
+    order = sorted(range(len(places)), key=lambda k: places[k] >= len(first))  # of the places in `chosen`
+    return concatenate_datasets(chosen).select(np.argsort(order))
 
 
 def relation(images: Sequence[Tensor], texts: Sequence[Tensor]) -> float | None:

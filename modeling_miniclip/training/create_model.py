@@ -1,6 +1,7 @@
 """Create model and processor from pretrained towers, a preset or an export."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from .try_towers import try_towers
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def create_model(arguments: TrainingArguments, captions: list[list[str]]) -> tuple[MiniClipModel, MiniClipProcessor]:
+def create_model(
+    arguments: TrainingArguments, captions: Iterable[list[str]]
+) -> tuple[MiniClipModel, MiniClipProcessor]:
     """Create the model that the arguments describe: from a preset, from an export or from two pretrained towers.
 
     Args:
         arguments: flags of the run.
-        captions: captions of each training image; a preset trains its vocabulary on them.
+        captions: captions of each training image, or of a sample; a preset trains its vocabulary on them. They can be
+            iterated several times.
 
     Returns:
         The model in evaluation mode and float32, and its processor.
@@ -81,7 +85,7 @@ def _from_towers(arguments: TrainingArguments, overrides: dict[str, Any]) -> tup
 
 
 def _from_preset(
-    arguments: TrainingArguments, overrides: dict[str, Any], captions: list[list[str]]
+    arguments: TrainingArguments, overrides: dict[str, Any], captions: Iterable[list[str]]
 ) -> tuple[MiniClipModel, MiniClipProcessor]:
     config = read_preset(named_file(str(arguments.preset), "presets", ".json"), overrides)
     tokenizer = train_tokenizer(captions, config.text_config.vocab_size)
@@ -143,13 +147,13 @@ def _text_length(arguments: TrainingArguments, limit: int) -> int:
     return arguments.max_length
 
 
-def train_tokenizer(captions: list[list[str]], vocab_size: int) -> Any:
+def train_tokenizer(captions: Iterable[list[str]], vocab_size: int) -> Any:
     """A lower-casing WordPiece tokenizer like BERT's, with a vocabulary learned from the captions.
 
     It knows every character of the captions. The same captions give the same vocabulary in every process and run.
 
     Args:
-        captions: captions of each image.
+        captions: captions of each image; they are iterated twice.
         vocab_size: largest size of the vocabulary, special tokens included.
 
     Raises:
@@ -161,8 +165,7 @@ def train_tokenizer(captions: list[list[str]], vocab_size: int) -> Any:
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer = normalizers.BertNormalizer(lowercase=True)
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    texts = [text for row in captions for text in row]
-    normal = (learner.normalizer.normalize_str(text) for text in texts)
+    normal = (learner.normalizer.normalize_str(text) for row in captions for text in row)
     words = {word for text in normal for word, _ in learner.pre_tokenizer.pre_tokenize_str(text)}
     inner = {character for word in words for character in word[1:]}
     # The library numbers single characters in the order of a hash table, and breaks ties between pieces by these
@@ -177,7 +180,7 @@ def train_tokenizer(captions: list[list[str]], vocab_size: int) -> Any:
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=fixed, limit_alphabet=vocab_size, show_progress=False
     )
-    learner.train_from_iterator(texts, trainer)
+    learner.train_from_iterator((text for row in captions for text in row), trainer)
     return BertTokenizer(vocab=learner.get_vocab(), do_lower_case=True)
 
 

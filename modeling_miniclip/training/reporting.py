@@ -13,6 +13,7 @@ from datasets import DatasetDict
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.columns import caption_counts
 from ..errors import printable
 from ..evaluation.metrics import DIRECTIONS, RECALL_AT
 from ..modeling_miniclip import MiniClipModel
@@ -37,10 +38,7 @@ def describe_splits(splits: DatasetDict) -> str:
 
 def split_sizes(splits: DatasetDict) -> dict[str, dict[str, int]]:
     """Number of `images` and `captions` of each split."""
-    return {
-        name: {"images": len(rows), "captions": sum(len(captions) for captions in rows["captions"])}
-        for name, rows in splits.items()
-    }
+    return {name: {"images": len(rows), "captions": int(caption_counts(rows).sum())} for name, rows in splits.items()}
 
 
 def describe_model(model: MiniClipModel) -> str:

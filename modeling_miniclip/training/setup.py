@@ -7,13 +7,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from ..configuration_miniclip import declared_pooling
 from ..data.augmentation import build_augmentation
 from ..data.batches import GlobalBatches
 from ..data.captions import load_captions
 from ..data.check import quick_check
+from ..data.columns import Captions, caption_counts, record_batches, sample_of_captions
 from ..data.dataset import CaptionRows
 from ..data.loader import BatchLoader
 from ..errors import ModelError, UsageError, one_line
@@ -234,8 +235,8 @@ def build_model(
     splits: DatasetDict, arguments: TrainingArguments, accelerator: Accelerator
 ) -> tuple[MiniClipModel, MiniClipProcessor]:
     """Build model and processor, freeze layers, and report how many captions will be truncated."""
-    captions = list(splits["train"]["captions"])
-    model, processor = create_model(arguments, captions)
+    looked_at = sample_of_captions(splits["train"])
+    model, processor = create_model(arguments, Captions(looked_at))
     freeze_layers(model, arguments)
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         to_channels_last(model.vision_model)  # these need contiguous parameters,
@@ -246,11 +247,26 @@ def build_model(
     if arguments.text_model is not None and arguments.text_pooling is None:
         if (declared := declared_pooling(arguments.text_model)) is not None:
             say(accelerator, f"--text_pooling {declared}, as {arguments.text_model} declares")
-    truncated = processor.count_truncated([text for row in captions for text in row])
-    if truncated:
-        limit, total = processor.tokenizer.model_max_length, sum(map(len, captions))
-        say(accelerator, f"{truncated} of {total} training captions will be truncated to {limit} tokens")
+    if accelerator.is_main_process and (line := describe_truncated(splits["train"], looked_at, processor)):
+        say(accelerator, line)
     return model.to(accelerator.device), processor
+
+
+def describe_truncated(rows: Dataset, looked_at: Dataset, processor: MiniClipProcessor) -> str | None:
+    """One line with the number of training captions that are too long for the tokenizer; None if there are none.
+
+    Args:
+        rows: training rows.
+        looked_at: those of them to count in.
+        processor: processor of the model.
+    """
+    batches = record_batches(looked_at, ["captions"])
+    truncated = sum(processor.count_truncated(batch["captions"].flatten().to_pylist()) for batch in batches)
+    if not truncated:
+        return None
+    sampled, limit = "sampled " if len(looked_at) < len(rows) else "", processor.tokenizer.model_max_length
+    total = int(caption_counts(looked_at).sum())
+    return f"{truncated} of {total} {sampled}training captions will be truncated to {limit} tokens"
 
 
 def compute_frozen_features(

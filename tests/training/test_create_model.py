@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,11 +27,13 @@ from modeling_miniclip import (
     encode_texts,
     export,
 )
+from modeling_miniclip.data.columns import Captions
 from modeling_miniclip.inference.loading import model_folder
 from modeling_miniclip.modeling_miniclip import MiniClipVisionModel
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.create_model import create_model, read_preset, set_dropout, train_tokenizer
 from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.setup import describe_truncated
 from modeling_miniclip.training.try_towers import try_towers
 from tests.helpers.runs import ROOT, environment, write_preset
 from tests.helpers.towers import (
@@ -540,6 +543,24 @@ ODD_CAPTIONS = [
     ["a dog 🐕 runs", "ＦＵＬＬ width", "x" * 90],
     ["Привет мир", "don't re-use the t-shirt..."],
 ]
+
+
+def test_vocabulary_is_learned_from_a_split_as_from_lists() -> None:
+    rows = Dataset.from_dict({"captions": CAPTIONS})
+    assert train_tokenizer(Captions(rows), 200).get_vocab() == train_tokenizer(CAPTIONS, 200).get_vocab()
+
+
+def test_truncated_captions_are_counted_in_a_sample_of_many() -> None:
+    rows, processor = (
+        Dataset.from_dict({"captions": [["a dog"], ["a dog " * 30, "a dog " * 40], ["b"]]}),
+        tiny_processor(),
+    )
+    assert describe_truncated(rows, rows, processor) == "2 of 4 training captions will be truncated to 24 tokens"
+    sample = rows.select([1])
+    assert describe_truncated(rows, sample, processor) == (
+        "2 of 2 sampled training captions will be truncated to 24 tokens"
+    )
+    assert describe_truncated(rows, rows.select([0, 2]), processor) is None
 
 
 @pytest.mark.parametrize("captions", [CAPTIONS, ODD_CAPTIONS])

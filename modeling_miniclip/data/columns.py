@@ -1,0 +1,87 @@
+"""Columns of a split in blocks of rows, so that memory does not grow with the split."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BLOCK = 4_096  # rows that are read at a time
+MOST_CAPTIONS = 100_000  # captions that statistics look at; of larger splits, they take a sample
+
+
+def record_batches(rows: "Dataset", columns: list[str], size: int = BLOCK) -> Iterator[pa.RecordBatch]:
+    """Columns of a split as Arrow batches, in the order of its rows.
+
+    Args:
+        rows: rows of a split, or a selection of them.
+        columns: names of the columns.
+        size: largest number of rows in a batch.
+    """
+    return selected_batches(rows.data.table.select(columns), rows, size)
+
+
+def selected_batches(table: pa.Table, rows: "Dataset", size: int = BLOCK) -> Iterator[pa.RecordBatch]:
+    """The rows of a table that a split selects, as Arrow batches.
+
+    Args:
+        table: columns made from all rows of the table behind `rows`.
+        rows: rows of a split, or a selection of them.
+        size: largest number of rows in a batch.
+    """
+    if rows._indices is None:
+        yield from table.to_batches(max_chunksize=size)
+        return
+    blocks = table.to_batches()
+    starts = np.cumsum([0, *(block.num_rows for block in blocks)])
+    for part in rows._indices.table.to_batches(max_chunksize=size):
+        if part.num_rows:
+            yield _take(blocks, starts, part.column(0).to_numpy().astype(np.int64))
+
+
+def _take(blocks: list[pa.RecordBatch], starts: np.ndarray, places: np.ndarray) -> pa.RecordBatch:
+    """Rows of a table of several blocks. (`Table.take` would first copy the whole table.)"""
+    order = np.argsort(places, kind="stable")
+    places = places[order]
+    numbers = starts.searchsorted(places, "right") - 1
+    cuts = np.flatnonzero(np.diff(numbers)) + 1
+    parts = [
+        blocks[number].take(pa.array(here - starts[number]))
+        for number, here in zip(numbers[[0, *cuts]], np.split(places, cuts), strict=True)
+    ]
+    taken: pa.RecordBatch = pa.concat_batches(parts)
+    return taken if (np.diff(order) > 0).all() else taken.take(pa.array(order.argsort()))
+
+
+def caption_counts(rows: "Dataset") -> np.ndarray:
+    """`[rows]` int64, the number of captions of each row."""
+    counts = [pc.list_value_length(batch["captions"]).to_numpy() for batch in record_batches(rows, ["captions"])]
+    return np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
+
+
+class Captions:
+    """The captions of each row of a split, read block by block; can be iterated again and again."""
+
+    def __init__(self, rows: "Dataset"):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for batch in record_batches(self.rows, ["captions"]):
+            yield from batch["captions"].to_pylist()
+
+
+def sample_rows(rows: "Dataset", most: int, seed: int = 0) -> "Dataset":
+    """At most `most` rows of a split, drawn by the seed, in their order."""
+    if len(rows) <= most:
+        return rows
+    return rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False)))
+
+
+def sample_of_captions(rows: "Dataset", most: int | None = None) -> "Dataset":
+    """The rows of a split, or of one with more than `most` captions (default: [`MOST_CAPTIONS`]) about as many."""
+    captions, most = int(caption_counts(rows).sum()), most or MOST_CAPTIONS
+    return sample_rows(rows, len(rows) if captions <= most else max(1, most * len(rows) // captions))
