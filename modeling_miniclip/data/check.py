@@ -13,11 +13,11 @@ from ..errors import DataError, ModelError, Problem, UsageError, one_line, print
 from .caption_files import UNDECODED, CaptionedImage, ColumnNames
 from .captions import Source, load_captions, local_path, read_source
 from .check_report import Report
-from .columns import record_batches, sample_of_captions
 from .find_problems import ENTRY_CHECKS, Entry, Inspections, files_without_captions, find_problems, small_splits
 from .fixed_copy import fix_target, report_path, write_fixed_copy
 from .near_duplicates import inspect_images
 from .problems import HARMLESS, KINDS
+from .row_blocks import record_batches, sample_of_captions
 from .splits import split_by_image
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from datasets import DatasetDict
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.columns import caption_counts
+from ..data.row_blocks import caption_counts
 from ..errors import printable
 from ..evaluation.metrics import DIRECTIONS, RECALL_AT
 from ..modeling_miniclip import MiniClipModel

@@ -14,9 +14,9 @@ from ..data.augmentation import build_augmentation
 from ..data.batches import GlobalBatches
 from ..data.captions import load_captions
 from ..data.check import quick_check
-from ..data.columns import Captions, caption_counts, record_batches, sample_of_captions
 from ..data.dataset import CaptionRows
 from ..data.loader import BatchLoader
+from ..data.row_blocks import Captions, caption_counts, record_batches, sample_of_captions
 from ..errors import ModelError, UsageError, one_line
 from ..hub.push import prepare_push
 from ..modeling_miniclip import MiniClipModel

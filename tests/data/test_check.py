@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from modeling_miniclip import MiniClipError, ModelError, UsageError, load_captions
 from modeling_miniclip.cli import cli
-from modeling_miniclip.data import columns, near_duplicates
+from modeling_miniclip.data import near_duplicates, row_blocks
 from modeling_miniclip.data.check import check, expected_false_negatives, quick_check
 from modeling_miniclip.data.find_problems import CHECKS
 from modeling_miniclip.data.near_duplicates import inspect_image
@@ -290,7 +290,7 @@ def test_summary_of_a_large_set_names_its_sample(monkeypatch: pytest.MonkeyPatch
     splits = {"train": Dataset.from_dict(rows), "validation": Dataset.from_dict(rows).select(range(11))}
     (line,) = quick_check(splits, "any", 32)  # type: ignore[arg-type]
     assert line == f"61 {KINDS['duplicate-caption']}; `miniclip check` lists them"
-    monkeypatch.setattr(columns, "MOST_CAPTIONS", 40)
+    monkeypatch.setattr(row_blocks, "MOST_CAPTIONS", 40)
     lines = quick_check(splits, "any", 60)  # type: ignore[arg-type]
     assert lines == [  # 20 training images, and all 11 of validation
         f"31 {KINDS['duplicate-caption']} among 62 sampled captions; `miniclip check` lists them",

@@ -27,7 +27,7 @@ from modeling_miniclip import (
     encode_texts,
     export,
 )
-from modeling_miniclip.data.columns import Captions
+from modeling_miniclip.data.row_blocks import Captions
 from modeling_miniclip.inference.loading import model_folder
 from modeling_miniclip.modeling_miniclip import MiniClipVisionModel
 from modeling_miniclip.training.arguments import TrainingArguments

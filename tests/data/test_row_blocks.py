@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from modeling_miniclip.data import columns
-from modeling_miniclip.data.columns import (
+from modeling_miniclip.data import row_blocks
+from modeling_miniclip.data.row_blocks import (
     Captions,
     caption_counts,
     record_batches,
@@ -55,7 +55,7 @@ def test_samples_are_drawn_by_the_seed_in_row_order(monkeypatch: pytest.MonkeyPa
     assert sample_rows(split, 100) is split and sample_of_captions(split) is split
 
     def sampled(most: int) -> Any:
-        monkeypatch.setattr(columns, "MOST_CAPTIONS", most)
+        monkeypatch.setattr(row_blocks, "MOST_CAPTIONS", most)
         return len(sample_of_captions(split))
 
     assert [sampled(most) for most in (200, 199, 40, 1)] == [100, 99, 20, 1]
