@@ -8,11 +8,13 @@ import difflib
 import json
 import math
 import os
+import warnings
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import timm
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -279,7 +281,8 @@ def declared_pooling(source: str | os.PathLike) -> str | None:
         source: Hub name or local folder of the text tower.
 
     Returns:
-        A value of `text_pooling`; None if nothing is declared, or the Hub cannot be reached.
+        A value of `text_pooling`; None if nothing is declared, or if nobody knows because the Hub cannot be reached,
+        with a warning.
 
     Raises:
         ValueError: it declares a pooling that `text_pooling` lacks, such as the maximum over the tokens.
@@ -290,12 +293,18 @@ def declared_pooling(source: str | os.PathLike) -> str | None:
             f"_raise_exceptions_for_{reason}" for reason in ("missing_entries", "connection_errors", "gated_repo")
         ]
         path = cached_file(source, name, **dict.fromkeys(quiet, False))
+        if path is None and not os.path.isdir(source) and try_to_load_from_cache(str(source), name) is None:
+            warnings.warn(
+                f"{source}: {name} cannot be read from the Hub, so the pooling that it may declare is unknown: set "
+                "text_pooling, or connect once",
+                stacklevel=3,
+            )
         return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
 
     folders = [module["path"] for module in read("modules.json") or () if module["type"].endswith(".Pooling")]
-    if not folders:
+    fields = read(f"{folders[0]}/config.json") if folders else None
+    if fields is None:
         return None
-    fields = read(f"{folders[0]}/config.json") or {}
     # A single name in recent files; in older ones a flag for each name, of which only the mean is on by default.
     flags = {"pooling_mode_mean_tokens": True} | fields
     names = [name.removeprefix("pooling_mode_") for name in flags if flags[name] is True and "pooling_mode_" in name]

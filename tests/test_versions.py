@@ -12,7 +12,7 @@ TRAVELLING = {path.stem for path in PACKAGE.glob("*_miniclip.py")}
 # What they import: in transformers since 4.57, in timm since 1.0.15, in huggingface_hub since 0.34. Run
 # `make test-versions` before you add a name.
 NAMES = {
-    "huggingface_hub": "get_session",
+    "huggingface_hub": "get_session try_to_load_from_cache",
     "timm.data": "resolve_data_config",
     "transformers": "AutoConfig AutoTokenizer BatchFeature CLIPImageProcessor MODEL_FOR_CAUSAL_LM_MAPPING "
     "MODEL_FOR_MASKED_LM_MAPPING MODEL_FOR_TEXT_ENCODING_MAPPING MODEL_MAPPING PreTrainedModel "

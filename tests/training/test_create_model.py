@@ -27,6 +27,7 @@ from modeling_miniclip import (
     encode_texts,
     export,
 )
+from modeling_miniclip.configuration_miniclip import declared_pooling
 from modeling_miniclip.data.row_blocks import Captions
 from modeling_miniclip.inference.loading import model_folder
 from modeling_miniclip.modeling_miniclip import MiniClipVisionModel
@@ -47,6 +48,7 @@ from tests.helpers.towers import (
     tiny_processor,
 )
 
+COMMIT = "0123456789" * 4  # of a repository in a cache
 TEXTS = [caption for row in CAPTIONS for caption in row]
 
 
@@ -258,6 +260,48 @@ def test_unsupported_declared_pooling_is_named(
     assert (
         build(vision_model=towers["vision_model"], text_model=text, text_pooling="cls")[0].config.text_pooling == "cls"
     )
+
+
+def cache_repository(cache: Path, repo_id: str, folder: Path, absent: tuple[str, ...] = ()) -> None:
+    """Store a folder as a download of a repository; `absent` files are known not to be in it."""
+    root = cache / f"models--{repo_id.replace('/', '--')}"
+    shutil.copytree(folder, root / "snapshots" / COMMIT)
+    for path in (root / "refs" / "main", *(root / ".no_exist" / COMMIT / name for name in absent)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(COMMIT)
+
+
+def test_pooling_declared_on_the_hub_is_the_default(
+    towers: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    text = shutil.copytree(towers["text_model"], tmp_path / "text")
+    cache_repository(tmp_path / "cache", "alice/plain", text, absent=("modules.json",))
+    declare(str(text), {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True})
+    cache_repository(tmp_path / "cache", "alice/sentences", text)
+    for name, expected in (("alice/plain", "cls"), ("alice/sentences", "last")):
+        model, _ = build(vision_model=towers["vision_model"], text_model=name)
+        assert model.config.text_pooling == expected
+    declare(str(text), {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False})
+    cache_repository(tmp_path / "cache", "alice/max", text)
+    with pytest.raises(ModelError, match="alice/max declares the pooling 'max_tokens' .1_Pooling/config.json"):
+        build(vision_model=towers["vision_model"], text_model="alice/max")
+
+
+@pytest.mark.parametrize("missing", ["modules.json", "1_Pooling/config.json"])
+def test_unknown_pooling_is_a_warning_on_the_hub_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text").mkdir()
+    declare(str(tmp_path / "text"), {})
+    (tmp_path / "text" / missing).unlink()
+    assert declared_pooling(tmp_path / "text") is None
+    cache_repository(tmp_path / "cache", "alice/known", tmp_path / "text", absent=(missing,))
+    assert declared_pooling("alice/known") is None and not recwarn
+    cache_repository(tmp_path / "cache", "alice/unknown", tmp_path / "text")
+    with pytest.warns(UserWarning, match=f"alice/unknown: {missing} cannot be read from the Hub"):
+        assert declared_pooling("alice/unknown") is None
 
 
 # --- towers tried before any work ------------------------------------------------------------------------------------
