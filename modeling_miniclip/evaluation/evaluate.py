@@ -98,13 +98,18 @@ def evaluate_model(
     for other in theirs:
         report |= {"baseline": baseline, **_comparison(ours, other, names, data)}
     if target is not None:
-        others = theirs[0].rankings if theirs else {}
-        with replaced_folder(target) as fresh:
-            (fresh / FILES[0]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            write_queries(fresh / FILES[1], data, ours.rankings, others)
-            gallery = failure_page(report, data, ours.rankings, table(*table_of(report)))
-            (fresh / FILES[2]).write_text(gallery, encoding="utf-8")
+        _write_results(target, report, data, scores)
     return report
+
+
+def _write_results(target: Path, report: dict[str, Any], data: EvalSet, scores: list[ModelScores]) -> None:
+    """Write [`FILES`] from the report and the scores of the model and, perhaps, the baseline."""
+    ours, *theirs = (each.rankings for each in scores)
+    with replaced_folder(target) as fresh:
+        (fresh / FILES[0]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_queries(fresh / FILES[1], data, ours, theirs[0] if theirs else {})
+        gallery = failure_page(report, data, ours, table(*table_of(report)))
+        (fresh / FILES[2]).write_text(gallery, encoding="utf-8")
 
 
 def _score_models(

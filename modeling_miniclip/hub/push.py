@@ -57,9 +57,7 @@ def prepare_push(
     api, name = HfApi(), repo_id or Path(output_dir).resolve().name
     advice = "Check the --hub_ flags and the token's rights, or train without --push_to_hub and push later"
     with hub_errors_as_miniclip_error(f"--push_to_hub: {name} cannot be created or written", advice):
-        _check_token()
-        full_name = api.create_repo(name, private=private, exist_ok=True).repo_id
-        _find_target(api, full_name, private, revision or "main")
+        full_name = _open_target(api, name, private, revision).repo_id
         # If the repository already existed, the token has not been checked so far. This checks it and writes nothing.
         api.preupload_lfs_files(full_name, [CommitOperationAdd("README.md", b"---\n---\n")])
     return full_name
@@ -102,9 +100,8 @@ def push(
     check_code(root)
     retry = _advice_to_retry(folder, repo_id, private, revision)
     with hub_errors_as_miniclip_error(f"{folder} cannot be pushed to {repo_id}", retry):
-        _check_token()
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        target = _find_target(api, repo_id, private, revision or "main")
+        target = _open_target(api, repo_id, private, revision)
+    repo_id = target.repo_id
     advice = f"Nothing that was in {repo_id} has changed. {retry}"
     with _temporary_branch(api, target, f"{folder} cannot be uploaded to {repo_id}", advice) as branch:
         with hub_errors_as_miniclip_error(f"{folder} cannot be uploaded to {repo_id}, branch {branch}", advice):
@@ -118,13 +115,7 @@ def push(
         try:
             commit = _publish(api, target, staged, again, message)
         except HUB_ERRORS as error:
-            what = f"{folder} was uploaded, but it is unknown whether {repo_id} has the commit"
-            with hub_errors_as_miniclip_error(what, retry):
-                published = _published(api, target, staged)
-            if published is None:
-                what = f"{folder} was uploaded, but cannot be committed to {repo_id}"
-                raise MiniClipError(f"{what}: {one_line(error)}. {advice}") from None
-            commit = published  # only the Hub's answer was lost
+            commit = _commit_in_spite_of(error, api, target, staged, f"{folder} was uploaded, but", retry, advice)
     return f"{api.endpoint}/{repo_id}/commit/{commit}"
 
 
@@ -134,11 +125,18 @@ def _advice_to_retry(folder: str | os.PathLike, repo_id: str, private: bool, rev
     return f"The model is safe in {folder}: try again with `{shlex.join(command)}`"
 
 
-def _check_token() -> None:
+def _open_target(api: HfApi, repo_id: str, private: bool, revision: str | None) -> Target:
+    """Create the repository unless it exists, and find the branch to push to; arguments as in [`push`].
+
+    Raises:
+        ValueError: there is no token, or the repository or branch is not one to push to.
+    """
     if get_token() is None:  # without one, the Hub would answer that the repository does not exist
         raise ValueError(
             "there is no token; log in with `hf auth login` or set HF_TOKEN, with a token that has write access"
         )
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return _find_target(api, repo_id, private, revision or "main")
 
 
 def _find_target(api: HfApi, repo_id: str, private: bool, branch: str) -> Target:
@@ -209,6 +207,21 @@ def _publish(api: HfApi, target: Target, staged: str, files: list[CommitOperatio
         revision=target.branch,
         parent_commit=target.start,  # the Hub rejects this if somebody else has committed in the meantime
     ).oid
+
+
+def _commit_in_spite_of(
+    error: Exception, api: HfApi, target: Target, staged: str, what: str, retry: str, advice: str
+) -> str:
+    """The target's commit if only the Hub's answer was lost.
+
+    Raises:
+        MiniClipError: there is no such commit, or nobody can tell.
+    """
+    with hub_errors_as_miniclip_error(f"{what} it is unknown whether {target.repo_id} has the commit", retry):
+        published = _published(api, target, staged)
+    if published is None:
+        raise MiniClipError(f"{what} cannot be committed to {target.repo_id}: {one_line(error)}. {advice}") from None
+    return published
 
 
 def _published(api: HfApi, target: Target, staged: str) -> str | None:

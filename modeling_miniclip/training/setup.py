@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -368,6 +369,16 @@ def build_loaders(
     return loaders[0], loaders[1]
 
 
+def prepare_optimizer(
+    model: MiniClipModel, arguments: TrainingArguments, accelerator: Accelerator
+) -> tuple[Any, Any, torch.optim.Optimizer]:
+    """The model and its optimizer, wrapped for the processes of the run, and the optimizer itself."""
+    fused = accelerator.device.type == "cuda"  # one kernel per step
+    adamw = torch.optim.AdamW(parameter_groups(model, arguments), fused=fused)
+    prepare = prepare_engine if is_deepspeed(accelerator) else Accelerator.prepare
+    return *prepare(accelerator, model, adamw), adamw
+
+
 def build_run(
     model: MiniClipModel,
     processor: MiniClipProcessor,
@@ -388,11 +399,7 @@ def build_run(
         if fingerprint is not None:
             fingerprint.mark_undecodable(bad_rows, Path(arguments.output_dir))
 
-    fused = accelerator.device.type == "cuda"  # one kernel per step
-    adamw = torch.optim.AdamW(parameter_groups(model, arguments), fused=fused)
-    prepare = prepare_engine if is_deepspeed(accelerator) else Accelerator.prepare
-    prepared, optimizer = prepare(accelerator, model, adamw)
-    unwrapped_model = model  # `accelerator.unwrap_model` would import DeepSpeed in every run, if it is installed
+    prepared, optimizer, adamw = prepare_optimizer(model, arguments, accelerator)
     train_loader, validation_loader = loaders
     steps_per_epoch = len(train_loader)
     all_steps = arguments.num_train_epochs * steps_per_epoch
@@ -401,7 +408,7 @@ def build_run(
         arguments=arguments,
         accelerator=accelerator,
         model=prepared,
-        unwrapped_model=unwrapped_model,
+        unwrapped_model=model,  # `accelerator.unwrap_model` would import DeepSpeed in every run, if it is installed
         processor=processor,
         optimizer=optimizer,
         scheduler=build_scheduler(adamw, arguments, last_step),
@@ -417,8 +424,8 @@ def build_run(
         diagnosis=Diagnosis(
             warn,
             arguments.warmup_steps,
-            unwrapped_model.config.logit_scale_max,
-            has_softmax=unwrapped_model.config.loss_type != "sigmoid",
+            model.config.logit_scale_max,
+            has_softmax=model.config.loss_type != "sigmoid",
             evidence=evidence,
         ),
         bad_images=BadImages(
@@ -426,7 +433,7 @@ def build_run(
         ),
         steps_per_epoch=steps_per_epoch,
         last_step=last_step,
-        ema=None if arguments.ema_decay is None else AveragedWeights(unwrapped_model, arguments.ema_decay),
+        ema=None if arguments.ema_decay is None else AveragedWeights(model, arguments.ema_decay),
         fingerprint=fingerprint,
     )
 
