@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 
 from ..configuration_miniclip import MiniClipConfig
 from ..data.caption_files import ColumnNames
+from ..data.listing import is_hidden
 from ..data.problems import HARMLESS, OnProblem
 from ..data.skipped import describe_skipped
 from ..data.sources import DEFAULT_COLUMNS, Item, is_listed_at_once, resolve_source, walk_sources
@@ -34,7 +35,7 @@ from ..utils.names import check_name, name_of, path_of
 from .approximate import uses_approximate_search
 from .embeddings_file import DTYPES, gather_blocks
 from .fingerprints import describe_files, fingerprint
-from .index import ImageIndex, Manifest, folder_of_model, write_index, write_manifest
+from .index import MANIFEST, ImageIndex, Manifest, folder_of_model, write_index, write_manifest
 from .shards import Encoding, Pool, default_workers, open_pool
 
 
@@ -49,8 +50,8 @@ class Report:
         dropped: images that were in the index before and no longer are.
         skipped: names of images that could not be read, with the reason.
         unlisted: names of folders that could not be listed, with the reason.
-        kept: images that are as they were in the index, because their folder could not be listed or their file not be
-            reached.
+        kept: images that are as they were in the index, because their folder could not be listed, their disk is not
+            mounted or their file could not be reached.
         seconds: duration of the run.
         missing: sources that are gone, if the model has moved: then only its place was updated.
     """
@@ -356,6 +357,38 @@ def _add_problems(plan: _Plan, report: Report, problems: list[Problem]) -> None:
             print(printable(f"skipped: {problem}"), file=sys.stderr)
 
 
+def _add_unmounted(plan: _Plan, report: Report, new: list[ListedImage]) -> None:
+    """Add folders to a report whose images are gone because their disk is not mounted, and print them."""
+    if plan.existing is None:
+        return
+    found = {image.id for image in new}
+    columns = (plan.existing.entries[name].to_pylist() for name in ("source", "id", "path"))
+    rows = zip(*columns, strict=True)
+    gone = [path for source, name, path in rows if path and name not in found and source in plan.sources_to_scan]
+    for folder in unmounted_folders(gone, (plan.target / MANIFEST).stat().st_mtime):
+        report.unlisted[folder] = "empty, though images were indexed in it; delete this folder if its disk is gone"
+        print(printable(f"skipped: {folder}: {report.unlisted[folder]}"), file=sys.stderr)
+
+
+def unmounted_folders(missing: Iterable[str], indexed: float) -> list[str]:
+    """Folders that are mount points without their disk, as far as missing files show.
+
+    Such a folder is empty and has not changed since the files were seen. Deleting files changes their folder.
+
+    Args:
+        missing: paths of files that are gone, as written by [`name_of`][modeling_miniclip.utils.names.name_of].
+        indexed: time when they were still there, in seconds since 1970.
+    """
+    found = set()
+    for folder in {os.path.dirname(path_of(path)) for path in missing}:
+        while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+            folder = os.path.dirname(folder)
+        with suppress(OSError):  # a folder that cannot be listed is named already
+            if os.stat(folder).st_mtime < indexed and all(map(is_hidden, os.listdir(folder))):
+                found.add(name_of(folder))
+    return sorted(found)
+
+
 def _merge(plan: _Plan, listed: list[ListedImage], report: Report, unreachable: set[str]) -> None:
     """Write the index: first the images of sources that were not scanned, then the listed ones; complete `report`."""
     pool = plan.pool()
@@ -365,6 +398,7 @@ def _merge(plan: _Plan, listed: list[ListedImage], report: Report, unreachable: 
             f"{len(lost)} of {len(new)} images are not in {plan.shards}, the first {lost[0]}: all processes must see "
             "this folder on a shared file system; run the same command again there"
         )
+    _add_unmounted(plan, report, new)
     kept_rows = _kept_rows(plan, new, report, unreachable)
     places = [*((0, row) for row in kept_rows), *(pool.by_id[image.id] for image in new)]
     if not places:

@@ -360,6 +360,30 @@ def test_images_behind_a_broken_link_stay(tmp_path: Path, model: Path, capsys: p
     assert f"1 folder could not be listed: {tmp_path / 'photos' / 'album'}; of the images" in printed.err
 
 
+def test_images_of_an_unmounted_disk_stay(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    write_pictures(photos, "a.png disk/b.png disk/2020/c.png sorted/d.png")
+    argv = ["index", str(model), str(photos), "-o", str(tmp_path / "index")]
+    assert cli(argv) == 0
+    (photos / "disk").rename(elsewhere)
+    (photos / "disk").mkdir()
+    os.utime(photos / "disk", (1, 1))  # a mount point: it was empty before, too
+    (photos / "sorted" / "d.png").unlink()  # by somebody who leaves the folder
+    capsys.readouterr()
+    for dropped in (1, 0):
+        assert cli(argv) == 1
+        printed = capsys.readouterr()
+        assert f"3 images; 0 encoded, 1 reused, {dropped} dropped" in printed.out
+        assert f"skipped: {photos / 'disk'}: empty, though images were indexed in it" in printed.err
+        assert f"1 folder could not be listed: {photos / 'disk'}; of the images" in printed.err
+    assert cli([*argv, "--overwrite"]) == 1 and "nothing was overwritten" in capsys.readouterr().err
+    (photos / "disk").rmdir()
+    elsewhere.rename(photos / "disk")
+    assert cli(argv) == 0 and "3 images; 0 encoded, 3 reused, 0 dropped" in capsys.readouterr().out
+    shutil.rmtree(photos / "disk")
+    assert cli(argv) == 0 and "1 images; 0 encoded, 1 reused, 2 dropped" in capsys.readouterr().out
+
+
 def test_source_without_a_readable_image_drops_nothing(tmp_path: Path, model: Path) -> None:
     write_pictures(tmp_path, "photos/a.png set/pictures/b.png set/pictures/c.png")
     (tmp_path / "set" / "list.csv").write_text("image\npictures/b.png\npictures/c.png\n")
