@@ -384,12 +384,16 @@ def declare_space(parser: argparse.ArgumentParser) -> None:
 
 
 def run_space(args: argparse.Namespace) -> None:
-    """Write the Space and print how to try and publish it."""
+    """Write the Space and print how to publish it. The exit code is 1 if images or folders could not be read."""
+    from .data.skipped import describe_skipped
     from .search.space import write_space
 
-    count = write_space(args.export, args.folder, args.images, args.title)
-    print(f"{args.folder}: a Space with {count:,} images\n  try it:   python {args.folder}/app.py")
+    report = write_space(args.export, args.folder, args.images, args.title)
+    print(f"{args.folder}: a Space with {report.images:,} images\n  try it:   python {args.folder}/app.py")
     print(f"  share it: hf upload USER/NAME {args.folder} --repo-type space")
+    if report.skipped or report.unlisted:
+        total = report.images + len(report.skipped)
+        raise DataError(f"{describe_skipped(report.skipped, total, report.unlisted)}; the Space has the others")
 
 
 COMMANDS = {

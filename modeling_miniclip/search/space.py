@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..errors import MiniClipError, UsageError
+from ..errors import DataError, MiniClipError, UsageError
 from ..inference.loading import model_folder
 from ..utils.files import check_new_folder, replaced_folder
 from ..utils.resources import PACKAGE
@@ -23,7 +23,7 @@ from .embeddings_file import BLOCK
 from .fingerprints import describe_files
 from .index import ImageIndex, Manifest, write_index
 from .pictures import picture_of
-from .update import update_index
+from .update import Report, update_index
 
 PIXELS = 512  # longer side of the copies
 
@@ -58,7 +58,7 @@ the images and nothing else about them. To run it locally: `pip install gradio -
 """
 
 
-def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], title: str = "Image search") -> int:
+def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], title: str = "Image search") -> Report:
     """Write a Space. The folder appears only when it is complete.
 
     Args:
@@ -68,13 +68,13 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], 
         title: title of the page.
 
     Returns:
-        The number of images.
+        The number of images, and which images and folders could not be read.
 
     Raises:
         ModelError: there is no such model.
         MiniClipError: gradio is not installed.
         UsageError: the folder is not empty, or the title is.
-        DataError: a source has no images.
+        DataError: a source cannot be read, or has no images.
     """
     target = Path(folder).expanduser()
     check_new_folder(target)
@@ -87,9 +87,10 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], 
     title = " ".join(title.split())
     model = model_folder(export)
     with replaced_folder(target) as fresh, tempfile.TemporaryDirectory() as scratch:
-        update_index(Path(scratch) / "index", sources, model)
+        report = update_index(Path(scratch) / "index", sources, model)
         shutil.copytree(model, fresh / "model", ignore=shutil.ignore_patterns(".*", "__pycache__"))
-        count = _write_portable(ImageIndex.open(Path(scratch) / "index"), fresh / "index", fresh / "model")
+        gone = _write_portable(ImageIndex.open(Path(scratch) / "index"), fresh / "index", fresh / "model")
+        report.images, report.skipped = report.images - len(gone), report.skipped | gone
         for path in PACKAGE.rglob("*.py"):
             copy = fresh / PACKAGE.name / path.relative_to(PACKAGE)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -97,18 +98,30 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], 
         (fresh / "app.py").write_text(APP.format(title=title), encoding="utf-8")
         pins = [f"{library}=={version(library).partition('+')[0]}" for library in LIBRARIES]
         (fresh / "requirements.txt").write_text("\n".join(pins) + "\n", encoding="utf-8")
-        card = README.format(metadata=_metadata(model, title, sdk_version), title=title, images=count)
+        card = README.format(metadata=_metadata(model, title, sdk_version), title=title, images=report.images)
         (fresh / "README.md").write_text(card, encoding="utf-8")
-    return count
+    return report
 
 
-def _write_portable(index: ImageIndex, target: Path, model: Path) -> int:
-    """Write a copy of an index with thumbnails, but without paths, sources and dates. Returns the number of images."""
+def _write_portable(index: ImageIndex, target: Path, model: Path) -> dict[str, str]:
+    """Write a copy of an index with thumbnails, but without paths, sources and dates.
+
+    Returns:
+        Names of images that can no longer be read and are left out, with the reason.
+
+    Raises:
+        DataError: that is so for all images.
+    """
     entries = index.read_entries()
     small: dict[int, bytes] = {}
+    gone: dict[str, str] = {}
     for row in range(len(index)):
         if (picture := picture_of(index, row, PIXELS)) is not None:
             small[row] = encode_thumbnail(picture, PIXELS)
+        else:
+            gone[entries["id"][row].as_py()] = "it was read a moment ago, but can no longer be"
+    if not small:
+        raise DataError(f"none of the {len(gone)} images can be read any longer, such as {next(iter(gone))}")
     kept = list(small)
     names = _unique_names([entries["id"][row].as_py() for row in kept])
     changed: dict[str, Any] = {
@@ -132,7 +145,8 @@ def _write_portable(index: ImageIndex, target: Path, model: Path) -> int:
         for start in range(0, len(kept), BLOCK):
             yield np.asarray(index.embeddings[kept[start : start + BLOCK]])
 
-    return len(write_index(target, manifest, entries, blocks()))
+    write_index(target, manifest, entries, blocks())
+    return gone
 
 
 def _unique_names(ids: list[str]) -> list[str]:

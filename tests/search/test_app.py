@@ -23,7 +23,7 @@ from PIL import Image
 
 from modeling_miniclip import MiniClipModel, encode_images, encode_texts
 from modeling_miniclip.cli import cli
-from modeling_miniclip.search import app
+from modeling_miniclip.search import app, space
 from modeling_miniclip.search.app import (
     LARGE_PIXELS,
     NEIGHBOURS,
@@ -298,21 +298,35 @@ def assert_no_file_is_served(address: str, place: Path) -> None:
         assert '"success":false' in answer.replace(" ", "") and "1.000" not in answer
 
 
+@needs_gradio
+def test_space_names_images_that_it_leaves_out(
+    tmp_path: Path, tiny_export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, _ = write_pictures(tmp_path / "photos", "a.png b.png")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(first.read_bytes()[:100])
+    monkeypatch.setattr(space, "picture_of", lambda index, row, pixels: Image.new("RGB", (9, 9)) if row else None)
+    assert cli(["space", str(tiny_export), str(tmp_path / "space"), "--images", str(tmp_path / "photos")]) == 1
+    printed = capsys.readouterr()
+    assert f"{tmp_path / 'space'}: a Space with 1 images" in printed.out
+    assert f"2 of 3 images could not be read: {first}, {tmp_path / 'photos' / 'broken.jpg'}; " in printed.err
+    assert ImageIndex.open(tmp_path / "space" / "index").entries["id"].to_pylist() == ["b.png"]
+
+
 @pytest.mark.slow
 @needs_gradio
 def test_space_runs_locally_and_holds_only_small_copies(
     place: Path, tmp_path: Path, tiny_export: Path, model: MiniClipModel
 ) -> None:
-    space = tmp_path / "space"
-    assert cli(["space", str(tiny_export), str(space), "--images", str(place / "pictures"), "--title", "Sea"]) == 0
-    for path in (path for path in space.rglob("*") if path.is_file()):
+    folder = tmp_path / "space"
+    assert cli(["space", str(tiny_export), str(folder), "--images", str(place / "pictures"), "--title", "Sea"]) == 0
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         assert str(place).encode() not in path.read_bytes(), path
-    index = ImageIndex.open(space / "index")
+    index = ImageIndex.open(folder / "index")
     assert len(index) == 17 and set(index.entries["path"].to_pylist()) == {None}
-    head = (space / "README.md").read_text(encoding="utf-8").split("---")[1]
+    head = (folder / "README.md").read_text(encoding="utf-8").split("---")[1]
     assert {"sdk: gradio", "app_file: app.py", "title: Sea"} <= set(head.splitlines())
-    assert re.search(r"^transformers==\d", (space / "requirements.txt").read_text(), re.MULTILINE)
-    moved = space.rename(tmp_path / "elsewhere")
+    assert re.search(r"^transformers==\d", (folder / "requirements.txt").read_text(), re.MULTILINE)
+    moved = folder.rename(tmp_path / "elsewhere")
     env = {**environment(), "PYTHONPATH": ""}
     with served(["-u", "app.py"], env=env, cwd=moved) as address, browser_page() as page:
         page.goto(address)
