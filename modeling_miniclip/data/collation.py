@@ -53,13 +53,14 @@ class Collator:
         undecodable = [(row["image_id"], row["undecodable"]) for row in rows if "undecodable" in row]
         rows = [row for row in rows if "undecodable" not in row]
         batch: dict[str, Any] = {"image_id": torch.tensor([row["image_id"] for row in rows])}
-        counts = torch.tensor([len(row["captions"]) for row in rows])
+        texts = "text_features" if "text_features" in rows[0] else "captions"
+        counts = torch.tensor([len(row[texts]) for row in rows])
         batch["text_image_id"] = batch["image_id"].repeat_interleave(counts)
         if "vision_features" in rows[0]:
             batch["vision_pooler_output"] = torch.stack([row["vision_features"] for row in rows])
         else:
             batch["pixel_values"] = stack_pixels([row["pixels"] for row in rows])
-        if "text_features" in rows[0]:
+        if texts == "text_features":
             batch["text_pooler_output"] = torch.cat([row["text_features"] for row in rows])
         else:
             captions = [caption for row in rows for caption in row["captions"]]

@@ -5,7 +5,7 @@ All draws depend only on the seed, the epoch and the row, never on the process, 
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # A filler, which only keeps a process busy, is row i under the image id FILLER - i, which is negative.
 FILLER = -1
 
-READ_TOGETHER = 32  # image files that a loader process reads at a time
+READ_TOGETHER = 32  # encoded images that a loader process reads at a time, if they are in the table itself
 
 # The random draws for a row: the captions chosen, and two generators for its augmentation.
 Draw = tuple[np.ndarray, np.random.Generator, random.Random]
@@ -37,7 +37,8 @@ def _index_of(image_id: int) -> int:
 class CaptionRows(TorchDataset):
     """Rows of a split, ready to be collated; each item has a key `(epoch, index)`.
 
-    A list of items may contain images that cannot be decoded: see `__getitems__`.
+    A list of items may contain images that cannot be decoded: see `__getitems__`. Nothing of the split is held in
+    memory: images, names and captions are read when they are needed, so loader processes share a memory-mapped table.
 
     Args:
         split: rows `{image, image_id, captions}`.
@@ -63,9 +64,8 @@ class CaptionRows(TorchDataset):
     ):
         from datasets import Image
 
-        self.undecoded = split.select_columns(["image"]).cast_column("image", Image(decode=False))
-        self.image_ids: list[str] = list(split["image_id"])
-        self.captions: list[list[str]] = list(split["captions"])
+        self.undecoded = split.select_columns(["image", "image_id"]).cast_column("image", Image(decode=False))
+        self.texts = split.select_columns(["captions"])
         self.processor = processor
         self.augmentation = augmentation
         self.captions_per_image = captions_per_image
@@ -74,10 +74,10 @@ class CaptionRows(TorchDataset):
         self.text_features = text_features
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.undecoded)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        row = self._row(key, self._draw(key), None)
+        row = self._row_alone(key)
         if "undecodable" in row:
             raise DataError(row["undecodable"])
         return row
@@ -91,8 +91,10 @@ class CaptionRows(TorchDataset):
         Raises:
             DataError: no image of the split can be decoded, or a file cannot be read.
         """
-        draws = [self._draw(key) for key in keys]  # drawing between images would take several times as long
-        rows = [self._row(*row) for row in zip(keys, draws, self._files(keys), strict=True)]
+        captions = self._captions(keys)
+        # Drawing between images would take several times as long.
+        draws = [self._draw(key, len(texts)) for key, texts in zip(keys, captions, strict=True)]
+        rows = [self._row(*row) for row in zip(keys, captions, draws, self._files(keys), strict=True)]
         if all("undecodable" in row for row in rows):
             rows.append(self._filler(*keys[0]))
         return rows
@@ -101,10 +103,29 @@ class CaptionRows(TorchDataset):
         """The image file of each row, as `{"bytes", "path"}`."""
         yield from (row["image"] for row in self.undecoded)
 
-    def _draw(self, key: tuple[int, int]) -> Draw:
-        epoch, index = key[0], _index_of(key[1])
-        rng = np.random.default_rng([self.seed, epoch, index])
-        available = len(self.captions[index])
+    def captions_of(self, indices: Sequence[int]) -> list[list[str]]:
+        """All captions of some rows."""
+        return self.texts[list(indices)]["captions"]
+
+    @property
+    def captions(self) -> list[list[str]]:
+        """All captions of all rows, in memory."""
+        return list(self.texts["captions"])
+
+    def name(self, index: int) -> str:
+        """The `image_id` of a row."""
+        return self.undecoded[index]["image_id"]
+
+    def _captions(self, keys: list[tuple[int, int]]) -> Sequence[Sized]:
+        """The captions of some rows; with features of texts these instead, as nobody needs the words then."""
+        indices = [_index_of(image_id) for _, image_id in keys]
+        if self.text_features is not None:
+            return [self.text_features[index] for index in indices]
+        return self.captions_of(indices)
+
+    def _draw(self, key: tuple[int, int], available: int) -> Draw:
+        """The random draws for a row with a number of captions."""
+        rng = np.random.default_rng([self.seed, key[0], _index_of(key[1])])
         if self.captions_per_image is None or self.captions_per_image >= available:
             chosen = np.arange(available)
         else:
@@ -115,14 +136,30 @@ class CaptionRows(TorchDataset):
         # `datasets` reads many rows in the time that it needs for one.
         for start in range(0, len(keys), READ_TOGETHER):
             indices = [_index_of(image_id) for _, image_id in keys[start : start + READ_TOGETHER]]
-            yield from [None] * len(indices) if self.vision_features is not None else self.undecoded[indices]["image"]
+            if self.vision_features is not None:
+                yield from [None] * len(indices)
+            else:
+                files = self.undecoded[indices]
+                for image, name in zip(files["image"], files["image_id"], strict=True):
+                    yield {"image": image, "image_id": name}
 
-    def _row(self, key: tuple[int, int], draw: Draw, file: dict[str, Any] | None) -> dict[str, Any]:
-        """One row; `file` is its undecoded image if that has been read already."""
+    def _row_alone(self, key: tuple[int, int]) -> dict[str, Any]:
+        (captions,) = self._captions([key])
+        return self._row(key, captions, self._draw(key, len(captions)), None)
+
+    def _row(self, key: tuple[int, int], captions: Any, draw: Draw, file: dict[str, Any] | None) -> dict[str, Any]:
+        """One row.
+
+        Args:
+            key: epoch and image id.
+            captions: all captions of the row, or their features.
+            draw: random draws for the row.
+            file: `{image, image_id}`, if that has been read already.
+        """
         epoch, image_id = key
         index = _index_of(image_id)
         chosen, rng, augmentation_rng = draw
-        row: dict[str, Any] = {"image_id": image_id, "captions": [self.captions[index][i] for i in chosen]}
+        row: dict[str, Any] = {"image_id": image_id}
         if self.vision_features is not None:
             features = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
             image = self._image(index, file) if math.isnan(features[0]) else None
@@ -134,17 +171,20 @@ class CaptionRows(TorchDataset):
         if isinstance(image, str):
             return {"image_id": image_id, "undecodable": image}
         if self.text_features is not None:
-            row["text_features"] = self.text_features[index][torch.from_numpy(chosen)]  # [K, width]
+            row["text_features"] = captions[torch.from_numpy(chosen)]  # [K, width]
+        else:
+            row["captions"] = [captions[i] for i in chosen]
         return row
 
     def _image(self, index: int, file: dict[str, Any] | None) -> "Image.Image | str":
         """The image of a row as RGB, or the reason why it cannot be decoded."""
-        name = f"image {self.image_ids[index]!r}"
+        file = file or self.undecoded[index]
         try:
-            return decode_row(self.undecoded[index]["image"] if file is None else file, self.image_ids[index])
+            return decode_row(file["image"], file["image_id"])
         except MemoryError:  # not the image's fault
             raise
         except Exception as error:  # Pillow's decoders raise errors of many classes
+            name = f"image {file['image_id']!r}"
             if getattr(error, "errno", None) is not None:  # a disk failed, which is not the image's fault either
                 raise DataError(f"{name} cannot be read: {error}; fix that, then resume the run") from error
             return f"{name} cannot be decoded: {error}; replace the file or delete its rows"
@@ -160,7 +200,7 @@ class CaptionRows(TorchDataset):
             return self.augmentation(image=np.array(image))["image"].transpose(2, 0, 1)
         except Exception as error:  # for instance a crop that is larger than the image
             raise DataError(
-                f"image {self.image_ids[index]!r} of {image.width}x{image.height} pixels: the augmentation failed: "
+                f"image {self.name(index)!r} of {image.width}x{image.height} pixels: the augmentation failed: "
                 f"{error}; change --augmentation"
             ) from error
 
@@ -168,10 +208,10 @@ class CaptionRows(TorchDataset):
         """The next row that can be decoded, under the image id of a filler."""
         start = _index_of(image_id)
         keys = ((epoch, FILLER - (start + i) % len(self)) for i in range(1, len(self)))
-        rows = (self._row(key, self._draw(key), None) for key in keys)
+        rows = map(self._row_alone, keys)
         filler = next((row for row in rows if "undecodable" not in row), None)
         if filler is None:
             raise DataError(
-                f"none of {len(self)} images can be decoded, among them {self.image_ids[start]!r}; replace the files"
+                f"none of {len(self)} images can be decoded, among them {self.name(start)!r}; replace the files"
             )
         return filler

@@ -177,17 +177,36 @@ def decode_row(image: Mapping[str, Any], name: str = "") -> Image.Image:
         name: name of the image for warnings.
 
     Raises:
-        OSError, UnreadableFormat: as in [`decode_picture`].
+        DataError, OSError, UnreadableFormat: as in [`read_encoded`] and [`decode_picture`].
+    """
+    return to_rgb(decode_picture(read_encoded(image)), name or str(image.get("path") or ""))
+
+
+def read_encoded(image: Mapping[str, Any]) -> bytes:
+    """The encoded image of a row: from the row itself, a file, a shard or the Hub.
+
+    Args:
+        image: `{"bytes", "path"}`, as in a column `datasets.Image(decode=False)`.
+
+    Raises:
+        DataError: its shard is shorter than it was, or names no image there.
+        OSError: the file or shard cannot be read; `errno` is set unless it is damaged.
     """
     content, path = image.get("bytes"), str(image.get("path") or "")
-    if content is None and "://" in path and not os.path.isfile(path):  # in an archive or on the Hub
-        from datasets.utils.file_utils import xopen
-
-        with xopen(path, "rb") as file:
-            content = file.read()
-    if content is None and not path:
+    if content is not None:
+        return content
+    if not path:
         raise UnidentifiedImageError("this row has no image")
-    return to_rgb(decode_picture(path if content is None else content), name or path)
+    if "://" not in path or os.path.isfile(path):
+        return Path(path).read_bytes()
+    from .shard_url import place_of, read_place  # whose imports take long
+
+    if (place := place_of(path)) is not None:
+        return read_place(place)
+    from datasets.utils.file_utils import xopen
+
+    with xopen(path, "rb") as file:  # in an archive or on the Hub
+        return file.read()
 
 
 def _register(module: str) -> bool:

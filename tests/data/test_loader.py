@@ -344,7 +344,7 @@ def test_an_image_that_cannot_be_decoded_is_named(captioned_folder, processor, c
     rows = CaptionRows(split, processor)
     batches = BatchLoader(rows, GlobalBatches(len(rows), 2, False), num_workers)
     ((index, why),) = (found for batch in batches for found in batch.get("undecodable", []))
-    assert rows.image_ids[index] == "2.png" and why.startswith("image '2.png' cannot be decoded: ")
+    assert rows.name(index) == "2.png" and why.startswith("image '2.png' cannot be decoded: ")
     with pytest.raises(DataError, match="'2.png' cannot be decoded"):
         rows[0, index]
 
