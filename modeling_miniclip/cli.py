@@ -188,7 +188,7 @@ def declare_index(parser: argparse.ArgumentParser) -> None:
 
 def run_index(args: argparse.Namespace) -> None:
     """Build or update an index and print what was done. The exit code is 1 if images or folders could not be read."""
-    from .data.caption_files import ColumnNames
+    from .data.columns import ColumnNames
     from .data.skipped import describe_skipped
     from .search.update import update_index
     from .utils.performance import keep_freed_memory

@@ -2,6 +2,9 @@
 
 captions.py: load captioned images from any source as splits
 caption_files.py: caption files (CSV, TSV, JSON Lines, Flickr8k tokens)
+columns.py: the columns of a source, and the names and captions in its cells
+text_files.py: lines of a text file as an editor counts them
+layouts.py: where the captions of a folder are
 recognise.py: what a source file is, by its content
 listing.py: the files of a folder and below it
 picture_formats.py: one list of picture formats, one function that decodes a picture

@@ -1,49 +1,24 @@
 """Read a caption file (CSV, TSV, JSON Lines or Flickr8k tokens) into one entry per image."""
 
 import csv
-import difflib
 import io
 import json
-import posixpath
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, Problem, one_line
-from .listing import ListedFolder
-from .picture_formats import is_picture_file
+from .columns import ResolvedColumns, captions_of_row, image_name
 from .problems import OnProblem, raise_problem
-
-CAPTION_FILES = ("captions.csv", "captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
-METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 
 # Five rows of the original Flickr8k.token.txt name an image with a second suffix that was never published.
 FLICKR8K_STRAY = "2258277193_586949ec62.jpg.1"
 
 UNDECODED = re.compile("[\udc80-\udcff]")  # characters in place of bytes that are not UTF-8
-
-
-@dataclass(frozen=True)
-class ColumnNames:
-    """The columns to look for, and whether the image names in them may lead outside the folder of images."""
-
-    image: str = "image"
-    caption: str = "caption"
-    allow_outside_images: bool = False
-    id: str = "id"
-
-
-@dataclass(frozen=True)
-class ResolvedColumns:
-    """The columns that a source has; several of `captions` if each caption has its own column."""
-
-    image: str
-    captions: list[str]
-    id: str | None = None
 
 
 @dataclass
@@ -75,20 +50,6 @@ Row = tuple[int, Mapping[str, Any], ResolvedColumns]
 
 # Picks the columns to read from the names in a header; its file and row are for the DataError if one is missing.
 FindColumns = Callable[[Collection[str], str, int], ResolvedColumns]
-
-
-def find_caption_file(folder: Path) -> Path | None:
-    """The caption file of a folder of captioned images, by its usual names."""
-    return next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
-
-
-def find_metadata_files(folders: Iterable[ListedFolder]) -> list[Path]:
-    """All metadata files of an imagefolder, sorted by path.
-
-    Args:
-        folders: the folder and those below it, from [`walk_folders`][modeling_miniclip.data.listing.walk_folders].
-    """
-    return sorted(Path(folder.path, name) for folder in folders for name in METADATA_FILES if name in folder.files)
 
 
 def read_caption_file(
@@ -251,101 +212,3 @@ def _token_rows(path: Path, text: str, on_problem: OnProblem) -> Iterator[Row]:
             on_problem(Problem("fields", problem, str(path), number))
             continue
         yield number, {"image": name.rpartition("#")[0], "caption": caption}, columns
-
-
-# --- columns --------------------------------------------------------------------------------------------------------
-
-
-def exact_columns(names: Collection[str], file: str, row: int, wanted: ColumnNames) -> ResolvedColumns:
-    """The columns of a caption file: exactly those that were asked for; the id is optional.
-
-    Raises:
-        DataError: the image column or the caption column is missing.
-    """
-    for role, column in (("image", wanted.image), ("caption", wanted.caption)):
-        if column not in names:
-            text = (
-                f"no column {column!r}; the header has {', '.join(names) or 'nothing'}. Name the right one with "
-                f"{role}_column{_header_hint(column, names)}"
-            )
-            raise DataError(Problem("unusable", text, file, row))
-    return ResolvedColumns(wanted.image, [wanted.caption], wanted.id if wanted.id in names else None)
-
-
-def _header_hint(column: str, names: Collection[str]) -> str:
-    if any(is_picture_file(name.partition("#")[0]) for name in names):  # the number of a caption may follow the name
-        return "; this row looks like data: write a header such as image,caption above it"
-    near = difflib.get_close_matches(column, [name.lower() for name in names], n=1)
-    return f"; did you mean {next(name for name in names if name.lower() == near[0])!r}?" if near else ""
-
-
-def metadata_columns(names: Collection[str], file: str, row: int, wanted: ColumnNames) -> ResolvedColumns:
-    """The columns of an imagefolder's metadata, where the Hub's documentation calls the image `file_name`.
-
-    Raises:
-        DataError: there is no image column or no caption column.
-    """
-    image = next((column for column in (wanted.image, "file_name") if column in names), None)
-    if image is None:
-        text = f"no column 'file_name' among {', '.join(names)}; name it with image_column"
-        raise DataError(Problem("unusable", text, file, row))
-    captions = caption_columns(names, file, row, wanted.caption)
-    return ResolvedColumns(image, captions, wanted.id if wanted.id in names else None)
-
-
-def caption_columns(names: Collection[str], file: str, row: int | None, wanted: str) -> list[str]:
-    """The caption columns of a dataset: `wanted`, or `wanted_0`, `wanted_1`, ..., or a column with a usual name.
-
-    Args:
-        names: names of all columns.
-        file: file, or dataset and split, for the error.
-        row: row of the header, for the error.
-        wanted: name of the caption column that was asked for.
-
-    Raises:
-        DataError: none of them exists.
-    """
-    candidates = ([wanted], _numbered_columns(names, wanted), ["captions"], ["text"], ["sentences"])
-    for columns in candidates:
-        if columns and set(columns) <= set(names):
-            return columns
-    text = (
-        f"no captions: expected a column {wanted!r} (text or list) or columns {wanted}_0, {wanted}_1, ... among "
-        f"{', '.join(names)}; name it with caption_column"
-    )
-    raise DataError(Problem("unusable", text, file, row))
-
-
-def _numbered_columns(names: Collection[str], stem: str) -> list[str]:
-    """Columns `stem_0`, `stem_1`, ... (also without `_`), sorted by their number."""
-    numbered = [name for name in names if re.fullmatch(re.escape(stem) + r"_?\d+", name)]
-    return sorted(numbered, key=lambda name: int(name.removeprefix(stem).lstrip("_")))
-
-
-# --- cells ----------------------------------------------------------------------------------------------------------
-
-
-def image_name(cell: Any, file: str, row: int, column: str | None, on_problem: OnProblem) -> str | None:
-    """An image's name in its normal form, `sub/a.jpg` for `./sub/a.jpg` and `sub\\a.jpg`; None if it is empty."""
-    name = cell.strip().replace("\\", "/") if isinstance(cell, str) else ""
-    if not name:
-        problem = f"no image name, found {cell!r}; fill the cell or delete the row"
-        on_problem(Problem("no-name", problem, file, row, column))
-        return None
-    return posixpath.normpath(name)
-
-
-def captions_of_row(
-    cells: Mapping[str, Any], columns: ResolvedColumns, file: str, row: int, on_problem: OnProblem = raise_problem
-) -> list[str]:
-    """All captions of a row: from one column with a text or a list of texts, or from several columns."""
-    captions = []
-    for column in columns.captions:
-        value = cells[column]
-        for caption in value if isinstance(value, list) and value else [value]:
-            if isinstance(caption, str) and caption.strip():
-                captions.append(caption.strip())
-            else:
-                problem = f"the caption is empty or not text, found {caption!r}; fill it or delete the row"
-                on_problem(Problem("empty-caption", problem, file, row, column))
-    return captions

@@ -12,19 +12,11 @@ from typing import TYPE_CHECKING
 
 from ..errors import DataError, Problem
 from ..utils.names import is_utf8, name_of
-from .caption_files import (
-    CAPTION_FILES,
-    METADATA_FILES,
-    CaptionedImage,
-    ColumnNames,
-    exact_columns,
-    find_caption_file,
-    find_metadata_files,
-    metadata_columns,
-    read_caption_file,
-)
+from .caption_files import CaptionedImage, read_caption_file
+from .columns import ColumnNames, find_columns
 from .hub_datasets import load_from_hub
 from .image_files import BAD_FILES, bad_files, image_folder
+from .layouts import CAPTION_FILES, METADATA_FILES, find_caption_file, find_metadata_files
 from .listing import walk_folders
 from .picture_formats import unreadable_format
 from .problems import OnProblem, raise_problem
@@ -164,7 +156,7 @@ def _read_source(
     if caption_file is None:
         return _read_image_folder(path, columns, on_problem)
     root = path.parent if path.is_file() else path
-    images = read_caption_file(caption_file, partial(exact_columns, wanted=columns), on_problem)
+    images = read_caption_file(caption_file, partial(find_columns, wanted=columns), on_problem)
     folder = Path(image_dir).expanduser() if image_dir is not None else image_folder(root, images)
     if not is_utf8(folder.absolute()):
         raise DataError(Problem("unusable", "its path is not UTF-8; rename the folder", name_of(folder)))
@@ -187,7 +179,7 @@ def _read_image_folder(path: Path, columns: ColumnNames, on_problem: OnProblem) 
     images: dict[str, CaptionedImage] = {}
     splits: dict[str, list[str]] = {}
     for file in metadata:
-        rows = read_caption_file(file, partial(metadata_columns, wanted=columns), on_problem)
+        rows = read_caption_file(file, partial(find_columns, wanted=columns), on_problem)
         _check_image_files(file.parent, path, rows, columns.allow_outside_images, on_problem)
         for name, entry in rows.items():
             image_id = Path(os.path.relpath(file.parent / name, path)).as_posix()

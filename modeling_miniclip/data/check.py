@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DataError, ModelError, Problem, UsageError, one_line, printable
-from .caption_files import UNDECODED, CaptionedImage, ColumnNames
+from .caption_files import UNDECODED, CaptionedImage
 from .captions import Source, load_captions, local_path, read_source
 from .check_report import Report
+from .columns import ColumnNames
 from .find_problems import ENTRY_CHECKS, Entry, Inspections, files_without_captions, find_problems, small_splits
 from .fixed_copy import fix_target, report_path, write_fixed_copy
 from .near_duplicates import inspect_images

@@ -8,7 +8,7 @@ import fsspec
 import numpy as np
 
 from ..errors import DataError, Problem, one_line
-from .caption_files import ColumnNames, ResolvedColumns, caption_columns, captions_of_row
+from .columns import ColumnNames, ResolvedColumns, caption_columns, captions_of_row
 from .splits import SPLIT_ALIASES, SPLITS, split_by_image
 
 if TYPE_CHECKING:

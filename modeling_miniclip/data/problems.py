@@ -19,6 +19,7 @@ KINDS = {
     "long-caption": "captions that are much too long",
     "odd-caption": "captions with control characters",
     "duplicate-caption": "duplicate captions of an image",
+    "spelling": "files whose image names are spelled otherwise than the image files",
     "outside": "images outside the folder of images",
     "unlisted": "folders that cannot be listed",
     "link": "links to folders that are not followed",
@@ -37,7 +38,7 @@ KINDS = {
 }
 
 # Problems that do no harm: what they are about is used, or is used elsewhere. `miniclip check` names them.
-HARMLESS = frozenset({"link", "dangling", "metadata"})
+HARMLESS = frozenset({"link", "dangling", "metadata", "spelling"})
 
 # Called with each problem. If it returns, the reader skips the row and goes on.
 OnProblem = Callable[[Problem], Any]

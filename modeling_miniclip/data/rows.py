@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .caption_files import ColumnNames
+from .columns import ColumnNames
 from .problems import OnProblem
 
 

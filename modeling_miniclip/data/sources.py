@@ -10,20 +10,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import DataError, Problem, UsageError, one_line
+from ..errors import DataError, UsageError, one_line
 from ..utils.names import name_of, path_of
-from .caption_files import (
-    CaptionedImage,
-    ColumnNames,
-    ResolvedColumns,
-    caption_columns,
-    find_caption_file,
-    find_metadata_files,
-    read_caption_file,
-)
+from .caption_files import CaptionedImage, read_caption_file
 from .captions import local_path
+from .columns import ColumnNames, caption_columns, find_columns
 from .hub_datasets import find_image_column
 from .image_files import BAD_FILES, bad_files, image_folder
+from .layouts import find_caption_file, find_metadata_files
 from .listing import ListedFolder, images_of_folder, is_hidden_path, walk_folders
 from .picture_formats import is_picture_file
 from .problems import OnProblem, raise_problem
@@ -31,7 +25,6 @@ from .recognise import recognise_file
 from .splits import read_splits, split_of_folder
 
 SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")  # of Dataset.save_to_disk and DatasetDict.save_to_disk
-IMAGE_COLUMNS = ("image", "file_name", "filename", "path", "file", "filepath")
 UNKNOWN = -1  # size or time of an image that is not a file
 DEFAULT_COLUMNS = ColumnNames()
 
@@ -222,16 +215,7 @@ def _raise(problem: str) -> bytes:
 
 
 def _read_table(file: Path, columns: ColumnNames) -> dict[str, CaptionedImage]:
-    return read_caption_file(file, partial(_table_columns, wanted=columns))
-
-
-def _table_columns(names: Collection[str], file: str, row: int, wanted: ColumnNames) -> ResolvedColumns:
-    """The image column, by the given or a usual name, and caption columns if there are any: an index needs none."""
-    image = next((name for name in (wanted.image, *IMAGE_COLUMNS) if name in names), None)
-    if image is None:
-        text = f"no column {wanted.image!r} among {', '.join(names)}; name it with --image_column"
-        raise DataError(Problem("unusable", text, file, row))
-    return ResolvedColumns(image, _optional_captions(names, wanted.caption))
+    return read_caption_file(file, partial(find_columns, wanted=columns, needs_captions=False))
 
 
 def _optional_captions(names: Collection[str], wanted: str) -> list[str]:

@@ -1,13 +1,16 @@
 """Which image belongs to which split: split files, folder names, or a seeded split."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import DataError, Problem
-from .caption_files import CaptionedImage, image_name, read_utf8, split_lines
+from .columns import image_name
 from .problems import OnProblem, raise_problem
+from .text_files import Lines
 
 SPLITS = ("train", "validation", "test")
 
@@ -28,19 +31,40 @@ SPLIT_ALIASES = {
 }
 
 
-def read_splits(
-    root: Path, images: Mapping[str, CaptionedImage], caption_file: Path, on_problem: OnProblem = raise_problem
-) -> dict[str, list[str]]:
-    """Image names by split from the split files next to a caption file; empty without such files.
+WORD = re.compile(r"[^\W\d_]+")
+NO_SPLIT = ("", "none", "nan", "null", "n/a", "<na>")  # how tables write that a row is in no split
+
+
+class SplitName(NamedTuple):
+    """An image in a split file.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        name: name of the image.
+        file: path of the split file.
+        row: number of the line.
+    """
+
+    split: str
+    name: str
+    file: str
+    row: int
+
+    @property
+    def where(self) -> str:
+        """File and row."""
+        return f"{self.file}, row {self.row}"
+
+
+def find_split_files(root: Path, caption_file: Path) -> dict[str, Path]:
+    """The split files in a folder, by split; empty without such files.
 
     Args:
         root: folder of the split files.
-        images: images of the caption file, by name.
         caption_file: path of the caption file, which is not taken for a split file.
-        on_problem: function called with each name that has no captions or is in a split already.
 
     Raises:
-        DataError: there is no file for train, or a file without names.
+        DataError: there is no file for train.
     """
     files: dict[str, Path] = {}
     for split, names in SPLIT_FILES.items():
@@ -50,25 +74,82 @@ def read_splits(
     if files and "train" not in files:
         text = "a split file without a train.txt next to it; add one or move this file"
         raise DataError(Problem("unusable", text, str(next(iter(files.values())))))
-    splits: dict[str, list[str]] = {}
-    place: dict[str, str] = {}  # of each name in the split files
-    for split, path in files.items():
-        splits[split] = []
-        for number, line in enumerate(split_lines(read_utf8(path, on_problem)), 1):
-            name = image_name(line, str(path), number, None, on_problem) if line.strip() else None
-            if name is None:
+    return files
+
+
+def read_split_files(root: Path, caption_file: Path, on_problem: OnProblem = raise_problem) -> Iterator[SplitName]:
+    """The image names in the split files next to a caption file, in the order of the splits.
+
+    Args:
+        root, caption_file: as in [`find_split_files`].
+        on_problem: function called with each line that is not UTF-8.
+
+    Raises:
+        DataError: there is no file for train, or a file without names.
+    """
+    for split, path in find_split_files(root, caption_file).items():
+        lines, count = Lines(path, on_problem), 0
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or lines.are_undecoded(number, number):
                 continue
-            if name not in images:
-                on_problem(Problem("no-captions", f"{name!r} has no caption in {caption_file}", str(path), number))
-            elif name in place:
-                text = f"{name!r} is already in {place[name]}; an image can be in only one split"
-                on_problem(Problem("two-splits", text, str(path), number))
-            else:
-                place[name] = f"{path}, row {number}"
-                splits[split].append(name)
-        if not splits[split]:
+            name = image_name(line, str(path), number, None, on_problem)
+            if name is not None:
+                count += 1
+                yield SplitName(split, name, str(path), number)
+        if not count:
             raise DataError(Problem("unusable", "no image names; expected one per line", str(path)))
+
+
+def read_splits(
+    root: Path, images: Collection[str], caption_file: Path, on_problem: OnProblem = raise_problem
+) -> dict[str, list[str]]:
+    """Image names by split from the split files next to a caption file; empty without such files.
+
+    Args:
+        root, caption_file: as in [`find_split_files`].
+        images: names of the images of the caption file.
+        on_problem: function called with each name that has no captions or is in a split already.
+
+    Raises:
+        DataError: there is no file for train, or a file without names.
+    """
+    splits: dict[str, list[str]] = {split: [] for split in find_split_files(root, caption_file)}
+    first: dict[str, SplitName] = {}
+    for found in read_split_files(root, caption_file, on_problem):
+        name = found.name
+        if name not in images:
+            text = f"{name!r} has no caption in {caption_file}"
+            on_problem(Problem("no-captions", text, found.file, found.row))
+        elif name in first:
+            text = f"{name!r} is already in {first[name].where}; an image can be in only one split"
+            on_problem(Problem("two-splits", text, found.file, found.row))
+        else:
+            first[name] = found
+            splits[found.split].append(name)
     return splits
+
+
+def split_words(name: str) -> list[str]:
+    """The words in the name of a file or folder that name a split: `["train"]` for `coco_train2017.tar`."""
+    return [word for word in WORD.findall(name.lower()) if SPLIT_ALIASES.get(word, word) in SPLITS]
+
+
+def split_of_name(name: str) -> str | None:
+    """The split that the name of a file or folder states; None if it states none, or several.
+
+    Example:
+        >>> split_of_name("train-00001.tar"), split_of_name("captions_val2017.json"), split_of_name("training.csv")
+        ('train', 'validation', 'train')
+    """
+    splits = {SPLIT_ALIASES.get(word, word) for word in split_words(name)}
+    return splits.pop() if len(splits) == 1 else None
+
+
+def split_of_value(value: Any) -> str | None:
+    """The split in a cell: `train`, `validation` or `test` for any of their names, else the text; None if empty."""
+    text = "" if value is None else str(value).strip()
+    lower = SPLIT_ALIASES.get(text.lower(), text.lower())
+    return None if lower in NO_SPLIT else lower if lower in SPLITS else text
 
 
 def split_of_folder(image_id: str) -> str | None:

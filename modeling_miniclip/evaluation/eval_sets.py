@@ -14,8 +14,8 @@ from datasets import Image as UndecodedImage
 from PIL import Image
 from torch import Tensor
 
-from ..data.caption_files import METADATA_FILES, find_caption_file
 from ..data.captions import load_captions
+from ..data.layouts import METADATA_FILES, find_caption_file
 from ..data.listing import list_images, subfolders, walk_folders
 from ..data.problems import HARMLESS
 from ..data.splits import SPLIT_ALIASES, SPLITS

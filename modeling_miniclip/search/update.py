@@ -21,7 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..configuration_miniclip import MiniClipConfig
-from ..data.caption_files import ColumnNames
+from ..data.columns import ColumnNames
 from ..data.listing import is_hidden
 from ..data.problems import HARMLESS, OnProblem
 from ..data.skipped import describe_skipped

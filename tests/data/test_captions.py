@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from modeling_miniclip import DataError, load_captions
-from modeling_miniclip.data.caption_files import caption_columns
+from modeling_miniclip.data.columns import caption_columns
 from modeling_miniclip.data.scenes import build_scenes
 from modeling_miniclip.data.splits import split_by_image
 from tests.helpers.towers import CAPTIONS
@@ -335,7 +335,7 @@ def test_imagefolder_with_a_folder_per_split(tmp_path, one_file):
 @pytest.mark.parametrize(
     ("file", "text", "expected"),
     [
-        ("metadata.csv", "file,caption\na.png,one\n", ["metadata.csv, row 1", "'file_name'", "image_column"]),
+        ("metadata.csv", "name,caption\na.png,one\n", ["metadata.csv, row 1", "'file_name'", "image_column"]),
         ("metadata.csv", "file_name,label\na.png,one\n", ["metadata.csv, row 1", "'caption'", "caption_column"]),
         ("metadata.csv", "file_name,text\na.png,one\nno.png,two\n", ["metadata.csv, row 3", "'file_name'", "no.png"]),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "text": ""}', ["row 2"]),

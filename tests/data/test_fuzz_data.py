@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from modeling_miniclip import load_captions
-from modeling_miniclip.data.caption_files import ResolvedColumns, read_caption_file
+from modeling_miniclip.data.caption_files import read_caption_file
+from modeling_miniclip.data.columns import ResolvedColumns
 from modeling_miniclip.data.sources import walk_source
 from modeling_miniclip.evaluation.eval_sets import load_eval_set
 from modeling_miniclip.evaluation.evaluate import ReadableImages

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Pillow
 
 from modeling_miniclip import DataError
-from modeling_miniclip.data.caption_files import ColumnNames
+from modeling_miniclip.data.columns import ColumnNames
 from modeling_miniclip.data.hub_datasets import one_row_per_image
 from tests.helpers.hubs import local_hub
 from tests.helpers.runs import ROOT

@@ -31,7 +31,7 @@ from modeling_miniclip import (
 )
 from modeling_miniclip.cli import cli
 from modeling_miniclip.data import picture_formats
-from modeling_miniclip.data.caption_files import ColumnNames
+from modeling_miniclip.data.columns import ColumnNames
 from modeling_miniclip.search import shards as shards_module
 from modeling_miniclip.search import update
 from modeling_miniclip.search.pictures import picture_of

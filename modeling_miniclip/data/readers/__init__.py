@@ -1,1 +1,4 @@
-"""Readers, one file per kind of source: each yields rows, see `data/rows.py`."""
+"""Readers, one file per kind of source: each yields rows, see `data/rows.py`.
+
+caption_file.py: caption files (CSV, TSV, JSON Lines, Flickr8k tokens)
+"""

@@ -1,0 +1,52 @@
+"""Where the captions of a folder are: caption files, one caption file for each split, metadata files."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from .listing import ListedFolder, is_hidden
+from .splits import SPLITS, WORD, split_of_name, split_words
+
+CAPTION_FILES = ("captions.csv", "captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+TABLES = (".csv", ".tsv", ".jsonl")  # suffixes of caption files, one for each split
+CAPTION_WORDS = frozenset({"", "captions", "caption", "annotations", "data", "dataset"})
+
+
+def find_caption_file(folder: Path) -> Path | None:
+    """The caption file of a folder of captioned images, by its usual names."""
+    return next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
+
+
+def find_caption_files(path: Path) -> list[tuple[str | None, Path]]:
+    """The caption files of a source, each with its split, or with None if the name of the file says nothing.
+
+    Args:
+        path: a caption file; or a folder with one under a usual name, or with one for each split, such as `train.csv`
+            and `val.csv`, or `coco_train.jsonl` and `coco_test.jsonl`.
+
+    Returns:
+        The caption files in the order of the splits; empty if the folder has none.
+    """
+    if path.is_file():
+        return [(None, path)]
+    single = find_caption_file(path)
+    if single is not None:
+        return [(None, single)]
+    families: dict[str, list[tuple[str | None, Path]]] = defaultdict(list)  # by what their names have in common
+    for file in sorted(path.iterdir()):
+        split = split_of_name(file.name)
+        if split is not None and file.suffix.lower() in TABLES and not is_hidden(file.name) and file.is_file():
+            words = [word for word in WORD.findall(file.stem.lower()) if word not in split_words(file.name)]
+            families[" ".join(words)].append((split, file))
+    known = [files for words, files in families.items() if words in CAPTION_WORDS or len({s for s, _ in files}) > 1]
+    return sorted(next(iter(known), []), key=lambda pair: (SPLITS.index(str(pair[0])), pair[1]))
+
+
+def find_metadata_files(folders: Iterable[ListedFolder]) -> list[Path]:
+    """All metadata files of an imagefolder, sorted by path.
+
+    Args:
+        folders: the folder and those below it, from [`walk_folders`][modeling_miniclip.data.listing.walk_folders].
+    """
+    return sorted(Path(folder.path, name) for folder in folders for name in METADATA_FILES if name in folder.files)

@@ -1,0 +1,1 @@
+"""Readers, one test file per kind of source."""
