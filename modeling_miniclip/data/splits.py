@@ -3,13 +3,14 @@
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..errors import DataError, Problem
 from .columns import image_name
 from .problems import OnProblem, raise_problem
+from .rows import SplitName
 from .text_files import Lines
 
 SPLITS = ("train", "validation", "test")
@@ -33,27 +34,6 @@ SPLIT_ALIASES = {
 
 WORD = re.compile(r"[^\W\d_]+")
 NO_SPLIT = ("", "none", "nan", "null", "n/a", "<na>")  # how tables write that a row is in no split
-
-
-class SplitName(NamedTuple):
-    """An image in a split file.
-
-    Args:
-        split: `train`, `validation` or `test`.
-        name: name of the image.
-        file: path of the split file.
-        row: number of the line.
-    """
-
-    split: str
-    name: str
-    file: str
-    row: int
-
-    @property
-    def where(self) -> str:
-        """File and row."""
-        return f"{self.file}, row {self.row}"
 
 
 def find_split_files(root: Path, caption_file: Path) -> dict[str, Path]:
@@ -119,10 +99,11 @@ def read_splits(
         name = found.name
         if name not in images:
             text = f"{name!r} has no caption in {caption_file}"
-            on_problem(Problem("no-captions", text, found.file, found.row))
+            on_problem(Problem("no-captions", text, found.file, found.number))
         elif name in first:
-            text = f"{name!r} is already in {first[name].where}; an image can be in only one split"
-            on_problem(Problem("two-splits", text, found.file, found.row))
+            place = f"{first[name].file}, row {first[name].number}"
+            text = f"{name!r} is already in {place}; an image can be in only one split"
+            on_problem(Problem("two-splits", text, found.file, found.number))
         else:
             first[name] = found
             splits[found.split].append(name)

@@ -17,7 +17,8 @@ from ..image_files import SAMPLE, image_folder, rows_with_images
 from ..layouts import find_caption_files
 from ..problems import OnProblem
 from ..rows import ReadOptions, Row
-from ..splits import split_of_name, split_of_value
+from ..splits import find_split_files, split_of_name, split_of_value
+from ..table_cache import content_of
 from ..text_files import Lines
 
 # Five rows of the original Flickr8k.token.txt name an image with a second suffix that was never published.
@@ -57,6 +58,14 @@ def read_caption_file(source: str, options: ReadOptions, on_problem: OnProblem) 
         ):
             row.split = row.split or split
             yield row
+
+
+def inputs_caption_file(source: str, options: ReadOptions) -> Iterator[Any]:
+    """What the rows of a caption file depend on, for the key of their table: arguments as in [`read_caption_file`]."""
+    for _, file in find_caption_files(Path(source)):
+        yield content_of(file)
+        for split_file in find_split_files(Path(source) if Path(source).is_dir() else file.parent, file).values():
+            yield content_of(split_file)
 
 
 def _image_folder(file: Path, split: str | None, head: list[Row], options: ReadOptions) -> tuple[Path, Path]:
