@@ -6,7 +6,7 @@ All draws depend only on the seed, the epoch and the row, never on the process, 
 import math
 import random
 from collections.abc import Iterator, Sequence, Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,14 @@ READ_TOGETHER = 32  # encoded images that a loader process reads at a time, if t
 Draw = tuple[np.ndarray, np.random.Generator, random.Random]
 
 
+class Rows(Protocol):
+    """A tensor for each row."""
+
+    def __getitem__(self, row: int, /) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
 def _index_of(image_id: int) -> int:
     return image_id if image_id >= 0 else FILLER - image_id
 
@@ -46,10 +54,9 @@ class CaptionRows(TorchDataset):
         augmentation: transforms of [`build_augmentation`], or None.
         captions_per_image: number of captions to draw per image and epoch; None takes all of them.
         seed: random seed of the draws and of the augmentation.
-        vision_features: pooled features `[n, width]` of the frozen image tower, used instead of the images: one tensor
-            per view; the epochs take the views in turn. NaN marks an image that could not be decoded.
-        text_features: features `[captions, width]` of the frozen text tower, used instead of the texts: one tensor per
-            image.
+        vision_features: pooled features `[n, width]` of the frozen image tower, used instead of the images: those of
+            each view; the epochs take the views in turn. NaN marks an image that could not be decoded.
+        text_features: features `[captions, width]` of the frozen text tower for each image, used instead of the texts.
     """
 
     def __init__(
@@ -59,8 +66,8 @@ class CaptionRows(TorchDataset):
         augmentation: Any = None,
         captions_per_image: int | None = None,
         seed: int = 0,
-        vision_features: list[Tensor] | None = None,
-        text_features: list[Tensor] | None = None,
+        vision_features: Sequence[Rows] | None = None,
+        text_features: Rows | None = None,
     ):
         from datasets import Image
 

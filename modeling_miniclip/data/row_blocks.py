@@ -1,6 +1,6 @@
 """Columns of a split in blocks of rows, so that memory does not grow with the split."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ def record_batches(rows: "Dataset", columns: list[str], size: int = BLOCK) -> It
     Args:
         rows: rows of a split, or a selection of them.
         columns: names of the columns.
-        size: largest number of rows in a batch.
+        size: number of rows in each batch but the last.
     """
     return selected_batches(rows.data.table.select(columns), rows, size)
 
@@ -31,16 +31,31 @@ def selected_batches(table: pa.Table, rows: "Dataset", size: int = BLOCK) -> Ite
     Args:
         table: columns made from all rows of the table behind `rows`.
         rows: rows of a split, or a selection of them.
-        size: largest number of rows in a batch.
+        size: number of rows in each batch but the last.
     """
     if rows._indices is None:
-        yield from table.to_batches(max_chunksize=size)
+        yield from batches_of(table.to_batches(), size)
         return
     blocks = table.to_batches()
     starts = np.cumsum([0, *(block.num_rows for block in blocks)])
-    for part in rows._indices.table.to_batches(max_chunksize=size):
-        if part.num_rows:
-            yield _take(blocks, starts, part.column(0).to_numpy().astype(np.int64))
+    for part in batches_of(rows._indices.table.to_batches(), size):
+        yield _take(blocks, starts, part.column(0).to_numpy().astype(np.int64))
+
+
+def batches_of(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of another size; only the last one may be smaller."""
+    waiting: list[pa.RecordBatch] = []
+    missing = size
+    for batch in batches:
+        while batch.num_rows:
+            waiting.append(batch[:missing])
+            missing -= waiting[-1].num_rows
+            batch = batch[waiting[-1].num_rows :]
+            if missing == 0:
+                yield waiting[0] if len(waiting) == 1 else pa.concat_batches(waiting)
+                waiting, missing = [], size
+    if waiting:
+        yield pa.concat_batches(waiting)
 
 
 def _take(blocks: list[pa.RecordBatch], starts: np.ndarray, places: np.ndarray) -> pa.RecordBatch:

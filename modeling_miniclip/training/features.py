@@ -2,30 +2,45 @@
 
 import math
 import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..data.collation import model_inputs
 from ..data.dataset import CaptionRows
+from ..data.image_places import image_parts
 from ..data.loader import BatchLoader
+from ..data.row_blocks import caption_counts, record_batches
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from .diagnostics import not_finite
 from .distributed import gather_rows
-from .feature_cache import FeatureTable, digest, digest_of_images, digest_of_weights
+from .feature_cache import (
+    CaptionFeatures,
+    FeatureRows,
+    FeatureTable,
+    digest_of_texts,
+    digest_of_tokenizer,
+    digest_of_weights,
+)
 from .fold_batch_norm import folded_batch_norms
 
 EVALUATION_BATCH = 64  # images per forward pass
 TEXT_BLOCK = 256  # captions per forward pass of the text tower
+TEXT_IMAGES = 8_192  # images whose captions are sorted by length together
+TOKENIZED_TOGETHER = 4_096  # captions
 
 
 @dataclass
@@ -37,8 +52,8 @@ class FrozenFeatures:
         text: `[captions, width]` for each image.
     """
 
-    vision: list[Tensor] | None = None
-    text: list[Tensor] | None = None
+    vision: list[FeatureRows] | None = None
+    text: CaptionFeatures | None = None
 
 
 @torch.no_grad()
@@ -85,8 +100,10 @@ def embed_split(
 @torch.no_grad()
 def frozen_image_features(
     model: MiniClipModel, rows: CaptionRows, views: int, num_workers: int, cache_dir: Path, accelerator: Accelerator
-) -> list[Tensor]:
+) -> list[FeatureRows]:
     """Pooled features of every image, each computed once; the processes of a machine share the work.
+
+    If all of them are cached, no image is opened.
 
     Args:
         model: model on its device, with a frozen image tower.
@@ -104,98 +121,155 @@ def frozen_image_features(
         MiniClipError: the tower returns NaN or infinity for an image.
     """
     model.vision_model.eval()
-    vision = model.config.vision_config
+    vision, width = model.config.vision_config, model.vision_model.pooled_size
     depends_on = {
         "tower": {"architecture": vision.architecture, "model_args": vision.model_args},
         "weights": digest_of_weights(model.vision_model),
         "preprocessing": rows.processor.image_processor.to_dict(),
-        "images": digest_of_images(rows.undecoded_images()),
     }
+    parts = list(image_parts(rows.undecoded))
 
-    def compute(view: int, blocks: list[range]) -> Iterator[Tensor]:
-        loader = BatchLoader(rows, [[(view, i) for i in block] for block in blocks], num_workers)
-        for block, batch in zip(blocks, loader, strict=True):
+    def compute(view: int, batches: list[range]) -> Iterator[Tensor]:
+        loader = BatchLoader(rows, [[(view, i) for i in batch] for batch in batches], num_workers)
+        for numbers, batch in zip(batches, loader, strict=True):
             pixels = model_inputs(batch, rows.processor, accelerator.device)["pixel_values"]
             pooled = model.pool_images(pixels).pooler_output.float().cpu()
             if not pooled.isfinite().all():
                 raise not_finite("image tower's features", math.nan, accelerator.mixed_precision)
-            features = torch.full((len(block), pooled.shape[1]), math.nan)
+            features = torch.full((len(numbers), width), math.nan)
             decoded = batch["image_id"] >= 0
-            features[batch["image_id"][decoded] - block.start] = pooled[decoded]
+            features[batch["image_id"][decoded] - numbers.start] = pooled[decoded]
             yield features
 
-    tables, crop = [], rows.processor.image_processor.crop_size
+    found, crop = [], rows.processor.image_processor.crop_size
     with folded_batch_norms(model.vision_model, (crop["height"], crop["width"])):
         for view in range(views):
-            if rows.augmentation is not None:
-                transforms = rows.augmentation.to_dict()
-                depends_on["augmentation"] = {"draws": 2, "seed": rows.seed, "view": view, "transforms": transforms}
-            table = FeatureTable(cache_dir, depends_on, len(rows), model.vision_model.pooled_size, EVALUATION_BATCH)
+            tables = []
+            for part, images in parts:
+                about = depends_on | {"images": images}
+                if rows.augmentation is not None:
+                    draws = {"draws": 2, "seed": rows.seed, "view": view, "first_row": part.start}
+                    about["augmentation"] = draws | {"transforms": rows.augmentation.to_dict()}
+                tables.append((part, FeatureTable(cache_dir, about, len(part), width)))
             title = "image features" if views == 1 else f"image features, view {view + 1} of {views}"
-            tables.append(_fill_table(table, partial(compute, view), accelerator, title))
-    return tables
+            _fill_with_images(tables, partial(compute, view), accelerator, title)
+            found.append(FeatureRows([table.read() for _, table in tables]))
+    return found
+
+
+def _fill_with_images(
+    tables: list[tuple[range, FeatureTable]],
+    compute: Callable[[list[range]], Iterator[Tensor]],
+    accelerator: Accelerator,
+    title: str,
+) -> None:
+    """Compute what is missing in the tables of a split's images.
+
+    Args:
+        tables: rows of the split in each table.
+        compute: function that computes the features of batches of rows.
+        accelerator: device and processes of the run.
+        title: title of the progress bar.
+    """
+    starts = [part.start for part, _ in tables]
+
+    def fill(rank: int, world_size: int) -> None:
+        done = np.concatenate([np.zeros(0, bool), *(table.done() for _, table in tables)])
+        # Batches have the same rows however they are stored: a tower's last bits depend on the rows of its batch.
+        every = (range(i, min(i + EVALUATION_BATCH, len(done))) for i in range(0, len(done), EVALUATION_BATCH))
+        own = (rows for k, rows in enumerate(every) if k % world_size == rank)
+        batches = [rows for rows in own if not done[rows.start : rows.stop].all()]
+        for rows, features in zip(batches, _with_bar(compute(batches), title, len(batches), accelerator), strict=True):
+            for part, table in tables[bisect_right(starts, rows.start) - 1 : bisect_left(starts, rows.stop)]:
+                here = range(max(rows.start, part.start), min(rows.stop, part.stop))
+                table.write(range(here.start - part.start, here.stop - part.start),
+                            features[here.start - rows.start : here.stop - rows.start])  # fmt: skip
+
+    _share(fill, accelerator)
 
 
 @torch.no_grad()
 def frozen_text_features(
-    model: MiniClipModel,
-    captions: list[list[str]],
-    processor: MiniClipProcessor,
-    cache_dir: Path,
-    accelerator: Accelerator,
-) -> list[Tensor]:
+    model: MiniClipModel, rows: Dataset, processor: MiniClipProcessor, cache_dir: Path, accelerator: Accelerator
+) -> CaptionFeatures:
     """Pooled features of every caption, each computed once; the processes of a machine share the work.
 
-    Captions are sorted by length, so that there is almost no padding.
+    The captions of [`TEXT_IMAGES`] images are sorted by length, so that there is almost no padding. Captions whose
+    features are cached are not tokenized.
 
     Args:
         model: model on its device, with a frozen text tower.
-        captions: captions of each image.
+        rows: rows of a split with their captions.
         processor: preprocessing that belongs to the model.
         cache_dir: folder of the [`FeatureTable`]s.
         accelerator: device and processes of the run.
 
     Returns:
-        One `[captions, width]` tensor per image, memory-mapped.
+        Features of the captions of each image, memory-mapped.
     """
     model.text_model.eval()
-    ids = processor.tokenizer([text for row in captions for text in row], truncation=True)["input_ids"]
-    ids = [torch.tensor(row) for row in ids]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     depends_on = {
         "tower": {k: v for k, v in model.config.text_config.to_dict().items() if k != "_name_or_path"},
         "weights": digest_of_weights(model.text_model),
         "pooling": model.config.text_pooling,
-        "input_ids": digest(row.numpy().tobytes() for row in ids),
+        "tokenizer": digest_of_tokenizer(processor.tokenizer),
     }
+    width, parts = model.config.text_config.hidden_size, []
+    for batch in record_batches(rows, ["captions"], TEXT_IMAGES):
+        captions = batch["captions"].flatten()
+        if len(captions):
+            about = depends_on | {"captions": digest_of_texts(captions)}
+            parts.append((captions, FeatureTable(cache_dir, about, len(captions), width)))
 
-    def compute(blocks: list[range]) -> Iterator[Tensor]:
-        for block in blocks:
-            rows = [ids[order[i]] for i in block]
-            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-            padded = pad_sequence(rows, batch_first=True, padding_value=processor.tokenizer.pad_token_id)
+    def compute(ids: list[np.ndarray], batches: list[np.ndarray]) -> Iterator[Tensor]:
+        for batch in batches:
+            texts = [torch.from_numpy(ids[i]) for i in batch]
+            mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+            padded = pad_sequence(texts, batch_first=True, padding_value=processor.tokenizer.pad_token_id)
             inputs = {"input_ids": padded.to(accelerator.device), "attention_mask": mask.to(accelerator.device)}
             yield model.pool_texts(**inputs).pooler_output.float()
 
-    table = FeatureTable(cache_dir, depends_on, len(ids), model.config.text_config.hidden_size, TEXT_BLOCK)
-    features = _fill_table(table, compute, accelerator, "text features")
-    place = torch.tensor(order).argsort()  # [captions], row of each caption in the table
-    return [features[rows] for rows in place.split([len(row) for row in captions])]
+    def fill(rank: int, world_size: int) -> None:
+        missing = [(captions, table) for captions, table in parts if not table.done().all()]
+        total = sum(-(-len(captions) // (TEXT_BLOCK * world_size)) for captions, _ in missing)
+        bar = _bar("text features", total, accelerator)
+        for captions, table in missing:
+            ids = _token_ids(captions, processor)
+            order = np.array(sorted(range(len(ids)), key=lambda i: len(ids[i])))
+            done, every = table.done(), (order[i : i + TEXT_BLOCK] for i in range(0, len(order), TEXT_BLOCK))
+            batches = [batch for k, batch in enumerate(every) if k % world_size == rank and not done[batch].all()]
+            for batch, features in zip(batches, compute(ids, batches), strict=True):
+                table.write(batch, features)
+                bar.update()
+        bar.close()
+
+    _share(fill, accelerator)
+    offsets = np.concatenate([[0], np.cumsum(caption_counts(rows))])
+    return CaptionFeatures(FeatureRows([table.read() for _, table in parts]), offsets)
 
 
-def _fill_table(
-    table: FeatureTable, compute: Callable[[list[range]], Iterator[Tensor]], accelerator: Accelerator, title: str
-) -> Tensor:
-    """Compute the missing blocks of a table, shared between the processes of this machine; returns its values."""
+def _token_ids(captions: pa.Array, processor: MiniClipProcessor) -> list[np.ndarray]:
+    """Token ids of each caption, as int64 arrays."""
+    ids: list[np.ndarray] = []
+    for start in range(0, len(captions), TOKENIZED_TOGETHER):
+        texts = captions[start : start + TOKENIZED_TOGETHER].to_pylist()
+        ids += map(np.array, processor.tokenizer(texts, truncation=True)["input_ids"])
+    return ids
 
-    def fill(blocks: list[range]) -> None:
-        shown = len(table.done) > 0 and blocks and accelerator.is_local_main_process
-        bar = tqdm(compute(blocks), desc=title, total=len(blocks), unit="batch", disable=not shown)
-        for block, features in zip(blocks, bar, strict=True):
-            table.write(block, features)
 
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    fill(table.missing(accelerator.local_process_index, local_processes))
+def _share(fill: Callable[[int, int], None], accelerator: Accelerator) -> None:
+    """Let the processes of this machine each fill a part of the tables; arguments of `fill` are `rank, world_size`."""
+    fill(accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
     accelerator.wait_for_everyone()
-    fill(table.missing())  # nothing, unless the launcher did not set LOCAL_WORLD_SIZE on several machines
-    return table.read()
+    fill(0, 1)  # nothing, unless the launcher did not set LOCAL_WORLD_SIZE on several machines
+
+
+def _bar(title: str, batches: int, accelerator: Accelerator) -> tqdm:
+    return tqdm(desc=title, total=batches, unit="batch", disable=not (batches and accelerator.is_local_main_process))
+
+
+def _with_bar(values: Iterator[Tensor], title: str, batches: int, accelerator: Accelerator) -> Iterator[Tensor]:
+    with _bar(title, batches, accelerator) as bar:
+        for value in values:
+            yield value
+            bar.update()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from datasets import Image as UndecodedImage
 from torch import Tensor
 
@@ -137,15 +138,15 @@ def draw_retrieval(run: TrainingRun, model: MiniClipModel, target: Path) -> None
     if features is None:
         images = encode_images(model, (row["image"] for row in split), run.processor, progress=False)
     else:
-        images = encode_batches(model, features[good], project, 256, "images", progress=False)
-    queries = example_queries(list(split["captions"]), 6)
+        images = encode_batches(model, features.take(good), project, 256, "images", progress=False)
+    queries = example_queries(split, 6)
     texts = encode_texts(model, [text for _, text in queries], run.processor, progress=False)
     rows = match_rows(queries, texts @ images.T, lambda i: open_image(split[i]["image"]))
     draw_matches(target, rows, "Validation captions and the images found for them")
 
 
-def example_queries(captions: list[list[str]], count: int) -> list[tuple[int, str]]:
+def example_queries(split: Dataset, count: int) -> list[tuple[int, str]]:
     """`count` rows evenly spread over a split, each with its first caption: the queries of `retrieval.png`."""
-    count = min(count, len(captions))
-    rows = [i * len(captions) // count for i in range(count)]
-    return [(row, captions[row][0]) for row in rows]
+    count = min(count, len(split))
+    rows = [i * len(split) // count for i in range(count)]
+    return [(row, captions[0]) for row, captions in zip(rows, split.select(rows)["captions"], strict=True)]

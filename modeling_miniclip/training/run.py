@@ -9,7 +9,7 @@ from typing import Any, cast
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..data.batches import GlobalBatches
@@ -22,6 +22,7 @@ from .check_arguments import checkpoint_interval
 from .checkpoints import ExportedEmbeddings, Progress, check_finite_weights, save_checkpoint
 from .diagnostics import Diagnosis
 from .ema import AveragedWeights
+from .feature_cache import FeatureRows
 from .features import FrozenFeatures
 from .fingerprint import Fingerprint
 from .reporting import MetricsLog, StepMeter, say
@@ -161,7 +162,7 @@ class TrainingRun:
         self.log.write(self.progress.step, self.epoch, split, values | only_in_file)
         self.accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=self.progress.step)
 
-    def validation_image_features(self) -> Tensor | None:
+    def validation_image_features(self) -> FeatureRows | None:
         """`[rows, width]` features of a frozen image tower for the validation images, else None."""
         return None if self.validation_features.vision is None else self.validation_features.vision[0]
 

@@ -293,7 +293,7 @@ def compute_frozen_features(
         if arguments.freeze in ("vision", "both") and views is not None:
             features.vision = frozen_image_features(model, rows, views, arguments.num_workers, cache_dir, accelerator)
         if arguments.freeze in ("text", "both"):
-            features.text = frozen_text_features(model, rows.captions, processor, cache_dir, accelerator)
+            features.text = frozen_text_features(model, splits[split], processor, cache_dir, accelerator)
     return found
 
 

@@ -40,7 +40,8 @@ def test_blocks_have_the_rows_of_any_selection() -> None:
     for _ in range(60):
         split, size = some_split(random), random.choice([1, 3, 100])
         batches = list(record_batches(split, ["image_id", "captions"], size))
-        assert all(0 < batch.num_rows <= size for batch in batches)
+        full, rest = divmod(len(split), size)
+        assert [batch.num_rows for batch in batches] == [size] * full + [rest] * (rest > 0)
         assert [row for batch in batches for row in batch.to_pylist()] == list(split)
         assert caption_counts(split).tolist() == [len(texts) for texts in split["captions"]]
         captions = Captions(split)

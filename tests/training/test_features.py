@@ -1,6 +1,7 @@
 """Features of frozen towers: right values, computed once, resumed, shared, and never taken for others."""
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,24 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from PIL import Image
 
 import train_miniclip
 from modeling_miniclip import load_captions
+from modeling_miniclip.data import image_places
 from modeling_miniclip.data.augmentation import build_augmentation
 from modeling_miniclip.data.dataset import CaptionRows
 from modeling_miniclip.errors import MiniClipError, UsageError
 from modeling_miniclip.modeling_miniclip import MiniClipModel
 from modeling_miniclip.training import feature_cache, features
-from modeling_miniclip.training.feature_cache import FeatureTable, default_cache_dir, digest
+from modeling_miniclip.training.feature_cache import (
+    CaptionFeatures,
+    FeatureRows,
+    FeatureTable,
+    default_cache_dir,
+    digest,
+)
 from modeling_miniclip.training.features import frozen_image_features, frozen_text_features
 from tests.helpers.runs import flags, launch, metrics_of, write_scene_folder
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_model, tiny_processor
@@ -42,7 +51,11 @@ def model_of(seed: int = 0, **fields: Any) -> MiniClipModel:
     return tiny_model(**fields)
 
 
-def image_features(model: MiniClipModel, rows: CaptionRows, cache: Path, views: int = 1) -> list[torch.Tensor]:
+def all_of(features: FeatureRows) -> torch.Tensor:
+    return features.take(range(len(features)))
+
+
+def image_features(model: MiniClipModel, rows: CaptionRows, cache: Path, views: int = 1) -> list[FeatureRows]:
     return frozen_image_features(model, rows, views, 0, cache, Accelerator(cpu=True))
 
 
@@ -65,30 +78,34 @@ def count_calls(model: Any, name: str, monkeypatch: pytest.MonkeyPatch, fail_at:
 
 
 def table(cache: Path, **depends_on: Any) -> FeatureTable:
-    return FeatureTable(cache, depends_on, rows=7, width=2, block=3)
+    return FeatureTable(cache, depends_on, rows=7, width=2)
 
 
-def test_a_table_is_filled_in_blocks_and_remembers_them(tmp_path: Path) -> None:
-    assert table(tmp_path).missing() == [range(0, 3), range(3, 6), range(6, 7)]
+def test_a_table_is_filled_row_by_row_and_remembers_them(tmp_path: Path) -> None:
+    assert not table(tmp_path).done().any()
     values = torch.arange(14.0).view(7, 2)
     table(tmp_path).write(range(3, 6), values[3:6])
-    assert table(tmp_path).missing() == [range(0, 3), range(6, 7)]
-    table(tmp_path).write(range(6, 7), values[6:])
-    table(tmp_path).write(range(0, 3), values[:3])
-    assert table(tmp_path).missing() == []
+    assert np.flatnonzero(table(tmp_path).done()).tolist() == [3, 4, 5]
+    rows = np.array([6, 2, 0, 1])  # in any order
+    table(tmp_path).write(rows, values[rows])
+    assert table(tmp_path).done().all()
     assert torch.equal(table(tmp_path).read(), values)
 
 
-def test_processes_share_the_blocks_whatever_is_done_already(tmp_path: Path) -> None:
-    first = table(tmp_path).missing(0, 2)
-    table(tmp_path).write(range(0, 3), torch.zeros(3, 2))  # done before the second process looks
-    assert first == [range(0, 3), range(6, 7)]
-    assert table(tmp_path).missing(1, 2) == [range(3, 6)]
+def test_rows_of_several_tables_are_one_after_the_other() -> None:
+    values = torch.arange(14.0).view(7, 2)
+    found = FeatureRows([values[:1], values[1:5], values[5:]])
+    assert len(found) == 7 and torch.equal(torch.stack([found[i] for i in range(7)]), values)
+    assert torch.equal(found.between(2, 4), values[2:4]) and torch.equal(found.take([6, 0]), values[[6, 0]])
+    captions = CaptionFeatures(found, np.array([0, 1, 3, 5, 5, 7]))
+    assert [captions[i].tolist() for i in range(5)] == [values[a:b].tolist() for a, b in
+                                                        ((0, 1), (1, 3), (3, 5), (5, 5), (5, 7))]  # fmt: skip
+    assert len(captions) == 5
 
 
 def test_what_depends_on_something_else_is_another_table(tmp_path: Path) -> None:
     folders = {table(tmp_path, weights=w, view=v).folder for w in "ab" for v in (0, 1)}
-    folders.add(FeatureTable(tmp_path, {"weights": "a", "view": 0}, 7, 3, 3).folder)
+    folders.add(FeatureTable(tmp_path, {"weights": "a", "view": 0}, 7, 3).folder)
     assert len(folders) == 5
     assert all((folder / "about.json").is_file() for folder in folders)
 
@@ -96,11 +113,10 @@ def test_what_depends_on_something_else_is_another_table(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["features.npy", "done.npy"])
 def test_truncated_table_is_computed_again(tmp_path: Path, name: str) -> None:
     before = table(tmp_path)
-    for rows in before.missing():
-        before.write(rows, torch.ones(len(rows), 2))
+    before.write(range(7), torch.ones(7, 2))
     path = before.folder / name
     path.write_bytes(path.read_bytes()[:-1])
-    assert len(table(tmp_path).missing()) == 3
+    assert not table(tmp_path).done().any()
 
 
 def test_full_disk_keeps_what_was_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +129,7 @@ def test_full_disk_keeps_what_was_computed(tmp_path: Path, monkeypatch: pytest.M
         patched.setattr(feature_cache, "_write_at", full)
         with pytest.raises(MiniClipError, match="No space left on device; free some space, or choose another folder"):
             table(tmp_path).write(range(3, 6), torch.ones(3, 2))
-    assert table(tmp_path).missing() == [range(3, 6), range(6, 7)]
+    assert np.flatnonzero(table(tmp_path).done()).tolist() == [0, 1, 2]
 
 
 def test_unwritable_cache_folder_is_reported(tmp_path: Path) -> None:
@@ -139,7 +155,7 @@ def test_the_cache_lies_beside_those_of_the_other_libraries() -> None:
 def test_image_features_are_those_of_each_image_alone(tmp_path: Path, rows: CaptionRows, small_blocks: None) -> None:
     model = model_of()
     (found,) = image_features(model, rows, tmp_path / "cache")
-    assert found.shape == (len(rows), model.vision_model.pooled_size)
+    assert len(found) == len(rows) and found[0].shape == (model.vision_model.pooled_size,)
     for i in range(len(rows)):
         pixels = rows.processor.normalize(torch.from_numpy(rows[0, i]["pixels"])[None])
         with torch.no_grad():
@@ -175,7 +191,7 @@ def test_image_features_are_computed_once(
     calls = count_calls(again, "pool_images", monkeypatch)
     (second,) = image_features(again, rows, tmp_path / "cache")
     assert calls == []
-    assert torch.equal(first, second)
+    assert torch.equal(all_of(first), all_of(second))
 
 
 def test_interrupted_pass_resumes_with_the_same_bits(
@@ -189,7 +205,7 @@ def test_interrupted_pass_resumes_with_the_same_bits(
     calls = count_calls(model, "pool_images", monkeypatch)
     (found,) = image_features(model, rows, tmp_path / "cache")
     assert calls == [5, len(rows) - 10]
-    assert torch.equal(found, expected)
+    assert torch.equal(all_of(found), all_of(expected))
 
 
 def test_cache_depends_on_weights_pixels_and_settings(tmp_path: Path, rows: CaptionRows, small_blocks: None) -> None:
@@ -215,7 +231,7 @@ def test_cache_depends_on_weights_pixels_and_settings(tmp_path: Path, rows: Capt
     assert computed(other) == 0
     rows.processor.image_processor.image_mean = [0.4, 0.5, 0.5]
     assert computed(model_of()) == 1
-    path = Path(next(iter(rows.undecoded_images()))["path"])
+    path = Path(rows.undecoded[0]["image"]["path"])
     with Image.open(path) as image:
         changed = image.convert("RGB")
     changed.putpixel((0, 0), (1, 2, 3))
@@ -229,6 +245,32 @@ def test_a_data_set_that_moved_keeps_its_features(tmp_path: Path, rows: CaptionR
     moved = CaptionRows(load_captions(tmp_path / "elsewhere" / "captions.csv")["train"], rows.processor)
     image_features(model_of(), moved, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_cached_features_open_no_image(
+    tmp_path: Path, rows: CaptionRows, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (expected,) = image_features(model_of(), rows, tmp_path / "cache")
+    for row in rows.undecoded:
+        path = Path(row["image"]["path"])
+        status = path.stat()
+        path.write_bytes(bytes(status.st_size))  # no picture
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    (found,) = image_features(model_of(), rows, tmp_path / "cache")
+    assert torch.equal(all_of(found), all_of(expected))
+
+
+def test_only_the_part_of_a_changed_image_is_computed(
+    tmp_path: Path, rows: CaptionRows, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_places, "MOST", 4)  # batches of five images reach over the ends of parts
+    (expected,) = image_features(model_of(), rows, tmp_path / "cache")
+    os.utime(rows.undecoded[5]["image"]["path"], ns=(1, 1))
+    model = model_of()
+    calls = count_calls(model, "pool_images", monkeypatch)
+    (found,) = image_features(model, rows, tmp_path / "cache")
+    assert calls == [5, 5] and len(rows) == 12, "rows 4 to 7 are in the first two batches"
+    assert torch.equal(all_of(found), all_of(expected))
 
 
 def test_views_are_augmentations_used_in_turn(tmp_path: Path, rows: CaptionRows, small_blocks: None) -> None:
@@ -261,8 +303,9 @@ def test_more_views_are_added_to_those_that_are_there(
 # --- texts ----------------------------------------------------------------------------------------------------------
 
 
-def text_features(model: MiniClipModel, cache: Path, captions: list[list[str]] = CAPTIONS) -> list[torch.Tensor]:
-    return frozen_text_features(model, captions, tiny_processor(), cache, Accelerator(cpu=True))
+def text_features(model: MiniClipModel, cache: Path, captions: list[list[str]] = CAPTIONS) -> CaptionFeatures:
+    rows = Dataset.from_dict({"captions": captions})
+    return frozen_text_features(model, rows, tiny_processor(), cache, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(("text", "pooling"), [("distilbert", "cls"), ("distilbert", "mean"), ("gpt2", "last")])
@@ -271,8 +314,9 @@ def test_text_features_are_those_of_each_caption_alone(
 ) -> None:
     model, tokenizer = model_of(text=text, text_pooling=pooling), tiny_processor().tokenizer
     found = text_features(model, tmp_path)
-    assert [len(f) for f in found] == [len(row) for row in CAPTIONS]
-    for row, values in zip(CAPTIONS, found, strict=True):
+    assert [len(found[i]) for i in range(len(found))] == [len(row) for row in CAPTIONS]
+    for i, row in enumerate(CAPTIONS):
+        values = found[i]
         for caption, value in zip(row, values, strict=True):
             with torch.no_grad():
                 expected = model.pool_texts(**tokenizer([caption], return_tensors="pt")).pooler_output[0]

@@ -4,6 +4,7 @@ import json
 import warnings
 
 import pytest
+from datasets import Dataset
 
 from modeling_miniclip.evaluation.metrics import METRIC_NAMES
 from modeling_miniclip.training.figures import draw_curves, example_queries, read_metrics
@@ -75,6 +76,6 @@ def test_metrics_are_read_line_by_line(tmp_path):
 
 
 def test_queries_are_spread_over_the_split():
-    captions = [[f"first {i}", "second"] for i in range(10)]
-    assert example_queries(captions, 5) == [(i, f"first {i}") for i in (0, 2, 4, 6, 8)]
-    assert example_queries(captions[:2], 5) == [(0, "first 0"), (1, "first 1")]
+    split = Dataset.from_dict({"captions": [[f"first {i}", "second"] for i in range(10)]})
+    assert example_queries(split, 5) == [(i, f"first {i}") for i in (0, 2, 4, 6, 8)]
+    assert example_queries(split.select([0, 1]), 5) == [(0, "first 0"), (1, "first 1")]
