@@ -27,6 +27,7 @@ fixed_copy.py: a CSV with only the valid rows
 near_duplicates.py: decode every image once, find copies
 augmentation.py: random crops, flips and colours
 row_blocks.py: columns of a split in blocks of rows, and samples of it
+image_places.py: where images are, and whether they changed, without opening them
 dataset.py: the rows of a split as a torch dataset
 batches.py: which rows are in each global batch
 collation.py: rows as tensors, and tensors as inputs of the model
