@@ -23,6 +23,7 @@ features.py: features of frozen towers, computed once
 feature_cache.py: these features on disk
 fold_batch_norm.py: faster frozen convolutions
 bad_images.py: skip and count images that cannot be decoded
+fingerprint_rows.py: the rows of a fingerprint, block by block
 fingerprint.py: what a run trains on and with, saved with each checkpoint
 changes.py: what changed between the start of a run and its resumption
 resume_rules.py: what happens to each flag that changed

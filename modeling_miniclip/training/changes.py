@@ -9,7 +9,8 @@ from datasets import DatasetDict
 
 from ..errors import DataError, ModelError, UsageError
 from .arguments import TrainingArguments
-from .fingerprint import SPLITS, Fingerprint
+from .fingerprint import Fingerprint
+from .fingerprint_rows import SPLITS
 from .resume_rules import changed_flags, describe_flags
 
 
@@ -92,7 +93,8 @@ def changed_rows(saved: Fingerprint, now: Fingerprint, splits: DatasetDict) -> l
     """
     if saved.rows.equals(now.rows):
         return []
-    before, after = _rows_by_image(saved.rows), _rows_by_image(now.rows)
+    tables = saved.rows.table(), now.rows.table()
+    before, after = map(_rows_by_image, tables)
     found: list[str] = []
     for split in SPLITS:
         new = [name for name, row in after.items() if row.split == split and name not in before]
@@ -109,7 +111,7 @@ def changed_rows(saved: Fingerprint, now: Fingerprint, splits: DatasetDict) -> l
         repaired = set(saved.undecodable.get(split, ()))
         files = [n for n in here if before[n].image != after[n].image and n not in repaired]
         found += _count(files, f"the file of image {{}} in {split} changed", f"image files in {split} changed")
-    return found or [*_changed_order(saved.rows, now.rows)]
+    return found or [*_changed_order(*tables)]
 
 
 def _rows_by_image(table: pa.Table) -> dict[str, _Row]:

@@ -5,19 +5,14 @@
 """
 
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Image
+from datasets import DatasetDict
 
 from ..errors import ModelError, one_line
 from ..modeling_miniclip import MiniClipModel
@@ -26,18 +21,13 @@ from ..utils.files import replace_text
 from .arguments import TrainingArguments
 from .check_arguments import augmentation_list
 from .feature_cache import digest_of_weights
+from .fingerprint_rows import SPLITS, FingerprintRows, RowsOfFile, RowsOfSplits, image_hashes, image_sizes
 from .resume_rules import recorded_flags
 
 ROWS, SETTINGS = "rows.parquet", "settings.json"  # in a checkpoint
 UNDECODABLE = "undecodable.json"  # in the output folder: what was found after the last checkpoint counts too
-SPLITS = ("train", "validation")  # nothing of a run depends on a test split
-READ_WHOLE = (
-    256_000_000  # images of up to this many bytes are compared by content, larger sets by the size of each file
-)
-
-SCHEMA = pa.schema(
-    {"split": pa.string(), "image_id": pa.string(), "image": pa.uint64(), "captions": pa.list_(pa.uint32())}
-)
+# Sets of at most so many bytes and images are compared by content, larger ones by the size of each file.
+READ_WHOLE, READ_MOST = 256_000_000, 100_000
 # Settings that may change without changing what is trained: places, versions, and the dropout that its flags apply.
 VOLATILE = frozenset(
     "transformers_version _name_or_path auto_map architectures dtype torch_dtype pretrained_cfg id2label label2id "
@@ -54,7 +44,7 @@ class Fingerprint:
     Args:
         flags: [`recorded_flags`] of the run.
         by_content: whether images are compared by content, or by the size of their files.
-        rows: table `{split, image_id, image, captions}`: a hash (or size) of the image, a hash for each caption.
+        rows: hashes of images and captions.
         settings: settings of model, preprocessing and augmentation by name, such as `tokenizer.normalizer.lowercase`.
         vocabulary: number of each piece of the tokenizer.
         undecodable: `image_id` of the images that could not be decoded, by split: their files may be repaired.
@@ -62,22 +52,22 @@ class Fingerprint:
 
     flags: dict[str, Any]
     by_content: bool
-    rows: pa.Table
+    rows: FingerprintRows
     settings: dict[str, Any] = field(default_factory=dict)
     vocabulary: dict[str, int] = field(default_factory=dict)
     undecodable: dict[str, list[str]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write both files to a folder."""
-        pq.write_table(self.rows, folder / ROWS, compression="zstd")
+        self.rows.save(folder / ROWS)
         values = {name: value for name, value in vars(self).items() if name != "rows"}
         (folder / SETTINGS).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
     def mark_undecodable(self, rows: Mapping[str, Sequence[int]], output_dir: Path) -> None:
         """Remember the images of these rows, numbered within each split, as undecodable; in the output folder too."""
+        assert isinstance(self.rows, RowsOfSplits), "the run has its rows"
         for split in SPLITS:
-            names = self.rows.filter(pc.equal(self.rows["split"], split))["image_id"]
-            self.undecodable[split] = names.take(pa.array(sorted(rows.get(split, ())), pa.int64())).to_pylist()
+            self.undecodable[split] = self.rows.names(split, sorted(rows.get(split, ())))
         replace_text(output_dir / UNDECODABLE, json.dumps(self.undecodable, indent=1))
 
     def add_undecodable(self, output_dir: Path) -> None:
@@ -96,7 +86,7 @@ class Fingerprint:
         """
         try:
             values = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            return cls(**values | {"rows": pq.read_table(folder / ROWS).cast(SCHEMA)})
+            return cls(**values | {"rows": RowsOfFile(folder / ROWS)})
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise ModelError(
                 f"--resume_from_checkpoint: {folder} is damaged or was saved by an earlier version of this package: "
@@ -114,61 +104,12 @@ def fingerprint_of_data(
         arguments: flags of the run.
         by_content: whether to compare images by content; None decides by their number of bytes.
     """
-    used = {name: splits[name] for name in SPLITS}
-    sizes = {name: image_sizes(rows) for name, rows in used.items()}
+    measured = {name: image_sizes(splits[name]) for name in SPLITS}
     if by_content is None:
-        by_content = sum(int(one.sum()) for one in sizes.values()) <= READ_WHOLE
-    parts = []
-    for name, rows in used.items():
-        captions = [[zlib.crc32(_encoded(text)) for text in row] for row in rows["captions"]]
-        images = image_hashes(rows) if by_content else sizes[name]
-        columns = [[name] * len(rows), list(rows["image_id"]), images.astype(np.uint64), captions]
-        parts.append(pa.Table.from_arrays([pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)],
-                                          schema=SCHEMA))  # fmt: skip
-    return Fingerprint(recorded_flags(arguments), by_content, pa.concat_tables(parts).combine_chunks())
-
-
-def image_sizes(rows: Dataset) -> np.ndarray:
-    """`[rows]` int64, bytes of each encoded image, without reading the images; 0 for a file that is not there."""
-    column = rows.data.column("image")  # all rows of the table, of which a selection has some
-    sizes = np.concatenate([np.zeros(0, np.int64)] + [_sizes_of_chunk(chunk) for chunk in column.chunks])
-    return sizes if rows._indices is None else sizes[rows._indices.column(0).to_numpy()]
-
-
-def _sizes_of_chunk(chunk: pa.StructArray) -> np.ndarray:
-    lengths = pc.binary_length(pc.struct_field(chunk, "bytes"))
-    if lengths.null_count == 0:
-        return np.asarray(lengths).astype(np.int64)
-    paths = pc.struct_field(chunk, "path").to_pylist()
-    return np.array(
-        [_size_of_file(path) if size is None else size for size, path in zip(lengths.to_pylist(), paths, strict=True)],
-        np.int64,
-    )
-
-
-def _size_of_file(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
-
-
-def image_hashes(rows: Dataset) -> np.ndarray:
-    """`[rows]` uint64, a hash of each encoded image; 0 for a file that cannot be read."""
-    undecoded = rows.select_columns(["image"]).cast_column("image", Image(decode=False))
-    return np.array([_hash_of_image(row["image"]) for row in undecoded], np.uint64)
-
-
-def _hash_of_image(image: dict[str, Any]) -> int:
-    try:
-        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-    except OSError:
-        return 0
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
-
-
-def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
+        few = sum(len(splits[name]) for name in SPLITS) <= READ_MOST
+        by_content = few and sum(size for _, size in measured.values()) <= READ_WHOLE
+    images = {name: image_hashes(splits[name]) if by_content else measured[name][0] for name in SPLITS}
+    return Fingerprint(recorded_flags(arguments), by_content, RowsOfSplits(splits, images))
 
 
 def add_model(

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import fields, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from tokenizers import Tokenizer
 
 from modeling_miniclip import DataError, MiniClipProcessor, ModelError, UsageError, load_captions
+from modeling_miniclip.data.shard_url import member_url, table_url
 from modeling_miniclip.training import fingerprint as fingerprints
+from modeling_miniclip.training import fingerprint_rows
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.changes import changed_pieces, changed_rows, changed_settings, check_data, check_flags
 from modeling_miniclip.training.create_model import train_tokenizer
@@ -24,8 +29,8 @@ from modeling_miniclip.training.fingerprint import (
     Fingerprint,
     add_model,
     fingerprint_of_data,
-    image_sizes,
 )
+from modeling_miniclip.training.fingerprint_rows import image_sizes
 from modeling_miniclip.training.optimizer import apply_flags, build_scheduler, parameter_groups
 from modeling_miniclip.training.resume_rules import RESUME_RULES, changed_flags, describe_flags, recorded_flags
 from tests.helpers.runs import ROOT, flags, metrics_of
@@ -156,6 +161,10 @@ def test_large_sets_are_compared_by_the_size_of_their_files(monkeypatch: pytest.
     assert differences(rows(), same_size) == [] and len(differences(rows(), larger)) == 1
     saved = fingerprint_of_data(splits_of(rows()), ARGUMENTS)
     assert not saved.by_content
+    monkeypatch.setattr(fingerprints, "READ_WHOLE", 15)
+    assert fingerprint_of_data(splits_of(rows()), ARGUMENTS).by_content
+    monkeypatch.setattr(fingerprints, "READ_MOST", 4)
+    assert not fingerprint_of_data(splits_of(rows()), ARGUMENTS).by_content
     monkeypatch.undo()  # the set became smaller: it is compared in the way of the checkpoint
     assert fingerprint_of_data(splits_of(rows()), ARGUMENTS, saved.by_content).rows.equals(saved.rows)
 
@@ -164,9 +173,59 @@ def test_sizes_are_those_of_selected_rows_and_files(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"12345")
     images = [{"bytes": b"1", "path": None}, {"bytes": None, "path": str(tmp_path / "x.jpg")},
               {"bytes": None, "path": str(tmp_path / "none.jpg")}, {"bytes": b"1234", "path": "y"}]  # fmt: skip
-    split = Dataset.from_dict({"image": images}, features=Features({"image": Image()}))
-    assert image_sizes(split).tolist() == [1, 5, 0, 4]
-    assert image_sizes(split.select([3, 1, 0])).tolist() == [4, 5, 1]
+    features = Features({"image": Image(), "image_id": Value("string")})
+    split = Dataset.from_dict({"image": images, "image_id": list("abcd")}, features=features)
+    sizes, total = image_sizes(split)
+    assert sizes.tolist() == [1, 5, 0, 4] and total == 10
+    assert image_sizes(split.select([3, 1, 0]))[0].tolist() == [4, 5, 1]
+
+
+def test_sizes_in_shards_need_no_image(tmp_path: Path) -> None:
+    (tmp_path / "a.arrow").write_bytes(bytes(1000))
+    table = str(tmp_path / "a.arrow")
+    names = [member_url("none.tar", 512, 77, "x"), *(table_url(table, row, "image") for row in (3, 4))]
+
+    def sizes(*images: str) -> tuple[list[int], float]:
+        rows = [{"bytes": None, "path": image} for image in images]
+        columns = {"image": rows, "image_id": [str(i) for i in range(len(images))]}
+        features = Features({"image": Image(), "image_id": Value("string")})
+        found, total = image_sizes(Dataset.from_dict(columns, features=features))
+        return found.tolist(), total
+
+    (member, *rows), total = sizes(*names)
+    assert member == 77 and rows == [1_000_003_003, 1_000_003_004] and total == 1077
+    (tmp_path / "a.arrow").write_bytes(bytes(1001))
+    assert sizes(*names)[0][1:] == [1_001_003_006, 1_001_003_007]
+    assert sizes(member_url("https://host/a.tar", 0, 5, "x")) == ([5], math.inf)
+
+
+def test_known_hashes_of_captions_are_used(tmp_path: Path) -> None:
+    splits = splits_of(rows())
+    saved = fingerprint_of_data(splits, ARGUMENTS)
+    hashes = {name: [[zlib.crc32(text.encode()) for text in row] for row in part["captions"]]
+              for name, part in splits.items()}  # fmt: skip
+    known = DatasetDict({name: part.remove_columns("captions").add_column("caption_hashes", hashes[name])
+                         for name, part in splits.items()})  # fmt: skip
+    assert fingerprint_of_data(known, ARGUMENTS).rows.equals(saved.rows)
+    image = int.from_bytes(blake2b(b"aaa", digest_size=8).digest(), "little")
+    assert saved.rows.table().to_pylist()[0] == {
+        "split": "train", "image_id": "a.jpg", "image": image, "captions": hashes["train"][0]
+    }  # fmt: skip
+
+
+def test_equal_rows_are_recognised_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, shorter = (fingerprint_of_data(splits_of(some), ARGUMENTS) for some in
+                      (rows(), edited(lambda r: r["validation"].pop())))  # fmt: skip
+    for name, one in (("saved", saved), ("shorter", shorter)):
+        (tmp_path / name).mkdir()
+        one.save(tmp_path / name)
+    monkeypatch.setattr(fingerprint_rows, "WRITTEN_TOGETHER", 2)
+    loaded = Fingerprint.load(tmp_path / "saved")
+    with monkeypatch.context() as patched:
+        patched.setattr(fingerprint_rows.FingerprintRows, "table", lambda rows: pytest.fail("all rows in memory"))
+        assert changed_rows(loaded, saved, splits_of(rows())) == []
+    for one, other in ((saved, shorter), (shorter, saved), (loaded, shorter)):
+        assert one.rows.equals(one.rows) and not one.rows.equals(other.rows)
 
 
 def test_repaired_images_are_no_change(tmp_path: Path) -> None:
@@ -188,7 +247,9 @@ def test_fingerprint_is_saved_whole(tmp_path: Path) -> None:
         saved = fingerprint_of_data(splits_of(rows()), ARGUMENTS)
         add_model(saved, tiny_model(), tiny_processor(), ARGUMENTS)
         saved.save(tmp_path / name)
-    assert vars(Fingerprint.load(tmp_path / "one")) == vars(saved)
+    loaded = Fingerprint.load(tmp_path / "one")
+    assert loaded.rows.equals(saved.rows)
+    assert vars(loaded) | {"rows": None} == vars(saved) | {"rows": None}
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
         whole = path.read_bytes()
