@@ -2,13 +2,17 @@
 
 import json
 import re
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import printable
 from ..modeling_miniclip import MiniClipModel
 from ..utils.resources import packaged_file
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 # Libraries whose versions matter for reproducing a result.
 REPORTED_LIBRARIES = ("torch", "transformers", "timm", "datasets", "accelerate", "albumentations")
@@ -48,9 +52,8 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
         eval_results=_eval_results(metrics, data) or None,
         widget=[WIDGET],
     )
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(packaged_file("model_card.md")),
+    content = _template().render(
+        card_data=card_data.to_yaml(),
         title=escape_markdown(_short(repository)),
         repository=json.dumps(printable(repository), ensure_ascii=False)[1:-1],
         config=model.config,
@@ -66,7 +69,15 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
         data=data | ({"name": inline_code(data["name"])} if data.get("name") else {}),
         versions={library: version(library) for library in REPORTED_LIBRARIES},
     )
-    path.write_text(str(card), encoding="utf-8")
+    path.write_text(str(ModelCard(content)), encoding="utf-8")
+
+
+@cache
+def _template() -> "Template":
+    """`model_card.md`, compiled once for all exports of a run."""
+    from jinja2 import Template
+
+    return Template(packaged_file("model_card.md").read_text(encoding="utf-8"))
 
 
 def _eval_results(metrics: dict[str, float], data: dict[str, Any]) -> list[Any]:
