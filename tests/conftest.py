@@ -5,9 +5,11 @@ READ-ONLY: copy them (`shutil.copytree`) before you write. A test that changes o
 """
 
 import csv
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests never use the network; those with a 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests themselves run in parallel
 # The last bits of a matrix product must not depend on where in memory the weights are, mapped from a file or not.
 os.environ.setdefault("MKL_CBWR", "AUTO")
+# Imports and collection make a million objects, of which none becomes garbage; see `pytest_collection_finish`.
+gc.disable()
 
 import pytest  # noqa: E402
 
@@ -23,12 +27,26 @@ from tests.helpers.forks import clean_process  # noqa: E402, F401  (a fixture)
 from tests.helpers.session import shared_once  # noqa: E402
 
 
+def fsync_without_waiting(fd: Any) -> None:
+    """Only check the file descriptor: no test cuts the power, so none has to wait for the disk."""
+    os.fstat(fd if isinstance(fd, int) else fd.fileno())
+
+
+os.fsync = fsync_without_waiting
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let each worker fork its warm process before it imports the package."""
     if hasattr(config, "workerinput") and hasattr(os, "fork"):
         from tests.helpers.warm_process import fork_warm_process
 
         fork_warm_process()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections, which would look at a million objects each time."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +115,12 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.helpers.runs import leave_out_figures
 
     leave_out_figures(monkeypatch)
+
+
+@pytest.fixture
+def without_finish(monkeypatch: pytest.MonkeyPatch, without_figures: None) -> None:
+    """Runs in this process draw nothing, and do not load their export again to check it."""
+    monkeypatch.setattr("train_miniclip.load_checked_export", lambda run: None)
 
 
 @pytest.fixture

@@ -96,6 +96,9 @@ def _import_late_modules() -> None:
     import transformers.models.bert.tokenization_bert  # noqa: F401
     import transformers.models.distilbert.modeling_distilbert  # noqa: F401
 
+    with suppress(ImportError):
+        import deepspeed  # noqa: F401  (accelerate imports it, where it is installed, when a model is saved)
+
 
 def _reap() -> None:
     """Wait for the keepers that have ended."""

@@ -6,6 +6,7 @@ it collects tests, since it needs these imports itself; without workers it is a 
 """
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -14,12 +15,15 @@ import threading
 import traceback
 import types
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 
 def preload() -> None:
     """Import what nearly every program of the tests needs."""
+    with suppress(ImportError):
+        import deepspeed  # noqa: F401  (accelerate imports it, where it is installed, when a model is saved)
     import timm  # noqa: F401
     import torchvision  # noqa: F401
     from huggingface_hub import HfApi, ModelCard, snapshot_download  # noqa: F401
@@ -93,6 +97,8 @@ def run_code(request: dict[str, Any]) -> int:
 
 def serve(requests: Iterable[str], answers: IO[str]) -> None:
     """Run what is requested, each in a fork, until there are no more requests."""
+    gc.freeze()  # what was imported is no garbage of the forks
+    gc.enable()
     for line in requests:
         request = json.loads(line)
         pid = os.fork()
