@@ -104,25 +104,36 @@ def assert_ends(folder: Path, cases: list[tuple[str, str]], expected: dict[str, 
         assert seconds < 15, (phase, name)
 
 
-def test_unexpected_errors_leave_no_process(tmp_path: Path) -> None:
-    cases = [("saving", "RuntimeError"), ("a loader process", "Local")]
-    assert_ends(tmp_path, cases, {"Local": "RuntimeError"})
+def test_unexpected_error_leaves_no_process(tmp_path: Path) -> None:
+    assert_ends(tmp_path, [("a loader process", "Local")], {"Local": "RuntimeError"})
 
 
 @pytest.mark.slow
-def test_any_error_in_any_phase_leaves_no_process(tmp_path: Path) -> None:
-    cases = [(phase, "RuntimeError") for phase in PHASES] + [("training", name) for name in errors()]
-    assert_ends(tmp_path, cases, {})
+def test_error_in_any_phase_leaves_no_process(tmp_path: Path) -> None:
+    assert_ends(tmp_path, [(phase, "RuntimeError") for phase in PHASES], {})
 
 
-@pytest.mark.slow
-def test_any_error_in_a_loader_process_leaves_no_process(tmp_path: Path) -> None:
+# The slow suite takes one error of each kind, the weekly one all others.
+KINDS = ["MemoryError", "SystemExit", "NeedsTwo", "ValueError"]
+EACH_KIND = [
+    pytest.param(KINDS, marks=pytest.mark.slow),
+    pytest.param([name for name in errors() if name not in KINDS], marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("names", EACH_KIND)
+def test_any_error_in_training_leaves_no_process(tmp_path: Path, names: list[str]) -> None:
+    assert_ends(tmp_path, [("training", name) for name in names], {})
+
+
+@pytest.mark.parametrize("names", EACH_KIND)
+def test_any_error_in_a_loader_process_leaves_no_process(tmp_path: Path, names: list[str]) -> None:
     # Those that are no Exception end the loader process, and torch cannot make the others from a message.
     expected = {
         "MemoryError": "MiniClipError", "SystemExit": "MiniClipError", "Panic": "MiniClipError",
         "NeedsTwo": "RuntimeError", "Local": "RuntimeError", "StopIteration": "RuntimeError",
     }  # fmt: skip
-    assert_ends(tmp_path, [("a loader process", name) for name in errors()], expected)
+    assert_ends(tmp_path, [("a loader process", name) for name in names], expected)
 
 
 def interrupt_runs(folder: Path, phases: list[str]) -> dict[str, tuple[int, int, list[str]]]:
@@ -138,7 +149,7 @@ def interrupt_runs(folder: Path, phases: list[str]) -> dict[str, tuple[int, int,
         leave_out_figures(patch)
         patch.setattr(PHASES[phase], lambda *_, **__: signal.raise_signal(signal.SIGINT))
         values = {"freeze": "vision" if phase == "features" else None, "feature_cache_dir": cache}
-        argv = flags(folder, phase, num_workers=1, num_train_epochs=1, **values)
+        argv = flags(folder, phase, num_workers=1, max_steps=1, **values)
         code = run_command(lambda argv=argv: main(argv), False)  # type: ignore[misc]
         unfinished = [str(path) for place in (output_dir, cache) for path in place.rglob(".*")]
         found[phase] = code, len(multiprocessing.active_children()), unfinished
@@ -193,8 +204,11 @@ def end_as_rank(argv: list[str], rank: int, port: int, phase: str, log: Path) ->
     raise SystemExit(run_command(lambda: main(argv), False))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", ["preparing", "training", "saving", "a loader process"])
+@pytest.mark.parametrize(
+    "phase",
+    [*(pytest.param(phase, marks=pytest.mark.slow) for phase in ("saving", "a loader process")),
+     *(pytest.param(phase, marks=pytest.mark.long) for phase in ("preparing", "training"))],
+)  # fmt: skip
 def test_error_in_one_of_two_processes_ends_both(tmp_path: Path, phase: str) -> None:
     argv, port, log = flags(tmp_path, num_workers=1), free_port(), tmp_path / "log"
     ranks = [fork(end_as_rank, argv, rank, port, phase, log) for rank in range(2)]

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +16,64 @@ import numpy as np
 import pytest
 
 from modeling_miniclip import ImageIndex, update_index
+from modeling_miniclip.cli import cli
 from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.run import TrainingRun
 from tests.helpers.forks import fork, free_port, train_in_processes, write_to
 from tests.helpers.indexes import write_pictures
-from tests.helpers.runs import ROOT, assert_same_log, environment, flags
+from tests.helpers.runs import ROOT, assert_same_log, environment, flags, leave_out_figures
+from tests.helpers.session import shared_once
+from train_miniclip import main
 
+VALUES: dict[str, Any] = {"max_steps": 4, "checkpointing_steps": 1}
 GUIDE = (ROOT / "docs" / "several-machines.md").read_text(encoding="utf-8")
 
-# A process of both machines: builds an index, then trains. With DIE set, process 1 kills itself after step 2, once.
-WORKER = """
-import json, os, signal, sys
-from modeling_miniclip.cli import cli
-from modeling_miniclip.training.run import TrainingRun
-from tests.helpers.runs import leave_out_figures
-from train_miniclip import main
-import pytest
-
-save = TrainingRun.save_checkpoint
-
-def save_and_die(run):
-    save(run)
-    if run.progress.step == 2 and os.environ["RANK"] == os.environ.get("DIE"):
-        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-TrainingRun.save_checkpoint = save_and_die
-leave_out_figures(pytest.MonkeyPatch())
-training, index = map(json.loads, sys.argv[1:])
-assert cli(index) == 0
-main(training)
-print("machine", *(os.environ[name] for name in ("GROUP_RANK", "GROUP_WORLD_SIZE", "RANK", "WORLD_SIZE")), flush=True)
+SCRIPT = """
+import json, sys
+from tests.training.test_machines import work
+work(*map(json.loads, sys.argv[1:]))
 """
 
 
-def start_launcher(module: str, words: list[str], env: dict[str, str], log: Path) -> None:
-    from importlib import import_module
+def work(training: list[str], index: list[str]) -> None:
+    """What a process of both machines does: build an index, then train. Process `DIE` kills itself once at step 2."""
+    save = TrainingRun.save_checkpoint
+
+    def save_and_die(run: TrainingRun) -> None:
+        save(run)
+        if run.progress.step == 2 and os.environ["RANK"] == os.environ.get("DIE"):
+            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(TrainingRun, "save_checkpoint", save_and_die)
+    leave_out_figures(patch)
+    assert cli(index) == 0
+    main(training)
+    place = [os.environ[name] for name in ("GROUP_RANK", "GROUP_WORLD_SIZE", "RANK", "WORLD_SIZE")]
+    print("machine", *place, flush=True)
+
+
+def launch_with_accelerate(number: int, port: int, log: Path, script: Path, arguments: list[str]) -> None:
+    from accelerate.commands import launch
 
     write_to(log)
-    os.environ |= env
-    sys.argv = [module, *words]
-    import_module(module).main()
+    os.environ |= environment() | {"ACCELERATE_USE_CPU": "true"}
+    sys.argv = ["accelerate", *words_of_guide(number, port), str(script), *arguments]
+    launch.main()
+
+
+def launch_with_torch(port: int, log: Path, training: list[str], index: list[str]) -> None:
+    """As torchrun does, with a fork for a new Python. Process 1 is lost once, and the run goes on by itself."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    write_to(log)
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "DIE": "1"}
+    config = LaunchConfig(
+        min_nodes=2, max_nodes=2, nproc_per_node=1, run_id="test", rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{port}", max_restarts=1, start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, work)(training, index)
 
 
 def words_of_guide(machine: int, port: int) -> list[str]:
@@ -65,28 +85,34 @@ def words_of_guide(machine: int, port: int) -> list[str]:
     return words
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
-def test_two_machines_equal_two_processes_on_one(tmp_path: Path, tiny_export: Path, launcher: str) -> None:
-    values: dict[str, Any] = {"max_steps": 4, "checkpointing_steps": 1}
-    train_in_processes(flags(tmp_path, "one", **values), 2, tmp_path / "one.log")
-    write_pictures(tmp_path / "photos", "a.png b.png c.png d.png e.png")
-    update_index(tmp_path / "one.index", [tmp_path / "photos"], tiny_export, progress=False)
+@pytest.fixture(scope="session")
+def one_machine(request: pytest.FixtureRequest, tiny_export: Path) -> Iterator[Path]:
+    """Folder of a run `run` of two processes, an index `index` and the data of both. Read-only."""
 
-    (tmp_path / "worker.py").write_text(WORKER)
-    training = flags(tmp_path, "two", **values, resume_from_checkpoint="latest")
-    index = ["index", str(tiny_export), str(tmp_path / "photos"), "-o", str(tmp_path / "two.index")]
-    port, env = free_port(), environment() | {"ACCELERATE_USE_CPU": "true"}
-    machines = []
+    def build(folder: Path) -> None:
+        train_in_processes(flags(folder, **VALUES), 2, folder / "log")
+        write_pictures(folder / "photos", "a.png b.png c.png d.png e.png")
+        update_index(folder / "index", [folder / "photos"], tiny_export, progress=False)
+
+    yield from shared_once(request, "one machine", build)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "torch"])
+def test_two_machines_equal_two_processes_on_one(
+    tmp_path: Path, one_machine: Path, tiny_export: Path, launcher: str
+) -> None:
+    training = flags(one_machine, str(tmp_path / "run"), **VALUES, resume_from_checkpoint="latest")
+    index = ["index", str(tiny_export), str(one_machine / "photos"), "-o", str(tmp_path / "index")]
+    port, machines = free_port(), []
+    (tmp_path / "script.py").write_text(SCRIPT)
     for number in (0, 1):
+        log = tmp_path / f"machine-{number}.log"
         if launcher == "accelerate":
-            module, words = "accelerate.commands.launch", words_of_guide(number, port)
-        else:  # process 1 is lost once, and the run goes on by itself
-            module, env["DIE"] = "torch.distributed.run", "1"
-            words = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-id=test",
-                     f"--rdzv-endpoint=127.0.0.1:{port}"]  # fmt: skip
-        words = [*words, str(tmp_path / "worker.py"), json.dumps(training), json.dumps(index)]
-        machines.append(fork(start_launcher, module, words, env, tmp_path / f"machine-{number}.log"))
+            words = [json.dumps(training), json.dumps(index)]
+            machines.append(fork(launch_with_accelerate, number, port, log, tmp_path / "script.py", words))
+        else:
+            machines.append(fork(launch_with_torch, port, log, training, index))
     for machine in machines:
         machine.join(200)
     printed = [(tmp_path / f"machine-{number}.log").read_text(errors="replace") for number in (0, 1)]
@@ -95,14 +121,15 @@ def test_two_machines_equal_two_processes_on_one(tmp_path: Path, tiny_export: Pa
     places = sorted(re.findall(r"^machine (.*)", "\n".join(printed), re.MULTILINE))
     assert places == ["0 2 0 2", "1 2 1 2"]
     lost = re.findall(r"error: lost (process 1 of machine 1 .*)", printed[0])
-    assert len(lost) == (launcher == "torchrun")
+    assert len(lost) == (launcher == "torch")
     if lost:
-        assert f"{tmp_path / 'two' / 'checkpoints' / 'step-00000002'}; resume" in lost[0]
-        assert "resumed from" in printed[0] and "Traceback" not in printed[0]
-    assert_same_log(tmp_path / "one", tmp_path / "two")
-    one, two = (tmp_path / name / "export" / "model.safetensors" for name in ("one", "two"))
+        assert f"{tmp_path / 'run' / 'checkpoints' / 'step-00000002'}; resume" in lost[0]
+        own = [line for line in printed[0].splitlines() if "/torch/distributed/" not in line]
+        assert "resumed from" in printed[0] and not any("Traceback" in line for line in own)
+    assert_same_log(one_machine / "run", tmp_path / "run")
+    one, two = (folder / "run" / "export" / "model.safetensors" for folder in (one_machine, tmp_path))
     assert one.read_bytes() == two.read_bytes()
-    expected, found = (ImageIndex.open(tmp_path / f"{name}.index") for name in ("one", "two"))
+    expected, found = (ImageIndex.open(folder / "index") for folder in (one_machine, tmp_path))
     assert found.entries["id"] == expected.entries["id"]
     np.testing.assert_allclose(found.embeddings, expected.embeddings, atol=1e-5)
 

@@ -138,9 +138,9 @@ def test_disk_errors_of_all_libraries_are_recognized() -> None:
 # From a change to files on, no file may become longer than so many bytes: a write fails at that byte, whoever writes.
 FULL: list[tuple[Point, int]] = [
     (("os.mkdir", "/checkpoints/.step-00000002.new", 1), 5_000),  # the first checkpoint
-    (("os.mkdir", "/.export.new", 2), 100_001),  # the second best model, within its weights
 ]
 MORE_FULL: list[tuple[Point, int]] = [
+    (("os.mkdir", "/.export.new", 2), 100_001),  # the second best model, within its weights
     (("open", "/metrics.jsonl", 6), 200),  # a line of the log
     (("os.mkdir", "/.export.new", 1), 0),
     (("open", "/.export.new/README.md", 2), 1_000),
@@ -211,8 +211,11 @@ def run_on_filled_disk(argv: list[str], output_dir: str, point: Point, left: int
     return str(error.value)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("point", "left"), [*NO_SPACE, *MORE_NO_SPACE])
+@pytest.mark.parametrize(
+    ("point", "left"),
+    [*(pytest.param(*values, marks=pytest.mark.slow) for values in NO_SPACE),
+     *(pytest.param(*values, marks=pytest.mark.long) for values in MORE_NO_SPACE)],
+)  # fmt: skip
 def test_run_on_a_small_disk_goes_on_with_room(
     tmp_path: Path,
     whole: Any,  # noqa: F811
