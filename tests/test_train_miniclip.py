@@ -27,7 +27,7 @@ from tests.helpers.session import snapshot
 from tests.helpers.towers import PIXELS
 from train_miniclip import cli, main, prepare
 
-pytestmark = pytest.mark.usefixtures("without_figures")
+pytestmark = pytest.mark.usefixtures("without_finish")
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from tests.helpers.runs import assert_same_log, flags, metrics_of
 from tests.helpers.towers import tiny_model, tiny_processor
 from train_miniclip import main
 
-pytestmark = pytest.mark.usefixtures("without_figures")
+pytestmark = pytest.mark.usefixtures("without_finish")
 
 # What makes the steps of any number of processes equal; 21 training images give batches of 8, 8 and 5.
 EXACT: dict[str, Any] = {

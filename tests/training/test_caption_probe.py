@@ -20,7 +20,7 @@ from modeling_miniclip.training.diagnostics import Diagnosis
 from modeling_miniclip.training.parsing import parse_arguments
 from tests.helpers.runs import flags, write_preset, write_scene_folder
 from tests.helpers.towers import tiny_model, tiny_processor
-from train_miniclip import main
+from train_miniclip import main, prepare
 
 CPU = torch.device("cpu")
 
@@ -122,14 +122,15 @@ def test_few_images_are_no_evidence() -> None:
     assert Diagnosis(lines.append, 0, 100.0, evidence=CaptionEvidence(0.0, 400, True)).doubt() is None
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("without_finish")
 def test_run_of_one_step_reports_shuffled_captions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(caption_probe, "ENOUGH", 60)
     table = write_scene_folder(tmp_path / "scenes", 64)
     write_preset(tmp_path)
-    main(flags(tmp_path, "right", max_steps=1))
+    (tmp_path / "right").mkdir()
+    prepare(parse_arguments(flags(tmp_path, "right")))
     assert "unrelated" not in capsys.readouterr().out
     shuffle_captions(table)
     main(flags(tmp_path, "wrong", max_steps=1))

@@ -397,7 +397,7 @@ def test_changed_schedule_holds_from_the_next_step() -> None:
 
 # --- runs -----------------------------------------------------------------------------------------------------------
 
-pytestmark = pytest.mark.usefixtures("without_figures")
+pytestmark = pytest.mark.usefixtures("without_finish")
 
 
 def test_run_with_changed_flags_applies_and_logs_them(

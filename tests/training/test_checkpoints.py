@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from modeling_miniclip.training.output_dir import clear_output_dir
 from modeling_miniclip.training.reporting import MetricsLog
 from tests.helpers.forks import fork, write_to
 from tests.helpers.runs import command, environment, flags, launch, leave_out_figures, metrics_of
+from tests.helpers.session import shared_once
 from train_miniclip import main
 
 # What a Python program does to files, as its audit hooks see it.
@@ -114,20 +117,24 @@ def killed(argv: list[str], output_dir: Path, point: Point) -> tuple[bool, int]:
     return process.exitcode != 0, count.stat().st_size
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: Any) -> Any:
+@pytest.fixture(scope="session")
+def whole(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Gives what the run of a setting leaves that nobody killed, and the number of its changes to files."""
     results: dict[str, tuple[dict[str, Any], int]] = {}
 
-    def get(setting: str) -> tuple[dict[str, Any], int]:
-        if setting not in results:
-            folder = tmp_path_factory.mktemp("whole")
-            was_killed, changes = killed(flags(folder, **SETTINGS[setting]), folder / "run", NEVER)
-            assert not was_killed
-            results[setting] = result_of(folder / "run"), changes
-        return results[setting]
+    def train(setting: str, folder: Path) -> None:
+        assert not killed(flags(folder, **SETTINGS[setting]), folder / "run", NEVER)[0]
 
-    return get
+    with ExitStack() as stack:
+
+        def get(setting: str) -> tuple[dict[str, Any], int]:
+            if setting not in results:
+                once = contextmanager(shared_once)(request, f"whole run, {setting}", partial(train, setting))
+                folder = stack.enter_context(once)
+                results[setting] = result_of(folder / "run"), (folder / "changes").stat().st_size
+            return results[setting]
+
+        yield get
 
 
 def state_of(folder: Path) -> Any:
@@ -236,7 +243,7 @@ def test_two_processes_with_loader_workers_killed_together_resume_exactly(tmp_pa
     assert_same_result(result_of(tmp_path / "parts" / "run"), result_of(tmp_path / "whole" / "run"))
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("without_finish")
 def test_sigterm_saves_and_the_run_resumes_exactly(
     tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

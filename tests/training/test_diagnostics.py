@@ -32,7 +32,7 @@ from modeling_miniclip.training.parsing import parse_arguments
 from tests.helpers.runs import ROOT, flags, launch, write_preset, write_scene_folder
 from train_miniclip import cli, main
 
-pytestmark = pytest.mark.usefixtures("without_figures")
+pytestmark = pytest.mark.usefixtures("without_finish")
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:

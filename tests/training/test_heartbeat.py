@@ -169,7 +169,7 @@ def test_slow_process_is_no_loss(tmp_path: Path) -> None:
 
 def start_without_the_others() -> str:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    connections.JOIN = 1.0
+    connections.JOIN = 0.2
     with pytest.raises(MiniClipError) as error, ends_with_lost_processes(str):
         pass
     return str(error.value)

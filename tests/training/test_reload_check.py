@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modeling_miniclip import MiniClipModel
 from modeling_miniclip.errors import ModelError
-from modeling_miniclip.training import publish
 from modeling_miniclip.training.checkpoints import ExportedEmbeddings
+from modeling_miniclip.training.reload_check import load_checked_export
+from modeling_miniclip.training.run import TrainingRun
 from tests.helpers.runs import flags
 from train_miniclip import main
 
@@ -29,24 +31,23 @@ def test_first_rows_are_kept_with_their_first_captions() -> None:
 pytestmark = pytest.mark.usefixtures("without_figures")
 
 
-@pytest.mark.parametrize("damage", ["other weights", "text weights", "missing"])
-def test_wrong_export_ends_the_run_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
-    def wrong_export(*args: object) -> Path:
-        folder = export(*args)  # type: ignore[arg-type]
-        weights = load_file(folder / "model.safetensors")
-        for name in [name for name in weights if "projection" in name]:
-            if damage == "missing":
-                del weights[name]
-            elif damage == "other weights" or name.startswith("text"):
-                weights[name] = torch.randn_like(weights[name])
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        return folder
+def test_wrong_export_ends_the_run_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damage_and_check(run: TrainingRun) -> MiniClipModel:
+        path = run.export_dir / "model.safetensors"
+        right = load_file(path)
+        for what, tower in (("images", "visual"), ("captions", "text")):
+            wrong = {name: torch.randn_like(value) if name.startswith(f"{tower}_projection") else value
+                     for name, value in right.items()}  # fmt: skip
+            save_file(wrong, path, {"format": "pt"})
+            with pytest.raises(ModelError, match=f"export is wrong: .*embeds validation {what} in another way"):
+                load_checked_export(run)
+        incomplete = {name: value for name, value in right.items() if "projection" not in name}
+        save_file(incomplete, path, {"format": "pt"})
+        return load_checked_export(run)
 
-    export = publish.export
-    monkeypatch.setattr(publish, "export", wrong_export)
-    expected = "embeds validation (images|captions) in another way" if damage != "missing" else "lacks weights"
-    with pytest.raises(ModelError, match=rf"export is wrong: .*{expected}.*weights are in the checkpoints"):
-        main(flags(tmp_path, num_train_epochs=1, max_steps=1))
+    monkeypatch.setattr("train_miniclip.load_checked_export", damage_and_check)
+    with pytest.raises(ModelError, match=r"export is wrong: .*lacks weights.*weights are in the checkpoints"):
+        main(flags(tmp_path, max_steps=1))
 
 
 def test_resumed_run_checks_the_export_of_its_first_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

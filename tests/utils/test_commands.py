@@ -20,6 +20,7 @@ from tests.helpers.runs import ROOT
 PRELUDE = """
 import multiprocessing, os, signal, socket, sys, time
 from modeling_miniclip.utils.commands import run_command
+from modeling_miniclip.utils import interrupts
 from modeling_miniclip.utils.interrupts import quit_at_interrupt
 from modeling_miniclip.utils.processes import follow_parent
 def ready():
@@ -91,6 +92,7 @@ def test_only_the_first_of_several_processes_says_so() -> None:
 
 def test_second_ctrl_c_ends_a_slow_cleanup() -> None:
     code = """
+interrupts.FORWARDED = 0.4
 def work():
     try:
         ready(); time.sleep(100)
@@ -102,7 +104,7 @@ sys.exit(run_command(work, False))"""
     for moment in ("at work", "cleaning up"):
         assert process.stdout.read(5) == "ready", moment
         os.killpg(process.pid, signal.SIGINT)  # while it cleans up, this is the first one, forwarded by a launcher
-    time.sleep(1.2)
+    time.sleep(0.5)
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=60)[1] == "interrupted\n" and process.returncode == 130
