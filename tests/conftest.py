@@ -7,6 +7,8 @@ READ-ONLY: copy them (`shutil.copytree`) before you write. A test that changes o
 import csv
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,12 @@ os.fsync = fsync_without_waiting
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let each worker fork its warm process before it imports the package."""
-    if hasattr(config, "workerinput") and hasattr(os, "fork"):
+    """Give the session its own caches, and let each worker fork its warm process before it imports the package."""
+    if not hasattr(config, "workerinput"):  # the workers inherit it
+        home = tempfile.mkdtemp(prefix="hf-home-")
+        os.environ["HF_HOME"] = home
+        config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    elif hasattr(os, "fork"):
         from tests.helpers.warm_process import fork_warm_process
 
         fork_warm_process()

@@ -293,7 +293,7 @@ def test_help_and_wrong_flags_end_before_the_imports() -> None:
 
 def test_without_arguments_the_built_in_recipe_is_run() -> None:
     arguments = parse_arguments([])
-    assert (arguments.recipe, arguments.dataset, arguments.preset) == ("scenes", "scenes", "scenes_tiny")
+    assert (arguments.recipe, arguments.dataset, arguments.preset) == ("scenes", ["scenes"], "scenes_tiny")
 
 
 def test_tracker_gets_each_step_once_even_after_resuming(tmp_path: Path) -> None:

@@ -11,17 +11,17 @@ import pyarrow.compute as pc
 from ..errors import DataError, Problem
 from .problems import OnProblem
 from .rows import SplitName
-from .splits import SPLIT_ALIASES, SPLITS
+from .splits import split_of_value
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 LOOKED_UP = 100_000  # names of split files that are looked up at a time
 
-Splits = dict[str, np.ndarray]  # row numbers of each split, int64
+RowNumbers = dict[str, np.ndarray]  # row numbers of each split, int64
 
 
-def splits_of_files(rows: "Dataset", lines: Iterable[SplitName], on_problem: OnProblem) -> Splits:
+def splits_of_files(rows: "Dataset", lines: Iterable[SplitName], on_problem: OnProblem) -> RowNumbers:
     """Splits by split files, in the order of their lines.
 
     Args:
@@ -33,25 +33,27 @@ def splits_of_files(rows: "Dataset", lines: Iterable[SplitName], on_problem: OnP
     hashes = [_hashes(chunk.to_pylist()) for chunk in rows.data.column("image_id").chunks]
     known = np.concatenate([np.zeros(0, np.int64), *hashes])
     order = np.argsort(known, kind="stable")
-    first_line = np.zeros(len(known), np.int64)  # of each row, counted from 1 over all split files
+    number_of, file_of = np.zeros(len(known), np.int32), np.zeros(len(known), np.int8)  # the line that names each row
+    files: list[str] = []
     found: dict[str, array] = {}
-    count, lines = 0, iter(lines)
+    lines = iter(lines)
     while block := list(islice(lines, LOOKED_UP)):
         wanted = _hashes([line.name for line in block])
         at = np.minimum(known.searchsorted(wanted, sorter=order), max(len(known) - 1, 0))
         row_of = order[at] if len(order) else np.zeros(len(block), np.int64)
         is_known = known[row_of] == wanted if len(order) else np.zeros(len(block), bool)
         for line, row, known_here in zip(block, row_of.tolist(), is_known.tolist(), strict=True):
-            count += 1
+            if not files or files[-1] != line.file:
+                files.append(line.file)
             numbers = found.setdefault(line.split, array("q"))
             if not known_here:
                 on_problem(Problem("no-captions", f"{line.name!r} has no caption", line.file, line.number))
-            elif first_line[row]:
-                text = f"{line.name!r} is in a split already (line {first_line[row]} of all split files); "
-                text += "an image can be in only one split"
+            elif number_of[row]:
+                place = f"{files[file_of[row]]}, row {number_of[row]}"
+                text = f"{line.name!r} is already in {place}; an image can be in only one split"
                 on_problem(Problem("two-splits", text, line.file, line.number))
             else:
-                first_line[row] = count
+                number_of[row], file_of[row] = line.number, len(files) - 1
                 numbers.append(row)
     return {split: np.frombuffer(numbers, np.int64) for split, numbers in found.items()}
 
@@ -60,23 +62,17 @@ def _hashes(names: list[str]) -> np.ndarray:
     return np.fromiter(map(hash, names), np.int64, len(names))
 
 
-def splits_of_rows(rows: "Dataset") -> Splits:
-    """Splits by the `split` of each row, under the usual names; rows of other splits keep their own name."""
+def splits_of_rows(rows: "Dataset") -> RowNumbers:
+    """Splits by the `split` of each row, under the usual names or their own; rows without one are in the split ""."""
     names: list[str] = []
     parts = []
     for chunk in rows.data.column("split").chunks:
         encoded = pc.dictionary_encode(chunk.fill_null(""))
-        own = [usual_name(name) for name in encoded.dictionary.to_pylist()]
+        own = [split_of_value(name) or "" for name in encoded.dictionary.to_pylist()]
         names += [name for name in dict.fromkeys(own) if name not in names]
         parts.append(np.array([names.index(name) for name in own], np.int16)[np.asarray(encoded.indices)])
     code_of = np.concatenate([np.zeros(0, np.int16), *parts])
     return {name: np.flatnonzero(code_of == code) for code, name in enumerate(names)}
-
-
-def usual_name(split: str) -> str:
-    """`train`, `validation` or `test` for the usual spellings of these splits; other names as they are."""
-    name = split.strip().lower()
-    return SPLIT_ALIASES.get(name, name if name in SPLITS else split)
 
 
 def order_by_name(rows: "Dataset") -> np.ndarray:
@@ -84,7 +80,7 @@ def order_by_name(rows: "Dataset") -> np.ndarray:
     return pc.sort_indices(rows.data.column("image_id")).to_numpy().astype(np.int64)
 
 
-def split_randomly(order: np.ndarray, fraction: float, seed: int, groups: np.ndarray | None = None) -> Splits:
+def split_randomly(order: np.ndarray, fraction: float, seed: int, groups: np.ndarray | None = None) -> RowNumbers:
     """A random split into `train` and `validation`, each with at least one row.
 
     Args:
@@ -113,7 +109,7 @@ def split_randomly(order: np.ndarray, fraction: float, seed: int, groups: np.nda
     return {"train": order[~in_validation], "validation": order[in_validation]}
 
 
-def split_within_groups(order: np.ndarray, fraction: float, seed: int, groups: np.ndarray) -> Splits:
+def split_within_groups(order: np.ndarray, fraction: float, seed: int, groups: np.ndarray) -> RowNumbers:
     """A random split of each group within itself; arguments as in [`split_randomly`].
 
     A group of a single row stays in `train`.
@@ -128,7 +124,9 @@ def split_within_groups(order: np.ndarray, fraction: float, seed: int, groups: n
         if len(rows) > 1:
             in_validation[generator.permutation(rows)[: max(1, round(fraction * len(rows)))]] = True
     if not in_validation.any():
-        raise DataError("no group has two images, so none can be held out for validation: add images")
+        raise DataError(
+            f"none of {len(members)} classes has two images, so none can be held out for validation; add images"
+        )
     return {"train": order[~in_validation], "validation": order[in_validation]}
 
 

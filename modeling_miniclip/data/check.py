@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 
 from ..errors import DataError, ModelError, Problem, UsageError, one_line, printable
 from .caption_files import UNDECODED, CaptionedImage
-from .captions import Source, load_captions, local_path, read_source
+from .captions import load_captions
 from .check_report import Report
 from .columns import ColumnNames
 from .find_problems import ENTRY_CHECKS, Entry, Inspections, files_without_captions, find_problems, small_splits
 from .fixed_copy import fix_target, report_path, write_fixed_copy
 from .near_duplicates import inspect_images
 from .problems import HARMLESS, KINDS
+from .read_source import Source, read_source
 from .row_blocks import record_batches, sample_of_captions
+from .source_kinds import local_path
 from .splits import split_by_image
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from ..errors import Problem
 from ..utils.names import name_of
-from .captions import Source
 from .listing import is_hidden
 from .near_duplicates import ImageInspection, find_image_copies
 from .picture_formats import is_picture_file
+from .read_source import Source
 
 LONGEST_CAPTION = 1000  # characters; more than any text tower reads
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all control characters except tabs and line ends

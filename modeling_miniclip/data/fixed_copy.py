@@ -7,10 +7,10 @@ from pathlib import Path
 from ..errors import UsageError, printable
 from ..utils.files import replace_text
 from .caption_files import UNDECODED
-from .captions import Source
 from .check_report import Report
 from .find_problems import Entry, Inspections
 from .near_duplicates import find_image_copies
+from .read_source import Source
 
 
 def fix_target(fix: str) -> Path:

@@ -13,7 +13,6 @@ from typing import Any
 from ..errors import DataError, UsageError, one_line
 from ..utils.names import name_of, path_of
 from .caption_files import CaptionedImage, read_caption_file
-from .captions import local_path
 from .columns import ColumnNames, caption_columns, find_columns
 from .hub_datasets import find_image_column
 from .image_files import BAD_FILES, bad_files, image_folder
@@ -22,6 +21,7 @@ from .listing import ListedFolder, images_of_folder, is_hidden_path, walk_folder
 from .picture_formats import is_picture_file
 from .problems import OnProblem, raise_problem
 from .recognise import recognise_file
+from .source_kinds import local_path
 from .splits import read_splits, split_of_folder
 
 SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")  # of Dataset.save_to_disk and DatasetDict.save_to_disk

@@ -47,7 +47,7 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
         metrics=["recall"] if metrics else None,
         tags=["miniclip", "clip", "image-text-retrieval", "timm"],
         base_model=base_models or None,
-        datasets=[data["hub_id"]] if data.get("hub_id") else None,
+        datasets=data.get("hub_ids") or None,
         model_name=_short(repository) if metrics else None,
         eval_results=_eval_results(metrics, data) or None,
         widget=[WIDGET],
@@ -86,7 +86,7 @@ def _eval_results(metrics: dict[str, float], data: dict[str, Any]) -> list[Any]:
     return [
         EvalResult(
             task_type="image-text-retrieval",
-            dataset_type=data.get("hub_id") or "unknown",
+            dataset_type=(data.get("hub_ids") or ["unknown"])[0],
             dataset_name=str(data.get("name") or "unknown"),
             dataset_split="validation",
             metric_type=key,

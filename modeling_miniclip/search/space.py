@@ -121,7 +121,9 @@ def _write_portable(index: ImageIndex, target: Path, model: Path) -> dict[str, s
         else:
             gone[entries["id"][row].as_py()] = "it was read a moment ago, but can no longer be"
     if not small:
-        raise DataError(f"none of the {len(gone)} images can be read any longer, such as {next(iter(gone))}")
+        raise DataError(
+            f"none of the {len(gone)} images can be read any longer, first {next(iter(gone))}; check its disk"
+        )
     kept = list(small)
     names = _unique_names([entries["id"][row].as_py() for row in kept])
     changed: dict[str, Any] = {

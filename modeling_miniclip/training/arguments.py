@@ -5,7 +5,7 @@ import textwrap
 from argparse import ArgumentParser
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import EXIT_CODES, UsageError
 from ..utils.files import replace_between_marks
@@ -32,8 +32,18 @@ class TrainingArguments:
         None,
         "YAML file of flags, or the name of one in configuration/recipes (scenes, if you pass no dataset either)",
     )
-    dataset: str | None = _flag(
-        None, "CSV file, folder, Hub dataset, or 'scenes' for the built-in one (see docs/data.md)"
+    dataset: list[str] | None = _flag(
+        None,
+        "one or several of: caption file, folder, shards, Hub dataset, or 'scenes' for the built-in one (see "
+        "docs/data.md)",
+    )
+    dataset_weights: list[float] | None = _flag(
+        None,
+        "with several datasets: the share of each in an epoch, relative to the others; in a recipe, dataset may be a "
+        "mapping of datasets to weights (each image once per epoch)",
+    )
+    validation_dataset: str | None = _flag(
+        None, "dataset of which all images are used for validation (part of the dataset)"
     )
     image_dir: str | None = _flag(
         None, "folder of the images that a CSV file names (next to the CSV file, or its subfolder Images)"
@@ -43,6 +53,12 @@ class TrainingArguments:
     )
     image_column: str = _flag("image", "column with the image or its file name")
     caption_column: str = _flag("caption", "column with the caption, or the common part of caption_0, caption_1, ...")
+    caption_template: str = _flag(
+        "a photo of a {}", "caption of the images in a folder of a class; {} stands for the name of the folder"
+    )
+    dataset_cache_dir: str | None = _flag(
+        None, "folder of tables of captions and places of images, shared between runs (HF_HOME/miniclip/datasets)"
+    )
     dataset_revision: str | None = _flag(None, "commit, branch or tag of a Hub dataset")
     stream_first_rows: int | None = _flag(
         None, "stream only the first N rows of each split of a Hub dataset, without downloading the rest"
@@ -222,6 +238,11 @@ def choices_of(hint: Any) -> tuple[str, ...]:
         if get_args(kind) and all(isinstance(choice, str) for choice in get_args(kind)):
             return get_args(kind)
     return ()
+
+
+def element_of(hint: Any) -> Any:
+    """The type of the elements of a list, or of an optional one; None for any other type."""
+    return next((get_args(kind)[0] for kind in (hint, *get_args(hint)) if get_origin(kind) is list), None)
 
 
 def build_parser() -> ArgumentParser:

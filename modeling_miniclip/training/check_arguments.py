@@ -31,7 +31,8 @@ def check_arguments(arguments: TrainingArguments) -> None:
 
 def _check_text_and_numbers(arguments: TrainingArguments) -> None:
     for name, value in asdict(arguments).items():
-        if isinstance(value, str) and "\0" in value:
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and "\0" in text for text in texts):
             raise UsageError(f"--{name} contains a null character, which no name or path can: {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--{name} must be a finite number, not {value}")
@@ -66,6 +67,7 @@ def _check_combinations(arguments: TrainingArguments) -> None:
     if len(named) > 1:
         clash = " and ".join(f"--{name}" for names in named for name in names)
         raise UsageError(f"{clash} exclude each other: a model comes from a preset, from an export or from two towers")
+    _check_datasets(arguments.dataset or [], arguments.dataset_weights)
     if arguments.num_views is not None and arguments.freeze not in ("vision", "both"):
         raise UsageError("--num_views needs a frozen image tower: add --freeze vision or --freeze both")
     if arguments.num_views is not None and not augmentation_list(arguments):
@@ -75,6 +77,17 @@ def _check_combinations(arguments: TrainingArguments) -> None:
             "--train_image_size is the size of augmented images, and there is no augmentation: set --augmentation, or "
             "leave out --train_image_size"
         )
+
+
+def _check_datasets(datasets: list[str], weights: list[float] | None) -> None:
+    if twice := next((name for name in datasets if datasets.count(name) > 1), None):
+        raise UsageError(f"--dataset names {twice} twice; name it once, with a weight if it should be used more often")
+    if weights is None:
+        return
+    if len(weights) != len(datasets):
+        raise UsageError(f"--dataset_weights: {len(weights)} weights for {len(datasets)} datasets; give one for each")
+    if bad := [weight for weight in weights if not 0 < weight < math.inf]:
+        raise UsageError(f"--dataset_weights must be positive numbers, not {bad[0]}")
 
 
 def _check_best_metric(name: str) -> None:

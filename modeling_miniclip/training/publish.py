@@ -8,6 +8,7 @@ from typing import Any
 from accelerate.utils import DistributedType
 from datasets import DatasetDict
 
+from ..data.source_kinds import local_path
 from ..errors import MiniClipError
 from ..hub.export import export
 from ..hub.push import push
@@ -18,12 +19,14 @@ from .run import TrainingRun
 # Arguments that matter only on the machine of the run: folders, logs, checkpoints, uploads. The card leaves them out.
 LOCAL_ARGUMENTS = frozenset(
     "recipe num_workers output_dir overwrite_output_dir resume_from_checkpoint discard_later_checkpoints "
-    "save_total_limit checkpointing_steps overfit_batch logging_steps report_to feature_cache_dir push_to_hub "
-    "hub_model_id hub_private_repo hub_revision hub_strategy hub_license".split()
+    "save_total_limit checkpointing_steps overfit_batch logging_steps report_to feature_cache_dir dataset_cache_dir "
+    "push_to_hub hub_model_id hub_private_repo hub_revision hub_strategy hub_license".split()
 )
 
 # Arguments that may be a path.
-PATH_ARGUMENTS = frozenset("dataset image_dir vision_model text_model preset model_name_or_path".split())
+PATH_ARGUMENTS = frozenset(
+    "dataset validation_dataset image_dir vision_model text_model preset model_name_or_path".split()
+)
 
 
 def export_best(run: TrainingRun, metrics: dict[str, float], intervals: dict[str, tuple[float, float]]) -> None:
@@ -76,16 +79,19 @@ def push_export(run: TrainingRun) -> None:
 
 def data_for_card(arguments: TrainingArguments, splits: DatasetDict) -> dict[str, Any]:
     """The dataset in the model card: its name, never a path on this machine, and the sizes of its splits."""
-    dataset = arguments.dataset or "scenes"
-    data = {"name": without_path(dataset), "splits": split_sizes(splits)}
-    on_hub = dataset != "scenes" and not Path(dataset).expanduser().exists()
-    return data | ({"hub_id": dataset} if on_hub else {})
+    names = arguments.dataset or ["scenes"]
+    on_hub = [name for name in names if name != "scenes" and local_path(name) is None]
+    return {
+        "name": ", ".join(map(without_path, names)),
+        "splits": split_sizes(splits),
+        "hub_ids": [name.partition(":")[0] for name in on_hub],
+    }
 
 
 def arguments_for_card(arguments: TrainingArguments) -> dict[str, Any]:
     """The arguments that have a value, without [`LOCAL_ARGUMENTS`] and without paths on this machine."""
     return {
-        name: without_path(value) if name in PATH_ARGUMENTS else value
+        name: _without_paths(value) if name in PATH_ARGUMENTS else value
         for name, value in asdict(arguments).items()
         if name not in LOCAL_ARGUMENTS and value is not None
     }
@@ -94,12 +100,15 @@ def arguments_for_card(arguments: TrainingArguments) -> dict[str, Any]:
 def command_for_card(arguments: TrainingArguments) -> str:
     """The command that repeats a run on a machine that has the same data and models."""
     defaults = TrainingArguments()
-    flags = [
-        f"--{name}={value}"
-        for name, value in arguments_for_card(arguments).items()
-        if value != getattr(defaults, name)
-    ]
+    flags: list[str] = []
+    for name, value in arguments_for_card(arguments).items():
+        if value != getattr(defaults, name):
+            flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return shlex.join(["python", "train_miniclip.py", *flags])
+
+
+def _without_paths(value: str | list[str]) -> str | list[str]:
+    return [without_path(one) for one in value] if isinstance(value, list) else without_path(value)
 
 
 def without_path(value: str) -> str:

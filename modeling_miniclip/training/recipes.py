@@ -12,7 +12,7 @@ import yaml
 from ..errors import UsageError, did_you_mean, one_line
 from ..utils.files import replace_text
 from ..utils.plain_yaml import load_yaml
-from .arguments import LIST_FLAGS, TrainingArguments, build_parser, choices_of
+from .arguments import LIST_FLAGS, TrainingArguments, build_parser, choices_of, element_of
 from .check_arguments import augmentation_list
 
 
@@ -35,6 +35,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     hints.pop("recipe")
     parser = build_parser()
     values = {}
+    if isinstance(recipe.get("dataset"), dict) and "dataset_weights" not in recipe:
+        recipe |= {"dataset": list(recipe["dataset"]), "dataset_weights": list(recipe["dataset"].values())}
     for key, value in recipe.items():
         if key not in hints:
             raise UsageError(f"{path}: unknown key {key!r}{did_you_mean(str(key), hints, LIST_FLAGS)}")
@@ -49,6 +51,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _value_of(parser: ArgumentParser, key: str, value: Any, hint: Any) -> Any:
     if value is None and type(None) in get_args(hint):
         return None
+    if (element := element_of(hint)) is not None:
+        several = value if isinstance(value, list) and value else [value]
+        return [_value_of_one(parser, key, one, element)[0] for one in several]
+    return _value_of_one(parser, key, value, hint)
+
+
+def _value_of_one(parser: ArgumentParser, key: str, value: Any, hint: Any) -> Any:
     # argparse converts text: it reads 1e-3, which is a string to PyYAML, and rejects 1.5 for an integer.
     parsed = parser.parse_args([f"--{key}={_as_flag(key, value, hint)}"])
     if key == "augmentation":
@@ -89,6 +98,8 @@ def _expected(key: str, hint: Any) -> str:
         return "a list of mappings with a name each"
     if choices_of(hint):
         return f"one of {', '.join(choices_of(hint))}"
+    if (element := element_of(hint)) is not None:
+        return f"{_expected(key, element)}, or a list of it"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes if necessary)"}
     return next(word for kind, word in words.items() if kind in (hint, *get_args(hint)))
 

@@ -14,10 +14,11 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
     ),
     # What they select is compared instead: rows, model, vocabulary, preprocessing and augmentation.
     "compared": (
-        "dataset", "image_dir", "allow_outside_images", "image_column", "caption_column", "dataset_revision",
-        "stream_first_rows", "validation_fraction", "max_train_images", "max_validation_images", "vision_model",
-        "text_model", "preset", "model_name_or_path", "text_pooling", "projection_dim", "projection_depth",
-        "loss_type", "image_size", "train_image_size", "crop_pct", "max_length", "augmentation",
+        "dataset", "dataset_weights", "validation_dataset", "image_dir", "allow_outside_images", "image_column",
+        "caption_column", "caption_template", "dataset_revision", "stream_first_rows", "validation_fraction",
+        "max_train_images", "max_validation_images", "vision_model", "text_model", "preset", "model_name_or_path",
+        "text_pooling", "projection_dim", "projection_depth", "loss_type", "image_size", "train_image_size",
+        "crop_pct", "max_length", "augmentation",
     ),
     # The new value holds from the next step on, and the log says so.
     "applied": (
@@ -28,15 +29,15 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
     ),
     # They do not change what is trained. `learning_rate` is in the rates of the parts.
     "free": (
-        "recipe", "learning_rate", "num_workers", "feature_cache_dir", "compile_towers", "overfit_batch", "output_dir",
-        "overwrite_output_dir", "resume_from_checkpoint", "discard_later_checkpoints", "checkpointing_steps",
-        "save_total_limit", "logging_steps", "report_to", "push_to_hub", "hub_strategy", "hub_model_id",
-        "hub_private_repo", "hub_revision", "hub_license",
+        "recipe", "learning_rate", "num_workers", "feature_cache_dir", "dataset_cache_dir", "compile_towers",
+        "overfit_batch", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "discard_later_checkpoints",
+        "checkpointing_steps", "save_total_limit", "logging_steps", "report_to", "push_to_hub", "hub_strategy",
+        "hub_model_id", "hub_private_repo", "hub_revision", "hub_license",
     ),
 }  # fmt: skip
 
 # Flags that name a place; what they select is compared, and a checkpoint does not mention the place.
-PLACES = ("dataset", "image_dir", "vision_model", "text_model", "preset", "model_name_or_path")
+PLACES = ("dataset", "validation_dataset", "image_dir", "vision_model", "text_model", "preset", "model_name_or_path")
 
 
 def recorded_flags(arguments: TrainingArguments) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -13,11 +14,13 @@ from datasets import Dataset, DatasetDict
 from ..configuration_miniclip import declared_pooling
 from ..data.augmentation import build_augmentation
 from ..data.batches import GlobalBatches
-from ..data.captions import load_captions
 from ..data.check import quick_check
+from ..data.columns import ColumnNames
 from ..data.dataset import CaptionRows
+from ..data.load_rows import SeededSplit, Splits, load_datasets
 from ..data.loader import BatchLoader
 from ..data.row_blocks import Captions, caption_counts, record_batches, sample_of_captions
+from ..data.rows import ReadOptions
 from ..errors import ModelError, UsageError, one_line
 from ..hub.push import prepare_push
 from ..modeling_miniclip import MiniClipModel
@@ -158,25 +161,30 @@ def compilation(launch: Launch) -> TorchDynamoPlugin:
     return plugin
 
 
-def load_splits(arguments: TrainingArguments) -> DatasetDict:
-    """Splits of the dataset, one row `{image, image_id, captions}` per image.
+def load_splits(arguments: TrainingArguments) -> Splits:
+    """Splits of the datasets, one row `{image, image_id, captions}` per image.
 
     `--max_train_images` and `--max_validation_images` limit their length.
     """
-    splits = load_captions(
-        arguments.dataset or "scenes",
-        image_dir=arguments.image_dir,
-        image_column=arguments.image_column,
-        caption_column=arguments.caption_column,
-        validation_fraction=arguments.validation_fraction,
-        seed=arguments.seed,
-        revision=arguments.dataset_revision,
-        stream_first_rows=arguments.stream_first_rows,
-        allow_outside_images=arguments.allow_outside_images,
+    columns = ColumnNames(arguments.image_column, arguments.caption_column, arguments.allow_outside_images)
+    options = ReadOptions(
+        columns,
+        arguments.image_dir,
+        arguments.dataset_revision,
+        arguments.stream_first_rows,
+        arguments.caption_template,
+    )
+    splits = load_datasets(
+        arguments.dataset or ["scenes"],
+        options,
+        SeededSplit(arguments.validation_fraction, arguments.seed),
+        arguments.dataset_cache_dir,
+        arguments.validation_dataset,
     )
     for name, limit in (("train", arguments.max_train_images), ("validation", arguments.max_validation_images)):
         if limit is not None:
             splits[name] = splits[name].select(range(min(limit, len(splits[name]))))
+            splits.sizes[name] = np.diff(np.minimum(np.cumsum([0, *splits.sizes[name]]), limit)).tolist()
     return splits
 
 
@@ -184,7 +192,7 @@ def report_splits(splits: DatasetDict, arguments: TrainingArguments, accelerator
     """Print the size of the splits and a warning for each kind of problem in their captions."""
     say(accelerator, describe_splits(splits))
     if accelerator.is_main_process:
-        for line in quick_check(splits, str(arguments.dataset), arguments.batch_size):
+        for line in quick_check(splits, ", ".join(arguments.dataset or ["scenes"]), arguments.batch_size):
             say(accelerator, f"warning: {line}")
 
 
@@ -451,7 +459,8 @@ def start_or_resume(run: TrainingRun, checkpoint: Path | None) -> None:
         if checkpoint is None:
             clear_output_dir(run.output_dir)
         save_arguments(arguments, run.output_dir / "arguments.yaml")
-    config = {name: value for name, value in asdict(arguments).items() if value is not None}
+    values = {name: value for name, value in asdict(arguments).items() if value is not None}
+    config = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
     purge = {"tensorboard": {"purge_step": run.progress.step + 1}}  # hide what an earlier start logged after this step
     accelerator.init_trackers("miniclip", config=config, init_kwargs=purge)
 

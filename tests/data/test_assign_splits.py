@@ -32,9 +32,11 @@ def test_split_files_keep_the_order_of_their_lines(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, ["a", "b", "c", "d"])
     lines = [("train", "c"), ("train", "a"), ("test", "d"), ("test", "nowhere"), ("test", "a")]
     problems: list[Problem] = []
-    found = splits_of_files(rows, (SplitName(s, n, f"{s}.txt", i) for i, (s, n) in enumerate(lines)), problems.append)
+    found = splits_of_files(
+        rows, (SplitName(s, n, f"{s}.txt", i) for i, (s, n) in enumerate(lines, 1)), problems.append
+    )
     assert {split: numbers.tolist() for split, numbers in found.items()} == {"train": [2, 0], "test": [3]}
-    assert [(each.kind, each.row) for each in problems] == [("no-captions", 3), ("two-splits", 4)]
+    assert [(each.kind, each.row) for each in problems] == [("no-captions", 4), ("two-splits", 5)]
 
 
 def test_rows_name_their_split_in_any_usual_spelling(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_flags_override_recipes_and_recipes_override_defaults(recipe: Any) -> No
     flag = recipe("dataset: a.csv\nbatch_size: 7\nseed: 3\n")
     assert changed(parse_arguments([flag, "--seed", "5"])) == {"batch_size": 7, "seed": 5}
     assert changed(parse_arguments(["--seed=5", flag, "--dataset=b.csv"])) == {"batch_size": 7, "seed": 5}
-    assert parse_arguments([flag, "--dataset=b.csv"]).dataset == "b.csv"
+    assert parse_arguments([flag, "--dataset=b.csv"]).dataset == ["b.csv"]
     assert changed(parse_arguments(["--dataset=b.csv"])) == {}
 
 
@@ -98,7 +98,7 @@ def test_learning_rate_on_the_command_line_overrides_a_recipe(recipe: Any) -> No
 
 def test_built_in_recipe_is_the_default() -> None:
     arguments = parse_arguments(["--seed=1"])
-    assert (arguments.recipe, arguments.dataset, arguments.preset) == ("scenes", "scenes", "scenes_tiny")
+    assert (arguments.recipe, arguments.dataset, arguments.preset) == ("scenes", ["scenes"], "scenes_tiny")
     assert (arguments.batch_size, arguments.seed) == (128, 1)
 
 
@@ -161,7 +161,8 @@ def test_recipe_values_get_the_type_of_their_argument(recipe: Any, text: str, na
         ("freeze", "null", "one of none, vision, text, both, found nothing"),
         ("text_pooling", "max", "one of cls, mean"),
         ("dataset", "2024", "text"),
-        ("dataset", "[a.csv]", "text"),
+        ("dataset", "[[a.csv]]", "text"),
+        ("dataset_weights", "[1, much]", "a number"),
         ("dataset_revision", "2024-01-01", "text"),
         ("output_dir", "on", "text"),
         ("augmentation", "{name: HorizontalFlip}", "a list of mappings with a name each"),

@@ -133,7 +133,7 @@ def test_every_change_is_found_and_nothing_else(tmp_path: Path, record_property:
     checkpoint.mkdir(parents=True)
 
     def load(data: Data, arguments: TrainingArguments) -> DatasetDict:
-        return setup.load_splits(replace(arguments, dataset=str(data.write(tmp_path))))
+        return setup.load_splits(replace(arguments, dataset=[str(data.write(tmp_path))]))
 
     @fuzz(count, record_property)
     @given(

@@ -197,9 +197,11 @@ def test_card_has_name_and_size_of_the_data(
         "mine": {"name": "mine"},
         str(tmp_path / "mine"): {"name": "mine"},
         "scenes": {"name": "scenes"},
-        "bob/pictures": {"name": "bob/pictures", "hub_id": "bob/pictures"},
+        "bob/pictures": {"name": "bob/pictures", "hub_ids": ["bob/pictures"]},
     }.items():
-        assert data_for_card(TrainingArguments(dataset=dataset), splits) == expected | {"splits": sizes}
+        assert data_for_card(TrainingArguments(dataset=[dataset]), splits) == {"hub_ids": []} | expected | {
+            "splits": sizes
+        }
 
 
 def test_lines_for_the_terminal(splits: dict[str, Any]) -> None:

@@ -1,0 +1,252 @@
+"""Load any source as splits of memory-mapped rows: read once into a table on disk, then opened by every process."""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetDict, concatenate_datasets
+
+from ..errors import DataError, Problem
+from ..utils.names import name_of
+from .assign_splits import (
+    RowNumbers,
+    group_numbers,
+    order_by_name,
+    split_randomly,
+    split_within_groups,
+    splits_of_files,
+    splits_of_rows,
+)
+from .hub_datasets import load_from_hub
+from .problems import OnProblem, raise_problem
+from .read_source import _build_splits, read_source
+from .rows import ReadOptions, Row
+from .source_kinds import Kind, kind_of, resolve
+from .splits import SPLITS
+from .table import About, open_table, write_table
+from .table_cache import cached_table, default_cache_dir
+
+NAMED = "split-{}.npy"  # row numbers of a split that the source names
+PUBLIC = ("image", "image_id", "captions", "caption_ids", "group")
+
+
+@dataclass(frozen=True)
+class SeededSplit:
+    """The random split of a source that has no validation split.
+
+    Args:
+        validation_fraction: fraction of the rows for validation.
+        seed: random seed.
+    """
+
+    validation_fraction: float = 0.1
+    seed: int = 0
+
+
+class Splits(DatasetDict):
+    """Splits of one or several sources, whose rows follow each other.
+
+    Attributes:
+        sizes: number of rows of each source, by split.
+    """
+
+    sizes: dict[str, list[int]]
+
+
+DEFAULT, SEEDED = ReadOptions(), SeededSplit()
+
+
+def load_rows(
+    source: str | os.PathLike,
+    options: ReadOptions = DEFAULT,
+    split: SeededSplit | None = SEEDED,
+    cache_dir: str | os.PathLike | None = None,
+) -> DatasetDict:
+    """Load a source as splits `train`, `validation`, `test`, those that it has, with one row per image.
+
+    Args:
+        source: path, pattern, URL or name on the Hub; see `docs/data.md`.
+        options: how to read it.
+        split: how to split it at random, if it has no validation split; None leaves all of these rows in `train`.
+        cache_dir: folder of the tables.
+
+    Returns:
+        Splits with the columns of [`table_features`][modeling_miniclip.data.table.table_features].
+
+    Raises:
+        DataError: the source cannot be used, or has a problem; names its file and row.
+        MiniClipError: the table cannot be stored.
+    """
+    source = resolve(source)
+    if source == "scenes":
+        from .scenes import build_scenes
+
+        return build_scenes()
+    with readable(source):
+        kind = kind_of(source)
+        if kind is None:
+            return _load_otherwise(source, options, split or SEEDED)
+        key = [source, kind.name, asdict(options), *kind.inputs(source, options)]
+    build = partial(build_table, source=source, kind=kind, options=options)
+    folder = cached_table(key, Path(cache_dir or default_cache_dir()), build)
+    about = About.load(folder)
+    for line in about.warnings:
+        warnings.warn(line, stacklevel=2)
+    return splits_of_table(folder, about, kind, split)
+
+
+@contextmanager
+def readable(source: str) -> Iterator[None]:
+    """Within the block, what cannot be read in a source is an error of one line.
+
+    Raises:
+        DataError: a file or folder cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        text = f"cannot be read: {error.strerror or error}; check its permissions and its disk"
+        raise DataError(Problem("unusable", text, name_of(error.filename or source))) from error
+
+
+def load_datasets(
+    sources: Sequence[str],
+    options: ReadOptions = DEFAULT,
+    split: SeededSplit = SEEDED,
+    cache_dir: str | os.PathLike | None = None,
+    validation: str | None = None,
+) -> Splits:
+    """Load several sources as one; their rows follow each other in each split.
+
+    Args:
+        sources: sources as for [`load_rows`].
+        options, split, cache_dir: as for [`load_rows`].
+        validation: source of all validation rows; by default, each source has its own.
+
+    Raises:
+        DataError: as in [`load_rows`], or a source has no rows to train on.
+    """
+    parts = [load_rows(source, options, None if validation else split, cache_dir) for source in sources]
+    for source, part in zip(sources, parts, strict=True):
+        if "train" not in part:
+            text = f"no train split among {', '.join(part)}; name one of them train"
+            raise DataError(Problem("unusable", text, source))
+    if validation is not None:
+        whole = load_rows(validation, options, None, cache_dir)
+        rows = next(whole[name] for name in ("validation", "test", "train") if name in whole)
+        parts = [DatasetDict({name: part[name] for name in part if name != "validation"}) for part in parts]
+        parts[0]["validation"] = rows
+    sizes = {
+        name: [len(part.get(name, ())) for part in parts] for name in SPLITS if any(name in part for part in parts)
+    }
+    joined = {name: [part[name] for part in parts if name in part] for name in sizes}
+    splits = Splits({name: some[0] if len(some) == 1 else concatenate_datasets(some) for name, some in joined.items()})
+    splits.sizes = sizes
+    return splits
+
+
+def _load_otherwise(source: str, options: ReadOptions, split: SeededSplit) -> DatasetDict:
+    fraction, seed = split.validation_fraction, split.seed
+    if os.path.exists(source):
+        return _build_splits(read_source(Path(source), options.image_dir, options.columns), fraction, seed)
+    return load_from_hub(source, options.columns, fraction, seed, options.revision, options.stream_first_rows)
+
+
+def build_table(
+    folder: Path, source: str, kind: Kind, options: ReadOptions, on_problem: OnProblem = raise_problem
+) -> None:
+    """Read a source into a table, with the row numbers of the splits that it names.
+
+    Args:
+        folder: empty folder to write to.
+        source, kind: the source and its kind.
+        options: how to read it.
+        on_problem: function called with each problem; the default raises a `DataError`, or warns of a harmless one.
+
+    Raises:
+        DataError: the source has no captions.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        about = write_table(_rows(kind, source, options, on_problem), folder, on_problem, f"read {Path(source).name}")
+        rows = open_table(folder)
+        if not len(rows):
+            raise DataError(Problem("unusable", "no captions; expected a header and one row per caption", source))
+        if (lines := kind.split_lines(source, options, on_problem)) is not None:
+            named = splits_of_files(rows, lines, on_problem)
+        else:
+            named = splits_of_rows(rows) if "split" in about.columns else {}
+    for split, numbers in named.items():
+        if split in SPLITS:
+            np.save(folder / NAMED.format(split), numbers)
+    left_out = len(rows) - sum(len(numbers) for split, numbers in named.items() if split in SPLITS) if named else 0
+    about.warnings = [str(one.message) for one in caught]
+    if left_out:
+        about.warnings.append(f"{source}: left out {left_out} images that are in none of {', '.join(SPLITS)}")
+    about.save(folder)
+
+
+def _rows(kind: Kind, source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
+    """The rows of a source. Its own generator, so that an error while a table is written is not taken for its own."""
+    with readable(source):
+        yield from kind.read(source, options, on_problem)
+
+
+def splits_of_table(folder: Path, about: About, kind: Kind, seeded: SeededSplit | None) -> DatasetDict:
+    """The splits of a table: those that the source names, and a random one for validation if it has none.
+
+    Args:
+        folder, about: the table.
+        kind: kind of its source.
+        seeded: how to split it at random; None leaves the rows of a source without splits in `train`.
+
+    Raises:
+        DataError: there are too few rows to split.
+    """
+    rows = open_table(folder)
+    named: RowNumbers = {}
+    for split in SPLITS:
+        if (path := folder / NAMED.format(split)).exists():
+            named[split] = np.load(path, mmap_mode="r")
+    if not named and kind.one_split_is_train:
+        named = {"train": np.arange(len(rows))}
+    if seeded is None:
+        splits = named or {"train": order_by_name(rows) if kind.by_name else np.arange(len(rows))}
+    else:
+        splits = named | _random_split(rows, named, about, kind, seeded)
+    columns = [name for name in rows.column_names if name not in ("caption_ids", "group") or name in about.columns]
+    rows = rows.select_columns([name for name in columns if name != "split"])
+    return DatasetDict({split: _select(rows, splits[split]) for split in SPLITS if split in splits})
+
+
+def _random_split(rows: Dataset, named: RowNumbers, about: About, kind: Kind, seeded: SeededSplit) -> RowNumbers:
+    """`train` and `validation` of a source without validation; empty for one that has it, or has no `train`."""
+    if named and ("validation" in named or "train" not in named):
+        return {}
+    order = named.get("train", order_by_name(rows) if kind.by_name else np.arange(len(rows)))
+    if "group" not in about.columns:
+        return split_randomly(order, seeded.validation_fraction, seeded.seed)
+    split = split_within_groups if kind.groups_are_classes else split_randomly
+    return split(order, seeded.validation_fraction, seeded.seed, group_numbers(rows)[order])
+
+
+def _select(rows: Dataset, numbers: np.ndarray) -> Dataset:
+    first = int(numbers[0]) if len(numbers) else 0
+    if np.array_equal(numbers, np.arange(first, first + len(numbers))):
+        return rows.select(range(first, first + len(numbers)))
+    return rows.select(numbers)
+
+
+def public_rows(splits: Mapping[str, Dataset]) -> DatasetDict:
+    """The columns that `load_captions` promises."""
+    return DatasetDict(
+        {
+            split: rows.select_columns([name for name in PUBLIC if name in rows.column_names])
+            for split, rows in splits.items()
+        }
+    )

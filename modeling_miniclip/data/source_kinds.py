@@ -1,0 +1,104 @@
+"""The kinds of sources, and which kind a source is: the one list of what every command reads."""
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from .layouts import find_caption_files
+from .problems import OnProblem
+from .readers.caption_file import inputs_caption_file, read_caption_file
+from .recognise import TAR_ENDINGS, recognise_file
+from .rows import Reader, ReadOptions, SplitName
+from .splits import find_split_files, read_split_files
+
+# A missing local file with one of these endings is not looked for on the Hub.
+FILE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".zip")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def _no_split_files(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[SplitName] | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of source.
+
+    Args:
+        name: name of the kind.
+        read: its reader.
+        inputs: everything that its rows depend on, for the key of the cached table.
+        split_lines: lines of split files next to a source, None if there are none.
+        by_name: whether a random split is drawn in the order of the names of the images, instead of the source's.
+        groups_are_classes: whether a random split holds out images of each group, instead of whole groups.
+        one_split_is_train: whether a source with a single split is for training, whatever that is called.
+    """
+
+    name: str
+    read: Reader
+    inputs: Callable[[str, ReadOptions], Iterable[Any]]
+    split_lines: Callable[[str, ReadOptions, OnProblem], Iterator[SplitName] | None] = _no_split_files
+    by_name: bool = False
+    groups_are_classes: bool = False
+    one_split_is_train: bool = False
+
+
+def _split_lines(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[SplitName] | None:
+    """Lines of the split files next to a caption file."""
+    path = Path(source)
+    root, (_, file) = (path if path.is_dir() else path.parent), find_caption_files(path)[0]
+    return read_split_files(root, file, on_problem) if find_split_files(root, file) else None
+
+
+CAPTION_FILE = Kind("captions", read_caption_file, inputs_caption_file, _split_lines, by_name=True)
+
+
+def kind_of(source: str) -> Kind | None:
+    """The kind of a source.
+
+    Args:
+        source: path, as [`resolve`] returns it.
+
+    Raises:
+        DataError: no such file exists, or it is none that can be read.
+    """
+    if os.path.isdir(source):
+        return CAPTION_FILE if find_caption_files(Path(source)) else None
+    if os.path.isfile(source) and recognise_file(source) == "text":
+        return CAPTION_FILE
+    return None
+
+
+def resolve(source: str | os.PathLike) -> str:
+    """The absolute path of a source, so that the working folder does not matter; other names as they are.
+
+    Raises:
+        DataError: as in [`local_path`].
+    """
+    path = None if source == "scenes" else local_path(source)
+    return os.fspath(source) if path is None else os.path.abspath(path)
+
+
+def local_path(source: str | os.PathLike) -> Path | None:
+    """The file or folder that a source names; None if it is the name of a dataset on the Hub.
+
+    Raises:
+        DataError: no such file or folder exists, and it cannot be the name of a dataset; or it cannot be reached.
+    """
+    path = Path(source).expanduser()
+    try:
+        os.stat(path)
+        return path
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
+        pass
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions and its disk") from error
+    if path.name.lower().endswith(FILE_ENDINGS + TAR_ENDINGS) or not HUB_NAME.fullmatch(os.fspath(source)):
+        raise DataError(f"{source}: no such file or folder; name a file, a folder or a dataset on the Hub")
+    return None
