@@ -19,6 +19,13 @@ shard_url.py: names for images inside a shard, and how to read them
 table.py: the rows of a source as a table on disk
 table_cache.py: tables that are built once and shared
 assign_splits.py: which rows of a table belong to which split
+shard_patterns.py: which shards a pattern or a folder stands for
+remote_shards.py: shards that are elsewhere
+tar_headers.py: members of a tar archive
+tar_index.py: images of a tar archive with their captions, found once
+table_rows.py: rows of Parquet and Arrow files
+same_images.py: which rows of a table show the same image
+record_captions.py: captions in JSON and in nested columns
 scenes.py: the built-in dataset of drawn scenes
 sources.py: images of any source, for an index
 problems.py: kinds of problems of a dataset

@@ -64,6 +64,7 @@ class ReadOptions:
         stream_first_rows: number of rows to stream from the start of each split of a dataset on the Hub.
         caption_template: caption of the images of a class folder, with `{}` for its name.
         all_images: whether to yield images without captions too, as an index wants them.
+        shard_folder: folder of indexes and fetched shards; None for `miniclip/shards` in HF_HOME.
     """
 
     columns: ColumnNames = field(default_factory=ColumnNames)
@@ -72,6 +73,7 @@ class ReadOptions:
     stream_first_rows: int | None = None
     caption_template: str = "a photo of a {}"
     all_images: bool = False
+    shard_folder: str | os.PathLike | None = None
 
 
 # Reads one kind of source: its path (or name on the Hub), the options, and a function called with each problem. If

@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 def member_url(shard: str, start: int, size: int, name: str) -> str:
     """Name of an image in a tar archive; arguments as in [`Place`]."""
-    return f"{PREFIX}{start},{size}/{name}::{shard}"
+    return f"{PREFIX}{start},{size}/{name.replace('::', ': :')}::{shard}"  # fsspec takes a URL apart at each ::
 
 
 def table_url(shard: str, row: int, column: str) -> str:

@@ -1,4 +1,6 @@
 """Readers, one file per kind of source: each yields rows, see `data/rows.py`.
 
 caption_file.py: caption files (CSV, TSV, JSON Lines, Flickr8k tokens)
+tars.py: tar archives (WebDataset, img2dataset)
+parquet.py: Parquet files
 """

@@ -1,0 +1,122 @@
+"""Parquet files with images: `{bytes, path}` as `datasets` writes them, bytes as img2dataset does, or paths."""
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ...errors import Problem, one_line
+from ..problems import OnProblem
+from ..rows import ReadOptions, Row
+from ..shard_patterns import expand_shards, inputs_of_shards, short_names, split_of_shard
+from ..table_rows import HELD, Block, TableColumns, TableFile, find_columns, hashes_of_images, held_images, read_tables
+
+ROWS = 4096  # that are read at a time
+NO_COLUMNS = pa.RecordBatch.from_arrays([], names=[])
+LOOKED_AT = 500  # rows of a folder's first file, to see whether it repeats images
+
+
+def read_parquet(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
+    """The images of Parquet files, their rows numbered from 0 within each file.
+
+    Only text columns are read, except where a footer says that images are missing, and where names, or the first rows,
+    show that images occur in several rows.
+
+    Args:
+        source: path of a file, of a folder of such files, or a pattern such as `data/train-*.parquet`.
+        options: how to read them.
+        on_problem: function called with what is left out, and with a file that cannot be read (kind `shard`).
+
+    Raises:
+        DataError: nothing matches the pattern, or a file has no column of images or of captions.
+    """
+    files = []
+    sources = expand_shards(source, "parquet")
+    for path, name in zip(sources, short_names(sources), strict=True):
+        try:
+            files.append(table_file(path, name))
+        except (OSError, pa.ArrowException) as error:
+            text = f"cannot be read as Parquet: {one_line(error)}; copy or download it again"
+            on_problem(Problem("shard", text, path))
+    yield from read_tables(files, options, on_problem, bool(files) and _repeats_images(files[0], options))
+
+
+def inputs_parquet(source: str, options: ReadOptions) -> Iterator[Any]:
+    """Everything that the rows of Parquet files depend on, for the key of their table."""
+    yield from inputs_of_shards(expand_shards(source, "parquet"))
+
+
+def table_file(path: str, name: str) -> TableFile:
+    """A Parquet file as part of a table.
+
+    Args:
+        path: path of the file.
+        name: its name in the names of rows.
+
+    Raises:
+        OSError, pa.ArrowException: it cannot be read.
+    """
+    about = pq.read_metadata(path)
+    return TableFile(
+        path=path,
+        where=path,
+        prefix=f"{name}/",
+        schema=about.schema.to_arrow_schema(),
+        rows=about.num_rows,
+        read=partial(_read_blocks, path),
+        split=split_of_shard(path),
+        bounds=os.path.dirname(os.path.abspath(path)),
+    )
+
+
+def _read_blocks(path: str, columns: TableColumns, texts: list[str], with_images: bool) -> Iterator[Block]:
+    with pq.ParquetFile(path) as file:
+        for group in range(file.metadata.num_row_groups):
+            all_held = columns.kind != "path" and _all_held(file, group, columns)
+            wanted = [*texts, columns.image] if with_images or not all_held else texts
+            if not wanted:
+                yield NO_COLUMNS, np.full(file.metadata.row_group(group).num_rows, HELD, np.int8)
+                continue
+            rows = ROWS if wanted == texts else ROWS // 32
+            for batch in file.iter_batches(rows, row_groups=[group], columns=list(dict.fromkeys(wanted))):
+                yield batch, _held(batch, columns, all_held)
+
+
+def _held(batch: pa.RecordBatch, columns: TableColumns, all_held: bool) -> np.ndarray:
+    if all_held:
+        return np.full(len(batch), HELD, np.int8)
+    return held_images(batch.column(columns.image), columns.kind)
+
+
+def _all_held(file: pq.ParquetFile, group: int, columns: TableColumns) -> bool:
+    """Whether the footer says that each row of a row group has an image."""
+    leaf = f"{columns.image}.bytes" if columns.kind == "struct" else columns.image
+    about = file.metadata.row_group(group)
+    for number in range(about.num_columns):
+        column = about.column(number)
+        if column.path_in_schema == leaf:
+            statistics = column.statistics
+            return bool(statistics is not None and statistics.has_null_count and statistics.null_count == 0)
+    return False
+
+
+def _repeats_images(file: TableFile, options: ReadOptions) -> bool:
+    """Whether images occur in several of the first rows, and no column names them."""
+    columns = find_columns(file.schema, file.where, options)
+    if columns.name is not None:
+        return False
+    seen: set[int] = set()
+    count = 0
+    for batch, held in file.read(columns, [], True):
+        hashes = hashes_of_images(batch.column(columns.image), columns.kind, held)[held == HELD].tolist()
+        if len(seen | set(hashes)) < len(seen) + len(hashes):
+            return True
+        seen.update(hashes)
+        count += len(held)
+        if count >= LOOKED_AT:
+            break
+    return False
