@@ -52,7 +52,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
         return
     if match.re is RANGE:
         first, last = match[1], match[2]
-        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+        has_zeros = any(len(end) > 1 and end.startswith("0") for end in (first, last))
+        width = max(len(first), len(last)) if has_zeros else 0
         step = 1 if int(last) >= int(first) else -1
         parts: Iterable[str] = (f"{i:0{width}d}" for i in range(int(first), int(last) + step, step))
     else:
