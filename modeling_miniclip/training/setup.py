@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, set_seed
 from datasets import Dataset, DatasetDict
 
 from ..configuration_miniclip import declared_pooling
@@ -136,6 +136,7 @@ def build_accelerator(arguments: TrainingArguments, launch: Launch) -> Accelerat
         cpu=on_cpu,
         mixed_precision=precision,
         dynamo_plugin=compilation(launch),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else a variable would decide
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_dir=arguments.output_dir,
     )

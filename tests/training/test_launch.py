@@ -1,5 +1,6 @@
 """What a launcher was given: each setting is used, or it is an error that says what to use instead."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -262,4 +263,13 @@ def test_accelerator_gets_what_the_launcher_was_given() -> None:
     compiled = accelerator.prepare(linear)
     assert compiled is not linear
     assert accelerator.unwrap_model(compiled, keep_torch_compile=False) is linear
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_flag_against_accumulation_counts_more_than_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # the launcher leaves it as it is
+    launch = launched("--gradient_accumulation_steps 1", dict(os.environ))
+    assert checked(launch) == ""
+    accelerator = build_accelerator(TrainingArguments(), launch)
+    assert accelerator.gradient_accumulation_steps == 1
     AcceleratorState._reset_state(reset_partial_state=True)
