@@ -5,11 +5,11 @@ of DistributedDataParallel, because what decides them comes from the flags of th
 DeepSpeed's configuration. Parameters stay in float32; bf16 is used by autocast, as everywhere else.
 """
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from .arguments import TrainingArguments
 from .launch import Launch
 
 STAGES = (1, 2, 3)
+# With ZeRO-2, earlier releases lose the gradients of all chunks but the last, or fail with torch 2.14.
+OLDEST = (0, 19)
 ENGINE_FOLDER = "pytorch_model"  # in a checkpoint: what the engine saved
 
 # Settings of DeepSpeed that change speed, memory and reports, but not what is learned. They are used as they are.
@@ -75,8 +77,7 @@ def check_deepspeed(launch: Launch, arguments: TrainingArguments) -> None:
     if asked is None:
         return
     place = asked.place
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UsageError(f"{place}: DeepSpeed is not installed; pip install deepspeed")
+    _check_release(place)
     if launch.on_cpu:
         other = launch.settings["cpu"].place
         raise UsageError(
@@ -95,6 +96,16 @@ def check_deepspeed(launch: Launch, arguments: TrainingArguments) -> None:
         raise UsageError(f"{place}: DS_ACCELERATOR=cpu, but there is a GPU; unset it, or hide the GPUs from this run")
     _check_flags(launch, arguments, place)
     _check_settings(launch)
+
+
+def _check_release(place: str) -> None:
+    try:
+        release = version("deepspeed")
+    except PackageNotFoundError:
+        raise UsageError(f"{place}: DeepSpeed is not installed; pip install deepspeed") from None
+    major, minor = release.split(".")[:2]
+    if (int(major), int(minor)) < OLDEST:
+        raise UsageError(f"{place}: DeepSpeed {release} is too old; pip install 'deepspeed>=0.19'")
 
 
 def _check_flags(launch: Launch, arguments: TrainingArguments, place: str) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_miniclip import MiniClipModel, UsageError
+from modeling_miniclip.training import deepspeed
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.deepspeed import check_config, check_deepspeed, check_engine_state
 from modeling_miniclip.training.launch import Launch, Launcher, read_launch
@@ -37,7 +39,7 @@ def _as_a_launcher_starts_it(request: pytest.FixtureRequest, monkeypatch: pytest
     if "slow" not in request.keywords and "long" not in request.keywords:
         monkeypatch.setenv("LOCAL_RANK", "0")
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+        monkeypatch.setattr(deepspeed, "version", lambda name: "0.19.0")
 
 
 def launched_with(words: str) -> Launch:
@@ -83,7 +85,8 @@ def test_unused_settings_of_deepspeed_are_an_error(words: str, message: str) -> 
         ({"without": "LOCAL_RANK"}, "DeepSpeed needs a launcher"),
         ({"without": "DS_ACCELERATOR"}, "there is no GPU; set DS_ACCELERATOR=cpu"),
         ({"gpu": True}, "DS_ACCELERATOR=cpu, but there is a GPU"),
-        ({"installed": False}, "not installed; pip install deepspeed"),
+        ({"release": None}, "not installed; pip install deepspeed"),
+        ({"release": "0.18.9+cu128"}, "DeepSpeed 0.18.9.cu128 is too old; pip install 'deepspeed>=0.19'"),
     ],
 )
 def test_a_run_that_deepspeed_cannot_do_is_an_error(
@@ -94,8 +97,9 @@ def test_a_run_that_deepspeed_cannot_do_is_an_error(
         monkeypatch.delenv(name)
     gpu = change.pop("gpu", False)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: gpu)
-    if not change.pop("installed", True):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if "release" in change:
+        release = change.pop("release")
+        monkeypatch.setattr(deepspeed, "version", lambda name: release or version("no-such-package"))
     with pytest.raises(UsageError, match=message):
         check_deepspeed(launch, TrainingArguments(**change))
 
