@@ -471,8 +471,8 @@ def resume(run: TrainingRun, checkpoint: Path) -> None:
     flags = Fingerprint.load(checkpoint).flags
     if run.accelerator.scaler is not None and not (checkpoint / SCALER).exists():
         raise UsageError(
-            f"--mixed_precision fp16: this run started with {flags['mixed_precision']}, and its checkpoint has no "
-            f"scale of the loss; resume with --mixed_precision {flags['mixed_precision']} or bf16"
+            f"--mixed_precision fp16: {checkpoint} has no scale of the loss ({SCALER}): it is damaged, or was saved "
+            "in another precision; resume with --mixed_precision bf16 or no, or from another checkpoint"
         )
     try:
         run.accelerator.load_state(str(checkpoint))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from hashlib import blake2b
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from tokenizers import Tokenizer
 
-from modeling_miniclip import DataError, MiniClipProcessor, ModelError, UsageError, load_captions
+from modeling_miniclip import DataError, MiniClipModel, MiniClipProcessor, ModelError, UsageError, load_captions
 from modeling_miniclip.data.shard_url import member_url, table_url
 from modeling_miniclip.training import fingerprint as fingerprints
 from modeling_miniclip.training import fingerprint_rows
@@ -33,6 +34,7 @@ from modeling_miniclip.training.fingerprint import (
 from modeling_miniclip.training.fingerprint_rows import image_sizes
 from modeling_miniclip.training.optimizer import apply_flags, build_scheduler, parameter_groups
 from modeling_miniclip.training.resume_rules import RESUME_RULES, changed_flags, describe_flags, recorded_flags
+from modeling_miniclip.training.setup import resume
 from tests.helpers.runs import ROOT, flags, metrics_of
 from tests.helpers.towers import tiny_model, tiny_processor
 from train_miniclip import main
@@ -393,6 +395,49 @@ def test_changed_schedule_holds_from_the_next_step() -> None:
     assert scheduler.base_lrs[0] in (pytest.approx(2e-3), pytest.approx(1e-4))
     unchanged, _ = resumed_groups(before, before, 3)
     assert unchanged["head"]["lr"] == pytest.approx(1e-3 * (1 - 2**-0.5) / 2)  # cos(3 pi / 4) = -1 / sqrt(2)
+
+
+@pytest.mark.slow
+def test_changed_flags_hold_for_sharded_parameters() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # The optimizer's state is saved and loaded by the functions that accelerate uses with fully_shard.
+    before = replace(ARGUMENTS, lr_scheduler_type="cosine", num_train_epochs=4)
+    after = replace(before, num_train_epochs=8, head_learning_rate=2e-3, weight_decay=0.3)
+
+    def start(arguments: TrainingArguments) -> tuple[MiniClipModel, torch.optim.Optimizer, Any]:
+        model = fully_shard(tiny_model(), mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(parameter_groups(model, arguments))
+        return model, optimizer, build_scheduler(optimizer, arguments, arguments.num_train_epochs)
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model, optimizer, scheduler = start(before)
+        for _ in range(4):
+            optimizer.step()
+            scheduler.step()
+        state = get_optimizer_state_dict(model, optimizer)
+        resumed_model, resumed, schedule = start(after)
+        set_optimizer_state_dict(resumed_model, resumed, state)
+        schedule.load_state_dict(scheduler.state_dict())
+        assert {group["lr"] for group in resumed.param_groups} == {0.0}  # the end of the shorter schedule
+        apply_flags(resumed, schedule, after, recorded_flags(before))
+    finally:
+        torch.distributed.destroy_process_group()
+    groups = {group["name"]: group for group in resumed.param_groups}
+    assert groups["head"]["lr"] == pytest.approx(1e-3) and groups["vision"]["lr"] == pytest.approx(5e-5)  # half-way
+    assert groups["head"]["weight_decay"] == 0.3 and groups["head_no_decay"]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("precision", [None, "fp16"])
+def test_fp16_needs_the_scale_of_the_loss(tmp_path: Path, precision: Any) -> None:
+    arguments = replace(ARGUMENTS, mixed_precision=precision)
+    fingerprint_of_data(splits_of(rows()), arguments).save(tmp_path)
+    run: Any = SimpleNamespace(accelerator=SimpleNamespace(scaler=object()), arguments=arguments)
+    with pytest.raises(UsageError, match=r"has no scale of the loss \(scaler.pt\): .* --mixed_precision bf16 or no"):
+        resume(run, tmp_path)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
