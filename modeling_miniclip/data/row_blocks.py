@@ -96,7 +96,12 @@ def sample_rows(rows: "Dataset", most: int, seed: int = 0) -> "Dataset":
     return rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False)))
 
 
-def sample_of_captions(rows: "Dataset", most: int | None = None) -> "Dataset":
-    """The rows of a split, or of one with more than `most` captions (default: [`MOST_CAPTIONS`]) about as many."""
-    captions, most = int(caption_counts(rows).sum()), most or MOST_CAPTIONS
-    return sample_rows(rows, len(rows) if captions <= most else max(1, most * len(rows) // captions))
+def sample_of_captions(rows: "Dataset", size: int | None = None) -> "Dataset":
+    """The rows of a split; of one with more than [`MOST_CAPTIONS`] captions, some with about `size` captions.
+
+    Args:
+        rows: rows of a split.
+        size: number of captions in the sample; None takes [`MOST_CAPTIONS`].
+    """
+    captions, size = int(caption_counts(rows).sum()), size or MOST_CAPTIONS
+    return sample_rows(rows, len(rows) if captions <= MOST_CAPTIONS else max(1, size * len(rows) // captions))

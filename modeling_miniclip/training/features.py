@@ -40,7 +40,7 @@ from .fold_batch_norm import folded_batch_norms
 EVALUATION_BATCH = 64  # images per forward pass
 TEXT_BLOCK = 256  # captions per forward pass of the text tower
 TEXT_IMAGES = 8_192  # images whose captions are sorted by length together
-TOKENIZED_TOGETHER = 4_096  # captions
+TOKENIZED_TOGETHER = 512  # captions, which takes little memory
 
 
 @dataclass

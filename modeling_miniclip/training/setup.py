@@ -68,6 +68,8 @@ from .run import TrainingRun
 from .signals import SignalHandler
 from .text_groups import group_texts_by_length
 
+COUNTED_CAPTIONS = 20_000  # of a large split, in which truncated ones are counted
+TOKENIZED_TOGETHER = 128  # images, which takes little memory
 SCALER = "scaler.pt"  # accelerate's file of fp16's scale of the loss
 
 
@@ -245,8 +247,11 @@ def build_model(
     splits: DatasetDict, arguments: TrainingArguments, accelerator: Accelerator
 ) -> tuple[MiniClipModel, MiniClipProcessor]:
     """Build model and processor, freeze layers, and report how many captions will be truncated."""
-    looked_at = sample_of_captions(splits["train"])
-    model, processor = create_model(arguments, Captions(looked_at))
+    train = splits["train"]
+    learned_from = sample_of_captions(train)
+    if arguments.preset is not None and len(learned_from) < len(train):
+        say(accelerator, f"the vocabulary is learned from the captions of {len(learned_from)} images, drawn at random")
+    model, processor = create_model(arguments, Captions(learned_from))
     freeze_layers(model, arguments)
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         to_channels_last(model.vision_model)  # these need contiguous parameters,
@@ -257,8 +262,10 @@ def build_model(
     if arguments.text_model is not None and arguments.text_pooling is None:
         if (declared := declared_pooling(arguments.text_model)) is not None:
             say(accelerator, f"--text_pooling {declared}, as {arguments.text_model} declares")
-    if accelerator.is_main_process and (line := describe_truncated(splits["train"], looked_at, processor)):
-        say(accelerator, line)
+    if accelerator.is_main_process:
+        line = describe_truncated(train, sample_of_captions(train, COUNTED_CAPTIONS), processor)
+        if line is not None:
+            say(accelerator, line)
     return model.to(accelerator.device), processor
 
 
@@ -270,7 +277,7 @@ def describe_truncated(rows: Dataset, looked_at: Dataset, processor: MiniClipPro
         looked_at: those of them to count in.
         processor: processor of the model.
     """
-    batches = record_batches(looked_at, ["captions"])
+    batches = record_batches(looked_at, ["captions"], TOKENIZED_TOGETHER)
     truncated = sum(processor.count_truncated(batch["captions"].flatten().to_pylist()) for batch in batches)
     if not truncated:
         return None

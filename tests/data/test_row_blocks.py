@@ -60,3 +60,4 @@ def test_samples_are_drawn_by_the_seed_in_row_order(monkeypatch: pytest.MonkeyPa
         return len(sample_of_captions(split))
 
     assert [sampled(most) for most in (200, 199, 40, 1)] == [100, 99, 20, 1]
+    assert len(sample_of_captions(split, 10)) == 5
