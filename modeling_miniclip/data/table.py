@@ -127,9 +127,11 @@ def _write_runs(rows: Iterable[Row], path: Path, about: About, on_problem: OnPro
         for row in rows:
             here = [row.number or 0] * (len(row.captions) or 1)
             if block and row.key is not None and row.key == block[-1].key:
-                _check_same(block[-1], row, on_problem)
-                block[-1].captions = block[-1].captions + row.captions
-                block[-1].ids = block[-1].ids + row.ids
+                last = block[-1]
+                if last.split != row.split or last.group != row.group:
+                    _report_disagreement(last, row, on_problem)
+                last.captions += row.captions
+                last.ids += row.ids
                 numbers[-1] += here
                 continue
             if len(block) == BLOCK:
@@ -164,8 +166,8 @@ def _batch_of(
     return pa.RecordBatch.from_arrays([pa.array(columns[each.name], each.type) for each in schema], schema=schema)
 
 
-def _check_same(first: Row, row: Row, on_problem: OnProblem) -> None:
-    """Check that two rows of an image agree about its split and its group."""
+def _report_disagreement(first: Row, row: Row, on_problem: OnProblem) -> None:
+    """Report that two rows of an image name different splits or groups."""
     for name in ("split", "group"):
         one, other = getattr(first, name), getattr(row, name)
         if one != other:
