@@ -16,6 +16,9 @@ from .read_source import Source
 
 LONGEST_CAPTION = 1000  # characters; more than any text tower reads
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all control characters except tabs and line ends
+# Texts in place of a caption: Python and JSON lists and objects, and how tables write that there is none.
+LIST = re.compile(r"""\[\s*(\]|["'].*["']\s*,?\s*\])|\{\s*["'].*["']\s*:.*\}|\(\s*["'].*["']\s*,?\s*\)""", re.DOTALL)
+MISSING = frozenset({"nan", "none", "null", "n/a", "#n/a", "na", "<na>", "nil", "undefined", "-", "--", "?"})
 FEWEST_VALIDATION_IMAGES = 11  # with ten, recall@10 is always 100 %
 
 
@@ -47,6 +50,13 @@ Inspections = Mapping[str, ImageInspection]  # by the name of the image
 Check = Callable[[list[Entry], Inspections, int], Iterator[Problem]]
 
 
+def looks_like_data(caption: str) -> str | None:
+    """What a caption looks like that is no text, such as `['a dog', 'a wet dog']` or `nan`; None for a text."""
+    if caption[0] in "[{(" and LIST.fullmatch(caption):
+        return "a list or an object, not a text"
+    return "a missing value" if len(caption) <= 9 and caption.lower() in MISSING else None
+
+
 def caption_problems(entries: list[Entry], inspections: Inspections, batch_size: int) -> Iterator[Problem]:
     """Captions that are much too long, contain control characters, or occur twice for an image."""
     for entry in entries:
@@ -56,6 +66,9 @@ def caption_problems(entries: list[Entry], inspections: Inspections, batch_size:
             if len(caption) > LONGEST_CAPTION:
                 text = f"a caption of {len(caption)} characters, {caption[:40]!r}...; shorten it or split it"
                 yield Problem("long-caption", text, entry.file, row)
+            if (looks := looks_like_data(caption)) is not None:
+                text = f"{caption[:80]!r} looks like {looks}; write the caption itself, or delete the row"
+                yield Problem("data-caption", text, entry.file, row)
             if CONTROL.search(caption):
                 text = f"control characters in {caption[:80]!r}; delete them"
                 yield Problem("odd-caption", text, entry.file, row)

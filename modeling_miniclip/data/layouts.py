@@ -1,4 +1,4 @@
-"""Where the captions of a folder are: caption files, one caption file for each split, metadata files."""
+"""Where the captions of a folder are: caption files, one for each split, metadata files, annotations."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -6,10 +6,12 @@ from pathlib import Path
 
 from .listing import ListedFolder, is_hidden
 from .splits import SPLITS, WORD, split_of_name, split_words
+from .text_files import is_json_list
 
 CAPTION_FILES = ("captions.csv", "captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 TABLES = (".csv", ".tsv", ".jsonl")  # suffixes of caption files, one for each split
+SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")  # of Dataset.save_to_disk and DatasetDict.save_to_disk
 CAPTION_WORDS = frozenset({"", "captions", "caption", "annotations", "data", "dataset"})
 
 
@@ -36,11 +38,30 @@ def find_caption_files(path: Path) -> list[tuple[str | None, Path]]:
     families: dict[str, list[tuple[str | None, Path]]] = defaultdict(list)  # by what their names have in common
     for file in sorted(path.iterdir()):
         split = split_of_name(file.name)
-        if split is not None and file.suffix.lower() in TABLES and not is_hidden(file.name) and file.is_file():
+        if split is not None and not is_hidden(file.name) and file.is_file() and _is_table(file):
             words = [word for word in WORD.findall(file.stem.lower()) if word not in split_words(file.name)]
             families[" ".join(words)].append((split, file))
     known = [files for words, files in families.items() if words in CAPTION_WORDS or len({s for s, _ in files}) > 1]
     return sorted(next(iter(known), []), key=lambda pair: (SPLITS.index(str(pair[0])), pair[1]))
+
+
+def _is_table(file: Path) -> bool:
+    return file.suffix.lower() in TABLES or (file.suffix.lower() == ".json" and is_json_list(file))
+
+
+def find_coco_files(folder: Path) -> list[Path]:
+    """COCO's caption annotations in a folder, or in its folder `annotations`, such as `captions_train2017.json`."""
+    for place in (folder, folder / "annotations"):
+        files = sorted(file for file in place.glob("captions_*.json") if file.is_file())
+        if files:
+            return files
+    return []
+
+
+def find_karpathy_file(folder: Path) -> Path | None:
+    """One of Karpathy's splits in a folder, such as `dataset_flickr8k.json`; None if there is none, or several."""
+    files = [file for file in folder.glob("dataset_*.json") if file.name not in SAVED_DATASETS]
+    return files[0] if len(files) == 1 else None
 
 
 def find_metadata_files(folders: Iterable[ListedFolder]) -> list[Path]:

@@ -17,6 +17,7 @@ KINDS = {
     "no-name": "rows without an image name",
     "empty-caption": "captions that are empty or not text",
     "long-caption": "captions that are much too long",
+    "data-caption": "captions that look like lists, JSON or missing values",
     "odd-caption": "captions with control characters",
     "duplicate-caption": "duplicate captions of an image",
     "spelling": "files whose image names are spelled otherwise than the image files",

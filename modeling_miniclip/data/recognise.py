@@ -1,13 +1,16 @@
-"""Recognise what a file is by its content: one of the kinds that are read as a source, or why it is none of them."""
+"""Recognise what a file or folder is by its content: a kind that is read as a source, or why it is none of them."""
 
 import json
 import os
+import re
 import tarfile
 import zipfile
 from pathlib import Path
 
 from ..errors import DataError, Problem
 from ..utils.names import name_of
+from .layouts import SAVED_DATASETS, find_caption_files, find_coco_files, find_karpathy_file
+from .listing import is_hidden, subfolders
 from .picture_formats import is_picture_file, picture_format
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -18,9 +21,17 @@ SOURCE_KINDS = {
     "tar": "a tar archive",
     "parquet": "a Parquet file",
     "image": "an image",
+    "coco": "caption annotations in COCO's format",
+    "karpathy": "one of Karpathy's splits",
 }
+# Kinds of folders besides these: "saved" by `datasets`, "shards", and "folder" for one of images.
+SHARD_ENDINGS = (".tar", ".parquet")
 
 START = 4096  # bytes that are looked at
+JSON_START = 1 << 18  # bytes that are looked at to see what JSON says
+JSON_OBJECT = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"')
+JSON_KEY = re.compile(r'"(\w+)"\s*:')
+AS_LINES = "save it as a list of objects with an image and a caption, or one object per line in a .jsonl file"
 COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ\0": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
 SAVE_AS_CSV = "save it as CSV in UTF-8"
 # Files that are no source: how they start, what they are, and what to do.
@@ -39,6 +50,38 @@ OTHERS = {
 }
 
 
+def recognise_source(path: str | os.PathLike) -> str:
+    """The kind of a file or folder: one of [`SOURCE_KINDS`], or `saved`, `shards` or `folder`.
+
+    Raises:
+        DataError: it is a workbook, an archive or another file that is no source, or it cannot be read.
+    """
+    path = Path(path)
+    try:
+        return _folder_kind(path) if path.is_dir() else recognise_file(path)
+    except OSError as error:
+        place = Path(error.filename or path)
+        raise _unusable(place, f"cannot be read: {error.strerror or error}; check its permissions") from error
+
+
+def _folder_kind(folder: Path) -> str:
+    if any((folder / name).is_file() for name in SAVED_DATASETS):
+        return "saved"
+    if find_caption_files(folder):
+        return "text"
+    if find_coco_files(folder):
+        return "coco"
+    if find_karpathy_file(folder):
+        return "karpathy"
+    for path in (folder, *(folder / name for name in subfolders(folder))):  # where the first files are
+        names = [name for name in os.listdir(path) if not is_hidden(name)]
+        shards = sum(name.lower().endswith(SHARD_ENDINGS) for name in names)
+        pictures = sum(map(is_picture_file, names))
+        if shards or pictures:
+            return "shards" if shards > pictures else "folder"
+    return "folder"
+
+
 def recognise_file(path: str | os.PathLike) -> str:
     """The kind of a file, a key of [`SOURCE_KINDS`]. Its suffix matters only if its content shows nothing.
 
@@ -55,6 +98,11 @@ def recognise_file(path: str | os.PathLike) -> str:
             return "image"
         if _is_tar(path, start):
             return "tar"
+        if path.suffix.lower() != ".jsonl" and JSON_OBJECT.match(start):
+            with path.open("rb") as file:
+                kind = _json_object(file.read(JSON_START).decode("utf-8-sig", "replace"))
+            if kind is not None:
+                return kind
     except OSError as error:
         raise _unusable(path, f"cannot be read: {error.strerror or error}; check its permissions") from error
     if (other := _other_kind(path, start)) is not None:
@@ -65,6 +113,16 @@ def recognise_file(path: str | os.PathLike) -> str:
     if name.endswith(".parquet"):
         return "parquet"
     return "image" if is_picture_file(name) else "text"
+
+
+def _json_object(start: str) -> str | None:
+    """`karpathy` or `coco` if these are the first keys of such a file."""
+    keys = set(JSON_KEY.findall(start))
+    if {"images", "sentences", "filename"} <= keys:
+        return "karpathy"
+    if {"images", "file_name"} <= keys or {"annotations", "image_id"} <= keys or {"images", "annotations"} <= keys:
+        return "coco"
+    return None
 
 
 def _unusable(path: Path, text: str) -> DataError:
@@ -109,14 +167,15 @@ def _zip_kind(path: Path) -> tuple[str, str]:
 
 
 def _json_kind(text: str) -> tuple[str, str] | None:
-    """JSON that is not one object per line of a `.jsonl` file."""
+    """JSON that is neither a list of objects nor one object per line of a `.jsonl` file."""
     inner = text.lstrip()
-    if inner[:1] == "[" and inner[1:].lstrip()[:1] in ("{", "[", '"', "]"):
-        return "a JSON list", "save it as JSON Lines: one object per line, in a .jsonl file"
+    if inner[:1] == "[" and inner[1:].lstrip()[:1] in ("[", '"', "]"):
+        return "a JSON list", AS_LINES
     if inner[:1] != "{" or inner[1:].lstrip()[:1] not in ('"', "}"):
         return None
     try:
         json.loads(inner.splitlines()[0])
     except (ValueError, RecursionError):
-        return "a JSON object", "save it as JSON Lines: one object per line, in a .jsonl file"
+        text = "neither COCO's format (images, annotations) nor Karpathy's (images with sentences)"
+        return f"a JSON object, {text}", AS_LINES
     return "JSON Lines under another name", "let its name end in .jsonl"

@@ -11,10 +11,9 @@ from typing import Any
 from ..errors import DataError
 from .layouts import find_caption_files
 from .problems import OnProblem
-from .readers.caption_file import inputs_caption_file, read_caption_file
+from .readers.caption_file import inputs_caption_file, read_caption_file, split_lines
 from .recognise import TAR_ENDINGS, recognise_file
 from .rows import Reader, ReadOptions, SplitName
-from .splits import find_split_files, read_split_files
 
 # A missing local file with one of these endings is not looked for on the Hub.
 FILE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".zip")
@@ -48,14 +47,7 @@ class Kind:
     one_split_is_train: bool = False
 
 
-def _split_lines(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[SplitName] | None:
-    """Lines of the split files next to a caption file."""
-    path = Path(source)
-    root, (_, file) = (path if path.is_dir() else path.parent), find_caption_files(path)[0]
-    return read_split_files(root, file, on_problem) if find_split_files(root, file) else None
-
-
-CAPTION_FILE = Kind("captions", read_caption_file, inputs_caption_file, _split_lines, by_name=True)
+CAPTION_FILE = Kind("captions", read_caption_file, inputs_caption_file, split_lines, by_name=True)
 
 
 def kind_of(source: str) -> Kind | None:

@@ -16,15 +16,14 @@ from .caption_files import CaptionedImage, read_caption_file
 from .columns import ColumnNames, caption_columns, find_columns
 from .hub_datasets import find_image_column
 from .image_files import BAD_FILES, bad_files, image_folder
-from .layouts import find_caption_file, find_metadata_files
+from .layouts import SAVED_DATASETS, find_caption_file, find_metadata_files
 from .listing import ListedFolder, images_of_folder, is_hidden_path, walk_folders
 from .picture_formats import is_picture_file
 from .problems import OnProblem, raise_problem
-from .recognise import recognise_file
+from .recognise import SOURCE_KINDS, recognise_file
 from .source_kinds import local_path
 from .splits import read_splits, split_of_folder
 
-SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")  # of Dataset.save_to_disk and DatasetDict.save_to_disk
 UNKNOWN = -1  # size or time of an image that is not a file
 DEFAULT_COLUMNS = ColumnNames()
 
@@ -142,7 +141,10 @@ def _walker(source: str) -> Walker:
         return _walk_saved if saved else _walk_folder
     if path.is_file():
         walkers = {"tar": _walk_tar, "parquet": _walk_parquet, "image": _walk_image, "text": _walk_table}
-        return walkers[recognise_file(path)]
+        kind = recognise_file(path)
+        if kind not in walkers:
+            raise DataError(f"{source}: {SOURCE_KINDS[kind]}; an index reads the folder of its images")
+        return walkers[kind]
     if path.exists():
         raise DataError(f"{source}: neither a file nor a folder; name the file or folder with the images")
     return _walk_scenes if source == "scenes" else _walk_hub

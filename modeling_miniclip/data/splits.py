@@ -1,7 +1,9 @@
 """Which image belongs to which split: split files, folder names, or a seeded split."""
 
+import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 
 from ..errors import DataError, Problem
 from .columns import image_name
+from .image_files import SAMPLE, Spellings, image_folder
 from .problems import OnProblem, raise_problem
 from .rows import SplitName
 from .text_files import Lines
@@ -57,27 +60,38 @@ def find_split_files(root: Path, caption_file: Path) -> dict[str, Path]:
     return files
 
 
-def read_split_files(root: Path, caption_file: Path, on_problem: OnProblem = raise_problem) -> Iterator[SplitName]:
-    """The image names in the split files next to a caption file, in the order of the splits.
+def read_split_files(
+    files: Mapping[str, Path], on_problem: OnProblem, image_dir: str | os.PathLike | None = None
+) -> Iterator[SplitName]:
+    """The image names in split files, file by file. A name that is spelled otherwise becomes that of its file.
 
     Args:
-        root, caption_file: as in [`find_split_files`].
+        files: split files by split, from [`find_split_files`].
         on_problem: function called with each line that is not UTF-8.
+        image_dir: folder of the images, if they are not next to the split files.
 
     Raises:
-        DataError: there is no file for train, or a file without names.
+        DataError: there is a file without names.
     """
-    for split, path in find_split_files(root, caption_file).items():
-        lines, count = Lines(path, on_problem), 0
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or lines.are_undecoded(number, number):
-                continue
+    for split, path in files.items():
+        lines = _names(path, on_problem)
+        head = list(islice(lines, SAMPLE))
+        if not head:
+            raise DataError(Problem("unusable", "no image names; expected one per line", str(path)))
+        folder = Path(image_dir or image_folder(path.parent, (name for _, name in head))).expanduser()
+        spellings = Spellings(folder)
+        for number, name in chain(head, lines):
+            found = name if os.path.lexists(os.path.join(folder, name)) else spellings.find(name)
+            yield SplitName(split, found or name, str(path), number)
+
+
+def _names(path: Path, on_problem: OnProblem) -> Iterator[tuple[int, str]]:
+    lines = Lines(path, on_problem)
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not lines.are_undecoded(number, number):
             name = image_name(line, str(path), number, None, on_problem)
             if name is not None:
-                count += 1
-                yield SplitName(split, name, str(path), number)
-        if not count:
-            raise DataError(Problem("unusable", "no image names; expected one per line", str(path)))
+                yield number, name
 
 
 def read_splits(
@@ -93,9 +107,10 @@ def read_splits(
     Raises:
         DataError: there is no file for train, or a file without names.
     """
-    splits: dict[str, list[str]] = {split: [] for split in find_split_files(root, caption_file)}
+    files = find_split_files(root, caption_file)
+    splits: dict[str, list[str]] = {split: [] for split in files}
     first: dict[str, SplitName] = {}
-    for found in read_split_files(root, caption_file, on_problem):
+    for found in read_split_files(files, on_problem):
         name = found.name
         if name not in images:
             text = f"{name!r} has no caption in {caption_file}"

@@ -1,14 +1,21 @@
-"""Lines of a text file as an editor counts them, read one by one; bytes that are not UTF-8 are reported."""
+"""Text files piece by piece: lines as an editor counts them, and objects of a JSON list. Bad bytes are reported."""
 
 import io
+import json
+import re
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from ..errors import DataError, Problem
+from ..errors import DataError, Problem, one_line
 from ..utils.names import name_of
 from .problems import OnProblem
 
+PIECE = 1 << 20  # characters of a JSON list that are read at a time
+LONGEST = 1 << 24  # characters of one field or object: a longer one has no end
+BETWEEN = re.compile(r"[\s,]*")  # what separates the objects of a list
+LIST = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
 MARK = b"\xef\xbb\xbf"  # that Windows writes at the start of UTF-8
 
 
@@ -62,3 +69,69 @@ class Lines:
         while self.undecoded and self.undecoded[0] < first:
             self.undecoded.popleft()
         return bool(self.undecoded) and self.undecoded[0] <= last
+
+
+def check_surrogates(value: Any) -> None:
+    """Check the texts in a JSON value, which may be any half of a character by its number, such as "\\ud800".
+
+    Raises:
+        ValueError: a text cannot be written as UTF-8.
+    """
+    json.dumps(value, ensure_ascii=False).encode()
+
+
+def is_json_list(path: Path) -> bool:
+    """Whether a file is a JSON list of objects, by its start."""
+    with path.open("rb") as file:
+        return LIST.match(file.read(100)) is not None
+
+
+def json_list(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a JSON list, each with the number of the line on which it starts.
+
+    Raises:
+        DataError: the file cannot be read, or is not valid JSON in UTF-8.
+    """
+    decoder, number = json.JSONDecoder(), 1
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            text = _piece(file, path, number)
+            at = text.index("[") + 1
+            while True:
+                between = BETWEEN.match(text, at)
+                end = between.end() if between else at
+                number, at = number + text.count("\n", at, end), end
+                if at == len(text):
+                    text, at = _piece(file, path, number), 0
+                    if not text:
+                        raise DataError(Problem("json", "the end of the list is missing", str(path), number))
+                    continue
+                if text[at] == "]":
+                    return
+                try:
+                    value, end = decoder.raw_decode(text, at)
+                    if text.find("\\u", at, end) >= 0:
+                        check_surrogates(value)
+                except (ValueError, RecursionError) as error:
+                    more = _piece(file, path, number, len(text)) if len(text) - at < LONGEST else ""
+                    if not more:
+                        text = f"not valid JSON: {one_line(error)}"
+                        raise DataError(Problem("json", text, str(path), number)) from error
+                    text, at = text[at:] + more, 0
+                    continue
+                yield number, value
+                number, at = number + text.count("\n", at, end), end
+    except OSError as error:
+        text = f"cannot be read: {error.strerror or error}; check its permissions and its disk"
+        raise DataError(Problem("unusable", text, name_of(path))) from error
+
+
+def _piece(file: io.TextIOWrapper, path: Path, number: int, size: int = 0) -> str:
+    text = file.read(max(PIECE, size))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        row = number + text.count("\n", 0, error.start)
+        text = f"a byte (0x{ord(text[error.start]) - 0xDC00:02x}) is not UTF-8; save the file as UTF-8"
+        raise DataError(Problem("encoding", text, str(path), row)) from error
+    return text

@@ -17,7 +17,7 @@ from modeling_miniclip import MiniClipError, ModelError, UsageError, load_captio
 from modeling_miniclip.cli import cli
 from modeling_miniclip.data import near_duplicates, row_blocks
 from modeling_miniclip.data.check import check, expected_false_negatives, quick_check
-from modeling_miniclip.data.find_problems import CHECKS
+from modeling_miniclip.data.find_problems import CHECKS, looks_like_data
 from modeling_miniclip.data.near_duplicates import inspect_image
 from modeling_miniclip.data.problems import KINDS
 from modeling_miniclip.data.scenes import build_scenes
@@ -74,6 +74,10 @@ ROWS: dict[str, tuple[str | bytes, str]] = {
     "long caption": ("0.png," + "word " * 300, "long-caption"),
     "control characters": ("0.png,red\x1b[2J", "odd-caption"),
     "null byte": ("0.png,re\x00d", "odd-caption"),
+    "Python list": ("0.png,\"['red', 'a red one']\"", "data-caption"),
+    "JSON list": ('0.png,"[""red"", ""a red one""]"', "data-caption"),
+    "JSON object": ('0.png,"{""raw"": ""red""}"', "data-caption"),
+    "missing value": ("0.png,NaN", "data-caption"),
     "twice": ("0.png,first number 0", "duplicate-caption"),
     "missing": ("none.png,words", "missing"),
     "parent folder": ("../captions.csv,words", "outside"),
@@ -180,6 +184,13 @@ def test_split_files_and_splits_are_checked(good: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "caption", ["[sic] a dog", "(a dog) and 'a cat'", "{dog}", "none of them", "a", "Nantes", "[a dog]", "'a', 'b'"]
+)
+def test_odd_texts_are_still_captions(caption: str) -> None:
+    assert looks_like_data(caption) is None
+
+
 def test_a_fixed_copy_has_no_problems(good: Path, tmp_path: Path) -> None:
     images = good.parent / "Images"
     for line, _ in ROWS.values():
@@ -196,7 +207,7 @@ def test_a_fixed_copy_has_no_problems(good: Path, tmp_path: Path) -> None:
     assert [text for name, text in rows if name == "7.png"] == [
         "first number 7", "second number 7", "first number 8", "second number 8"
     ]  # fmt: skip
-    assert {kind for kind, *_ in found(fixed)} <= {"long-caption", "odd-caption", "no-captions"}
+    assert {kind for kind, *_ in found(fixed)} <= {"long-caption", "odd-caption", "data-caption", "no-captions"}
     report = (tmp_path / "fixed.report.txt").read_text()
     assert "row 12" in report and "\x1b" not in report
     assert cli(argv) == 2  # nothing is overwritten

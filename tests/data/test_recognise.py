@@ -18,10 +18,24 @@ import pytest
 from PIL import Image
 
 from modeling_miniclip import DataError, load_captions
-from modeling_miniclip.data.recognise import recognise_file
+from modeling_miniclip.data.recognise import recognise_file, recognise_source
 from modeling_miniclip.data.sources import walk_source
 
 CSV = b"image,caption\na.png,a red picture\n"
+
+
+COCO = json.dumps(
+    {
+        "info": {"year": 2014},
+        "licenses": [{"name": "any " * 2000}],
+        "images": [{"id": 5, "file_name": "a.png"}],
+        "annotations": [{"image_id": 5, "id": 1, "caption": "one"}],
+    },
+    indent=1,
+).encode()
+KARPATHY = (
+    b'{"images": [{"sentids": [0], "imgid": 0, "sentences": [{"raw": "one"}], "split": "val", "filename": "a.png"}]}'
+)
 
 
 def picture(form: str) -> bytes:
@@ -62,6 +76,9 @@ KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
     "text": (lambda: CSV, "text"),
     "UTF-16": (lambda: CSV.decode().encode("utf-16"), "text"),
     "empty": (lambda: b"", "text"),
+    "list": (lambda: json.dumps([{"image": "a.png", "caption": "one"}], indent=1).encode(), "text"),
+    "COCO": (lambda: COCO, "coco"),
+    "Karpathy": (lambda: KARPATHY, "karpathy"),
     "one null byte": (lambda: CSV.replace(b"red", b"r\0d"), "text"),
 }
 
@@ -87,8 +104,8 @@ OTHERS: dict[str, tuple[Callable[[], bytes], str]] = {
     "pdf": (lambda: b"%PDF-1.4 notes", "a PDF"),
     "database": (database, "an SQLite database.*export the table as CSV"),
     "pickle": (lambda: pickle.dumps({"a": bytes(200)}), "a binary file"),
-    "list": (lambda: json.dumps([{"image": "a.png"}], indent=1).encode(), "a JSON list.*JSON Lines"),
-    "object": (lambda: json.dumps({"images": []}, indent=1).encode(), "a JSON object.*JSON Lines"),
+    "list": (lambda: json.dumps(["a.png"], indent=1).encode(), "a JSON list.*a list of objects .* \\.jsonl"),
+    "object": (lambda: json.dumps({"images": []}, indent=1).encode(), "a JSON object.*neither COCO's .* \\.jsonl"),
     "lines": (lambda: b'{"image": "a.png"}\n{"image": "b.png"}\n', "JSON Lines under another name"),
     "lfs": (lambda: b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
 }
@@ -113,3 +130,26 @@ def test_damaged_source_is_known_by_its_suffix(tmp_path: Path) -> None:
     for name, kind in {"a.tar": "tar", "b.parquet": "parquet", "c.jpg": "image"}.items():
         (tmp_path / name).write_bytes(bytes(600))
         assert recognise_file(tmp_path / name) == kind
+
+
+FOLDERS = {
+    "captions.csv Images/a.png": "text",
+    "train.csv val.csv images/a.png": "text",
+    "annotations/captions_train2017.json train2017/a.jpg": "coco",
+    "dataset_flickr8k.json Images/a.jpg": "karpathy",
+    "train.json val.json a.jpg": "folder",  # objects: not COCO's names
+    "dataset_info.json data.arrow state.json": "saved",
+    "README.md data/train-00000.parquet data/test-00000.parquet": "shards",
+    "00000.tar 00000.parquet 00001.tar sample.jpg": "shards",
+    "metadata.csv a.jpg extra.tar": "folder",
+    "cats/a.jpg dogs/b.jpg": "folder",
+    "": "folder",
+}
+
+
+@pytest.mark.parametrize("files", FOLDERS)
+def test_a_folder_is_known_by_its_files(tmp_path: Path, files: str) -> None:
+    for name in files.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b'{"images": []}')
+    assert recognise_source(tmp_path) == FOLDERS[files]

@@ -1,4 +1,4 @@
-"""Caption files: CSV, TSV, JSON Lines and Flickr8k's tokens, read line by line, with the images that they name."""
+"""Caption files: CSV, TSV, JSON and Flickr8k's tokens, read line by line, with the images that they name."""
 
 import csv
 import json
@@ -16,15 +16,14 @@ from ..columns import ResolvedColumns, captions_of_row, find_columns, image_name
 from ..image_files import SAMPLE, image_folder, rows_with_images
 from ..layouts import find_caption_files
 from ..problems import OnProblem
-from ..rows import ReadOptions, Row
-from ..splits import find_split_files, split_of_name, split_of_value
+from ..rows import ReadOptions, Row, SplitName
+from ..splits import find_split_files, read_split_files, split_of_name, split_of_value
 from ..table_cache import content_of
-from ..text_files import Lines
+from ..text_files import LONGEST, Lines, check_surrogates, is_json_list, json_list
 
 # Five rows of the original Flickr8k.token.txt name an image with a second suffix that was never published.
 FLICKR8K_STRAY = "2258277193_586949ec62.jpg.1"
 
-LONGEST_FIELD = 1 << 24  # characters; a longer field is an open quotation mark
 TOKENS = re.compile(r"[^\t,]+#\d+\t")
 EXCEL_SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
 KINDS_OF_OBJECTS = 1000  # sets of keys whose columns are kept
@@ -35,8 +34,8 @@ def read_caption_file(source: str, options: ReadOptions, on_problem: OnProblem) 
 
     Args:
         source: one of
-            - a CSV (also `.txt`), TSV or JSON Lines file with named columns, or Flickr8k's `name#0<tab>caption`, next
-              to its images or in the folder above them;
+            - a CSV (also `.txt`), TSV or JSON Lines file with named columns, a JSON list of objects, or Flickr8k's
+              `name#0<tab>caption`, next to its images or in the folder above them;
             - a folder with such a file under one of its usual names, or with one for each split, such as `train.csv`
               and `val.csv`.
         options: columns, and the folder of the images. With `all_images`, captions are optional.
@@ -61,11 +60,24 @@ def read_caption_file(source: str, options: ReadOptions, on_problem: OnProblem) 
 
 
 def inputs_caption_file(source: str, options: ReadOptions) -> Iterator[Any]:
-    """What the rows of a caption file depend on, for the key of their table: arguments as in [`read_caption_file`]."""
+    """What the rows depend on, for the key of their table; arguments as in [`read_caption_file`]."""
     for _, file in find_caption_files(Path(source)):
         yield content_of(file)
-        for split_file in find_split_files(Path(source) if Path(source).is_dir() else file.parent, file).values():
-            yield content_of(split_file)
+    yield from map(content_of, _split_files(source).values())
+
+
+def split_lines(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[SplitName] | None:
+    """The lines of the split files next to a caption file, None without any; arguments as in [`read_caption_file`]."""
+    files = _split_files(source)
+    return read_split_files(files, on_problem, options.image_dir) if files else None
+
+
+def _split_files(source: str) -> dict[str, Path]:
+    path = Path(source)
+    files = find_caption_files(path)
+    if len(files) != 1 or files[0][0] is not None:
+        return {}
+    return find_split_files(path if path.is_dir() else path.parent, files[0][1])
 
 
 def _image_folder(file: Path, split: str | None, head: list[Row], options: ReadOptions) -> tuple[Path, Path]:
@@ -114,12 +126,15 @@ class _Table:
         self.splits: dict[Any, str | None] = {}
 
     def rows(self) -> Iterator[Row]:
+        """All rows that can be used."""
+        if self.path.suffix.lower() != ".jsonl" and is_json_list(self.path):
+            return self._object_rows(json_list(self.path))
         lines = iter(self.lines)
         first = next(lines, "")
         text = first.rstrip("\r\n")
         suffix = self.path.suffix.lower()
         if suffix == ".jsonl":
-            return self._json_rows(chain([first], lines))
+            return self._object_rows(self._json_lines(chain([first], lines)))
         if TOKENS.match(first):
             return self._token_rows(chain([first], lines))
         if declared := EXCEL_SEPARATOR.fullmatch(text.strip(" ")):
@@ -182,7 +197,7 @@ class _Table:
 
     def _cells(self, lines: Iterator[str], delimiter: str, before: int) -> Iterator[tuple[int, int, list[str]]]:
         """The cells of each row, with the numbers of its first and its last line."""
-        csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
+        csv.field_size_limit(max(csv.field_size_limit(), LONGEST))  # a longer field is an open quotation mark
         kept: list[str] = []  # lines of the current row
         again: deque[str] = deque()  # lines to read again, after a row with wrong quotation marks
 
@@ -221,13 +236,13 @@ class _Table:
         )
         self.on_problem(Problem("fields", problem, self.file, number))
 
-    def _json_rows(self, lines: Iterable[str]) -> Iterator[Row]:
+    def _object_rows(self, objects: Iterable[tuple[int, Any]]) -> Iterator[Row]:
+        """Rows of JSON objects, each with its row number."""
         known: dict[tuple[str, ...], ResolvedColumns] = {}  # the columns of objects by their keys
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or self.lines.are_undecoded(number, number):
-                continue
-            cells = self._json_object(line, number)
-            if cells is None:
+        for number, cells in objects:
+            if not isinstance(cells, dict):
+                text = f"expected an object {{...}}, got {json.dumps(cells)[:80]}"
+                self.on_problem(Problem("json", text, self.file, number))
                 continue
             columns = known.get(keys := tuple(cells))
             if columns is None:
@@ -251,19 +266,18 @@ class _Table:
                     columns.image,
                 )
 
-    def _json_object(self, line: str, number: int) -> dict[str, Any] | None:
-        try:
-            cells = json.loads(line)
-            if "\\u" in line:
-                json.dumps(cells, ensure_ascii=False).encode()  # fails at a lone surrogate, such as "\\ud800"
-        except (ValueError, RecursionError) as error:
-            self.on_problem(Problem("json", f"not valid JSON: {one_line(error)}", self.file, number))
-            return None
-        if isinstance(cells, dict):
-            return cells
-        text = f"expected an object {{...}}, got {line.strip()[:80]!r}"
-        self.on_problem(Problem("json", text, self.file, number))
-        return None
+    def _json_lines(self, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or self.lines.are_undecoded(number, number):
+                continue
+            try:
+                value = json.loads(line)
+                if "\\u" in line:
+                    check_surrogates(value)
+            except (ValueError, RecursionError) as error:
+                self.on_problem(Problem("json", f"not valid JSON: {one_line(error)}", self.file, number))
+                continue
+            yield number, value
 
     def _token_rows(self, lines: Iterable[str]) -> Iterator[Row]:
         """Rows of the original `Flickr8k.token.txt`, which has no header."""

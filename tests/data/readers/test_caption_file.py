@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from modeling_miniclip import DataError
+from modeling_miniclip.data import text_files
 from modeling_miniclip.data.columns import ColumnNames
 from modeling_miniclip.data.image_files import BLOCK
 from modeling_miniclip.data.problems import raise_problem
-from modeling_miniclip.data.readers.caption_file import read_caption_file
+from modeling_miniclip.data.readers.caption_file import inputs_caption_file, read_caption_file, split_lines
 from modeling_miniclip.data.rows import ReadOptions, Row
 from modeling_miniclip.errors import Problem
 from tests.data.test_captions import BAD_FILES, save_images, write
@@ -69,6 +70,7 @@ def test_json_lines_hold_lists_numbers_and_nothing(two):
         ("stem.csv", "image,text0\na.png,one\nb.png,two\n"),
         ("usual.csv", "filepath,sentences\na.png,one\nb.png,two\n"),
         ("Flickr8k.token.txt", "a.png#0\tone\n\nb.png#0\ttwo\n"),
+        ("list.json", '\ufeff[{"image": "a.png", "caption": "one"},\n{"image": "b.png", "caption": ["two"]}]'),
         ("list.jsonl", '{"file_name": "a.png", "sentences": ["one"]}\n{"file_name": "b.png", "text": "two"}'),
     ],
 )
@@ -136,6 +138,32 @@ def test_an_index_takes_rows_without_captions(two):
     assert captions(read(two("image\na.png\n\nb.png\n"), all_images=True)) == [("a.png", []), ("b.png", [])]
     with pytest.raises(DataError, match="no captions: expected a column 'caption'"):
         read(two("image\na.png\n"))
+
+
+def test_a_json_list_is_read_piece_by_piece(two, monkeypatch):
+    monkeypatch.setattr(text_files, "PIECE", 7)
+    rows = [{"image": "a.png", "caption": f"é{'[{' * i}", "split": "val"} for i in range(9)]
+    path = two(json.dumps(rows, indent=2, ensure_ascii=False), "own.json")
+    assert [(row.captions[0], row.number, row.split) for row in read(path)] == [
+        (f"é{'[{' * i}", 2 + 5 * i, "validation") for i in range(9)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[\n{"image": "a.png", "caption": "one"},\n{"image": "b.png", "caption"}]', "row 3: not valid JSON"),
+        ('[{"image": "a.png", "caption": "one"}\n', "row 2: the end of the list is missing"),
+        ('[{"image": "a.png", "caption": "one"},\n5]', "row 2: expected an object .*got 5"),
+        ('[{"image": "a.png"}]', "row 1: no captions: expected a column 'caption'"),
+        ('[{"image": "a.png", "caption": "\\ud800"}]', "row 1: not valid JSON"),
+        (b'[{"image": "a.png",\n"caption": "\xe9"}]', "row 2: a byte .0xe9. is not UTF-8"),
+        (f'[{{"a": {"[" * 100_000}', "row 1: not valid JSON"),
+    ],
+)
+def test_an_error_in_a_json_list_names_its_row(two, text, message):
+    with pytest.raises(DataError, match=message):
+        read(two(text, "own.json"))
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
@@ -213,6 +241,33 @@ def test_each_split_may_have_its_folder(tmp_path):
     assert [(row.name, row.split, row.captions) for row in rows] == [
         ("train/a.png", "train", ["train"]), ("val/a.png", "validation", ["val"])
     ]  # fmt: skip
+
+
+def test_lines_of_split_files_name_images_by_their_files(tmp_path):
+    for name in ("a.png", "B.png", "c.png"):
+        write(tmp_path / "Images" / name, "x")
+    path = write(tmp_path / "captions.csv", "image,caption\na.png,1\nb.PNG,2\nc.png,3\n")
+    assert split_lines(str(tmp_path), ReadOptions(), raise_problem) is None
+    write(tmp_path / "train.txt", "\ufeff./a.png \r\n\r\nb.png\r\n")
+    write(tmp_path / "val.txt", "no.png\n")
+    lines = [
+        ("train", "a.png", "train.txt", 1),
+        ("train", "B.png", "train.txt", 3),
+        ("validation", "no.png", "val.txt", 1),
+    ]
+    for source in (tmp_path, path):
+        found = split_lines(str(source), ReadOptions(), raise_problem)
+        assert [(line.split, line.name, Path(line.file).name, line.number) for line in found] == lines
+
+
+def test_edited_files_are_read_again(tmp_path):
+    write(tmp_path / "captions.csv", "image,caption\na.png,1\n")
+    write(tmp_path / "train.txt", "a.png\n")
+    keys = [list(inputs_caption_file(str(tmp_path), ReadOptions()))]
+    for name in ("captions.csv", "train.txt"):
+        write(tmp_path / name, (tmp_path / name).read_text().replace("a", "b"))
+        keys.append(list(inputs_caption_file(str(tmp_path), ReadOptions())))
+    assert keys[0] != keys[1] != keys[2]
 
 
 def test_stray_rows_of_flickr8k_are_dropped(tmp_path):
