@@ -68,6 +68,7 @@ from modeling_miniclip.training.overfit import check_overfitting
 from modeling_miniclip.training.publish import export_best, push_export
 from modeling_miniclip.training.reload_check import load_checked_export
 from modeling_miniclip.training.reporting import describe_validation
+from modeling_miniclip.training.row_order import choose_shuffle
 from modeling_miniclip.training.run import TrainingRun
 from modeling_miniclip.utils.performance import release_freed_memory
 from modeling_miniclip.utils.processes import ended_children
@@ -117,6 +118,7 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
 
     splits = setup.load_splits(arguments)  # rows {image, image_id, captions}
     setup.report_splits(splits, arguments, accelerator)
+    arguments = choose_shuffle(splits, checkpoint, arguments, accelerator)
     fingerprint = setup.fingerprint_data(splits, checkpoint, arguments, accelerator)
     model, processor = setup.build_model(splits, arguments, accelerator)
     setup.fingerprint_model(fingerprint, model, processor, checkpoint, arguments, accelerator)

@@ -31,6 +31,7 @@ from modeling_miniclip.data.augmentation import build_augmentation
 from modeling_miniclip.data.batches import GlobalBatches
 from modeling_miniclip.data.dataset import CaptionRows
 from modeling_miniclip.data.loader import BatchLoader
+from modeling_miniclip.data.order import Shuffled
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.check_arguments import augmentation_list
 from modeling_miniclip.training.parsing import parse_arguments
@@ -182,7 +183,7 @@ def load_package(arguments: TrainingArguments, size: tuple[int, int] | None = No
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         rows = loader_rows(arguments, Path(folder), size)
-        loader = BatchLoader(rows, GlobalBatches(len(rows), arguments.batch_size, True), arguments.num_workers)
+        loader = BatchLoader(rows, GlobalBatches(Shuffled(len(rows)), arguments.batch_size), arguments.num_workers)
         return images_per_second(lambda: deque(loader, maxlen=0), len(rows))
 
 

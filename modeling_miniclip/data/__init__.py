@@ -39,6 +39,9 @@ augmentation.py: random crops, flips and colours
 row_blocks.py: columns of a split in blocks of rows, and samples of it
 image_places.py: where images are, and whether they changed, without opening them
 dataset.py: the rows of a split as a torch dataset
+order.py: the order of the rows of an epoch, computed
+split_shards.py: where the shards of a split begin
+mixing.py: several datasets in one epoch, by weights
 batches.py: which rows are in each global batch
 collation.py: rows as tensors, and tensors as inputs of the model
 loader.py: loader processes

@@ -124,6 +124,15 @@ def _open_table(path: str) -> _ArrowTable | _ParquetTable:
     return _ParquetTable(path) if is_parquet else _ArrowTable(path)
 
 
+def row_groups(path: str) -> np.ndarray | None:
+    """`[row groups + 1]`, where the row groups of a Parquet file start and end; None for another or a damaged file."""
+    try:
+        table = _open_table(path)
+    except (OSError, pa.ArrowException):  # reading its images says what is wrong
+        return None
+    return table.starts if isinstance(table, _ParquetTable) else None
+
+
 class RowFileSystem(AbstractFileSystem):
     """Opens images inside shards for libraries that use fsspec."""
 

@@ -8,6 +8,7 @@ launch.py: what the launcher was given: its command line, launch file and enviro
 launch_settings.py: each setting of the launcher, and what happens to it
 setup.py: the steps of `prepare`
 run.py: the state of a run, and when it saves and stops
+row_order.py: `--shuffle`, and the order of the training images
 create_model.py: a model from towers, from a preset or from an export
 try_towers.py: run both towers once, to find sizes that they cannot take before any long work
 layers.py: freezing, learning rates and training mode of a tower's layers

@@ -140,6 +140,12 @@ class TrainingArguments:
 
     # Optimization
     batch_size: int = _flag(32, "images per optimizer step, summed over all processes")
+    shuffle: Literal["full", "window"] | None = _flag(
+        None,
+        "order of the training images in each epoch: any order, or shards in any order and images within a window of "
+        "some shards, so that shards are read one after the other (window for Parquet files and remote shards, "
+        "otherwise full)",
+    )
     chunk_size: int | None = _flag(
         None,
         "images that a process computes at a time, at least 2; a larger batch is computed in chunks, which gives the "

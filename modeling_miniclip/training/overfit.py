@@ -20,6 +20,7 @@ from .arguments import TrainingArguments
 from .diagnostics import chance_loss
 from .distributed import gather_rows
 from .layers import set_training_mode
+from .row_order import training_order
 from .run import TrainingRun
 
 STEPS = 300
@@ -89,7 +90,7 @@ def prepare_one_batch(arguments: TrainingArguments) -> TrainingRun:
 
 def first_batch(splits: DatasetDict, arguments: TrainingArguments) -> DatasetDict:
     """The splits with only the training images of the first step, and one validation image, which is not used."""
-    batch = next(iter(GlobalBatches(len(splits["train"]), arguments.batch_size, True, arguments.seed)))
+    batch = next(iter(GlobalBatches(training_order(splits, arguments), arguments.batch_size)))
     rows = {"train": [row for _, row in batch], "validation": [0]}
     return DatasetDict({name: splits[name].select(indices) for name, indices in rows.items()})
 

@@ -9,12 +9,12 @@ from .arguments import TrainingArguments
 RESUME_RULES: dict[str, tuple[str, ...]] = {
     # Position, optimizer's state or best value in the checkpoint would lose their meaning: an error.
     "fixed": (
-        "seed", "batch_size", "freeze", "frozen_vision_fraction", "frozen_text_fraction", "num_views", "layer_decay",
-        "lr_scheduler_type", "ema_decay", "best_metric",
+        "seed", "batch_size", "shuffle", "dataset_weights", "freeze", "frozen_vision_fraction", "frozen_text_fraction",
+        "num_views", "layer_decay", "lr_scheduler_type", "ema_decay", "best_metric",
     ),
     # What they select is compared instead: rows, model, vocabulary, preprocessing and augmentation.
     "compared": (
-        "dataset", "dataset_weights", "validation_dataset", "image_dir", "allow_outside_images", "image_column",
+        "dataset", "validation_dataset", "image_dir", "allow_outside_images", "image_column",
         "caption_column", "caption_template", "dataset_revision", "stream_first_rows", "validation_fraction",
         "max_train_images", "max_validation_images", "vision_model", "text_model", "preset", "model_name_or_path",
         "text_pooling", "projection_dim", "projection_depth", "loss_type", "image_size", "train_image_size",
@@ -36,6 +36,9 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+# A resumed run keeps the value in the checkpoint unless the flag is given.
+KEPT = ("shuffle",)
+
 # Flags that name a place; what they select is compared, and a checkpoint does not mention the place.
 PLACES = ("dataset", "validation_dataset", "image_dir", "vision_model", "text_model", "preset", "model_name_or_path")
 
@@ -53,7 +56,7 @@ def changed_flags(saved: dict[str, Any], arguments: TrainingArguments, rule: str
     return {
         name: (saved.get(name), now[name])
         for name in RESUME_RULES[rule]
-        if name in now and saved.get(name) != now[name]
+        if name in now and saved.get(name) != now[name] and not (now[name] is None and name in KEPT)
     }
 
 

@@ -19,6 +19,7 @@ from ..data.columns import ColumnNames
 from ..data.dataset import CaptionRows
 from ..data.load_rows import SeededSplit, Splits, load_datasets
 from ..data.loader import BatchLoader
+from ..data.order import InOrder
 from ..data.row_blocks import Captions, caption_counts, record_batches, sample_of_captions
 from ..data.rows import ReadOptions
 from ..errors import ModelError, UsageError, one_line
@@ -64,6 +65,7 @@ from .publish import data_for_card
 from .recipes import save_arguments
 from .reporting import MetricsLog, StepMeter, describe_model, describe_splits, say, split_sizes
 from .resume_rules import changed_flags, describe_flags
+from .row_order import training_order
 from .run import TrainingRun
 from .signals import SignalHandler
 from .text_groups import group_texts_by_length
@@ -377,7 +379,8 @@ def build_loaders(
         ("validation", None, EVALUATION_BATCH * world_size),
     ):
         rows = caption_rows(splits, split, features[split], processor, arguments, captions_per_image)
-        batches = GlobalBatches(len(rows), batch_size, split == "train", arguments.seed, rank, world_size)
+        order = training_order(splits, arguments) if split == "train" else InOrder(len(rows))
+        batches = GlobalBatches(order, batch_size, rank, world_size)
         # Rows of features are ready to use: handing them from one process to another would cost more.
         workers = arguments.num_workers if rows.vision_features is None else 0
         prefetch = 2 if arguments.chunk_size is None else 1  # batches larger than memory are not prefetched

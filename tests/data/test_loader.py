@@ -21,6 +21,7 @@ from modeling_miniclip.data.batches import GlobalBatches
 from modeling_miniclip.data.collation import BY_VALUE, Batch, Collator
 from modeling_miniclip.data.dataset import FILLER, CaptionRows
 from modeling_miniclip.data.loader import BatchLoader, readable_worker_errors
+from modeling_miniclip.data.order import InOrder, Shuffled
 from modeling_miniclip.data.picture_formats import decode_row
 from modeling_miniclip.errors import Problem
 from modeling_miniclip.utils import processes
@@ -78,7 +79,7 @@ def training_rows(processor, count: int = 10, seed: int = 0, captions_per_image:
 
 def rows_seen(rows: CaptionRows, batch_size: int, epochs=(0,), num_workers=0, rank=0, world_size=1, seed=0):
     """(epoch, row) -> (pixels, token ids of its captions), from all batches of this process's loader."""
-    batches = GlobalBatches(len(rows), batch_size, True, seed, rank, world_size)
+    batches = GlobalBatches(Shuffled(len(rows), seed), batch_size, rank, world_size)
     loader = BatchLoader(rows, batches, num_workers)
     seen = {}
     for epoch in epochs:
@@ -130,7 +131,7 @@ def test_seed_and_epoch_change_captions_and_pixels(processor, reference):
 def test_a_loader_leaves_the_random_state_of_dropout(processor):
     rows = training_rows(processor, count=3)
     before = torch.random.get_rng_state()
-    assert len(list(BatchLoader(rows, GlobalBatches(3, 2, True), 0))) == 2
+    assert len(list(BatchLoader(rows, GlobalBatches(Shuffled(3), 2), 0))) == 2
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -205,7 +206,7 @@ def test_rows_of_a_batch_equal_single_rows(processor, monkeypatch):
 
 def test_pixels_have_the_memory_layout_of_convolutions(processor):
     rows = training_rows(processor)
-    batch = next(iter(BatchLoader(rows, GlobalBatches(10, 4, False), 0)))
+    batch = next(iter(BatchLoader(rows, GlobalBatches(InOrder(10), 4), 0)))
     assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last)
     for i in range(4):
         assert np.array_equal(batch["pixel_values"][i].numpy(), rows[0, i]["pixels"])
@@ -229,23 +230,7 @@ def test_features_replace_images_and_texts(processor):
     assert batch["text_pooler_output"].flatten().tolist() == chosen  # the features are those of the drawn captions
 
 
-# --- global batches -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("rows", "batch_size"), [(10, 4), (9, 4), (8, 4), (3, 8), (1, 1), (13, 6)])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_all_processes_together_have_the_global_batch(rows, batch_size, world_size, shuffle):
-    whole = list(GlobalBatches(rows, batch_size, shuffle, seed=3))
-    shares = [list(GlobalBatches(rows, batch_size, shuffle, 3, rank, world_size)) for rank in range(world_size)]
-    assert sorted(index for batch in whole for _, index in batch) == list(range(rows))
-    assert {len(share) for share in shares} == {len(whole)} == {-(-rows // batch_size)}
-    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
-        assert all(parts), "a process without a row would leave the others waiting"
-        real = [key for part in parts for key in part if key[1] >= 0]
-        fillers = [key for part in parts for key in part if key[1] < 0]
-        assert sorted(real) == sorted(batch)
-        assert len(fillers) == max(0, world_size - len(batch)) and set(fillers) <= {(0, FILLER - batch[0][1])}
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_filler_is_the_row_of_its_id(processor):
@@ -254,32 +239,6 @@ def test_a_filler_is_the_row_of_its_id(processor):
     assert filler["image_id"] == -4 and filler["captions"] == real["captions"]
     assert np.array_equal(filler["pixels"], real["pixels"])
     assert rows[0, FILLER - 0]["captions"] == rows[0, 0]["captions"]
-
-
-def test_order_depends_on_epoch_seed_and_shuffle():
-    batches = GlobalBatches(20, 4, shuffle=True)
-    orders = []
-    for epoch in range(3):
-        batches.epoch = epoch
-        orders.append([index for batch in batches for _, index in batch])
-        assert all(key[0] == epoch for batch in batches for key in batch)
-    other_seed = [index for batch in GlobalBatches(20, 4, True, seed=1) for _, index in batch]
-    assert len({tuple(order) for order in [*orders, other_seed, range(20)]}) == 5
-    plain = GlobalBatches(20, 4, shuffle=False)
-    plain.epoch = 2
-    assert [index for batch in plain for _, index in batch] == list(range(20))
-
-
-@pytest.mark.parametrize("first", [0, 1, 4, 5])
-def test_an_epoch_resumes_at_any_batch(first):
-    whole = GlobalBatches(18, 4, True, seed=2, rank=1, world_size=2)
-    rest = GlobalBatches(18, 4, True, seed=2, rank=1, world_size=2)
-    whole.epoch = rest.epoch = 3
-    rest.first_batch = first
-    assert list(rest) == list(whole)[first:] and len(rest) == 5 - first
-
-
-# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def test_images_are_augmented_only_in_training(processor):
@@ -342,7 +301,7 @@ def test_an_image_that_cannot_be_decoded_is_named(captioned_folder, processor, c
     splits = load_captions(captioned_folder, validation_fraction=0.25, seed=1)
     split = splits["train" if "2.png" in splits["train"]["image_id"] else "validation"]
     rows = CaptionRows(split, processor)
-    batches = BatchLoader(rows, GlobalBatches(len(rows), 2, False), num_workers)
+    batches = BatchLoader(rows, GlobalBatches(InOrder(len(rows)), 2), num_workers)
     ((index, why),) = (found for batch in batches for found in batch.get("undecodable", []))
     assert rows.name(index) == "2.png" and why.startswith("image '2.png' cannot be decoded: ")
     with pytest.raises(DataError, match="'2.png' cannot be decoded"):

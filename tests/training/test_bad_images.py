@@ -13,6 +13,7 @@ from modeling_miniclip.data.batches import GlobalBatches
 from modeling_miniclip.data.collation import model_inputs
 from modeling_miniclip.data.dataset import CaptionRows
 from modeling_miniclip.data.loader import BatchLoader
+from modeling_miniclip.data.order import InOrder, Shuffled
 from modeling_miniclip.loss_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.bad_images import BadImages
 from modeling_miniclip.training.features import embed_split
@@ -47,7 +48,7 @@ def break_rows(folder: Path, rows: list[int], split: str = "train") -> list[str]
 
 def last_batch(seed_of_order: int = 0, size: int = 8) -> list[int]:
     """Rows of the last batch of the first epoch."""
-    return [row for _, row in list(GlobalBatches(21, size, True, seed_of_order))[-1]]
+    return [row for _, row in list(GlobalBatches(Shuffled(21, seed_of_order), size))[-1]]
 
 
 def last_state(output_dir: Path) -> dict[str, torch.Tensor]:
@@ -145,7 +146,7 @@ def test_bad_images_are_reported_once_up_to_the_limit() -> None:
 
 
 def test_first_loss_leaves_out_bad_images(tmp_path: Path) -> None:
-    batch = [row for _, row in next(iter(GlobalBatches(21, 8, True)))]
+    batch = [row for _, row in next(iter(GlobalBatches(Shuffled(21), 8)))]
     break_rows(tmp_path, batch[2:4])
     export = main(flags(tmp_path, "run", max_steps=1, augmentation="[]", learning_rate=1e-12, **EXACT))
     model, processor = MiniClipModel.from_pretrained(export), MiniClipProcessor.from_pretrained(export)
@@ -165,7 +166,7 @@ def test_first_loss_leaves_out_bad_images(tmp_path: Path) -> None:
 
 def test_two_processes_skip_the_same_images_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The second process loses all of its share of the last batch, and in both a chunk would be left empty.
-    lost = [*last_batch()[1::2], *[row for _, row in next(iter(GlobalBatches(21, 8, True)))][:5:2]]
+    lost = [*last_batch()[1::2], *[row for _, row in next(iter(GlobalBatches(Shuffled(21), 8)))][:5:2]]
     names = break_rows(tmp_path, lost) + break_rows(tmp_path, [1], "validation")
     main(flags(tmp_path, "one", num_train_epochs=1, **EXACT))
     printed = capsys.readouterr().out
@@ -236,7 +237,7 @@ def test_validation_leaves_out_a_bad_image(tmp_path: Path) -> None:
     def embed(split: Any, on_undecodable: Callable[[Any], Any]) -> tuple[torch.Tensor, ...]:
         rows = CaptionRows(split, processor)
         return embed_split(
-            model, BatchLoader(rows, GlobalBatches(len(rows), 4, False), 0), processor, cpu, False, on_undecodable
+            model, BatchLoader(rows, GlobalBatches(InOrder(len(rows)), 4), 0), processor, cpu, False, on_undecodable
         )
 
     expected = embed(split.select([0, 1, 2, *range(4, 21)]), lambda lost: None)

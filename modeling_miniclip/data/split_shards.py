@@ -1,0 +1,81 @@
+"""Where the shards of a split begin, from the names of its images: rows that an order keeps close to each other."""
+
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .row_blocks import selected_batches
+from .shard_url import place_of, row_groups
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LOOSE = 1024  # images outside shards that count as a shard
+
+
+class SplitShards(NamedTuple):
+    """The shards of a split.
+
+    Args:
+        boundaries: row where each shard, or row group of a Parquet file, starts, and the number of rows.
+        need_windows: whether rows in any order would be slow to read: those of Parquet files and remote shards.
+    """
+
+    boundaries: np.ndarray
+    need_windows: bool
+
+
+class _Unit(NamedTuple):
+    """Rows that are read together: of an archive, of a row group, or images outside shards, whose shard is ""."""
+
+    shard: str
+    group: int = 0
+    needs_window: bool = False
+
+
+def shard_boundaries(rows: "Dataset") -> np.ndarray:
+    """The boundaries of [`find_shards`]."""
+    return find_shards(rows).boundaries
+
+
+def find_shards(rows: "Dataset") -> SplitShards:
+    """Find the shards of a split, without opening images.
+
+    Args:
+        rows: rows of a split with the column `image`; those of a shard follow each other.
+    """
+    paths = pa.table({"path": pc.struct_field(rows.data.table["image"], "path")})
+    groups_of = cache(row_groups)
+
+    def unit_of(name: str | None) -> _Unit:
+        place = place_of(name or "")
+        if place is None:
+            return _Unit("")
+        is_remote = "://" in place.shard
+        starts = groups_of(place.shard) if place.size < 0 and not is_remote else None
+        group = 0 if starts is None else int(starts.searchsorted(place.start, "right"))
+        return _Unit(place.shard, group, is_remote or starts is not None)
+
+    starts: list[int] = []
+    units: list[_Unit] = []
+    row = 0
+    for batch in selected_batches(paths, rows):
+        names = batch["path"]
+        # If the first and the last row are of one unit, so are the rows between them.
+        if not units or not units[-1] == unit_of(names[0].as_py()) == unit_of(names[-1].as_py()):
+            for i, name in enumerate(names.to_pylist()):
+                unit = unit_of(name)
+                if not units or unit != units[-1]:
+                    starts.append(row + i)
+                    units.append(unit)
+        row += len(names)
+    edges = [*starts, row]
+    parts = [
+        np.arange(start, stop, max(1, stop - start) if unit.shard else LOOSE)
+        for unit, start, stop in zip(units, edges[:-1], edges[1:], strict=True)
+    ]
+    boundaries = np.concatenate([*parts, [row]]).astype(np.int64)
+    return SplitShards(boundaries, any(unit.needs_window for unit in units))
