@@ -170,8 +170,8 @@ def load_bare(arguments: TrainingArguments, size: tuple[int, int] | None = None)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         rows = loader_rows(arguments, Path(folder), size)
-        files = [image["path"] for image in rows.undecoded_images()]
-        pairs = list(zip(files, [captions[0] for captions in rows.captions], strict=True))
+        files = [row["image"]["path"] for row in rows.undecoded]
+        pairs = list(zip(files, [captions[0] for captions in rows.captions_of(range(len(rows)))], strict=True))
         workers = arguments.num_workers
         parts = [pairs[worker::workers] for worker in range(workers)]
         with multiprocessing.get_context("fork").Pool(workers, _prepare_worker, (rows, arguments.batch_size)) as pool:

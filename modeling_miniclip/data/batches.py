@@ -10,9 +10,9 @@ from .order import RowOrder
 
 
 class GlobalBatches(Sampler[list[tuple[int, int]]]):
-    """This process's share of each global batch, as `(epoch, index)` keys of [`CaptionRows`].
+    """This process's share of each global batch, as `(pass, index)` keys of [`CaptionRows`].
 
-    A global batch depends only on the order; process r of n takes its rows r, r + n, r + 2n, ... A process
+    A global batch depends only on the order; process r of n takes its keys r, r + n, r + 2n, ... A process
     whose share of a short last batch is empty gets the batch's first row again, with the negative image id
     `FILLER - row`, which the loss leaves out.
 
@@ -36,10 +36,10 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
         return min(self.batch_size, self.order.num_rows - batch * self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
-        for batch in in_batches(self.order.pieces(epoch, self.first_batch * self.batch_size), self.batch_size):
-            share = [(epoch, int(i)) for i in batch[self.rank :: self.world_size]]
-            yield share or [(epoch, FILLER - int(batch[0]))]
+        pieces = self.order.pieces(self.epoch, self.first_batch * self.batch_size)
+        for batch in in_batches(pieces, self.batch_size):
+            share = [(number, row) for number, row in batch[self.rank :: self.world_size].tolist()]
+            yield share or [(int(batch[0, 0]), FILLER - int(batch[0, 1]))]
 
 
 def in_batches(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

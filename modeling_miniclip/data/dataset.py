@@ -106,18 +106,9 @@ class CaptionRows(TorchDataset):
             rows.append(self._filler(*keys[0]))
         return rows
 
-    def undecoded_images(self) -> Iterator[dict[str, Any]]:
-        """The image file of each row, as `{"bytes", "path"}`."""
-        yield from (row["image"] for row in self.undecoded)
-
     def captions_of(self, indices: Sequence[int]) -> list[list[str]]:
         """All captions of some rows."""
         return self.texts[list(indices)]["captions"]
-
-    @property
-    def captions(self) -> list[list[str]]:
-        """All captions of all rows, in memory."""
-        return list(self.texts["captions"])
 
     def name(self, index: int) -> str:
         """The `image_id` of a row."""

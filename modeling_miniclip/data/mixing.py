@@ -70,7 +70,7 @@ class Mixture:
         return [epochs * share / max(size, 1) for share, size in zip(self.shares, self.sizes, strict=True)]
 
     def pieces(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-        """See [`RowOrder`]; the arrays end where batches end."""
+        """See [`RowOrder`]; the arrays end where batches end, and a pass is one over the row's dataset."""
         firsts = np.cumsum([0, *self.sizes])
         readers: dict[int, _Reader] = {}
         while start < self.num_rows:
@@ -78,19 +78,20 @@ class Mixture:
             stop = min(start + self.batch_size - rest, self.num_rows)
             # All of the batch, as it is shuffled as a whole: the shares of all processes have rows of all datasets.
             owner, use = owners(np.arange(batch * self.batch_size, stop), self.shares)
-            rows = np.empty(len(owner), np.int64)
+            keys = np.empty((len(owner), 2), np.int64)
             for number in np.unique(owner):
                 mine = owner == number
                 if number not in readers:
                     first_use = epoch * self.shares[number] + int(use[mine][0])
                     readers[number] = _Reader(self._endless(number, first_use))
-                rows[mine] = firsts[number] + readers[number].take(int(mine.sum()))
-            np.random.default_rng([self.seed, epoch, batch, OF_BATCH]).shuffle(rows)
-            yield rows[rest:]
+                keys[mine] = readers[number].take(int(mine.sum()))
+            keys[:, 1] += firsts[owner]
+            np.random.default_rng([self.seed, epoch, batch, OF_BATCH]).shuffle(keys)
+            yield keys[rest:]
             start = stop
 
     def _endless(self, number: int, first_use: int) -> Iterator[np.ndarray]:
-        """The rows of a dataset from a use on, counted over all epochs."""
+        """The keys of a dataset from a use on, counted over all epochs."""
         first_pass, place = divmod(first_use, self.sizes[number])
         for each in count(first_pass):
             yield from self.orders[number].pieces(each, place)
@@ -98,13 +99,13 @@ class Mixture:
 
 
 class _Reader:
-    """Takes values from arrays of any length."""
+    """Takes keys from arrays of any length."""
 
     def __init__(self, pieces: Iterable[np.ndarray]):
-        self.pieces, self.held = iter(pieces), np.zeros(0, np.int64)
+        self.pieces, self.held = iter(pieces), np.zeros((0, 2), np.int64)
 
     def take(self, number: int) -> np.ndarray:
-        """The next values."""
+        """The next keys."""
         while len(self.held) < number:
             self.held = np.concatenate([self.held, next(self.pieces)])
         taken, self.held = self.held[:number], self.held[number:]

@@ -14,7 +14,7 @@ import numpy as np
 
 WINDOW_ROWS = 4096  # a window has about as many rows,
 WINDOW_SHARDS = 4  # but at least about as many shards
-PIECE = 65_536  # rows in a piece of an unshuffled order
+PIECE = 65_536  # rows in a piece of an order, at most
 OF_SHARDS, OF_ROWS = 1, 2  # the last word of a seed: what is shuffled
 
 
@@ -24,7 +24,17 @@ class RowOrder(Protocol):
     num_rows: int  # in an epoch
 
     def pieces(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-        """The rows of an epoch from place `start` on, in arrays of any length."""
+        """The keys of an epoch from place `start` on, in arrays `[n, 2]`: number of a pass over the data, and row.
+
+        No two epochs have the same key; without weights, the pass is the epoch.
+        """
+
+
+def keys_of(epoch: int, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows of one pass as pieces of keys."""
+    for first in range(0, len(rows), PIECE):
+        piece = rows[first : first + PIECE]
+        yield np.stack([np.full(len(piece), epoch), piece], axis=1)
 
 
 class InOrder:
@@ -36,7 +46,7 @@ class InOrder:
     def pieces(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
         """See [`RowOrder`]."""
         for first in range(start, self.num_rows, PIECE):
-            yield np.arange(first, min(first + PIECE, self.num_rows))
+            yield from keys_of(epoch, np.arange(first, min(first + PIECE, self.num_rows)))
 
 
 class Shuffled:
@@ -53,7 +63,8 @@ class Shuffled:
 
     def pieces(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
         """See [`RowOrder`]."""
-        yield np.random.default_rng([self.seed, epoch, self.number]).permutation(self.num_rows)[start:]
+        order = np.random.default_rng([self.seed, epoch, self.number]).permutation(self.num_rows)
+        yield from keys_of(epoch, order[start:])
 
 
 class ShuffledInWindows:
@@ -80,7 +91,7 @@ class ShuffledInWindows:
         for number in range(int(ends.searchsorted(start, "right")), len(windows)):
             rows = self._rows(windows[number])
             self._rng(epoch, number, OF_ROWS).shuffle(rows)
-            yield rows[max(0, start - (int(ends[number]) - len(rows))) :]
+            yield from keys_of(epoch, rows[max(0, start - (int(ends[number]) - len(rows))) :])
 
     def _rows(self, window: np.ndarray) -> np.ndarray:
         """All rows of a window's shards."""

@@ -51,7 +51,17 @@ ONCE = KINDS[:3]  # each row once per epoch
 
 
 def rows_of(order: RowOrder, epoch: int = 0, start: int = 0) -> list[int]:
-    return [int(row) for piece in order.pieces(epoch, start) for row in piece]
+    return [row for piece in order.pieces(epoch, start) for _, row in piece.tolist()]
+
+
+def keys_of(order: RowOrder, epochs: Sequence[int]) -> list[tuple[int, ...]]:
+    return [tuple(key) for epoch in epochs for piece in order.pieces(epoch) for key in piece.tolist()]
+
+
+def windows_of(order: RowOrder, epoch: int = 0) -> list[list[int]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orders, "PIECE", 1000)
+        return [piece[:, 1].tolist() for piece in order.pieces(epoch)]
 
 
 def batches_of(order: RowOrder, size: int, world_size: int, epoch: int = 0, first: int = 0) -> list[list[int]]:
@@ -65,7 +75,6 @@ def batches_of(order: RowOrder, size: int, world_size: int, epoch: int = 0, firs
     together = []
     for parts in zip(*shares, strict=True):
         assert all(parts), "a process without a row would leave the others waiting"
-        assert all(key[0] == epoch for part in parts for key in part)
         batch = [part[i][1] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
         assert all(FILLER - row == batch[0] for row in batch if row < 0)
         together.append([row for row in batch if row >= 0])
@@ -114,9 +123,19 @@ def test_order_depends_on_epoch_and_seed(kind: str) -> None:
     assert len({tuple(rows) for rows in [*found, range(30)]}) == 5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_use_of_a_row_has_another_key(kind: str) -> None:
+    order = order_named(kind, 30)  # with weights, the first set is used almost twice per epoch
+    keys = keys_of(order, range(3))
+    assert len(set(keys)) == len(keys) == 90
+    if kind in ONCE:
+        assert [number for number, _ in keys] == [0] * 30 + [1] * 30 + [2] * 30
+    assert keys_of(order, [5]) == keys_of(order_named(kind, 30), [5])
+
+
 def test_full_order_is_that_of_earlier_releases() -> None:
     expected = np.random.default_rng([5, 2]).permutation(1000)
-    assert np.array_equal(np.concatenate(list(shuffled_order(1000, 32, 5).pieces(2))), expected)
+    assert rows_of(shuffled_order(1000, 32, 5), 2) == expected.tolist()
 
 
 # --- windows --------------------------------------------------------------------------------------------------------
@@ -126,7 +145,7 @@ def test_full_order_is_that_of_earlier_releases() -> None:
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=30), st.integers(0, 3))
 def test_windows_hold_whole_shards(sizes: list[int], epoch: int) -> None:
     boundaries, order = boundaries_of(sizes), ShuffledInWindows(boundaries_of(sizes), 1)
-    windows = [window.tolist() for window in order.pieces(epoch)]
+    windows = windows_of(order, epoch)
     assert sorted(row for window in windows for row in window) == list(range(sum(sizes)))
     shards = [set((boundaries.searchsorted(window, "right") - 1).tolist()) for window in windows]
     assert sum(map(len, shards)) == len(set().union(*shards)) == sum(size > 0 for size in sizes)
@@ -135,10 +154,10 @@ def test_windows_hold_whole_shards(sizes: list[int], epoch: int) -> None:
 
 def test_window_has_several_large_or_many_small_shards() -> None:
     large, small = ShuffledInWindows(boundaries_of([100] * 9)), ShuffledInWindows(boundaries_of([1] * 48))
-    assert [len(window) for window in large.pieces(0)] == [300] * 3
-    assert [len(window) for window in small.pieces(0)] == [12] * 4
-    (first, *_) = small.pieces(0)
-    assert first.tolist() != sorted(first.tolist()) != list(range(12))
+    assert [len(window) for window in windows_of(large)] == [300] * 3
+    assert [len(window) for window in windows_of(small)] == [12] * 4
+    (first, *_) = windows_of(small)
+    assert first != sorted(first) != list(range(12))
 
 
 def test_windows_before_a_resumed_batch_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,7 @@ def test_captions_are_drawn_without_repetition(processor):
 @pytest.mark.parametrize("wanted", [None, 5, 9])
 def test_all_captions_keep_their_order(processor, wanted):
     rows = CaptionRows(noise_rows(2), processor, captions_per_image=wanted)
-    assert rows[3, 1]["captions"] == rows.captions[1]
+    assert rows[3, 1]["captions"] == rows.captions_of([1])[0]
 
 
 def test_captions_are_padded_to_the_longest_of_the_batch(processor):
@@ -226,7 +226,7 @@ def test_features_replace_images_and_texts(processor):
     batch = Collator(processor.tokenizer)([rows[4, 2], rows[4, 0]])
     assert set(batch) == {"image_id", "text_image_id", "vision_pooler_output", "text_pooler_output"}
     assert torch.equal(batch["vision_pooler_output"], torch.eye(3)[[2, 0]])
-    chosen = [i * 10 + rows.captions[i].index(text) for i in (2, 0) for text in plain[4, i]["captions"]]
+    chosen = [i * 10 + rows.captions_of([i])[0].index(text) for i in (2, 0) for text in plain[4, i]["captions"]]
     assert batch["text_pooler_output"].flatten().tolist() == chosen  # the features are those of the drawn captions
 
 

@@ -1,0 +1,125 @@
+"""Training rows whose images are in shards: decoded as from files, and what a damaged or lost shard costs."""
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as Picture
+
+from modeling_miniclip import DataError
+from modeling_miniclip.data.dataset import CaptionRows
+from modeling_miniclip.data.shard_url import member_url, table_url
+from tests.helpers.towers import tiny_processor
+
+FEATURES = Features({"image": Image(), "image_id": Value("string"), "captions": List(Value("string"))})
+COUNT = 5
+
+
+def pictures() -> list[bytes]:
+    """Encoded pictures of different sizes, of about 5 kB."""
+    encoded = []
+    for i in range(COUNT):
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40 + i, 3), dtype=np.uint8)
+        Picture.fromarray(pixels).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def rows_named(paths: list[str]) -> CaptionRows:
+    """Training rows with the paths of their images."""
+    columns = {
+        "image": [{"bytes": None, "path": path} for path in paths],
+        "image_id": [f"{i}.png" for i in range(len(paths))],
+        "captions": [[f"a picture {i}"] for i in range(len(paths))],
+    }
+    return CaptionRows(Dataset.from_dict(columns, features=FEATURES), tiny_processor())
+
+
+def write_tar(path: Path) -> list[str]:
+    """Write the pictures to an archive; the names of its rows."""
+    with tarfile.open(path, "w") as archive:
+        for i, content in enumerate(pictures()):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with tarfile.open(path) as archive:
+        return [member_url(str(path), member.offset_data, member.size, member.name) for member in archive]
+
+
+def write_parquet(path: Path) -> list[str]:
+    """Write the pictures to a Parquet file in row groups of two; the names of its rows."""
+    table = pa.table({"image": [{"bytes": content, "path": None} for content in pictures()]})
+    pq.write_table(table, path, row_group_size=2)
+    return [table_url(str(path), row, "image") for row in range(COUNT)]
+
+
+WRITERS: dict[str, Any] = {"a.tar": write_tar, "a.parquet": write_parquet}
+KEYS = [(0, 3), (0, 0), (0, 4), (0, 1), (0, 2)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_images_in_shards_are_decoded_like_files(name: str, tmp_path: Path) -> None:
+    files = [str(tmp_path / f"{i}.png") for i in range(COUNT)]
+    for path, content in zip(files, pictures(), strict=True):
+        Path(path).write_bytes(content)
+    expected = rows_named(files).__getitems__(KEYS)
+    found = rows_named(WRITERS[name](tmp_path / name)).__getitems__(KEYS)
+    for one, other in zip(found, expected, strict=True):
+        assert one["image_id"] == other["image_id"] and one["captions"] == other["captions"]
+        assert np.array_equal(one["pixels"], other["pixels"])
+
+
+def test_truncated_archive_costs_only_its_last_images(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    rows = rows_named(write_tar(path))
+    with path.open("r+b") as file:
+        file.truncate(3 * (512 + 5120) + 700)
+    found = {row["image_id"]: row.get("undecodable", "") for row in rows.__getitems__(KEYS)}
+    assert [found[i] for i in range(3)] == [""] * 3
+    assert all(f"image '{i}.png' cannot be decoded: {path}: ends within {i}.png" in found[i] for i in (3, 4))
+
+
+def test_damaged_parquet_file_costs_only_its_own_images(tmp_path: Path) -> None:
+    names = write_parquet(tmp_path / "a.parquet")
+    other = write_parquet(tmp_path / "b.parquet")[:2]
+    with (tmp_path / "a.parquet").open("r+b") as file:
+        file.truncate(3000)
+    found = [
+        row.get("undecodable", "") for row in rows_named(names[:2] + other).__getitems__([(0, i) for i in range(4)])
+    ]
+    assert all("cannot be decoded" in reason for reason in found[:2]) and found[2:] == ["", ""]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_lost_shard_ends_the_run_with_its_name(name: str, tmp_path: Path) -> None:
+    rows = rows_named(WRITERS[name](tmp_path / name))
+    (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=rf"'2\.png' cannot be read: .*{name}.*resume the run"):
+        rows.__getitems__([(0, 2)])
+
+
+def test_rows_are_sent_to_a_process_without_their_table(tmp_path: Path) -> None:
+    sizes = []
+    for count in (10, 10_000):
+        columns = {
+            "image": [{"bytes": None, "path": f"/images/{i}.png"} for i in range(count)],
+            "image_id": [f"{i}.png" for i in range(count)],
+            "captions": [[f"a picture {i}"] for i in range(count)],
+        }
+        path = tmp_path / f"{count}.arrow"
+        table = Dataset.from_dict(columns, features=FEATURES).data.table
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+        rows = CaptionRows(Dataset.from_file(str(path)), tiny_processor())
+        pickled = pickle.dumps(rows)
+        assert pickle.loads(pickled).captions_of([count - 1]) == [[f"a picture {count - 1}"]]
+        sizes.append(len(pickled))
+    assert sizes[1] - sizes[0] < 1000
