@@ -70,6 +70,7 @@ from modeling_miniclip.training.reload_check import load_checked_export
 from modeling_miniclip.training.reporting import describe_validation
 from modeling_miniclip.training.row_order import choose_shuffle
 from modeling_miniclip.training.run import TrainingRun
+from modeling_miniclip.training.several_datasets import report_datasets
 from modeling_miniclip.utils.performance import release_freed_memory
 from modeling_miniclip.utils.processes import ended_children
 
@@ -285,6 +286,7 @@ def validate(run: TrainingRun) -> bool:
     improved = is_better(arguments.best_metric, value, progress.best_value)
     run.say(describe_validation(run.epoch, metrics, improved))
     if is_main:
+        report_datasets(run, embeddings)
         run.diagnosis.after_validation(progress.step, *embeddings)
     if improved:
         progress.best_value, progress.best_step = value, progress.step

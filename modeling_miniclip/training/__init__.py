@@ -32,6 +32,7 @@ checkpoints.py: save, find and delete checkpoints
 output_dir.py: lock, check and empty the output folder
 signals.py: save and exit at Ctrl-C and SIGTERM
 reporting.py: log lines, metrics.jsonl, throughput
+several_datasets.py: metrics and uses of each of several datasets
 caption_probe.py: do captions belong to their images?
 diagnostics.py: warn about a run that does not learn
 figures.py: curves and retrieved images

@@ -45,6 +45,7 @@ class TrainingRun:
         validation_loader: this process's share of the validation batches.
         validation_split: validation images with their captions, for the pictures.
         validation_features: features of the validation split from frozen towers.
+        validation_parts: rows of the validation split by dataset; empty unless several datasets have some.
         card_data: name and sizes of the dataset, for the model card.
         log: writer of `metrics.jsonl`.
         meter: collector of losses and throughput since the last log line.
@@ -71,6 +72,7 @@ class TrainingRun:
     validation_loader: BatchLoader
     validation_split: Dataset
     validation_features: FrozenFeatures
+    validation_parts: dict[str, range]
     card_data: dict[str, Any]
     log: MetricsLog
     meter: StepMeter

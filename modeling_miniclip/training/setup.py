@@ -67,6 +67,7 @@ from .reporting import MetricsLog, StepMeter, describe_model, describe_splits, s
 from .resume_rules import changed_flags, describe_flags
 from .row_order import training_order
 from .run import TrainingRun
+from .several_datasets import validation_parts
 from .signals import SignalHandler
 from .text_groups import group_texts_by_length
 
@@ -435,6 +436,7 @@ def build_run(
         validation_loader=validation_loader,
         validation_split=splits["validation"],
         validation_features=features["validation"],
+        validation_parts=validation_parts(splits, arguments),
         card_data=data_for_card(arguments, splits),
         log=MetricsLog(Path(arguments.output_dir) / "metrics.jsonl", accelerator.is_main_process),
         meter=StepMeter(accelerator, optimizer),

@@ -1,0 +1,77 @@
+"""Runs on several datasets: the share of each, its own validation, and how often it was used."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from modeling_miniclip.data.load_rows import Splits
+from modeling_miniclip.data.mixing import Mixture
+from modeling_miniclip.data.order import Shuffled, ShuffledInWindows
+from modeling_miniclip.evaluation.metrics import validation_metrics
+from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.row_order import training_order
+from modeling_miniclip.training.several_datasets import part_of_embeddings, validation_parts
+from tests.helpers.runs import assert_same_log, flags, metrics_of, write_scene_folder
+from train_miniclip import main
+
+pytestmark = pytest.mark.usefixtures("without_figures")
+
+
+def splits_of(train: list[int], validation: list[int]) -> Splits:
+    splits = Splits()
+    splits.sizes = {"train": train, "validation": validation}
+    for name, sizes in splits.sizes.items():
+        splits[name] = Dataset.from_dict({"image": [{"bytes": b"x", "path": None}] * sum(sizes)})
+    return splits
+
+
+def two_sets(*argv: str) -> Any:
+    return parse_arguments(["--dataset", "a.csv", "b.csv", *argv])
+
+
+def test_order_of_several_sets_follows_their_weights() -> None:
+    splits = splits_of([6, 10], [2, 2])
+    plain = training_order(splits, two_sets("--shuffle", "full"))
+    assert isinstance(plain, Shuffled) and plain.num_rows == 16
+    mixed = training_order(splits, two_sets("--dataset_weights", "3", "1"))
+    assert isinstance(mixed, Mixture) and mixed.shares == [12, 4] and mixed.times_used(2) == [4.0, 0.8]
+    window = training_order(splits, two_sets("--dataset_weights", "3", "1", "--shuffle", "window"))
+    assert isinstance(window, Mixture) and all(isinstance(order, ShuffledInWindows) for order in window.orders)
+
+
+def test_validation_parts_are_those_of_sets_with_validation_rows() -> None:
+    assert validation_parts(splits_of([6, 10], [2, 3]), two_sets()) == {"a.csv": range(2), "b.csv": range(2, 5)}
+    assert validation_parts(splits_of([6, 10], [5, 0]), two_sets()) == {}
+
+
+def test_part_of_embeddings_is_that_of_its_images_alone() -> None:
+    images, texts = torch.eye(5), torch.arange(7.0).unsqueeze(1).repeat(1, 5)
+    found = part_of_embeddings(
+        images, texts, torch.tensor([0, 1, 1, 2, 3, 4, 4]), torch.tensor([False, True, False, True, True])
+    )
+    assert torch.equal(found[0], images[[1, 3, 4]])
+    assert found[1][:, 0].tolist() == [1, 2, 4, 5, 6] and found[2].tolist() == [0, 0, 1, 2, 2]
+    assert validation_metrics(*found, 1.0)["loss"] > 0
+
+
+@pytest.mark.slow
+def test_weighted_run_resumes_within_an_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = {"freeze_batch_norm": True, "checkpointing_steps": 3, "num_train_epochs": 2, "dataset": None}
+    flags(tmp_path)
+    small = write_scene_folder(tmp_path / "small", 12)
+    sets = [str(tmp_path / "scenes" / "captions.csv"), str(small)]
+    argv = ["--dataset", *sets, "--dataset_weights", "1", "3"]
+    main([*flags(tmp_path, "whole", **same), *argv])
+    printed = capsys.readouterr().out
+    # 21 + 10 training images: 8 uses of the first set, 23 of the second
+    assert f"uses of each image so far: {sets[0]} 0.381, {sets[1]} 2.3" in printed
+    assert f"{sets[0]} 0.762, {sets[1]} 4.6" in printed
+    assert [line["split"] for line in metrics_of(tmp_path / "whole")] == [
+        *["train"] * 4, "validation", *(f"validation of {name}" for name in sets)
+    ] * 2  # fmt: skip
+    main([*flags(tmp_path, "parts", max_steps=6, **same), *argv])
+    main([*flags(tmp_path, "parts", resume_from_checkpoint="latest", **same), *argv])
+    assert_same_log(tmp_path / "whole", tmp_path / "parts")
