@@ -10,9 +10,9 @@ import fsspec
 
 from ..errors import DataError, Problem, one_line
 from ..utils.names import is_utf8, name_of
-from .listing import is_hidden
+from .listing import is_hidden, subfolders
 from .recognise import TAR_ENDINGS
-from .splits import SPLIT_ALIASES, SPLITS
+from .splits import SPLIT_ALIASES, SPLITS, split_of_name
 from .table_cache import stat_of
 
 SHARD_ENDINGS = (*TAR_ENDINGS, ".parquet")
@@ -32,9 +32,9 @@ def is_pattern(source: str) -> bool:
 
 def split_of_shard(path: str) -> str | None:
     """The split that a shard's name says (`train-00000.tar`, `coco_val.parquet`), or else its folder's name."""
-    *_, folder, name = ("", "", *path.lower().replace(os.sep, "/").split("/"))
-    words = [*re.split(r"[^a-z]+", os.path.splitext(name)[0]), folder.rstrip("0123456789")]
-    return next((split for word in words if (split := SPLIT_ALIASES.get(word, word)) in SPLITS), None)
+    *_, folder, name = ("", "", *path.replace(os.sep, "/").split("/"))
+    word = folder.lower().rstrip("0123456789")
+    return split_of_name(name) or (split_of_name(word) if SPLIT_ALIASES.get(word, word) in SPLITS else None)
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -66,7 +66,7 @@ def shard_kind(source: str) -> str | None:
     """`tar` or `parquet` for a pattern, a URL or a folder of shards of this kind; None for anything else.
 
     Raises:
-        DataError: a pattern matches nothing.
+        DataError: a pattern matches nothing, or other files.
     """
     if os.path.isdir(source):
         shards = shards_of_folder(source)
@@ -74,6 +74,12 @@ def shard_kind(source: str) -> str | None:
         shards = expand_shards(source)
     else:
         return None
+    other = next((shard for shard in shards if not shard.lower().endswith(SHARD_ENDINGS)), None)
+    if other is not None:
+        text = (
+            f"{other} is neither a tar archive nor a Parquet file, the only files that URLs and patterns may stand for"
+        )
+        raise DataError(Problem("unusable", text, source))
     kinds = {"parquet" if shard.lower().endswith(".parquet") else "tar" for shard in shards}
     return "tar" if "tar" in kinds else next(iter(kinds), None)
 
@@ -84,19 +90,19 @@ def expand_shards(pattern: str, kind: str | None = None) -> list[str]:
     Args:
         pattern: path or URL; with `{00000..00999}` or `{a,b}`, all of which must exist, and `*`, `?`, `[...]`; or a
             folder of shards.
-        kind: `tar` or `parquet` for only these shards of a folder.
+        kind: `tar` or `parquet` for only these shards. (Next to an archive, img2dataset writes a table about it.)
 
     Raises:
         DataError: nothing matches, a shard of a range is missing, or a name cannot be part of a URL.
     """
     if os.path.isdir(pattern):
         shards = shards_of_folder(pattern)
-        if kind is not None:
-            shards = [shard for shard in shards if shard.lower().endswith(".parquet") == (kind == "parquet")]
     elif os.path.exists(pattern):
         shards = [pattern]
     else:
         shards = _expand(pattern)
+    if kind is not None and len(shards) > 1:
+        shards = [shard for shard in shards if shard.lower().endswith(".parquet") == (kind == "parquet")]
     bad = next((shard for shard in shards if not is_utf8(shard) or "::" in shard), None)
     if bad is not None:
         text = "its path is not UTF-8, or contains '::'; rename the file or folder"
@@ -140,6 +146,14 @@ def inputs_of_shards(shards: Iterable[str]) -> Iterator[Any]:
             yield shard
 
 
+def has_shards(folder: str) -> bool:
+    """Whether a folder, or one of those in it, holds shards."""
+    folders = [folder, *(os.path.join(folder, name) for name in subfolders(folder))]
+    return any(
+        name.lower().endswith(SHARD_ENDINGS) and not is_hidden(name) for each in folders for name in os.listdir(each)
+    )
+
+
 def shards_of_folder(folder: str) -> list[str]:
     """Paths of the shards in a folder and its subfolders, sorted; empty if it holds none."""
     found = []
@@ -153,9 +167,9 @@ def shards_of_folder(folder: str) -> list[str]:
 
 def _matches(name: str) -> list[str]:
     if not is_url(name):
-        if os.path.exists(name):
-            return [name]
-        return sorted(path for path in glob.glob(name, recursive=True) if not is_hidden(os.path.basename(path)))
+        found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        shown = [path for path in found if not is_hidden(os.path.basename(path))]
+        return [path for each in shown for path in (shards_of_folder(each) if os.path.isdir(each) else [each])]
     if not glob.has_magic(name.partition("://")[2]):
         return [name]  # it is looked for when it is fetched
     try:

@@ -12,8 +12,11 @@ from ..errors import DataError
 from .layouts import find_caption_files
 from .problems import OnProblem
 from .readers.caption_file import inputs_caption_file, read_caption_file, split_lines
+from .readers.parquet import inputs_parquet, read_parquet
+from .readers.tars import inputs_tar, read_tar
 from .recognise import TAR_ENDINGS, recognise_file
 from .rows import Reader, ReadOptions, SplitName
+from .shard_patterns import has_shards, is_pattern, is_url, shard_kind
 
 # A missing local file with one of these endings is not looked for on the Hub.
 FILE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".zip")
@@ -48,32 +51,42 @@ class Kind:
 
 
 CAPTION_FILE = Kind("captions", read_caption_file, inputs_caption_file, split_lines, by_name=True)
+TAR = Kind("tar", read_tar, inputs_tar, one_split_is_train=True)
+PARQUET = Kind("parquet", read_parquet, inputs_parquet, one_split_is_train=True)
+BY_NAME = {kind.name: kind for kind in (TAR, PARQUET)} | {"text": CAPTION_FILE}
 
 
 def kind_of(source: str) -> Kind | None:
     """The kind of a source.
 
     Args:
-        source: path, as [`resolve`] returns it.
+        source: path, pattern or URL, as [`resolve`] returns it.
 
     Raises:
         DataError: no such file exists, or it is none that can be read.
     """
     if os.path.isdir(source):
-        return CAPTION_FILE if find_caption_files(Path(source)) else None
-    if os.path.isfile(source) and recognise_file(source) == "text":
-        return CAPTION_FILE
-    return None
+        if find_caption_files(Path(source)):
+            return CAPTION_FILE
+        return BY_NAME.get(shard_kind(source) or "") if has_shards(source) else None
+    if os.path.isfile(source):
+        return BY_NAME.get(recognise_file(source))
+    return BY_NAME.get(shard_kind(source) or "")
 
 
 def resolve(source: str | os.PathLike) -> str:
-    """The absolute path of a source, so that the working folder does not matter; other names as they are.
+    """The absolute path or pattern of a source, so that the working folder does not matter; other names as they are.
 
     Raises:
         DataError: as in [`local_path`].
     """
-    path = None if source == "scenes" else local_path(source)
-    return os.fspath(source) if path is None else os.path.abspath(path)
+    name = os.fspath(source)
+    if name == "scenes" or is_url(name):
+        return name
+    if is_pattern(name):
+        return os.path.abspath(os.path.expanduser(name))
+    path = local_path(source)
+    return name if path is None else os.path.abspath(path)
 
 
 def local_path(source: str | os.PathLike) -> Path | None:

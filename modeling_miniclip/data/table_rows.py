@@ -21,7 +21,7 @@ from .record_captions import texts_of
 from .rows import ReadOptions, Row
 from .same_images import Identity, SameImages
 from .shard_url import place_of, read_place, table_url
-from .splits import SPLIT_ALIASES
+from .splits import split_of_value
 
 # Columns that identify the image of a row, for tables that repeat an image once for each caption.
 NAME_COLUMNS = ("filename", "file_name", "image_id", "img_id")
@@ -207,7 +207,7 @@ def _rows_of_file(
             image = paths.check(batch, i, row) if holds == NAMED else table_url(file.path, number + i, columns.image)
             if image is None:
                 continue
-            split = (_split(cells[columns.split][i]) if columns.split else None) or file.split
+            split = (split_of_value(cells[columns.split][i]) if columns.split else None) or file.split
             key, name = _key_and_name(file, columns, cells, i, row, identities.get(done + number + i), split)
             yield Row(
                 name=name,
@@ -298,11 +298,6 @@ def _text(value: Any) -> str | None:
     return None if value is None or value == "" else str(value).strip()
 
 
-def _split(value: Any) -> str | None:
-    text = (_text(value) or "").lower()
-    return SPLIT_ALIASES.get(text, text) or None
-
-
 def _ids(value: Any, count: int) -> list[str]:
     if not isinstance(value, list):
         return [str(value)] * count
@@ -334,7 +329,7 @@ def _same_images(files: Sequence[TableFile], columns: Sequence[TableColumns], co
                     hashes[here] = hashes_of_images(batch.column(found.image), found.kind, held)
                     has_image[here] = held != NONE
                 cells = batch.column(found.split).to_pylist() if found.split else [None] * len(held)
-                splits[here] = [numbers.setdefault(_split(cell) or file.split, len(numbers)) for cell in cells]
+                splits[here] = [numbers.setdefault(split_of_value(cell) or file.split, len(numbers)) for cell in cells]
 
     def content(row: int) -> bytes | None:
         at = int(starts.searchsorted(row, "right")) - 1

@@ -47,7 +47,8 @@ def find_members(file: BinaryIO) -> Iterator[Member]:
         DamagedArchive: from here on, no member can be found. All members before it are complete.
         OSError: the file cannot be read.
     """
-    position, ended, extra = 0, False, {}
+    position, ended = 0, False
+    extra: dict[str, bytes] = {}
     while True:
         file.seek(position)
         header = file.read(BLOCK)

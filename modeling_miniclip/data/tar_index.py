@@ -182,7 +182,7 @@ def build_indexes(
 
 
 def _try_index(path: str, cache_dir: str | os.PathLike, caption_column: str) -> int:
-    with suppress(DataError, FileNotFoundError, PermissionError):
+    with suppress(DataError, OSError):
         open_index(path, cache_dir, caption_column)
     return 1
 
@@ -268,7 +268,7 @@ def open_compressed(path: str, program: str) -> BinaryIO:
     reader = next(reader for reader, each in COMPRESSIONS.values() if each == program)
     if reader is None:
         raise DataError(Problem("unusable", compressed_message(path, program), name_of(path)))
-    return reader(path, "rb")  # type: ignore[no-any-return]
+    return reader(path, "rb")
 
 
 # --- which members belong together ----------------------------------------------------------------------------------
@@ -342,8 +342,9 @@ def _join(pictures: list[Member], texts: list[tuple[str, bytes]], caption_column
             unreadable.append(name)
         elif not targets and (text.captions or text.values):
             lost.append(name)
-        for i in targets if text is not None else ():
-            _add(found[i], text)
+        else:
+            for i in targets:
+                _add(found[i], text)
     for i, number in enumerate(occurrences):
         if number and found[i] == _Text():  # the picture was added again, its text was not
             stem = _stem(pictures[i].name)

@@ -121,8 +121,8 @@ def test_other_files_are_rejected_with_advice(tmp_path: Path, kind: str) -> None
 
 
 def test_training_names_sources_that_only_an_index_takes(tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_bytes(parquet())
-    with pytest.raises(DataError, match="train.csv: a Parquet file, not a caption file; `miniclip index` reads it"):
+    (tmp_path / "train.csv").write_bytes(picture("PNG"))
+    with pytest.raises(DataError, match="train.csv: an image, not a caption file; `miniclip index` reads it"):
         load_captions(tmp_path / "train.csv")
 
 
