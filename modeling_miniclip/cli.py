@@ -36,6 +36,7 @@ class Command:
 TRAINING_HELP: dict[str, str] = {field.name: field.metadata["help"] for field in fields(TrainingArguments)}
 DATASET_FLAGS = (
     "image_dir", "image_column", "caption_column", "allow_outside_images", "validation_fraction", "seed",
+    "caption_template",
 )  # fmt: skip
 
 
@@ -65,6 +66,15 @@ def declare_dataset(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="random seed of the validation split; use the same value as in training (0)",
     )
+    parser.add_argument(
+        "--caption_template", default=TrainingArguments.caption_template, metavar="TEXT",
+        help=f"{TRAINING_HELP['caption_template']} ({TrainingArguments.caption_template})",
+    )  # fmt: skip
+
+
+def declare_cache(parser: argparse.ArgumentParser) -> None:
+    """The folder of the tables that datasets are read into."""
+    parser.add_argument("--dataset_cache_dir", metavar="DIR", help=TRAINING_HELP["dataset_cache_dir"])
 
 
 def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,7 +85,9 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
 def declare_check(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip check`."""
     parser.add_argument("dataset", metavar="DATASET", help="caption file, folder or Hub dataset, as for training")
+    parser.add_argument("--validation_dataset", metavar="DATASET", help=TRAINING_HELP["validation_dataset"])
     declare_dataset(parser)
+    parser.add_argument("--revision", help=TRAINING_HELP["dataset_revision"])
     parser.add_argument(
         "--batch_size",
         type=int,

@@ -31,6 +31,7 @@ sources.py: images of any source, for an index
 problems.py: kinds of problems of a dataset
 skipped.py: one report of images and folders that were skipped
 check.py: `miniclip check`: all problems of a dataset
+entries.py: images of any source with their captions and rows, to be checked
 find_problems.py: what can be wrong with captions, images and splits
 check_report.py: the report as text or JSON
 fixed_copy.py: a CSV with only the valid rows

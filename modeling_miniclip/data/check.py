@@ -1,6 +1,5 @@
 """`miniclip check`: find every problem of a dataset before training, each with its file and row."""
 
-import os
 import warnings
 from argparse import Namespace
 from collections import Counter, defaultdict
@@ -10,18 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DataError, ModelError, Problem, UsageError, one_line, printable
-from .caption_files import UNDECODED, CaptionedImage
-from .captions import load_captions
 from .check_report import Report
 from .columns import ColumnNames
-from .find_problems import ENTRY_CHECKS, Entry, Inspections, files_without_captions, find_problems, small_splits
+from .entries import Entry, read_entries
+from .find_problems import ENTRY_CHECKS, Inspections, files_without_captions, find_problems, small_splits
 from .fixed_copy import fix_target, report_path, write_fixed_copy
+from .load_rows import SeededSplit
 from .near_duplicates import inspect_images
 from .problems import HARMLESS, KINDS
-from .read_source import Source, read_source
 from .row_blocks import record_batches, sample_of_captions
-from .source_kinds import local_path
-from .splits import split_by_image
+from .rows import ReadOptions
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -33,7 +30,8 @@ if TYPE_CHECKING:
 def check_command(args: Namespace) -> int:
     """`miniclip check`: print the report; the exit code is 1 if there are problems that do harm."""
     options = ("image_dir", "image_column", "caption_column", "validation_fraction", "seed", "batch_size", "tokenizer",
-               "num_workers", "allow_outside_images", "fix")  # fmt: skip
+               "num_workers", "allow_outside_images", "fix", "validation_dataset", "caption_template",
+               "revision")  # fmt: skip
     report = check(args.dataset, decode=not args.quick, **{name: getattr(args, name) for name in options})
     print(report.as_json() if args.json else report.as_text())
     if args.fix and not args.json:
@@ -55,51 +53,57 @@ def check(
     num_workers: int = 2,
     allow_outside_images: bool = False,
     fix: str | None = None,
+    validation_dataset: str | None = None,
+    caption_template: str = ReadOptions.caption_template,
+    revision: str | None = None,
 ) -> Report:
     """Find everything that would stop a run or harm the trained model.
 
     Args:
-        dataset, image_dir, image_column, caption_column, validation_fraction, seed, allow_outside_images: as in
-            `load_captions`; a source without splits is split as in training.
+        dataset, image_dir, image_column, caption_column, validation_fraction, seed, allow_outside_images,
+        caption_template, revision: as in `load_captions`; a source without splits is split as in training.
         batch_size: images per step, for the expected false negatives.
         tokenizer: text tower or export whose tokenizer is used to count truncated captions.
         decode: whether to open every image, instead of only looking for its file.
         num_workers: number of processes that decode images.
         fix: path of a new CSV with only the valid rows, where the captions of identical files are joined; a report is
             written next to it.
+        validation_dataset: source of all validation images.
 
     Raises:
         DataError: the dataset does not exist or cannot be loaded from the Hub.
-        UsageError: `fix` cannot be written.
+        UsageError: an option is out of range, or `fix` cannot be written.
     """
     target = fix_target(fix) if fix else None
     if batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, not {batch_size}")
+    if not 0 < validation_fraction < 1:
+        raise UsageError(f"--validation_fraction must be between 0 and 1, not {validation_fraction}")
+    if target is not None and validation_dataset is not None:
+        raise UsageError(
+            "--fix writes a copy of one dataset: leave out --validation_dataset, and check that separately"
+        )
     columns = ColumnNames(image_column, caption_column, allow_outside_images)
-    path = local_path(dataset) if dataset != "scenes" else None
-    report, source = Report(dataset), None
+    options = ReadOptions(columns, image_dir, revision, caption_template=caption_template)
+    split = SeededSplit(validation_fraction, seed)
+    report = Report(dataset)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the figures show what is in no split
-            if path is not None:
-                source = read_source(path, image_dir, columns, report.problems.append)
-                entries = _entries_of_source(source, validation_fraction, seed)
-            else:
-                entries = _load_entries(dataset, columns, validation_fraction, seed)
+            source = read_entries(dataset, options, split, report.problems.append, validation_dataset)
     except DataError as error:
         if error.problem is None:
             raise
         report.problems.append(replace(error.problem, kind="unusable"))
         return report
-    inspections = _inspect_usable_images(entries, report.problems, num_workers) if decode else {}
-    report.problems += find_problems(entries, inspections, batch_size)
-    if source is not None:
-        report.problems += files_without_captions(source)
-    report.figures = _figures(entries, batch_size, tokenizer)
+    if target is not None and source.folder is None:
+        raise UsageError(f"--fix: {dataset} is not a local caption file or folder, so there is no copy to write")
+    inspections = _inspect_usable_images(source.entries, report.problems, num_workers) if decode else {}
+    report.problems += find_problems(source.entries, inspections, batch_size)
+    report.problems += files_without_captions(source.entries)
+    report.figures = _figures(source.entries, batch_size, tokenizer)
     if target is not None:
-        if source is None:
-            raise UsageError(f"--fix: {dataset} is not a local caption file or folder, so there is no copy to write")
-        write_fixed_copy(target, entries, inspections, report, source)
+        write_fixed_copy(target, source, inspections, report)
     return report
 
 
@@ -130,56 +134,11 @@ def quick_check(splits: "DatasetDict", dataset: str, batch_size: int) -> list[st
 # --- entries --------------------------------------------------------------------------------------------------------
 
 
-def _entries_of_source(source: Source, validation_fraction: float, seed: int) -> list[Entry]:
-    splits = source.splits or {"train": sorted(source.images)}
-    if "validation" not in splits and len(splits["train"]) > 1:
-        splits = splits | split_by_image(splits["train"], validation_fraction, seed)
-    split_of = {name: split for split, names in splits.items() for name in names}
-
-    def entry(name: str, image: CaptionedImage) -> Entry:
-        path = os.path.join(source.folder, name)
-        return Entry(name, split_of.get(name, "none"), image.captions, image.rows, image.file, image.column, path)
-
-    return [entry(name, image) for name, image in source.images.items()]
-
-
-def _load_entries(dataset: str, columns: ColumnNames, validation_fraction: float, seed: int) -> list[Entry]:
-    """Entries of the built-in dataset or of one on the Hub."""
-    splits = load_captions(
-        dataset,
-        image_column=columns.image,
-        caption_column=columns.caption,
-        validation_fraction=validation_fraction,
-        seed=seed,
-    )
-    return entries_of_splits(splits, dataset)
-
-
 def _blocks_of_entries(rows: "Dataset", split: str, file: str) -> Iterator[list[Entry]]:
     """Entries of a split without their images, a block of rows at a time."""
     for batch in record_batches(rows, ["image_id", "captions"]):
         columns = zip(*(column.to_pylist() for column in batch), strict=True)
         yield [Entry(name, split, texts, [0] * len(texts), file, None, b"") for name, texts in columns]
-
-
-def entries_of_splits(splits: "DatasetDict", dataset: str) -> list[Entry]:
-    """Entries of splits as returned by `load_captions`, with their encoded images.
-
-    Args:
-        splits: splits with the columns `image`, `image_id` and `captions`.
-        dataset: name or path of the dataset.
-    """
-    from datasets import Image
-
-    entries = []
-    for split, rows in splits.items():
-        images = (row["image"] for row in rows.select_columns(["image"]).cast_column("image", Image(decode=False)))
-        columns = zip(rows["image_id"], rows["captions"], images, strict=True)
-        for i, (name, captions, image) in enumerate(columns):
-            content = image["bytes"] if image["bytes"] is not None else image["path"]
-            file = f"{dataset}, split {split}"
-            entries.append(Entry(name, split, captions, [i] * len(captions), file, None, content))
-    return entries
 
 
 def _inspect_usable_images(entries: list[Entry], problems: list[Problem], num_workers: int) -> Inspections:
@@ -201,7 +160,7 @@ def _figures(entries: list[Entry], batch_size: int, tokenizer: str | None) -> di
     expected = expected_false_negatives(train, batch_size)
     figures[f"false_negatives_expected_in_a_batch_of_{batch_size}"] = float(f"{expected:.3g}")
     if tokenizer is not None:
-        texts = [caption for entry in entries for caption in entry.captions if not UNDECODED.search(caption)]
+        texts = [caption for entry in entries for caption in entry.captions]
         truncated, limit = _count_truncated(tokenizer, texts)
         figures[f"captions_cut_to_{limit}_tokens"] = truncated
     return figures

@@ -1,18 +1,16 @@
 """What can be wrong with a dataset that can be read: its captions, its images, its splits, files without captions."""
 
 import os
-import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
 from ..errors import Problem
 from ..utils.names import name_of
+from .entries import NONE, Entry, is_file
 from .listing import is_hidden
 from .near_duplicates import ImageInspection, find_image_copies
 from .picture_formats import is_picture_file
-from .read_source import Source
 
 LONGEST_CAPTION = 1000  # characters; more than any text tower reads
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all control characters except tabs and line ends
@@ -20,29 +18,6 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all control characters exce
 LIST = re.compile(r"""\[\s*(\]|["'].*["']\s*,?\s*\])|\{\s*["'].*["']\s*:.*\}|\(\s*["'].*["']\s*,?\s*\)""", re.DOTALL)
 MISSING = frozenset({"nan", "none", "null", "n/a", "#n/a", "na", "<na>", "nil", "undefined", "-", "--", "?"})
 FEWEST_VALIDATION_IMAGES = 11  # with ten, recall@10 is always 100 %
-
-
-class Entry(NamedTuple):
-    """An image of a split with all its captions.
-
-    Args:
-        name: name of the image.
-        split: name of its split, "none" if it is in no split.
-        captions: all captions of the image.
-        rows: row number of each caption.
-        file: caption file, or dataset and split on the Hub.
-        column: name of the column that names the image.
-        content: path of the image file, or the encoded image.
-    """
-
-    name: str
-    split: str
-    captions: list[str]
-    rows: list[int]
-    file: str
-    column: str | None
-    content: str | bytes
-
 
 Inspections = Mapping[str, ImageInspection]  # by the name of the image
 
@@ -75,7 +50,8 @@ def caption_problems(entries: list[Entry], inspections: Inspections, batch_size:
             first = first_at.setdefault(caption, i)
             if first != i:
                 other = entry.rows[first]
-                text = f"{caption[:80]!r} is already a caption of {entry.name!r}, in row {other}; delete one"
+                where = "" if other is None else f", in row {other}"
+                text = f"{caption[:80]!r} is already a caption of {entry.name!r}{where}; delete one"
                 yield Problem("duplicate-caption", text, entry.file, row)
 
 
@@ -94,12 +70,13 @@ def image_problems(entries: list[Entry], inspections: Inspections, batch_size: i
     for name, first, identical in find_image_copies(inspections):
         entry, other = by_name[name], by_name[first]
         relation = "is byte for byte" if identical else "looks like"
+        where = "" if other.rows[0] is None else f" (row {other.rows[0]})"
         if entry.split == other.split:
-            text = f"image {name!r} {relation} {first!r} (row {other.rows[0]}); move its captions to that one"
+            text = f"image {name!r} {relation} {first!r}{where}; move its captions to that one"
             yield Problem("duplicate-image", text, entry.file, entry.rows[0])
-        elif "none" not in (entry.split, other.split):
+        elif NONE not in (entry.split, other.split):
             text = (
-                f"image {name!r} of {entry.split} {relation} {first!r} of {other.split} (row {other.rows[0]}), so the "
+                f"image {name!r} of {entry.split} {relation} {first!r} of {other.split}{where}, so the "
                 "metrics are not those of unseen images; delete one"
             )
             yield Problem("two-splits", text, entry.file, entry.rows[0])
@@ -139,17 +116,19 @@ def find_problems(entries: list[Entry], inspections: Inspections, batch_size: in
     return [problem for check in CHECKS for problem in check(entries, inspections, batch_size)]
 
 
-def files_without_captions(source: Source) -> Iterator[Problem]:
+def files_without_captions(entries: list[Entry]) -> Iterator[Problem]:
     """Image files that no row names, in the folders that hold images named by rows."""
-    for parent in sorted({posixpath.dirname(name) for name in source.images}):
-        folder = source.folder / parent
+    named = {os.path.normpath(entry.content) for entry in entries if is_file(entry.content)}
+    for folder in sorted({os.path.dirname(path) for path in named}):
         try:
             files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         except OSError as error:
             text = f"this folder cannot be listed: {error.strerror or error}; check its permissions and its disk"
             yield Problem("unlisted", text, name_of(folder))
             continue
+        except ValueError:  # a null byte
+            continue
         for file in files:
-            if is_picture_file(file) and not is_hidden(file) and posixpath.join(parent, file) not in source.images:
+            if is_picture_file(file) and not is_hidden(file) and os.path.join(folder, file) not in named:
                 text = "an image without captions; write some or delete it"
-                yield Problem("no-captions", text, name_of(folder / file))
+                yield Problem("no-captions", text, name_of(os.path.join(folder, file)))

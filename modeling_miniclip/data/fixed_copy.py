@@ -6,11 +6,10 @@ from pathlib import Path
 
 from ..errors import UsageError, printable
 from ..utils.files import replace_text
-from .caption_files import UNDECODED
 from .check_report import Report
-from .find_problems import Entry, Inspections
+from .entries import NONE, Entries
+from .find_problems import Inspections
 from .near_duplicates import find_image_copies
-from .read_source import Source
 
 
 def fix_target(fix: str) -> Path:
@@ -33,9 +32,7 @@ def report_path(target: Path) -> Path:
     return target.with_suffix(".report.txt")
 
 
-def write_fixed_copy(
-    target: Path, entries: list[Entry], inspections: Inspections, report: Report, source: Source
-) -> None:
+def write_fixed_copy(target: Path, source: Entries, inspections: Inspections, report: Report) -> None:
     """Write the valid rows as a new CSV, and next to it the report of all problems.
 
     Duplicate captions of an image are written once. Captions of a file that is identical to an earlier one go to that
@@ -43,28 +40,27 @@ def write_fixed_copy(
 
     Args:
         target: CSV file to write, from [`fix_target`].
-        entries: images of the source with their captions.
+        source: images of the source with their captions.
         inspections: results of decoding the images.
         report: report of all problems.
-        source: source of the entries.
     """
     bad = {problem.image for problem in report.problems}
     first_of = {name: first for name, first, identical in find_image_copies(inspections) if identical}
-    split_of = {entry.name: entry.split for entry in entries}
+    split_of = {entry.name: entry.split for entry in source.entries}
     captions: dict[str, list[str]] = {}
-    for entry in entries:
+    for entry in source.entries:
         first = first_of.get(entry.name, entry.name)
-        name = first if not source.splits or split_of[first] == entry.split else entry.name
-        good = [text for text in entry.captions if not UNDECODED.search(text)]
-        if entry.name not in bad and not UNDECODED.search(entry.name):
-            captions.setdefault(name, []).extend(good)
+        name = first if not source.has_splits or split_of[first] == entry.split else entry.name
+        if entry.name not in bad:
+            captions.setdefault(name, []).extend(entry.captions)
     unique = {name: list(dict.fromkeys(several)) for name, several in captions.items()}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "caption"])
+    writer.writerow(["image", "caption", *(["split"] if source.rows_name_splits else [])])
     for name, several in unique.items():
-        writer.writerows([name, " ".join(caption.split())] for caption in several)
-    written, total = sum(map(len, unique.values())), sum(len(entry.captions) for entry in entries)
+        split = [split_of[name].replace(NONE, "")] if source.rows_name_splits else []
+        writer.writerows([name, " ".join(caption.split()), *split] for caption in several)
+    written, total = sum(map(len, unique.values())), sum(len(entry.captions) for entry in source.entries)
     head = f"{printable(target.name)}: {written} of {total} readable captions, images in {printable(source.folder)}\n"
     try:
         replace_text(report_path(target), head + report.as_text(None) + "\n")

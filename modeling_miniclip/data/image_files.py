@@ -150,7 +150,12 @@ class Spellings:
 
 
 def rows_with_images(
-    rows: Iterable[Row], folder: Path, allow_outside: bool, on_problem: OnProblem, bounds: Path | None = None
+    rows: Iterable[Row],
+    folder: Path,
+    allow_outside: bool,
+    on_problem: OnProblem,
+    bounds: Path | None = None,
+    keep_bad: bool = False,
 ) -> Iterator[Row]:
     """Rows that name image files, with the paths of these; those whose image cannot be used are reported and left out.
 
@@ -161,6 +166,7 @@ def rows_with_images(
         on_problem: function called with each image that is missing, empty, outside, or in a format that is not read;
             and once if names were matched with files that are spelled otherwise (kind `spelling`).
         bounds: folder that no name may leave; by default `folder`.
+        keep_bad: whether to yield rows too whose image cannot be used.
 
     Raises:
         DataError: there is no such folder.
@@ -177,6 +183,8 @@ def rows_with_images(
         other = images.check(block)
         for row in block:
             name = other.get(row.name, row.name) if other else row.name
+            if name is None and keep_bad:
+                name = row.name
             if name is not None:
                 images.place(row, name)
                 yield row
@@ -199,7 +207,8 @@ class _Images:
 
     def place(self, row: Row, name: str) -> None:
         """Set image, name and key of a row whose image has this name in the folder."""
-        row.image = os.path.join(self.folder, name) if self.allow_outside else self.start + name
+        is_simple = not self.allow_outside and not name.startswith("/")
+        row.image = self.start + name if is_simple else os.path.join(self.folder, name)
         row.name = row.key = self._name(name) if self.prefix else name
 
     def _name(self, name: str) -> str:

@@ -198,9 +198,19 @@ def _rows(kind: Kind, source: str, options: ReadOptions, on_problem: OnProblem) 
 
 
 def splits_of_table(folder: Path, about: About, kind: Kind, seeded: SeededSplit | None) -> DatasetDict:
-    """The splits of a table: those that the source names, and a random one for validation if it has none.
+    """The splits of a table, see [`rows_of_splits`]; without the columns that it lacks."""
+    rows = open_table(folder)
+    splits = rows_of_splits(rows, folder, about, kind, seeded)
+    columns = [name for name in rows.column_names if name not in ("caption_ids", "group") or name in about.columns]
+    rows = rows.select_columns([name for name in columns if name != "split"])
+    return DatasetDict({split: _select(rows, splits[split]) for split in SPLITS if split in splits})
+
+
+def rows_of_splits(rows: Dataset, folder: Path, about: About, kind: Kind, seeded: SeededSplit | None) -> RowNumbers:
+    """Row numbers of the splits that a source names, and of a random one for validation if it has none.
 
     Args:
+        rows: all rows of a table.
         folder, about: the table.
         kind: kind of its source.
         seeded: how to split it at random; None leaves the rows of a source without splits in `train`.
@@ -208,7 +218,6 @@ def splits_of_table(folder: Path, about: About, kind: Kind, seeded: SeededSplit 
     Raises:
         DataError: there are too few rows to split.
     """
-    rows = open_table(folder)
     named: RowNumbers = {}
     for split in SPLITS:
         if (path := folder / NAMED.format(split)).exists():
@@ -216,12 +225,8 @@ def splits_of_table(folder: Path, about: About, kind: Kind, seeded: SeededSplit 
     if not named and kind.one_split_is_train:
         named = {"train": np.arange(len(rows))}
     if seeded is None:
-        splits = named or {"train": order_by_name(rows) if kind.by_name else np.arange(len(rows))}
-    else:
-        splits = named | _random_split(rows, named, about, kind, seeded)
-    columns = [name for name in rows.column_names if name not in ("caption_ids", "group") or name in about.columns]
-    rows = rows.select_columns([name for name in columns if name != "split"])
-    return DatasetDict({split: _select(rows, splits[split]) for split in SPLITS if split in splits})
+        return named or {"train": order_by_name(rows) if kind.by_name else np.arange(len(rows))}
+    return named | _random_split(rows, named, about, kind, seeded)
 
 
 def _random_split(rows: Dataset, named: RowNumbers, about: About, kind: Kind, seeded: SeededSplit) -> RowNumbers:

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 from ..errors import MiniClipError
 from ..pictures_miniclip import exif_orientation, to_rgb
 from ..utils.processes import follow_parent
-from .picture_formats import UnreadableFormat, decode_picture
+from .picture_formats import UnreadableFormat, decode_picture, read_encoded
 
 LARGEST_BUCKET = 100  # images that share a part of their hash and are compared; flat images share one with many others
 MOST_SIGNS = 8  # of 64: gradient signs that may differ between copies
@@ -46,7 +45,7 @@ def inspect_images(contents: list[str | bytes], num_workers: int) -> Iterator[Im
     """Decode images, in their order.
 
     Args:
-        contents: paths of image files, or encoded images.
+        contents: paths of image files, names of images in shards, or encoded images.
         num_workers: number of processes; 0 decodes in this one.
 
     Raises:
@@ -66,14 +65,14 @@ def inspect_images(contents: list[str | bytes], num_workers: int) -> Iterator[Im
 
 
 def inspect_image(content: str | bytes) -> ImageInspection:
-    """Decode one image, given as the path of its file or as its encoded bytes."""
+    """Decode one image, given as the path of its file, its name in a shard, or its encoded bytes."""
 
     def check_size(opened: Image.Image) -> None:
         if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or opened.width * opened.height):
             raise Image.DecompressionBombError(f"has {opened.width}x{opened.height} pixels")
 
     try:
-        data = content if isinstance(content, bytes) else Path(content).read_bytes()
+        data = content if isinstance(content, bytes) else read_encoded({"path": content})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # decompression bombs are reported below, before they are decoded
             opened = decode_picture(data, check_size)

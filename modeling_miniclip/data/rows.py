@@ -64,6 +64,8 @@ class ReadOptions:
         stream_first_rows: number of rows to stream from the start of each split of a dataset on the Hub.
         caption_template: caption of the images of a class folder, with `{}` for its name.
         all_images: whether to yield images without captions too, as an index wants them.
+        bad_images: whether to yield rows too whose image file is missing, empty, outside or unreadable, after it was
+            reported.
         shard_folder: folder of indexes and fetched shards; None for `miniclip/shards` in HF_HOME.
     """
 
@@ -73,6 +75,7 @@ class ReadOptions:
     stream_first_rows: int | None = None
     caption_template: str = "a photo of a {}"
     all_images: bool = False
+    bad_images: bool = False
     shard_folder: str | os.PathLike | None = None
 
 

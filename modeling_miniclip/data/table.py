@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROWS, ABOUT = "rows.arrow", "about.json"
 BLOCK = 4_096  # rows that are written at a time
+NO_ROW = -1  # number of a row that is a whole file
 JOINED_TOGETHER = 4_000_000  # keys that are sorted at a time
 
 # Columns that hold a list per image, one value per caption.
@@ -65,7 +66,8 @@ class About:
 def table_features() -> "Features":
     """Columns of `rows.arrow`.
 
-    `caption_hashes` are CRC-32 of the captions, `rows` their row numbers in their file, `file` its number in `About`.
+    `caption_hashes` are CRC-32 of the captions, `rows` their row numbers in their file ([`NO_ROW`] for a whole file),
+    `file` its number in `About`.
     """
     from datasets import Features, Image, List, Value
 
@@ -125,7 +127,7 @@ def _write_runs(rows: Iterable[Row], path: Path, about: About, on_problem: OnPro
             numbers.clear()
 
         for row in rows:
-            here = [row.number or 0] * (len(row.captions) or 1)
+            here = [NO_ROW if row.number is None else row.number] * (len(row.captions) or 1)
             if block and row.key is not None and row.key == block[-1].key:
                 last = block[-1]
                 if last.split != row.split or last.group != row.group:
@@ -262,7 +264,8 @@ def _check_runs(runs: pa.Table, heads: np.ndarray, about: About, on_problem: OnP
             if value[run] != value[head_of[run]]:
                 file, column = about.files[runs["file"][run].as_py()]
                 image, number = runs["image_id"][run].as_py(), runs["rows"][run][0].as_py()
-                on_problem(_disagreement(name, image, value[head_of[run]], value[run], file, number, column))
+                place = file, None if number == NO_ROW else number, column
+                on_problem(_disagreement(name, image, value[head_of[run]], value[run], *place))
 
 
 # --- open -----------------------------------------------------------------------------------------------------------

@@ -191,6 +191,40 @@ def test_odd_texts_are_still_captions(caption: str) -> None:
     assert looks_like_data(caption) is None
 
 
+def with_split_column(path: Path) -> None:
+    """Put the first 14 images into train, 11 into validation and one into no split."""
+    header, *lines = path.read_text().splitlines()
+    split_of = dict(zip(NAMES, ["train"] * 14 + ["dev"] * 11 + [""], strict=True))
+    path.write_text("\n".join([f"{header},Split", *(f"{line},{split_of[line.split(',')[0]]}" for line in lines)]))
+
+
+def test_a_split_column_is_honoured_and_copied(good: Path) -> None:
+    with_split_column(good)
+    append(good, "")
+    last = append(good, "none.png,words,train")
+    fixed = good.parent / "fixed.csv"
+    report = check(str(good), decode=False, batch_size=8, fix=str(fixed))
+    assert [(problem.kind, problem.row) for problem in report.problems] == [("missing", last)]
+    sizes = {"images_in_train": 15, "images_in_validation": 11, "images_in_none": 1}  # with the missing one
+    assert sizes.items() <= report.figures.items()
+    copy = check(str(fixed), num_workers=0, batch_size=8)
+    assert copy.problems == [] and (sizes | {"images_in_train": 14}).items() <= copy.figures.items()
+
+
+def test_validation_images_of_another_file_are_checked(good: Path) -> None:
+    with_split_column(good)
+    (good.parent / "val.csv").write_text("image,caption\n0.png,a\n" + "".join(f"{name},b\n" for name in NAMES[14:]))
+    report = check(str(good), num_workers=0, batch_size=8, validation_dataset=str(good.parent / "val.csv"))
+    sizes = {"images_in_train": 14, "images_in_validation": 13, "images_in_none": 12}
+    assert sizes.items() <= report.figures.items()
+    (leak,) = report.problems
+    assert leak.kind == "two-splits" and leak.text.startswith("image '0.png of ") and "of train" in leak.text
+    with pytest.raises(UsageError, match="--fix writes a copy of one dataset"):
+        check(str(good), validation_dataset="scenes", fix=str(good.parent / "fixed.csv"))
+    with pytest.raises(UsageError, match="--validation_fraction must be between 0 and 1, not 1"):
+        check(str(good), validation_fraction=1)
+
+
 def test_a_fixed_copy_has_no_problems(good: Path, tmp_path: Path) -> None:
     images = good.parent / "Images"
     for line, _ in ROWS.values():

@@ -53,7 +53,7 @@ def read_caption_file(source: str, options: ReadOptions, on_problem: OnProblem) 
         head = list(islice(rows, SAMPLE))
         folder, bounds = _image_folder(file, split, head, options)
         for row in rows_with_images(
-            chain(head, rows), folder, options.columns.allow_outside_images, on_problem, bounds
+            chain(head, rows), folder, options.columns.allow_outside_images, on_problem, bounds, options.bad_images
         ):
             row.split = row.split or split
             yield row
