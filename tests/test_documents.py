@@ -85,6 +85,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_towers: tuple[Path, P
     rows = code_blocks(README, "csv")[0].strip().splitlines()
     rows += [f"{name}.jpg,a picture of the number {name}" for name in names[2:]]
     (folder / "captions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "more.csv").write_text("\n".join(rows[:1] + rows[-20:]) + "\n", encoding="utf-8")
     copies = {"Images": names, "Pictures/sea": names[:3], "places/beach": names[:1], "places/kitchen": names[1:2]}
     for place, of_place in copies.items():
         (folder / place).mkdir(parents=True)

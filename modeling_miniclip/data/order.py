@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-WINDOW_ROWS = 4096  # a window has about as many rows,
+WINDOW_ROWS = 1024  # a window has about as many rows,
 WINDOW_SHARDS = 4  # but at least about as many shards
 PIECE = 65_536  # rows in a piece of an order, at most
 OF_SHARDS, OF_ROWS = 1, 2  # the last word of a seed: what is shuffled

@@ -10,10 +10,11 @@ path or, for a remote shard, a URL.
 """
 
 import io
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import fsspec
 import numpy as np
@@ -26,6 +27,7 @@ from ..errors import DataError
 PROTOCOL = "row"
 PREFIX = f"{PROTOCOL}://"
 OPEN_SHARDS = 64  # files that a process keeps open
+HELD_BYTES = 128_000_000  # of row groups in memory; a window of images (see `order.py`) of up to 125 kB
 
 
 class Place(NamedTuple):
@@ -104,17 +106,29 @@ class _ArrowTable:
 
 
 class _ParquetTable:
-    """A Parquet file, whose last row groups stay in memory: its rows are read in about their order."""
+    """A Parquet file, whose row groups are read as a whole; the last ones of all files stay in memory."""
+
+    held: ClassVar[OrderedDict[tuple[str, int, str], pa.ChunkedArray]] = OrderedDict()  # the last one used comes last
+    held_bytes: ClassVar[int] = 0
 
     def __init__(self, path: str):
-        self.file = pq.ParquetFile(path, memory_map=True)
+        self.path, self.file = path, pq.ParquetFile(path, memory_map=True)
         about = self.file.metadata
         self.starts = np.cumsum([0, *(about.row_group(i).num_rows for i in range(about.num_row_groups))])
-        self.groups = lru_cache(maxsize=2)(lambda i, column: self.file.read_row_group(i, columns=[column])[column])
 
     def read(self, row: int, column: str) -> Any:
         group = int(self.starts.searchsorted(row, "right")) - 1
-        return self.groups(group, column)[row - int(self.starts[group])].as_py()
+        return self._group(group, column)[row - int(self.starts[group])].as_py()
+
+    def _group(self, group: int, column: str) -> pa.ChunkedArray:
+        key, cls = (self.path, group, column), _ParquetTable
+        if key not in cls.held:
+            cls.held[key] = self.file.read_row_group(group, columns=[column], use_threads=False)[column]
+            cls.held_bytes += cls.held[key].nbytes
+            while cls.held_bytes > HELD_BYTES and len(cls.held) > 1:
+                cls.held_bytes -= cls.held.popitem(last=False)[1].nbytes
+        cls.held.move_to_end(key)
+        return cls.held[key]
 
 
 @lru_cache(maxsize=OPEN_SHARDS)

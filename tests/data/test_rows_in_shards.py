@@ -14,7 +14,9 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 
 from modeling_miniclip import DataError
+from modeling_miniclip.data import shard_url
 from modeling_miniclip.data.dataset import CaptionRows
+from modeling_miniclip.data.picture_formats import read_encoded
 from modeling_miniclip.data.shard_url import member_url, table_url
 from tests.helpers.towers import tiny_processor
 
@@ -123,3 +125,18 @@ def test_rows_are_sent_to_a_process_without_their_table(tmp_path: Path) -> None:
         assert pickle.loads(pickled).captions_of([count - 1]) == [[f"a picture {count - 1}"]]
         sizes.append(len(pickled))
     assert sizes[1] - sizes[0] < 1000
+
+
+def test_row_groups_stay_in_memory_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = write_parquet(tmp_path / "a.parquet") + write_parquet(tmp_path / "b.parquet")
+    size = sum(map(len, pictures()[:2]))
+    monkeypatch.setattr(shard_url, "HELD_BYTES", int(2.5 * size))
+    monkeypatch.setattr(shard_url._ParquetTable, "held", shard_url.OrderedDict())
+    monkeypatch.setattr(shard_url._ParquetTable, "held_bytes", 0)
+    groups = []
+    for row in (0, 1, 2, 0, 5, 0, 2):
+        assert read_encoded({"bytes": None, "path": names[row]}) == pictures()[row % COUNT]
+        groups.append([(Path(path).name[0], group) for path, group, _ in shard_url._ParquetTable.held])
+    a0, a1, b0 = ("a", 0), ("a", 1), ("b", 0)
+    assert groups == [[a0], [a0], [a0, a1], [a1, a0], [a0, b0], [b0, a0], [a0, a1]]
+    assert shard_url._ParquetTable.held_bytes <= 2.5 * size
