@@ -130,7 +130,10 @@ def relation(images: Sequence[Tensor], texts: Sequence[Tensor]) -> float | None:
     generator = torch.Generator().manual_seed(0)
     orders = [torch.arange(n), *(torch.randperm(n, generator=generator) for _ in range(PERMUTATIONS))]
     whole = torch.stack(one).flatten(1)  # [kinds, n * n]
-    strengths = torch.stack([torch.stack([whole @ x[p][:, p].flatten() for x in other]) for p in orders])
+    strengths = whole.new_empty(len(orders), len(other), len(one))
+    for p, row in zip(orders, strengths, strict=True):  # in place: a list of small tensors would fragment the memory
+        for x, cell in zip(other, row, strict=True):
+            cell.copy_(whole @ x[p][:, p].flatten())
     true, shuffled = strengths[0], strengths[1:]
     return float(((true - shuffled.mean(dim=0)) / shuffled.std(dim=0).clamp(min=1e-9)).max())
 
@@ -157,27 +160,30 @@ def _describe_images(
     rows: CaptionRows, model: MiniClipModel, processor: MiniClipProcessor, device: torch.device
 ) -> tuple[list[Tensor], list[list[str]]]:
     """`[n, width]` features and `[n, 192]` pixels of the images that can be decoded, and their captions."""
-    features, pixels, captions = [], [], []
+    features = torch.empty(len(rows), model.vision_model.pooled_size)
+    pixels, captions = torch.empty(len(rows), 3 * SIDE * SIDE), list[list[str]]()
     for start in range(0, len(rows), BLOCK):
         block = rows.__getitems__([(0, i) for i in range(start, min(start + BLOCK, len(rows)))])
         block = [row for row in block if "undecodable" not in row and row["image_id"] >= 0]
         if block:
             values = stack_pixels([row["pixels"] for row in block])  # [b, 3, H, W] uint8
-            features.append(model.pool_images(processor.normalize(values.to(device))).pooler_output.float().cpu())
-            pixels.append(adaptive_avg_pool2d(values.float(), SIDE).flatten(1))
+            here = slice(len(captions), len(captions) + len(block))
+            features[here] = model.pool_images(processor.normalize(values.to(device))).pooler_output.float().cpu()
+            pixels[here] = adaptive_avg_pool2d(values.float(), SIDE).flatten(1)
             captions += [row["captions"] for row in block]
-    return [torch.cat(features), torch.cat(pixels)], captions
+    return [features[: len(captions)], pixels[: len(captions)]], captions
 
 
 def _describe_texts(
     captions: Sequence[Sequence[str]], model: MiniClipModel, processor: MiniClipProcessor, device: torch.device
 ) -> Tensor:
     """`[n, width]`, mean features of each image's captions."""
-    means = []
+    means = torch.empty(len(captions), model.config.text_config.hidden_size)
     for start in range(0, len(captions), BLOCK):
         block = captions[start : start + BLOCK]
         texts = [text for row in block for text in row]
         ids = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
         found = model.pool_texts(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]).pooler_output
-        means += [part.mean(dim=0) for part in found.float().cpu().split([len(row) for row in block])]
-    return torch.stack(means)
+        for i, part in enumerate(found.float().cpu().split([len(row) for row in block]), start):
+            means[i] = part.mean(dim=0)
+    return means
