@@ -78,8 +78,8 @@ def declare_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Values of [`DATASET_FLAGS`], as keyword arguments of `load_captions`."""
-    return {name: getattr(args, name) for name in DATASET_FLAGS}
+    """Values of [`DATASET_FLAGS`] and of [`declare_cache`], as keyword arguments of `load_captions`."""
+    return {name: getattr(args, name) for name in DATASET_FLAGS} | {"cache_dir": args.dataset_cache_dir}
 
 
 def declare_check(parser: argparse.ArgumentParser) -> None:
@@ -147,6 +147,7 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
         help="largest allowed difference in any component of an embedding (0.0001)",
     )  # fmt: skip
     declare_dataset(parser)
+    declare_cache(parser)
     parser.add_argument("--revision", help=TRAINING_HELP["dataset_revision"])
 
 
@@ -325,7 +326,9 @@ def declare_eval(parser: argparse.ArgumentParser) -> None:
         "dataset", metavar="DATASET", help="captioned images, or a folder with one subfolder per class"
     )
     parser.add_argument(
-        "--split", metavar="NAME", help="train, validation or test (the last of these that the dataset has)"
+        "--split",
+        metavar="NAME",
+        help="train, validation or test, or all for the images of all splits (the last split that the dataset has)",
     )
     parser.add_argument("--baseline", metavar="MODEL", help="second model, to compare on the same queries")
     parser.add_argument(
@@ -340,6 +343,7 @@ def declare_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images per forward pass (32)")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     declare_dataset(parser)
+    declare_cache(parser)
     parser.add_argument("--revision", help=TRAINING_HELP["dataset_revision"])
 
 

@@ -18,7 +18,7 @@ def load_captions(
     image_column: str = "image",
     caption_column: str = "caption",
     id_column: str = "id",
-    validation_fraction: float = 0.1,
+    validation_fraction: float | None = 0.1,
     seed: int = 0,
     revision: str | None = None,
     stream_first_rows: int | None = None,
@@ -41,7 +41,8 @@ def load_captions(
         image_column: name of the column that identifies the image.
         caption_column: name of the column with the text.
         id_column: name of the column with the caption's id; kept as `caption_ids`, never used to group or to split.
-        validation_fraction: fraction of the images in the validation split, if the source has none.
+        validation_fraction: fraction of the images in the validation split, if the source has none; None leaves the
+            images of a source without splits in `train`.
         seed: random seed of the split into training and validation.
         revision: commit, branch or tag of a dataset on the Hub.
         stream_first_rows: number of rows to stream from the start of each split of a Hub dataset into memory, instead
@@ -65,4 +66,5 @@ def load_captions(
         stream_first_rows,
         caption_template,
     )
-    return public_rows(load_rows(source, options, SeededSplit(validation_fraction, seed), cache_dir))
+    split = None if validation_fraction is None else SeededSplit(validation_fraction, seed)
+    return public_rows(load_rows(source, options, split, cache_dir))

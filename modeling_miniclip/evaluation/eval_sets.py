@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from datasets import Image as UndecodedImage
 from PIL import Image
 from torch import Tensor
 
 from ..data.captions import load_captions
-from ..data.layouts import METADATA_FILES, find_caption_file
+from ..data.layouts import METADATA_FILES
 from ..data.listing import list_images, subfolders, walk_folders
+from ..data.load_rows import SeededSplit
 from ..data.problems import HARMLESS
+from ..data.row_blocks import Captions, caption_counts
+from ..data.source_kinds import kind_of, resolve
 from ..data.splits import SPLIT_ALIASES, SPLITS
 from ..errors import DataError, Problem, UsageError
 from ..inference.encode import open_image
@@ -25,6 +28,7 @@ from ..utils.names import is_utf8, name_of
 from .metrics import DIRECTIONS, RECALL_AT
 
 CLASSIFICATION = "image_to_class"
+ALL = "all"  # the images of all splits together
 AUTOMATIC_SPLITS = ("test", "validation", "train")  # the first of these that exists
 TOP_K = (1, 5)
 
@@ -118,15 +122,23 @@ def load_eval_set(
     Args:
         source: dataset as for `load_captions`; or a folder with one folder of images per class and no captions,
             optionally inside one folder per split.
-        split: `train`, `validation` or `test`; by default the first of test, validation and train that exists.
+        split: `train`, `validation` or `test`, or `all` for the images of all splits; by default the first of test,
+            validation and train that exists.
         class_names: JSON file with a name for each class folder, such as `{"n02084071": "dog"}`. By default the class
             name is the folder's name, with spaces instead of underscores.
         options: other options of `load_captions`.
 
     Raises:
         DataError: the dataset or the file of class names is not as expected, or the split does not exist.
-        UsageError: class names were given for captioned images.
+        UsageError: class names were given for captioned images, or the validation fraction is out of range.
     """
+    fraction = options.get("validation_fraction", SeededSplit.validation_fraction)
+    if split == ALL:
+        options["validation_fraction"] = None
+    elif not 0 < fraction < 1:
+        raise UsageError(
+            f"--validation_fraction must be between 0 and 1, not {fraction}; --split all measures all images"
+        )
     folder = Path(source).expanduser()
     try:
         if _holds_class_folders(folder):
@@ -137,15 +149,22 @@ def load_eval_set(
     if class_names is not None:
         raise UsageError(f"--class_names {class_names}: {source} is not a folder of class folders without captions")
     splits = load_captions(source, **options)
-    name = _chosen_split(split, list(splits), source)
-    rows = splits[name]
-    captions = rows["captions"]
-    owner = [i for i, several in enumerate(captions) for _ in several]
-    texts = [caption for several in captions for caption in several]
+    if split == ALL:
+        name, rows = ALL, concatenate_datasets(list(splits.values()))
+    else:
+        name = _chosen_split(split, list(splits), source)
+        rows = splits[name]
     group = torch.arange(len(rows))
-    images = rows.select_columns(["image"]).cast_column("image", UndecodedImage(decode=False))
     return EvalSet(
-        source, name, images, list(rows["image_id"]), texts, group, torch.tensor(owner), DIRECTIONS, RECALL_AT
+        name=source,
+        split=name,
+        images=rows.select_columns(["image"]).cast_column("image", UndecodedImage(decode=False)),
+        image_ids=list(rows["image_id"]),
+        texts=[caption for several in Captions(rows) for caption in several],
+        image_group=group,
+        text_group=group.repeat_interleave(torch.from_numpy(caption_counts(rows))),
+        directions=DIRECTIONS,
+        at=RECALL_AT,
     )
 
 
@@ -153,30 +172,35 @@ def _chosen_split(split: str | None, names: Sequence[str], source: str) -> str:
     if split is None:
         return next(name for name in AUTOMATIC_SPLITS if name in names)
     if split not in names:
-        raise DataError(f"{source}: no split {split!r}; it has {', '.join(names)}: choose one with --split")
+        raise DataError(f"{source}: no split {split!r}; it has {', '.join(names)}: choose one, or all, with --split")
     return split
 
 
 def _holds_class_folders(folder: Path) -> bool:
-    if not folder.is_dir() or find_caption_file(folder):
+    if not folder.is_dir() or not subfolders(folder):
         return False
+    kind = kind_of(resolve(folder))
+    if kind is not None:
+        return kind.groups_are_classes
     listed = walk_folders(folder, lambda problem: None)
-    return not any(name in each.files for each in listed for name in METADATA_FILES) and bool(subfolders(folder))
+    return not any(name in each.files for each in listed for name in METADATA_FILES)
 
 
 def _class_folders(root: Path, split: str | None, class_names: str | os.PathLike | None) -> EvalSet:
     by_split = {SPLIT_ALIASES.get(name.lower(), name.lower()): root / name for name in subfolders(root)}
-    if set(by_split) <= set(SPLITS):
-        chosen = _chosen_split(split, list(by_split), str(root))
-        top = by_split[chosen]
-    elif split is not None:
-        raise DataError(
-            f"{root}: --split {split}, but its folders are {', '.join(subfolders(root)[:5])}: "
-            "put the class folders into one folder per split, or leave --split out"
-        )
+    if not set(by_split) <= set(SPLITS):
+        if split not in (None, ALL):
+            raise DataError(
+                f"{root}: --split {split}, but its folders are {', '.join(subfolders(root)[:5])}: "
+                "put the class folders into one folder per split, or leave --split out"
+            )
+        chosen, tops, top = ALL, [root], root
+    elif split == ALL:
+        chosen, tops, top = ALL, list(by_split.values()), root
     else:
-        chosen, top = "all", root
-    classes = subfolders(top)
+        chosen = _chosen_split(split, list(by_split), str(root))
+        tops, top = [by_split[chosen]], by_split[chosen]
+    classes = sorted({name for each in tops for name in subfolders(each)})
     if len(classes) < 2:
         raise DataError(
             f"{top}: {len(classes)} class folder; expected captions (a CSV, metadata.csv), or at least two "
@@ -186,11 +210,12 @@ def _class_folders(root: Path, split: str | None, class_names: str | os.PathLike
     labels: list[int] = []
     problems: list[Problem] = []
     for label, folder in enumerate(classes):
-        found = list(list_images(top / folder, problems.append))
+        there = [each / folder for each in tops if (each / folder).is_dir()]
+        found = [path for each in there for path in list_images(each, problems.append)]
         if not found:
-            inside = [problem for problem in problems if problem.file.startswith(name_of(top / folder))]
+            inside = [problem for problem in problems if problem.file.startswith(name_of(there[0]))]
             reason = f" that can be read: {inside[0]}" if inside else ""
-            raise DataError(f"{name_of(top / folder)}: no images{reason}; fill this class folder or delete it")
+            raise DataError(f"{name_of(there[0])}: no images{reason}; fill this class folder or delete it")
         images += found
         labels += [label] * len(found)
     for problem in problems:

@@ -89,7 +89,8 @@ def export_onnx(
     Args:
         source: folder of an exported model, or its repository on the Hub.
         folder: folder to write; must not exist, or be empty.
-        dataset: captioned images for the comparison, as in `load_captions`; the validation split is used.
+        dataset: captioned images for the comparison, as in `load_captions`; the validation split is used, if there
+            is one.
         num_images: maximum number of images to compare, each with all its captions.
         tolerance: largest accepted difference in a component of an embedding.
         **options: further arguments of `load_captions`.
@@ -111,7 +112,8 @@ def export_onnx(
     if num_images < 1:
         raise UsageError(f"--images must be at least 1, not {num_images}")
     model, processor = _load_exportable(source)
-    split = load_captions(dataset, **options)["validation"]
+    splits = load_captions(dataset, **options)
+    split = next(splits[name] for name in ("validation", "test", "train") if name in splits)
     rows = split.select(range(min(num_images, len(split))))
     with replaced_folder(target) as fresh:
         write_encoders(fresh, model, processor, rows)

@@ -152,6 +152,40 @@ def test_class_folders_may_be_inside_split_folders(class_folders: Path) -> None:
         load_eval_set(str(top), "test")
 
 
+def test_all_images_of_all_splits_can_be_measured(class_folders: Path, captioned_folder: Path) -> None:
+    def images(source: Path, split: str | None = None, **options: object) -> tuple[str, list[str]]:
+        data = load_eval_set(str(source), split, **options)
+        assert len(data.texts) == len(data.text_group) and len(data.images) == len(data.image_group)
+        return data.split, data.image_ids
+
+    everything = [f"{i}.png" for i in range(4)]
+    assert images(captioned_folder, "all") == images(captioned_folder / "captions.csv", "all") == ("all", everything)
+    assert load_eval_set(str(captioned_folder), "all").text_group.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3]
+    for split, names in {"test": "2.png\n1.png\n", "train": "0.png\n", "validation": "3.png\n"}.items():
+        (captioned_folder / f"{split}.txt").write_text(names)
+    assert images(captioned_folder, "all") == ("all", ["0.png", "3.png", "2.png", "1.png"])
+    assert images(captioned_folder) == ("test", ["2.png", "1.png"])
+    with pytest.raises(UsageError, match="must be between 0 and 1, not 1; --split all measures all images"):
+        load_eval_set(str(captioned_folder), validation_fraction=1)
+    assert len(images(class_folders, "all")[1]) == 7
+    split = class_folders.with_name("split")
+    for name, which in (("train", ("sky", "wood")), ("test", ("wood", "red_thing"))):
+        (split / name).mkdir(parents=True)
+        for folder in which:
+            (split / name / folder).symlink_to(class_folders / folder)
+    data = load_eval_set(str(split), "all")
+    assert (data.split, data.texts) == ("all", ["red thing", "sky", "wood"])
+    assert data.image_group.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2] and data.image_ids[0] == "test/red_thing/0.png"
+    assert len(set(data.image_ids)) == 9
+
+
+def test_a_folder_with_only_a_test_split_is_measured(captioned_folder: Path) -> None:
+    (captioned_folder / "captions.csv").rename(captioned_folder / "test.csv")
+    for split in (None, "test", "all"):
+        data = load_eval_set(str(captioned_folder), split)
+        assert (data.split, len(data.image_ids)) == (split or "test", 4)
+
+
 def test_class_names_can_come_from_a_file(class_folders: Path, tmp_path: Path) -> None:
     words = tmp_path / "words.json"
     words.write_text(json.dumps({"red_thing": "apple", "sky": "heaven", "wood": "tree", "more": "unused"}))
