@@ -13,7 +13,6 @@ listing.py: the files of a folder and below it
 picture_formats.py: one list of picture formats, one function that decodes a picture
 image_files.py: the images that a caption file names: where they are, which cannot be used
 splits.py: which image belongs to which split
-hub_datasets.py: datasets on the Hub
 rows.py: what every reader of a source yields
 shard_url.py: names for images inside a shard, and how to read them
 table.py: the rows of a source as a table on disk
@@ -24,6 +23,7 @@ remote_shards.py: shards that are elsewhere
 tar_headers.py: members of a tar archive
 tar_index.py: images of a tar archive with their captions, found once
 table_rows.py: rows of Parquet and Arrow files
+arrow_tables.py: datasets of the library `datasets` as such tables
 same_images.py: which rows of a table show the same image
 record_captions.py: captions in JSON and in nested columns
 scenes.py: the built-in dataset of drawn scenes

@@ -22,7 +22,6 @@ from .assign_splits import (
     splits_of_files,
     splits_of_rows,
 )
-from .hub_datasets import load_from_hub
 from .problems import OnProblem, raise_problem
 from .read_source import _build_splits, read_source
 from .rows import ReadOptions, Row
@@ -152,9 +151,7 @@ def load_datasets(
 
 def _load_otherwise(source: str, options: ReadOptions, split: SeededSplit) -> DatasetDict:
     fraction, seed = split.validation_fraction, split.seed
-    if os.path.exists(source):
-        return _build_splits(read_source(Path(source), options.image_dir, options.columns), fraction, seed)
-    return load_from_hub(source, options.columns, fraction, seed, options.revision, options.stream_first_rows)
+    return _build_splits(read_source(Path(source), options.image_dir, options.columns), fraction, seed)
 
 
 def build_table(
@@ -181,6 +178,11 @@ def build_table(
             named = splits_of_files(rows, lines, on_problem)
         else:
             named = splits_of_rows(rows) if "split" in about.columns else {}
+    if named and kind.one_split_is_train and len(named) == 1:
+        named = {"train": next(iter(named.values()))}
+    if named and not named.keys() & set(SPLITS):
+        text = f"no train split among {', '.join(named)}; name one of them train"
+        raise DataError(Problem("unusable", text, source))
     for split, numbers in named.items():
         if split in SPLITS:
             np.save(folder / NAMED.format(split), numbers)
@@ -222,8 +224,6 @@ def rows_of_splits(rows: Dataset, folder: Path, about: About, kind: Kind, seeded
     for split in SPLITS:
         if (path := folder / NAMED.format(split)).exists():
             named[split] = np.load(path, mmap_mode="r")
-    if not named and kind.one_split_is_train:
-        named = {"train": np.arange(len(rows))}
     if seeded is None:
         return named or {"train": order_by_name(rows) if kind.by_name else np.arange(len(rows))}
     return named | _random_split(rows, named, about, kind, seeded)

@@ -30,3 +30,15 @@ def captions_of_record(record: Mapping[str, Any], wanted: str) -> list[str]:
     """Captions of a JSON object, each once; empty if it has none."""
     columns = caption_columns(record.keys(), "", None, wanted) if has_captions(record.keys(), wanted) else []
     return list(dict.fromkeys(text for column in columns for text in texts_of(record[column])))
+
+
+def join_captions(texts: list[str], captions: list[str]) -> list[str]:
+    """Captions of an image in a WebDataset, each once.
+
+    Args:
+        texts: its text files: one caption per line, unless a file repeats a caption of the JSON file.
+        captions: captions of its JSON file.
+    """
+    lines = [line.strip() for text in texts if text not in captions for line in text.splitlines()]
+    whole = [text for text in texts if text in captions]
+    return list(dict.fromkeys(text for text in (*whole, *lines, *captions) if text))

@@ -12,7 +12,9 @@ from ..errors import DataError
 from .layouts import find_caption_files
 from .problems import OnProblem
 from .readers.caption_file import inputs_caption_file, read_caption_file, split_lines
+from .readers.hub import inputs_hub, read_hub
 from .readers.parquet import inputs_parquet, read_parquet
+from .readers.saved import inputs_saved, is_saved, read_saved
 from .readers.tars import inputs_tar, read_tar
 from .recognise import TAR_ENDINGS, recognise_file
 from .rows import Reader, ReadOptions, SplitName
@@ -20,7 +22,7 @@ from .shard_patterns import has_shards, is_pattern, is_url, shard_kind
 
 # A missing local file with one of these endings is not looked for on the Hub.
 FILE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".zip")
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^/]+)?")  # with a configuration
 
 
 def _no_split_files(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[SplitName] | None:
@@ -53,6 +55,8 @@ class Kind:
 CAPTION_FILE = Kind("captions", read_caption_file, inputs_caption_file, split_lines, by_name=True)
 TAR = Kind("tar", read_tar, inputs_tar, one_split_is_train=True)
 PARQUET = Kind("parquet", read_parquet, inputs_parquet, one_split_is_train=True)
+SAVED = Kind("saved", read_saved, inputs_saved, one_split_is_train=True)
+HUB = Kind("hub", read_hub, inputs_hub, one_split_is_train=True)
 BY_NAME = {kind.name: kind for kind in (TAR, PARQUET)} | {"text": CAPTION_FILE}
 
 
@@ -60,18 +64,35 @@ def kind_of(source: str) -> Kind | None:
     """The kind of a source.
 
     Args:
-        source: path, pattern or URL, as [`resolve`] returns it.
+        source: path, pattern, URL or name on the Hub, as [`resolve`] returns it.
 
     Raises:
         DataError: no such file exists, or it is none that can be read.
     """
     if os.path.isdir(source):
+        if is_saved(source):
+            return SAVED
         if find_caption_files(Path(source)):
             return CAPTION_FILE
         return BY_NAME.get(shard_kind(source) or "") if has_shards(source) else None
     if os.path.isfile(source):
         return BY_NAME.get(recognise_file(source))
-    return BY_NAME.get(shard_kind(source) or "")
+    if is_url(source) or is_pattern(source):
+        return BY_NAME.get(shard_kind(source) or "")
+    return HUB
+
+
+def hub_id(source: str) -> str | None:
+    """The dataset on the Hub that a source is, or is a part of; None for any other source.
+
+    Raises:
+        DataError: as in [`local_path`].
+    """
+    if match := re.match(r"hf://datasets/([^/@]+/[^/@]+)", source):
+        return match[1]
+    if source == "scenes" or is_url(source) or is_pattern(source) or local_path(source) is not None:
+        return None
+    return source.partition(":")[0]
 
 
 def resolve(source: str | os.PathLike) -> str:

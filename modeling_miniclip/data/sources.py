@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import DataError, UsageError, one_line
+from ..errors import DataError, Problem, UsageError, one_line
 from ..utils.names import name_of, path_of
 from .caption_files import CaptionedImage, read_caption_file
 from .columns import ColumnNames, caption_columns, find_columns
-from .hub_datasets import find_image_column
 from .image_files import BAD_FILES, bad_files, image_folder
 from .layouts import SAVED_DATASETS, find_caption_file, find_metadata_files
 from .listing import ListedFolder, images_of_folder, is_hidden_path, walk_folders
@@ -335,7 +334,7 @@ def _rows_of_split(source: str, split: str, rows: Any, columns: ColumnNames) -> 
     where = f"{source}, split {split}" if split else source
     if rows.features is None:
         raise DataError(f"{where}: its column types are unknown; save it as Parquet and index that file")
-    image_column = find_image_column(rows, where, columns.image)
+    image_column = _find_image_column(rows, where, columns.image)
     captions = _optional_captions(rows.column_names, columns.caption)
     rows = rows.cast_column(image_column, Image(decode=False)).select_columns([image_column, *captions])
     for number, row in enumerate(rows):
@@ -345,6 +344,31 @@ def _rows_of_split(source: str, split: str, rows: Any, columns: ColumnNames) -> 
         else:
             name = "/".join(part for part in (source, split, f"{number:06d}") if part)
             yield Item(name, partial(_content_of_row, image, name), None, UNKNOWN, UNKNOWN, texts, split)
+
+
+def _find_image_column(rows: Any, where: str, wanted: str) -> str:
+    """The image column: `wanted`, or else the only column of images.
+
+    Args:
+        rows: one split of the dataset.
+        where: dataset and split, for the error.
+        wanted: name of the column that was asked for.
+
+    Raises:
+        DataError: there is no image column, or there are several.
+    """
+    from datasets import Image
+
+    candidates = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    if wanted in candidates:
+        return wanted
+    if len(candidates) != 1:
+        text = (
+            f"expected an image column {wanted!r}, found image columns {candidates or 'none'} among "
+            f"{', '.join(rows.column_names)}; name it with image_column"
+        )
+        raise DataError(Problem("unusable", text, where))
+    return candidates[0]
 
 
 def _content_of_row(image: dict[str, Any] | None, name: str) -> bytes:

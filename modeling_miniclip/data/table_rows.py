@@ -3,7 +3,7 @@
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..errors import DataError, Problem, one_line
 from .columns import IMAGE_COLUMNS, caption_columns, has_captions, optional_column
 from .image_files import BAD_FILES, bad_files
 from .problems import OnProblem
-from .record_captions import texts_of
+from .record_captions import captions_of_record, join_captions, texts_of
 from .rows import ReadOptions, Row
 from .same_images import Identity, SameImages
 from .shard_url import place_of, read_place, table_url
@@ -26,6 +26,7 @@ from .splits import split_of_value
 # Columns that identify the image of a row, for tables that repeat an image once for each caption.
 NAME_COLUMNS = ("filename", "file_name", "image_id", "img_id")
 BYTES_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")
+WEBDATASET_COLUMNS = ("json", "txt")
 MOST_LISTED = 20  # columns that a message names
 
 
@@ -78,6 +79,7 @@ class TableFile:
         split: split that its name says.
         start: number of rows in the files before it, if rows are numbered over all of them.
         bounds: folder that paths of images are relative to and may not leave; "" for any path.
+        image: function that returns the image in a row and column of a table that is no file.
     """
 
     path: str
@@ -89,6 +91,11 @@ class TableFile:
     split: str | None = None
     start: int = 0
     bounds: str = ""
+    image: Callable[[int, str], bytes] | None = None
+
+    def image_at(self, row: int, column: str) -> str | bytes:
+        """The image in a row: its `row://` name, or its bytes."""
+        return table_url(self.path, row, column) if self.image is None else self.image(row, column)
 
 
 def find_columns(schema: pa.Schema, where: str, options: ReadOptions) -> TableColumns:
@@ -104,8 +111,10 @@ def find_columns(schema: pa.Schema, where: str, options: ReadOptions) -> TableCo
     """
     image, kind = _image_column(schema, where, options.columns.image)
     names = [name for name in schema.names if name != image or kind == "path"]
-    needs_captions = not options.all_images or has_captions(names, options.columns.caption)
-    captions = caption_columns(names, where, None, options.columns.caption) if needs_captions else []
+    if has_captions(names, options.columns.caption) or not ("__key__" in names or options.all_images):
+        captions = caption_columns(names, where, None, options.columns.caption)
+    else:  # a WebDataset, as `datasets` reads it; or images for an index
+        captions = [each for each in WEBDATASET_COLUMNS if each in names and "__key__" in names]
     name = image if kind == "path" else next((name for name in NAME_COLUMNS if name in names), None)
     split, group = (optional_column(names, each, {image, *captions}) for each in ("split", "group"))
     caption_id = options.columns.id if options.columns.id in names else None
@@ -200,11 +209,11 @@ def _rows_of_file(
         paths = _Paths(file, columns, options, on_problem)
         for i, holds in enumerate(held.tolist()):
             row = file.start + number + i
-            captions = list(dict.fromkeys(text for name in columns.captions for text in texts_of(cells[name][i])))
+            captions = _captions(columns.captions, cells, i, options.columns.caption)
             if holds == NONE or not (captions or options.all_images):
                 left_out.add("an image" if holds == NONE else "a caption", row)
                 continue
-            image = paths.check(batch, i, row) if holds == NAMED else table_url(file.path, number + i, columns.image)
+            image = paths.check(batch, i, row) if holds == NAMED else file.image_at(number + i, columns.image)
             if image is None:
                 continue
             split = (split_of_value(cells[columns.split][i]) if columns.split else None) or file.split
@@ -266,6 +275,15 @@ class _Paths:
             self.on_problem(Problem(kind, text, self.file.where, row, self.columns.image, name))
             return None
         return os.path.join(folder, name)
+
+
+def _captions(columns: list[str], cells: dict[str, list[Any]], i: int, wanted: str) -> list[str]:
+    """Captions in a row, each once."""
+    if "json" in columns or "txt" in columns:
+        record = cells.get("json", {i: None})[i]
+        texts = texts_of(cells.get("txt", {i: None})[i])
+        return join_captions(texts, captions_of_record(record, wanted) if isinstance(record, Mapping) else [])
+    return list(dict.fromkeys(text for name in columns for text in texts_of(cells[name][i])))
 
 
 def _key_and_name(
@@ -333,9 +351,10 @@ def _same_images(files: Sequence[TableFile], columns: Sequence[TableColumns], co
 
     def content(row: int) -> bytes | None:
         at = int(starts.searchsorted(row, "right")) - 1
-        place = place_of(table_url(files[at].path, row - int(starts[at]), columns[at].image))
         try:
-            return read_place(place) if place is not None else None
+            image = files[at].image_at(row - int(starts[at]), columns[at].image)
+            place = place_of(image) if isinstance(image, str) else None
+            return read_place(place) if place is not None else image if isinstance(image, bytes) else None
         except (OSError, DataError, pa.ArrowException):  # whoever decodes it reports it
             return None
 

@@ -32,7 +32,7 @@ from ..utils.names import name_of
 from ..utils.processes import follow_parent
 from .listing import is_hidden_path
 from .picture_formats import BY_SUFFIX
-from .record_captions import captions_of_record
+from .record_captions import captions_of_record, join_captions
 from .splits import SPLIT_ALIASES, SPLITS
 from .tar_headers import DamagedArchive, Member, find_members
 
@@ -355,7 +355,7 @@ def _join(pictures: list[Member], texts: list[tuple[str, bytes]], caption_column
         "member": [name_of(member.name) for member in pictures],
         "start": [member.start for member in pictures],
         "size": [member.size for member in pictures],
-        "captions": [_captions(text) for text in found],
+        "captions": [join_captions(text.values, text.captions) for text in found],
         "group": [text.group for text in found],
         "split": [text.split for text in found],
     }
@@ -433,13 +433,6 @@ def _add(text: _Text, more: _Text) -> None:
     text.values += more.values
     text.group = text.group if text.group is not None else more.group
     text.split = text.split if text.split is not None else more.split
-
-
-def _captions(text: _Text) -> list[str]:
-    """Captions, each once: a text file has one per line, unless it repeats a caption of the JSON file."""
-    lines = [line.strip() for value in text.values if value not in text.captions for line in value.splitlines()]
-    whole = [value for value in text.values if value in text.captions]
-    return list(dict.fromkeys(line for line in (*whole, *lines, *text.captions) if line))
 
 
 def _unique_names(

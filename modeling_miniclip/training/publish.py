@@ -8,7 +8,8 @@ from typing import Any
 from accelerate.utils import DistributedType
 from datasets import DatasetDict
 
-from ..data.source_kinds import local_path
+from ..data.shard_patterns import is_pattern
+from ..data.source_kinds import hub_id
 from ..errors import MiniClipError
 from ..hub.export import export
 from ..hub.push import push
@@ -80,11 +81,10 @@ def push_export(run: TrainingRun) -> None:
 def data_for_card(arguments: TrainingArguments, splits: DatasetDict) -> dict[str, Any]:
     """The dataset in the model card: its name, never a path on this machine, and the sizes of its splits."""
     names = arguments.dataset or ["scenes"]
-    on_hub = [name for name in names if name != "scenes" and local_path(name) is None]
     return {
         "name": ", ".join(map(without_path, names)),
         "splits": split_sizes(splits),
-        "hub_ids": [name.partition(":")[0] for name in on_hub],
+        "hub_ids": [name for name in map(hub_id, names) if name is not None],
     }
 
 
@@ -112,6 +112,6 @@ def _without_paths(value: str | list[str]) -> str | list[str]:
 
 
 def without_path(value: str) -> str:
-    """The last part of a path that exists here; other values (a Hub or timm name) unchanged."""
+    """The last part of a path that exists here, or of a pattern; other values (a Hub or timm name) unchanged."""
     path = Path(value).expanduser()
-    return path.resolve().name if path.exists() else value
+    return path.resolve().name if path.exists() or is_pattern(value) else value

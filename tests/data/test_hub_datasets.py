@@ -7,16 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, Value
-from PIL import Image as Pillow
 
-from modeling_miniclip import DataError
-from modeling_miniclip.data.columns import ColumnNames
-from modeling_miniclip.data.hub_datasets import one_row_per_image
 from tests.helpers.hubs import local_hub
 from tests.helpers.runs import ROOT
+from tests.helpers.shards import pairs, write_tar
 
 CLIENT = """
+import sys
 import datasets, huggingface_hub, numpy
 from PIL import Image
 from datasets import Dataset, DatasetDict, Features, Value
@@ -33,7 +30,20 @@ flickr8k.push_to_hub("test-user/flickr8k", private=True)
 table(range(30, 38), caption=["x"] * 8).push_to_hub("test-user/shards", num_shards=4)
 table([50, 51], caption=["x", "x"]).push_to_hub("test-user/unavailable")
 table([60, 61], caption=["x", "x"]).push_to_hub("test-user/broken")
+for name in ("en", "de"):
+    table([70, 71], caption=[f"{name} 0", f"{name} 1"]).push_to_hub("test-user/two", config_name=name)
+table([80, 81, 82, 83], caption=[None, "b", "c", "d"]).push_to_hub("test-user/null")
+nested = Features({"image": datasets.Image(), "sentences": [{"raw": Value("string"), "tokens": [Value("string")]}]})
+sentences = [[{"raw": text, "tokens": [text]} for text in texts] for texts in ("ab", "c")]
+images = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (90, 91)]
+Dataset.from_dict({"image": images, "sentences": sentences}, features=nested).push_to_hub("test-user/dicts")
+names = ["0.jpg", "0.jpg", "0.jpg", "1.jpg"]
+table([100, 100, 101, 102], filename=names, caption=list("0123")).push_to_hub("test-user/basenames")
+DatasetDict(train=table([1, 2], image_id=["0", "1"], caption=["a", "b"]),
+            validation=table([3, 4], image_id=["0", "1"], caption=["c", "d"])).push_to_hub("test-user/counted")
 api = huggingface_hub.HfApi()
+api.create_repo("test-user/tars", repo_type="dataset")
+api.upload_file(path_or_fileobj=sys.argv[1], path_in_repo="train-0.tar", repo_id="test-user/tars", repo_type="dataset")
 api.create_repo("test-user/folder", repo_type="dataset")
 rows = "".join(f"{shade}.png,x{shade}\\n" for shade in range(3))
 contents = {"metadata.csv": f"file_name,text\\n{rows}".encode()}
@@ -48,7 +58,7 @@ api.upload_file(path_or_fileobj=b"import datasets", path_in_repo="script.py", re
 print("PUSHED", flush=True)
 input()  # until the Hub is made to fail
 
-import json, os, time
+import json, os, time, warnings
 from modeling_miniclip.data.captions import load_captions  # not from the package, which loads torch
 from modeling_miniclip.errors import DataError
 time.sleep = lambda seconds: None  # waiting before a retry would change nothing
@@ -67,8 +77,14 @@ for how, options in [("", {}), (" streamed", {"stream_first_rows": 2})]:
     load("flickr8k", "unknown token" + how, token="hf_wrong", **options)
 for name in ["shards", "flickr8k", "folder", "unavailable", "broken"]:
     load(name, name + " streamed", stream_first_rows=2)
-for name in ["flickr8k", "nothere", "script", "folder", "unavailable", "broken"]:
+for name in ["flickr8k", "nothere", "script", "folder", "unavailable", "broken", "two", "two:de", "two:en", "two:fr",
+             "dicts", "basenames", "counted", "tars"]:
     load(name, name)
+load("dicts", "dicts streamed", stream_first_rows=2)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    load("null", "null")
+    result["null warnings"] = [str(each.message) for each in caught if "left out" in str(each.message)]
 print("RESULT", json.dumps(result))
 """
 
@@ -90,7 +106,8 @@ def from_hub(tmp_path_factory):
         env.pop("HF_HUB_OFFLINE")
         errors = (root / "errors").open("w+")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
-        client = subprocess.Popen([sys.executable, "-c", CLIENT], env=env, cwd=root, **pipes)
+        tar = write_tar(root / "train-0.tar", pairs("012"))
+        client = subprocess.Popen([sys.executable, "-c", CLIENT, tar], env=env, cwd=root, **pipes)
         try:
             assert client.stdout.readline() == "PUSHED\n", (root / "errors").read_text()[-3000:]
             hub.fault(path="/test-user/unavailable/resolve/.*parquet", status=503, times=-1)
@@ -158,87 +175,39 @@ def test_a_name_without_a_dataset_is_explained(from_hub, name, expected):
         assert part in from_hub[name], f"{part!r} is not in {from_hub[name]}"
 
 
-# --- without a Hub --------------------------------------------------------------------------------------------------
+def test_a_configuration_is_part_of_the_name(from_hub):
+    assert rows_of(from_hub["two:de"]) == {70: ["de 0"], 71: ["de 1"]}
+    assert rows_of(from_hub["two:en"]) == {70: ["en 0"], 71: ["en 1"]}
+    assert from_hub["two"].startswith("'test-user/two' has several configurations: name one of them, test-user/two:")
+    assert "test-user/two:de" in from_hub["two"] and "test-user/two:en" in from_hub["two"]
+    assert from_hub["two:fr"].startswith("'test-user/two' has no configuration 'fr': name one of them, test-user/two:")
 
 
-def dataset(shades: list[int | None], *more_images: str, **columns: list) -> Dataset:
-    """One-colour images, or no image for None; more image columns have the same images.
-
-    Further columns are text or lists of texts. Without them, each image has the caption "x".
-    """
-    images = [None if shade is None else Pillow.new("RGB", (4, 4), (shade, 0, 0)) for shade in shades]
-    columns = columns or {"caption": ["x"] * len(shades)}
-    text = {k: [Value("string")] if isinstance(v[0], list) else Value("string") for k, v in columns.items()}
-    pictures = ("image", *more_images)
-    features = Features({**text, **dict.fromkeys(pictures, Image())})
-    return Dataset.from_dict({**columns, **dict.fromkeys(pictures, images)}, features=features)
+def test_null_captions_are_left_out(from_hub):
+    assert rows_of(from_hub["null"]) == {81: ["b"], 82: ["c"], 83: ["d"]}
+    (warning,) = from_hub["null warnings"]
+    assert "test-user/null, split train: of 4 rows, left out 1 without a caption (first: row 0)" in warning
 
 
-def contents(splits: DatasetDict) -> dict[str, list[list]]:
-    """(shade of red, image_id, captions) of each row of each split."""
-    return {split: [[row["image"].getpixel((0, 0))[0], row["image_id"], row["captions"]] for row in rows]
-            for split, rows in splits.items()}  # fmt: skip
+def test_nested_captions_are_found(from_hub):
+    assert rows_of(from_hub["dicts"]) == {90: ["a", "b"], 91: ["c"]}
+    assert rows_of(from_hub["dicts streamed"]) == rows_of(from_hub["dicts"])
 
 
-def test_lists_of_captions_and_a_split_column():
-    shades = list(range(6))
-    rows = dataset(
-        shades,
-        caption=[[f"a{i}", f"b{i}"] for i in shades],
-        sentids=[[str(i)] for i in shades],
-        split=["train", "train", "val", "test", "restval", "val"],
-        img_id=[str(i) for i in shades],
-        filename=[f"{i}.jpg" for i in shades],
-    )
-    assert contents(one_row_per_image(DatasetDict(test=rows), "set", ColumnNames(), 0.34, 0)) == {
-        "train": [[i, f"{i}.jpg", [f"a{i}", f"b{i}"]] for i in (0, 1, 4)],
-        "validation": [[i, f"{i}.jpg", [f"a{i}", f"b{i}"]] for i in (2, 5)],
-        "test": [[3, "3.jpg", ["a3", "b3"]]],
-    }
-
-
-def test_rows_with_the_same_picture_are_grouped():
-    rows = dataset([1, 2, 1, 3, 2], caption=["one", "two", "one more", "three", "two more"])
-    found = contents(one_row_per_image(DatasetDict(train=rows), "set", ColumnNames(), 0.34, 0))
-    grouped = [row for rows in found.values() for row in rows]
-    assert {shade: captions for shade, _, captions in grouped} == {
-        1: ["one", "one more"], 2: ["two", "two more"], 3: ["three"]
+def test_names_that_repeat_are_not_taken_for_the_image(from_hub):
+    found = from_hub["basenames"]
+    assert rows_of(found) == {100: ["0", "1"], 101: ["2"], 102: ["3"]}
+    assert {row[1] for rows in found.values() for row in rows} == {"train/0.jpg#0", "train/0.jpg#2", "1.jpg"}
+    counted = from_hub["counted"]
+    assert {split: [row[1] for row in rows] for split, rows in counted.items()} == {
+        "train": ["train/0", "train/1"], "validation": ["validation/0", "validation/1"]
     }  # fmt: skip
-    assert len(grouped) == 3 and len(found["validation"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("splits", "columns", "message"),
-    [
-        ({"a": dataset([1]), "b": dataset([2])}, ColumnNames(), "^set: no train split among a, b"),
-        (
-            {"train": dataset([1, 2]), "test": dataset([3, 2])},
-            ColumnNames(),
-            "^set, split test, row 1.*split train.*one split",
-        ),
-        ({"train": dataset([1, 2], caption=["x", " "])}, ColumnNames(), "^set, split train, row 1.*'caption'.*empty"),
-        ({"train": dataset([1, 2], label=["x", "y"])}, ColumnNames(), "'caption'.*label.*caption_column"),
-        ({"train": dataset([1, 2, None])}, ColumnNames(), "^set, split train, row 2, column 'image': no image"),
-        (
-            {"train": dataset([1], "crop")},
-            ColumnNames(image="photo"),
-            r"'photo', found image columns \['image', 'crop'\]",
-        ),
-    ],
-)
-def test_unusable_hub_datasets_are_errors(splits, columns, message):
-    with pytest.raises(DataError, match=message) as caught:
-        one_row_per_image(DatasetDict(splits), "set", columns, 0.5, 0)
-    assert caught.value.problem is not None
+def test_tars_on_the_hub(from_hub):
+    assert rows_of(from_hub["tars"]) == {0: ["caption of 0"], 1: ["caption of 1"], 2: ["caption of 2"]}
 
 
-def test_other_splits_of_the_hub_are_left_out():
-    splits = DatasetDict(train=dataset([1, 2]), dev=dataset([3]), extra=dataset([4, 5, 6]))
-    with pytest.warns(UserWarning, match="set: left out 3 images that are in none of train, validation, test"):
-        result = one_row_per_image(splits, "set", ColumnNames(), 0.5, 0)
-    assert {name: len(rows) for name, rows in result.items()} == {"train": 2, "validation": 1}
-
-
-def test_a_single_split_of_the_hub_is_divided():
-    result = one_row_per_image(DatasetDict(test=dataset([1, 2, 3, 4])), "set", ColumnNames(), 0.25, 0)
-    assert {name: len(rows) for name, rows in result.items()} == {"train": 3, "validation": 1}
+def rows_of(splits: dict) -> dict[int, list[str]]:
+    """Captions by shade, over all splits."""
+    return {row[0]: row[2] for rows in splits.values() for row in rows}

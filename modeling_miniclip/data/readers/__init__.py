@@ -3,4 +3,6 @@
 caption_file.py: caption files (CSV, TSV, JSON Lines, Flickr8k tokens)
 tars.py: tar archives (WebDataset, img2dataset)
 parquet.py: Parquet files
+saved.py: folders of `Dataset.save_to_disk`
+hub.py: datasets on the Hub
 """

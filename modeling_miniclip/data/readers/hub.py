@@ -1,0 +1,106 @@
+"""Datasets on the Hub, read from the Arrow files that `datasets` keeps of them."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import pyarrow as pa
+
+from ...errors import DataError, one_line
+from ..arrow_tables import files_of_dataset
+from ..problems import OnProblem
+from ..rows import ReadOptions, Row
+from ..table_cache import stat_of
+from ..table_rows import read_tables
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict, IterableDatasetDict
+
+
+def read_hub(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
+    """The images of a dataset on the Hub, split by split, as [`read_tables`] yields them.
+
+    Args:
+        source: name of the dataset, `user/name`, or `user/name:configuration`.
+        options: how to read it; with `stream_first_rows`, the images come with their bytes.
+        on_problem: function called with what is left out.
+
+    Raises:
+        DataError: it cannot be loaded, or has no column of images or of captions.
+    """
+    splits = _load(source, options.revision, options.stream_first_rows)
+    _load.cache_clear()
+    files = [
+        file
+        for split, rows in splits.items()
+        for file in files_of_dataset(rows, f"{source}, split {split}", str(split))
+    ]
+    yield from read_tables(files, options, on_problem, compare_all=True)
+
+
+def inputs_hub(source: str, options: ReadOptions) -> Iterator[Any]:
+    """Everything that the rows of a dataset depend on, for the key of their table."""
+    for split, rows in _load(source, options.revision, options.stream_first_rows).items():
+        yield str(split)
+        yield from (stat_of(file["filename"]) for file in rows.cache_files)
+        if not rows.cache_files:
+            whole = hashlib.blake2b()
+            for batch in rows.data.table.to_batches():
+                whole.update(batch.serialize())
+            yield whole.hexdigest()
+
+
+@lru_cache(maxsize=1)  # the key of the table and its rows need the same
+def _load(source: str, revision: str | None, first_rows: int | None) -> "DatasetDict":
+    """The splits of a dataset.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    from datasets import DatasetDict, load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
+
+    name, _, configuration = source.partition(":")
+    try:
+        raw = load_dataset(
+            name, configuration or None, revision=revision, streaming=first_rows is not None,
+            **({} if first_rows is not None else {"keep_in_memory": False}),
+        )  # fmt: skip
+        return DatasetDict(raw) if first_rows is None else _first_rows(raw, first_rows)
+    except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+        reason = one_line(error)
+        if (known := re.search(r"(?:available configs|Available): \[(.*?)\]", reason)) is not None:
+            names = re.findall(r"'([^']*)'", known[1])
+            what = f"no configuration {configuration!r}" if configuration else "several configurations"
+            raise DataError(f"{name!r} has {what}: name one of them, {source_names(name, names)}") from error
+        if "script" in reason:  # datasets has no separate error class for this
+            reason += '; the Hub keeps most such datasets as files too: revision="refs/convert/parquet"'
+        raise DataError(f"{source!r} is neither a local file or folder nor a dataset on the Hub: {reason}") from error
+
+
+def source_names(name: str, configurations: list[str]) -> str:
+    """The names of the configurations of a dataset, as sources."""
+    names = [f"{name}:{each}" for each in configurations[:10]]
+    return ", ".join(names) + (", ..." if len(configurations) > 10 else "")
+
+
+def _first_rows(streamed: "IterableDatasetDict", count: int) -> "DatasetDict":
+    """The first rows of each split with the bytes of their images, in memory."""
+    from datasets import Dataset, DatasetDict, Image
+
+    taken = DatasetDict()
+    for split, rows in streamed.items():
+        features = rows.features.copy()
+        images = [name for name, feature in features.items() if isinstance(feature, Image)]
+        undecoded = rows.decode(False)
+        first = list(undecoded.take(count))
+        for cell in (row[name] for row in first for name in images):
+            if cell and cell["bytes"] is None and cell["path"]:  # a file on the Hub
+                with fsspec.open(cell["path"], "rb") as file:
+                    cell["bytes"] = file.read()
+        taken[split] = Dataset.from_list(first, features=undecoded.features).cast(features)
+    return taken
