@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
@@ -47,14 +48,28 @@ class SeededSplit:
     seed: int = 0
 
 
+class Sample(NamedTuple):
+    """Where a sample of rows comes from.
+
+    Args:
+        images: number of images that it was drawn from.
+        seed: seed that drew it.
+    """
+
+    images: int
+    seed: int
+
+
 class Splits(DatasetDict):
     """Splits of one or several sources, whose rows follow each other.
 
     Attributes:
         sizes: number of rows of each source, by split.
+        samples: what the rows of a split were drawn from, by split; empty for whole splits.
     """
 
     sizes: dict[str, list[int]]
+    samples: dict[str, Sample]
 
 
 DEFAULT, SEEDED = ReadOptions(), SeededSplit()
@@ -145,7 +160,7 @@ def load_datasets(
     }
     joined = {name: [part[name] for part in parts if name in part] for name in sizes}
     splits = Splits({name: some[0] if len(some) == 1 else concatenate_datasets(some) for name, some in joined.items()})
-    splits.sizes = sizes
+    splits.sizes, splits.samples = sizes, {}
     return splits
 
 

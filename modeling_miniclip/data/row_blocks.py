@@ -91,9 +91,12 @@ class Captions:
 
 def sample_rows(rows: "Dataset", most: int, seed: int = 0) -> "Dataset":
     """At most `most` rows of a split, drawn by the seed, in their order."""
-    if len(rows) <= most:
-        return rows
-    return rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False)))
+    return rows if len(rows) <= most else rows.select(sample_numbers(len(rows), most, seed))
+
+
+def sample_numbers(count: int, size: int, seed: int = 0) -> np.ndarray:
+    """`[size]` different numbers below `count`, drawn by the seed, ascending."""
+    return np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
 
 
 def sample_of_captions(rows: "Dataset", size: int | None = None) -> "Dataset":

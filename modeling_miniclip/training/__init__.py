@@ -24,6 +24,7 @@ features.py: features of frozen towers, computed once
 feature_cache.py: these features on disk
 fold_batch_norm.py: faster frozen convolutions
 bad_images.py: skip and count images that cannot be decoded
+limit_splits.py: the first images for training, a sample for validation
 fingerprint_rows.py: the rows of a fingerprint, block by block
 fingerprint.py: what a run trains on and with, saved with each checkpoint
 changes.py: what changed between the start of a run and its resumption

@@ -67,7 +67,9 @@ class TrainingArguments:
         0.1, "fraction of the images used for validation if the dataset has no validation split"
     )
     max_train_images: int | None = _flag(None, "use only the first N training images")
-    max_validation_images: int | None = _flag(None, "use only the first N validation images")
+    max_validation_images: int | None = _flag(
+        5000, "validate on N images, drawn by the seed, if the split has more; 0 for all of them"
+    )
     max_bad_image_fraction: float = _flag(
         0.01,
         "largest fraction of a split's images that may fail to decode: up to it, each is reported and skipped; above "
@@ -230,11 +232,12 @@ PART_RATES = ("head_learning_rate", "vision_learning_rate", "text_learning_rate"
 
 LOWER_BOUNDS = {
     **dict.fromkeys(("batch_size", "captions_per_image", "num_train_epochs", "max_steps", "logging_steps"), 1),
-    **dict.fromkeys(("max_train_images", "max_validation_images", "stream_first_rows", "num_views"), 1),
+    **dict.fromkeys(("max_train_images", "stream_first_rows", "num_views"), 1),
     **dict.fromkeys(("image_size", "train_image_size", "max_length", "projection_dim", "projection_depth"), 1),
     **dict.fromkeys(("save_total_limit", "early_stopping_patience"), 1),
     "chunk_size": 2,
     **dict.fromkeys(("num_workers", "seed", "warmup_steps", "lr_plateau_patience", "weight_decay"), 0),
+    "max_validation_images": 0,
 }
 
 

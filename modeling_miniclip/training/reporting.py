@@ -13,6 +13,7 @@ from datasets import DatasetDict
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.load_rows import Splits
 from ..data.row_blocks import caption_counts
 from ..errors import printable
 from ..evaluation.metrics import DIRECTIONS, RECALL_AT
@@ -31,14 +32,22 @@ def say(accelerator: Accelerator, text: str) -> None:
 
 
 def describe_splits(splits: DatasetDict) -> str:
-    """One line with the number of images and captions of each split."""
-    sizes = split_sizes(splits)
-    return "; ".join(f"{name}: {size['images']} images, {size['captions']} captions" for name, size in sizes.items())
+    """One line with the number of images and captions of each split, and what a sample was drawn from."""
+    parts = []
+    for name, size in split_sizes(splits).items():
+        images = f"{size['images']} images"
+        if "seed" in size:
+            images = f"{size['images']} of {size['drawn_from']} images, drawn with seed {size['seed']}"
+        parts.append(f"{name}: {images}, {size['captions']} captions")
+    return "; ".join(parts)
 
 
 def split_sizes(splits: DatasetDict) -> dict[str, dict[str, int]]:
-    """Number of `images` and `captions` of each split."""
-    return {name: {"images": len(rows), "captions": int(caption_counts(rows).sum())} for name, rows in splits.items()}
+    """Number of `images` and `captions` of each split; for a sample, the images it was `drawn_from` and the `seed`."""
+    sizes = {name: {"images": len(rows), "captions": int(caption_counts(rows).sum())} for name, rows in splits.items()}
+    for name, sample in splits.samples.items() if isinstance(splits, Splits) else ():
+        sizes[name] |= {"drawn_from": sample.images, "seed": sample.seed}
+    return sizes
 
 
 def describe_model(model: MiniClipModel) -> str:

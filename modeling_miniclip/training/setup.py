@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -59,6 +58,7 @@ from .fingerprint import Fingerprint, add_model, fingerprint_of_data
 from .heartbeat import join_processes, run_is_ending
 from .launch import Launch, read_launch
 from .layers import freeze_layers
+from .limit_splits import limit_splits
 from .optimizer import apply_flags, build_scheduler, parameter_groups
 from .output_dir import check_output_dir, clear_output_dir
 from .publish import data_for_card
@@ -187,10 +187,7 @@ def load_splits(arguments: TrainingArguments) -> Splits:
         arguments.dataset_cache_dir,
         arguments.validation_dataset,
     )
-    for name, limit in (("train", arguments.max_train_images), ("validation", arguments.max_validation_images)):
-        if limit is not None:
-            splits[name] = splits[name].select(range(min(limit, len(splits[name]))))
-            splits.sizes[name] = np.diff(np.minimum(np.cumsum([0, *splits.sizes[name]]), limit)).tolist()
+    limit_splits(splits, arguments)
     return splits
 
 

@@ -299,6 +299,14 @@ def test_card_shows_measured_metrics(exported: Path) -> None:
     assert values == {name: value for name, value in METRICS.items() if "R@" in name or name == "rsum"}
 
 
+def test_card_says_that_validation_images_are_a_sample(tmp_path: Path, model: MiniClipModel) -> None:
+    sample = {"images": 5000, "captions": 25000, "drawn_from": 41000, "seed": 3}
+    hub.write_card(tmp_path / "README.md", model, {**CARD, "data": {"name": "a", "splits": {"validation": sample}}})
+    _, body = read_card((tmp_path / "README.md").read_text())
+    assert "The validation images are a sample: 5,000 of 41,000, drawn with seed 3." in body
+    assert "Retrieval on this sample of the validation split, each text among all 5,000 images" in body
+
+
 def test_card_shows_data_arguments_and_versions(exported: Path, model: MiniClipModel) -> None:
     _, body = read_card((exported / "README.md").read_text())
     assert "| train | 6,000 | 30,000 |" in body

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from modeling_miniclip import MiniClipError
+from modeling_miniclip.data.load_rows import Sample, Splits
 from modeling_miniclip.training import reporting
 from modeling_miniclip.training.arguments import TrainingArguments
 from modeling_miniclip.training.parsing import parse_arguments
@@ -206,6 +207,11 @@ def test_card_has_name_and_size_of_the_data(
 
 def test_lines_for_the_terminal(splits: dict[str, Any]) -> None:
     assert describe_splits(splits) == "train: 3 images, 6 captions; validation: 1 images, 1 captions"
+    sampled = Splits(splits)
+    sampled.samples = {"validation": Sample(7, 3)}
+    assert describe_splits(sampled).endswith("; validation: 1 of 7 images, drawn with seed 3, 1 captions")
+    drawn = {"images": 1, "captions": 1, "drawn_from": 7, "seed": 3}
+    assert data_for_card(TrainingArguments(dataset=["scenes"]), sampled)["splits"]["validation"] == drawn
     model = tiny_model()
     total = sum(p.numel() for p in model.parameters())
     model.vision_model.requires_grad_(False)
