@@ -37,9 +37,13 @@ def check_data(saved: Fingerprint, now: Fingerprint, splits: DatasetDict, argume
         arguments: flags of the run.
 
     Raises:
-        DataError: images, captions or splits changed; names each kind of difference with its first example.
+        DataError: images, captions, splits or sizes of shards changed; names each kind of difference with its first
+            example.
     """
-    if differences := changed_rows(saved, now, splits):
+    differences = changed_rows(saved, now, splits)
+    if not differences and saved.order != now.order:
+        differences = ["its shards or datasets have other sizes, on which the order of the images depends"]
+    if differences:
         raise DataError(f"--resume_from_checkpoint: the data {_changed(differences, saved, arguments)}")
 
 

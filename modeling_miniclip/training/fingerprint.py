@@ -48,6 +48,7 @@ class Fingerprint:
         settings: settings of model, preprocessing and augmentation by name, such as `tokenizer.normalizer.lowercase`.
         vocabulary: number of each piece of the tokenizer.
         undecodable: `image_id` of the images that could not be decoded, by split: their files may be repaired.
+        order: checksum of what the order of the training images depends on besides flags, see `row_order.py`.
     """
 
     flags: dict[str, Any]
@@ -56,6 +57,7 @@ class Fingerprint:
     settings: dict[str, Any] = field(default_factory=dict)
     vocabulary: dict[str, int] = field(default_factory=dict)
     undecodable: dict[str, list[str]] = field(default_factory=dict)
+    order: int = 0
 
     def save(self, folder: Path) -> None:
         """Write both files to a folder."""

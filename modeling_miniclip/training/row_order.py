@@ -1,8 +1,10 @@
 """The order of the training images: `--shuffle`, and several datasets by weights."""
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
 from datasets import DatasetDict
 
@@ -31,8 +33,20 @@ def choose_shuffle(
 
 def training_order(splits: DatasetDict, arguments: TrainingArguments) -> RowOrder:
     """The order of the training rows in each epoch."""
-    rows = splits["train"]
-    boundaries = find_shards(rows).boundaries if arguments.shuffle == "window" else None
+    boundaries, sizes = _depends_on(splits, arguments)
+    weights = arguments.dataset_weights if sizes else None
+    rows = len(splits["train"])
+    return shuffled_order(rows, arguments.batch_size, arguments.seed, boundaries, sizes, weights)
+
+
+def order_checksum(splits: DatasetDict, arguments: TrainingArguments) -> int:
+    """A number that changes with what the order depends on besides flags and the number of rows."""
+    boundaries, sizes = _depends_on(splits, arguments)
+    return zlib.crc32(repr((None if boundaries is None else boundaries.tolist(), sizes)).encode())
+
+
+def _depends_on(splits: DatasetDict, arguments: TrainingArguments) -> tuple[np.ndarray | None, list[int]]:
+    """Boundaries of the shards, to shuffle in windows, and sizes of several datasets."""
+    boundaries = find_shards(splits["train"]).boundaries if arguments.shuffle == "window" else None
     sizes = splits.sizes["train"] if isinstance(splits, Splits) else []
-    weights = arguments.dataset_weights if len(sizes) > 1 else None
-    return shuffled_order(len(rows), arguments.batch_size, arguments.seed, boundaries, sizes, weights)
+    return boundaries, sizes if len(sizes) > 1 else []

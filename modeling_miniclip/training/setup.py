@@ -65,7 +65,7 @@ from .publish import data_for_card
 from .recipes import save_arguments
 from .reporting import MetricsLog, StepMeter, describe_model, describe_splits, say, split_sizes
 from .resume_rules import changed_flags, describe_flags
-from .row_order import training_order
+from .row_order import order_checksum, training_order
 from .run import TrainingRun
 from .several_datasets import validation_parts
 from .signals import SignalHandler
@@ -212,6 +212,7 @@ def fingerprint_data(
     def compute() -> None:
         saved = None if checkpoint is None else Fingerprint.load(checkpoint)
         found.append(fingerprint_of_data(splits, arguments, None if saved is None else saved.by_content))
+        found[0].order = order_checksum(splits, arguments)
         if saved is not None:
             saved.add_undecodable(Path(arguments.output_dir))
             check_data(saved, found[0], splits, arguments)

@@ -34,6 +34,7 @@ from modeling_miniclip.training.fingerprint import (
 from modeling_miniclip.training.fingerprint_rows import image_sizes
 from modeling_miniclip.training.optimizer import apply_flags, build_scheduler, parameter_groups
 from modeling_miniclip.training.resume_rules import RESUME_RULES, changed_flags, describe_flags, recorded_flags
+from modeling_miniclip.training.row_order import choose_shuffle
 from modeling_miniclip.training.setup import resume
 from tests.helpers.runs import ROOT, flags, metrics_of
 from tests.helpers.towers import tiny_model, tiny_processor
@@ -354,6 +355,27 @@ def test_fixed_flags_are_errors_with_both_values() -> None:
     check_flags(saved, replace(ARGUMENTS, num_workers=7, weight_decay=0.5, dataset="moved"))
     with pytest.raises(UsageError, match="cannot change --seed 0 -> 1, --ema_decay none -> 0.9: .*arguments.yaml"):
         check_flags(saved, replace(ARGUMENTS, seed=1, ema_decay=0.9))
+
+
+def test_resumed_run_keeps_its_shuffle(tmp_path: Path) -> None:
+    splits = splits_of(rows())
+    saved = fingerprint_of_data(splits, replace(ARGUMENTS, shuffle="window"))
+    saved.save(tmp_path)
+    check_flags(Fingerprint.load(tmp_path), ARGUMENTS)
+    nobody: Any = SimpleNamespace(is_main_process=False)
+    assert choose_shuffle(splits, tmp_path, ARGUMENTS, nobody).shuffle == "window"
+    assert choose_shuffle(splits, None, ARGUMENTS, nobody).shuffle == "full"
+    with pytest.raises(UsageError, match="cannot change --shuffle window -> full:"):
+        check_flags(saved, replace(ARGUMENTS, shuffle="full"))
+
+
+def test_other_shards_with_equal_images_are_a_difference() -> None:
+    splits = splits_of(rows())
+    saved, now = (fingerprint_of_data(splits, ARGUMENTS) for _ in range(2))
+    check_data(saved, now, splits, ARGUMENTS)
+    saved.order = 1
+    with pytest.raises(DataError, match="shards or datasets have other sizes"):
+        check_data(saved, now, splits, ARGUMENTS)
 
 
 def test_changed_flags_are_described_on_one_line() -> None:

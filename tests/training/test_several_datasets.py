@@ -7,12 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 
+from modeling_miniclip.data import split_shards
 from modeling_miniclip.data.load_rows import Splits
 from modeling_miniclip.data.mixing import Mixture
 from modeling_miniclip.data.order import Shuffled, ShuffledInWindows
 from modeling_miniclip.evaluation.metrics import validation_metrics
 from modeling_miniclip.training.parsing import parse_arguments
-from modeling_miniclip.training.row_order import training_order
+from modeling_miniclip.training.row_order import order_checksum, training_order
 from modeling_miniclip.training.several_datasets import part_of_embeddings, validation_parts
 from tests.helpers.runs import assert_same_log, flags, metrics_of, write_scene_folder
 from train_miniclip import main
@@ -40,6 +41,15 @@ def test_order_of_several_sets_follows_their_weights() -> None:
     assert isinstance(mixed, Mixture) and mixed.shares == [12, 4] and mixed.times_used(2) == [4.0, 0.8]
     window = training_order(splits, two_sets("--dataset_weights", "3", "1", "--shuffle", "window"))
     assert isinstance(window, Mixture) and all(isinstance(order, ShuffledInWindows) for order in window.orders)
+
+
+def test_checksum_of_the_order_depends_on_shards_and_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = splits_of([6, 10], [2, 2])
+    full, window = two_sets("--shuffle", "full"), two_sets("--shuffle", "window")
+    before = order_checksum(splits, full), order_checksum(splits, window)
+    monkeypatch.setattr(split_shards, "LOOSE", 4)  # other shards
+    assert order_checksum(splits, full) == before[0] and order_checksum(splits, window) != before[1]
+    assert order_checksum(splits_of([10, 6], [2, 2]), full) != before[0]
 
 
 def test_validation_parts_are_those_of_sets_with_validation_rows() -> None:
