@@ -1,5 +1,6 @@
 """Captions in the values that shards hold: texts, lists of texts, and lists of objects with a text each."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,18 +28,23 @@ def texts_of(value: Any) -> list[str]:
 
 
 def captions_of_record(record: Mapping[str, Any], wanted: str) -> list[str]:
-    """Captions of a JSON object, each once; empty if it has none."""
+    """Captions of a JSON object; empty if it has none."""
     columns = caption_columns(record.keys(), "", None, wanted) if has_captions(record.keys(), wanted) else []
-    return list(dict.fromkeys(text for column in columns for text in texts_of(record[column])))
+    return [text for column in columns for text in texts_of(record[column])]
 
 
 def join_captions(texts: list[str], captions: list[str]) -> list[str]:
-    """Captions of an image in a WebDataset, each once.
+    """Captions of an image in a WebDataset; what its text files and its JSON file both hold counts once.
 
     Args:
         texts: its text files: one caption per line, unless a file repeats a caption of the JSON file.
         captions: captions of its JSON file.
     """
-    lines = [line.strip() for text in texts if text not in captions for line in text.splitlines()]
-    whole = [text for text in texts if text in captions]
-    return list(dict.fromkeys(text for text in (*whole, *lines, *captions) if text))
+    lines = [[text] if text in captions else text.splitlines() for text in texts]
+    joined = [line.strip() for several in lines for line in several if line.strip()]
+    missing = Counter(captions) - Counter(joined)
+    for caption in captions:
+        if missing[caption] > 0:
+            joined.append(caption)
+            missing[caption] -= 1
+    return joined

@@ -71,7 +71,11 @@ def test_captions_of_img2dataset_count_once(read):
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
-        ({"0.txt": b"one\ntwo\r\n\n one \n"}, ["one", "two"]),
+        ({"0.txt": b"one\ntwo\r\n\n one \n"}, ["one", "two", "one"]),  # as in a CSV file
+        (
+            {"0.txt": b"one\ntwo\none", "0.json": as_json({"caption": ["two", "three"]})},
+            ["one", "two", "one", "three"],
+        ),
         ({"0.json": as_json({"caption": ["one", "", None, "two "]})}, ["one", "two"]),
         ({"0.json": as_json({"text": "one"})}, ["one"]),
         ({"0.json": as_json({"sentences": [{"raw": "one", "tokens": ["one"]}, {"raw": "two"}]})}, ["one", "two"]),
