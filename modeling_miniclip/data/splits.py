@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,38 @@ def split_of_folder(image_id: str) -> str | None:
     """The split that a folder in the image's path is named after; None if there is no such folder."""
     folders = [part.lower() for part in image_id.split("/")[:-1]]
     return next((split for folder in folders if (split := SPLIT_ALIASES.get(folder, folder)) in SPLITS), None)
+
+
+def splits_of_folders(folders: Iterable[str]) -> Callable[[str], str | None]:
+    """A function that returns the split of an image from the folders in its name.
+
+    A folder called `train` is a split only if all folders next to it that hold images are called after splits: next to
+    `boat`, it is a vehicle. The outermost split counts.
+
+    Args:
+        folders: all folders that hold images, as relative paths with `/`; "" for the folder itself.
+    """
+    inside: dict[str, set[str]] = {}  # the folders in each folder
+    for folder in folders:
+        parts = folder.split("/") if folder else []
+        for i, part in enumerate(parts):
+            inside.setdefault("/".join(parts[:i]), set()).add(part)
+    with_splits = {parent for parent, names in inside.items() if all(map(_split_folder, names))}
+
+    @lru_cache(maxsize=1024)
+    def split_of(folder: str) -> str | None:
+        parts = folder.split("/")
+        found = (_split_folder(part) for i, part in enumerate(parts) if "/".join(parts[:i]) in with_splits)
+        return next((split for split in found if split is not None), None)
+
+    return lambda name: split_of(name.rpartition("/")[0])
+
+
+def _split_folder(name: str) -> str | None:
+    """The split that a folder is called after, as in `Val` or `train2017`."""
+    word = name.lower().rstrip("0123456789")
+    split = SPLIT_ALIASES.get(word, word)
+    return split if split in SPLITS else None
 
 
 def split_by_image(names: list[str], validation_fraction: float, seed: int) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """Readers, one file per kind of source: each yields rows, see `data/rows.py`.
 
-caption_file.py: caption files (CSV, TSV, JSON Lines, Flickr8k tokens)
+caption_file.py: caption files (CSV, TSV, JSON, Flickr8k tokens)
+image_folder.py: folders of images with metadata files, text files or class folders
 tars.py: tar archives (WebDataset, img2dataset)
 parquet.py: Parquet files
 saved.py: folders of `Dataset.save_to_disk`

@@ -1,0 +1,327 @@
+"""Folders of images: with metadata files, with a text file next to each image, or with one folder for each class."""
+
+import json
+import os
+import posixpath
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import DataError, Problem, one_line
+from ...utils.names import is_utf8, name_of
+from ..image_files import BAD_FILES, rows_with_images
+from ..layouts import CAPTION_FILES, METADATA_FILES, find_caption_files
+from ..listing import ListedFolder, images_of_folder, walk_folders
+from ..picture_formats import is_picture_file
+from ..problems import OnProblem
+from ..record_captions import captions_of_record
+from ..rows import ReadOptions, Row
+from ..splits import split_of_value, splits_of_folders
+from ..table_cache import content_of, stat_of
+from ..text_files import Lines, check_surrogates
+from .caption_file import read_caption_file, read_table, split_lines
+
+TEXT_ENDINGS = (".txt", ".json")
+
+SplitOf = Callable[[str], str | None]  # the split that the folders in an image's name state
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a folder of images looks like, from its folders and not from each of its files.
+
+    Args:
+        root: the folder.
+        metadata: metadata files, sorted by path.
+        has_texts: whether images have text files next to them.
+        classes: names of class folders, for a folder without captions.
+        split_of: function that returns the split of an image by its name.
+    """
+
+    root: Path
+    metadata: list[Path]
+    has_texts: bool
+    classes: list[str]
+    split_of: SplitOf
+
+    @classmethod
+    def of(cls, root: Path, on_problem: OnProblem, wanted: str = "caption") -> "Layout":
+        """Look through a folder.
+
+        Args:
+            root: the folder.
+            on_problem: function called with each folder that cannot be listed or is not followed.
+            wanted: name of the caption in JSON files.
+        """
+        metadata, with_images, has_texts = [], [], False
+        for folder in walk_folders(root, on_problem):
+            metadata += [Path(folder.path, name) for name in METADATA_FILES if name in folder.files]
+            pictures = [name for name in folder.files if is_picture_file(name)]
+            if pictures:
+                with_images.append(_relative(folder.path, root))
+                has_texts = has_texts or _has_texts(folder, pictures, wanted)
+        split_of = splits_of_folders(with_images)
+        found = {_class_of(f"{folder}/", split_of) for folder in with_images} - {None}
+        classes = [] if metadata or has_texts else sorted(str(name) for name in found)
+        return cls(root, sorted(metadata), has_texts, classes, split_of)
+
+
+def holds_classes(folder: str | os.PathLike) -> bool:
+    """Whether the images of a folder have no captions but class folders."""
+    return bool(Layout.of(Path(folder), lambda problem: None).classes)
+
+
+def read_image_folder(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
+    """Read the images of a folder and its subfolders, linked ones too, except hidden ones.
+
+    Folders named after splits are splits, if all folders next to them that hold images are. A caption comes from
+    `metadata.csv` or `metadata.jsonl` in one or several folders; else from the lines of `0001.txt` next to `0001.jpg`
+    (or a caption in `0001.json`); else from the name of the class folder, which is then the image's group.
+
+    Args:
+        source: path of the folder.
+        options: columns, and the caption of class folders. With `all_images`, all images are returned in the order of
+            the listing, with the captions known for them.
+        on_problem: function called with each bad row and bad image; with what cannot be listed or is not followed;
+            with each image in a format that cannot be read; and once with what is left out (kind `left-out`).
+
+    Raises:
+        DataError: there are no captions and no class folders.
+    """
+    root = Path(source)
+    if not is_utf8(root.absolute()) and not options.all_images:
+        raise DataError(Problem("unusable", "its path is not UTF-8; rename the folder", name_of(root)))
+    layout = Layout.of(root, on_problem, options.columns.caption)
+    if options.all_images:
+        yield from _all_images(layout, options, on_problem)
+    elif layout.metadata:
+        yield from _metadata_rows(layout, options, on_problem)
+    elif layout.has_texts:
+        yield from _text_rows(layout, options, on_problem)
+    elif len(layout.classes) > 1:
+        yield from _class_rows(layout, options, on_problem)
+    else:
+        text = (
+            f"no captions found; expected one of {', '.join(CAPTION_FILES[:3])}, {METADATA_FILES[0]} or "
+            f"{METADATA_FILES[1]} next to the images, a .txt file next to each image, or at least two folders with "
+            "the images of one class each"
+        )
+        raise DataError(Problem("unusable", text, str(root)))
+
+
+def inputs_image_folder(source: str, options: ReadOptions) -> Iterator[Any]:
+    """What the rows depend on, for the key of their table: metadata and text files, and the names of all images."""
+    for folder in walk_folders(source, lambda problem: None):
+        names = [name for name in folder.files if is_picture_file(name)]
+        texts = [name for name in folder.files if name.lower().endswith(TEXT_ENDINGS)] if names else []
+        yield [folder.path, names]
+        yield from (content_of(Path(folder.path, name)) for name in METADATA_FILES if name in folder.files)
+        yield from (stat_of(Path(folder.path, name)) for name in texts)
+
+
+def _relative(path: str, root: Path) -> str:
+    relative = os.path.relpath(path, root).replace(os.sep, "/")
+    return "" if relative == "." else relative
+
+
+def _has_texts(folder: ListedFolder, pictures: list[str], wanted: str) -> bool:
+    """Whether a picture has a text file next to it; the first JSON file next to one counts if it holds a caption."""
+    texts = _texts_by_stem(folder)
+    found = [texts[stem] for name in pictures if (stem := os.path.splitext(name)[0]) in texts]
+    if any(name.lower().endswith(".txt") for names in found for name in names):
+        return True
+    return bool(found) and bool(_captions_of_json(Path(folder.path, found[0][0]), wanted, lambda problem: None)[0])
+
+
+def _texts_by_stem(folder: ListedFolder) -> dict[str, list[str]]:
+    texts: dict[str, list[str]] = {}
+    for name in folder.files:
+        stem, ending = os.path.splitext(name)
+        if ending.lower() in TEXT_ENDINGS:
+            texts.setdefault(stem, []).append(name)
+    return texts
+
+
+# --- metadata files -------------------------------------------------------------------------------------------------
+
+
+def _metadata_rows(layout: Layout, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
+    first_at: dict[str, tuple[Path, int | None]] | None = {} if _overlap(layout.metadata) else None
+    for file in layout.metadata:
+        rows = read_table(file, options, on_problem)
+        outside = options.columns.allow_outside_images
+        for row in rows_with_images(rows, file.parent, outside, on_problem, layout.root):
+            if first_at is not None and _is_elsewhere(row, file, first_at, on_problem):
+                continue
+            row.split = row.split or layout.split_of(row.name)
+            yield row
+
+
+def _overlap(files: list[Path]) -> bool:
+    """Whether two files may name the same images: in the same folder, or in folders of which one holds the other."""
+    folders = [file.parent for file in files]
+    return any(a == b or a in b.parents or b in a.parents for i, a in enumerate(folders) for b in folders[:i])
+
+
+def _is_elsewhere(row: Row, file: Path, first_at: dict[str, tuple[Path, int | None]], on_problem: OnProblem) -> bool:
+    """Whether an image is in an earlier file, which is reported."""
+    first, number = first_at.setdefault(row.name, (file, row.number))
+    if first == file:
+        return False
+    text = f"{row.name!r} is already in {first}, row {number}"
+    on_problem(Problem("two-splits", text, row.file, row.number, row.column))
+    return True
+
+
+# --- images without metadata ----------------------------------------------------------------------------------------
+
+
+class _LeftOut:
+    """Images that are left out, to report them once."""
+
+    def __init__(self, reason: str):
+        self.reason, self.count, self.first = reason, 0, ""
+
+    def add(self, name: str) -> None:
+        self.first, self.count = self.first or name_of(name), self.count + 1
+
+    def report(self, root: Path, on_problem: OnProblem) -> None:
+        if self.count:
+            text = f"left out {self.count} images {self.reason} (first: {self.first!r})"
+            on_problem(Problem("left-out", text, str(root)))
+
+
+def _images(layout: Layout, on_problem: OnProblem) -> Iterator[tuple[str, str, list[str]]]:
+    """The path and the name of each image, and the names of the text files next to it."""
+    for folder in walk_folders(layout.root, lambda problem: None):  # what cannot be listed was reported before
+        parent, texts = _relative(folder.path, layout.root), _texts_by_stem(folder)
+        for path in images_of_folder(folder, on_problem):
+            base = os.path.basename(path)
+            yield path, posixpath.join(parent, base), texts.get(os.path.splitext(base)[0], [])
+
+
+def _usable_images(layout: Layout, on_problem: OnProblem) -> Iterator[tuple[str, str, list[str]]]:
+    """Images as in [`_images`] whose names can be stored."""
+    odd = _LeftOut("whose names are not UTF-8; rename them")
+    for path, name, texts in _images(layout, on_problem):
+        if is_utf8(name):
+            yield path, name, texts
+        else:
+            odd.add(name)
+    odd.report(layout.root, on_problem)
+
+
+def _text_rows(layout: Layout, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
+    without = _LeftOut("without a text file next to them")
+    for path, name, texts in _usable_images(layout, on_problem):
+        row = Row(
+            name, path, key=name, split=layout.split_of(name), file=os.path.join(os.path.dirname(path), *texts[:1])
+        )
+        if not texts:
+            without.add(name)
+        elif _add_texts(row, path, texts, options.columns.caption, on_problem):
+            yield row
+    without.report(layout.root, on_problem)
+
+
+def _add_texts(row: Row, path: str, texts: list[str], wanted: str, on_problem: OnProblem) -> bool:
+    """Add what the text files next to an image say; False, and a problem, if that is no caption.
+
+    A `.txt` file has one caption per line, unless all of it is the caption in the JSON file.
+    """
+    lines: list[str] = []
+    whole, captions = "", list[str]()
+    for name in texts:
+        file = Path(os.path.dirname(path), name)
+        if name.lower().endswith(".json"):
+            more, record = _captions_of_json(file, wanted, on_problem)
+            captions += more
+            group, split = record.get("group"), record.get("split")
+            row.group = row.group or (str(group) if isinstance(group, str | int) and group != "" else None)
+            row.split = split_of_value(split) or row.split
+        else:
+            reader = Lines(file, on_problem)
+            read = [line for number, line in enumerate(reader, 1) if not reader.are_undecoded(number, number)]
+            whole, lines = "".join(read).strip(), lines + read
+    stripped = [whole] if whole in captions else [line.strip() for line in lines]
+    row.captions = list(dict.fromkeys(text for text in (*stripped, *captions) if text))
+    if not row.captions:
+        file = os.path.join(os.path.dirname(path), texts[0])
+        on_problem(Problem("empty-caption", "no caption in this file; write one, or delete it", file))
+    return bool(row.captions)
+
+
+def _captions_of_json(file: Path, wanted: str, on_problem: OnProblem) -> tuple[list[str], dict[str, Any]]:
+    try:
+        record = json.loads(file.read_bytes())
+        check_surrogates(record)
+    except (ValueError, RecursionError) as error:
+        on_problem(Problem("json", f"not valid JSON: {one_line(error)}", str(file)))
+        return [], {}
+    if not isinstance(record, dict):
+        return captions_of_record({wanted: record}, wanted), {}
+    return captions_of_record(record, wanted), record
+
+
+def _class_of(name: str, split_of: SplitOf) -> str | None:
+    """The class folder of an image: the first of its folders, or the second one if the first names a split."""
+    folders = name.split("/")[:-1]
+    if folders and split_of(f"{folders[0]}/") is not None:
+        folders = folders[1:]
+    return folders[0] if folders and folders[0] else None
+
+
+def _class_rows(layout: Layout, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
+    without = _LeftOut("outside the class folders")
+    for path, name, _ in _usable_images(layout, on_problem):
+        folder = _class_of(name, layout.split_of)
+        if folder is None:
+            without.add(name)
+            continue
+        caption = options.caption_template.replace("{}", folder.replace("_", " ").strip())
+        yield Row(name, path, [caption], name, layout.split_of(name), folder, file=os.path.dirname(path))
+    without.report(layout.root, on_problem)
+
+
+# --- all images, for an index ---------------------------------------------------------------------------------------
+
+
+def _all_images(layout: Layout, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
+    """All images in the order of the listing, with the captions of caption or metadata files, or of texts."""
+    known = _known_rows(layout, options, on_problem)
+    for path, name, texts in _images(layout, on_problem):
+        row = Row(name_of(name), path, key=name_of(name), split=layout.split_of(name), file=str(layout.root))
+        same = known.get(os.path.normpath(path))
+        if same is not None:
+            same.name, same.key, same.image, same.split = row.name, row.key, path, same.split or row.split
+            row = same
+        elif texts and layout.has_texts:
+            _add_texts(row, path, texts, options.columns.caption, on_problem)
+        yield row
+
+
+def _known_rows(layout: Layout, options: ReadOptions, on_problem: OnProblem) -> dict[str, Row]:
+    """The captions of caption files by the path of their image. Files that are named but missing do not matter."""
+
+    def report(problem: Problem) -> None:
+        if problem.kind not in BAD_FILES:
+            on_problem(problem)
+
+    source = str(layout.root)
+    rows: Iterable[Row] = ()
+    if find_caption_files(layout.root):
+        rows = read_caption_file(source, options, report)
+    elif layout.metadata:
+        rows = _metadata_rows(layout, options, report)
+    known: dict[str, Row] = {}
+    for row in rows:
+        first = known.setdefault(os.path.normpath(str(row.image)), row)
+        if first is not row:
+            first.captions = first.captions + row.captions
+    if (lines := split_lines(source, options, on_problem)) is not None:
+        path_of_name = {row.name: path for path, row in known.items()}
+        for line in lines:
+            if line.name in path_of_name:
+                known[path_of_name[line.name]].split = line.split
+    return known
