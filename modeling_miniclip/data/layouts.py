@@ -11,7 +11,7 @@ from .text_files import is_json_list
 CAPTION_FILES = ("captions.csv", "captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 TABLES = (".csv", ".tsv", ".jsonl")  # suffixes of caption files, one for each split
-SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")  # of Dataset.save_to_disk and DatasetDict.save_to_disk
+SAVED_DATASETS = ("dataset_dict.json", "state.json")  # of DatasetDict.save_to_disk and Dataset.save_to_disk
 CAPTION_WORDS = frozenset({"", "captions", "caption", "annotations", "data", "dataset"})
 
 
@@ -60,7 +60,9 @@ def find_coco_files(folder: Path) -> list[Path]:
 
 def find_karpathy_file(folder: Path) -> Path | None:
     """One of Karpathy's splits in a folder, such as `dataset_flickr8k.json`; None if there is none, or several."""
-    files = [file for file in folder.glob("dataset_*.json") if file.name not in SAVED_DATASETS]
+    files = [
+        file for file in folder.glob("dataset_*.json") if file.name not in ("dataset_dict.json", "dataset_info.json")
+    ]
     return files[0] if len(files) == 1 else None
 
 

@@ -25,7 +25,6 @@ SOURCE_KINDS = {
     "karpathy": "one of Karpathy's splits",
 }
 # Kinds of folders besides these: "saved" by `datasets`, "shards", and "folder" for one of images.
-SHARD_ENDINGS = (".tar", ".parquet")
 
 START = 4096  # bytes that are looked at
 JSON_START = 1 << 18  # bytes that are looked at to see what JSON says
@@ -75,7 +74,7 @@ def _folder_kind(folder: Path) -> str:
         return "karpathy"
     for path in (folder, *(folder / name for name in subfolders(folder))):  # where the first files are
         names = [name for name in os.listdir(path) if not is_hidden(name)]
-        shards = sum(name.lower().endswith(SHARD_ENDINGS) for name in names)
+        shards = sum(name.lower().endswith((*TAR_ENDINGS, ".parquet")) for name in names)
         pictures = sum(map(is_picture_file, names))
         if shards or pictures:
             return "shards" if shards > pictures else "folder"

@@ -10,7 +10,7 @@ import fsspec
 
 from ..errors import DataError, Problem, one_line
 from ..utils.names import is_utf8, name_of
-from .listing import is_hidden, subfolders
+from .listing import is_hidden
 from .recognise import TAR_ENDINGS
 from .splits import SPLIT_ALIASES, SPLITS, split_of_name
 from .table_cache import stat_of
@@ -144,14 +144,6 @@ def inputs_of_shards(shards: Iterable[str]) -> Iterator[Any]:
             yield stat_of(shard)
         except OSError:
             yield shard
-
-
-def has_shards(folder: str) -> bool:
-    """Whether a folder, or one of those in it, holds shards."""
-    folders = [folder, *(os.path.join(folder, name) for name in subfolders(folder))]
-    return any(
-        name.lower().endswith(SHARD_ENDINGS) and not is_hidden(name) for each in folders for name in os.listdir(each)
-    )
 
 
 def shards_of_folder(folder: str) -> list[str]:

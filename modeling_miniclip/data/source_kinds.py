@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .layouts import find_caption_files
 from .problems import OnProblem
 from .readers.caption_file import inputs_caption_file, read_caption_file, split_lines
 from .readers.hub import inputs_hub, read_hub
+from .readers.image_folder import holds_classes, inputs_image_folder, read_image_folder
 from .readers.parquet import inputs_parquet, read_parquet
-from .readers.saved import inputs_saved, is_saved, read_saved
+from .readers.saved import inputs_saved, read_saved
 from .readers.tars import inputs_tar, read_tar
-from .recognise import TAR_ENDINGS, recognise_file
+from .recognise import TAR_ENDINGS, recognise_source
 from .rows import Reader, ReadOptions, SplitName
-from .shard_patterns import has_shards, is_pattern, is_url, shard_kind
+from .shard_patterns import is_pattern, is_url, shard_kind
 
 # A missing local file with one of these endings is not looked for on the Hub.
 FILE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".zip")
@@ -53,11 +53,13 @@ class Kind:
 
 
 CAPTION_FILE = Kind("captions", read_caption_file, inputs_caption_file, split_lines, by_name=True)
+IMAGE_FOLDER = Kind("folder", read_image_folder, inputs_image_folder, by_name=True)
+CLASS_FOLDERS = Kind("classes", read_image_folder, inputs_image_folder, by_name=True, groups_are_classes=True)
 TAR = Kind("tar", read_tar, inputs_tar, one_split_is_train=True)
 PARQUET = Kind("parquet", read_parquet, inputs_parquet, one_split_is_train=True)
 SAVED = Kind("saved", read_saved, inputs_saved, one_split_is_train=True)
 HUB = Kind("hub", read_hub, inputs_hub, one_split_is_train=True)
-BY_NAME = {kind.name: kind for kind in (TAR, PARQUET)} | {"text": CAPTION_FILE}
+BY_NAME = {kind.name: kind for kind in (IMAGE_FOLDER, TAR, PARQUET, SAVED)} | {"text": CAPTION_FILE}
 
 
 def kind_of(source: str) -> Kind | None:
@@ -69,17 +71,14 @@ def kind_of(source: str) -> Kind | None:
     Raises:
         DataError: no such file exists, or it is none that can be read.
     """
-    if os.path.isdir(source):
-        if is_saved(source):
-            return SAVED
-        if find_caption_files(Path(source)):
-            return CAPTION_FILE
-        return BY_NAME.get(shard_kind(source) or "") if has_shards(source) else None
-    if os.path.isfile(source):
-        return BY_NAME.get(recognise_file(source))
-    if is_url(source) or is_pattern(source):
-        return BY_NAME.get(shard_kind(source) or "")
-    return HUB
+    if not os.path.exists(source):
+        return BY_NAME.get(shard_kind(source) or "") if is_url(source) or is_pattern(source) else HUB
+    name = recognise_source(source)
+    if name == "shards":
+        name = shard_kind(source) or "folder"
+    if name == "folder" and holds_classes(source):
+        return CLASS_FOLDERS
+    return BY_NAME.get(name)
 
 
 def hub_id(source: str) -> str | None:

@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.captions import load_captions
-from ..data.layouts import METADATA_FILES
-from ..data.listing import list_images, subfolders, walk_folders
+from ..data.listing import list_images, subfolders
 from ..data.load_rows import SeededSplit
 from ..data.problems import HARMLESS
 from ..data.row_blocks import Captions, caption_counts
@@ -180,10 +179,7 @@ def _holds_class_folders(folder: Path) -> bool:
     if not folder.is_dir() or not subfolders(folder):
         return False
     kind = kind_of(resolve(folder))
-    if kind is not None:
-        return kind.groups_are_classes
-    listed = walk_folders(folder, lambda problem: None)
-    return not any(name in each.files for each in listed for name in METADATA_FILES)
+    return kind is not None and kind.groups_are_classes
 
 
 def _class_folders(root: Path, split: str | None, class_names: str | os.PathLike | None) -> EvalSet:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from modeling_miniclip import DataError, load_captions
 from modeling_miniclip.data.columns import caption_columns
+from modeling_miniclip.data.load_rows import load_datasets
 from modeling_miniclip.data.scenes import build_scenes
 from modeling_miniclip.data.splits import split_by_image
 from tests.helpers.towers import CAPTIONS
@@ -356,11 +357,34 @@ def test_an_error_in_metadata_names_row_and_column(tmp_path, file, text, expecte
         assert part in str(error.value), f"{part!r} is not in {error.value}"
 
 
-def test_an_imagefolder_needs_training_images(tmp_path):
+def test_training_needs_training_images(tmp_path):
     save_images(tmp_path, "val/a.png", "test/b.png")
     write(tmp_path / "metadata.csv", "file_name,text\nval/a.png,one\ntest/b.png,two\n")
-    with pytest.raises(DataError, match="images in validation, test but none in train"):
-        load_captions(tmp_path)
+    assert {split: names(rows) for split, rows in load_captions(tmp_path).items()} == {
+        "validation": {"val/a.png"}, "test": {"test/b.png"}
+    }  # fmt: skip
+    with pytest.raises(DataError, match="no train split among validation, test"):
+        load_datasets([str(tmp_path)])
+
+
+def test_class_folders_are_split_within_each_class(tmp_path):
+    save_images(tmp_path, *(f"{name}/{i}.png" for name in ("red_cat", "train", "dog") for i in range(4)))
+    splits = load_captions(tmp_path, validation_fraction=0.25, caption_template="the {}")
+    assert sorted(splits["validation"]["group"]) == ["dog", "red_cat", "train"] and len(splits["train"]) == 9
+    assert {tuple(several) for several in splits["train"]["captions"]} == {
+        ("the dog",),
+        ("the red cat",),
+        ("the train",),
+    }
+
+
+def test_texts_next_to_images_are_captions(tmp_path):
+    save_images(tmp_path, *(f"000{i}.png" for i in range(3)))
+    for i in range(3):
+        write(tmp_path / f"000{i}.txt", f"picture {i}\n" * (i > 0) + f"again {i}")
+    assert captions_by_id(load_captions(tmp_path)) == {
+        "0000.png": ["again 0"], "0001.png": ["picture 1", "again 1"], "0002.png": ["picture 2", "again 2"]
+    }  # fmt: skip
 
 
 def test_an_image_in_two_metadata_files_is_an_error(tmp_path):

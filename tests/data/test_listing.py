@@ -86,7 +86,7 @@ def test_training_and_check_name_an_unlistable_folder(
 
 UNREADABLE: dict[str, Callable[[pytest.MonkeyPatch, Path], object]] = {
     "root": unlistable,
-    "file": lambda patch, path: patch.setattr(Path, "read_bytes", _denied),
+    "file": lambda patch, path: patch.setattr(Path, "open", _denied),
     "stat": lambda patch, path: patch.setattr(os, "stat", _denied),
 }
 

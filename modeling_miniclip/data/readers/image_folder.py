@@ -151,7 +151,7 @@ def _metadata_rows(layout: Layout, options: ReadOptions, on_problem: OnProblem) 
     for file in layout.metadata:
         rows = read_table(file, options, on_problem)
         outside = options.columns.allow_outside_images
-        for row in rows_with_images(rows, file.parent, outside, on_problem, layout.root):
+        for row in rows_with_images(rows, file.parent, outside, on_problem, layout.root, options.bad_images):
             if first_at is not None and _is_elsewhere(row, file, first_at, on_problem):
                 continue
             row.split = row.split or layout.split_of(row.name)
@@ -247,8 +247,8 @@ def _add_texts(row: Row, path: str, texts: list[str], wanted: str, on_problem: O
     stripped = [whole] if whole in captions else [line.strip() for line in lines]
     row.captions = list(dict.fromkeys(text for text in (*stripped, *captions) if text))
     if not row.captions:
-        file = os.path.join(os.path.dirname(path), texts[0])
-        on_problem(Problem("empty-caption", "no caption in this file; write one, or delete it", file))
+        place = os.path.join(os.path.dirname(path), texts[0])
+        on_problem(Problem("empty-caption", "no caption in this file; write one, or delete it", place))
     return bool(row.captions)
 
 

@@ -1,6 +1,5 @@
 """Folders that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` wrote: read in place."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,13 +9,6 @@ from ..problems import OnProblem
 from ..rows import ReadOptions, Row
 from ..table_cache import stat_of
 from ..table_rows import TableFile, read_tables
-
-MARKS = ("dataset_dict.json", "state.json")  # of a dataset with splits, and of one without
-
-
-def is_saved(folder: str) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in MARKS)
 
 
 def read_saved(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
