@@ -1,5 +1,6 @@
 """Where the shards of a split begin, from the names of its images: rows that an order keeps close to each other."""
 
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .row_blocks import selected_batches
-from .shard_url import place_of, row_groups
+from .shard_url import PREFIX, place_of, row_groups
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,15 +64,11 @@ def find_shards(rows: "Dataset") -> SplitShards:
     units: list[_Unit] = []
     row = 0
     for batch in selected_batches(paths, rows):
-        names = batch["path"]
-        # If the first and the last row are of one unit, so are the rows between them.
-        if not units or not units[-1] == unit_of(names[0].as_py()) == unit_of(names[-1].as_py()):
-            for i, name in enumerate(names.to_pylist()):
-                unit = unit_of(name)
-                if not units or unit != units[-1]:
-                    starts.append(row + i)
-                    units.append(unit)
-        row += len(names)
+        for i, unit in _first_rows(batch["path"], unit_of):
+            if not units or unit != units[-1]:
+                starts.append(row + i)
+                units.append(unit)
+        row += len(batch)
     edges = [*starts, row]
     parts = [
         np.arange(start, stop, max(1, stop - start) if unit.shard else LOOSE)
@@ -79,3 +76,24 @@ def find_shards(rows: "Dataset") -> SplitShards:
     ]
     boundaries = np.concatenate([*parts, [row]]).astype(np.int64)
     return SplitShards(boundaries, any(unit.needs_window for unit in units))
+
+
+def _first_rows(names: pa.Array, unit_of: Callable[[str | None], _Unit]) -> Iterator[tuple[int, _Unit]]:
+    """The first row of each unit; most rows are not looked at, as those between two of one unit are of it too."""
+    in_shards = pc.sum(pc.starts_with(names, PREFIX)).as_py() or 0
+    if 0 < in_shards < len(names):  # images outside shards are one unit, which shards may interrupt
+        yield from ((i, unit_of(name)) for i, name in enumerate(names.to_pylist()))
+        return
+    unit_at = cache(lambda i: unit_of(names[i].as_py()))
+
+    def changes(first: int, last: int) -> Iterator[int]:
+        if unit_at(first) == unit_at(last):
+            return
+        if last == first + 1:
+            yield last
+            return
+        middle = (first + last) // 2
+        yield from changes(first, middle)
+        yield from changes(middle, last)
+
+    yield from ((i, unit_at(i)) for i in (0, *changes(0, len(names) - 1)))

@@ -164,7 +164,12 @@ def test_windows_before_a_resumed_batch_are_not_drawn(monkeypatch: pytest.Monkey
     order = ShuffledInWindows(boundaries_of([10] * 300))
     drawn = []
     rows = ShuffledInWindows._rows
-    monkeypatch.setattr(ShuffledInWindows, "_rows", lambda self, window: drawn.append(window) or rows(self, window))
+
+    def spy(self: ShuffledInWindows, window: np.ndarray) -> np.ndarray:
+        drawn.append(window)
+        return rows(self, window)
+
+    monkeypatch.setattr(ShuffledInWindows, "_rows", spy)
     assert len(rows_of(order, 0, 2995)) == 5 and len(drawn) == 1
 
 
