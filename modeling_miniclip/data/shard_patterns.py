@@ -12,17 +12,13 @@ from ..errors import DataError, Problem, one_line
 from ..utils.names import is_utf8, name_of
 from .listing import is_hidden
 from .recognise import TAR_ENDINGS
+from .remote_shards import current_cache, is_url
 from .splits import SPLIT_ALIASES, SPLITS, split_of_name
 from .table_cache import stat_of
 
 SHARD_ENDINGS = (*TAR_ENDINGS, ".parquet")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
-
-
-def is_url(source: str) -> bool:
-    """Whether a source is a URL such as `https://...`, not a path."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", source) is not None
 
 
 def is_pattern(source: str) -> bool:
@@ -139,7 +135,12 @@ def short_names(shards: Sequence[str]) -> list[str]:
 
 def inputs_of_shards(shards: Iterable[str]) -> Iterator[Any]:
     """What identifies shards in the key of a table: names, sizes and times; a missing one counts too."""
+    shards = list(shards)
+    remote = [shard for shard in shards if is_url(shard)]
+    yield from zip(remote, map(str, current_cache().versions(remote)), strict=True)
     for shard in shards:
+        if is_url(shard):
+            continue
         try:
             yield stat_of(shard)
         except OSError:

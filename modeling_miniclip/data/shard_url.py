@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 from fsspec.spec import AbstractFileSystem
 
 from ..errors import DataError
+from .remote_shards import local_shard
+from .tar_headers import BLOCK, is_header_of
 
 PROTOCOL = "row"
 PREFIX = f"{PROTOCOL}://"
@@ -66,7 +68,7 @@ def place_of(url: str) -> Place | None:
     return Place(shard, int(start), int(size or -1), name)
 
 
-def read_place(place: Place, local: Callable[[str], str] = str) -> bytes:
+def read_place(place: Place, local: Callable[[str], str] = local_shard) -> bytes:
     """The encoded image at a place.
 
     Args:
@@ -74,17 +76,21 @@ def read_place(place: Place, local: Callable[[str], str] = str) -> bytes:
         local: function that returns the local file of a remote shard.
 
     Raises:
-        DataError: the shard is shorter than it was, or the row holds no image.
+        DataError: the shard has changed, or the row holds no image.
         OSError: the shard cannot be read.
     """
     path = local(place.shard)
     if place.size >= 0:
         with open(path, "rb") as file:
-            file.seek(place.start)
-            content = file.read(place.size)
-        if len(content) < place.size:
-            raise DataError(f"{place.shard}: ends within {place.name}; it changed, or is truncated")
-        return content
+            file.seek(place.start - BLOCK)
+            content = file.read(BLOCK + place.size)
+        if not is_header_of(content[:BLOCK], place.name, place.size):
+            raise DataError(
+                f"{place.shard}: {place.name} is no longer where it was; the shard has changed: start again"
+            )
+        if len(content) < BLOCK + place.size:
+            raise DataError(f"{place.shard}: ends within {place.name}; it has changed: start again")
+        return content[BLOCK:]
     value = _open_table(path).read(place.start, place.name)
     if isinstance(value, dict):
         value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()

@@ -17,8 +17,9 @@ from .readers.parquet import inputs_parquet, read_parquet
 from .readers.saved import inputs_saved, read_saved
 from .readers.tars import inputs_tar, read_tar
 from .recognise import TAR_ENDINGS, recognise_source
+from .remote_shards import is_url
 from .rows import Reader, ReadOptions, SplitName
-from .shard_patterns import is_pattern, is_url, shard_kind
+from .shard_patterns import is_pattern, shard_kind
 
 # A missing local file with one of these endings is not looked for on the Hub.
 FILE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".zip")

@@ -96,14 +96,18 @@ def _after_zeros(file: BinaryIO, position: int) -> int:
     return file.seek(0, 2)
 
 
-def is_header_of(header: bytes, size: int) -> bool:
-    """Whether these bytes are the header of a member of this size."""
-    if len(header) < BLOCK or not _has_checksum(header):
+def is_header_of(header: bytes, name: str, size: int) -> bool:
+    """Whether these bytes are the header of a member of this name, as far as the header says it, and size."""
+    if len(header) < BLOCK or not _has_checksum(header) or header[156:157] not in FILE_TYPES:
         return False
     try:
-        return header[156:157] in FILE_TYPES and _number(header[124:136], 0) == size
+        if _number(header[124:136], 0) != size:
+            return False
     except DamagedArchive:
         return False
+    last = header[:100].split(b"\0", 1)[0].rpartition(b"/")[2]
+    is_plain = last.isascii() and not any(sign in header[:100] for sign in (b"\\", b"::", b"?")) and header[99] == 0
+    return not is_plain or name.endswith(last.decode())
 
 
 def _check_end(file: BinaryIO, start: int, size: int) -> None:

@@ -33,6 +33,7 @@ from ..utils.processes import follow_parent
 from .listing import is_hidden_path
 from .picture_formats import BY_SUFFIX
 from .record_captions import captions_of_record, join_captions
+from .remote_shards import is_url
 from .splits import SPLIT_ALIASES, SPLITS
 from .tar_headers import DamagedArchive, Member, find_members
 
@@ -64,7 +65,7 @@ class Entry(NamedTuple):
 
     Args:
         name: unique name within the archive, without its suffix if possible.
-        member: name of its member, escaped by [`name_of`][modeling_miniclip.utils.names.name_of].
+        member: name of the member with its content, escaped by [`name_of`][modeling_miniclip.utils.names.name_of].
         start: offset of its content.
         size: size of its content in bytes.
         captions: its captions, each once.
@@ -117,31 +118,49 @@ class _Text:
 # --- indexes on disk ------------------------------------------------------------------------------------------------
 
 
-def open_index(path: str, cache_dir: str | os.PathLike, caption_column: str = "caption") -> TarIndex:
+def open_index(
+    path: str,
+    cache_dir: str | os.PathLike,
+    caption_column: str = "caption",
+    name: str | None = None,
+    stamp: str | None = None,
+) -> TarIndex:
     """The index of an archive: from the cache, or built and stored there.
 
     Args:
         path: path of the archive.
         cache_dir: folder of indexes.
         caption_column: key of the caption in JSON members.
+        name: URL of a remote archive, whose local file `path` is.
+        stamp: version of a remote archive.
 
     Raises:
         DataError: the file is compressed, or changed in the meantime.
         OSError: the archive cannot be read, or the index not be written.
     """
-    place = _index_path(path, cache_dir, caption_column)
-    stamp = _stamp(path)
-    index = _load_index(place, stamp)
+    name, before = name or path, stamp or _stamp(path)
+    index = load_index(name, cache_dir, caption_column, before)
     if index is None:
         unpack = compressed_by(path)
         if unpack:
-            raise DataError(Problem("unusable", compressed_message(path, unpack), name_of(path)))
+            raise DataError(Problem("unusable", compressed_message(name, unpack), name_of(name)))
         with open(path, "rb") as file:
             index = build_index(file, caption_column)
-        if _stamp(path) != stamp:
+        if (stamp or _stamp(path)) != before:
             raise DataError(Problem("shard", "changed while it was read; start again when it is complete", path))
-        _save_index(index, place, stamp)
+        _save_index(index, _index_path(name, cache_dir, caption_column), before)
     return index
+
+
+def load_index(name: str, cache_dir: str | os.PathLike, caption_column: str, stamp: str) -> TarIndex | None:
+    """The index of an archive from the cache; None if there is none for this version of it.
+
+    Args:
+        name: path or URL of the archive.
+        cache_dir, caption_column: as in [`open_index`].
+        stamp: its version.
+    """
+    return _load_index(_index_path(name, cache_dir, caption_column), stamp)
 
 
 def build_indexes(
@@ -189,12 +208,12 @@ def _try_index(path: str, cache_dir: str | os.PathLike, caption_column: str) -> 
 
 def _is_current(path: str, cache_dir: str | os.PathLike, caption_column: str) -> bool:
     with suppress(OSError):
-        return _load_index(_index_path(path, cache_dir, caption_column), _stamp(path)) is not None
+        return load_index(path, cache_dir, caption_column, _stamp(path)) is not None
     return False
 
 
-def _index_path(path: str, cache_dir: str | os.PathLike, caption_column: str) -> Path:
-    text = f"{os.path.abspath(path)}\0{caption_column}"
+def _index_path(name: str, cache_dir: str | os.PathLike, caption_column: str) -> Path:
+    text = f"{name if is_url(name) else os.path.abspath(name)}\0{caption_column}"
     return Path(cache_dir, "indexes", hashlib.sha256(os.fsencode(text)).hexdigest()[:32])
 
 
@@ -319,7 +338,7 @@ def _resolve_links(pictures: list[Member], links: list[Member]) -> list[Member]:
     for link in links:
         target = places.get(_clean(link.link))
         if target is not None:
-            linked.append((link.start, link._replace(start=target.start, size=target.size, link="")))
+            linked.append((link.start, link._replace(start=target.start, size=target.size, link=target.name)))
     everything = [*((member.start, member) for member in pictures), *linked]
     return [member for _, member in sorted(everything, key=lambda each: each[0])]
 
@@ -352,7 +371,7 @@ def _join(pictures: list[Member], texts: list[tuple[str, bytes]], caption_column
     names = _unique_names(pictures, occurrences, by_key, by_stem)
     rows = {
         "name": [name_of(name) for name in names],
-        "member": [name_of(member.name) for member in pictures],
+        "member": [name_of(member.link or member.name) for member in pictures],
         "start": [member.start for member in pictures],
         "size": [member.size for member in pictures],
         "captions": [join_captions(text.values, text.captions) for text in found],

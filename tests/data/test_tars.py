@@ -306,6 +306,18 @@ def test_a_missing_shard_is_reported(tmp_path, read):
     assert rows == [] and problem.kind == "shard" and "No such file" in problem.text
 
 
+def test_a_shard_that_changes_after_it_was_listed(tmp_path, read):
+    rows = read(path := write_tar(tmp_path / "a.tar", pairs("01")))
+    for members in (pairs("10"), pairs("01")[2:], [("longer.txt", b"x" * 900), *pairs("01")], pairs("01")[:1]):
+        write_tar(tmp_path / "a.tar", members)
+        with pytest.raises(DataError, match=f"{path}: 1.png is not where it was; the shard has changed"):
+            content(rows[1])
+    (tmp_path / "a.tar").write_bytes(tar_bytes(pairs("01"))[:-11_000])
+    os.remove(path)
+    with pytest.raises(FileNotFoundError):
+        content(rows[1])
+
+
 # --- the cache ------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +367,7 @@ def simple_member(name: str) -> bytes:
     return (fields + b"%06o\0 0" % checksum).ljust(512, b"\0") + b"x".ljust(512, b"\0")
 
 
+@pytest.mark.slow
 def test_fifty_thousand_members(tmp_path, read):
     (tmp_path / "a.tar").write_bytes(
         b"".join(simple_member(f"{i:05d}.{suffix}") for i in range(25_000) for suffix in ("jpg", "txt")) + bytes(1024)

@@ -2,15 +2,18 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...errors import Problem, one_line
 from ..problems import OnProblem
+from ..remote_shards import is_url
 from ..rows import ReadOptions, Row
 from ..shard_patterns import expand_shards, inputs_of_shards, short_names, split_of_shard
 from ..table_rows import HELD, Block, TableColumns, TableFile, find_columns, hashes_of_images, held_images, read_tables
@@ -27,7 +30,7 @@ def read_parquet(source: str, options: ReadOptions, on_problem: OnProblem) -> It
     show that images occur in several rows.
 
     Args:
-        source: path of a file, of a folder of such files, or a pattern such as `data/train-*.parquet`.
+        source: path or URL of a file, path of a folder of such files, or a pattern such as `data/train-*.parquet`.
         options: how to read them.
         on_problem: function called with what is left out, and with a file that cannot be read (kind `shard`).
 
@@ -60,7 +63,8 @@ def table_file(path: str, name: str) -> TableFile:
     Raises:
         OSError, pa.ArrowException: it cannot be read.
     """
-    about = pq.read_metadata(path)
+    with _open(path) as file:
+        about = file.metadata
     return TableFile(
         path=path,
         where=path,
@@ -69,12 +73,32 @@ def table_file(path: str, name: str) -> TableFile:
         rows=about.num_rows,
         read=partial(_read_blocks, path),
         split=split_of_shard(path),
-        bounds=os.path.dirname(os.path.abspath(path)),
+        bounds="" if is_url(path) else os.path.dirname(os.path.abspath(path)),
     )
 
 
+@contextmanager
+def _open(path: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file; of one behind a URL, only the parts that are needed are fetched.
+
+    Raises:
+        OSError, pa.ArrowException: it cannot be read.
+    """
+    if not is_url(path):
+        with pq.ParquetFile(path) as file:
+            yield file
+        return
+    try:
+        with fsspec.open(path, "rb") as content, pq.ParquetFile(content) as file:
+            yield file
+    except pa.ArrowException:
+        raise
+    except Exception as error:  # of any library
+        raise OSError(one_line(error)) from error
+
+
 def _read_blocks(path: str, columns: TableColumns, texts: list[str], with_images: bool) -> Iterator[Block]:
-    with pq.ParquetFile(path) as file:
+    with _open(path) as file:
         for group in range(file.metadata.num_row_groups):
             all_held = columns.kind != "path" and _all_held(file, group, columns)
             wanted = [*texts, columns.image] if with_images or not all_held else texts

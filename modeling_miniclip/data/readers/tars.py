@@ -1,14 +1,17 @@
 """Tar archives as WebDataset and img2dataset write them: images, with their captions in text and JSON members."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import Any, BinaryIO
+
+from tqdm.auto import tqdm
 
 from ...errors import DataError, Problem, one_line
 from ...utils.names import name_of
 from ..picture_formats import BY_SUFFIX, FORMATS, START, picture_format
 from ..problems import OnProblem
-from ..remote_shards import default_folder
+from ..remote_shards import current_cache, default_folder, is_url, local_shard
 from ..rows import ReadOptions, Row
 from ..shard_patterns import expand_shards, inputs_of_shards, short_names, split_of_shard
 from ..shard_url import member_url
@@ -19,16 +22,20 @@ from ..tar_index import (
     build_indexes,
     compressed_by,
     compressed_message,
+    load_index,
     open_compressed,
     open_index,
 )
+
+ENDINGS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bzip2", ".tbz2": "bzip2", ".xz": "xz", ".txz": "xz"}
 
 
 def read_tar(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
     """The images of archives, in the order of the archives and of their members; names are `archive.tar/name`.
 
     Args:
-        source: path of an archive, of a folder of archives, or a pattern such as `shards/{00000..00999}.tar`.
+        source: path or URL of an archive, path of a folder of archives, or a pattern such as
+            `shards/{00000..00999}.tar`.
         options: how to read it. With `all_images`, compressed archives are read too, their images into memory one at a
             time.
         on_problem: function called if an archive is damaged (kind `shard`: its images before the damage are used), if
@@ -41,11 +48,13 @@ def read_tar(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterat
     shards = expand_shards(source, "tar")
     compressed = {shard: program for shard in shards if (program := _compressed_by(shard))}
     for shard, program in compressed.items():
-        if not options.all_images:
+        if is_url(shard) or not options.all_images:
             raise DataError(Problem("unusable", compressed_message(shard, program), name_of(shard)))
     folder, column = options.shard_folder or default_folder(), options.columns.caption
-    if len(shards) > 1:
-        build_indexes([shard for shard in shards if shard not in compressed], folder, column)
+    local = [shard for shard in shards if not is_url(shard) and shard not in compressed]
+    if len(local) > 1:
+        build_indexes(local, folder, column)
+    remote = _RemoteIndexes([shard for shard in shards if is_url(shard)], folder, column)
     for shard, name in zip(shards, short_names(shards), strict=True):
         try:
             with ExitStack() as stack:
@@ -55,11 +64,50 @@ def read_tar(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterat
                         index = build_index(first, column)
                     packed = stack.enter_context(open_compressed(shard, compressed[shard]))
                 else:
-                    index = open_index(shard, folder, column)
+                    index = remote.open(shard) if is_url(shard) else open_index(shard, folder, column)
                 yield from _rows(shard, name, index, packed, options, on_problem)
+        except DataError as error:
+            if error.problem is None or error.problem.kind != "shard":
+                raise
+            on_problem(error.problem)
         except (OSError, EOFError) as error:
             text = f"cannot be read: {one_line(error)}; check that it is there, its permissions and its disk"
             on_problem(Problem("shard", text, shard))
+    remote.close()
+
+
+class _RemoteIndexes:
+    """Indexes of remote archives, each of which is fetched once to build them."""
+
+    def __init__(self, shards: list[str], folder: str | os.PathLike, caption_column: str):
+        self.cache, self.folder, self.caption_column = current_cache(), folder, caption_column
+        self.versions = dict(zip(shards, self.cache.versions(shards), strict=True))
+        missing = [shard for shard in shards if self._load(shard) is None]
+        self.cache.expect(missing)
+        title = "fetching shards once, to find their images"
+        self.bar = tqdm(total=len(missing), desc=title, unit="shard", leave=False, disable=not missing)
+
+    def _load(self, shard: str) -> TarIndex | None:
+        version = self.versions[shard]
+        return load_index(shard, self.folder, self.caption_column, version) if isinstance(version, str) else None
+
+    def open(self, shard: str) -> TarIndex:
+        """The index of an archive, which is fetched if need be.
+
+        Raises:
+            DataError: it cannot be fetched.
+        """
+        index, version = self._load(shard), self.versions[shard]
+        if isinstance(version, DataError):
+            raise version
+        if index is None:
+            index = open_index(self.cache.local(shard), self.folder, self.caption_column, shard, version)
+            self.bar.update()
+        return index
+
+    def close(self) -> None:
+        """Remove the progress bar."""
+        self.bar.close()
 
 
 def inputs_tar(source: str, options: ReadOptions) -> Iterator[Any]:
@@ -69,6 +117,9 @@ def inputs_tar(source: str, options: ReadOptions) -> Iterator[Any]:
 
 
 def _compressed_by(shard: str) -> str:
+    """The program that compressed an archive, "" if none did; for a URL, its name says so."""
+    if is_url(shard):
+        return next((program for ending, program in ENDINGS.items() if shard.lower().endswith(ending)), "")
     with suppress(OSError):
         return compressed_by(shard)
     return ""
@@ -115,7 +166,7 @@ def _problem(source: str, entry: Entry, packed: BinaryIO | None) -> Problem | No
     by_suffix = BY_SUFFIX["." + entry.member.rpartition(".")[2].lower()]
     if by_suffix.is_readable or packed is not None:
         return None
-    with open(source, "rb") as file:
+    with open(local_shard(source), "rb") as file:
         file.seek(entry.start)
         found = picture_format(file.read(START)) or by_suffix
     if found.is_readable:
