@@ -85,9 +85,7 @@ def read_place(place: Place, local: Callable[[str], str] = local_shard) -> bytes
             file.seek(place.start - BLOCK)
             content = file.read(BLOCK + place.size)
         if not is_header_of(content[:BLOCK], place.name, place.size):
-            raise DataError(
-                f"{place.shard}: {place.name} is no longer where it was; the shard has changed: start again"
-            )
+            raise DataError(f"{place.shard}: {place.name} is not where it was; the shard has changed: start again")
         if len(content) < BLOCK + place.size:
             raise DataError(f"{place.shard}: ends within {place.name}; it has changed: start again")
         return content[BLOCK:]
