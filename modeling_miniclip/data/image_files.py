@@ -23,6 +23,8 @@ IMAGE_FOLDERS = (
     "Flicker8k_Dataset",
     "Flickr8k_Dataset",
     "Flickr8k_Dataset/Flicker8k_Dataset",
+    "flickr30k_images",
+    "flickr30k-images",
     ".",
 )
 
@@ -232,8 +234,8 @@ class _Images:
                 by_kind.setdefault(bad[1], []).append(name)
                 other[name] = None
         self.blocks += 1
-        whole = self.blocks == 1 and len(block) < BLOCK
-        rows = "" if whole else f" in rows {block[0].number} to {block[-1].number}"
+        has_no_rows = (self.blocks == 1 and len(block) < BLOCK) or block[0].number is None
+        rows = "" if has_no_rows else f" in rows {block[0].number} to {block[-1].number}"
         for kind, names in by_kind.items():
             self._report(kind, {name: first[name] for name in names}, f"{len(first)} images{rows}")
         return other

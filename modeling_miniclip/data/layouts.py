@@ -1,10 +1,12 @@
 """Where the captions of a folder are: caption files, one for each split, metadata files, annotations."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from .listing import ListedFolder, is_hidden
+from .image_files import image_folder
+from .listing import ListedFolder, is_hidden, subfolders
 from .splits import SPLITS, WORD, split_of_name, split_words
 from .text_files import is_json_list
 
@@ -49,8 +51,35 @@ def _is_table(file: Path) -> bool:
     return file.suffix.lower() in TABLES or (file.suffix.lower() == ".json" and is_json_list(file))
 
 
+def find_images(
+    root: Path, split: str | None, names: Iterable[str], image_dir: str | os.PathLike | None
+) -> tuple[Path, Path]:
+    """The folder that the image names of a file are relative to, and the one that they may not leave.
+
+    Images of one split may be in a folder of their own; the folder's name is then a part of the image's name.
+
+    Args:
+        root: folder of the file.
+        split: split of all images in the file, if it has one.
+        names: names of some of the images.
+        image_dir: folder of the images, if they are not next to the file.
+    """
+    base = Path(image_dir).expanduser() if image_dir is not None else root
+    if image_dir is not None and (split is None or not base.is_dir()):
+        return base, base
+    places = [base, *(base / name for name in ("Images", "images") if (base / name).is_dir())]
+    own = [
+        place.relative_to(base).joinpath(name).as_posix()
+        for place in places
+        for name in subfolders(place)
+        if split is not None and split_of_name(name) == split
+    ]
+    folder = image_folder(base, names, own)
+    return folder, base if folder.relative_to(base).as_posix() in own else folder
+
+
 def find_coco_files(folder: Path) -> list[Path]:
-    """COCO's caption annotations in a folder, or in its folder `annotations`, such as `captions_train2017.json`."""
+    """COCO's caption annotations in a folder, or in its folder `annotations`: `captions_train2017.json` and others."""
     for place in (folder, folder / "annotations"):
         files = sorted(file for file in place.glob("captions_*.json") if file.is_file())
         if files:

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import DataError
 from .problems import OnProblem
 from .readers.caption_file import inputs_caption_file, read_caption_file, split_lines
+from .readers.coco import inputs_coco, inputs_karpathy, read_coco, read_karpathy
 from .readers.hub import inputs_hub, read_hub
 from .readers.image_folder import holds_classes, inputs_image_folder, read_image_folder
 from .readers.parquet import inputs_parquet, read_parquet
@@ -56,11 +57,13 @@ class Kind:
 CAPTION_FILE = Kind("captions", read_caption_file, inputs_caption_file, split_lines, by_name=True)
 IMAGE_FOLDER = Kind("folder", read_image_folder, inputs_image_folder, by_name=True)
 CLASS_FOLDERS = Kind("classes", read_image_folder, inputs_image_folder, by_name=True, groups_are_classes=True)
+COCO = Kind("coco", read_coco, inputs_coco, by_name=True)
+KARPATHY = Kind("karpathy", read_karpathy, inputs_karpathy, by_name=True)
 TAR = Kind("tar", read_tar, inputs_tar, one_split_is_train=True)
 PARQUET = Kind("parquet", read_parquet, inputs_parquet, one_split_is_train=True)
 SAVED = Kind("saved", read_saved, inputs_saved, one_split_is_train=True)
 HUB = Kind("hub", read_hub, inputs_hub, one_split_is_train=True)
-BY_NAME = {kind.name: kind for kind in (IMAGE_FOLDER, TAR, PARQUET, SAVED)} | {"text": CAPTION_FILE}
+BY_NAME = {kind.name: kind for kind in (IMAGE_FOLDER, COCO, KARPATHY, TAR, PARQUET, SAVED)} | {"text": CAPTION_FILE}
 
 
 def kind_of(source: str) -> Kind | None:

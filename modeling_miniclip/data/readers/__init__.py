@@ -1,6 +1,7 @@
 """Readers, one file per kind of source: each yields rows, see `data/rows.py`.
 
 caption_file.py: caption files (CSV, TSV, JSON, Flickr8k tokens)
+coco.py: COCO's caption annotations, and Karpathy's splits
 image_folder.py: folders of images with metadata files, text files or class folders
 tars.py: tar archives (WebDataset, img2dataset)
 parquet.py: Parquet files

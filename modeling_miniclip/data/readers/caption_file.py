@@ -13,11 +13,11 @@ from typing import Any, TypeGuard
 from ...errors import DataError, Problem, one_line
 from ...utils.names import is_utf8, name_of
 from ..columns import ResolvedColumns, captions_of_row, find_columns, image_name
-from ..image_files import SAMPLE, image_folder, rows_with_images
-from ..layouts import find_caption_files
+from ..image_files import SAMPLE, rows_with_images
+from ..layouts import find_caption_files, find_images
 from ..problems import OnProblem
 from ..rows import ReadOptions, Row, SplitName
-from ..splits import find_split_files, read_split_files, split_of_name, split_of_value
+from ..splits import find_split_files, read_split_files, split_of_value
 from ..table_cache import content_of
 from ..text_files import LONGEST, Lines, check_surrogates, is_json_list, json_list
 
@@ -51,7 +51,7 @@ def read_caption_file(source: str, options: ReadOptions, on_problem: OnProblem) 
     for split, file in find_caption_files(path):
         rows = read_table(file, options, on_problem)
         head = list(islice(rows, SAMPLE))
-        folder, bounds = _image_folder(file, split, head, options)
+        folder, bounds = find_images(file.parent, split, (row.name for row in head), options.image_dir)
         for row in rows_with_images(
             chain(head, rows), folder, options.columns.allow_outside_images, on_problem, bounds, options.bad_images
         ):
@@ -78,24 +78,6 @@ def _split_files(source: str) -> dict[str, Path]:
     if len(files) != 1 or files[0][0] is not None:
         return {}
     return find_split_files(path if path.is_dir() else path.parent, files[0][1])
-
-
-def _image_folder(file: Path, split: str | None, head: list[Row], options: ReadOptions) -> tuple[Path, Path]:
-    """The folder that the image names are relative to, and the one that they may not leave.
-
-    Images of one split may be in a folder of their own; its name is then a part of their names.
-    """
-    if options.image_dir is not None:
-        folder = Path(options.image_dir).expanduser()
-        return folder, folder
-    root = file.parent
-    own = [name for name in _folders(root) if split is not None and split_of_name(name) == split]
-    folder = image_folder(root, (row.name for row in head), own)
-    return folder, root if own and folder.name in own else folder
-
-
-def _folders(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir())
 
 
 def read_table(file: Path, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
