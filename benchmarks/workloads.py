@@ -174,8 +174,8 @@ def load_bare(arguments: TrainingArguments, size: tuple[int, int] | None = None)
         pairs = list(zip(files, [captions[0] for captions in rows.captions_of(range(len(rows)))], strict=True))
         workers = arguments.num_workers
         parts = [pairs[worker::workers] for worker in range(workers)]
-        with multiprocessing.get_context("fork").Pool(workers, _prepare_worker, (rows, arguments.batch_size)) as pool:
-            return images_per_second(lambda: pool.map(_prepare_pairs, parts, chunksize=1), len(files))
+        with multiprocessing.get_context("fork").Pool(workers, prepare_worker, (rows, arguments.batch_size)) as pool:
+            return images_per_second(lambda: pool.map(prepare_pairs, parts, chunksize=1), len(files))
 
 
 def load_package(arguments: TrainingArguments, size: tuple[int, int] | None = None) -> dict[str, float]:
@@ -217,13 +217,15 @@ tokenizer: Any = None
 texts_together = 0
 
 
-def _prepare_worker(rows: CaptionRows, batch_size: int) -> None:
+def prepare_worker(rows: CaptionRows, batch_size: int) -> None:
+    """Set what [`prepare_pairs`] uses in a process of the pool."""
     global augmentation, tokenizer, texts_together
     augmentation, tokenizer, texts_together = rows.augmentation, rows.processor.tokenizer, batch_size
     torch.set_num_threads(1)  # as in a DataLoader's worker
 
 
-def _prepare_pairs(pairs: list[tuple[str, str]]) -> int:
+def prepare_pairs(pairs: list[tuple[str, str]]) -> int:
+    """Decode, augment and tokenize pairs of a file and a caption; returns a number that depends on all of them."""
     total = 0
     for file, _ in pairs:
         pixels = augmentation(image=np.array(Image.open(file).convert("RGB")))["image"]
