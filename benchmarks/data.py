@@ -189,7 +189,7 @@ def measure_run(source: list[str], home: Path, num_workers: int) -> tuple[float,
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         log = Path(folder) / "run" / "metrics.jsonl"
         flags = {"preset": "scenes_tiny", "max_steps": 1, "logging_steps": 1, "batch_size": 64}
-        flags |= {"max_validation_images": 1_000, "num_workers": num_workers, "output_dir": log.parent}
+        flags |= {"num_workers": num_workers, "output_dir": log.parent}
         flags |= dict(zip(("dataset", "image_dir"), source, strict=False))
         command = [sys.executable, str(HERE.parent / "train_miniclip.py"), *(f"--{n}={v}" for n, v in flags.items())]
         start, first_step = time.perf_counter(), math.nan
@@ -202,7 +202,7 @@ def measure_run(source: list[str], home: Path, num_workers: int) -> tuple[float,
                 if '"validation"' in text:
                     break
                 time.sleep(POLL)
-        if process.poll() not in (None, 0):
+        if process.poll():
             errors.seek(0)
             sys.exit(errors.read()[-3000:])
         process.send_signal(signal.SIGTERM)

@@ -62,7 +62,7 @@ class _Handler(SimpleHTTPRequestHandler):
         file = self.send_head()
         if file is None:
             return
-        with file:  # type: ignore[attr-defined]  # an open file
+        with file:
             size = Path(self.translate_path(self.path)).stat().st_size
             self._send(file, size // 2 if kind else size, fault.rate)
         if kind == "stall":

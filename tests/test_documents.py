@@ -1,5 +1,6 @@
 """README and guides: their commands and code run, and their flags, links, paths and figures exist."""
 
+import contextlib
 import json
 import os
 import re
@@ -95,6 +96,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_towers: tuple[Path, P
     shutil.copytree(tiny_export, folder / "my-clip" / "export")
     for tower in tiny_towers:
         shutil.copytree(tower, folder / "towers" / tower.name)
+    with contextlib.chdir(folder):  # the tars that commands of this guide read
+        exec(code_blocks(ROOT / "docs" / "scale.md", "python")[0], {})
     return folder
 
 
