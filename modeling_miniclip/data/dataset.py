@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from ..errors import DataError
+from ..errors import DataError, MiniClipError
 from ..processing_miniclip import MiniClipProcessor
 from .picture_formats import decode_row
 
@@ -182,6 +182,8 @@ class CaptionRows(TorchDataset):
         except MemoryError:  # not the image's fault
             raise
         except Exception as error:  # Pillow's decoders raise errors of many classes
+            if isinstance(error, MiniClipError) and not (isinstance(error, DataError) and error.problem is None):
+                raise  # a shard cannot be fetched or stored
             name = f"image {file['image_id']!r}"
             if getattr(error, "errno", None) is not None:  # a disk failed, which is not the image's fault either
                 raise DataError(f"{name} cannot be read: {error}; fix that, then resume the run") from error

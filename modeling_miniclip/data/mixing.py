@@ -1,6 +1,6 @@
 """Several datasets in one epoch, by weights: which row of which dataset is at a place is computed (see `order.py`)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 
 import numpy as np
@@ -17,6 +17,7 @@ def shuffled_order(
     boundaries: np.ndarray | None = None,
     sizes: Sequence[int] = (),
     weights: Sequence[float] | None = None,
+    on_next: Callable[[np.ndarray], None] = lambda rows: None,
 ) -> RowOrder:
     """The order of training rows.
 
@@ -27,6 +28,7 @@ def shuffled_order(
         boundaries: row where each shard starts, and `num_rows`, to shuffle in windows of shards; None for any order.
         sizes: number of rows of each dataset; their rows follow each other.
         weights: weight of each dataset; None uses each row once per epoch.
+        on_next: function called with the first row of each shard of the next window, see [`ShuffledInWindows`].
     """
     ends = np.cumsum(sizes or [num_rows])
     firsts = ends - (sizes or [num_rows])
@@ -35,7 +37,8 @@ def shuffled_order(
     def order_of(first: int, end: int, number: int) -> RowOrder:
         if cuts is None:
             return Shuffled(end - first, seed, number)
-        return ShuffledInWindows(cuts[(cuts >= first) & (cuts <= end)] - first, seed, number)
+        own = cuts[(cuts >= first) & (cuts <= end)] - first
+        return ShuffledInWindows(own, seed, number, lambda rows: on_next(rows + first))
 
     if weights is None:
         return order_of(0, num_rows, 0)

@@ -7,7 +7,7 @@
 | `ShuffledInWindows` | a window of shards | a few shards at a time |
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -74,11 +74,19 @@ class ShuffledInWindows:
         boundaries: row where each shard starts, and the number of rows: `[0, ..., num_rows]`.
         seed: random seed of the order.
         number: number of the dataset, which gives those of one size different orders.
+        on_next: function called with the first row of each shard of a window before its rows are needed: when the
+            window before it begins.
     """
 
-    def __init__(self, boundaries: np.ndarray, seed: int = 0, number: int = 0):
+    def __init__(
+        self,
+        boundaries: np.ndarray,
+        seed: int = 0,
+        number: int = 0,
+        on_next: Callable[[np.ndarray], None] = lambda rows: None,
+    ):
         self.starts, self.sizes = boundaries[:-1].astype(np.int64), np.diff(boundaries).astype(np.int64)
-        self.num_rows, self.seed, self.number = int(self.sizes.sum()), seed, number
+        self.num_rows, self.seed, self.number, self.on_next = int(self.sizes.sum()), seed, number, on_next
 
     def pieces(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
         """See [`RowOrder`]. Windows before `start` are only counted."""
@@ -88,7 +96,10 @@ class ShuffledInWindows:
         cuts = np.flatnonzero(np.diff(np.append(0, filled) // WINDOW_ROWS)) + 1
         windows = np.split(shards, cuts[cuts < len(shards)])
         ends = np.cumsum([self.sizes[window].sum() for window in windows])
-        for number in range(int(ends.searchsorted(start, "right")), len(windows)):
+        first = int(ends.searchsorted(start, "right"))
+        for number in range(first, len(windows)):
+            for following in windows[number + (number > first) : number + 2]:
+                self.on_next(self.starts[following])
             rows = self._rows(windows[number])
             self._rng(epoch, number, OF_ROWS).shuffle(rows)
             yield from keys_of(epoch, rows[max(0, start - (int(ends[number]) - len(rows))) :])

@@ -22,10 +22,12 @@ class SplitShards(NamedTuple):
 
     Args:
         boundaries: row where each shard, or row group of a Parquet file, starts, and the number of rows.
+        names: path or URL of each of these shards; "" for images outside shards.
         need_windows: whether rows in any order would be slow to read: those of Parquet files and remote shards.
     """
 
     boundaries: np.ndarray
+    names: list[str]
     need_windows: bool
 
 
@@ -75,7 +77,8 @@ def find_shards(rows: "Dataset") -> SplitShards:
         for unit, start, stop in zip(units, edges[:-1], edges[1:], strict=True)
     ]
     boundaries = np.concatenate([*parts, [row]]).astype(np.int64)
-    return SplitShards(boundaries, any(unit.needs_window for unit in units))
+    names = [unit.shard for unit, part in zip(units, parts, strict=True) for _ in part]
+    return SplitShards(boundaries, names, any(unit.needs_window for unit in units))
 
 
 def _first_rows(names: pa.Array, unit_of: Callable[[str | None], _Unit]) -> Iterator[tuple[int, _Unit]]:

@@ -173,6 +173,31 @@ def test_windows_before_a_resumed_batch_are_not_drawn(monkeypatch: pytest.Monkey
     assert len(rows_of(order, 0, 2995)) == 5 and len(drawn) == 1
 
 
+def test_shards_are_named_a_window_before_they_are_needed() -> None:
+    named: list[set[int]] = []
+    read: list[int] = []
+    called: list[int] = []
+
+    def on_next(rows: np.ndarray) -> None:
+        named.append(set(rows.tolist()))
+        called.append(len(read))
+
+    order = shuffled_order(300, 10, boundaries=boundaries_of([10] * 30), on_next=on_next)
+    for piece in order.pieces(0, 35):
+        read += piece[:, 1].tolist()
+    assert called == [0, 0, *range(25, 235, 30)]  # windows have 30 rows, and the first one is left out
+    found = list(named)
+    assert found == [{row // 10 * 10 for row in window} for window in windows_of(order)[1:]]
+
+
+def test_shards_of_weighted_sets_are_named_by_their_rows() -> None:
+    named, read = set[int](), set[int]()
+    order = shuffled_order(300, 10, 0, boundaries_of([10] * 30), [100, 200], [1, 1], lambda rows: named.update(rows))
+    for piece in order.pieces(0, 35):
+        read |= {row // 10 * 10 for row in piece[:, 1].tolist()}
+        assert read <= named <= set(range(0, 300, 10))
+
+
 # --- several datasets -----------------------------------------------------------------------------------------------
 
 
@@ -281,6 +306,7 @@ def test_images_outside_shards_form_shards(monkeypatch: pytest.MonkeyPatch) -> N
     split = split_of([*[f"/images/{i}.jpg" for i in range(6)], *tar_names("0.tar", 9), None, None])
     found = find_shards(split)
     assert found.boundaries.tolist() == [0, 4, 6, 15, 17] and not found.need_windows
+    assert found.names == ["", "", "0.tar", ""]
 
 
 def test_row_groups_of_parquet_files_are_shards(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 
-from modeling_miniclip import DataError
+from modeling_miniclip import DataError, MiniClipError
 from modeling_miniclip.data import shard_url
 from modeling_miniclip.data.dataset import CaptionRows
 from modeling_miniclip.data.picture_formats import read_encoded
 from modeling_miniclip.data.shard_url import member_url, table_url
+from modeling_miniclip.errors import Problem
 from tests.helpers.towers import tiny_processor
 
 FEATURES = Features({"image": Image(), "image_id": Value("string"), "captions": List(Value("string"))})
@@ -105,6 +107,21 @@ def test_lost_shard_ends_the_run_with_its_name(name: str, tmp_path: Path) -> Non
     rows = rows_named(WRITERS[name](tmp_path / name))
     (tmp_path / name).unlink()
     with pytest.raises(DataError, match=rf"'2\.png' cannot be read: .*{name}.*resume the run"):
+        rows.__getitems__([(0, 2)])
+
+
+@pytest.mark.parametrize(
+    "error", [DataError(Problem("shard", "cannot be fetched", "s3://a.tar")), MiniClipError("full")]
+)
+def test_shard_that_cannot_be_fetched_ends_the_run(
+    error: MiniClipError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> bytes:
+        raise error
+
+    rows = rows_named(write_tar(tmp_path / "a.tar"))
+    monkeypatch.setattr(shard_url, "read_place", fail)
+    with pytest.raises(type(error), match=re.escape(str(error))):
         rows.__getitems__([(0, 2)])
 
 
