@@ -83,7 +83,7 @@ class ShardCache:
         self._used: dict[str, tuple[str, float]] = {}  # path of each shard, and when its last use was written
         self._next: dict[str, str] = {}
         self._ahead: set[str] = set()  # shards that were fetched before they were needed
-        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None  # the last one that fetches ahead
 
     def expect(self, shards: Sequence[str]) -> None:
         """Name shards in the order in which they will be read: while one is read, the next one is fetched."""
@@ -166,16 +166,23 @@ class ShardCache:
     def _fetch_next(self, shard: str) -> None:
         """Fetch the shard after this one in a thread, once."""
         following = self._next.get(shard)
-        with self._lock:
-            if following is None or following in self._ahead:
-                return
+        if following is not None and following not in self._ahead:
             self._ahead.add(following)
-        path = self.folder / _file_name(following)
-        threading.Thread(target=self._try_to_fetch, args=(following, path), daemon=True).start()
+            self.fetch_ahead([following])
 
-    def _try_to_fetch(self, shard: str, path: Path) -> None:
-        with suppress(Exception):  # `local` raises it when the shard is needed
-            self._fetch(shard, path)
+    def fetch_ahead(self, shards: Sequence[str]) -> None:
+        """Fetch shards that will be needed soon, one after the other, in a thread; paths are left out."""
+        missing = [shard for shard in shards if is_url(shard) and not (self.folder / _file_name(shard)).exists()]
+        if missing:
+            self._thread = threading.Thread(target=self._fetch_all, args=(self._thread, missing), daemon=True)
+            self._thread.start()
+
+    def _fetch_all(self, before: threading.Thread | None, shards: Sequence[str]) -> None:
+        if before is not None:
+            before.join()
+        for shard in shards:
+            with suppress(Exception):  # `local` raises it when the shard is needed
+                self._fetch(shard, self.folder / _file_name(shard))
 
     def _make_room(self, size: int) -> None:
         """Remove the least recently used shards until one more of this size is within the limit."""

@@ -8,6 +8,7 @@ import numpy as np
 from accelerate import Accelerator
 from datasets import DatasetDict
 
+from ..data.fetch_ahead import fetched_ahead
 from ..data.load_rows import Splits
 from ..data.mixing import shuffled_order
 from ..data.order import RowOrder
@@ -36,7 +37,8 @@ def training_order(splits: DatasetDict, arguments: TrainingArguments) -> RowOrde
     boundaries, sizes = _depends_on(splits, arguments)
     weights = arguments.dataset_weights if sizes else None
     rows = len(splits["train"])
-    return shuffled_order(rows, arguments.batch_size, arguments.seed, boundaries, sizes, weights)
+    order = shuffled_order(rows, arguments.batch_size, arguments.seed, boundaries, sizes, weights)
+    return fetched_ahead(order, splits["train"], boundaries)
 
 
 def order_checksum(splits: DatasetDict, arguments: TrainingArguments) -> int:

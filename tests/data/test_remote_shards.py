@@ -12,13 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from modeling_miniclip import DataError, MiniClipError, load_captions
-from modeling_miniclip.data import remote_shards
+from modeling_miniclip.data import order, remote_shards
+from modeling_miniclip.data.fetch_ahead import fetched_ahead
 from modeling_miniclip.data.problems import raise_problem
 from modeling_miniclip.data.readers.parquet import read_parquet
 from modeling_miniclip.data.readers.tars import read_tar
 from modeling_miniclip.data.remote_shards import ShardCache, current_cache, local_shard, use_cache
 from modeling_miniclip.data.rows import ReadOptions
 from modeling_miniclip.data.shard_url import place_of, read_place
+from modeling_miniclip.data.split_shards import shard_boundaries
 from modeling_miniclip.errors import Problem
 from tests.helpers.servers import web_server
 from tests.helpers.shards import pairs, write_tar
@@ -133,6 +135,28 @@ def test_the_next_shard_is_fetched_ahead(server, tmp_path):
     cache.local(urls[1])
     wait_for(lambda: fetched(cache) == list(NAMES))
     assert server.gets == dict.fromkeys(NAMES, 1)
+
+
+def test_an_order_fetches_the_shards_of_its_next_rows(server, tmp_path, monkeypatch):
+    use_cache(tmp_path / "c")
+    rows = load_captions(f"{server.url}/{{0..2}}.tar", cache_dir=tmp_path / "tables", validation_fraction=0.17)[
+        "train"
+    ]
+    for file in current_cache().folder.glob("*.tar"):
+        file.unlink()
+    server.gets.clear()
+    boundaries = shard_boundaries(rows)
+    monkeypatch.setattr(order, "WINDOW_ROWS", 1)
+    monkeypatch.setattr(order, "WINDOW_SHARDS", 1)
+    plain = order.ShuffledInWindows(boundaries)
+    ahead = fetched_ahead(plain, rows, boundaries)
+    pieces = []
+    for number, piece in enumerate(ahead.pieces(0), 1):
+        wait_for(lambda: len(fetched(current_cache())) == min(number + 1, 3))  # noqa: B023
+        pieces.append(piece.tolist())
+    assert pieces == [piece.tolist() for piece in plain.pieces(0)] and len(pieces) == 3
+    assert server.gets == dict.fromkeys(NAMES, 1)
+    assert fetched_ahead(plain, rows, None) is plain
 
 
 def test_the_least_recently_used_shards_are_removed(server, tmp_path, monkeypatch):
