@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from .picture_formats import FORMATS
+from .shard_patterns import SHARD_ENDINGS
 
 NAMED = 3  # images or folders that are named; all of them are named where they are found
 
@@ -14,7 +15,7 @@ def describe_skipped(skipped: Mapping[str, str], total: int, folders: Mapping[st
     Args:
         skipped: names of images that could not be read, with the reason.
         total: number of all images.
-        folders: names of folders that could not be listed, with the reason.
+        folders: names of folders that could not be listed, and of damaged shards, with the reason.
 
     Example:
         >>> describe_skipped({"b.heic": "HEIC, a format that is not read here: ..."}, 9)
@@ -25,9 +26,11 @@ def describe_skipped(skipped: Mapping[str, str], total: int, folders: Mapping[st
         parts.append(f"{len(skipped)} of {total} images could not be read: {_first(skipped)}")
     counts = Counter(each for reason in skipped.values() for each in FORMATS if each.reason in reason)
     parts += [f"{count} of them {each.name} ({each.hint})" for each, count in counts.most_common()]
-    if folders:
-        plural = "folder" if len(folders) == 1 else "folders"
-        parts.append(f"{len(folders)} {plural} could not be listed: {_first(folders)}")
+    shards = {name: reason for name, reason in (folders or {}).items() if name.lower().endswith(SHARD_ENDINGS)}
+    listed = {name: reason for name, reason in (folders or {}).items() if name not in shards}
+    for names, what in ((listed, "folder{} could not be listed"), (shards, "shard{} could not be read to the end")):
+        if names:
+            parts.append(f"{len(names)} {what.format('' if len(names) == 1 else 's')}: {_first(names)}")
     return "; ".join(parts)
 
 

@@ -1,33 +1,40 @@
-"""List the images of any source for an index: folders, caption files, local and Hub datasets, tar archives."""
+"""The images of any source for an index: what the readers yield, with captions or without."""
 
-import json
 import os
 import stat
-import tarfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
-from ..errors import DataError, Problem, UsageError, one_line
+from ..errors import DataError, Problem, UsageError
 from ..utils.names import name_of, path_of
-from .caption_files import CaptionedImage, read_caption_file
-from .columns import ColumnNames, caption_columns, find_columns
-from .image_files import BAD_FILES, bad_files, image_folder
-from .layouts import SAVED_DATASETS, find_caption_file, find_metadata_files
-from .listing import ListedFolder, images_of_folder, is_hidden_path, walk_folders
-from .picture_formats import is_picture_file
-from .problems import OnProblem, raise_problem
-from .recognise import SOURCE_KINDS, recognise_file
-from .source_kinds import local_path
-from .splits import read_splits, split_of_folder
+from .assign_splits import splits_of_files
+from .columns import ColumnNames
+from .image_files import BAD_FILES
+from .picture_formats import read_encoded
+from .problems import HARMLESS, OnProblem, raise_problem
+from .readers.image_folder import read_image_folder
+from .recognise import recognise_file, recognise_source
+from .row_blocks import record_batches
+from .rows import ReadOptions, Row
+from .shard_patterns import expand_shards
+from .shard_url import Place, place_of
+from .source_kinds import IMAGE_FOLDER, Kind, kind_of, resolve
+from .splits import split_of_folder
+from .table import open_table, write_table
+from .tar_index import compressed_by
 
 UNKNOWN = -1  # size or time of an image that is not a file
 DEFAULT_COLUMNS = ColumnNames()
+SHARDS = ("tar", "parquet", "saved", "hub")  # kinds of sources whose images are in shards
 
-# Lists the images of a source, with the columns to look for; calls a function with each problem.
-Walker = Callable[[str, ColumnNames, OnProblem], Iterator["Item"]]
+# Problems that stop an index from being built: a caption file is damaged, and which captions are lost is not clear.
+FATAL = ("encoding", "separator", "quotes", "fields", "json", "no-name", "empty-caption")
+# Problems that cost no image.
+WARNINGS = HARMLESS.union(FATAL, ("two-splits", "no-captions"))
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,11 @@ class Item:
         read: function that returns the encoded image.
         path: path of the image file, None for an image inside a container.
         size: size in bytes, or `UNKNOWN`.
-        mtime: time of the last change in nanoseconds; if it is `UNKNOWN`, the image is read again to see whether it
-            has changed.
+        mtime: time of the last change in nanoseconds, of the archive for an image in a tar; if it is `UNKNOWN`, the
+            image is read again to see whether it has changed.
         captions: captions of the image.
         split: `train`, `validation`, ..., or "".
+        shard: path of the shard that the image is in, or "".
     """
 
     id: str
@@ -53,16 +61,16 @@ class Item:
     mtime: int = UNKNOWN
     captions: list[str] = field(default_factory=list)
     split: str = ""
+    shard: str = ""
 
 
 def resolve_source(source: str | os.PathLike) -> str:
-    """The absolute path of a source as text, or its name on the Hub, so that the working folder does not matter.
+    """The absolute path or pattern of a source as text, or its name on the Hub; the working folder does not matter.
 
     Raises:
         DataError: no such file or folder exists, and it cannot be the name of a dataset.
     """
-    path = local_path(source)
-    return os.fspath(source) if path is None else name_of(os.path.abspath(path))
+    return name_of(resolve(source))
 
 
 def walk_sources(
@@ -81,7 +89,7 @@ def walk_sources(
     """
     named = list(sources)
     if not named:
-        raise UsageError("no source to index: name a folder, a caption file, a tar archive or a dataset")
+        raise UsageError("no source to index: name a folder, a caption file, shards or a dataset")
     seen: set[str] = set()
     for source in named:
         for item in walk_source(source, columns, on_problem):
@@ -96,24 +104,32 @@ def walk_source(
     """The images of one source, always in the same order.
 
     Args:
-        source: a source as returned by [`resolve_source`]:
-            - a folder: all image files in it and its subfolders, linked ones too, except hidden ones, with the
-              captions and splits of a caption file or of `metadata.csv` in it;
-            - a CSV, TSV or JSON Lines file that names images next to it, with or without captions;
-            - a tar archive; `name.txt`, or the `caption` in `name.json`, is the caption of `name.jpg`;
-            - a folder of `Dataset.save_to_disk`, a Parquet file, a dataset on the Hub (streamed), or `scenes`.
+        source: a source as returned by [`resolve_source`]: whatever training takes, and besides it
+            - a folder: all image files in it and its subfolders, whether they have captions or not;
+            - a caption file without captions;
+            - a compressed tar archive, and images without captions in any archive or table;
+            - a single image.
         columns: columns to look for in caption files and datasets.
         on_problem: function called with each folder that cannot be listed (kind `unlisted`), each image in a format
-            that cannot be read (`format`), and each link that is not followed (`link`).
+            that cannot be read (`format`), each link that is not followed (`link`), each damaged shard (`shard`), and
+            harmless problems.
 
     Raises:
         DataError: the source cannot be read, or has no images.
     """
+    damaged: list[Problem] = []
+
+    def report(problem: Problem) -> None:
+        if problem.kind == "shard":
+            damaged.append(problem)
+        on_problem(problem)
+
     try:
-        items = _walker(source)(source, columns, on_problem)
+        items = _items(source, columns, report)
         first = next(items, None)
         if first is None:
-            raise DataError(f"{source}: no images found; the images that were indexed from it before are kept")
+            reason = f"{damaged[0]}; no" if damaged else f"{source}: no"
+            raise DataError(f"{reason} images found; the images that were indexed from it before are kept")
         yield first
         yield from items
     except OSError as error:
@@ -126,31 +142,151 @@ def walk_source(
 
 def is_listed_at_once(source: str) -> bool:
     """Whether the images of a source can be listed, and thus counted, without reading them."""
+    path = path_of(source)
     try:
-        return _walker(source) in (_walk_folder, _walk_table)
-    except OSError:  # which the walk reports
+        if source == "scenes" or os.path.isfile(path) and _is_image(path):
+            return False
+        kind = _kind_of(path)
+        if kind is None or kind.name in ("saved", "hub"):
+            return False
+        return kind.name != "tar" or not any(map(_compressed_by, expand_shards(path, "tar")))
+    except (OSError, DataError):  # which the walk reports
         return False
 
 
-def _walker(source: str) -> Walker:
-    """The function that lists the images of this kind of source."""
-    path = Path(path_of(source))
-    if path.is_dir():
-        saved = any((path / name).is_file() for name in SAVED_DATASETS)
-        return _walk_saved if saved else _walk_folder
-    if path.is_file():
-        walkers = {"tar": _walk_tar, "parquet": _walk_parquet, "image": _walk_image, "text": _walk_table}
-        kind = recognise_file(path)
-        if kind not in walkers:
-            raise DataError(f"{source}: {SOURCE_KINDS[kind]}; an index reads the folder of its images")
-        return walkers[kind]
-    if path.exists():
+def _kind_of(path: str) -> Kind | None:
+    """The kind of a source; every folder that holds no shards is one of images, whatever is known about them."""
+    if os.path.isdir(path) and recognise_source(path) not in ("shards", "saved"):
+        return IMAGE_FOLDER
+    return kind_of(path)
+
+
+def _compressed_by(shard: str) -> str:
+    with suppress(OSError):  # which the walk reports
+        return compressed_by(shard)
+    return ""
+
+
+def _is_image(path: str) -> bool:
+    return recognise_file(path) == "image"
+
+
+# --- items ----------------------------------------------------------------------------------------------------------
+
+
+def _items(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
+    """The images of a source, each with a name of its own."""
+    if source == "scenes":
+        yield from _scenes()
+        return
+    path = path_of(source)
+    if os.path.isfile(path) and _is_image(path):
+        yield _file_item(path)
+        return
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise DataError(f"{source}: neither a file nor a folder; name the file or folder with the images")
-    return _walk_scenes if source == "scenes" else _walk_hub
+    kind = _kind_of(path)
+    if kind is None:
+        raise DataError(f"{source}: no images found; name a folder, a caption file, shards or a dataset")
+    options = ReadOptions(columns, all_images=True, bad_images=True)
+    if kind.name in SHARDS:
+        rows = kind.read(path, options, on_problem)
+        yield from _items_in_shards(source, rows if kind.name == "tar" else _joined(kind, path, rows, on_problem))
+    elif kind is IMAGE_FOLDER:
+        rows = read_image_folder(path, options, partial(_report_text, on_problem))
+        yield from (_file_item(str(row.image), row.captions, row.split or "") for row in rows)
+    else:
+        yield from _named_items(kind, path, options, on_problem)
 
 
-def _walk_image(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
-    yield _file_item(path_of(source))
+def _report_text(on_problem: OnProblem, problem: Problem) -> None:
+    """Raise the problems of caption files; those of a text file next to an image cost only its caption."""
+    if problem.kind in FATAL and problem.row is not None:
+        raise_problem(problem)
+    on_problem(problem)
+
+
+def _named_items(kind: Kind, path: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Item]:
+    """The images that a caption file names. Whoever reads those that are missing reports them."""
+    outside: dict[str, str] = {}
+
+    def report(problem: Problem) -> None:
+        if problem.kind == "outside" and problem.image is not None:
+            outside[problem.image] = problem.text
+        elif problem.kind not in BAD_FILES:
+            _report_text(on_problem, problem)
+
+    for row in _joined(kind, path, kind.read(path, options, report), report, options):
+        image = os.path.normpath(str(row.image))
+        if row.name in outside:
+            yield Item(name_of(image), partial(_raise, outside[row.name]), name_of(image))
+        else:
+            yield _file_item(image, row.captions, row.split or "")
+
+
+def _joined(
+    kind: Kind, path: str, rows: Iterable[Row], on_problem: OnProblem, options: ReadOptions | None = None
+) -> Iterator[Row]:
+    """Rows of which those of the same image are joined; with the splits of split files, if options to read are given.
+
+    Meanwhile, they are in a table on disk.
+    """
+    with tempfile.TemporaryDirectory(prefix="miniclip-") as place:
+        write_table(rows, Path(place), on_problem, f"list {os.path.basename(path)}")
+        table = open_table(Path(place))
+        split_of: dict[int, str] = {}
+        if options is not None and (lines := kind.split_lines(path, options, on_problem)) is not None:
+            named = splits_of_files(table, lines, on_problem)
+            split_of = {row: split for split, numbers in named.items() for row in numbers.tolist()}
+        number = 0
+        for batch in record_batches(table, ["image_id", "image", "captions", "split"]):
+            for name, image, captions, split in zip(*(column.to_pylist() for column in batch), strict=True):
+                content = image["bytes"] if image["bytes"] is not None else image["path"]
+                yield Row(name, content, captions, split=split_of.get(number, split))
+                number += 1
+        del table
+
+
+def _items_in_shards(source: str, rows: Iterable[Row]) -> Iterator[Item]:
+    seen: dict[str, int] = {}
+    times: dict[str, int] = {}
+    for row in rows:
+        place = place_of(row.image) if isinstance(row.image, str) else None
+        if isinstance(row.image, str) and place is None and "://" not in row.image:
+            yield _file_item(os.path.normpath(row.image), row.captions, row.split or "")
+            continue
+        name = _name_in_shard(source, row, place)
+        seen[name] = seen.get(name, 0) + 1
+        if seen[name] > 1:
+            name = f"{name}#{seen[name]}"
+        size = mtime = UNKNOWN
+        if place is not None and place.size >= 0:
+            if place.shard not in times:
+                times[place.shard] = _time_of(place.shard)
+            size, mtime = place.size, times[place.shard]
+        content = {"bytes": row.image, "path": None} if isinstance(row.image, bytes) else {"path": row.image}
+        shard = place.shard if place is not None else row.file
+        member = name.removeprefix(f"{name_of(shard)}/")
+        split = row.split or (split_of_folder(member) if member != name else None) or ""
+        yield Item(name, partial(read_encoded, content), None, size, mtime, row.captions, split, shard)
+
+
+def _name_in_shard(source: str, row: Row, place: Place | None) -> str:
+    """The shard and the name of the image in it, or else the source and the name of the row."""
+    shard = place.shard if place is not None else row.file
+    if place is not None and place.size >= 0:
+        return f"{name_of(shard)}/{place.name}"
+    start = f"{os.path.basename(shard)}/"
+    if len(start) > 1 and row.name.startswith(start):
+        return f"{name_of(shard)}/{row.name.removeprefix(start)}"
+    return f"{source}/{row.name}"
+
+
+def _time_of(shard: str) -> int:
+    try:
+        return os.stat(shard).st_mtime_ns
+    except (OSError, ValueError):  # it is elsewhere
+        return UNKNOWN
 
 
 def _file_item(path: str, captions: list[str] | None = None, split: str = "") -> Item:
@@ -158,220 +294,23 @@ def _file_item(path: str, captions: list[str] | None = None, split: str = "") ->
     name, read = name_of(path), Path(path).read_bytes
     try:
         info = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a null byte
         return Item(name, read, name, UNKNOWN, UNKNOWN, captions or [], split)
     if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
         read = partial(_raise, "not a regular file")
     return Item(name, read, name, info.st_size, info.st_mtime_ns, captions or [], split)
 
 
-# --- folders and caption files --------------------------------------------------------------------------------------
-
-
-def _walk_folder(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
-    root = path_of(source)
-    folders = list(walk_folders(root, on_problem))
-    captions, splits = _captions_of_folder(Path(root), folders, columns)
-    for folder in folders:
-        for path in images_of_folder(folder, on_problem):
-            relative = os.path.relpath(path, root).replace(os.sep, "/")
-            yield _file_item(path, captions.get(path), splits.get(path) or split_of_folder(relative) or "")
-
-
-def _captions_of_folder(
-    root: Path, folders: list[ListedFolder], columns: ColumnNames
-) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Captions, and the splits of split files, by the absolute path of the image."""
-    caption_file = find_caption_file(root)
-    captions: dict[str, list[str]] = {}
-    splits: dict[str, str] = {}
-    for file in [caption_file] if caption_file else find_metadata_files(folders):
-        images = _read_table(file, columns)
-        folder = image_folder(root, images) if caption_file else file.parent
-        paths = {name: os.path.normpath(folder / name) for name in images}
-        captions |= {paths[name]: image.captions for name, image in images.items()}
-        if caption_file:
-            named = read_splits(root, images, caption_file)
-            splits = {paths[name]: split for split, names in named.items() for name in names}
-    return captions, splits
-
-
-def _walk_table(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
-    file = Path(path_of(source))
-    images = _read_table(file, columns)
-    folder = image_folder(file.parent, images)
-    splits = {name: split for split, names in read_splits(file.parent, images, file).items() for name in names}
-    bad = dict(bad_files(folder, file.parent, images, columns.allow_outside_images))
-    for name, image in images.items():
-        path = os.path.normpath(folder / name)
-        if bad.get(name) == "outside":
-            reason = BAD_FILES["outside"].format(folder=folder)
-            yield Item(name_of(path), partial(_raise, reason), name_of(path))
-        else:
-            yield _file_item(path, image.captions, splits.get(name) or split_of_folder(name) or "")
-
-
 def _raise(problem: str) -> bytes:
     raise DataError(problem)
 
 
-def _read_table(file: Path, columns: ColumnNames) -> dict[str, CaptionedImage]:
-    return read_caption_file(file, partial(find_columns, wanted=columns, needs_captions=False))
+def _scenes() -> Iterator[Item]:
+    from datasets import Image
 
-
-def _optional_captions(names: Collection[str], wanted: str) -> list[str]:
-    try:
-        return caption_columns(names, "", None, wanted)
-    except DataError:
-        return []
-
-
-# --- tar archives ---------------------------------------------------------------------------------------------------
-
-
-def _walk_tar(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
-    """Members in their order. As in WebDataset, neighbours that differ only in their suffix belong together."""
-    images: list[Item] = []
-    captions: list[str] = []
-    current = ""
-    try:
-        with tarfile.open(path_of(source)) as archive:
-            for member in archive:
-                if not member.isfile() or is_hidden_path(member.name):
-                    continue
-                stem, suffix = os.path.splitext(member.name)
-                if stem != current:
-                    yield from _with_captions(source, images, captions)
-                    images, captions, current = [], [], stem
-                if is_picture_file(member.name):
-                    content = _content_of_member(archive, member)
-                    name = f"{source}/{name_of(PurePosixPath(member.name))}"
-                    images.append(Item(name, partial(bytes, content), None, member.size, int(member.mtime * 1e9)))
-                elif suffix.lower() in (".txt", ".json"):
-                    content = _content_of_member(archive, member)
-                    captions += _captions_of_member(content, suffix.lower(), columns.caption)
-            yield from _with_captions(source, images, captions)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{source}: the tar archive cannot be read: {one_line(error)}") from error
-
-
-def _content_of_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    return file.read() if file else b""
-
-
-def _with_captions(source: str, images: list[Item], captions: list[str]) -> Iterator[Item]:
-    for image in images:
-        split = split_of_folder(image.id.removeprefix(f"{source}/")) or ""
-        yield Item(image.id, image.read, None, image.size, image.mtime, captions, split)
-
-
-def _captions_of_member(content: bytes, suffix: str, wanted: str) -> list[str]:
-    text = content.decode("utf-8", errors="replace").strip()
-    if suffix == ".txt":
-        return [text] if text else []
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return []
-    return _texts(value.get(wanted)) if isinstance(value, dict) else []
-
-
-def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, list | tuple) else [value]
-    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
-
-
-# --- datasets -------------------------------------------------------------------------------------------------------
-
-
-def _walk_saved(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
-    from datasets import load_from_disk
-
-    path = path_of(source)
-    yield from _walk_dataset(source, columns, lambda: load_from_disk(path))
-
-
-def _walk_parquet(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
-    from datasets import load_dataset
-
-    path = path_of(source)
-    yield from _walk_dataset(source, columns, lambda: load_dataset("parquet", data_files=path, streaming=True))
-
-
-def _walk_hub(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
-    from datasets import load_dataset
-
-    yield from _walk_dataset(source, columns, lambda: load_dataset(source, streaming=True))
-
-
-def _walk_scenes(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator[Item]:
     from .scenes import build_scenes
 
-    yield from _walk_dataset(source, columns, build_scenes)
-
-
-def _walk_dataset(source: str, columns: ColumnNames, load: Callable[[], Any]) -> Iterator[Item]:
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        data = load()
-        splits = data if isinstance(data, dict) else {str(data.split or ""): data}
-        for split, rows in splits.items():
-            yield from _rows_of_split(source, split, rows, columns)
-    except DataError:
-        raise
-    except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"{source!r} is neither a local file or folder nor a dataset that can be read: {one_line(error)}"
-        ) from error
-
-
-def _rows_of_split(source: str, split: str, rows: Any, columns: ColumnNames) -> Iterator[Item]:
-    from datasets import Image
-
-    where = f"{source}, split {split}" if split else source
-    if rows.features is None:
-        raise DataError(f"{where}: its column types are unknown; save it as Parquet and index that file")
-    image_column = _find_image_column(rows, where, columns.image)
-    captions = _optional_captions(rows.column_names, columns.caption)
-    rows = rows.cast_column(image_column, Image(decode=False)).select_columns([image_column, *captions])
-    for number, row in enumerate(rows):
-        image, texts = row[image_column], [text for column in captions for text in _texts(row[column])]
-        if image and image["bytes"] is None and image["path"] and os.path.isfile(image["path"]):
-            yield _file_item(os.path.abspath(image["path"]), texts, split)
-        else:
-            name = "/".join(part for part in (source, split, f"{number:06d}") if part)
-            yield Item(name, partial(_content_of_row, image, name), None, UNKNOWN, UNKNOWN, texts, split)
-
-
-def _find_image_column(rows: Any, where: str, wanted: str) -> str:
-    """The image column: `wanted`, or else the only column of images.
-
-    Args:
-        rows: one split of the dataset.
-        where: dataset and split, for the error.
-        wanted: name of the column that was asked for.
-
-    Raises:
-        DataError: there is no image column, or there are several.
-    """
-    from datasets import Image
-
-    candidates = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
-    if wanted in candidates:
-        return wanted
-    if len(candidates) != 1:
-        text = (
-            f"expected an image column {wanted!r}, found image columns {candidates or 'none'} among "
-            f"{', '.join(rows.column_names)}; name it with image_column"
-        )
-        raise DataError(Problem("unusable", text, where))
-    return candidates[0]
-
-
-def _content_of_row(image: dict[str, Any] | None, name: str) -> bytes:
-    if not image or not image["bytes"]:
-        raise DataError(f"{name}: no image in this row; fill it or leave the row out")
-    return bytes(image["bytes"])
+    for split, rows in build_scenes().items():
+        for number, row in enumerate(rows.cast_column("image", Image(decode=False))):
+            name = f"scenes/{split}/{number:06d}"
+            yield Item(name, partial(read_encoded, row["image"]), captions=row["captions"], split=str(split))

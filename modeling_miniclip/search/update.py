@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,9 @@ from accelerate.utils import gather_object
 from ..configuration_miniclip import MiniClipConfig
 from ..data.columns import ColumnNames
 from ..data.listing import is_hidden
-from ..data.problems import HARMLESS, OnProblem
+from ..data.problems import OnProblem
 from ..data.skipped import describe_skipped
-from ..data.sources import DEFAULT_COLUMNS, Item, is_listed_at_once, resolve_source, walk_sources
+from ..data.sources import DEFAULT_COLUMNS, WARNINGS, Item, is_listed_at_once, resolve_source, walk_sources
 from ..errors import DataError, MiniClipError, ModelError, Problem, UsageError, printable
 from ..inference.loading import model_folder
 from ..training.heartbeat import ends_with_lost_processes, join_processes
@@ -49,7 +50,7 @@ class Report:
         reused: images of the scanned sources that had been encoded before.
         dropped: images that were in the index before and no longer are.
         skipped: names of images that could not be read, with the reason.
-        unlisted: names of folders that could not be listed, with the reason.
+        unlisted: names of folders that could not be listed, and of damaged shards, with the reason.
         kept: images that are as they were in the index, because their folder could not be listed, their disk is not
             mounted or their file could not be reached.
         seconds: duration of the run.
@@ -128,7 +129,7 @@ def update_index(
 
     Args:
         folder: folder of the index.
-        sources: folders, caption files, tar archives and datasets, see `walk_source`. Images of other sources stay
+        sources: folders, caption files, shards and datasets, see `walk_source`. Images of other sources stay
             in the index. By default all sources of the index are scanned again.
         model: folder or Hub name of the model; by default the one that built the index. If that has moved, its new
             place. If the images have moved, too, nothing but the model's place is updated.
@@ -228,7 +229,7 @@ def _choose_sources(
     if not scan and not removed:
         scan = remaining
     if not scan and not remaining:
-        raise UsageError("no source to index: name a folder, a caption file, a tar archive or a dataset")
+        raise UsageError("no source to index: name a folder, a caption file, shards or a dataset")
     return scan, [name for name in remaining if name not in scan]
 
 
@@ -318,20 +319,34 @@ def _encode_share(
 ) -> list[ListedImage]:
     """Encode this process's share of the new images. Returns all images that the sources list."""
     listed: list[ListedImage] = []
+    walked = walk_sources(sources, columns, on_problem) if sources else iter(())
+    is_known = all(map(is_listed_at_once, sources))
+    images = list(walked) if is_known else walked
 
     def new_items() -> Iterator[Item]:
-        for number, (source, item) in enumerate(walk_sources(sources, columns, on_problem) if sources else ()):
+        units = _units([item for _, item in images], processes.num_processes) if isinstance(images, list) else count()
+        for unit, (source, item) in zip(units, images, strict=False):
             listed.append(ListedImage(source, item.id, item.path, item.captions, item.split))
-            if number % processes.num_processes == processes.process_index and encoding.pool.find(item) is None:
+            if unit % processes.num_processes == processes.process_index and encoding.pool.find(item) is None:
                 yield item
 
     shows_progress = progress and processes.is_main_process
-    if all(map(is_listed_at_once, sources)):
+    if is_known:
         items = list(new_items())
         encoding.run(items, len(items), shows_progress)
     else:
         encoding.run(new_items(), None, shows_progress)
     return listed
+
+
+def _units(items: list[Item], processes: int) -> Iterator[int]:
+    """The unit of work that each image belongs to: its shard, if each process gets at least one, or the image itself.
+
+    So not every process reads every shard.
+    """
+    shards = {shard: number for number, shard in enumerate(dict.fromkeys(item.shard for item in items if item.shard))}
+    for number, item in enumerate(items):
+        yield shards[item.shard] if item.shard and len(shards) >= processes else number
 
 
 def gather_reports(encoding: Encoding) -> tuple[Report, set[str]]:
@@ -350,10 +365,12 @@ def _add_problems(plan: _Plan, report: Report, problems: list[Problem]) -> None:
         if problem.kind == "dangling" and any(name.startswith(inside) for name in known):
             report.unlisted[problem.file] = problem.text  # it led to a folder of images, perhaps on another disk
             print(printable(f"skipped: {problem}"), file=sys.stderr)
-        elif problem.kind in HARMLESS:
+        elif problem.kind in WARNINGS:
             print(printable(f"warning: {problem}"), file=sys.stderr)
         else:
-            (report.unlisted if problem.kind == "unlisted" else report.skipped)[problem.file] = problem.text
+            is_inside = problem.image is not None and problem.image != problem.file
+            name = f"{problem.file}/{problem.image}" if is_inside else problem.file
+            (report.unlisted if problem.kind in ("unlisted", "shard") else report.skipped)[name] = problem.text
             print(printable(f"skipped: {problem}"), file=sys.stderr)
 
 

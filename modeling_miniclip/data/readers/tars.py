@@ -139,7 +139,7 @@ def _rows(
             on_problem(problem)
             continue
         yield Row(
-            name=f"{shard}/{entry.name}",
+            name=f"{shard}/{entry.name if packed is None else entry.member}",
             image=_image(source, entry, packed),
             captions=entry.captions,
             split=entry.split or split,

@@ -1,0 +1,130 @@
+"""Sources of an index: each image with its captions, whatever holds them; damaged shards keep what was indexed."""
+
+import json
+import os
+import unicodedata
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from modeling_miniclip import DataError, ImageIndex, update_index
+from modeling_miniclip.data.sources import Item, is_listed_at_once, resolve_source, walk_source
+from modeling_miniclip.errors import Problem
+from modeling_miniclip.search.update import _units
+from tests.helpers.indexes import write_picture
+from tests.helpers.shards import as_json, pairs, tar_bytes, write_tar
+from tests.helpers.trees import picture
+
+
+def listed(source: Path | str, *expected_problems: str) -> dict[str, tuple[list[str], str]]:
+    """Captions and split of each image by its name below the folder of the source. Every image can be read."""
+    problems: list[Problem] = []
+    items = list(walk_source(resolve_source(source), on_problem=problems.append))
+    assert [problem.kind for problem in problems] == list(expected_problems), problems
+    assert all(item.read()[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0") for item in items)
+    assert len({item.id for item in items}) == len(items)
+    top = os.path.dirname(os.path.abspath(source))
+    return {os.path.relpath(item.id, top): (item.captions, item.split) for item in items}
+
+
+def test_tars_of_other_tools_give_each_caption_once(tmp_path: Path) -> None:
+    members = []
+    for i in range(2):
+        texts = ((f"{i}.json", as_json({"caption": f"picture {i}", "key": str(i)})), (f"{i}.txt", b"picture %d" % i))
+        members += [(f"{i}.png", picture(i)), *texts]
+    write_tar(tmp_path / "img2dataset.tar", members)
+    assert listed(tmp_path / "img2dataset.tar") == {
+        f"img2dataset.tar/{i}.png": ([f"picture {i}"], "") for i in range(2)
+    }
+    write_tar(tmp_path / "mac.tar", [("./._a.png", b"\0\5\x16\7"), ("./a.png", picture(0)), ("b.gif.txt", b"lost")])
+    assert listed(tmp_path / "mac.tar", "left-out") == {"mac.tar/a.png": ([], "")}
+    write_tar(tmp_path / "dots.tar", [("s.image.png", picture(0)), ("s.caption.txt", b"a cap")])
+    assert listed(tmp_path / "dots.tar") == {"dots.tar/s.image.png": (["a cap"], "")}
+    write_tar(tmp_path / "unsorted.tar", [*reversed(pairs("ab")), ("a.png", picture(5))])
+    assert listed(tmp_path / "unsorted.tar") == {
+        "unsorted.tar/b.png": (["caption of b"], ""), "unsorted.tar/a.png": (["caption of a"], ""),
+        "unsorted.tar/a.png#2": (["caption of a"], ""),
+    }  # fmt: skip
+
+
+def test_text_files_and_loose_names_give_captions(tmp_path: Path) -> None:
+    for name in ("0.png", "1.png", "2.png"):
+        write_picture(tmp_path / "texts" / name, 0)
+    (tmp_path / "texts" / "0.txt").write_text("first\nsecond\n")
+    (tmp_path / "texts" / "1.json").write_text(json.dumps({"caption": "third"}))
+    assert listed(tmp_path / "texts") == {
+        "texts/0.png": (["first", "second"], ""), "texts/1.png": (["third"], ""), "texts/2.png": ([], ""),
+    }  # fmt: skip
+    name = unicodedata.normalize("NFD", "café.png")
+    write_picture(tmp_path / "set" / "Images" / name, 0)
+    write_picture(tmp_path / "set" / "Images" / "B.PNG", 0)
+    (tmp_path / "set" / "captions.csv").write_text("image,caption_0,caption_1\ncafé.png,one,two\nb.png,three,\n")
+    expected = {"Images/B.PNG": (["three"], ""), f"Images/{name}": (["one", "two"], "")}
+    assert listed(tmp_path / "set" / "captions.csv", "spelling") == dict(reversed(expected.items()))
+    assert listed(tmp_path / "set", "spelling") == {f"set/{key}": value for key, value in expected.items()}
+
+
+def test_splits_are_those_of_training(tmp_path: Path) -> None:
+    for name in ("boat/0.png", "train/1.png"):
+        write_picture(tmp_path / "subjects" / name, 0)
+    assert {split for _, split in listed(tmp_path / "subjects").values()} == {""}  # a train is a vehicle here
+    rows = "image,caption,Split,embedding\nboat/0.png,a,VAL,{0}\ntrain/1.png,b,,{0}\ntrain/1.png,c,,{0}\n"
+    (tmp_path / "subjects" / "list.csv").write_text(rows.format("0.1 " * 40_000))  # a column nobody asked for
+    assert listed(tmp_path / "subjects" / "list.csv") == {
+        "boat/0.png": (["a"], "validation"),
+        "train/1.png": (["b", "c"], ""),
+    }
+
+
+def test_patterns_and_folders_of_shards_are_sources(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for i in range(3):
+        write_tar(folder / f"{i}.tar", pairs([f"{i}{k}" for k in range(2)]))
+    expected = {f"{i}.tar/{i}{k}.png": ([f"caption of {i}{k}"], "") for i in range(3) for k in range(2)}
+    for pattern in ("*.tar", "{0..2}.tar"):
+        assert listed(folder / pattern) == expected
+    assert listed(folder) == {f"shards/{name}": value for name, value in expected.items()}
+    items = list(walk_source(str(folder)))
+    assert is_listed_at_once(str(folder)) and {item.shard for item in items} == {
+        str(folder / f"{i}.tar") for i in range(3)
+    }
+    assert items[0].mtime == (folder / "0.tar").stat().st_mtime_ns and items[0].size == len(items[0].read())
+    for i in range(2):
+        pq.write_table(pa.table({"jpg": [picture(i)], "caption": [[f"cap {i}"]]}), tmp_path / f"test-{i}.parquet")
+    assert listed(tmp_path / "test-*.parquet") == {
+        f"test-{i}.parquet/000000": ([f"cap {i}"], "test") for i in range(2)
+    }
+
+
+def test_each_process_reads_its_own_shards() -> None:
+    def item(number: int, shard: str) -> Item:
+        return Item(str(number), bytes, shard=shard)
+
+    items = [item(i, shard) for i, shard in enumerate(["a", "a", "b", "a", "b", "", "c"])]
+    assert list(_units(items, 2)) == [0, 0, 1, 0, 1, 5, 2]
+    assert list(_units(items, 4)) == list(range(7))  # fewer shards than processes
+
+
+def test_images_of_a_damaged_shard_stay(tmp_path: Path, tiny_export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = tar_bytes(pairs("abc"))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "1.tar").write_bytes(content)
+    write_tar(shards / "2.tar", pairs("de"))
+    assert update_index(tmp_path / "index", [shards / "*.tar"], tiny_export, progress=False).images == 5
+    (shards / "1.tar").write_bytes(content[:2800])
+    report = update_index(tmp_path / "index", progress=False)
+    assert list(report.unlisted) == [str(shards / "1.tar")] and (report.images, report.dropped) == (5, 0)
+    assert report.kept == 1 and report.skipped == {}
+    names = ImageIndex.open(tmp_path / "index").entries["id"].to_pylist()
+    assert sorted(names) == [
+        str(shards / name) for name in ("1.tar/a.png", "1.tar/b.png", "1.tar/c.png", "2.tar/d.png", "2.tar/e.png")
+    ]
+    assert f"skipped: {shards / '1.tar'}: " in capsys.readouterr().err
+    (shards / "1.tar").write_bytes(b"")
+    (shards / "2.tar").unlink()
+    with pytest.raises(DataError, match=r"1.tar: .*no images found; .* are kept"):
+        update_index(tmp_path / "index", [shards / "1.tar"], progress=False)
