@@ -1,6 +1,5 @@
 """Entries: the images of any source with their captions, and the rows they come from, for `miniclip check`."""
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,10 +11,9 @@ import numpy as np
 from ..errors import DataError
 from .load_rows import NAMED, SeededSplit, build_table, readable, rows_of_splits
 from .problems import OnProblem
-from .read_source import read_source
 from .row_blocks import record_batches
-from .rows import ReadOptions, Row
-from .source_kinds import Kind, kind_of, resolve
+from .rows import ReadOptions
+from .source_kinds import captioned_kind, resolve
 from .splits import SPLITS
 from .table import NO_ROW, About, open_table
 
@@ -117,7 +115,7 @@ def _read_one(dataset: str, options: ReadOptions, split: SeededSplit | None, on_
 
         return Entries(_entries_of_splits(build_scenes(), dataset), True, True)
     with readable(source):
-        kind = kind_of(source) or Kind("other", _read_otherwise, lambda source, options: ())
+        kind = captioned_kind(source)
     options = replace(options, bad_images=True)
     with tempfile.TemporaryDirectory(prefix="miniclip-") as place:
         folder = Path(place)
@@ -165,20 +163,3 @@ def _entries_of_splits(splits: "DatasetDict", dataset: str) -> list[Entry]:
             file = f"{dataset}, split {split}"
             entries.append(Entry(name, split, captions, [i] * len(captions), file, None, content))
     return entries
-
-
-def _read_otherwise(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
-    """The rows of a source that has no reader yet."""
-    if os.path.exists(source):
-        found = read_source(Path(source), options.image_dir, options.columns, on_problem)
-        split_of = {name: split for split, names in found.splits.items() for name in names}
-        for name, image in found.images.items():
-            path = os.path.join(found.folder, name)
-            yield Row(
-                name, path, image.captions, None, split_of.get(name), None, [], image.file, image.rows[0], image.column
-            )
-        return
-    from .captions import load_captions
-
-    for entry in _entries_of_splits(load_captions(source, revision=options.revision), source):
-        yield Row(entry.name, entry.content, entry.captions, split=entry.split, file=entry.file, number=entry.rows[0])

@@ -24,9 +24,8 @@ from .assign_splits import (
     splits_of_rows,
 )
 from .problems import OnProblem, raise_problem
-from .read_source import _build_splits, read_source
 from .rows import ReadOptions, Row
-from .source_kinds import Kind, kind_of, resolve
+from .source_kinds import Kind, captioned_kind, resolve
 from .splits import SPLITS
 from .table import About, open_table, write_table
 from .table_cache import cached_table, default_cache_dir
@@ -102,9 +101,7 @@ def load_rows(
 
         return build_scenes()
     with readable(source):
-        kind = kind_of(source)
-        if kind is None:
-            return _load_otherwise(source, options, split or SEEDED)
+        kind = captioned_kind(source)
         key = [source, kind.name, asdict(options), *kind.inputs(source, options)]
     build = partial(build_table, source=source, kind=kind, options=options)
     folder = cached_table(key, Path(cache_dir or default_cache_dir()), build)
@@ -162,11 +159,6 @@ def load_datasets(
     splits = Splits({name: some[0] if len(some) == 1 else concatenate_datasets(some) for name, some in joined.items()})
     splits.sizes, splits.samples = sizes, {}
     return splits
-
-
-def _load_otherwise(source: str, options: ReadOptions, split: SeededSplit) -> DatasetDict:
-    fraction, seed = split.validation_fraction, split.seed
-    return _build_splits(read_source(Path(source), options.image_dir, options.columns), fraction, seed)
 
 
 def build_table(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, Problem
 from .problems import OnProblem
 from .readers.caption_file import inputs_caption_file, read_caption_file, split_lines
 from .readers.coco import inputs_coco, inputs_karpathy, read_coco, read_karpathy
@@ -67,7 +67,7 @@ BY_NAME = {kind.name: kind for kind in (IMAGE_FOLDER, COCO, KARPATHY, TAR, PARQU
 
 
 def kind_of(source: str) -> Kind | None:
-    """The kind of a source.
+    """The kind of a source; None for an image.
 
     Args:
         source: path, pattern, URL or name on the Hub, as [`resolve`] returns it.
@@ -77,12 +77,29 @@ def kind_of(source: str) -> Kind | None:
     """
     if not os.path.exists(source):
         return BY_NAME.get(shard_kind(source) or "") if is_url(source) or is_pattern(source) else HUB
+    if not os.path.isfile(source) and not os.path.isdir(source):
+        raise DataError(
+            Problem("unusable", "neither a file nor a folder; name the file or folder with the images", source)
+        )
     name = recognise_source(source)
     if name == "shards":
         name = shard_kind(source) or "folder"
     if name == "folder" and holds_classes(source):
         return CLASS_FOLDERS
     return BY_NAME.get(name)
+
+
+def captioned_kind(source: str) -> Kind:
+    """The kind of a source of captioned images.
+
+    Raises:
+        DataError: it is an image, or as in [`kind_of`].
+    """
+    kind = kind_of(source)
+    if kind is None:
+        text = "an image, not a caption file; `miniclip index` reads it, training and evaluation do not"
+        raise DataError(Problem("unusable", text, source))
+    return kind
 
 
 def hub_id(source: str) -> str | None:

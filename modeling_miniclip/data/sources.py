@@ -17,7 +17,7 @@ from .image_files import BAD_FILES
 from .picture_formats import read_encoded
 from .problems import HARMLESS, OnProblem, raise_problem
 from .readers.image_folder import read_image_folder
-from .recognise import recognise_file, recognise_source
+from .recognise import recognise_source
 from .row_blocks import record_batches
 from .rows import ReadOptions, Row
 from .shard_patterns import expand_shards
@@ -144,31 +144,22 @@ def is_listed_at_once(source: str) -> bool:
     """Whether the images of a source can be listed, and thus counted, without reading them."""
     path = path_of(source)
     try:
-        if source == "scenes" or os.path.isfile(path) and _is_image(path):
+        if source == "scenes":
             return False
-        kind = _kind_of(path)
+        if os.path.isdir(path) and recognise_source(path) not in ("shards", "saved"):
+            return True
+        kind = kind_of(path)
         if kind is None or kind.name in ("saved", "hub"):
-            return False
+            return kind is None
         return kind.name != "tar" or not any(map(_compressed_by, expand_shards(path, "tar")))
     except (OSError, DataError):  # which the walk reports
         return False
-
-
-def _kind_of(path: str) -> Kind | None:
-    """The kind of a source; every folder that holds no shards is one of images, whatever is known about them."""
-    if os.path.isdir(path) and recognise_source(path) not in ("shards", "saved"):
-        return IMAGE_FOLDER
-    return kind_of(path)
 
 
 def _compressed_by(shard: str) -> str:
     with suppress(OSError):  # which the walk reports
         return compressed_by(shard)
     return ""
-
-
-def _is_image(path: str) -> bool:
-    return recognise_file(path) == "image"
 
 
 # --- items ----------------------------------------------------------------------------------------------------------
@@ -180,23 +171,32 @@ def _items(source: str, columns: ColumnNames, on_problem: OnProblem) -> Iterator
         yield from _scenes()
         return
     path = path_of(source)
-    if os.path.isfile(path) and _is_image(path):
-        yield _file_item(path)
-        return
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise DataError(f"{source}: neither a file nor a folder; name the file or folder with the images")
-    kind = _kind_of(path)
-    if kind is None:
-        raise DataError(f"{source}: no images found; name a folder, a caption file, shards or a dataset")
+    kind = kind_of(path) if not os.path.isdir(path) else _kind_of_folder(path)
     options = ReadOptions(columns, all_images=True, bad_images=True)
-    if kind.name in SHARDS:
+    if kind is None:
+        yield _file_item(path)
+    elif kind.name in SHARDS:
         rows = kind.read(path, options, on_problem)
         yield from _items_in_shards(source, rows if kind.name == "tar" else _joined(kind, path, rows, on_problem))
-    elif kind is IMAGE_FOLDER:
-        rows = read_image_folder(path, options, partial(_report_text, on_problem))
-        yield from (_file_item(str(row.image), row.captions, row.split or "") for row in rows)
-    else:
+    elif not os.path.isdir(path):
         yield from _named_items(kind, path, options, on_problem)
+    else:
+        known = {} if kind is IMAGE_FOLDER else _known_items(kind, path, options, on_problem)
+        for row in read_image_folder(path, options, partial(_report_text, on_problem)):
+            item = known.get(os.path.normpath(str(row.image)))
+            captions, split = (item.captions, item.split) if item else (row.captions, row.split)
+            yield _file_item(str(row.image), captions, split or "")
+
+
+def _kind_of_folder(path: str) -> Kind | None:
+    """The kind of a folder; one without shards is a folder of images, whatever is known about them."""
+    name = recognise_source(path)
+    return kind_of(path) if name in ("shards", "saved", "coco", "karpathy") else IMAGE_FOLDER
+
+
+def _known_items(kind: Kind, path: str, options: ReadOptions, on_problem: OnProblem) -> dict[str, Item]:
+    """The images that a JSON file in a folder names, by their paths. Those that are missing do not matter."""
+    return {path_of(item.id): item for item in _named_items(kind, path, options, on_problem)}
 
 
 def _report_text(on_problem: OnProblem, problem: Problem) -> None:
