@@ -56,6 +56,29 @@ class FrozenFeatures:
     text: CaptionFeatures | None = None
 
 
+class Collected:
+    """Rows of batches, in one tensor from the start: a list of small tensors would fragment the memory.
+
+    Args:
+        most: largest number of rows.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.count = most, 0
+        self.values = torch.empty(0)
+
+    def add(self, rows: Tensor) -> None:
+        """Append rows `[n, ...]`, all of the same shape and type."""
+        if self.count == 0:
+            self.values = rows.new_empty(self.most, *rows.shape[1:])
+        self.values[self.count : self.count + len(rows)] = rows
+        self.count += len(rows)
+
+    def rows(self) -> Tensor:
+        """All rows so far."""
+        return self.values[: self.count]
+
+
 @torch.no_grad()
 def embed_split(
     model: MiniClipModel,
@@ -80,17 +103,19 @@ def embed_split(
         `[B, dim]` image embeddings, `[N, dim]` text embeddings, and `[N]`, the row of each text's image; on the CPU.
     """
     model.eval()
-    parts: dict[str, list[Tensor]] = {"images": [], "image_id": [], "texts": [], "text_image_id": []}
+    images, texts = len(loader.rows), int(caption_counts(loader.rows.texts).sum())  # of all processes
+    parts = {name: Collected(images) for name in ("images", "image_id")}
+    parts |= {name: Collected(texts) for name in ("texts", "text_image_id")}
     undecodable: list[tuple[int, str]] = []
     for batch in tqdm(loader, desc="validate", unit="batch", leave=False, disable=not progress):
         undecodable += batch.pop("undecodable", [])
         output = model(**model_inputs(batch, processor, device))
         for name, values in (("images", output.image_embeds), ("image_id", batch["image_id"])):
-            parts[name].append(values[batch["image_id"] >= 0].to(device))
+            parts[name].add(values[batch["image_id"] >= 0].to(device))
         for name, values in (("texts", output.text_embeds), ("text_image_id", batch["text_image_id"])):
-            parts[name].append(values[batch["text_image_id"] >= 0].to(device))
+            parts[name].add(values[batch["text_image_id"] >= 0].to(device))
     on_undecodable(undecodable)
-    whole = {name: gather_rows(torch.cat(tensors)).cpu() for name, tensors in parts.items()}
+    whole = {name: gather_rows(collected.rows()).cpu() for name, collected in parts.items()}
     image_order = whole["image_id"].argsort()
     text_order = whole["text_image_id"].argsort(stable=True)
     image_row = torch.searchsorted(whole["image_id"][image_order], whole["text_image_id"][text_order])
