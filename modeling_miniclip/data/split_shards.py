@@ -50,7 +50,7 @@ def find_shards(rows: "Dataset") -> SplitShards:
     Args:
         rows: rows of a split with the column `image`; those of a shard follow each other.
     """
-    paths = pa.table({"path": pc.struct_field(rows.data.table["image"], "path")})
+    paths = pa.table({"path": pc.struct_field(rows.data.table["image"], "path").cast(pa.string())})
     groups_of = cache(row_groups)
 
     def unit_of(name: str | None) -> _Unit:
