@@ -61,7 +61,7 @@ def test_flags_of_both_datasets_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     (training,) = [source for source in sources() if "train_miniclip.main" in source]
     for cell in (choice, choice.replace("\n# ", "\n")):  # as it is, and as a reader edits it to use their own images
         exec(f"{cell}\n{training}", {})
-    assert [run.dataset for run in started] == ["scenes", "captions.csv"]
+    assert [run.dataset for run in started] == [["scenes"], ["captions.csv"]]
     assert [run.freeze for run in started] == ["none", "both"]
 
 

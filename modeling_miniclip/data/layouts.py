@@ -70,9 +70,9 @@ def find_images(
     places = [base, *(base / name for name in ("Images", "images") if (base / name).is_dir())]
     own = [
         place.relative_to(base).joinpath(name).as_posix()
-        for place in places
+        for place in (places if split is not None else ())
         for name in subfolders(place)
-        if split is not None and split_of_name(name) == split
+        if split_of_name(name) == split
     ]
     folder = image_folder(base, names, own)
     return folder, base if folder.relative_to(base).as_posix() in own else folder

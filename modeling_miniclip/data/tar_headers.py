@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from ..errors import DataError
-
 BLOCK = 512
 FILE_TYPES = b"0\0007"  # type flags of ordinary files; "\0" is that of old archives
 LONGEST_NAME = 2**20  # bytes that a header may announce for a name or for other records
@@ -33,7 +31,7 @@ class Member(NamedTuple):
     link: str = ""
 
 
-class DamagedArchive(DataError):
+class DamagedArchive(ValueError):
     """An archive whose members cannot be found from some byte on."""
 
 

@@ -104,7 +104,14 @@ def json_list(path: Path) -> Iterator[tuple[int, Any]]:
                 if at == len(text):
                     text, at = _piece(file, path, number), 0
                     if not text:
-                        raise DataError(Problem("json", "the end of the list is missing", str(path), number))
+                        raise DataError(
+                            Problem(
+                                "json",
+                                "the end of the list is missing; copy or download the file again",
+                                str(path),
+                                number,
+                            )
+                        )
                     continue
                 if text[at] == "]":
                     return

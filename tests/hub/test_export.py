@@ -386,7 +386,7 @@ def test_a_card_links_what_comes_from_the_hub(tmp_path: Path, monkeypatch: pytes
     model = tiny_model()
     model.config.vision_config.name_or_path = "timm/test_resnet.r160_in1k"
     model.config.text_config.name_or_path = "distilbert-base-uncased"
-    data = {"name": "bob/pictures", "hub_id": "bob/pictures", "splits": SPLITS}
+    data = {"name": "bob/pictures", "hub_ids": ["bob/pictures"], "splits": SPLITS}
     hub.write_card(tmp_path / "README.md", model, {"metrics": METRICS, "data": data})
     metadata, body = read_card((tmp_path / "README.md").read_text())
     assert metadata["base_model"] == ["timm/test_resnet.r160_in1k", "distilbert-base-uncased"]

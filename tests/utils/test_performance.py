@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_miniclip
@@ -63,7 +64,7 @@ def test_run_with_compiled_towers_has_same_metrics(counter: CompileCounterWithBa
 
 def test_flag_compiles_towers_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = parse_arguments(flags(tmp_path, compile_towers=True))
-    splits = {"train": {"captions": CAPTIONS}}
+    splits = {"train": Dataset.from_dict({"captions": CAPTIONS})}
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(setup, "compile_towers", lambda *towers: compiled.extend(towers))
     model, _ = setup.build_model(splits, arguments, Accelerator(cpu=True))
