@@ -118,7 +118,7 @@ def find_problems(entries: list[Entry], inspections: Inspections, batch_size: in
 
 def files_without_captions(entries: list[Entry]) -> Iterator[Problem]:
     """Image files that no row names, in the folders that hold images named by rows."""
-    named = {os.path.normpath(entry.content) for entry in entries if is_file(entry.content)}
+    named = {os.path.normpath(str(entry.content)) for entry in entries if is_file(entry.content)}
     for folder in sorted({os.path.dirname(path) for path in named}):
         try:
             files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
