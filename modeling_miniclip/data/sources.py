@@ -20,7 +20,7 @@ from .readers.image_folder import read_image_folder
 from .recognise import recognise_source
 from .row_blocks import record_batches
 from .rows import ReadOptions, Row
-from .shard_patterns import expand_shards
+from .shard_patterns import expand_shards, is_pattern
 from .shard_url import Place, place_of
 from .source_kinds import IMAGE_FOLDER, Kind, kind_of, resolve
 from .splits import split_of_folder
@@ -71,6 +71,17 @@ def resolve_source(source: str | os.PathLike) -> str:
         DataError: no such file or folder exists, and it cannot be the name of a dataset.
     """
     return name_of(resolve(source))
+
+
+def is_gone(source: str) -> bool:
+    """Whether a source on this machine, as returned by [`resolve_source`], is no longer there."""
+    path = path_of(source)
+    if not os.path.isabs(path) or os.path.exists(path):
+        return False
+    try:
+        return not is_pattern(path) or not expand_shards(path)
+    except DataError:
+        return True
 
 
 def walk_sources(

@@ -26,7 +26,7 @@ from ..data.columns import ColumnNames
 from ..data.listing import is_hidden
 from ..data.problems import OnProblem
 from ..data.skipped import describe_skipped
-from ..data.sources import DEFAULT_COLUMNS, WARNINGS, Item, is_listed_at_once, resolve_source, walk_sources
+from ..data.sources import DEFAULT_COLUMNS, WARNINGS, Item, is_gone, is_listed_at_once, resolve_source, walk_sources
 from ..errors import DataError, MiniClipError, ModelError, Problem, UsageError, printable
 from ..inference.loading import model_folder
 from ..training.heartbeat import ends_with_lost_processes, join_processes
@@ -206,7 +206,7 @@ def _make_plan(
         _check_same_kind(target, existing, manifest, dtype)
         manifest = replace(manifest, dtype=existing.manifest.dtype)
         if not sources and not remove and manifest.model != existing.model:
-            gone = [source for source in scan if os.path.isabs(source) and not os.path.exists(path_of(source))]
+            gone = [source for source in scan if is_gone(source)]
             if gone:
                 return _Plan(target, existing, manifest, [], scan, False, gone)
     return _Plan(target, existing, manifest, scan, [] if overwrite else kept, overwrite)

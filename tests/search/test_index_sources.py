@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from modeling_miniclip import DataError, ImageIndex, update_index
-from modeling_miniclip.data.sources import Item, is_listed_at_once, resolve_source, walk_source
+from modeling_miniclip.data.sources import Item, is_gone, is_listed_at_once, resolve_source, walk_source
 from modeling_miniclip.errors import Problem
 from modeling_miniclip.search.update import _units
 from tests.helpers.indexes import write_picture
@@ -91,12 +91,33 @@ def test_patterns_and_folders_of_shards_are_sources(tmp_path: Path) -> None:
     assert is_listed_at_once(str(folder)) and {item.shard for item in items} == {
         str(folder / f"{i}.tar") for i in range(3)
     }
+    assert not is_gone(str(folder / "{0..2}.tar")) and is_gone(str(folder / "{0..3}.tar")) and is_gone(f"{folder}/x*")
     assert items[0].mtime == (folder / "0.tar").stat().st_mtime_ns and items[0].size == len(items[0].read())
     for i in range(2):
         pq.write_table(pa.table({"jpg": [picture(i)], "caption": [[f"cap {i}"]]}), tmp_path / f"test-{i}.parquet")
     assert listed(tmp_path / "test-*.parquet") == {
         f"test-{i}.parquet/000000": ([f"cap {i}"], "test") for i in range(2)
     }
+
+
+def test_a_coco_folder_is_listed_with_its_captions(tmp_path: Path) -> None:
+    for name in ("train2017/1.png", "train2017/2.png", "val2017/3.png"):
+        write_picture(tmp_path / "coco" / name, 0)
+    (tmp_path / "coco" / "annotations").mkdir()
+    for split, image in (("train", 1), ("val", 3)):
+        text = [{"id": i, "image_id": image, "caption": f"{split} {i}"} for i in range(2)]
+        values = {"images": [{"id": image, "file_name": f"{image}.png"}], "annotations": text}
+        (tmp_path / "coco" / "annotations" / f"captions_{split}2017.json").write_text(json.dumps(values))
+    assert listed(tmp_path / "coco") == {
+        "coco/train2017/1.png": (["train 0", "train 1"], "train"), "coco/train2017/2.png": ([], "train"),
+        "coco/val2017/3.png": (["val 0", "val 1"], "validation"),
+    }  # fmt: skip
+
+
+def test_class_folders_have_no_captions(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/1.png"):
+        write_picture(tmp_path / "pets" / name, 0)
+    assert listed(tmp_path / "pets") == {"pets/cat/1.png": ([], ""), "pets/dog/1.png": ([], "")}
 
 
 def test_each_process_reads_its_own_shards() -> None:
