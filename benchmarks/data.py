@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -291,8 +292,8 @@ def read_by_two(args: argparse.Namespace, source: str, home: Path) -> tuple[str,
             ends.append(("", f"no end within {args.patience} s"))
     if any(process.returncode for process in processes):
         seconds = time.perf_counter() - start
-        lines = [err.strip().splitlines()[-1] if err.strip() else "ended without an error" for _, err in ends]
-        return "", "", f"after {seconds:.0f} s: {' / '.join(dict.fromkeys(lines))}".replace("|", "\\|")
+        lines = [re.sub(r"http://[\d.:]+/", "", err.rpartition("error: ")[2].strip()) for _, err in ends]
+        return "", "", f"after {seconds:.0f} s: {' / '.join(dict.fromkeys(filter(None, lines)))}".replace("|", "\\|")
     numbers = [json.loads(out.splitlines()[-1]) for out, _ in ends]
     images = sum(each["images"] for each in numbers)
     rates = [f"{images / max(each['seconds'][epoch] for each in numbers):.0f}" for epoch in range(2)]

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
 
-INTERVAL = 0.1  # seconds between two samples
+INTERVAL = 0.2  # seconds between two samples
 
 
 def private_mib(pid: int) -> float:
