@@ -51,13 +51,15 @@ class _Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
 
+    def do_HEAD(self) -> None:
+        if self.server.fault.times is not None or not self._refuses(self._kind()):
+            super().do_HEAD()
+
     def do_GET(self) -> None:
-        fault, name = self.server.fault, Path(self.path).name
-        self.server.requests[name] += 1
-        concerned = fault.shard in name and (fault.times is None or self.server.requests[name] <= fault.times)
-        kind = fault.kind if concerned else ""
-        if kind in ("error", "missing"):
-            self.send_error(503 if kind == "error" else 404)
+        fault = self.server.fault
+        self.server.requests[self.path] += 1
+        kind = self._kind()
+        if self._refuses(kind):
             return
         file = self.send_head()
         if file is None:
@@ -69,6 +71,19 @@ class _Handler(SimpleHTTPRequestHandler):
             self.server.stopped.wait()
         if kind:
             self.close_connection = True
+
+    def _kind(self) -> str:
+        """What goes wrong with this request."""
+        fault = self.server.fault
+        is_over = fault.times is not None and self.server.requests[self.path] > fault.times
+        return "" if is_over or fault.shard not in Path(self.path).name else fault.kind
+
+    def _refuses(self, kind: str) -> bool:
+        """Whether the request is answered with an error, which is sent."""
+        if kind in ("error", "missing"):
+            self.send_error(503 if kind == "error" else 404)
+            return True
+        return False
 
     def _send(self, file: Any, size: int, rate: float | None) -> None:
         start, sent = time.perf_counter(), 0
