@@ -84,7 +84,9 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def declare_check(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip check`."""
-    parser.add_argument("dataset", metavar="DATASET", help="caption file, folder or Hub dataset, as for training")
+    parser.add_argument(
+        "dataset", metavar="DATASET", help="caption file, folder, shards or Hub dataset, as for training"
+    )
     parser.add_argument("--validation_dataset", metavar="DATASET", help=TRAINING_HELP["validation_dataset"])
     declare_dataset(parser)
     parser.add_argument("--revision", help=TRAINING_HELP["dataset_revision"])
@@ -174,7 +176,7 @@ def declare_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of an exported model, or a repository on the Hub")
     parser.add_argument(
         "sources", metavar="SOURCE", nargs="*",
-        help="folder of images, caption file, tar archive, or local or Hub dataset; several are allowed "
+        help="folder of images, caption file, shards, or local or Hub dataset; several are allowed "
         "(default: the sources that the index was built from)",
     )  # fmt: skip
     parser.add_argument(

@@ -21,6 +21,7 @@ from modeling_miniclip.data.find_problems import CHECKS, looks_like_data
 from modeling_miniclip.data.near_duplicates import inspect_image
 from modeling_miniclip.data.problems import KINDS
 from modeling_miniclip.data.scenes import build_scenes
+from tests.helpers.shards import write_tar
 
 NAMES = [f"{i}.png" for i in range(26)]
 
@@ -209,6 +210,27 @@ def test_a_split_column_is_honoured_and_copied(good: Path) -> None:
     assert sizes.items() <= report.figures.items()
     copy = check(str(fixed), num_workers=0, batch_size=8)
     assert copy.problems == [] and (sizes | {"images_in_train": 14}).items() <= copy.figures.items()
+
+
+def test_shards_are_checked_like_files(good: Path) -> None:
+    content = {name: (good.parent / "Images" / name).read_bytes() for name in NAMES}
+    content |= {"7.png": content["6.png"], "8.png": b"broken", "9.png": b""}
+    members = [member for name in NAMES for member in ((name, content[name]), (name.replace("png", "txt"), b"a\nb"))]
+    del members[-1]
+    shard = good.parent / "0.tar"
+    write_tar(shard, members)
+    assert found(shard) == [
+        ("empty", "0.tar", None), ("left-out", "0.tar", None), ("undecodable", "0.tar", None),
+        ("two-splits", "0.tar", None),
+    ]  # fmt: skip
+    report = check(str(shard), num_workers=0)
+    assert [problem.text for problem in report.problems if problem.kind == "duplicate-image"] == [
+        "image '0.tar/7' is byte for byte '0.tar/6'; move its captions to that one"
+    ]
+    shard.write_bytes(shard.read_bytes()[:20_000])
+    assert "shard" in [kind for kind, *_ in found(shard)]
+    with pytest.raises(UsageError, match="--fix: .*0.tar is not a local caption file or folder"):
+        check(str(shard), decode=False, fix=str(good.parent / "fixed.csv"))
 
 
 def test_validation_images_of_another_file_are_checked(good: Path) -> None:

@@ -24,6 +24,7 @@ from modeling_miniclip.evaluation.evaluate import FILES, evaluate_model, format_
 from modeling_miniclip.evaluation.metrics import named_intervals, rank_keys, resampled_recalls
 from modeling_miniclip.evaluation.zero_shot import zero_shot_accuracy
 from tests.helpers.listing import unlistable
+from tests.helpers.shards import write_tar
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_model, tiny_processor
 from tests.utils.test_html import Reader, of
 
@@ -184,6 +185,19 @@ def test_a_folder_with_only_a_test_split_is_measured(captioned_folder: Path) -> 
     for split in (None, "test", "all"):
         data = load_eval_set(str(captioned_folder), split)
         assert (data.split, len(data.image_ids)) == (split or "test", 4)
+
+
+def test_a_set_in_shards_is_that_of_its_files(captioned_folder: Path) -> None:
+    files = load_eval_set(str(captioned_folder), "all")
+    members = [(name, (captioned_folder / "Images" / name).read_bytes()) for name in files.image_ids]
+    for name, i in zip(files.image_ids, range(4), strict=True):
+        texts = [files.texts[row] for row in (files.text_group == i).nonzero().flatten()]
+        members.append((name.replace("png", "txt"), "\n".join(texts).encode()))
+    write_tar(captioned_folder / "test-0.tar", members)
+    shards = load_eval_set(str(captioned_folder / "*.tar"), "all")
+    assert (shards.texts, shards.text_group.tolist()) == (files.texts, files.text_group.tolist())
+    for i in range(4):
+        assert shards.open(i).tobytes() == files.open(i).tobytes()
 
 
 def test_class_names_can_come_from_a_file(class_folders: Path, tmp_path: Path) -> None:
