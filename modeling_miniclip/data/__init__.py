@@ -19,7 +19,6 @@ table_cache.py: tables that are built once and shared
 assign_splits.py: which rows of a table belong to which split
 shard_patterns.py: which shards a pattern or a folder stands for
 remote_shards.py: shards that are elsewhere
-fetch_ahead.py: an order of rows that fetches the next shards
 tar_headers.py: members of a tar archive
 tar_index.py: images of a tar archive with their captions, found once
 table_rows.py: rows of Parquet and Arrow files

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .remote_shards import current_cache
 from .row_blocks import selected_batches
 from .shard_url import PREFIX, place_of, row_groups
 
@@ -29,6 +30,11 @@ class SplitShards(NamedTuple):
     boundaries: np.ndarray
     names: list[str]
     need_windows: bool
+
+    def fetch_ahead(self, rows: np.ndarray) -> None:
+        """Fetch the remote shards of some rows in the background."""
+        numbers = self.boundaries.searchsorted(rows, "right") - 1
+        current_cache().fetch_ahead(list(dict.fromkeys(self.names[number] for number in numbers)))
 
 
 class _Unit(NamedTuple):

@@ -4,15 +4,13 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
 from datasets import DatasetDict
 
-from ..data.fetch_ahead import fetched_ahead
 from ..data.load_rows import Splits
 from ..data.mixing import shuffled_order
 from ..data.order import RowOrder
-from ..data.split_shards import find_shards
+from ..data.split_shards import SplitShards, find_shards
 from .arguments import TrainingArguments
 from .fingerprint import Fingerprint
 from .reporting import say
@@ -34,21 +32,24 @@ def choose_shuffle(
 
 def training_order(splits: DatasetDict, arguments: TrainingArguments) -> RowOrder:
     """The order of the training rows in each epoch."""
-    boundaries, sizes = _depends_on(splits, arguments)
+    shards, sizes = _depends_on(splits, arguments)
     weights = arguments.dataset_weights if sizes else None
     rows = len(splits["train"])
-    order = shuffled_order(rows, arguments.batch_size, arguments.seed, boundaries, sizes, weights)
-    return fetched_ahead(order, splits["train"], boundaries)
+    if shards is None:
+        return shuffled_order(rows, arguments.batch_size, arguments.seed, None, sizes, weights)
+    return shuffled_order(
+        rows, arguments.batch_size, arguments.seed, shards.boundaries, sizes, weights, shards.fetch_ahead
+    )
 
 
 def order_checksum(splits: DatasetDict, arguments: TrainingArguments) -> int:
     """A number that changes with what the order depends on besides flags and the number of rows."""
-    boundaries, sizes = _depends_on(splits, arguments)
-    return zlib.crc32(repr((None if boundaries is None else boundaries.tolist(), sizes)).encode())
+    shards, sizes = _depends_on(splits, arguments)
+    return zlib.crc32(repr((None if shards is None else shards.boundaries.tolist(), sizes)).encode())
 
 
-def _depends_on(splits: DatasetDict, arguments: TrainingArguments) -> tuple[np.ndarray | None, list[int]]:
-    """Boundaries of the shards, to shuffle in windows, and sizes of several datasets."""
-    boundaries = find_shards(splits["train"]).boundaries if arguments.shuffle == "window" else None
+def _depends_on(splits: DatasetDict, arguments: TrainingArguments) -> tuple[SplitShards | None, list[int]]:
+    """The shards, to shuffle in windows, and the sizes of several datasets."""
+    shards = find_shards(splits["train"]) if arguments.shuffle == "window" else None
     sizes = splits.sizes["train"] if isinstance(splits, Splits) else []
-    return boundaries, sizes if len(sizes) > 1 else []
+    return shards, sizes if len(sizes) > 1 else []

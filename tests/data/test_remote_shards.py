@@ -13,14 +13,13 @@ import pytest
 
 from modeling_miniclip import DataError, MiniClipError, load_captions
 from modeling_miniclip.data import order, remote_shards
-from modeling_miniclip.data.fetch_ahead import fetched_ahead
 from modeling_miniclip.data.problems import raise_problem
 from modeling_miniclip.data.readers.parquet import read_parquet
 from modeling_miniclip.data.readers.tars import read_tar
 from modeling_miniclip.data.remote_shards import ShardCache, current_cache, local_shard, use_cache
 from modeling_miniclip.data.rows import ReadOptions
 from modeling_miniclip.data.shard_url import place_of, read_place
-from modeling_miniclip.data.split_shards import shard_boundaries
+from modeling_miniclip.data.split_shards import find_shards, shard_boundaries
 from modeling_miniclip.errors import Problem
 from tests.helpers.servers import web_server
 from tests.helpers.shards import pairs, write_tar
@@ -149,14 +148,13 @@ def test_an_order_fetches_the_shards_of_its_next_rows(server, tmp_path, monkeypa
     monkeypatch.setattr(order, "WINDOW_ROWS", 1)
     monkeypatch.setattr(order, "WINDOW_SHARDS", 1)
     plain = order.ShuffledInWindows(boundaries)
-    ahead = fetched_ahead(plain, rows, boundaries)
+    ahead = order.ShuffledInWindows(boundaries, on_next=find_shards(rows).fetch_ahead)
     pieces = []
     for number, piece in enumerate(ahead.pieces(0), 1):
         wait_for(lambda: len(fetched(current_cache())) == min(number + 1, 3))  # noqa: B023
         pieces.append(piece.tolist())
     assert pieces == [piece.tolist() for piece in plain.pieces(0)] and len(pieces) == 3
     assert server.gets == dict.fromkeys(NAMES, 1)
-    assert fetched_ahead(plain, rows, None) is plain
 
 
 def test_the_least_recently_used_shards_are_removed(server, tmp_path, monkeypatch):
