@@ -159,7 +159,8 @@ class RowFileSystem(AbstractFileSystem):
 
     def __init__(self, fo: str = "", target_protocol: str | None = None, target_options: Any = None, **options: Any):
         super().__init__(**options)
-        self.shard = fo
+        is_remote = target_protocol not in (None, "file", "local") and "://" not in fo  # some leave it there
+        self.shard = f"{target_protocol}://{fo}" if is_remote else fo
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
         place = place_of(f"{PREFIX}{self._strip_protocol(path)}::{self.shard}")

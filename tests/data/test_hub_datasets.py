@@ -66,7 +66,8 @@ result = {}
 def load(name, title, token="hf_test", **how):
     os.environ["HF_TOKEN"] = token
     try:
-        splits = load_captions("test-user/" + name, validation_fraction=0.34, **how)
+        name = name if "://" in name else "test-user/" + name
+        splits = load_captions(name, validation_fraction=0.34, **how)
         result[title] = {split: [[row["image"].getpixel((0, 0))[0], row["image_id"], row["captions"]] for row in rows]
                          for split, rows in splits.items()}
     except DataError as error:
@@ -81,6 +82,9 @@ for name in ["flickr8k", "nothere", "script", "folder", "unavailable", "broken",
              "dicts", "basenames", "counted", "tars"]:
     load(name, name)
 load("dicts", "dicts streamed", stream_first_rows=2)
+load("hf://datasets/test-user/tars/*.tar", "files")
+load("hf://datasets/test-user/counted/data/*.parquet", "tables")
+load("hf://datasets/test-user/nothere/{0..1}.tar", "missing files")
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     load("null", "null")
@@ -206,6 +210,11 @@ def test_names_that_repeat_are_not_taken_for_the_image(from_hub):
 
 def test_tars_on_the_hub(from_hub):
     assert rows_of(from_hub["tars"]) == {0: ["caption of 0"], 1: ["caption of 1"], 2: ["caption of 2"]}
+    assert rows_of(from_hub["files"]) == rows_of(from_hub["tars"])
+    assert from_hub["files"]["train"][0][1].startswith("train-0.tar/")
+    assert from_hub["tables"] == from_hub["counted"]
+    message = from_hub["missing files"]
+    assert message.startswith("hf://datasets/test-user/nothere/0.tar: cannot be fetched: ") and "\n" not in message
 
 
 def rows_of(splits: dict) -> dict[int, list[str]]:
