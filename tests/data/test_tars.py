@@ -20,7 +20,7 @@ from modeling_miniclip.data.readers.tars import read_tar
 from modeling_miniclip.data.rows import ReadOptions, Row
 from modeling_miniclip.data.shard_url import place_of, read_place
 from modeling_miniclip.data.tar_headers import DamagedArchive, find_members
-from modeling_miniclip.data.tar_index import build_indexes, open_index
+from modeling_miniclip.data.tar_index import build_index, build_indexes, open_index
 from modeling_miniclip.errors import DataError, Problem
 from tests.helpers.shards import as_json, pairs, tar_bytes, write_tar
 from tests.helpers.trees import picture
@@ -224,7 +224,7 @@ PARTS = st.text(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @example(
     names=["new\nline", "a::b", "caf\udce9", "\\xe9", "x" * 300, "p" * 90 + "/" + "q" * 99], kind=tarfile.PAX_FORMAT
 )
@@ -281,7 +281,7 @@ def test_a_damaged_header_is_reported(tmp_path, read):
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_no_damage_raises_another_error(data):
     content = bytearray(tar_bytes([("x" * 150, b"x" * 600), ("0.png", RED)]))
@@ -409,3 +409,35 @@ def test_images_open_with_datasets(tmp_path, read):
     data = Dataset.from_dict({"image": [row.image for row in rows]}, features=Features({"image": ImageColumn()}))
     found = [data[i]["image"].convert("RGB").getpixel((0, 0)) for i in range(2)]
     assert found == [Image.open(io.BytesIO(picture(i))).getpixel((0, 0)) for i in range(2)]
+
+
+KEYS = st.lists(PARTS.map(lambda text: text.replace(".", "-")), min_size=1, max_size=4, unique=True)
+
+
+@settings(max_examples=50, deadline=None)
+@example(keys=["0"], suffixes=[("jpg", "json+txt")], dots="", order=[])
+@given(
+    keys=KEYS,
+    suffixes=st.lists(
+        st.tuples(st.sampled_from(["jpg", "PNG", "webp"]), st.sampled_from(["txt", "json", "json+txt"]))
+    ),
+    dots=st.sampled_from(["", ".v1", ".a.b"]),
+    order=st.lists(st.integers(0, 99)),
+)
+def test_members_in_any_order_belong_together(keys, suffixes, dots, order):
+    """Pictures with text and JSON files, other files and Mac's, in any order."""
+    members, expected = [("._x.jpg", b"\0\5\x16\7"), ("README", b"no"), ("x.cls", b"3")], {}
+    for i, key in enumerate(key for key in keys if not key.startswith("-") and key != "\ufeff"):
+        picture_suffix, texts = suffixes[i % len(suffixes)] if suffixes else ("jpg", "txt")
+        members.append((f"{key}{dots}.{picture_suffix}", bytes([i + 1]) * (i + 1)))
+        for suffix in texts.split("+"):
+            text = f"caption {i}"
+            members.append((f"{key}{dots}.{suffix}", text.encode() if suffix == "txt" else as_json({"caption": text})))
+        expected[i + 1] = [f"caption {i}"]
+    for place, new in enumerate(order):
+        a, b = place % len(members), new % len(members)
+        members[a], members[b] = members[b], members[a]
+    archive = tar_bytes(members)
+    rows = list(build_index(io.BytesIO(archive)))
+    assert {archive[row.start]: row.captions for row in rows} == expected
+    assert len({row.name for row in rows}) == len(rows)

@@ -130,14 +130,16 @@ def _rows(
 ) -> Iterator[Row]:
     split, silent = split_of_shard(source), 0
     first = ""
+    without_reader = {suffix[1:] for suffix, each in BY_SUFFIX.items() if not each.is_readable}
     for entry in index:
         if not entry.captions and not options.all_images:
             first, silent = first or entry.member, silent + 1
             continue
-        problem = _problem(source, entry, packed)
-        if problem is not None:
-            on_problem(problem)
-            continue
+        if not entry.size or entry.member.rpartition(".")[2].lower() in without_reader:
+            problem = _problem(source, entry, packed)
+            if problem is not None:
+                on_problem(problem)
+                continue
         yield Row(
             name=f"{shard}/{entry.name if packed is None else entry.member}",
             image=_image(source, entry, packed),
