@@ -3,7 +3,6 @@
 captions.py: load captioned images from any source as splits
 load_rows.py: the same for the package itself: one or several sources, with a cache of tables
 source_kinds.py: the kinds of sources, and which kind a source is
-caption_files.py: caption files (CSV, TSV, JSON Lines, Flickr8k tokens)
 columns.py: the columns of a source, and the names and captions in its cells
 text_files.py: lines of a text file as an editor counts them
 layouts.py: where the captions of a folder are

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import DataError, Problem
-from ..utils.names import is_utf8, name_of
+from ..utils.names import is_utf8
 from .picture_formats import unreadable_format
 from .problems import OnProblem
 from .rows import Row
@@ -174,8 +174,6 @@ def rows_with_images(
         DataError: there is no such folder.
     """
     bounds = bounds or folder
-    if not is_utf8(folder.absolute()):
-        raise DataError(Problem("unusable", "its path is not UTF-8; rename the folder", name_of(folder)))
     if not folder.is_dir():
         text = "no such folder of images; name the right one with image_dir"
         raise DataError(Problem("unusable", text, str(folder)))

@@ -16,6 +16,7 @@ from .columns import ColumnNames
 from .image_files import BAD_FILES
 from .picture_formats import read_encoded
 from .problems import HARMLESS, OnProblem, raise_problem
+from .readers.caption_file import check_path
 from .readers.image_folder import read_image_folder
 from .recognise import recognise_source
 from .row_blocks import record_batches
@@ -219,6 +220,7 @@ def _report_text(on_problem: OnProblem, problem: Problem) -> None:
 
 def _named_items(kind: Kind, path: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Item]:
     """The images that a caption file names. Whoever reads those that are missing reports them."""
+    check_path(Path(path), ReadOptions())
     outside: dict[str, str] = {}
 
     def report(problem: Problem) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import DataError, Problem
 from .columns import image_name
 from .image_files import SAMPLE, Spellings, image_folder
-from .problems import OnProblem, raise_problem
+from .problems import OnProblem
 from .rows import SplitName
 from .text_files import Lines
 
@@ -93,37 +93,6 @@ def _names(path: Path, on_problem: OnProblem) -> Iterator[tuple[int, str]]:
             name = image_name(line, str(path), number, None, on_problem)
             if name is not None:
                 yield number, name
-
-
-def read_splits(
-    root: Path, images: Collection[str], caption_file: Path, on_problem: OnProblem = raise_problem
-) -> dict[str, list[str]]:
-    """Image names by split from the split files next to a caption file; empty without such files.
-
-    Args:
-        root, caption_file: as in [`find_split_files`].
-        images: names of the images of the caption file.
-        on_problem: function called with each name that has no captions or is in a split already.
-
-    Raises:
-        DataError: there is no file for train, or a file without names.
-    """
-    files = find_split_files(root, caption_file)
-    splits: dict[str, list[str]] = {split: [] for split in files}
-    first: dict[str, SplitName] = {}
-    for found in read_split_files(files, on_problem):
-        name = found.name
-        if name not in images:
-            text = f"{name!r} has no caption in {caption_file}"
-            on_problem(Problem("no-captions", text, found.file, found.number))
-        elif name in first:
-            place = f"{first[name].file}, row {first[name].number}"
-            text = f"{name!r} is already in {place}; an image can be in only one split"
-            on_problem(Problem("two-splits", text, found.file, found.number))
-        else:
-            first[name] = found
-            splits[found.split].append(name)
-    return splits
 
 
 def split_words(name: str) -> list[str]:

@@ -87,14 +87,14 @@ FAULTS = [
             "tests/data/test_splits.py",
         ),
         (
-            "caption_files.py",
+            "readers/caption_file.py",
             "row numbers are one too low",
-            "number = start + reader.line_num + 1",
-            "number = start + reader.line_num",
+            "number, end = end + 1, before",
+            "number, end = end, before",
             CAPTIONS,
         ),
         (
-            "caption_files.py",
+            "readers/caption_file.py",
             "an open quotation mark swallows rows",
             "skipinitialspace=True, strict=True",
             "skipinitialspace=True, strict=False",

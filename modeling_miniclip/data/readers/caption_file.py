@@ -46,17 +46,27 @@ def read_caption_file(source: str, options: ReadOptions, on_problem: OnProblem) 
         DataError: a column is missing, there are no captions or there is no folder of images.
     """
     path = Path(source)
-    if not is_utf8(path.absolute()):
-        raise DataError(Problem("unusable", "its path is not UTF-8; rename the file or folder", name_of(path)))
+    check_path(path, options)
     for split, file in find_caption_files(path):
         rows = read_table(file, options, on_problem)
         head = list(islice(rows, SAMPLE))
         folder, bounds = find_images(file.parent, split, (row.name for row in head), options.image_dir)
+        check_path(folder, options)
         for row in rows_with_images(
             chain(head, rows), folder, options.columns.allow_outside_images, on_problem, bounds, options.bad_images
         ):
             row.split = row.split or split
             yield row
+
+
+def check_path(path: Path, options: ReadOptions) -> None:
+    """Check that the rows of a path can be stored; an index escapes it instead.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    if not options.all_images and not is_utf8(path.absolute()):
+        raise DataError(Problem("unusable", "its path is not UTF-8; rename the file or folder", name_of(path)))
 
 
 def inputs_caption_file(source: str, options: ReadOptions) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from ..record_captions import texts_of
 from ..rows import ReadOptions, Row
 from ..splits import split_of_name, split_of_value
 from ..table_cache import content_of
+from .caption_file import check_path
 
 
 def read_coco(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
@@ -87,10 +88,10 @@ def _karpathy_file(source: str) -> Path:
 def _with_images(
     rows: list[Row], file: Path, root: Path, options: ReadOptions, on_problem: OnProblem
 ) -> Iterator[Row]:
-    if not is_utf8(file.absolute()):
-        raise DataError(Problem("unusable", "its path is not UTF-8; rename the file or folder", name_of(file)))
+    check_path(file, options)
     names = [row.name for row in islice(rows, SAMPLE)]
     folder, bounds = find_images(root, split_of_name(file.name), names, options.image_dir)
+    check_path(folder, options)
     outside = options.columns.allow_outside_images
     yield from rows_with_images(rows, folder, outside, on_problem, bounds, options.bad_images)
 

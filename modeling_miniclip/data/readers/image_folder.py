@@ -20,7 +20,7 @@ from ..rows import ReadOptions, Row
 from ..splits import split_of_value, splits_of_folders
 from ..table_cache import content_of, stat_of
 from ..text_files import Lines, check_surrogates
-from .caption_file import read_caption_file, read_table, split_lines
+from .caption_file import check_path, read_caption_file, read_table, split_lines
 
 TEXT_ENDINGS = (".txt", ".json")
 
@@ -90,8 +90,7 @@ def read_image_folder(source: str, options: ReadOptions, on_problem: OnProblem) 
         DataError: there are no captions and no class folders.
     """
     root = Path(source)
-    if not is_utf8(root.absolute()) and not options.all_images:
-        raise DataError(Problem("unusable", "its path is not UTF-8; rename the folder", name_of(root)))
+    check_path(root, options)
     layout = Layout.of(root, on_problem, options.columns.caption)
     if options.all_images:
         yield from _all_images(layout, options, on_problem)
@@ -314,14 +313,12 @@ def _known_rows(layout: Layout, options: ReadOptions, on_problem: OnProblem) -> 
         rows = read_caption_file(source, options, report)
     elif layout.metadata:
         rows = _metadata_rows(layout, options, report)
-    known: dict[str, Row] = {}
+    named: dict[str, Row] = {}
     for row in rows:
-        first = known.setdefault(os.path.normpath(str(row.image)), row)
+        first = named.setdefault(row.name, row)
         if first is not row:
             first.captions = first.captions + row.captions
-    if (lines := split_lines(source, options, on_problem)) is not None:
-        path_of_name = {row.name: path for path, row in known.items()}
-        for line in lines:
-            if line.name in path_of_name:
-                known[path_of_name[line.name]].split = line.split
-    return known
+    for line in split_lines(source, options, on_problem) or ():
+        if line.name in named:
+            named[line.name].split = line.split
+    return {os.path.normpath(str(row.image)): row for row in named.values()}
