@@ -8,8 +8,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import DataError, Problem
 from .columns import image_name
 from .image_files import SAMPLE, Spellings, image_folder
@@ -154,26 +152,3 @@ def _split_folder(name: str) -> str | None:
     word = name.lower().rstrip("0123456789")
     split = SPLIT_ALIASES.get(word, word)
     return split if split in SPLITS else None
-
-
-def split_by_image(names: list[str], validation_fraction: float, seed: int) -> dict[str, list[str]]:
-    """A random split into `train` and `validation`, each with at least one image.
-
-    Args:
-        names: names of all images.
-        validation_fraction: fraction of the images for validation, between 0 and 1.
-        seed: random seed of the split.
-
-    Raises:
-        DataError: fewer than two images, or a fraction outside (0, 1).
-    """
-    if not 0 < validation_fraction < 1:
-        raise DataError(f"validation_fraction must be between 0 and 1, not {validation_fraction}")
-    if len(names) < 2:
-        raise DataError(f"{len(names)} image cannot be split into train and validation: at least two are needed")
-    order = np.random.default_rng(seed).permutation(len(names))
-    held_out = min(max(1, round(validation_fraction * len(names))), len(names) - 1)
-    return {
-        "train": [names[i] for i in sorted(order[held_out:])],
-        "validation": [names[i] for i in sorted(order[:held_out])],
-    }

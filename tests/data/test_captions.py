@@ -12,7 +12,6 @@ from modeling_miniclip import DataError, load_captions
 from modeling_miniclip.data.columns import caption_columns
 from modeling_miniclip.data.load_rows import load_datasets
 from modeling_miniclip.data.scenes import build_scenes
-from modeling_miniclip.data.splits import split_by_image
 from tests.helpers.towers import CAPTIONS
 
 
@@ -264,23 +263,6 @@ def test_the_seeded_split_is_by_image_and_repeatable(tmp_path):
     assert names(load_captions(one, validation_fraction=0.2)["validation"]) == names(splits["validation"])
     assert names(load_captions(other, validation_fraction=0.2)["validation"]) == names(splits["validation"])
     assert names(load_captions(one, validation_fraction=0.2, seed=1)["validation"]) != names(splits["validation"])
-
-
-@pytest.mark.parametrize(
-    ("images", "fraction", "held_out"), [(2, 0.001, 1), (2, 0.999, 1), (10, 0.25, 2), (10, 0.3, 3)]
-)
-def test_both_parts_of_a_seeded_split_have_images(images, fraction, held_out):
-    parts = split_by_image([str(i) for i in range(images)], fraction, 0)
-    assert len(parts["validation"]) == held_out
-    assert sorted(parts["train"] + parts["validation"]) == [str(i) for i in range(images)]
-
-
-@pytest.mark.parametrize(
-    ("images", "fraction", "message"), [(1, 0.5, "at least two"), (4, 0.0, "between"), (4, 1.0, "between")]
-)
-def test_an_impossible_split_is_an_error(images, fraction, message):
-    with pytest.raises(DataError, match=message):
-        split_by_image(["a"] * images, fraction, 0)
 
 
 def test_scenes_are_built_in(monkeypatch):
