@@ -394,7 +394,7 @@ def test_an_index_reads_compressed_archives(tmp_path, read):
     path = tmp_path / "a.tar.gz"
     path.write_bytes(gzip.compress(tar_bytes(pairs("01")[::-1])))
     rows = read(str(path), ReadOptions(all_images=True))
-    assert captions(rows) == {"1": ["caption of 1"], "0": ["caption of 0"]}
+    assert captions(rows) == {"1.png": ["caption of 1"], "0.png": ["caption of 0"]}
     assert [row.image for row in rows] == [picture(1), picture(0)]
     path.write_bytes(path.read_bytes()[:150])
     rows, problems = read(str(path), ReadOptions(all_images=True), with_problems=True)
