@@ -25,6 +25,7 @@ from ..data.loader import BatchLoader
 from ..data.row_blocks import caption_counts, record_batches
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
+from ..utils.performance import release_freed_memory
 from .diagnostics import not_finite
 from .distributed import gather_rows
 from .feature_cache import (
@@ -39,6 +40,7 @@ from .fold_batch_norm import folded_batch_norms
 
 EVALUATION_BATCH = 64  # images per forward pass
 TEXT_BLOCK = 256  # captions per forward pass of the text tower
+TRIM_EVERY = 4  # batches of a validation
 TEXT_IMAGES = 8_192  # images whose captions are sorted by length together
 TOKENIZED_TOGETHER = 512  # captions, which takes little memory
 
@@ -107,7 +109,9 @@ def embed_split(
     parts = {name: Collected(images) for name in ("images", "image_id")}
     parts |= {name: Collected(texts) for name in ("texts", "text_image_id")}
     undecodable: list[tuple[int, str]] = []
-    for batch in tqdm(loader, desc="validate", unit="batch", leave=False, disable=not progress):
+    for number, batch in enumerate(tqdm(loader, desc="validate", unit="batch", leave=False, disable=not progress)):
+        if device.type == "cpu" and number % TRIM_EVERY == 0:  # texts of many lengths leave gaps that add up
+            release_freed_memory()
         undecodable += batch.pop("undecodable", [])
         output = model(**model_inputs(batch, processor, device))
         for name, values in (("images", output.image_embeds), ("image_id", batch["image_id"])):
