@@ -161,9 +161,7 @@ def is_listed_at_once(source: str) -> bool:
         if os.path.isdir(path) and recognise_source(path) not in ("shards", "saved"):
             return True
         kind = kind_of(path)
-        if kind is None or kind.name in ("saved", "hub"):
-            return kind is None
-        return kind.name != "tar" or not any(map(_compressed_by, expand_shards(path, "tar")))
+        return kind is None or kind.name != "tar" or not any(map(_compressed_by, expand_shards(path, "tar")))
     except (OSError, DataError):  # which the walk reports
         return False
 

@@ -89,6 +89,13 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     load("null", "null")
     result["null warnings"] = [str(each.message) for each in caught if "left out" in str(each.message)]
+from modeling_miniclip.data.check import check
+from modeling_miniclip.data.sources import walk_source
+report = check("test-user/null", num_workers=0, batch_size=2)
+result["check"] = [[[each.kind, each.text] for each in report.problems if each.kind == "left-out"], report.figures]
+for name in ("basenames", "null", "two:de"):
+    items = list(walk_source("test-user/" + name, on_problem=lambda problem: None))
+    result["index " + name] = [[item.id, item.captions, item.split, len(item.read()) > 0] for item in items]
 print("RESULT", json.dumps(result))
 """
 
@@ -215,6 +222,19 @@ def test_tars_on_the_hub(from_hub):
     assert from_hub["tables"] == from_hub["counted"]
     message = from_hub["missing files"]
     assert message.startswith("hf://datasets/test-user/nothere/0.tar: cannot be fetched: ") and "\n" not in message
+
+
+def test_check_and_index_read_the_same_rows(from_hub):
+    (left_out,), figures = from_hub["check"]
+    assert left_out == ["left-out", "of 4 rows, left out 1 without a caption (first: row 0)"]
+    assert figures["captions"] == 3 and figures["images_in_train"] + figures["images_in_validation"] == 3
+    assert from_hub["index basenames"] == [
+        ["test-user/basenames/train/0.jpg#0", ["0", "1"], "train", True],
+        ["test-user/basenames/train/0.jpg#2", ["2"], "train", True],
+        ["test-user/basenames/1.jpg", ["3"], "train", True],
+    ]
+    assert [captions for _, captions, *_ in from_hub["index null"]] == [[], ["b"], ["c"], ["d"]]
+    assert [name for name, *_ in from_hub["index two:de"]] == [f"test-user/two:de/train-00000{i}" for i in range(2)]
 
 
 def rows_of(splits: dict) -> dict[int, list[str]]:
