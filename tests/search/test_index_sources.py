@@ -4,15 +4,24 @@ import json
 import os
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from modeling_miniclip import DataError, ImageIndex, update_index
-from modeling_miniclip.data.sources import Item, is_gone, is_listed_at_once, resolve_source, walk_source
+from modeling_miniclip.data.problems import raise_problem
+from modeling_miniclip.data.sources import (
+    DEFAULT_COLUMNS,
+    Item,
+    is_gone,
+    is_listed_at_once,
+    resolve_source,
+    walk_source,
+)
 from modeling_miniclip.errors import Problem
-from modeling_miniclip.search.update import _units
+from modeling_miniclip.search.update import _encode_share, _units
 from tests.helpers.indexes import write_picture
 from tests.helpers.shards import as_json, pairs, tar_bytes, write_tar
 from tests.helpers.trees import picture
@@ -127,6 +136,27 @@ def test_each_process_reads_its_own_shards() -> None:
     items = [item(i, shard) for i, shard in enumerate(["a", "a", "b", "a", "b", "", "c"])]
     assert list(_units(items, 2)) == [0, 0, 1, 0, 1, 5, 2]
     assert list(_units(items, 4)) == list(range(7))  # fewer shards than processes
+
+
+def test_processes_share_shards_and_miss_no_image(tmp_path: Path) -> None:
+    for i in range(5):
+        write_tar(tmp_path / f"{i}.tar", pairs([f"{i}{k}" for k in range(i + 1)]))
+    write_picture(tmp_path / "photos" / "a.png", 0)
+    sources = [str(tmp_path / "*.tar"), str(tmp_path / "photos")]
+
+    def share(index: int) -> list[Item]:
+        done: list[Item] = []
+        encoding = SimpleNamespace(
+            pool=SimpleNamespace(find=lambda item: None), run=lambda items, total, progress: done.extend(items)
+        )
+        process = SimpleNamespace(num_processes=2, process_index=index, is_main_process=index == 0)
+        listed = _encode_share(encoding, sources, DEFAULT_COLUMNS, process, False, raise_problem)  # type: ignore[arg-type]
+        assert len(listed) == 16
+        return done
+
+    one, two = share(0), share(1)
+    assert len({item.id for item in one + two}) == len(one) + len(two) == 16
+    assert not {item.shard for item in one if item.shard} & {item.shard for item in two}
 
 
 def test_images_of_a_damaged_shard_stay(tmp_path: Path, tiny_export: Path, capsys: pytest.CaptureFixture[str]) -> None:
