@@ -6,11 +6,11 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .remote_shards import current_cache, is_url
 from .row_blocks import BLOCK, selected_batches
 from .shard_url import PREFIX
 
@@ -21,7 +21,6 @@ PLACE = f"(?s)^{PREFIX}(?P<start>[0-9]+)(?:,(?P<size>[0-9]+))?/(?P<name>.*)::(?P
 SAMPLE = 65_536  # bytes at the start and at the end of a shard that its identity depends on
 IN_ROW, IN_FILE = "\0row", "\0file"  # in the place of a shard's name
 FEWEST, MOST = 256, 4_096  # images of a part
-VOLATILE = ("name", "url", "accessed", "atime")  # what a server says of a shard that may change without it
 BYTES_TOGETHER = 64  # images that are read at a time, if the table has them
 
 
@@ -126,18 +125,16 @@ def identity_of_shard(shard: str) -> bytes:
     """Bytes that change if a shard does, whatever its name: from its size, its time, its start and its end.
 
     Args:
-        shard: path, or a URL, of which the server's description is used; [`IN_ROW`] and [`IN_FILE`] stand for
-            themselves.
+        shard: path, or URL, whose version the server names; [`IN_ROW`] and [`IN_FILE`] stand for themselves.
 
     Raises:
+        DataError: a remote shard cannot be asked for.
         OSError: the shard cannot be read.
     """
     if shard in (IN_ROW, IN_FILE):
         return shard.encode()
-    if "://" in shard:
-        filesystem, path = fsspec.url_to_fs(shard)
-        about = filesystem.info(path)
-        return repr(sorted((name, str(value)) for name, value in about.items() if name not in VOLATILE)).encode()
+    if is_url(shard):
+        return f"{shard}\0{current_cache().version(shard)}".encode()
     identity = blake2b(repr(size_and_time(shard)).encode(), digest_size=16)
     with open(shard, "rb") as file:
         identity.update(file.read(SAMPLE))

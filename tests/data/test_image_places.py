@@ -4,13 +4,16 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Image, Value
 
+from modeling_miniclip import DataError
 from modeling_miniclip.data import image_places as places
 from modeling_miniclip.data.image_places import IN_FILE, IN_ROW, image_parts
+from modeling_miniclip.data.remote_shards import ShardCache
 from modeling_miniclip.data.shard_url import member_url, table_url
 
 FEATURES = Features({"image": Image(), "image_id": Value("string")})
@@ -106,3 +109,17 @@ def test_hash_of_a_part_changes_with_rows_and_files(tmp_path: Path) -> None:
     assert parts(str(file.rename(tmp_path / "y.png"))) == before, "the name of the row counts"
     (tmp_path / "y.png").write_bytes(b"21")
     assert parts(str(tmp_path / "y.png")) != before, "another time"
+
+
+def test_version_of_a_remote_shard_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "current_cache", lambda: ShardCache(tmp_path))
+    url = "memory://image-places/a.tar"
+    fsspec.filesystem("memory").pipe(url, b"a" * 2000)
+    names = [member_url(url, 10 * i, 10, str(i)) for i in range(2)]
+    before = parts(*names)
+    assert parts(*names) == before and not list(tmp_path.rglob("*.tar")), "it is not fetched"
+    fsspec.filesystem("memory").pipe(url, b"a" * 2001)
+    assert parts(*names) != before
+    fsspec.filesystem("memory").rm(url)
+    with pytest.raises(DataError, match="cannot be fetched"):
+        parts(*names)
