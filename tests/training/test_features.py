@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageColumn
 from PIL import Image
 
 import train_miniclip
@@ -18,6 +20,7 @@ from modeling_miniclip import load_captions
 from modeling_miniclip.data import image_places
 from modeling_miniclip.data.augmentation import build_augmentation
 from modeling_miniclip.data.dataset import CaptionRows
+from modeling_miniclip.data.shard_url import member_url
 from modeling_miniclip.errors import MiniClipError, UsageError
 from modeling_miniclip.modeling_miniclip import MiniClipModel
 from modeling_miniclip.training import feature_cache, features
@@ -30,6 +33,7 @@ from modeling_miniclip.training.feature_cache import (
 )
 from modeling_miniclip.training.features import frozen_image_features, frozen_text_features
 from tests.helpers.runs import flags, launch, metrics_of, write_scene_folder
+from tests.helpers.shards import write_tar
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_model, tiny_processor
 
 
@@ -258,6 +262,23 @@ def test_cached_features_open_no_image(
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     (found,) = image_features(model_of(), rows, tmp_path / "cache")
     assert torch.equal(all_of(found), all_of(expected))
+
+
+def test_images_in_tars_have_the_features_of_files(tmp_path: Path, rows: CaptionRows, small_blocks: None) -> None:
+    (expected,) = image_features(model_of(), rows, tmp_path / "cache")
+    names = []
+    for part in (range(7), range(7, 12)):  # two archives, which end within a batch
+        files = [Path(rows.undecoded[i]["image"]["path"]) for i in part]
+        archive = write_tar(tmp_path / f"{part.start}.tar", [(file.name, file.read_bytes()) for file in files])
+        with tarfile.open(archive) as tar:
+            names += [member_url(archive, member.offset_data, member.size, member.name) for member in tar]
+    images = [{"bytes": None, "path": name} for name in names]
+    columns = {"image": images, "image_id": rows.undecoded["image_id"][:], "captions": rows.texts["captions"][:]}
+    features = Features({"image": ImageColumn(), "image_id": Value("string"), "captions": [Value("string")]})
+    (found,) = image_features(
+        model_of(), CaptionRows(Dataset.from_dict(columns, features=features), rows.processor), tmp_path / "cache"
+    )
+    assert torch.equal(all_of(found), all_of(expected)) and len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_only_the_part_of_a_changed_image_is_computed(
