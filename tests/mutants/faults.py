@@ -24,6 +24,7 @@ class Fault:
 
 PACKAGE = "modeling_miniclip"
 CAPTIONS, LOADER, CHECK, SCENES = (f"tests/data/test_{name}.py" for name in ("captions", "loader", "check", "scenes"))
+BATCHES = "tests/data/test_batches.py"
 ENCODE = "tests/inference/test_encode.py"
 METRICS, ZERO_SHOT, EVALUATE = (f"tests/evaluation/test_{name}.py" for name in ("metrics", "zero_shot", "evaluate"))
 EXPORT, FUZZ_EXPORTS = "tests/hub/test_export.py", "tests/hub/test_fuzz_exports.py"
@@ -134,28 +135,56 @@ FAULTS = [
             "every epoch has the same order",
             "default_rng([self.seed, epoch, self.number])",
             "default_rng([self.seed, 0, self.number])",
-            LOADER,
+            BATCHES,
         ),
         (
             "batches.py",
             "a resumed epoch skips a batch",
             "(self.epoch, self.first_batch * self.batch_size",
             "(self.epoch, (self.first_batch + 1) * self.batch_size",
-            LOADER,
+            BATCHES,
         ),
         (
             "batches.py",
             "the short last batch is not counted",
             "return -(-self.order.num_rows // self.batch_size)",
             "return (self.order.num_rows // self.batch_size)",
-            LOADER,
+            BATCHES,
         ),
         (
             "batches.py",
             "processes share rows",
             "batch[self.rank :: self.world_size]",
             "batch[self.rank :]",
-            LOADER,
+            BATCHES,
+        ),
+        (
+            "order.py",
+            "a resumed window starts again",
+            "rows[max(0, start - ",
+            "rows[max(0, 0 * start - ",
+            BATCHES,
+        ),
+        (
+            "mixing.py",
+            "a set starts again in each epoch",
+            "first_use = epoch * self.shares[number] + int(use[mine][0])",
+            "first_use = int(use[mine][0])",
+            BATCHES,
+        ),
+        (
+            "mixing.py",
+            "a set that runs out keeps its order",
+            "self.orders[number].pieces(each, place)",
+            "self.orders[number].pieces(0 * each, place)",
+            BATCHES,
+        ),
+        (
+            "split_shards.py",
+            "row groups are one shard",
+            'int(starts.searchsorted(place.start, "right"))',
+            "0",
+            BATCHES,
         ),
         ("scenes.py", "left and right are swapped", "_NEAR, _FAR = 0.26, 0.74", "_NEAR, _FAR = 0.74, 0.26", SCENES),
     ),
