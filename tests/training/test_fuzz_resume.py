@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from modeling_miniclip.training import setup
 from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.fingerprint import fingerprint_of_data
 from modeling_miniclip.training.resume_rules import PLACES, RESUME_RULES
 from tests.helpers.fuzzing import CAPTIONS, cases, fuzz, result_or_error
 from tests.training.test_fuzz_recipes import HINTS, values_of
@@ -120,11 +119,14 @@ def contents(splits: DatasetDict) -> dict[str, list[tuple[str, list[str], bytes]
     }
 
 
+MAIN: Any = SimpleNamespace(is_main_process=True)  # in place of an accelerator
+
+
 def resume(arguments: TrainingArguments, splits: DatasetDict) -> None:
     """The checks of a resumed run before it creates a model."""
     checkpoint = setup.prepare_output_dir(arguments)
     assert checkpoint is not None
-    setup.fingerprint_data(splits, checkpoint, arguments, SimpleNamespace(is_main_process=True))  # type: ignore
+    setup.fingerprint_data(splits, checkpoint, arguments, MAIN)
 
 
 @cases(32, 2000)
@@ -143,10 +145,12 @@ def test_every_change_is_found_and_nothing_else(tmp_path: Path, record_property:
         draw=st.data(),
     )
     def check(data: Data, kinds: list[str], changed: list[str], draw: Any) -> None:
-        start = TrainingArguments(dataset="any", output_dir=str(tmp_path / "out"), validation_fraction=0.4)
+        start = TrainingArguments(dataset=["any"], output_dir=str(tmp_path / "out"), validation_fraction=0.4)
         before = load(data, start)
         expected = contents(before)
-        fingerprint_of_data(before, start).save(checkpoint)
+        fingerprint = setup.fingerprint_data(before, None, start, MAIN)
+        assert fingerprint is not None
+        fingerprint.save(checkpoint)
         for kind in kinds:
             edit(data, kind, draw.draw)
         after = load(data, start)
