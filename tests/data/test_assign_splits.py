@@ -73,6 +73,21 @@ def test_classes_are_split_within_themselves() -> None:
     assert np.bincount(classes[found["validation"]], minlength=10)[[5, 3, 9]].tolist() == [1, 2, 0]
 
 
+@pytest.mark.parametrize(
+    ("images", "fraction", "held_out"), [(2, 0.001, 1), (2, 0.999, 1), (10, 0.25, 2), (10, 0.3, 3)]
+)
+def test_both_parts_of_a_random_split_have_rows(images: int, fraction: float, held_out: int) -> None:
+    parts = split_randomly(np.arange(images), fraction, 0)
+    assert len(parts["validation"]) == held_out
+    assert sorted([*parts["train"], *parts["validation"]]) == list(range(images))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_both_parts_of_two_groups_have_rows(seed: int) -> None:
+    parts = split_randomly(np.arange(10), 0.5, seed, np.repeat([0, 1], [9, 1]))
+    assert {len(parts["train"]), len(parts["validation"])} == {1, 9}
+
+
 @pytest.mark.parametrize("fraction", [0, 1, -0.5])
 def test_impossible_fraction_is_an_error(fraction: float) -> None:
     with pytest.raises(DataError, match="between 0 and 1"):
