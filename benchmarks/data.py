@@ -230,7 +230,9 @@ def startup_tables(reading: list[tuple[Any, ...]], runs: list[tuple[Any, ...]]) 
     def cell(value: Any) -> str:
         if isinstance(value, str):
             return value
-        return "" if math.isnan(value) else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+        if isinstance(value, int):
+            return f"{value:,}"
+        return "" if math.isnan(value) else f"{value:.2f}" if value < 10 else f"{value:,.0f}"
 
     first = markdown(
         ("source", "captions", "first start, s", "MiB", "second start, s", "MiB", "pandas, s", "MiB", "cache, MiB"),
@@ -252,8 +254,8 @@ def startup_tables(reading: list[tuple[Any, ...]], runs: list[tuple[Any, ...]]) 
         ):
             exponent = growth([(row[1], row[column]) for row in rows if row[0] == kind])
             exponents += [(kind, what, exponent)] if exponent else []
-    third = markdown(("source", "what", "growth exponent"), exponents)
-    return f"Reading:\n\n{first}\nA run:\n\n{second}\nGrowth:\n\n{third}"
+    third = f"\nGrowth:\n\n{markdown(('source', 'what', 'growth exponent'), exponents)}" if exponents else ""
+    return f"Reading:\n\n{first}\nA run:\n\n{second}{third}"
 
 
 # --- http -----------------------------------------------------------------------------------------------------------
