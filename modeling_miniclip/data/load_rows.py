@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,7 +252,10 @@ def _select(rows: Dataset, numbers: np.ndarray) -> Dataset:
     first = int(numbers[0]) if len(numbers) else 0
     if np.array_equal(numbers, np.arange(first, first + len(numbers))):
         return rows.select(range(first, first + len(numbers)))
-    return rows.select(numbers)
+    # datasets would pickle the numbers to hash them.
+    digest = blake2b(rows._fingerprint.encode() + b" ", digest_size=8)
+    digest.update(np.ascontiguousarray(numbers))
+    return rows.select(numbers, new_fingerprint=digest.hexdigest())
 
 
 def public_rows(splits: Mapping[str, Dataset]) -> DatasetDict:
