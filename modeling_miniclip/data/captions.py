@@ -29,14 +29,9 @@ def load_captions(
     """Load captioned images as `datasets` splits with one row per image.
 
     Args:
-        source: one of
-            - `"scenes"`, the built-in dataset of small drawn scenes;
-            - a CSV or TSV file with a header (`id,image,caption`; `id` is optional, an image with several captions
-              has several rows) next to its images or in the folder above them;
-            - a Flickr8k folder (`Images/` with `captions.csv`, Kaggle's `captions.txt` or the original
-              `Flickr8k.token.txt`, and optional split files);
-            - an imagefolder: images with `metadata.csv` or `metadata.jsonl`, in one folder or in one per split;
-            - a dataset on the Hub with an image column and captions as a list or as columns `caption_0`, ...
+        source: path, pattern, URL or name of any source in the table of `docs/data.md`: CSV, TSV, JSON, Flickr8k,
+            an imagefolder, text files next to images, class folders, COCO's or Karpathy's JSON, tar archives, Parquet
+            files, a dataset saved by `datasets` or on the Hub, or `"scenes"`, the built-in drawings.
         image_dir: folder of the images of a caption file, if they are not next to it.
         image_column: name of the column that identifies the image.
         caption_column: name of the column with the text.
