@@ -254,7 +254,7 @@ def _select(rows: Dataset, numbers: np.ndarray) -> Dataset:
         return rows.select(range(first, first + len(numbers)))
     # datasets would pickle the numbers to hash them.
     digest = blake2b(rows._fingerprint.encode() + b" ", digest_size=8)
-    digest.update(np.ascontiguousarray(numbers))
+    digest.update(np.ascontiguousarray(numbers).data)
     return rows.select(numbers, new_fingerprint=digest.hexdigest())
 
 
