@@ -65,14 +65,19 @@ def test_csv_of_any_dialect_is_read_as_written(tmp_path: Path, record_property: 
         line_end=st.sampled_from(["\n", "\r\n", "\r"]),
         suffix=st.sampled_from([(",", ".csv"), (",", ".txt"), ("\t", ".tsv"), ("\t", ".csv"), ("\t", ".txt")]),
         mark=st.booleans(),
+        declared=st.booleans(),
+        width=st.sampled_from([1, 150_000]),
     )
-    def check(rows: Any, columns: Any, line_end: str, suffix: tuple[str, str], mark: bool) -> None:
+    def check(
+        rows: Any, columns: Any, line_end: str, suffix: tuple[str, str], mark: bool, declared: bool, width: int
+    ) -> None:
         lines = io.StringIO(newline="")
+        lines.write(f"sep={suffix[0]}{line_end}" * declared)
         # Quote everything: Python before 3.13 does not quote "\r" if lines end in "\n".
         writer = csv.writer(lines, delimiter=suffix[0], lineterminator=line_end, quoting=csv.QUOTE_ALL)
         lines.write(suffix[0].join(columns) + line_end)
         for name, caption in rows:
-            cells = {"image": name, "caption": caption, "more": "7"}
+            cells = {"image": name, "caption": caption, "more": "7" * width}
             writer.writerow([cells[column] for column in columns])
         path = tmp_path / f"captions{suffix[1]}"
         path.write_bytes(lines.getvalue().encode("utf-8-sig" if mark else "utf-8"))
