@@ -59,6 +59,9 @@ class TrainingArguments:
     dataset_cache_dir: str | None = _flag(
         None, "folder of tables of captions and places of images, shared between runs (HF_HOME/miniclip/datasets)"
     )
+    shard_cache_gb: float = _flag(
+        100.0, "gigabytes of fetched shards to keep; of more, those used least recently are removed"
+    )
     dataset_revision: str | None = _flag(None, "commit, branch or tag of a Hub dataset")
     stream_first_rows: int | None = _flag(
         None, "stream only the first N rows of each split of a Hub dataset, without downloading the rest"

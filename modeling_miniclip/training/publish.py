@@ -21,7 +21,7 @@ from .run import TrainingRun
 LOCAL_ARGUMENTS = frozenset(
     "recipe num_workers output_dir overwrite_output_dir resume_from_checkpoint discard_later_checkpoints "
     "save_total_limit checkpointing_steps overfit_batch logging_steps report_to feature_cache_dir dataset_cache_dir "
-    "push_to_hub hub_model_id hub_private_repo hub_revision hub_strategy hub_license".split()
+    "shard_cache_gb push_to_hub hub_model_id hub_private_repo hub_revision hub_strategy hub_license".split()
 )
 
 # Arguments that may be a path.

@@ -30,9 +30,9 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
     # They do not change what is trained. `learning_rate` is in the rates of the parts.
     "free": (
         "recipe", "learning_rate", "num_workers", "feature_cache_dir", "dataset_cache_dir", "compile_towers",
-        "overfit_batch", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "discard_later_checkpoints",
-        "checkpointing_steps", "save_total_limit", "logging_steps", "report_to", "push_to_hub", "hub_strategy",
-        "hub_model_id", "hub_private_repo", "hub_revision", "hub_license",
+        "shard_cache_gb", "overfit_batch", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
+        "discard_later_checkpoints", "checkpointing_steps", "save_total_limit", "logging_steps", "report_to",
+        "push_to_hub", "hub_strategy", "hub_model_id", "hub_private_repo", "hub_revision", "hub_license",
     ),
 }  # fmt: skip
 

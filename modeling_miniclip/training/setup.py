@@ -19,6 +19,7 @@ from ..data.dataset import CaptionRows
 from ..data.load_rows import SeededSplit, Splits, load_datasets
 from ..data.loader import BatchLoader
 from ..data.order import InOrder
+from ..data.remote_shards import use_cache
 from ..data.row_blocks import Captions, caption_counts, record_batches, sample_of_captions
 from ..data.rows import ReadOptions
 from ..errors import ModelError, UsageError, one_line
@@ -172,6 +173,7 @@ def load_splits(arguments: TrainingArguments) -> Splits:
 
     `--max_train_images` and `--max_validation_images` limit their length.
     """
+    use_cache(limit_gb=arguments.shard_cache_gb)
     columns = ColumnNames(arguments.image_column, arguments.caption_column, arguments.allow_outside_images)
     options = ReadOptions(
         columns,
