@@ -240,7 +240,7 @@ LOWER_BOUNDS = {
     **dict.fromkeys(("save_total_limit", "early_stopping_patience"), 1),
     "chunk_size": 2,
     **dict.fromkeys(("num_workers", "seed", "warmup_steps", "lr_plateau_patience", "weight_decay"), 0),
-    "max_validation_images": 0,
+    **dict.fromkeys(("max_validation_images", "shard_cache_gb"), 0),
 }
 
 
