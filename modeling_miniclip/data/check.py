@@ -3,7 +3,7 @@
 import warnings
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -153,11 +153,12 @@ def _inspect_usable_images(entries: list[Entry], problems: list[Problem], num_wo
 
 
 def _figures(entries: list[Entry], batch_size: int, tokenizer: str | None) -> dict[str, int | float]:
-    train = [entry.captions for entry in entries if entry.split == "train"]
+    train = [entry for entry in entries if entry.split == "train"]
     sizes = Counter(entry.split for entry in entries)
     figures: dict[str, int | float] = {f"images_in_{split}": size for split, size in sorted(sizes.items())}
     figures["captions"] = sum(len(entry.captions) for entry in entries)
-    expected = expected_false_negatives(train, batch_size)
+    groups = [entry.group for entry in train]
+    expected = expected_false_negatives([entry.captions for entry in train], batch_size, groups)
     figures[f"false_negatives_expected_in_a_batch_of_{batch_size}"] = float(f"{expected:.3g}")
     if tokenizer is not None:
         texts = [caption for entry in entries for caption in entry.captions]
@@ -166,24 +167,29 @@ def _figures(entries: list[Entry], batch_size: int, tokenizer: str | None) -> di
     return figures
 
 
-def expected_false_negatives(captions: list[list[str]], batch_size: int) -> float:
-    """Expected number of ordered pairs of images in a batch that have the same caption.
+def expected_false_negatives(
+    captions: list[list[str]], batch_size: int, groups: Sequence[str | None] | None = None
+) -> float:
+    """Expected number of ordered pairs of images in a batch that have the same caption, but are not in one group.
 
     Each image contributes one of its captions, drawn at random. Case and white space do not matter.
 
     Args:
         captions: captions of each image.
         batch_size: number of images per batch.
+        groups: group of each image, None for one on its own; by default, all are.
     """
     images = len(captions)
     if images < 2:
         return 0.0
-    shares: dict[str, list[float]] = defaultdict(list)  # probability of each caption, for each image that has it
-    for several in captions:
+    # Probability of each caption: the sums over the images of each group that has it.
+    shares: dict[str, dict[str | int, float]] = defaultdict(lambda: defaultdict(float))
+    for i, several in enumerate(captions):
         counted = Counter(" ".join(caption.casefold().split()).rstrip(" .") for caption in several)
+        group = groups[i] if groups is not None else None
         for caption, count in counted.items():
-            shares[caption].append(count / len(several))
-    pairs = sum(sum(p) ** 2 - sum(x * x for x in p) for p in shares.values() if len(p) > 1)
+            shares[caption][i if group is None else group] += count / len(several)
+    pairs = sum(sum(p.values()) ** 2 - sum(x * x for x in p.values()) for p in shares.values() if len(p) > 1)
     batch = min(batch_size, images)
     return pairs * batch * (batch - 1) / (images * (images - 1))
 

@@ -34,6 +34,7 @@ class Entry(NamedTuple):
         file: file, or dataset and split on the Hub.
         column: name of the column that names the image.
         content: path of the image file, its name in a shard, or the encoded image.
+        group: group of the image, None if it is in none.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Entry(NamedTuple):
     file: str
     column: str | None
     content: str | bytes
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,12 @@ def _read_one(dataset: str, options: ReadOptions, split: SeededSplit | None, on_
 def _entries(rows: "Dataset", place_of: Callable[[int, int], tuple[str, str, str | None]]) -> Iterator[Entry]:
     """The rows of a table, whose split, file and column a function returns for the row and the number of the file."""
     i = 0
-    for batch in record_batches(rows, ["image_id", "captions", "rows", "file", "image"]):
-        for name, captions, numbers, number, image in zip(*(column.to_pylist() for column in batch), strict=True):
+    for batch in record_batches(rows, ["image_id", "captions", "rows", "file", "image", "group"]):
+        for name, captions, numbers, number, image, group in zip(*(c.to_pylist() for c in batch), strict=True):
             split, file, column = place_of(i, number)
             content = image["bytes"] if image["bytes"] is not None else image["path"]
-            yield Entry(
-                name, split, captions, [None if row == NO_ROW else row for row in numbers], file, column, content
-            )
+            rows_of_captions = [None if row == NO_ROW else row for row in numbers]
+            yield Entry(name, split, captions, rows_of_captions, file, column, content, group)
             i += 1
 
 

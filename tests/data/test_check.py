@@ -341,6 +341,7 @@ def test_expected_false_negatives_match_drawn_batches() -> None:
         total += sum(batch[i] == batch[j] for i in range(3) for j in range(3) if i != j)
     assert expected_false_negatives(captions, 3) == pytest.approx(total / draws, rel=0.05)
     assert expected_false_negatives([["a"]], 8) == 0
+    assert expected_false_negatives([["a"]] * 4, 2, ["x", "x", "y", None]) == pytest.approx(10 / 12 * 2)
 
 
 def test_a_run_starts_with_a_summary_of_problems(good: Path) -> None:
