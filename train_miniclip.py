@@ -285,8 +285,8 @@ def validate(run: TrainingRun) -> bool:
     value = metrics[arguments.best_metric]
     improved = is_better(arguments.best_metric, value, progress.best_value)
     run.say(describe_validation(run.epoch, metrics, improved))
+    report_datasets(run, embeddings)
     if is_main:
-        report_datasets(run, embeddings)
         run.diagnosis.after_validation(progress.step, *embeddings)
     if improved:
         progress.best_value, progress.best_step = value, progress.step

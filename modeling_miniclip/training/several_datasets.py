@@ -27,13 +27,15 @@ def validation_parts(splits: DatasetDict, arguments: TrainingArguments) -> dict[
 def report_datasets(run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tensor]) -> None:
     """Report the metrics of each dataset's validation images among themselves, and the uses of weighted datasets.
 
-    Only rank 0 calls it.
+    Every process must call it; rank 0 reports.
 
     Args:
         run: the run.
         embeddings: image and text embeddings of the whole validation split, and the row of each text's image.
     """
     scale, bias = scale_and_bias(run.unwrapped_model)
+    if not run.accelerator.is_main_process:
+        return
     rows = torch.tensor(run.bad_images.good_rows("validation"))
     for name, part in run.validation_parts.items():
         own = part_of_embeddings(*embeddings, (rows >= part.start) & (rows < part.stop))

@@ -34,7 +34,7 @@ class Layout:
     Args:
         root: the folder.
         metadata: metadata files, sorted by path.
-        has_texts: whether images have text files next to them.
+        has_texts: whether images have text files next to them; of images in class folders, at least half.
         classes: names of class folders, for a folder without captions.
         split_of: function that returns the split of an image by its name.
     """
@@ -54,15 +54,16 @@ class Layout:
             on_problem: function called with each folder that cannot be listed or is not followed.
             wanted: name of the caption in JSON files.
         """
-        metadata, with_images, has_texts = [], [], False
+        metadata, with_images, images, texts = [], [], 0, 0
         for folder in walk_folders(root, on_problem):
             metadata += [Path(folder.path, name) for name in METADATA_FILES if name in folder.files]
             pictures = [name for name in folder.files if is_picture_file(name)]
             if pictures:
                 with_images.append(_relative(folder.path, root))
-                has_texts = has_texts or _has_texts(folder, pictures, wanted)
+                images, texts = images + len(pictures), texts + _count_texts(folder, pictures, wanted)
         split_of = splits_of_folders(with_images)
         found = {_class_of(f"{folder}/", split_of) for folder in with_images} - {None}
+        has_texts = texts > 0 and (len(found) < 2 or 2 * texts >= images)  # in class folders, a few may be stray
         classes = [] if metadata or has_texts else sorted(str(name) for name in found)
         return cls(root, sorted(metadata), has_texts, classes, split_of)
 
@@ -124,13 +125,14 @@ def _relative(path: str, root: Path) -> str:
     return "" if relative == "." else relative
 
 
-def _has_texts(folder: ListedFolder, pictures: list[str], wanted: str) -> bool:
-    """Whether a picture has a text file next to it; the first JSON file next to one counts if it holds a caption."""
+def _count_texts(folder: ListedFolder, pictures: list[str], wanted: str) -> int:
+    """How many pictures have a text file next to them; JSON files count if the first one holds a caption."""
     texts = _texts_by_stem(folder)
     found = [texts[stem] for name in pictures if (stem := os.path.splitext(name)[0]) in texts]
-    if any(name.lower().endswith(".txt") for names in found for name in names):
-        return True
-    return bool(found) and bool(_captions_of_json(Path(folder.path, found[0][0]), wanted, lambda problem: None)[0])
+    count = sum(any(name.lower().endswith(".txt") for name in names) for names in found)
+    if found and not count and _captions_of_json(Path(folder.path, found[0][0]), wanted, lambda problem: None)[0]:
+        return len(found)
+    return count
 
 
 def _texts_by_stem(folder: ListedFolder) -> dict[str, list[str]]:

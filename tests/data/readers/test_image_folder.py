@@ -145,6 +145,13 @@ def test_class_folders_give_captions_and_groups(tmp_path):
     assert holds_classes(tmp_path)
 
 
+def test_a_stray_text_file_leaves_class_folders_alone(tmp_path):
+    files(tmp_path, "cat/1.jpg cat/2.jpg dog/3.jpg cat/1.txt")
+    assert holds_classes(tmp_path)
+    files(tmp_path, "cat/2.txt")  # now two of three images have one
+    assert not holds_classes(tmp_path)
+
+
 def test_class_folders_may_be_in_splits(tmp_path):
     files(tmp_path, "train/cat/1.jpg train/dog/1.jpg train/2.jpg val/cat/1.jpg")
     with pytest.warns(UserWarning, match="left out 1 images outside the class folders .first: 'train/2.jpg'."):
