@@ -75,14 +75,7 @@ def check(
         UsageError: an option is out of range, or `fix` cannot be written.
     """
     target = fix_target(fix) if fix else None
-    if batch_size < 1:
-        raise UsageError(f"--batch_size must be at least 1, not {batch_size}")
-    if not 0 < validation_fraction < 1:
-        raise UsageError(f"--validation_fraction must be between 0 and 1, not {validation_fraction}")
-    if target is not None and validation_dataset is not None:
-        raise UsageError(
-            "--fix writes a copy of one dataset: leave out --validation_dataset, and check that separately"
-        )
+    _check_options(batch_size, validation_fraction, fix, validation_dataset)
     columns = ColumnNames(image_column, caption_column, allow_outside_images)
     options = ReadOptions(columns, image_dir, revision, caption_template=caption_template)
     split = SeededSplit(validation_fraction, seed)
@@ -105,6 +98,19 @@ def check(
     if target is not None:
         write_fixed_copy(target, source, inspections, report)
     return report
+
+
+def _check_options(
+    batch_size: int, validation_fraction: float, fix: str | None, validation_dataset: str | None
+) -> None:
+    if batch_size < 1:
+        raise UsageError(f"--batch_size must be at least 1, not {batch_size}")
+    if not 0 < validation_fraction < 1:
+        raise UsageError(f"--validation_fraction must be between 0 and 1, not {validation_fraction}")
+    if fix and validation_dataset is not None:
+        raise UsageError(
+            "--fix writes a copy of one dataset: leave out --validation_dataset, and check that separately"
+        )
 
 
 def quick_check(splits: "DatasetDict", dataset: str, batch_size: int) -> list[str]:

@@ -26,7 +26,7 @@ from .resume_rules import recorded_flags
 
 ROWS, SETTINGS = "rows.parquet", "settings.json"  # in a checkpoint
 UNDECODABLE = "undecodable.json"  # in the output folder: what was found after the last checkpoint counts too
-# Sets of at most so many bytes and images are compared by content, larger ones by the size of each file.
+# Bytes and images of the largest set that is compared by content; larger ones are by the size of each file.
 READ_WHOLE, READ_MOST = 256_000_000, 100_000
 # Settings that may change without changing what is trained: places, versions, and the dropout that its flags apply.
 VOLATILE = frozenset(
