@@ -102,7 +102,7 @@ format: $(VENV)/.installed-dev  ## format the code and sort the imports with ruf
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed-dev  ## write the generated parts of the Markdown files
-	$(BIN)/python -m modeling_miniclip.training.arguments
+	$(BIN)/python -m modeling_miniclip.training.command_line.arguments
 	$(BIN)/python benchmarks/report.py --write
 	$(BIN)/python benchmarks/reliability.py --write
 

@@ -30,8 +30,8 @@ if Path(sys.argv[0]).stem in ("train_miniclip", "train-miniclip"):
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no network access at import
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader processes already run in parallel
 
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.parsing import command_line, exit_on_wrong_flags, parse_arguments
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.parsing import command_line, exit_on_wrong_flags, parse_arguments
 from modeling_miniclip.utils.commands import run_command
 
 if Path(sys.argv[0]).stem in ("train_miniclip", "train-miniclip"):
@@ -42,35 +42,35 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
-from modeling_miniclip.data.collation import model_inputs
-from modeling_miniclip.data.loader import readable_worker_errors
+from modeling_miniclip.data.loading.collation import model_inputs
+from modeling_miniclip.data.loading.loader import readable_worker_errors
 from modeling_miniclip.evaluation.metrics import is_better, recall_intervals, validation_metrics
 from modeling_miniclip.modeling_miniclip import MiniClipOutput
 from modeling_miniclip.training import setup
-from modeling_miniclip.training.checkpoints import INTERRUPTED_EXPORT, drop_repeated_export
-from modeling_miniclip.training.deepspeed import check_engine_state, describe_engine
-from modeling_miniclip.training.diagnostics import chance_loss, not_finite
-from modeling_miniclip.training.distributed import (
+from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
+from modeling_miniclip.training.optimizer import clamp_logit_scale
+from modeling_miniclip.training.processes.deepspeed import check_engine_state, describe_engine
+from modeling_miniclip.training.processes.distributed import (
     broadcast_buffers,
     compute_on_main,
     full_tensor,
     global_contrastive_loss,
     scale_and_bias,
 )
-from modeling_miniclip.training.features import embed_split
-from modeling_miniclip.training.figures import draw_curves, draw_retrieval, read_metrics
-from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
-from modeling_miniclip.training.heartbeat import ends_with_lost_processes
-from modeling_miniclip.training.layers import set_training_mode
-from modeling_miniclip.training.optimizer import clamp_logit_scale
-from modeling_miniclip.training.output_dir import how_to_resume, locked_output_dir
-from modeling_miniclip.training.overfit import check_overfitting
+from modeling_miniclip.training.processes.heartbeat import ends_with_lost_processes
 from modeling_miniclip.training.publish import export_best, push_export
-from modeling_miniclip.training.reload_check import load_checked_export
-from modeling_miniclip.training.reporting import describe_validation
+from modeling_miniclip.training.reports.diagnostics import chance_loss, not_finite
+from modeling_miniclip.training.reports.figures import draw_curves, draw_retrieval, read_metrics
+from modeling_miniclip.training.reports.overfit import check_overfitting
+from modeling_miniclip.training.reports.reload_check import load_checked_export
+from modeling_miniclip.training.reports.reporting import describe_validation
+from modeling_miniclip.training.reports.several_datasets import report_datasets
+from modeling_miniclip.training.resuming.checkpoints import INTERRUPTED_EXPORT, drop_repeated_export
+from modeling_miniclip.training.resuming.output_dir import how_to_resume, locked_output_dir
 from modeling_miniclip.training.row_order import choose_shuffle
 from modeling_miniclip.training.run import TrainingRun
-from modeling_miniclip.training.several_datasets import report_datasets
+from modeling_miniclip.training.towers.features import embed_split
+from modeling_miniclip.training.towers.layers import set_training_mode
 from modeling_miniclip.utils.performance import release_freed_memory
 from modeling_miniclip.utils.processes import ended_children
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_miniclip.configuration_miniclip import LOSS_TYPES
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.utils.performance import release_freed_memory
 from train_miniclip import prepare, train
 

@@ -15,7 +15,7 @@ from random import Random
 
 from PIL import Image
 
-from modeling_miniclip.data.check import check
+from modeling_miniclip.data.checking.check import check
 
 CAPTIONS = 5
 WORDS = "a the two red small dog child boat runs sits near over on grass water street with and old man".split()

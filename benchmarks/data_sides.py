@@ -16,16 +16,16 @@ from private_memory import INTERVAL, share_mib
 from workloads import prepare_pairs, prepare_worker
 
 from modeling_miniclip import MiniClipProcessor
-from modeling_miniclip.data.batches import GlobalBatches
 from modeling_miniclip.data.load_rows import load_datasets
-from modeling_miniclip.data.loader import BatchLoader
+from modeling_miniclip.data.loading.batches import GlobalBatches
+from modeling_miniclip.data.loading.loader import BatchLoader
 from modeling_miniclip.data.rows import ReadOptions
 from modeling_miniclip.errors import MiniClipError
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.features import FrozenFeatures
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.row_order import training_order
 from modeling_miniclip.training.setup import caption_rows, load_splits
+from modeling_miniclip.training.towers.features import FrozenFeatures
 from modeling_miniclip.utils.performance import keep_freed_memory
 
 IN_BUFFER = 1_000  # samples that `webdataset` shuffles in each worker, as its documentation does

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from modeling_miniclip import update_index
-from modeling_miniclip.data.near_duplicates import find_image_copies, inspect_image
+from modeling_miniclip.data.checking.near_duplicates import find_image_copies, inspect_image
 from modeling_miniclip.search.duplicates import default_threshold, find_duplicates
 from modeling_miniclip.search.index import ImageIndex
 

@@ -36,9 +36,9 @@ import numpy as np
 import pyarrow as pa
 from eval_memory import resident
 
-from modeling_miniclip.search.app import RESULTS
 from modeling_miniclip.search.embeddings_file import BLOCK
 from modeling_miniclip.search.index import SCHEMA, VERIFIED, ImageIndex, Manifest, write_index
+from modeling_miniclip.search.page.app import RESULTS
 from modeling_miniclip.search.query import Query, embed_queries
 
 HERE = Path(__file__).resolve().parent

@@ -29,14 +29,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from modeling_miniclip import retrieval_metrics
-from modeling_miniclip.data.augmentation import build_augmentation
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.check_arguments import augmentation_list
-from modeling_miniclip.training.create_model import create_model
-from modeling_miniclip.training.layers import freeze_layers, set_training_mode
+from modeling_miniclip.data.loading.augmentation import build_augmentation
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.check_arguments import augmentation_list
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.optimizer import parameter_groups
-from modeling_miniclip.training.parsing import parse_arguments
 from modeling_miniclip.training.setup import load_splits
+from modeling_miniclip.training.towers.create_model import create_model
+from modeling_miniclip.training.towers.layers import freeze_layers, set_training_mode
 
 
 class CaptionPairs(Dataset):

@@ -27,14 +27,14 @@ from plain_loop import PlainLoop
 
 import train_miniclip
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images
-from modeling_miniclip.data.augmentation import build_augmentation
-from modeling_miniclip.data.batches import GlobalBatches
-from modeling_miniclip.data.dataset import CaptionRows
-from modeling_miniclip.data.loader import BatchLoader
-from modeling_miniclip.data.order import Shuffled
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.check_arguments import augmentation_list
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.data.loading.augmentation import build_augmentation
+from modeling_miniclip.data.loading.batches import GlobalBatches
+from modeling_miniclip.data.loading.dataset import CaptionRows
+from modeling_miniclip.data.loading.loader import BatchLoader
+from modeling_miniclip.data.loading.order import Shuffled
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.check_arguments import augmentation_list
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.setup import load_splits
 from modeling_miniclip.utils.performance import keep_freed_memory
 

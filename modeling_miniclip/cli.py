@@ -19,7 +19,7 @@ if Path(sys.argv[0]).stem == "miniclip":
     quit_at_interrupt()
 
 from .errors import EXIT_CODES, DataError, UsageError
-from .training.arguments import TrainingArguments
+from .training.command_line.arguments import TrainingArguments
 from .utils.commands import run_command
 from .utils.processes import process_rank
 
@@ -110,7 +110,7 @@ def declare_check(parser: argparse.ArgumentParser) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Print the report. The exit code is 1 if there are problems."""
-    from .data.check import check_command
+    from .data.checking.check import check_command
 
     return check_command(args)
 
@@ -286,7 +286,7 @@ def run_search(args: argparse.Namespace) -> None:
         )
         print(f"{len(matches)} of {len(index)} images; {seconds}")
     if args.html or args.open:
-        from .search.results_page import write_results_page
+        from .search.page.results_page import write_results_page
 
         page = Path(args.html or tempfile.mkdtemp(prefix="miniclip-")) / ("" if args.html else "results.html")
         write_results_page(page, index, str(query), matches)
@@ -385,7 +385,7 @@ def declare_app(parser: argparse.ArgumentParser) -> None:
 
 def run_app_command(args: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
-    from .search.app import run_app
+    from .search.page.app import run_app
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # like Ctrl-C: the temporary folder is deleted
     run_app(args.index, args.port, args.open)

@@ -31,7 +31,7 @@ import os, sys
 before = list(sys.meta_path), list(sys.path_hooks), sys.modules["builtins"].__import__, set(sys.modules)
 environment = dict(os.environ)
 import modeling_miniclip
-import modeling_miniclip.training.arguments
+import modeling_miniclip.training.command_line.arguments
 loaded = set(sys.modules) - before[3]
 heavy = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"modeling_miniclip"}
 assert not heavy, heavy

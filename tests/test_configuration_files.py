@@ -16,11 +16,11 @@ from accelerate.utils import DistributedType
 from PIL import Image
 
 from modeling_miniclip import MiniClipModel, packaged_file
-from modeling_miniclip.data.augmentation import build_augmentation
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.check_arguments import augmentation_list
-from modeling_miniclip.training.create_model import create_model, read_preset
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.data.loading.augmentation import build_augmentation
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.check_arguments import augmentation_list
+from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.towers.create_model import create_model, read_preset
 from tests.helpers.hubs import add_repository, local_hub, run
 from tests.helpers.runs import ROOT, metrics_of
 from tests.helpers.towers import CAPTIONS
@@ -172,7 +172,7 @@ def save_distilbert(folder: Path) -> dict[str, Path]:
     """`distilbert-base-uncased` with random weights and 30,522 rows, and a WordPiece vocabulary of the captions."""
     from transformers import DistilBertConfig, DistilBertModel
 
-    from modeling_miniclip.training.create_model import train_tokenizer
+    from modeling_miniclip.training.towers.create_model import train_tokenizer
 
     DistilBertModel(DistilBertConfig()).save_pretrained(folder)
     tokenizer = train_tokenizer(CAPTIONS, 30522)

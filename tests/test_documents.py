@@ -23,9 +23,9 @@ from PIL import Image
 
 from modeling_miniclip import MiniClipError, load_captions
 from modeling_miniclip.cli import build_parser, cli
-from modeling_miniclip.training.arguments import TrainingArguments, flag_tables
-from modeling_miniclip.training.parsing import parse_arguments, spread_learning_rate
-from modeling_miniclip.training.recipes import read_recipe
+from modeling_miniclip.training.command_line.arguments import TrainingArguments, flag_tables
+from modeling_miniclip.training.command_line.parsing import parse_arguments, spread_learning_rate
+from modeling_miniclip.training.command_line.recipes import read_recipe
 from tests.helpers.runs import ROOT, environment
 from train_miniclip import main
 

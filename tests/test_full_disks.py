@@ -12,9 +12,9 @@ from modeling_miniclip import MiniClipModel, MiniClipProcessor, export, update_i
 from modeling_miniclip.cli import cli
 from modeling_miniclip.errors import MiniClipError, disk_error_message
 from modeling_miniclip.search.approximate import build_neighbours
-from modeling_miniclip.training.feature_cache import FeatureTable
-from modeling_miniclip.training.figures import draw_curves
-from modeling_miniclip.training.reporting import MetricsLog
+from modeling_miniclip.training.reports.figures import draw_curves
+from modeling_miniclip.training.reports.reporting import MetricsLog
+from modeling_miniclip.training.towers.feature_cache import FeatureTable
 from modeling_miniclip.utils.files import replaced_folder
 from tests.helpers.indexes import write_pictures
 from tests.helpers.small_disks import BALLAST, fill, make_room, mounted_disk

@@ -91,10 +91,13 @@ def test_every_kind_of_import_is_seen(source: str, expected: str) -> None:
     assert expected in imported_modules("m.data.check", source, False, modules)
 
 
-def test_every_folder_describes_each_of_its_files() -> None:
-    for folder in LAYERS[1:-1]:
-        tree = ast.parse(FILES[f"{PACKAGE}.{folder}"].read_text(encoding="utf-8"))
+def test_every_folder_describes_its_files_and_folders() -> None:
+    for init in (ROOT / PACKAGE).glob("*/**/__init__.py"):
+        tree = ast.parse(init.read_text(encoding="utf-8"))
         lines = (ast.get_docstring(tree) or "").splitlines()
-        assert len(tree.body) == 1, f"{folder}/__init__.py holds more than a docstring"
-        described = {line.split(":")[0] for line in lines if ".py: " in line}
-        assert described == {path.name for path in (ROOT / PACKAGE / folder).glob("*.py")} - {"__init__.py"}
+        assert len(tree.body) == 1, f"{init} holds more than a docstring"
+        described = {line.split(": ")[0] for line in lines if ".py: " in line or "/: " in line}
+        files = {path.name for path in init.parent.glob("*.py")} - {"__init__.py"}
+        folders = {f"{path.parent.name}/" for path in init.parent.glob("*/__init__.py")}
+        assert described == files | folders, init
+        assert len(files) <= 15, f"{init.parent} holds {len(files)} files"

@@ -11,8 +11,8 @@ import pytest
 
 import modeling_miniclip
 import train_miniclip
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from tests.helpers.runs import ROOT
 
 NOTEBOOK = ROOT / "docs" / "miniclip.ipynb"

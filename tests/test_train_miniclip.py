@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from modeling_miniclip import MiniClipError, MiniClipModel, MiniClipProcessor, UsageError, encode_images, encode_texts
 from modeling_miniclip.data.captions import load_captions
 from modeling_miniclip.evaluation.metrics import METRIC_NAMES, validation_metrics
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.optimizer import clamp_logit_scale
-from modeling_miniclip.training.parsing import parse_arguments
 from tests.helpers.forks import train_in_processes
 from tests.helpers.runs import ROOT, assert_same_log, assert_same_weights, environment, flags, launch, metrics_of
 from tests.helpers.session import snapshot

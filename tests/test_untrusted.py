@@ -19,9 +19,9 @@ from modeling_miniclip import DataError, MiniClipError, MiniClipModel, UsageErro
 from modeling_miniclip.cli import build_parser
 from modeling_miniclip.errors import one_line, printable
 from modeling_miniclip.hub.model_card import rename_card, write_card
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.parsing import parse_arguments
-from modeling_miniclip.training.reporting import say
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.reports.reporting import say
 from modeling_miniclip.utils import plain_yaml
 from modeling_miniclip.utils.match_grid import LabelledImage, MatchRow, draw_matches
 from tests.helpers.runs import ROOT

@@ -15,7 +15,11 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from ..errors import DataError, Problem
 from ..utils.names import name_of
-from .assign_splits import (
+from .problems import OnProblem, raise_problem
+from .rows import ReadOptions, Row
+from .source_kinds import Kind, captioned_kind, resolve
+from .splits import SPLITS
+from .tables.assign_splits import (
     RowNumbers,
     group_numbers,
     order_by_name,
@@ -24,12 +28,8 @@ from .assign_splits import (
     splits_of_files,
     splits_of_rows,
 )
-from .problems import OnProblem, raise_problem
-from .rows import ReadOptions, Row
-from .source_kinds import Kind, captioned_kind, resolve
-from .splits import SPLITS
-from .table import About, open_table, write_table
-from .table_cache import cached_table, default_cache_dir
+from .tables.table import About, open_table, write_table
+from .tables.table_cache import cached_table, default_cache_dir
 
 NAMED = "split-{}.npy"  # row numbers of a split that the source names
 PUBLIC = ("image", "image_id", "captions", "caption_ids", "group")
@@ -90,7 +90,7 @@ def load_rows(
         cache_dir: folder of the tables.
 
     Returns:
-        Splits with the columns of [`table_features`][modeling_miniclip.data.table.table_features].
+        Splits with the columns of [`table_features`][modeling_miniclip.data.tables.table.table_features].
 
     Raises:
         DataError: the source cannot be used, or has a problem; names its file and row.

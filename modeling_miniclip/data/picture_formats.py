@@ -199,7 +199,7 @@ def read_encoded(image: Mapping[str, Any]) -> bytes:
         raise UnidentifiedImageError("this row has no image")
     if "://" not in path or os.path.isfile(path):
         return Path(path).read_bytes()
-    from .shard_url import place_of, read_place  # whose imports take long
+    from .shards.shard_url import place_of, read_place  # whose imports take long
 
     if (place := place_of(path)) is not None:
         return read_place(place)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from .picture_formats import FORMATS
-from .shard_patterns import SHARD_ENDINGS
+from .shards.shard_patterns import SHARD_ENDINGS
 
 NAMED = 3  # images or folders that are named; all of them are named where they are found
 

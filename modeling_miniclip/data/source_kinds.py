@@ -15,12 +15,12 @@ from .readers.coco import inputs_coco, inputs_karpathy, read_coco, read_karpathy
 from .readers.hub import inputs_hub, read_hub
 from .readers.image_folder import holds_classes, inputs_image_folder, read_image_folder
 from .readers.parquet import inputs_parquet, read_parquet
+from .readers.recognise import TAR_ENDINGS, recognise_source
 from .readers.saved import inputs_saved, read_saved
 from .readers.tars import inputs_tar, read_tar
-from .recognise import TAR_ENDINGS, recognise_source
-from .remote_shards import is_url
 from .rows import Reader, ReadOptions, SplitName
-from .shard_patterns import is_pattern, shard_kind
+from .shards.remote_shards import is_url
+from .shards.shard_patterns import is_pattern, shard_kind
 
 # A missing local file with one of these endings is not looked for on the Hub.
 FILE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".zip")

@@ -11,22 +11,22 @@ from pathlib import Path
 
 from ..errors import DataError, Problem, UsageError
 from ..utils.names import name_of, path_of
-from .assign_splits import splits_of_files
 from .columns import ColumnNames
-from .image_files import BAD_FILES
 from .picture_formats import read_encoded
 from .problems import HARMLESS, OnProblem, raise_problem
 from .readers.caption_file import check_path
+from .readers.image_files import BAD_FILES
 from .readers.image_folder import read_image_folder
-from .recognise import recognise_source
-from .row_blocks import record_batches
+from .readers.recognise import recognise_source
 from .rows import ReadOptions, Row
-from .shard_patterns import expand_shards, is_pattern
-from .shard_url import Place, place_of
+from .shards.shard_patterns import expand_shards, is_pattern
+from .shards.shard_url import Place, place_of
+from .shards.tar_index import compressed_by
 from .source_kinds import IMAGE_FOLDER, Kind, kind_of, resolve
 from .splits import split_of_folder
-from .table import open_table, write_table
-from .tar_index import compressed_by
+from .tables.assign_splits import splits_of_files
+from .tables.row_blocks import record_batches
+from .tables.table import open_table, write_table
 
 UNKNOWN = -1  # size or time of an image that is not a file
 DEFAULT_COLUMNS = ColumnNames()

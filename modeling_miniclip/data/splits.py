@@ -10,10 +10,10 @@ from typing import Any
 
 from ..errors import DataError, Problem
 from .columns import image_name
-from .image_files import SAMPLE, Spellings, image_folder
 from .problems import OnProblem
+from .readers.image_files import SAMPLE, Spellings, image_folder
+from .readers.text_files import Lines
 from .rows import SplitName
-from .text_files import Lines
 
 SPLITS = ("train", "validation", "test")
 

@@ -18,9 +18,9 @@ from ..data.captions import load_captions
 from ..data.listing import list_images, subfolders
 from ..data.load_rows import SeededSplit
 from ..data.problems import HARMLESS
-from ..data.row_blocks import Captions, caption_counts
 from ..data.source_kinds import kind_of, resolve
 from ..data.splits import SPLIT_ALIASES, SPLITS
+from ..data.tables.row_blocks import Captions, caption_counts
 from ..errors import DataError, Problem, UsageError
 from ..inference.encode import open_image
 from ..utils.names import is_utf8, name_of

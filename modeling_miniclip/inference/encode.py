@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessorPil
 
-from ..data.collation import model_inputs, stack_pixels
+from ..data.loading.collation import model_inputs, stack_pixels
 from ..data.picture_formats import decode_picture, decode_row
 from ..errors import DataError
 from ..modeling_miniclip import MiniClipModel

@@ -8,12 +8,10 @@ fingerprints.py: hashes that identify the model of an index
 exact.py: exact nearest neighbours
 approximate.py: approximate neighbours with FAISS
 filters.py: conditions on the entries of an index
-pictures.py: the picture of an entry, from its file or thumbnail
 in_memory.py: `find_matches`: search without an index
 query.py: `miniclip search`: a query of text, image or both
 formatting.py: results as text or JSON
-results_page.py: results as an HTML page
 duplicates.py: `miniclip duplicates`
-app.py: `miniclip app`: the search page
 space.py: `miniclip space`: the search page as a Hugging Face Space
+page/: the search page in a browser
 """

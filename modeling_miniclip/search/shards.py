@@ -25,7 +25,7 @@ from accelerate import PartialState
 from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
-from ..data.collation import model_inputs
+from ..data.loading.collation import model_inputs
 from ..data.picture_formats import decode_picture
 from ..data.sources import UNKNOWN, Item
 from ..errors import MiniClipError, printable

@@ -22,7 +22,7 @@ from ..utils.thumbnails import encode_thumbnail
 from .embeddings_file import BLOCK
 from .fingerprints import describe_files
 from .index import ImageIndex, Manifest, write_index
-from .pictures import picture_of
+from .page.pictures import picture_of
 from .update import Report, update_index
 
 PIXELS = 512  # longer side of the copies
@@ -41,7 +41,7 @@ from pathlib import Path
 os.chdir(Path(__file__).resolve().parent)
 
 from modeling_miniclip.search.index import ImageIndex  # noqa: E402
-from modeling_miniclip.search.app import build_page, launch_options  # noqa: E402
+from modeling_miniclip.search.page.app import build_page, launch_options  # noqa: E402
 
 if __name__ == "__main__":
     build_page(ImageIndex.open("index"), {title!r}).launch(**launch_options())

@@ -29,8 +29,8 @@ from ..data.skipped import describe_skipped
 from ..data.sources import DEFAULT_COLUMNS, WARNINGS, Item, is_gone, is_listed_at_once, resolve_source, walk_sources
 from ..errors import DataError, MiniClipError, ModelError, Problem, UsageError, printable
 from ..inference.loading import model_folder
-from ..training.heartbeat import ends_with_lost_processes, join_processes
-from ..training.launch import read_launch
+from ..training.command_line.launch import read_launch
+from ..training.processes.heartbeat import ends_with_lost_processes, join_processes
 from ..utils.files import discard_folder, recover_folder
 from ..utils.names import check_name, name_of, path_of
 from .approximate import uses_approximate_search

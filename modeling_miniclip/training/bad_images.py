@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..errors import DataError
-from .distributed import gather_lists
+from .processes.distributed import gather_lists
 
 
 class BadImages:

@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..data.dataset import FILLER
+from ..data.loading.dataset import FILLER
 from ..modeling_miniclip import MiniClipOutput
-from .deepspeed import without_step
-from .distributed import all_reduce_max
+from .processes.deepspeed import without_step
+from .processes.distributed import all_reduce_max
 
 ROWS = ("image_embeds", "text_embeds")  # outputs of the model with one row per image or text
 SCALARS = ("logit_scale", "logit_bias")  # outputs that are the same for every chunk, if the model has them

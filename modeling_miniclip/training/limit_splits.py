@@ -3,8 +3,8 @@
 import numpy as np
 
 from ..data.load_rows import Sample, Splits
-from ..data.row_blocks import sample_numbers
-from .arguments import TrainingArguments
+from ..data.tables.row_blocks import sample_numbers
+from .command_line.arguments import TrainingArguments
 
 
 def limit_splits(splits: Splits, arguments: TrainingArguments) -> None:

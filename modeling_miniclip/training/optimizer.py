@@ -9,9 +9,9 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from ..modeling_miniclip import MiniClipModel
-from .arguments import TrainingArguments
-from .deepspeed import clamp_parameter
-from .layers import rate_multipliers, text_layers, vision_layers
+from .command_line.arguments import TrainingArguments
+from .processes.deepspeed import clamp_parameter
+from .towers.layers import rate_multipliers, text_layers, vision_layers
 
 NO_DECAY = "_no_decay"  # end of the name of a group without weight decay
 

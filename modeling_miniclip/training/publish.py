@@ -8,13 +8,13 @@ from typing import Any
 from accelerate.utils import DistributedType
 from datasets import DatasetDict
 
-from ..data.shard_patterns import is_pattern
+from ..data.shards.shard_patterns import is_pattern
 from ..data.source_kinds import hub_id
 from ..errors import MiniClipError
 from ..hub.export import export
 from ..hub.push import push
-from .arguments import TrainingArguments
-from .reporting import split_sizes
+from .command_line.arguments import TrainingArguments
+from .reports.reporting import split_sizes
 from .run import TrainingRun
 
 # Arguments that matter only on the machine of the run: folders, logs, checkpoints, uploads. The card leaves them out.

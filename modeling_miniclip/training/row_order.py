@@ -8,12 +8,12 @@ from accelerate import Accelerator
 from datasets import DatasetDict
 
 from ..data.load_rows import Splits
-from ..data.mixing import shuffled_order
-from ..data.order import RowOrder
-from ..data.split_shards import SplitShards, find_shards
-from .arguments import TrainingArguments
-from .fingerprint import Fingerprint
-from .reporting import say
+from ..data.loading.mixing import shuffled_order
+from ..data.loading.order import RowOrder
+from ..data.shards.split_shards import SplitShards, find_shards
+from .command_line.arguments import TrainingArguments
+from .reports.reporting import say
+from .resuming.fingerprint import Fingerprint
 
 
 def choose_shuffle(

@@ -12,21 +12,21 @@ from datasets import Dataset
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..data.batches import GlobalBatches
-from ..data.loader import BatchLoader
+from ..data.loading.batches import GlobalBatches
+from ..data.loading.loader import BatchLoader
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
-from .arguments import TrainingArguments
 from .bad_images import BadImages
-from .check_arguments import checkpoint_interval
-from .checkpoints import ExportedEmbeddings, Progress, check_finite_weights, save_checkpoint
-from .diagnostics import Diagnosis
+from .command_line.arguments import TrainingArguments
+from .command_line.check_arguments import checkpoint_interval
 from .ema import AveragedWeights
-from .feature_cache import FeatureRows
-from .features import FrozenFeatures
-from .fingerprint import Fingerprint
-from .reporting import MetricsLog, StepMeter, say
-from .signals import SignalHandler
+from .reports.diagnostics import Diagnosis
+from .reports.reporting import MetricsLog, StepMeter, say
+from .resuming.checkpoints import ExportedEmbeddings, Progress, check_finite_weights, save_checkpoint
+from .resuming.fingerprint import Fingerprint
+from .resuming.signals import SignalHandler
+from .towers.feature_cache import FeatureRows
+from .towers.features import FrozenFeatures
 
 
 @dataclass

@@ -11,17 +11,17 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchD
 from datasets import Dataset, DatasetDict
 
 from ..configuration_miniclip import declared_pooling
-from ..data.augmentation import build_augmentation
-from ..data.batches import GlobalBatches
-from ..data.check import quick_check
+from ..data.checking.check import quick_check
 from ..data.columns import ColumnNames
-from ..data.dataset import CaptionRows
 from ..data.load_rows import SeededSplit, Splits, load_datasets
-from ..data.loader import BatchLoader
-from ..data.order import InOrder
-from ..data.remote_shards import use_cache
-from ..data.row_blocks import Captions, caption_counts, record_batches, sample_of_captions
+from ..data.loading.augmentation import build_augmentation
+from ..data.loading.batches import GlobalBatches
+from ..data.loading.dataset import CaptionRows
+from ..data.loading.loader import BatchLoader
+from ..data.loading.order import InOrder
 from ..data.rows import ReadOptions
+from ..data.shards.remote_shards import use_cache
+from ..data.tables.row_blocks import Captions, caption_counts, record_batches, sample_of_captions
 from ..errors import ModelError, UsageError, one_line
 from ..hub.push import prepare_push
 from ..modeling_miniclip import MiniClipModel
@@ -34,13 +34,25 @@ from ..utils.performance import (
     to_channels_last,
 )
 from ..utils.processes import process_rank
-from . import caption_probe
-from .arguments import TrainingArguments
 from .bad_images import BadImages
-from .caption_probe import CaptionEvidence
-from .changes import check_data, check_flags, check_model
-from .check_arguments import augmentation_list
-from .checkpoints import (
+from .command_line.arguments import TrainingArguments
+from .command_line.check_arguments import augmentation_list
+from .command_line.launch import Launch, read_launch
+from .command_line.recipes import save_arguments
+from .ema import AveragedWeights
+from .limit_splits import limit_splits
+from .optimizer import apply_flags, build_scheduler, parameter_groups
+from .processes.deepspeed import before_joining, check_deepspeed, complete_config, is_deepspeed, prepare_engine
+from .processes.distributed import check_on_main
+from .processes.heartbeat import join_processes, run_is_ending
+from .publish import data_for_card
+from .reports import caption_probe
+from .reports.caption_probe import CaptionEvidence
+from .reports.diagnostics import NO_EVIDENCE, Diagnosis
+from .reports.reporting import MetricsLog, StepMeter, describe_model, describe_splits, say, split_sizes
+from .reports.several_datasets import validation_parts
+from .resuming.changes import check_data, check_flags, check_model
+from .resuming.checkpoints import (
     INTERRUPTED_EXPORT,
     Progress,
     check_later_checkpoints,
@@ -48,29 +60,17 @@ from .checkpoints import (
     find_checkpoint,
     rewind_folders,
 )
-from .create_model import create_model
-from .deepspeed import before_joining, check_deepspeed, complete_config, is_deepspeed, prepare_engine
-from .diagnostics import NO_EVIDENCE, Diagnosis
-from .distributed import check_on_main
-from .ema import AveragedWeights
-from .feature_cache import default_cache_dir
-from .features import EVALUATION_BATCH, FrozenFeatures, frozen_image_features, frozen_text_features
-from .fingerprint import Fingerprint, add_model, fingerprint_of_data
-from .heartbeat import join_processes, run_is_ending
-from .launch import Launch, read_launch
-from .layers import freeze_layers
-from .limit_splits import limit_splits
-from .optimizer import apply_flags, build_scheduler, parameter_groups
-from .output_dir import check_output_dir, clear_output_dir
-from .publish import data_for_card
-from .recipes import save_arguments
-from .reporting import MetricsLog, StepMeter, describe_model, describe_splits, say, split_sizes
-from .resume_rules import changed_flags, describe_flags
+from .resuming.fingerprint import Fingerprint, add_model, fingerprint_of_data
+from .resuming.output_dir import check_output_dir, clear_output_dir
+from .resuming.resume_rules import changed_flags, describe_flags
+from .resuming.signals import SignalHandler
 from .row_order import order_checksum, training_order
 from .run import TrainingRun
-from .several_datasets import validation_parts
-from .signals import SignalHandler
-from .text_groups import group_texts_by_length
+from .towers.create_model import create_model
+from .towers.feature_cache import default_cache_dir
+from .towers.features import EVALUATION_BATCH, FrozenFeatures, frozen_image_features, frozen_text_features
+from .towers.layers import freeze_layers
+from .towers.text_groups import group_texts_by_length
 
 COUNTED_CAPTIONS = 20_000  # of a large split, in which truncated ones are counted
 TOKENIZED_TOGETHER = 128  # images, which takes little memory

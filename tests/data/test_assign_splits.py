@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeling_miniclip.data.assign_splits import (
+from modeling_miniclip.data.rows import Row, SplitName
+from modeling_miniclip.data.tables.assign_splits import (
     group_numbers,
     order_by_name,
     split_randomly,
@@ -13,8 +14,7 @@ from modeling_miniclip.data.assign_splits import (
     splits_of_files,
     splits_of_rows,
 )
-from modeling_miniclip.data.rows import Row, SplitName
-from modeling_miniclip.data.table import open_table, write_table
+from modeling_miniclip.data.tables.table import open_table, write_table
 from modeling_miniclip.errors import DataError, Problem
 
 

@@ -13,14 +13,14 @@ from datasets import Dataset, Features, Image, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_miniclip.data import order as orders
-from modeling_miniclip.data import split_shards
-from modeling_miniclip.data.batches import GlobalBatches
-from modeling_miniclip.data.dataset import FILLER
-from modeling_miniclip.data.mixing import Mixture, owners, shares_of, shuffled_order
-from modeling_miniclip.data.order import InOrder, RowOrder, ShuffledInWindows
-from modeling_miniclip.data.shard_url import member_url, table_url
-from modeling_miniclip.data.split_shards import find_shards, shard_boundaries
+from modeling_miniclip.data.loading import order as orders
+from modeling_miniclip.data.loading.batches import GlobalBatches
+from modeling_miniclip.data.loading.dataset import FILLER
+from modeling_miniclip.data.loading.mixing import Mixture, owners, shares_of, shuffled_order
+from modeling_miniclip.data.loading.order import InOrder, RowOrder, ShuffledInWindows
+from modeling_miniclip.data.shards import split_shards
+from modeling_miniclip.data.shards.shard_url import member_url, table_url
+from modeling_miniclip.data.shards.split_shards import find_shards, shard_boundaries
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 

@@ -15,12 +15,13 @@ from PIL import Image, ImageFilter
 
 from modeling_miniclip import MiniClipError, ModelError, UsageError, load_captions
 from modeling_miniclip.cli import cli
-from modeling_miniclip.data import near_duplicates, row_blocks
-from modeling_miniclip.data.check import check, expected_false_negatives, quick_check
-from modeling_miniclip.data.find_problems import CHECKS, looks_like_data
-from modeling_miniclip.data.near_duplicates import inspect_image
+from modeling_miniclip.data.checking import near_duplicates
+from modeling_miniclip.data.checking.check import check, expected_false_negatives, quick_check
+from modeling_miniclip.data.checking.find_problems import CHECKS, looks_like_data
+from modeling_miniclip.data.checking.near_duplicates import inspect_image
 from modeling_miniclip.data.problems import KINDS
 from modeling_miniclip.data.scenes import build_scenes
+from modeling_miniclip.data.tables import row_blocks
 from tests.helpers.shards import write_tar
 
 NAMES = [f"{i}.png" for i in range(26)]

@@ -89,7 +89,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     load("null", "null")
     result["null warnings"] = [str(each.message) for each in caught if "left out" in str(each.message)]
-from modeling_miniclip.data.check import check
+from modeling_miniclip.data.checking.check import check
 from modeling_miniclip.data.sources import walk_source
 report = check("test-user/null", num_workers=0, batch_size=2)
 result["check"] = [[[each.kind, each.text] for each in report.problems if each.kind == "left-out"], report.figures]

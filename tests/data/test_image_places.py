@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 
 from modeling_miniclip import DataError
-from modeling_miniclip.data import image_places as places
-from modeling_miniclip.data.image_places import IN_FILE, IN_ROW, image_parts
-from modeling_miniclip.data.remote_shards import ShardCache
-from modeling_miniclip.data.shard_url import member_url, table_url
+from modeling_miniclip.data.shards.remote_shards import ShardCache
+from modeling_miniclip.data.shards.shard_url import member_url, table_url
+from modeling_miniclip.data.tables import image_places as places
+from modeling_miniclip.data.tables.image_places import IN_FILE, IN_ROW, image_parts
 
 FEATURES = Features({"image": Image(), "image_id": Value("string")})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modeling_miniclip import DataError, load_captions
-from modeling_miniclip.data.check import check
+from modeling_miniclip.data.checking.check import check
 from modeling_miniclip.data.listing import list_images, subfolders
 from modeling_miniclip.errors import Problem
 from tests.helpers.indexes import write_picture, write_pictures

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from modeling_miniclip import DataError, MiniClipError, UsageError, load_captions
-from modeling_miniclip.data import dataset
-from modeling_miniclip.data.augmentation import DEFAULT_AUGMENTATION, build_augmentation
-from modeling_miniclip.data.batches import GlobalBatches
-from modeling_miniclip.data.collation import BY_VALUE, Batch, Collator
-from modeling_miniclip.data.dataset import FILLER, CaptionRows
-from modeling_miniclip.data.loader import BatchLoader, readable_worker_errors
-from modeling_miniclip.data.order import InOrder, Shuffled
+from modeling_miniclip.data.loading import dataset
+from modeling_miniclip.data.loading.augmentation import DEFAULT_AUGMENTATION, build_augmentation
+from modeling_miniclip.data.loading.batches import GlobalBatches
+from modeling_miniclip.data.loading.collation import BY_VALUE, Batch, Collator
+from modeling_miniclip.data.loading.dataset import FILLER, CaptionRows
+from modeling_miniclip.data.loading.loader import BatchLoader, readable_worker_errors
+from modeling_miniclip.data.loading.order import InOrder, Shuffled
 from modeling_miniclip.data.picture_formats import decode_row
 from modeling_miniclip.errors import Problem
 from modeling_miniclip.utils import processes

@@ -9,7 +9,7 @@ import pytest
 from modeling_miniclip.data.problems import raise_problem
 from modeling_miniclip.data.readers.parquet import read_parquet
 from modeling_miniclip.data.rows import ReadOptions, Row
-from modeling_miniclip.data.shard_url import place_of, read_place
+from modeling_miniclip.data.shards.shard_url import place_of, read_place
 from modeling_miniclip.errors import DataError, Problem
 from tests.helpers.trees import picture
 

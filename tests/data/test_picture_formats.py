@@ -17,8 +17,8 @@ from datasets import Image as DatasetImage
 from PIL import Image
 
 from modeling_miniclip.data import picture_formats
-from modeling_miniclip.data.dataset import CaptionRows
-from modeling_miniclip.data.near_duplicates import inspect_image
+from modeling_miniclip.data.checking.near_duplicates import inspect_image
+from modeling_miniclip.data.loading.dataset import CaptionRows
 from modeling_miniclip.data.picture_formats import (
     FORMATS,
     UnreadableFormat,

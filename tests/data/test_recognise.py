@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from modeling_miniclip import DataError, load_captions
-from modeling_miniclip.data.recognise import recognise_file, recognise_source
+from modeling_miniclip.data.readers.recognise import recognise_file, recognise_source
 from modeling_miniclip.data.sources import walk_source
 
 CSV = b"image,caption\na.png,a red picture\n"

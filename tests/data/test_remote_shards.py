@@ -12,14 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from modeling_miniclip import DataError, MiniClipError, load_captions
-from modeling_miniclip.data import order, remote_shards
+from modeling_miniclip.data.loading import order
 from modeling_miniclip.data.problems import raise_problem
 from modeling_miniclip.data.readers.parquet import read_parquet
 from modeling_miniclip.data.readers.tars import read_tar
-from modeling_miniclip.data.remote_shards import ShardCache, current_cache, local_shard, use_cache
 from modeling_miniclip.data.rows import ReadOptions
-from modeling_miniclip.data.shard_url import place_of, read_place
-from modeling_miniclip.data.split_shards import find_shards, shard_boundaries
+from modeling_miniclip.data.shards import remote_shards
+from modeling_miniclip.data.shards.remote_shards import ShardCache, current_cache, local_shard, use_cache
+from modeling_miniclip.data.shards.shard_url import place_of, read_place
+from modeling_miniclip.data.shards.split_shards import find_shards, shard_boundaries
 from modeling_miniclip.errors import Problem
 from tests.helpers.servers import web_server
 from tests.helpers.shards import pairs, write_tar

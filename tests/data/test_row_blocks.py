@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from modeling_miniclip.data import row_blocks
-from modeling_miniclip.data.row_blocks import (
+from modeling_miniclip.data.tables import row_blocks
+from modeling_miniclip.data.tables.row_blocks import (
     Captions,
     caption_counts,
     record_batches,

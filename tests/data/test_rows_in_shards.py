@@ -15,10 +15,10 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 
 from modeling_miniclip import DataError, MiniClipError
-from modeling_miniclip.data import shard_url
-from modeling_miniclip.data.dataset import CaptionRows
+from modeling_miniclip.data.loading.dataset import CaptionRows
 from modeling_miniclip.data.picture_formats import read_encoded
-from modeling_miniclip.data.shard_url import member_url, place_of, table_url
+from modeling_miniclip.data.shards import shard_url
+from modeling_miniclip.data.shards.shard_url import member_url, place_of, table_url
 from modeling_miniclip.errors import Problem
 from tests.helpers.towers import tiny_processor
 

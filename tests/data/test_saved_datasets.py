@@ -10,7 +10,7 @@ from modeling_miniclip import DataError, load_captions
 from modeling_miniclip.data.problems import raise_problem
 from modeling_miniclip.data.readers.saved import read_saved
 from modeling_miniclip.data.rows import ReadOptions
-from modeling_miniclip.data.shard_url import place_of, read_place
+from modeling_miniclip.data.shards.shard_url import place_of, read_place
 
 
 def dataset(shades: list[int | None], *more_images: str, **columns: list) -> Dataset:

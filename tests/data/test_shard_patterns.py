@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_miniclip.data.shard_patterns import (
+from modeling_miniclip.data.shards.shard_patterns import (
     expand_braces,
     expand_shards,
     inputs_of_shards,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from modeling_miniclip.data import table
 from modeling_miniclip.data.rows import Row
-from modeling_miniclip.data.table import About, open_table, write_table
+from modeling_miniclip.data.tables import table
+from modeling_miniclip.data.tables.table import About, open_table, write_table
 from modeling_miniclip.errors import DataError, Problem
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_miniclip.data.table_cache import cached_table, content_of, stat_of
+from modeling_miniclip.data.tables.table_cache import cached_table, content_of, stat_of
 from modeling_miniclip.errors import MiniClipError
 
 

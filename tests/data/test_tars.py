@@ -14,13 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from modeling_miniclip.data import tar_index
 from modeling_miniclip.data.problems import raise_problem
 from modeling_miniclip.data.readers.tars import read_tar
 from modeling_miniclip.data.rows import ReadOptions, Row
-from modeling_miniclip.data.shard_url import place_of, read_place
-from modeling_miniclip.data.tar_headers import DamagedArchive, find_members
-from modeling_miniclip.data.tar_index import build_index, build_indexes, open_index
+from modeling_miniclip.data.shards import tar_index
+from modeling_miniclip.data.shards.shard_url import place_of, read_place
+from modeling_miniclip.data.shards.tar_headers import DamagedArchive, find_members
+from modeling_miniclip.data.shards.tar_index import build_index, build_indexes, open_index
 from modeling_miniclip.errors import DataError, Problem
 from tests.helpers.shards import as_json, pairs, tar_bytes, write_tar
 from tests.helpers.trees import picture

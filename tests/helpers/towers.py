@@ -9,7 +9,7 @@ from transformers import AutoConfig, TimmWrapperConfig
 
 from modeling_miniclip import MiniClipConfig, MiniClipModel, MiniClipProcessor
 from modeling_miniclip.processing_miniclip import image_processor_from_timm
-from modeling_miniclip.training.create_model import train_tokenizer
+from modeling_miniclip.training.towers.create_model import train_tokenizer
 
 PIXELS = 32
 

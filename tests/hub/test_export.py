@@ -21,9 +21,9 @@ from modeling_miniclip import MiniClipModel, MiniClipProcessor, ModelError, expo
 from modeling_miniclip.hub import export as hub
 from modeling_miniclip.hub.export import SENTENCE_FILES
 from modeling_miniclip.hub.model_card import rename_card
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.create_model import create_model
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
 from modeling_miniclip.training.publish import arguments_for_card
+from modeling_miniclip.training.towers.create_model import create_model
 from tests.helpers.hubs import WITHOUT_PACKAGE, add_repository, local_hub, run
 from tests.helpers.runs import ROOT, flags, metrics_of
 from tests.helpers.towers import CAPTIONS, save_towers, tiny_model, tiny_processor
@@ -350,8 +350,8 @@ def test_card_lists_both_hub_towers_as_base_models(alices_hub: Any, tmp_path: Pa
         add_repository(alices_hub, repo_id, {path.name: path for path in folder.iterdir()})
     code = """
 from modeling_miniclip import export
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.create_model import create_model
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.towers.create_model import create_model
 arguments = TrainingArguments(vision_model="test_resnet.r160_in1k", text_model="alice/bert")
 for folder in ("first", "second"):  # trained on, it is still of these towers
     export(*create_model(arguments, [["a dog"]]), folder)

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modeling_miniclip import MiniClipModel, ModelError, encode_texts, export
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.create_model import create_model
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.towers.create_model import create_model
 from modeling_miniclip.utils.checksums import KEY, check_weights, seal_weights
 from tests.helpers.fuzzing import VALUES, cases, damaged, fuzz, result_or_error
 from tests.helpers.runs import ROOT

@@ -29,7 +29,7 @@ from modeling_miniclip.hub import onnx_export as module
 from modeling_miniclip.hub.onnx_export import ENCODERS, LIBRARIES, export_onnx, write_encoders
 from modeling_miniclip.inference.encode import open_image
 from modeling_miniclip.processing_miniclip import image_processor_from_timm
-from modeling_miniclip.training.create_model import train_tokenizer
+from modeling_miniclip.training.towers.create_model import train_tokenizer
 from tests.helpers.runs import ROOT, write_scene_folder
 from tests.helpers.session import shared_once
 from tests.helpers.towers import CAPTIONS, PIXELS, TEXT, VISION, tiny_config, tiny_model, tiny_processor

@@ -16,7 +16,7 @@ from PIL import Image
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_texts
 from modeling_miniclip.inference.encode import open_image
-from modeling_miniclip.training.create_model import train_tokenizer
+from modeling_miniclip.training.towers.create_model import train_tokenizer
 from tests.helpers.fuzzing import CAPTIONS, NASTY, TEXT, cases, damaged, fuzz, result_or_error
 from tests.helpers.pictures import ROTATED, SIZE, jpeg_with_exif, jpeg_with_segment, png_with_chunk, upright
 from tests.helpers.towers import PIXELS, tiny_model, tiny_processor

@@ -23,8 +23,10 @@ from PIL import Image
 
 from modeling_miniclip import MiniClipModel, encode_images, encode_texts
 from modeling_miniclip.cli import cli
-from modeling_miniclip.search import app, space
-from modeling_miniclip.search.app import (
+from modeling_miniclip.search import space
+from modeling_miniclip.search.index import ImageIndex
+from modeling_miniclip.search.page import app
+from modeling_miniclip.search.page.app import (
     LARGE_PIXELS,
     NEIGHBOURS,
     THUMBNAIL_PIXELS,
@@ -32,8 +34,7 @@ from modeling_miniclip.search.app import (
     build_page,
     launch_options,
 )
-from modeling_miniclip.search.index import ImageIndex
-from modeling_miniclip.search.pictures import picture_of
+from modeling_miniclip.search.page.pictures import picture_of
 from modeling_miniclip.search.update import update_index
 from tests.helpers.browsers import browser_page
 from tests.helpers.indexes import write_pictures

@@ -8,7 +8,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from modeling_miniclip import ImageIndex, update_index
-from modeling_miniclip.search.pictures import picture_of
+from modeling_miniclip.search.page.pictures import picture_of
 from tests.helpers.indexes import write_picture
 
 

@@ -34,7 +34,7 @@ from modeling_miniclip.data import picture_formats
 from modeling_miniclip.data.columns import ColumnNames
 from modeling_miniclip.search import shards as shards_module
 from modeling_miniclip.search import update
-from modeling_miniclip.search.pictures import picture_of
+from modeling_miniclip.search.page.pictures import picture_of
 from modeling_miniclip.search.query import Query, search_index
 from tests.helpers.indexes import write_model, write_picture, write_pictures
 from tests.helpers.listing import unlistable

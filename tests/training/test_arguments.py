@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from modeling_miniclip import UsageError
-from modeling_miniclip.data.augmentation import DEFAULT_AUGMENTATION
-from modeling_miniclip.training.arguments import (
+from modeling_miniclip.data.loading.augmentation import DEFAULT_AUGMENTATION
+from modeling_miniclip.training.command_line.arguments import (
     FLAG_GROUPS,
     LOWER_BOUNDS,
     PART_RATES,
@@ -21,9 +21,9 @@ from modeling_miniclip.training.arguments import (
     flag_tables,
     write_flag_tables,
 )
-from modeling_miniclip.training.check_arguments import augmentation_list
-from modeling_miniclip.training.parsing import parse_arguments
-from modeling_miniclip.training.recipes import save_arguments
+from modeling_miniclip.training.command_line.check_arguments import augmentation_list
+from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.command_line.recipes import save_arguments
 from tests.helpers.runs import ROOT
 
 DEFAULTS = parse_arguments(["--dataset=any.csv"])

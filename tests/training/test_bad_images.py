@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_miniclip import DataError, MiniClipError, MiniClipModel, MiniClipProcessor, load_captions
-from modeling_miniclip.data.batches import GlobalBatches
-from modeling_miniclip.data.collation import model_inputs
-from modeling_miniclip.data.dataset import CaptionRows
-from modeling_miniclip.data.loader import BatchLoader
-from modeling_miniclip.data.order import InOrder, Shuffled
+from modeling_miniclip.data.loading.batches import GlobalBatches
+from modeling_miniclip.data.loading.collation import model_inputs
+from modeling_miniclip.data.loading.dataset import CaptionRows
+from modeling_miniclip.data.loading.loader import BatchLoader
+from modeling_miniclip.data.loading.order import InOrder, Shuffled
 from modeling_miniclip.loss_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.bad_images import BadImages
-from modeling_miniclip.training.features import embed_split
 from modeling_miniclip.training.grad_cache import split_batch
+from modeling_miniclip.training.towers.features import embed_split
 from tests.helpers.forks import train_in_processes
 from tests.helpers.runs import assert_same_log, flags, metrics_of
 from tests.helpers.towers import tiny_model, tiny_processor

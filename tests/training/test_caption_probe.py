@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from modeling_miniclip import load_captions
-from modeling_miniclip.training import caption_probe
-from modeling_miniclip.training.caption_probe import CaptionEvidence, describe_words, probe_captions, relation
-from modeling_miniclip.training.create_model import create_model
-from modeling_miniclip.training.diagnostics import Diagnosis
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.reports import caption_probe
+from modeling_miniclip.training.reports.caption_probe import CaptionEvidence, describe_words, probe_captions, relation
+from modeling_miniclip.training.reports.diagnostics import Diagnosis
+from modeling_miniclip.training.towers.create_model import create_model
 from tests.helpers.runs import flags, write_preset, write_scene_folder
 from tests.helpers.towers import tiny_model, tiny_processor
 from train_miniclip import main, prepare

@@ -20,22 +20,33 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from tokenizers import Tokenizer
 
 from modeling_miniclip import DataError, MiniClipModel, MiniClipProcessor, ModelError, UsageError, load_captions
-from modeling_miniclip.data.shard_url import member_url, table_url
-from modeling_miniclip.training import fingerprint as fingerprints
-from modeling_miniclip.training import fingerprint_rows
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.changes import changed_pieces, changed_rows, changed_settings, check_data, check_flags
-from modeling_miniclip.training.create_model import train_tokenizer
-from modeling_miniclip.training.fingerprint import (
+from modeling_miniclip.data.shards.shard_url import member_url, table_url
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.optimizer import apply_flags, build_scheduler, parameter_groups
+from modeling_miniclip.training.resuming import fingerprint as fingerprints
+from modeling_miniclip.training.resuming import fingerprint_rows
+from modeling_miniclip.training.resuming.changes import (
+    changed_pieces,
+    changed_rows,
+    changed_settings,
+    check_data,
+    check_flags,
+)
+from modeling_miniclip.training.resuming.fingerprint import (
     Fingerprint,
     add_model,
     fingerprint_of_data,
 )
-from modeling_miniclip.training.fingerprint_rows import image_sizes
-from modeling_miniclip.training.optimizer import apply_flags, build_scheduler, parameter_groups
-from modeling_miniclip.training.resume_rules import RESUME_RULES, changed_flags, describe_flags, recorded_flags
+from modeling_miniclip.training.resuming.fingerprint_rows import image_sizes
+from modeling_miniclip.training.resuming.resume_rules import (
+    RESUME_RULES,
+    changed_flags,
+    describe_flags,
+    recorded_flags,
+)
 from modeling_miniclip.training.row_order import choose_shuffle
 from modeling_miniclip.training.setup import resume
+from modeling_miniclip.training.towers.create_model import train_tokenizer
 from tests.helpers.runs import ROOT, flags, metrics_of
 from tests.helpers.towers import tiny_model, tiny_processor
 from train_miniclip import main

@@ -20,16 +20,16 @@ import pytest
 import torch
 
 from modeling_miniclip import ModelError, UsageError
-from modeling_miniclip.training.checkpoints import (
+from modeling_miniclip.training.optimizer import clamp_logit_scale
+from modeling_miniclip.training.reports.reporting import MetricsLog
+from modeling_miniclip.training.resuming.checkpoints import (
     INTERRUPTED_EXPORT,
     drop_repeated_export,
     expired_checkpoints,
     find_checkpoint,
     rewind_folders,
 )
-from modeling_miniclip.training.optimizer import clamp_logit_scale
-from modeling_miniclip.training.output_dir import clear_output_dir
-from modeling_miniclip.training.reporting import MetricsLog
+from modeling_miniclip.training.resuming.output_dir import clear_output_dir
 from tests.helpers.forks import fork, write_to
 from tests.helpers.runs import command, environment, flags, launch, leave_out_figures, metrics_of
 from tests.helpers.session import shared_once

@@ -28,14 +28,14 @@ from modeling_miniclip import (
     export,
 )
 from modeling_miniclip.configuration_miniclip import declared_pooling
-from modeling_miniclip.data.row_blocks import Captions
+from modeling_miniclip.data.tables.row_blocks import Captions
 from modeling_miniclip.inference.loading import model_folder
 from modeling_miniclip.modeling_miniclip import MiniClipVisionModel
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.create_model import create_model, read_preset, set_dropout, train_tokenizer
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.setup import describe_truncated
-from modeling_miniclip.training.try_towers import try_towers
+from modeling_miniclip.training.towers.create_model import create_model, read_preset, set_dropout, train_tokenizer
+from modeling_miniclip.training.towers.try_towers import try_towers
 from tests.helpers.runs import ROOT, environment, write_preset
 from tests.helpers.towers import (
     CAPTIONS,
@@ -126,7 +126,7 @@ def test_default_towers_are_used_without_a_model(monkeypatch: pytest.MonkeyPatch
     asked = []
     monkeypatch.setattr(MiniClipProcessor, "from_towers", lambda *args: asked.append(args))
     monkeypatch.setattr(MiniClipModel, "from_towers", lambda *args: asked.append(args))
-    monkeypatch.setattr("modeling_miniclip.training.create_model.try_towers", lambda *args: None)
+    monkeypatch.setattr("modeling_miniclip.training.towers.create_model.try_towers", lambda *args: None)
     create_model(parse_arguments(["--dataset=any.csv"]), CAPTIONS)
     names = ("resnet50.a1_in1k", "distilbert-base-uncased")
     assert asked == [(*names, None, None, None), names]

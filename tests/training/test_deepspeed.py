@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_miniclip import MiniClipModel, UsageError
-from modeling_miniclip.training import deepspeed
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.deepspeed import check_config, check_deepspeed, check_engine_state
-from modeling_miniclip.training.launch import Launch, Launcher, read_launch
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.launch import Launch, Launcher, read_launch
+from modeling_miniclip.training.processes import deepspeed
+from modeling_miniclip.training.processes.deepspeed import check_config, check_deepspeed, check_engine_state
 from tests.helpers.forks import start_in_processes, train_in_processes
 from tests.helpers.runs import ROOT, environment, flags, metrics_of, write_preset
 

@@ -14,8 +14,9 @@ from torch.nn.functional import normalize
 
 from modeling_miniclip import MiniClipError
 from modeling_miniclip.loss_miniclip import symmetric_contrastive_loss
-from modeling_miniclip.training import diagnostics
-from modeling_miniclip.training.diagnostics import (
+from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.reports import diagnostics
+from modeling_miniclip.training.reports.diagnostics import (
     Diagnosis,
     above_chance,
     chance_loss,
@@ -26,9 +27,8 @@ from modeling_miniclip.training.diagnostics import (
     linear_alignment_z,
     mean_cosine,
 )
-from modeling_miniclip.training.figures import read_metrics
-from modeling_miniclip.training.overfit import judge_overfit, least_loss, row_keys
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.reports.figures import read_metrics
+from modeling_miniclip.training.reports.overfit import judge_overfit, least_loss, row_keys
 from tests.helpers.runs import ROOT, flags, launch, write_preset, write_scene_folder
 from train_miniclip import cli, main
 

@@ -15,9 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_miniclip.configuration_miniclip import LOSS_TYPES
 from modeling_miniclip.loss_miniclip import symmetric_contrastive_loss
-from modeling_miniclip.training.create_model import set_dropout
-from modeling_miniclip.training.distributed import full_tensor, gather_rows, global_contrastive_loss, local_tensor
-from modeling_miniclip.training.layers import set_training_mode
+from modeling_miniclip.training.processes.distributed import (
+    full_tensor,
+    gather_rows,
+    global_contrastive_loss,
+    local_tensor,
+)
+from modeling_miniclip.training.towers.create_model import set_dropout
+from modeling_miniclip.training.towers.layers import set_training_mode
 from tests.helpers.forks import fork, free_port
 from tests.helpers.towers import PIXELS, tiny_model
 

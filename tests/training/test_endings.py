@@ -20,14 +20,14 @@ from train_miniclip import main
 
 # A function that each phase of a run calls while loader processes are running.
 PHASES = {
-    "features": "modeling_miniclip.training.features.model_inputs",
+    "features": "modeling_miniclip.training.towers.features.model_inputs",
     "preparing": "modeling_miniclip.training.setup.build_run",
     "training": "train_miniclip.clamp_logit_scale",
     "validation": "train_miniclip.validation_metrics",
     "export": "modeling_miniclip.training.publish.export",
     "saving": "accelerate.Accelerator.save_state",
     "figures": "train_miniclip.draw_curves",
-    "a loader process": "modeling_miniclip.data.collation.Collator.__call__",
+    "a loader process": "modeling_miniclip.data.loading.collation.Collator.__call__",
 }
 
 

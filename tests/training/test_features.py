@@ -17,21 +17,21 @@ from PIL import Image
 
 import train_miniclip
 from modeling_miniclip import load_captions
-from modeling_miniclip.data import image_places
-from modeling_miniclip.data.augmentation import build_augmentation
-from modeling_miniclip.data.dataset import CaptionRows
-from modeling_miniclip.data.shard_url import member_url
+from modeling_miniclip.data.loading.augmentation import build_augmentation
+from modeling_miniclip.data.loading.dataset import CaptionRows
+from modeling_miniclip.data.shards.shard_url import member_url
+from modeling_miniclip.data.tables import image_places
 from modeling_miniclip.errors import MiniClipError, UsageError
 from modeling_miniclip.modeling_miniclip import MiniClipModel
-from modeling_miniclip.training import feature_cache, features
-from modeling_miniclip.training.feature_cache import (
+from modeling_miniclip.training.towers import feature_cache, features
+from modeling_miniclip.training.towers.feature_cache import (
     CaptionFeatures,
     FeatureRows,
     FeatureTable,
     default_cache_dir,
     digest,
 )
-from modeling_miniclip.training.features import frozen_image_features, frozen_text_features
+from modeling_miniclip.training.towers.features import frozen_image_features, frozen_text_features
 from tests.helpers.runs import flags, launch, metrics_of, write_scene_folder
 from tests.helpers.shards import write_tar
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_model, tiny_processor
@@ -364,7 +364,7 @@ def test_text_features_depend_on_captions_and_pooling(
 
 
 def test_views_need_a_frozen_tower_and_an_augmentation() -> None:
-    from modeling_miniclip.training.parsing import parse_arguments
+    from modeling_miniclip.training.command_line.parsing import parse_arguments
 
     with pytest.raises(UsageError, match="--num_views needs a frozen image tower"):
         parse_arguments(["--num_views=2"])

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from modeling_miniclip.evaluation.metrics import METRIC_NAMES
-from modeling_miniclip.training.figures import draw_curves, example_queries, read_metrics
+from modeling_miniclip.training.reports.figures import draw_curves, example_queries, read_metrics
 from tests.helpers.pixels import has_color, picture
 
 

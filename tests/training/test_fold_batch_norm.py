@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modeling_miniclip.training.fold_batch_norm import folded_batch_norms
+from modeling_miniclip.training.towers.fold_batch_norm import folded_batch_norms
 
 SHAPE = (64, 48)
 

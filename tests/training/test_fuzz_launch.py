@@ -16,8 +16,8 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.launch import Launch, Launcher, read_launch
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.launch import Launch, Launcher, read_launch
 from modeling_miniclip.training.publish import full_state_dict
 from modeling_miniclip.training.run import TrainingRun
 from modeling_miniclip.training.setup import build_accelerator

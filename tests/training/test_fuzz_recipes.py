@@ -10,9 +10,9 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.parsing import parse_arguments
-from modeling_miniclip.training.recipes import read_recipe
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.command_line.recipes import read_recipe
 from tests.helpers.fuzzing import TEXT, VALUES, cases, damaged, fuzz, result_or_error
 from tests.helpers.runs import ROOT
 

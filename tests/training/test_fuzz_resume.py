@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_miniclip.training import setup
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.resume_rules import PLACES, RESUME_RULES
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.resuming.resume_rules import PLACES, RESUME_RULES
 from tests.helpers.fuzzing import CAPTIONS, cases, fuzz, result_or_error
 from tests.training.test_fuzz_recipes import HINTS, values_of
 

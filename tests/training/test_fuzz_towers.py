@@ -14,9 +14,9 @@ from transformers import AutoModel, TimmWrapperConfig
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_texts, export
 from modeling_miniclip.inference.loading import processor_of
 from modeling_miniclip.processing_miniclip import image_processor_from_timm
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.create_model import create_model
-from modeling_miniclip.training.try_towers import try_towers
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.towers.create_model import create_model
+from modeling_miniclip.training.towers.try_towers import try_towers
 from tests.helpers.fuzzing import cases, fuzz, result_or_error
 from tests.helpers.towers import CAPTIONS, PIXELS, VISION, save_decoder, tiny_config, tiny_model, tiny_processor
 

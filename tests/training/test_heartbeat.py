@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from modeling_miniclip.errors import MiniClipError
-from modeling_miniclip.training import connections, heartbeat
-from modeling_miniclip.training.heartbeat import ends_with_lost_processes, join_processes
+from modeling_miniclip.training.processes import connections, heartbeat
+from modeling_miniclip.training.processes.heartbeat import ends_with_lost_processes, join_processes
 from tests.helpers.forks import Fork, fork, free_port, write_to
 
 Role = Callable[[int, Path], None]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_miniclip import MiniClipModel
-from modeling_miniclip.training.checkpoints import list_checkpoints
+from modeling_miniclip.training.resuming.checkpoints import list_checkpoints
 from tests.helpers.forks import Fork, fork, write_to
 from tests.helpers.runs import flags, leave_out_figures
 from tests.training.test_checkpoints import (

@@ -14,9 +14,9 @@ from accelerate.utils import write_basic_config
 
 from modeling_miniclip import MiniClipError, update_index
 from modeling_miniclip.errors import UsageError
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.launch import Launch, Launcher, find_launcher, launch_words, read_launch
-from modeling_miniclip.training.launch_settings import SETTINGS, find_setting, settings_table
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.launch import Launch, Launcher, find_launcher, launch_words, read_launch
+from modeling_miniclip.training.command_line.launch_settings import SETTINGS, find_setting, settings_table
 from modeling_miniclip.training.setup import build_accelerator
 from tests.helpers.runs import ROOT
 
@@ -238,7 +238,7 @@ def test_launch_file_that_starts_one_process_is_an_error(tmp_path: Path) -> None
 
 def test_index_asks_for_the_processes_of_the_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     launcher = Launcher(["--cpu", "--num_processes", "2", "train.py"])
-    monkeypatch.setattr("modeling_miniclip.training.launch.find_launcher", lambda: launcher)
+    monkeypatch.setattr("modeling_miniclip.training.command_line.launch.find_launcher", lambda: launcher)
     with pytest.raises(UsageError, match="--num_processes 2: accelerate launch started only 1"):
         update_index(tmp_path / "photos.index", [tmp_path], "model")
 

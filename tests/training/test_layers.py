@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from modeling_miniclip.errors import UsageError
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.layers import (
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.optimizer import parameter_groups
+from modeling_miniclip.training.towers.layers import (
     freeze_first_layers,
     freeze_layers,
     rate_multipliers,
     text_layers,
     vision_layers,
 )
-from modeling_miniclip.training.optimizer import parameter_groups
 from tests.helpers.towers import PIXELS, TEXT, VISION, tiny_model
 
 IDS, PIXEL_VALUES = torch.tensor([[3, 7, 6]]), torch.randn(2, 3, PIXELS, PIXELS)

@@ -8,9 +8,9 @@ from datasets import Dataset
 
 from modeling_miniclip.data.load_rows import Splits
 from modeling_miniclip.errors import UsageError
-from modeling_miniclip.training.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.limit_splits import limit_splits
-from modeling_miniclip.training.parsing import parse_arguments
 
 
 def limited(arguments: TrainingArguments, sizes: list[int]) -> Splits:

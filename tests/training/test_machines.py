@@ -17,7 +17,7 @@ import pytest
 
 from modeling_miniclip import ImageIndex, update_index
 from modeling_miniclip.cli import cli
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.run import TrainingRun
 from tests.helpers.forks import fork, free_port, train_in_processes, write_to
 from tests.helpers.indexes import write_pictures

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_miniclip.data.collation import model_inputs
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.layers import set_training_mode
+from modeling_miniclip.data.loading.collation import model_inputs
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
 from modeling_miniclip.training.optimizer import build_scheduler, clamp_logit_scale, parameter_groups
+from modeling_miniclip.training.towers.layers import set_training_mode
 from tests.helpers.towers import PIXELS, tiny_model, tiny_processor
 
 

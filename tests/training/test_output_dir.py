@@ -13,8 +13,8 @@ import pytest
 
 from modeling_miniclip import MiniClipError
 from modeling_miniclip.errors import disk_error_message
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.output_dir import LOCK_FILE, locked_output_dir
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.resuming.output_dir import LOCK_FILE, locked_output_dir
 from tests.helpers.forks import Fork, fork
 from tests.helpers.runs import flags
 from tests.helpers.small_disks import fill, make_room, mounted_disk

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from modeling_miniclip import MiniClipModel
 from modeling_miniclip.errors import ModelError
-from modeling_miniclip.training.checkpoints import ExportedEmbeddings
-from modeling_miniclip.training.reload_check import load_checked_export
+from modeling_miniclip.training.reports.reload_check import load_checked_export
+from modeling_miniclip.training.resuming.checkpoints import ExportedEmbeddings
 from modeling_miniclip.training.run import TrainingRun
 from tests.helpers.runs import flags
 from train_miniclip import main

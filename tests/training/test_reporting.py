@@ -12,9 +12,8 @@ import torch
 
 from modeling_miniclip import MiniClipError
 from modeling_miniclip.data.load_rows import Sample, Splits
-from modeling_miniclip.training import reporting
-from modeling_miniclip.training.arguments import TrainingArguments
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.publish import (
     LOCAL_ARGUMENTS,
     arguments_for_card,
@@ -22,7 +21,13 @@ from modeling_miniclip.training.publish import (
     data_for_card,
     without_path,
 )
-from modeling_miniclip.training.reporting import StepMeter, describe_model, describe_splits, describe_validation
+from modeling_miniclip.training.reports import reporting
+from modeling_miniclip.training.reports.reporting import (
+    StepMeter,
+    describe_model,
+    describe_splits,
+    describe_validation,
+)
 from tests.helpers.towers import tiny_model
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from datasets import Dataset
 
-from modeling_miniclip.data import split_shards
 from modeling_miniclip.data.load_rows import Splits
-from modeling_miniclip.data.mixing import Mixture
-from modeling_miniclip.data.order import Shuffled, ShuffledInWindows
+from modeling_miniclip.data.loading.mixing import Mixture
+from modeling_miniclip.data.loading.order import Shuffled, ShuffledInWindows
+from modeling_miniclip.data.shards import split_shards
 from modeling_miniclip.evaluation.metrics import validation_metrics
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.reports.several_datasets import part_of_embeddings, validation_parts
 from modeling_miniclip.training.row_order import order_checksum, training_order
-from modeling_miniclip.training.several_datasets import part_of_embeddings, validation_parts
 from tests.helpers.runs import assert_same_log, flags, metrics_of, write_scene_folder
 from train_miniclip import main
 

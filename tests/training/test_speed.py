@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_miniclip
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from tests.helpers.runs import ROOT, write_scene_folder
 from tests.helpers.towers import save_towers
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from modeling_miniclip.training.create_model import set_dropout
-from modeling_miniclip.training.text_groups import group_texts_by_length
+from modeling_miniclip.training.towers.create_model import set_dropout
+from modeling_miniclip.training.towers.text_groups import group_texts_by_length
 from tests.helpers.towers import tiny_model
 
 

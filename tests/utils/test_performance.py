@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_miniclip
 from modeling_miniclip.training import setup
-from modeling_miniclip.training.parsing import parse_arguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.utils.performance import allow_tf32, compile_towers, one_thread
 from tests.helpers.runs import assert_same_log, flags, metrics_of
 from tests.helpers.towers import CAPTIONS, tiny_model

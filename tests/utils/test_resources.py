@@ -144,7 +144,7 @@ def test_wheel_has_code_and_data_files_only(tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(site)
     code = (
         "from modeling_miniclip import packaged_file\n"
-        "from modeling_miniclip.training.parsing import parse_arguments\n"
+        "from modeling_miniclip.training.command_line.parsing import parse_arguments\n"
         "print(parse_arguments(['--recipe', 'scenes']).preset, packaged_file('model_card.md'))"
     )
     env = {**os.environ, "PYTHONPATH": str(site)}

@@ -7,4 +7,9 @@ tars.py: tar archives (WebDataset, img2dataset)
 parquet.py: Parquet files
 saved.py: folders of `Dataset.save_to_disk`
 hub.py: datasets on the Hub
+layouts.py: where the captions of a folder are
+recognise.py: what a source file is, by its content
+text_files.py: lines of a text file as an editor counts them
+image_files.py: the images that a caption file names: where they are, which cannot be used
+record_captions.py: captions in JSON and in nested columns
 """

@@ -13,13 +13,13 @@ from typing import Any, TypeGuard
 from ...errors import DataError, Problem, one_line
 from ...utils.names import is_utf8, name_of
 from ..columns import ResolvedColumns, captions_of_row, find_columns, image_name
-from ..image_files import SAMPLE, rows_with_images
-from ..layouts import find_caption_files, find_images
 from ..problems import OnProblem
 from ..rows import ReadOptions, Row, SplitName
 from ..splits import find_split_files, read_split_files, split_of_value
-from ..table_cache import content_of
-from ..text_files import LONGEST, Lines, check_surrogates, is_json_list, json_list
+from ..tables.table_cache import content_of
+from .image_files import SAMPLE, rows_with_images
+from .layouts import find_caption_files, find_images
+from .text_files import LONGEST, Lines, check_surrogates, is_json_list, json_list
 
 # Five rows of the original Flickr8k.token.txt name an image with a second suffix that was never published.
 FLICKR8K_STRAY = "2258277193_586949ec62.jpg.1"

@@ -9,14 +9,14 @@ from typing import Any
 from ...errors import DataError, Problem, one_line
 from ...utils.names import is_utf8, name_of
 from ..columns import ColumnNames, image_name
-from ..image_files import SAMPLE, rows_with_images
-from ..layouts import find_coco_files, find_images, find_karpathy_file
 from ..problems import OnProblem
-from ..record_captions import texts_of
 from ..rows import ReadOptions, Row
 from ..splits import split_of_name, split_of_value
-from ..table_cache import content_of
+from ..tables.table_cache import content_of
 from .caption_file import check_path
+from .image_files import SAMPLE, rows_with_images
+from .layouts import find_coco_files, find_images, find_karpathy_file
+from .record_captions import texts_of
 
 
 def read_coco(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:

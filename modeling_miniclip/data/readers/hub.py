@@ -10,11 +10,11 @@ import fsspec
 import pyarrow as pa
 
 from ...errors import DataError, one_line
-from ..arrow_tables import files_of_dataset
 from ..problems import OnProblem
 from ..rows import ReadOptions, Row
-from ..table_cache import stat_of
-from ..table_rows import read_tables
+from ..tables.arrow_tables import files_of_dataset
+from ..tables.table_cache import stat_of
+from ..tables.table_rows import read_tables
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, IterableDatasetDict

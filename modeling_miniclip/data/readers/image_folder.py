@@ -10,17 +10,17 @@ from typing import Any
 
 from ...errors import DataError, Problem, one_line
 from ...utils.names import is_utf8, name_of
-from ..image_files import BAD_FILES, rows_with_images
-from ..layouts import CAPTION_FILES, METADATA_FILES, find_caption_files
 from ..listing import ListedFolder, images_of_folder, walk_folders
 from ..picture_formats import is_picture_file
 from ..problems import OnProblem
-from ..record_captions import captions_of_record
 from ..rows import ReadOptions, Row
 from ..splits import split_of_value, splits_of_folders
-from ..table_cache import content_of, stat_of
-from ..text_files import Lines, check_surrogates
+from ..tables.table_cache import content_of, stat_of
 from .caption_file import check_path, read_caption_file, read_table, split_lines
+from .image_files import BAD_FILES, rows_with_images
+from .layouts import CAPTION_FILES, METADATA_FILES, find_caption_files
+from .record_captions import captions_of_record
+from .text_files import Lines, check_surrogates
 
 TEXT_ENDINGS = (".txt", ".json")
 

@@ -13,10 +13,19 @@ import pyarrow.parquet as pq
 
 from ...errors import Problem, one_line
 from ..problems import OnProblem
-from ..remote_shards import is_url
 from ..rows import ReadOptions, Row
-from ..shard_patterns import expand_shards, inputs_of_shards, short_names, split_of_shard
-from ..table_rows import HELD, Block, TableColumns, TableFile, find_columns, hashes_of_images, held_images, read_tables
+from ..shards.remote_shards import is_url
+from ..shards.shard_patterns import expand_shards, inputs_of_shards, short_names, split_of_shard
+from ..tables.table_rows import (
+    HELD,
+    Block,
+    TableColumns,
+    TableFile,
+    find_columns,
+    hashes_of_images,
+    held_images,
+    read_tables,
+)
 
 ROWS = 4096  # that are read at a time
 NO_COLUMNS = pa.RecordBatch.from_arrays([], names=[])

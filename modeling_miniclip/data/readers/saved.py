@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...errors import DataError, Problem, one_line
-from ..arrow_tables import files_of_dataset
 from ..problems import OnProblem
 from ..rows import ReadOptions, Row
-from ..table_cache import stat_of
-from ..table_rows import TableFile, read_tables
+from ..tables.arrow_tables import files_of_dataset
+from ..tables.table_cache import stat_of
+from ..tables.table_rows import TableFile, read_tables
 
 
 def read_saved(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:

@@ -11,11 +11,11 @@ from ...errors import DataError, Problem, one_line
 from ...utils.names import name_of
 from ..picture_formats import BY_SUFFIX, FORMATS, START, picture_format
 from ..problems import OnProblem
-from ..remote_shards import current_cache, default_folder, is_url, local_shard
 from ..rows import ReadOptions, Row
-from ..shard_patterns import expand_shards, inputs_of_shards, short_names, split_of_shard
-from ..shard_url import member_url
-from ..tar_index import (
+from ..shards.remote_shards import current_cache, default_folder, is_url, local_shard
+from ..shards.shard_patterns import expand_shards, inputs_of_shards, short_names, split_of_shard
+from ..shards.shard_url import member_url
+from ..shards.tar_index import (
     Entry,
     TarIndex,
     build_index,

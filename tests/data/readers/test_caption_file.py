@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from modeling_miniclip import DataError
-from modeling_miniclip.data import text_files
 from modeling_miniclip.data.columns import ColumnNames
-from modeling_miniclip.data.image_files import BLOCK
 from modeling_miniclip.data.problems import raise_problem
+from modeling_miniclip.data.readers import text_files
 from modeling_miniclip.data.readers.caption_file import inputs_caption_file, read_caption_file, split_lines
+from modeling_miniclip.data.readers.image_files import BLOCK
 from modeling_miniclip.data.rows import ReadOptions, Row
 from modeling_miniclip.errors import Problem
 from tests.data.test_captions import BAD_FILES, save_images, write

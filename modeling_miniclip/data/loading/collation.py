@@ -1,0 +1,88 @@
+"""Collate the rows of a batch into tensors, and turn these into the inputs of the model."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from ...processing_miniclip import MiniClipProcessor
+
+BY_VALUE = 2**18  # size in bytes up to which a tensor is copied to the trainer instead of shared with it
+
+
+class Batch(dict[str, Any]):
+    """A batch whose small tensors are copied from a loader process to the trainer.
+
+    PyTorch shares each tensor through shared memory and its own connection, which takes longer than copying some
+    kilobytes.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        small = {
+            name: value.numpy()
+            for name, value in self.items()
+            if isinstance(value, Tensor) and value.nbytes <= BY_VALUE
+        }
+        return _restore_batch, (small, {name: value for name, value in self.items() if name not in small})
+
+
+def _restore_batch(small: dict[str, np.ndarray], others: dict[str, Any]) -> Batch:
+    return Batch({name: torch.from_numpy(value) for name, value in small.items()} | others)
+
+
+class Collator:
+    """Turns rows of [`CaptionRows`] into the tensors of a step.
+
+    Args:
+        tokenizer: tokenizer of the processor.
+
+    Returns from a call:
+        `pixel_values` `[B, 3, H, W]` uint8 (normalised on the device by `MiniClipProcessor.normalize`) or
+        `vision_pooler_output` `[B, width]`; `input_ids`, `attention_mask` `[N, L]`, padded to the longest text of the
+        batch, or `text_pooler_output` `[N, width]`; `image_id` `[B]`, the indices of the rows; `text_image_id` `[N]`.
+        If images cannot be decoded, also `undecodable`: a list of their indices and the reasons; they are in none of
+        the tensors.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        undecodable = [(row["image_id"], row["undecodable"]) for row in rows if "undecodable" in row]
+        rows = [row for row in rows if "undecodable" not in row]
+        batch: dict[str, Any] = {"image_id": torch.tensor([row["image_id"] for row in rows])}
+        texts = "text_features" if "text_features" in rows[0] else "captions"
+        counts = torch.tensor([len(row[texts]) for row in rows])
+        batch["text_image_id"] = batch["image_id"].repeat_interleave(counts)
+        if "vision_features" in rows[0]:
+            batch["vision_pooler_output"] = torch.stack([row["vision_features"] for row in rows])
+        else:
+            batch["pixel_values"] = stack_pixels([row["pixels"] for row in rows])
+        if texts == "text_features":
+            batch["text_pooler_output"] = torch.cat([row["text_features"] for row in rows])
+        else:
+            captions = [caption for row in rows for caption in row["captions"]]
+            batch |= self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+        # An undecodable filler is reported by the process that has its row.
+        real = [(image_id, reason) for image_id, reason in undecodable if image_id >= 0]
+        return Batch(batch | ({"undecodable": real} if real else {}))
+
+
+def stack_pixels(images: list[np.ndarray]) -> Tensor:
+    """Stack images `[3, H, W]` to `[B, 3, H, W]` with the memory layout `[B, H, W, 3]`, that of Pillow and cuDNN.
+
+    In a loader process the pixels go straight into memory that is shared with the trainer.
+    """
+    return default_collate([image.transpose(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+def model_inputs(batch: dict[str, Tensor], processor: MiniClipProcessor, device: torch.device) -> dict[str, Tensor]:
+    """Keyword arguments of the model for a collated batch: on the device, pixels normalised, ids left out."""
+    names = ("pixel_values", "input_ids", "attention_mask", "vision_pooler_output", "text_pooler_output")
+    inputs = {name: batch[name].to(device, non_blocking=True) for name in names if name in batch}
+    if "pixel_values" in inputs:
+        pixels = processor.normalize(inputs["pixel_values"])
+        inputs["pixel_values"] = pixels.contiguous(memory_format=torch.channels_last)
+    return inputs

@@ -1,0 +1,217 @@
+"""The rows of a split as a torch dataset: drawn captions with augmented pixels or cached features.
+
+All draws depend only on the seed, the epoch and the row, never on the process, the worker or the batch.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence, Sized
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from ...errors import DataError, MiniClipError
+from ...processing_miniclip import MiniClipProcessor
+from ..picture_formats import decode_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL import Image
+
+# A filler, which only keeps a process busy, is row i under the image id FILLER - i, which is negative.
+FILLER = -1
+
+READ_TOGETHER = 32  # encoded images that a loader process reads at a time, if they are in the table itself
+
+# The random draws for a row: the captions chosen, and two generators for its augmentation.
+Draw = tuple[np.ndarray, np.random.Generator, random.Random]
+
+
+class Rows(Protocol):
+    """A tensor for each row."""
+
+    def __getitem__(self, row: int, /) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+def _index_of(image_id: int) -> int:
+    return image_id if image_id >= 0 else FILLER - image_id
+
+
+class CaptionRows(TorchDataset):
+    """Rows of a split, ready to be collated; each item has a key `(epoch, index)`.
+
+    A list of items may contain images that cannot be decoded: see `__getitems__`. Nothing of the split is held in
+    memory: images, names and captions are read when they are needed, so loader processes share a memory-mapped table.
+
+    Args:
+        split: rows `{image, image_id, captions}`.
+        processor: processor that resizes and crops an image without augmentation.
+        augmentation: transforms of [`build_augmentation`], or None.
+        captions_per_image: number of captions to draw per image and epoch; None takes all of them.
+        seed: random seed of the draws and of the augmentation.
+        vision_features: pooled features `[n, width]` of the frozen image tower, used instead of the images: those of
+            each view; the epochs take the views in turn. NaN marks an image that could not be decoded.
+        text_features: features `[captions, width]` of the frozen text tower for each image, used instead of the texts.
+    """
+
+    def __init__(
+        self,
+        split: "Dataset",
+        processor: MiniClipProcessor,
+        augmentation: Any = None,
+        captions_per_image: int | None = None,
+        seed: int = 0,
+        vision_features: Sequence[Rows] | None = None,
+        text_features: Rows | None = None,
+    ):
+        from datasets import Image
+
+        self.undecoded = split.select_columns(["image", "image_id"]).cast_column("image", Image(decode=False))
+        self.texts = split.select_columns(["captions"])
+        self.processor = processor
+        self.augmentation = augmentation
+        self.captions_per_image = captions_per_image
+        self.seed = seed
+        self.vision_features = vision_features
+        self.text_features = text_features
+
+    def __len__(self) -> int:
+        return len(self.undecoded)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        row = self._row_alone(key)
+        if "undecodable" in row:
+            raise DataError(row["undecodable"])
+        return row
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        """The rows of a batch, which the DataLoader requests together.
+
+        A row whose image cannot be decoded is `{"image_id", "undecodable": reason}`. If no image of the batch can be
+        decoded, another row of the split is added as a filler.
+
+        Raises:
+            DataError: no image of the split can be decoded, or a file cannot be read.
+        """
+        captions = self._captions(keys)
+        # Drawing between images would take several times as long.
+        draws = [self._draw(key, len(texts)) for key, texts in zip(keys, captions, strict=True)]
+        rows = [self._row(*row) for row in zip(keys, captions, draws, self._files(keys), strict=True)]
+        if all("undecodable" in row for row in rows):
+            rows.append(self._filler(*keys[0]))
+        return rows
+
+    def captions_of(self, indices: Sequence[int]) -> list[list[str]]:
+        """All captions of some rows."""
+        return self.texts[list(indices)]["captions"]
+
+    def name(self, index: int) -> str:
+        """The `image_id` of a row."""
+        return self.undecoded[index]["image_id"]
+
+    def _captions(self, keys: list[tuple[int, int]]) -> Sequence[Sized]:
+        """The captions of some rows; with features of texts these instead, as nobody needs the words then."""
+        indices = [_index_of(image_id) for _, image_id in keys]
+        if self.text_features is not None:
+            return [self.text_features[index] for index in indices]
+        return self.captions_of(indices)
+
+    def _draw(self, key: tuple[int, int], available: int) -> Draw:
+        """The random draws for a row with a number of captions."""
+        rng = np.random.default_rng([self.seed, key[0], _index_of(key[1])])
+        if self.captions_per_image is None or self.captions_per_image >= available:
+            chosen = np.arange(available)
+        else:
+            chosen = rng.choice(available, size=self.captions_per_image, replace=False)
+        return chosen, rng, random.Random(int(rng.integers(2**63)))
+
+    def _files(self, keys: list[tuple[int, int]]) -> Iterator[dict[str, Any] | None]:
+        # `datasets` reads many rows in the time that it needs for one.
+        for start in range(0, len(keys), READ_TOGETHER):
+            indices = [_index_of(image_id) for _, image_id in keys[start : start + READ_TOGETHER]]
+            if self.vision_features is not None:
+                yield from [None] * len(indices)
+            else:
+                files = self.undecoded[indices]
+                for image, name in zip(files["image"], files["image_id"], strict=True):
+                    yield {"image": image, "image_id": name}
+
+    def _row_alone(self, key: tuple[int, int]) -> dict[str, Any]:
+        (captions,) = self._captions([key])
+        return self._row(key, captions, self._draw(key, len(captions)), None)
+
+    def _row(self, key: tuple[int, int], captions: Any, draw: Draw, file: dict[str, Any] | None) -> dict[str, Any]:
+        """One row.
+
+        Args:
+            key: epoch and image id.
+            captions: all captions of the row, or their features.
+            draw: random draws for the row.
+            file: `{image, image_id}`, if that has been read already.
+        """
+        epoch, image_id = key
+        index = _index_of(image_id)
+        chosen, rng, augmentation_rng = draw
+        row: dict[str, Any] = {"image_id": image_id}
+        if self.vision_features is not None:
+            features = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
+            image = self._image(index, file) if math.isnan(features[0]) else None
+            row["vision_features"] = features
+        else:
+            image = self._image(index, file)
+            if not isinstance(image, str):
+                row["pixels"] = self._pixels(image, index, rng, augmentation_rng)  # [3, H, W] uint8
+        if isinstance(image, str):
+            return {"image_id": image_id, "undecodable": image}
+        if self.text_features is not None:
+            row["text_features"] = captions[torch.from_numpy(chosen)]  # [K, width]
+        else:
+            row["captions"] = [captions[i] for i in chosen]
+        return row
+
+    def _image(self, index: int, file: dict[str, Any] | None) -> "Image.Image | str":
+        """The image of a row as RGB, or the reason why it cannot be decoded."""
+        file = file or self.undecoded[index]
+        try:
+            return decode_row(file["image"], file["image_id"])
+        except MemoryError:  # not the image's fault
+            raise
+        except Exception as error:  # Pillow's decoders raise errors of many classes
+            if isinstance(error, MiniClipError) and not (isinstance(error, DataError) and error.problem is None):
+                raise  # a shard cannot be fetched or stored
+            name = f"image {file['image_id']!r}"
+            if getattr(error, "errno", None) is not None:  # a disk failed, which is not the image's fault either
+                raise DataError(f"{name} cannot be read: {error}; fix that, then resume the run") from error
+            return f"{name} cannot be decoded: {error}; replace the file or delete its rows"
+
+    def _pixels(
+        self, image: "Image.Image", index: int, rng: np.random.Generator, augmentation_rng: random.Random
+    ) -> np.ndarray:
+        if self.augmentation is None:
+            return self.processor.crop(image)
+        for transform in self.augmentation.transforms:  # one shared generator, so that no two draw the same numbers
+            transform.set_random_state(rng, augmentation_rng)
+        try:
+            return self.augmentation(image=np.array(image))["image"].transpose(2, 0, 1)
+        except Exception as error:  # for instance a crop that is larger than the image
+            raise DataError(
+                f"image {self.name(index)!r} of {image.width}x{image.height} pixels: the augmentation failed: "
+                f"{error}; change --augmentation"
+            ) from error
+
+    def _filler(self, epoch: int, image_id: int) -> dict[str, Any]:
+        """The next row that can be decoded, under the image id of a filler."""
+        start = _index_of(image_id)
+        keys = ((epoch, FILLER - (start + i) % len(self)) for i in range(1, len(self)))
+        rows = map(self._row_alone, keys)
+        filler = next((row for row in rows if "undecodable" not in row), None)
+        if filler is None:
+            raise DataError(
+                f"none of {len(self)} images can be decoded, among them {self.name(start)!r}; replace the files"
+            )
+        return filler

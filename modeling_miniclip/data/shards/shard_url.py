@@ -1,0 +1,171 @@
+"""Names for images inside a shard, and how to read them: `row://PLACE/NAME::SHARD`.
+
+| shard | PLACE/NAME | the image is |
+|---|---|---|
+| tar archive | `1536,20481/0001.jpg` | 20,481 bytes from byte 1,536 on, the member `0001.jpg` |
+| Parquet or Arrow file | `17/image` | in row 17 (from 0) of the column `image` |
+
+Such a name is a chained URL of fsspec, so plain `datasets` opens it too, wherever this module was imported. SHARD is a
+path or, for a remote shard, a URL.
+"""
+
+import io
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.spec import AbstractFileSystem
+
+from ...errors import DataError
+from .remote_shards import local_shard
+from .tar_headers import BLOCK, is_header_of
+
+PROTOCOL = "row"
+PREFIX = f"{PROTOCOL}://"
+OPEN_SHARDS = 64  # files that a process keeps open
+HELD_BYTES = 128_000_000  # of row groups in memory; a window of images (see `order.py`) of up to 125 kB
+
+
+class Place(NamedTuple):
+    """Where an image is in its shard.
+
+    Args:
+        shard: path or URL of the shard.
+        start: byte offset in a tar archive, row number in a table.
+        size: bytes in a tar archive; -1 in a table.
+        name: member of the archive, or column of the table.
+    """
+
+    shard: str
+    start: int
+    size: int
+    name: str
+
+
+def member_url(shard: str, start: int, size: int, name: str) -> str:
+    """Name of an image in a tar archive; arguments as in [`Place`]."""
+    return f"{PREFIX}{start},{size}/{name.replace('::', ': :')}::{shard}"  # fsspec takes a URL apart at each ::
+
+
+def table_url(shard: str, row: int, column: str) -> str:
+    """Name of an image in a Parquet or Arrow file."""
+    return f"{PREFIX}{row}/{column}::{shard}"
+
+
+def place_of(url: str) -> Place | None:
+    """The place that a name stands for; None for the path of an image file or another URL."""
+    if not url.startswith(PREFIX):
+        return None
+    place, _, rest = url.removeprefix(PREFIX).partition("/")
+    name, _, shard = rest.rpartition("::")
+    start, _, size = place.partition(",")
+    return Place(shard, int(start), int(size or -1), name)
+
+
+def read_place(place: Place, local: Callable[[str], str] = local_shard) -> bytes:
+    """The encoded image at a place.
+
+    Args:
+        place: place in a shard.
+        local: function that returns the local file of a remote shard.
+
+    Raises:
+        DataError: the shard has changed, or the row holds no image.
+        OSError: the shard cannot be read.
+    """
+    path = local(place.shard)
+    if place.size >= 0:
+        with open(path, "rb") as file:
+            file.seek(place.start - BLOCK)
+            content = file.read(BLOCK + place.size)
+        if not is_header_of(content[:BLOCK], place.name, place.size):
+            raise DataError(f"{place.shard}: {place.name} is not where it was; the shard has changed: start again")
+        if len(content) < BLOCK + place.size:
+            raise DataError(f"{place.shard}: ends within {place.name}; it has changed: start again")
+        return content[BLOCK:]
+    value = _open_table(path).read(place.start, place.name)
+    if isinstance(value, dict):
+        value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+    if not value:
+        raise DataError(
+            f"{place.shard}, row {place.start}, column {place.name!r}: no image; fill it or delete the row"
+        )
+    return value
+
+
+class _ArrowTable:
+    """An Arrow file of `datasets`, memory-mapped."""
+
+    def __init__(self, path: str):
+        self.table = pa.ipc.open_stream(pa.memory_map(path)).read_all()  # nothing is copied
+
+    def read(self, row: int, column: str) -> Any:
+        return self.table[column][row].as_py()
+
+
+class _ParquetTable:
+    """A Parquet file, whose row groups are read as a whole; the last ones of all files stay in memory."""
+
+    held: ClassVar[OrderedDict[tuple[str, int, str], pa.ChunkedArray]] = OrderedDict()  # the last one used comes last
+    held_bytes: ClassVar[int] = 0
+
+    def __init__(self, path: str):
+        self.path, self.file = path, pq.ParquetFile(path, memory_map=True)
+        about = self.file.metadata
+        self.starts = np.cumsum([0, *(about.row_group(i).num_rows for i in range(about.num_row_groups))])
+
+    def read(self, row: int, column: str) -> Any:
+        group = int(self.starts.searchsorted(row, "right")) - 1
+        return self._group(group, column)[row - int(self.starts[group])].as_py()
+
+    def _group(self, group: int, column: str) -> pa.ChunkedArray:
+        key, cls = (self.path, group, column), _ParquetTable
+        if key not in cls.held:
+            cls.held[key] = self.file.read_row_group(group, columns=[column], use_threads=False)[column]
+            cls.held_bytes += cls.held[key].nbytes
+            while cls.held_bytes > HELD_BYTES and len(cls.held) > 1:
+                cls.held_bytes -= cls.held.popitem(last=False)[1].nbytes
+        cls.held.move_to_end(key)
+        return cls.held[key]
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _open_table(path: str) -> _ArrowTable | _ParquetTable:
+    with open(path, "rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    return _ParquetTable(path) if is_parquet else _ArrowTable(path)
+
+
+def row_groups(path: str) -> np.ndarray | None:
+    """`[row groups + 1]`, where the row groups of a Parquet file start and end; None for another or a damaged file."""
+    try:
+        table = _open_table(path)
+    except (OSError, pa.ArrowException):  # reading its images says what is wrong
+        return None
+    return table.starts if isinstance(table, _ParquetTable) else None
+
+
+class RowFileSystem(AbstractFileSystem):
+    """Opens images inside shards for libraries that use fsspec."""
+
+    protocol = PROTOCOL
+    root_marker = ""
+
+    def __init__(self, fo: str = "", target_protocol: str | None = None, target_options: Any = None, **options: Any):
+        super().__init__(**options)
+        is_remote = target_protocol not in (None, "file", "local") and "://" not in fo  # some leave it there
+        self.shard = f"{target_protocol}://{fo}" if is_remote else fo
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
+        place = place_of(f"{PREFIX}{self._strip_protocol(path)}::{self.shard}")
+        assert place is not None, "the prefix is there"
+        return io.BytesIO(read_place(place))
+
+
+fsspec.register_implementation(PROTOCOL, RowFileSystem, clobber=True)

@@ -1,0 +1,9 @@
+"""Flags, recipes and what the launcher was given.
+
+arguments.py: all flags with their defaults and help
+parsing.py: the command line and its recipe as arguments
+recipes.py: read a recipe, save arguments as one
+check_arguments.py: check the values of arguments
+launch.py: what the launcher was given: its command line, launch file and environment
+launch_settings.py: each setting of the launcher, and what happens to it
+"""

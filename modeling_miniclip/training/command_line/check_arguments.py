@@ -1,0 +1,135 @@
+"""Check the values of a run's arguments, and interpret those that are more than a number or a word."""
+
+import importlib.util
+import math
+from dataclasses import asdict
+from typing import Any
+
+from ...data.loading.augmentation import DEFAULT_AUGMENTATION
+from ...errors import MiniClipError, UsageError
+from ...utils.plain_yaml import load_yaml
+from .arguments import LOWER_BOUNDS, MODEL_SOURCES, PART_RATES, TrainingArguments
+
+
+def check_arguments(arguments: TrainingArguments) -> None:
+    """Check ranges and combinations that the parser cannot know.
+
+    Raises:
+        UsageError: a value is out of range or excluded by another one; names the flag.
+        MiniClipError: the tracker is not installed.
+    """
+    _check_text_and_numbers(arguments)
+    _check_ranges(arguments)
+    _check_combinations(arguments)
+    _check_best_metric(arguments.best_metric)
+    checkpoint_interval(arguments)
+    augmentation_list(arguments)
+    tracker = arguments.report_to
+    if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
+        raise MiniClipError(f"--report_to {tracker}: {tracker} is not installed; pip install {tracker}")
+
+
+def _check_text_and_numbers(arguments: TrainingArguments) -> None:
+    for name, value in asdict(arguments).items():
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and "\0" in text for text in texts):
+            raise UsageError(f"--{name} contains a null character, which no name or path can: {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name} must be a finite number, not {value}")
+
+
+def _check_ranges(arguments: TrainingArguments) -> None:
+    given = {name: value for name, value in asdict(arguments).items() if value is not None}
+    for name, bound in LOWER_BOUNDS.items():
+        if name in given and given[name] < bound:
+            raise UsageError(f"--{name} must be at least {bound}, not {given[name]}")
+    if arguments.seed >= 2**32:
+        raise UsageError(f"--seed must be below 2**32, not {arguments.seed}")
+    for name in ("learning_rate", *PART_RATES, "max_grad_norm"):
+        if name in given and given[name] <= 0:
+            raise UsageError(f"--{name} must be positive, not {given[name]}")
+    for name in ("lr_plateau_factor", "validation_fraction"):
+        if not 0 < given[name] < 1:
+            raise UsageError(f"--{name} must be between 0 and 1, not {given[name]}")
+    for name in ("dropout", "projection_dropout", "frozen_vision_fraction", "frozen_text_fraction", "ema_decay"):
+        if name in given and not 0 <= given[name] < 1:
+            raise UsageError(f"--{name} must be in [0, 1), not {given[name]}")
+    for name in ("layer_decay", "crop_pct"):
+        if name in given and not 0 < given[name] <= 1:
+            raise UsageError(f"--{name} must be in (0, 1], not {given[name]}")
+    if not 0 <= arguments.max_bad_image_fraction <= 1:
+        raise UsageError(f"--max_bad_image_fraction must be in [0, 1], not {arguments.max_bad_image_fraction}")
+
+
+def _check_combinations(arguments: TrainingArguments) -> None:
+    sources = [[name for name in names if getattr(arguments, name) is not None] for names in MODEL_SOURCES]
+    named = [names for names in sources if names]
+    if len(named) > 1:
+        clash = " and ".join(f"--{name}" for names in named for name in names)
+        raise UsageError(f"{clash} exclude each other: a model comes from a preset, from an export or from two towers")
+    _check_datasets(arguments.dataset or [], arguments.dataset_weights)
+    if arguments.num_views is not None and arguments.freeze not in ("vision", "both"):
+        raise UsageError("--num_views needs a frozen image tower: add --freeze vision or --freeze both")
+    if arguments.num_views is not None and not augmentation_list(arguments):
+        raise UsageError("--num_views needs an augmentation: with --augmentation [] all views are the same")
+    if arguments.train_image_size is not None and not augmentation_list(arguments):
+        raise UsageError(
+            "--train_image_size is the size of augmented images, and there is no augmentation: set --augmentation, or "
+            "leave out --train_image_size"
+        )
+
+
+def _check_datasets(datasets: list[str], weights: list[float] | None) -> None:
+    if twice := next((name for name in datasets if datasets.count(name) > 1), None):
+        raise UsageError(f"--dataset names {twice} twice; name it once, with a weight if it should be used more often")
+    if weights is None:
+        return
+    if len(weights) != len(datasets):
+        raise UsageError(f"--dataset_weights: {len(weights)} weights for {len(datasets)} datasets; give one for each")
+    if bad := [weight for weight in weights if not 0 < weight < math.inf]:
+        raise UsageError(f"--dataset_weights must be positive numbers, not {bad[0]}")
+
+
+def _check_best_metric(name: str) -> None:
+    if name == "loss":
+        return
+    from ...evaluation.metrics import METRIC_NAMES  # loads torch
+
+    if name not in METRIC_NAMES:
+        raise UsageError(f"--best_metric {name}: choose from loss, {', '.join(METRIC_NAMES)}")
+
+
+def checkpoint_interval(arguments: TrainingArguments) -> int | None:
+    """Steps between two checkpoints; None for one after each epoch.
+
+    Raises:
+        UsageError: `--checkpointing_steps` is neither `epoch` nor a positive whole number.
+    """
+    if arguments.checkpointing_steps == "epoch":
+        return None
+    if not arguments.checkpointing_steps.isdecimal() or int(arguments.checkpointing_steps) < 1:
+        raise UsageError(
+            f"--checkpointing_steps must be 'epoch' or a whole number of steps, not {arguments.checkpointing_steps}"
+        )
+    return int(arguments.checkpointing_steps)
+
+
+def augmentation_list(arguments: TrainingArguments) -> list[dict[str, Any]]:
+    """The transforms in `--augmentation`, or the default ones.
+
+    By default a frozen image tower gets none, so that its features are computed only once; `--num_views` turns the
+    default ones on.
+
+    Raises:
+        UsageError: `--augmentation` is not a list of mappings with a name each.
+    """
+    if arguments.augmentation is None:
+        is_run_once = arguments.freeze in ("vision", "both") and arguments.num_views is None
+        return [] if is_run_once else list(DEFAULT_AUGMENTATION)
+    try:
+        transforms: Any = load_yaml(arguments.augmentation)
+    except ValueError as error:
+        raise UsageError(f"--augmentation is neither JSON nor YAML: {error}") from error
+    if not isinstance(transforms, list) or not all(isinstance(t, dict) and "name" in t for t in transforms):
+        raise UsageError(f"--augmentation must be a list of mappings with a name each, not {arguments.augmentation}")
+    return list(transforms)

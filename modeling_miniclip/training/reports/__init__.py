@@ -1,0 +1,10 @@
+"""What a run says about itself, and how it notices that something is wrong.
+
+reporting.py: log lines, metrics.jsonl, throughput
+several_datasets.py: metrics and uses of each of several datasets
+caption_probe.py: do captions belong to their images?
+diagnostics.py: warn about a run that does not learn
+figures.py: curves and retrieved images
+overfit.py: `--overfit_batch`: can the model learn one batch?
+reload_check.py: load the export again and compare its embeddings
+"""

@@ -1,0 +1,189 @@
+"""Report a training run: lines on the terminal, `metrics.jsonl`, losses and throughput."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from datasets import DatasetDict
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...data.load_rows import Splits
+from ...data.tables.row_blocks import caption_counts
+from ...errors import printable
+from ...evaluation.metrics import DIRECTIONS, RECALL_AT
+from ...modeling_miniclip import MiniClipModel
+from ...utils.files import replace_text
+from .diagnostics import not_finite
+
+# Parameter groups whose learning rates are logged: one for each part, as the others are proportional.
+RATES = ("head", "vision", "text")
+
+
+def say(accelerator: Accelerator, text: str) -> None:
+    """Print once, not once per process, without breaking a progress bar."""
+    if accelerator.is_main_process:
+        tqdm.write(printable(text))
+
+
+def describe_splits(splits: DatasetDict) -> str:
+    """One line with the number of images and captions of each split, and what a sample was drawn from."""
+    parts = []
+    for name, size in split_sizes(splits).items():
+        images = f"{size['images']} images"
+        if "seed" in size:
+            images = f"{size['images']} of {size['drawn_from']} images, drawn with seed {size['seed']}"
+        parts.append(f"{name}: {images}, {size['captions']} captions")
+    return "; ".join(parts)
+
+
+def split_sizes(splits: DatasetDict) -> dict[str, dict[str, int]]:
+    """Number of `images` and `captions` of each split; for a sample, the images it was `drawn_from` and the `seed`."""
+    sizes = {name: {"images": len(rows), "captions": int(caption_counts(rows).sum())} for name, rows in splits.items()}
+    for name, sample in splits.samples.items() if isinstance(splits, Splits) else ():
+        sizes[name] |= {"drawn_from": sample.images, "seed": sample.seed}
+    return sizes
+
+
+def describe_model(model: MiniClipModel) -> str:
+    """One line with the towers, the dimensions of the shared space and the number of parameters."""
+    config = model.config
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return (
+        f"{config.vision_config.architecture} + {config.text_config.model_type} ({config.text_pooling}), "
+        f"{config.projection_dim}-d, "
+        f"{total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained)"
+    )
+
+
+def describe_validation(epoch: float, metrics: dict[str, float], improved: bool) -> str:
+    """One line with the loss and recalls of a validation; a star marks the best so far."""
+    recalls = [
+        f"{direction.replace('_', ' ')} " + " / ".join(f"{metrics[f'{direction}_R@{k}']:.1f}" for k in RECALL_AT)
+        for direction in DIRECTIONS
+    ]
+    line = f"epoch {epoch:g}: loss {metrics['loss']:.4f}, R@1/5/10 {', '.join(recalls)}, rsum {metrics['rsum']:.1f}"
+    return line + (" *" if improved else "")
+
+
+class StepMeter:
+    """Collects steps and averages them: loss over all processes, pairs per second, rates and norm of the last step.
+
+    A checkpoint includes the steps since the last reading, so that a resumed run logs what an uninterrupted one would.
+
+    Args:
+        accelerator: processes of the run.
+        optimizer: optimizer whose groups have a `name`.
+    """
+
+    def __init__(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer):
+        self.accelerator, self.optimizer = accelerator, optimizer
+        self.chance = math.nan  # mean of `chance` over the steps that `read` averaged last
+        self.steps = 0  # their number
+        self.start_epoch(0)
+
+    def start_epoch(self, step_in_epoch: int) -> None:
+        """Restart the clock; at the first step of an epoch, drop the steps of the last one that were not read."""
+        self.start, self.pairs = time.perf_counter(), 0
+        self.norm: Any = math.nan
+        if step_in_epoch == 0:
+            self.losses: list[Tensor] = []
+            self.chances: list[float] = []
+
+    def update(self, loss: Tensor, norm: Any, pairs: int, chance: float) -> None:
+        """Add a step of this process without waiting for the device.
+
+        Args:
+            loss: this process's part of the loss.
+            norm: norm of the gradient.
+            pairs: number of texts of this process.
+            chance: loss of a model that cannot distinguish the pairs of this step.
+        """
+        self.losses.append(loss.detach())
+        self.chances.append(chance)
+        self.norm = norm
+        self.pairs += pairs
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading; every process must call it.
+
+        Raises:
+            MiniClipError: the loss is not finite.
+        """
+        own = torch.stack([torch.stack(self.losses).mean(), self.losses[-1].new_tensor(self.pairs)])
+        loss, pairs = self.accelerator.reduce(own, "sum").tolist()
+        if not math.isfinite(loss):
+            raise not_finite("training loss", loss, self.accelerator.mixed_precision)
+        groups = [group for group in self.optimizer.param_groups if group["name"] in RATES]
+        values = {
+            "loss": loss,
+            **{f"{group['name']}_learning_rate": group["lr"] for group in groups},
+            "gradient_norm": float(self.norm),
+            "pairs_per_second": pairs / (time.perf_counter() - self.start),
+        }
+        self.steps, self.chance = len(self.chances), sum(self.chances) / len(self.chances)
+        self.start_epoch(0)
+        return values
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """State for `accelerator.register_for_checkpointing`; every process must call it."""
+        losses = self.accelerator.reduce(torch.stack(self.losses), "sum").tolist() if self.losses else []
+        return {"losses": losses, "chances": list(self.chances)}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Restore what [`state_dict`][StepMeter.state_dict] returned: rank 0 gets the losses, the others zeros."""
+        losses = torch.tensor(state["losses"], device=self.accelerator.device)
+        self.losses = list(losses if self.accelerator.is_main_process else torch.zeros_like(losses))
+        self.chances = list(state["chances"])
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object per line, in the order of the steps. Only rank 0 writes."""
+
+    def __init__(self, path: Path, is_main: bool):
+        self.path, self.is_main = path, is_main
+        self.lines = 0
+
+    def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
+        """Append a line: `step`, `epoch`, `split`, then the values (`loss` first)."""
+        if self.is_main:
+            line = {"step": step, "epoch": round(epoch, 4), "split": split} | {
+                k: round_to_digits(v) for k, v in values.items()
+            }
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self.lines += 1
+
+    def state_dict(self) -> dict[str, int]:
+        """State for `accelerator.register_for_checkpointing`: the length of the log."""
+        return {"lines": self.lines}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore what [`state_dict`][MetricsLog.state_dict] returned; `rewind` then shortens the file."""
+        self.lines = state["lines"]
+
+    def last_validation(self) -> int | None:
+        """Step of the last validation in the file, also if it comes after the checkpoint that was loaded."""
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        steps = [line["step"] for line in map(json.loads, (line for line in lines if line.endswith("\n")))
+                 if line["split"] == "validation"]  # fmt: skip
+        return steps[-1] if steps else None
+
+    def rewind(self) -> None:
+        """Delete the lines after the checkpoint that a run resumes from: they will be written again."""
+        if self.is_main and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines[: self.lines] if line.endswith("\n")]
+            replace_text(self.path, "".join(kept))
+            self.lines = len(kept)
+
+
+def round_to_digits(value: float, digits: int = 6) -> float:
+    """A number rounded to `digits` significant digits."""
+    return float(f"{value:.{digits}g}")

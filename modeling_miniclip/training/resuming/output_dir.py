@@ -1,0 +1,136 @@
+"""The output folder: lock it for one run, check it, empty it, and say what was saved when its disk is full."""
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ...errors import MiniClipError, UsageError, disk_error_message
+from ...utils.files import discard_folder, recover_folder
+from ...utils.processes import process_rank
+from ..command_line.arguments import TrainingArguments
+from .checkpoints import INTERRUPTED_EXPORT, list_checkpoints
+from .fingerprint import UNDECODABLE
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs may share a folder
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".lock"
+RESULTS = (
+    "checkpoints", "export", INTERRUPTED_EXPORT, "metrics.jsonl", "curves.png", "retrieval.png", "arguments.yaml",
+    UNDECODABLE,
+)  # fmt: skip
+
+
+@contextmanager
+def locked_output_dir(arguments: TrainingArguments) -> Iterator[None]:
+    """Within the block, no other run can use `--output_dir`, and errors of its disk say what was saved.
+
+    Rank 0 locks the folder for all processes of the run.
+
+    Raises:
+        MiniClipError: the folder is used by another run or cannot be written to, or its disk became full or read-only
+            during the run.
+    """
+    output_dir = Path(arguments.output_dir)
+    if process_rank() != 0:
+        yield
+        return
+    is_new = not output_dir.exists()
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(output_dir / LOCK_FILE)
+    except OSError as error:
+        raise MiniClipError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    except MiniClipError:
+        raise
+    except Exception as error:
+        reason = disk_error_message(error)
+        if reason is None:
+            raise
+        raise MiniClipError(f"{reason}; {_what_was_saved(output_dir)}") from error
+    finally:
+        with suppress(OSError):
+            os.unlink(output_dir / LOCK_FILE)  # before it is closed, which releases the lock
+            if is_new:
+                output_dir.rmdir()  # succeeds only if the run failed before it wrote anything
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    """Open and lock a file that says who holds it.
+
+    It is a POSIX record lock: it ends with the process that holds it, even if that is killed. The loader processes,
+    which may live some seconds longer, do not inherit it. Some network file systems do not support it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is not None:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace")
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(descriptor)
+                raise MiniClipError(
+                    f"--output_dir {path.parent} is used by another run, {holder or 'just started'}: wait until "
+                    "it ends, stop it, or choose another --output_dir"
+                ) from error
+            return descriptor  # a file system without locks
+        with suppress(OSError):
+            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:  # not a file that its holder has just deleted
+                break
+        os.close(descriptor)
+    with suppress(OSError):  # the lock holds on a full disk too
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return descriptor
+
+
+def _what_was_saved(output_dir: Path) -> str:
+    found = list_checkpoints(output_dir / "checkpoints")
+    left = f"{found[-1]} is complete" if found else "there is no checkpoint yet"
+    return f"{left}: free some space and repeat the command with --resume_from_checkpoint latest"
+
+
+def how_to_resume(output_dir: str | os.PathLike) -> str:
+    """What is left of a run whose processes did not all survive, and how to go on."""
+    found = list_checkpoints(Path(output_dir) / "checkpoints")
+    last = f"last checkpoint: {found[-1]}" if found else "no checkpoint yet"
+    several = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+    where = " on all machines" if several else ""
+    return f"{last}; resume with the same command{where} and --resume_from_checkpoint latest"
+
+
+def check_output_dir(arguments: TrainingArguments) -> None:
+    """Check that the folder is new, or may be overwritten or resumed; repair an export that was being replaced.
+
+    Nothing is deleted yet, see [`clear_output_dir`].
+
+    Raises:
+        UsageError: the folder contains an earlier run, and neither `--resume_from_checkpoint` nor
+            `--overwrite_output_dir` is given.
+    """
+    output_dir = Path(arguments.output_dir)
+    may_exist = arguments.overwrite_output_dir or arguments.resume_from_checkpoint is not None
+    if not may_exist and any((output_dir / name).exists() for name in RESULTS):
+        raise UsageError(
+            f"{output_dir} contains an earlier run: continue it with --resume_from_checkpoint latest, choose another "
+            "--output_dir, or delete it with --overwrite_output_dir"
+        )
+    recover_folder(output_dir / "export")
+
+
+def clear_output_dir(output_dir: Path) -> None:
+    """Delete an earlier run's results; called only when everything else about the new run is known to be right."""
+    for path in (output_dir / name for name in RESULTS):
+        if path.is_file():
+            path.unlink()
+        else:
+            discard_folder(path)

@@ -1,0 +1,196 @@
+"""Create model and processor from pretrained towers, a preset or an export."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from ...configuration_miniclip import FIELDS, TOWERS, MiniClipConfig
+from ...errors import ModelError, UsageError, did_you_mean, one_line
+from ...inference.loading import check_export_folder, load_export
+from ...inference.pickled import reject_pickled
+from ...modeling_miniclip import MiniClipModel
+from ...processing_miniclip import MiniClipProcessor, image_processor_from_timm, max_text_length
+from ...utils.resources import named_file
+from ..command_line.arguments import MODEL_SOURCES, TrainingArguments
+from .try_towers import try_towers
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def create_model(
+    arguments: TrainingArguments, captions: Iterable[list[str]]
+) -> tuple[MiniClipModel, MiniClipProcessor]:
+    """Create the model that the arguments describe: from a preset, from an export or from two pretrained towers.
+
+    Args:
+        arguments: flags of the run.
+        captions: captions of each training image, or of a sample; a preset trains its vocabulary on them. They can be
+            iterated several times.
+
+    Returns:
+        The model in evaluation mode and float32, and its processor.
+
+    Raises:
+        ModelError: the weights cannot be found, are damaged or do not fit.
+        UsageError: the arguments or the preset describe no possible model.
+    """
+    asked = {
+        "text_pooling": arguments.text_pooling,
+        "projection_dim": arguments.projection_dim,
+        "projection_depth": arguments.projection_depth,
+        "loss_type": arguments.loss_type,
+    }
+    overrides = {name: value for name, value in asked.items() if value is not None}
+    try:
+        if arguments.preset is not None:
+            model, processor = _from_preset(arguments, overrides, captions)
+        elif arguments.model_name_or_path is not None:
+            model, processor = _from_export(arguments, overrides)
+        else:
+            model, processor = _from_towers(arguments, overrides)
+        if arguments.train_image_size is not None:  # towers of a fixed size raise an error
+            image_processor_from_timm(model.config.vision_config, arguments.train_image_size)
+        try_towers(model, processor, arguments)
+    except Exception as error:  # the libraries raise errors of many classes for wrong values
+        named = [f"--{name} {getattr(arguments, name)}" for names in MODEL_SOURCES for name in names]
+        sources = " and ".join(text for text in named if not text.endswith(" None"))
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        wrong = UsageError if isinstance(error, UsageError) else ModelError
+        raise wrong(f"cannot create a model from {sources}: {kind}{one_line(error)}") from error
+    if arguments.dropout is not None:
+        set_dropout(model, arguments.dropout)
+    if arguments.projection_dropout is not None:
+        for head in (model.visual_projection, model.text_projection):
+            set_dropout(head, arguments.projection_dropout)
+        model.config.projection_dropout = arguments.projection_dropout
+    return model, processor
+
+
+def _from_towers(arguments: TrainingArguments, overrides: dict[str, Any]) -> tuple[MiniClipModel, MiniClipProcessor]:
+    vision, text = str(arguments.vision_model), str(arguments.text_model)
+    for flag, source in (("--vision_model", vision), ("--text_model", text)):
+        check_export_folder(flag, source)
+    sizes = (arguments.image_size, arguments.max_length, arguments.crop_pct)
+    processor = MiniClipProcessor.from_towers(vision, text, *sizes)
+    try:
+        return MiniClipModel.from_towers(vision, text, **overrides), processor
+    except OSError:
+        reject_pickled("--vision_model", vision)
+        reject_pickled("--text_model", text)
+        raise
+
+
+def _from_preset(
+    arguments: TrainingArguments, overrides: dict[str, Any], captions: Iterable[list[str]]
+) -> tuple[MiniClipModel, MiniClipProcessor]:
+    config = read_preset(named_file(str(arguments.preset), "presets", ".json"), overrides)
+    tokenizer = train_tokenizer(captions, config.text_config.vocab_size)
+    config.text_config.pad_token_id = tokenizer.pad_token_id
+    limit = max_text_length(config.text_config, tokenizer)
+    tokenizer.model_max_length = _text_length(arguments, limit)
+    images = image_processor_from_timm(config.vision_config, arguments.image_size, arguments.crop_pct)
+    processor = MiniClipProcessor(images, tokenizer)
+    return MiniClipModel(config).eval(), processor
+
+
+def read_preset(path: Path, overrides: dict[str, Any] | None = None) -> MiniClipConfig:
+    """The configuration in a preset's JSON file.
+
+    Args:
+        path: path of the file.
+        overrides: fields that override those of the file.
+
+    Raises:
+        UsageError: the file is not JSON, or has an unknown key or an invalid value for [`MiniClipConfig`].
+        OSError: the file cannot be read.
+    """
+    try:
+        preset = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON: {error}") from error
+    if not isinstance(preset, dict):
+        raise UsageError(f"{path}: expected the fields of a MiniClipConfig, found {type(preset).__name__}")
+    known = ["model_type", *TOWERS, *FIELDS]
+    for key in preset:
+        if key not in known:  # the configuration would silently keep it
+            expected = f"; expected one of {', '.join(known)}"
+            raise UsageError(f"{path}: unknown key {key!r}{did_you_mean(key, known, expected)}")
+    try:
+        return MiniClipConfig.from_dict(preset | (overrides or {}))
+    except (ValueError, StrictDataclassError) as error:
+        raise UsageError(f"{path}: {one_line(error)}") from error
+
+
+def _from_export(arguments: TrainingArguments, overrides: dict[str, Any]) -> tuple[MiniClipModel, MiniClipProcessor]:
+    source = str(arguments.model_name_or_path)
+    model, processor = load_export(source, "--model_name_or_path")
+    for name, value in overrides.items():
+        own = getattr(model.config, name)
+        if value != own:
+            raise UsageError(f"--{name} {value} cannot change a trained model: {source} has {own}")
+    processor.tokenizer.model_max_length = _text_length(arguments, processor.tokenizer.model_max_length)
+    if arguments.image_size is not None or arguments.crop_pct is not None:
+        size = arguments.image_size or processor.image_processor.crop_size["height"]
+        processor.image_processor = image_processor_from_timm(model.config.vision_config, size, arguments.crop_pct)
+    return model, processor
+
+
+def _text_length(arguments: TrainingArguments, limit: int) -> int:
+    if arguments.max_length is None:
+        return limit
+    if not 0 < arguments.max_length <= limit:
+        raise UsageError(f"--max_length must be in 1..{limit}, the limit of this model, not {arguments.max_length}")
+    return arguments.max_length
+
+
+def train_tokenizer(captions: Iterable[list[str]], vocab_size: int) -> Any:
+    """A lower-casing WordPiece tokenizer like BERT's, with a vocabulary learned from the captions.
+
+    It knows every character of the captions. The same captions give the same vocabulary in every process and run.
+
+    Args:
+        captions: captions of each image; they are iterated twice.
+        vocab_size: largest size of the vocabulary, special tokens included.
+
+    Raises:
+        ValueError: the captions have too many different characters for a vocabulary of that size.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizer
+
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normal = (learner.normalizer.normalize_str(text) for row in captions for text in row)
+    words = {word for text in normal for word, _ in learner.pre_tokenizer.pre_tokenize_str(text)}
+    inner = {character for word in words for character in word[1:]}
+    # The library numbers single characters in the order of a hash table, and breaks ties between pieces by these
+    # numbers. As special tokens they get fixed numbers; in the final tokenizer they are plain pieces.
+    alphabet = sorted({word[0] for word in words} | inner) + sorted(f"##{character}" for character in inner)
+    fixed = [*SPECIAL_TOKENS, *alphabet]
+    if len(fixed) > vocab_size:
+        raise ValueError(
+            f"the captions need {len(fixed)} tokens for their single characters alone, more than the vocab_size "
+            f"{vocab_size} in the preset's text_config: raise it"
+        )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=fixed, limit_alphabet=vocab_size, show_progress=False
+    )
+    learner.train_from_iterator((text for row in captions for text in row), trainer)
+    return BertTokenizer(vocab=learner.get_vocab(), do_lower_case=True)
+
+
+def set_dropout(part: nn.Module, probability: float) -> None:
+    """Set every dropout of a model or a part: modules, attention dropout stored as a number, and stochastic depth."""
+    if isinstance(part, MiniClipModel):
+        part.config.projection_dropout = probability
+    for module in part.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = probability
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(module, name, probability)

@@ -1,0 +1,210 @@
+"""Features of frozen towers on disk: computed once, memory-mapped, resumable, shared between runs.
+
+The images of a split are in several tables, and so are its captions, so that a change of some leaves the others. Each
+table has a folder, named by a hash of everything that its values depend on. It is filled batch by batch; a batch
+belongs to one process, and its values do not depend on the number of processes or on interruptions. Two runs that fill
+the same table at the same time do some work twice and write the same values.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor, nn
+
+from ...errors import MiniClipError
+
+FORMAT = 2  # part of every hash: increase it when the values or their layout change
+
+
+def default_cache_dir() -> Path:
+    """`HF_HOME/miniclip/features`, next to the caches of the other Hugging Face libraries."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "miniclip" / "features"
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """A hash of byte strings and their lengths."""
+    whole = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little"))
+        whole.update(part)
+    return whole.hexdigest()
+
+
+def digest_of_weights(module: nn.Module) -> str:
+    """A hash of all parameters and buffers with their names."""
+    tensors = sorted(module.state_dict().items())
+    return digest(
+        part
+        for name, tensor in tensors
+        for part in (name.encode(), tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    )
+
+
+def digest_of_texts(texts: pa.Array) -> str:
+    """A hash of texts, in their order."""
+    strings = (pc.binary_length(texts).to_numpy().tobytes(), "".join(texts.to_pylist()).encode())
+    return digest(strings)
+
+
+def digest_of_tokenizer(tokenizer: Any) -> str:
+    """A hash of what the token ids of a text depend on."""
+    settings = {name: getattr(tokenizer, name) for name in ("model_max_length", "truncation_side")}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return digest([repr((type(tokenizer), settings, sorted(tokenizer.get_vocab().items()))).encode()])
+    parts = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # which each call sets
+    return digest([json.dumps([parts, settings], sort_keys=True).encode()])
+
+
+class FeatureTable:
+    """`[rows, width]` float32 on disk, filled a few rows at a time.
+
+    Args:
+        cache_dir: folder of all tables.
+        depends_on: everything that the values depend on, as JSON-compatible values.
+        rows, width: shape of the table.
+
+    Raises:
+        MiniClipError: the folder cannot be written to.
+    """
+
+    def __init__(self, cache_dir: Path, depends_on: dict[str, Any], rows: int, width: int):
+        about = {"format": FORMAT, "rows": rows, "width": width, **depends_on}
+        text = json.dumps(about, indent=1, sort_keys=True)
+        self.rows, self.width = rows, width
+        self.folder = cache_dir / digest([text.encode()])
+        try:
+            self._open(text)
+        except ValueError:  # a file is truncated
+            shutil.rmtree(self.folder)
+            self._open(text)
+        except OSError as error:
+            raise MiniClipError(
+                f"--feature_cache_dir {cache_dir} cannot be written: {error.strerror or error}; choose another folder"
+            ) from error
+
+    def _open(self, about: str) -> None:
+        if not self.folder.exists():
+            self._create(about, self.rows, self.width)
+        self._values_at, self._done_at = (
+            np.load(self.folder / name, mmap_mode="r").offset for name in ("features.npy", "done.npy")
+        )
+
+    def _create(self, about: str, rows: int, width: int) -> None:
+        fresh = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
+        fresh.mkdir(parents=True)
+        try:
+            # Sparse files: each part takes space only when it is written.
+            np.lib.format.open_memmap(fresh / "features.npy", "w+", np.float32, (rows, width))
+            np.lib.format.open_memmap(fresh / "done.npy", "w+", np.uint8, (rows,))
+            (fresh / "about.json").write_text(about + "\n", encoding="utf-8")
+            fresh.rename(self.folder)
+        except BaseException as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if not (isinstance(error, OSError) and self.folder.exists()):  # another process was faster
+                raise
+
+    def done(self) -> np.ndarray:
+        """`[rows]` bool, the rows that are filled by now."""
+        return np.fromfile(self.folder / "done.npy", np.uint8, self.rows, offset=self._done_at) > 0
+
+    def write(self, rows: Sequence[int] | np.ndarray, features: Tensor) -> None:
+        """Fill some rows; they count as done once their values are on disk.
+
+        Args:
+            rows: numbers of the rows, ascending or not.
+            features: `[len(rows), width]` values.
+
+        Raises:
+            MiniClipError: the disk is full. Rows written before are kept.
+        """
+        runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1)
+        values, size = features.cpu().numpy(), 4 * self.width
+        try:
+            # Not through a memory map: on a full disk that would kill the process.
+            _write_at(
+                self.folder / "features.npy",
+                [(self._values_at + rows[run[0]] * size, values[run[0] : run[-1] + 1].tobytes()) for run in runs],
+            )
+            _write_at(self.folder / "done.npy", [(self._done_at + rows[run[0]], b"\1" * len(run)) for run in runs])
+        except OSError as error:
+            raise MiniClipError(
+                f"{self.folder}: features cannot be written: {error.strerror or error}; free some space, or choose "
+                "another folder with --feature_cache_dir, and run again: the features computed so far are kept"
+            ) from error
+
+    def read(self) -> Tensor:
+        """`[rows, width]`, memory-mapped: pages are read when they are used, and shared by all processes."""
+        skipped = self._values_at // 4
+        # Unlike a memory map of NumPy, this one keeps no file open: a run may have thousands of tables.
+        whole = torch.from_file(str(self.folder / "features.npy"), size=skipped + self.rows * self.width)
+        return whole[skipped:].view(self.rows, self.width)
+
+
+class FeatureRows:
+    """Rows of several tensors, one after the other, without copying them together.
+
+    Args:
+        parts: `[rows, width]` tensors, none of them empty.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]):
+        self.parts = list(parts)
+        self.starts = [0, *accumulate(map(len, self.parts))]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, row: int) -> Tensor:
+        """`[width]`, one row."""
+        return self.between(row, row + 1)[0]
+
+    def between(self, start: int, stop: int) -> Tensor:
+        """`[stop - start, width]`, rows of one tensor."""
+        part = min(bisect_right(self.starts, start), len(self.parts)) - 1
+        return self.parts[part][start - self.starts[part] : stop - self.starts[part]]
+
+    def take(self, rows: Sequence[int]) -> Tensor:
+        """`[len(rows), width]`, a copy of some rows."""
+        return torch.stack([self[row] for row in rows])
+
+
+class CaptionFeatures:
+    """Features of the captions of each image.
+
+    Args:
+        features: features of all captions, those of an image in one part.
+        offsets: `[images + 1]` int64, number of the first caption of each image, and of all captions.
+    """
+
+    def __init__(self, features: FeatureRows, offsets: np.ndarray):
+        self.features, self.offsets = features, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, image: int) -> Tensor:
+        """`[captions, width]` of an image."""
+        return self.features.between(int(self.offsets[image]), int(self.offsets[image + 1]))
+
+
+def _write_at(path: Path, pieces: Iterable[tuple[int, bytes]]) -> None:
+    with path.open("r+b") as file:
+        for offset, data in pieces:
+            file.seek(offset)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,304 @@
+"""Run a whole split through the model: embeddings for validation, and features of frozen towers, computed once."""
+
+import math
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from ...data.loading.collation import model_inputs
+from ...data.loading.dataset import CaptionRows
+from ...data.loading.loader import BatchLoader
+from ...data.tables.image_places import image_parts
+from ...data.tables.row_blocks import caption_counts, record_batches
+from ...modeling_miniclip import MiniClipModel
+from ...processing_miniclip import MiniClipProcessor
+from ...utils.performance import release_freed_memory
+from ..processes.distributed import gather_rows
+from ..reports.diagnostics import not_finite
+from .feature_cache import (
+    CaptionFeatures,
+    FeatureRows,
+    FeatureTable,
+    digest_of_texts,
+    digest_of_tokenizer,
+    digest_of_weights,
+)
+from .fold_batch_norm import folded_batch_norms
+
+EVALUATION_BATCH = 64  # images per forward pass
+TEXT_BLOCK = 256  # captions per forward pass of the text tower
+TRIM_EVERY = 4  # batches of a validation
+TEXT_IMAGES = 8_192  # images whose captions are sorted by length together
+TOKENIZED_TOGETHER = 512  # captions, which takes little memory
+
+
+@dataclass
+class FrozenFeatures:
+    """Pooled features of one split from frozen towers; None for a tower that runs in every step.
+
+    Args:
+        vision: `[rows, width]` for each augmented view.
+        text: `[captions, width]` for each image.
+    """
+
+    vision: list[FeatureRows] | None = None
+    text: CaptionFeatures | None = None
+
+
+class Collected:
+    """Rows of batches, in one tensor from the start: a list of small tensors would fragment the memory.
+
+    Args:
+        most: largest number of rows.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.count = most, 0
+        self.values = torch.empty(0)
+
+    def add(self, rows: Tensor) -> None:
+        """Append rows `[n, ...]`, all of the same shape and type."""
+        if self.count == 0:
+            self.values = rows.new_empty(self.most, *rows.shape[1:])
+        self.values[self.count : self.count + len(rows)] = rows
+        self.count += len(rows)
+
+    def rows(self) -> Tensor:
+        """All rows so far."""
+        return self.values[: self.count]
+
+
+@torch.no_grad()
+def embed_split(
+    model: MiniClipModel,
+    loader: BatchLoader,
+    processor: MiniClipProcessor,
+    device: torch.device,
+    progress: bool,
+    on_undecodable: Callable[[list[tuple[int, str]]], Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings of a whole split, gathered from all processes, in the order of its rows.
+
+    Args:
+        model: unwrapped model.
+        loader: loader of the split, without shuffling.
+        processor: preprocessing that belongs to the model.
+        device: device of the model.
+        progress: whether to show a progress bar.
+        on_undecodable: function called once with the rows of this process's undecodable images and the reasons; these
+            images are skipped.
+
+    Returns:
+        `[B, dim]` image embeddings, `[N, dim]` text embeddings, and `[N]`, the row of each text's image; on the CPU.
+    """
+    model.eval()
+    images, texts = len(loader.rows), int(caption_counts(loader.rows.texts).sum())  # of all processes
+    parts = {name: Collected(images) for name in ("images", "image_id")}
+    parts |= {name: Collected(texts) for name in ("texts", "text_image_id")}
+    undecodable: list[tuple[int, str]] = []
+    for number, batch in enumerate(tqdm(loader, desc="validate", unit="batch", leave=False, disable=not progress)):
+        if device.type == "cpu" and number % TRIM_EVERY == 0:  # texts of many lengths leave gaps that add up
+            release_freed_memory()
+        undecodable += batch.pop("undecodable", [])
+        output = model(**model_inputs(batch, processor, device))
+        for name, values in (("images", output.image_embeds), ("image_id", batch["image_id"])):
+            parts[name].add(values[batch["image_id"] >= 0].to(device))
+        for name, values in (("texts", output.text_embeds), ("text_image_id", batch["text_image_id"])):
+            parts[name].add(values[batch["text_image_id"] >= 0].to(device))
+    on_undecodable(undecodable)
+    whole = {name: gather_rows(collected.rows()).cpu() for name, collected in parts.items()}
+    image_order = whole["image_id"].argsort()
+    text_order = whole["text_image_id"].argsort(stable=True)
+    image_row = torch.searchsorted(whole["image_id"][image_order], whole["text_image_id"][text_order])
+    return whole["images"][image_order].float(), whole["texts"][text_order].float(), image_row
+
+
+@torch.no_grad()
+def frozen_image_features(
+    model: MiniClipModel, rows: CaptionRows, views: int, num_workers: int, cache_dir: Path, accelerator: Accelerator
+) -> list[FeatureRows]:
+    """Pooled features of every image, each computed once; the processes of a machine share the work.
+
+    If all of them are cached, no image is opened.
+
+    Args:
+        model: model on its device, with a frozen image tower.
+        rows: images of a split, with their augmentation if there is one.
+        views: number of augmented views; 1 without augmentation.
+        num_workers: number of loader processes.
+        cache_dir: folder of the [`FeatureTable`]s.
+        accelerator: device and processes of the run.
+
+    Returns:
+        `[rows, width]` for each view, memory-mapped. View v is the image as `rows` would augment it in epoch v. The
+        row of an image that cannot be decoded is NaN.
+
+    Raises:
+        MiniClipError: the tower returns NaN or infinity for an image.
+    """
+    model.vision_model.eval()
+    vision, width = model.config.vision_config, model.vision_model.pooled_size
+    depends_on = {
+        "tower": {"architecture": vision.architecture, "model_args": vision.model_args},
+        "weights": digest_of_weights(model.vision_model),
+        "preprocessing": rows.processor.image_processor.to_dict(),
+    }
+    parts = list(image_parts(rows.undecoded))
+
+    def compute(view: int, batches: list[range]) -> Iterator[Tensor]:
+        loader = BatchLoader(rows, [[(view, i) for i in batch] for batch in batches], num_workers)
+        for numbers, batch in zip(batches, loader, strict=True):
+            pixels = model_inputs(batch, rows.processor, accelerator.device)["pixel_values"]
+            pooled = model.pool_images(pixels).pooler_output.float().cpu()
+            if not pooled.isfinite().all():
+                raise not_finite("image tower's features", math.nan, accelerator.mixed_precision)
+            features = torch.full((len(numbers), width), math.nan)
+            decoded = batch["image_id"] >= 0
+            features[batch["image_id"][decoded] - numbers.start] = pooled[decoded]
+            yield features
+
+    found, crop = [], rows.processor.image_processor.crop_size
+    with folded_batch_norms(model.vision_model, (crop["height"], crop["width"])):
+        for view in range(views):
+            tables = []
+            for part, images in parts:
+                about = depends_on | {"images": images}
+                if rows.augmentation is not None:
+                    draws = {"draws": 2, "seed": rows.seed, "view": view, "first_row": part.start}
+                    about["augmentation"] = draws | {"transforms": rows.augmentation.to_dict()}
+                tables.append((part, FeatureTable(cache_dir, about, len(part), width)))
+            title = "image features" if views == 1 else f"image features, view {view + 1} of {views}"
+            _fill_with_images(tables, partial(compute, view), accelerator, title)
+            found.append(FeatureRows([table.read() for _, table in tables]))
+    return found
+
+
+def _fill_with_images(
+    tables: list[tuple[range, FeatureTable]],
+    compute: Callable[[list[range]], Iterator[Tensor]],
+    accelerator: Accelerator,
+    title: str,
+) -> None:
+    """Compute what is missing in the tables of a split's images.
+
+    Args:
+        tables: rows of the split in each table.
+        compute: function that computes the features of batches of rows.
+        accelerator: device and processes of the run.
+        title: title of the progress bar.
+    """
+    starts = [part.start for part, _ in tables]
+
+    def fill(rank: int, world_size: int) -> None:
+        done = np.concatenate([np.zeros(0, bool), *(table.done() for _, table in tables)])
+        # Batches have the same rows however they are stored: a tower's last bits depend on the rows of its batch.
+        every = (range(i, min(i + EVALUATION_BATCH, len(done))) for i in range(0, len(done), EVALUATION_BATCH))
+        own = (rows for k, rows in enumerate(every) if k % world_size == rank)
+        batches = [rows for rows in own if not done[rows.start : rows.stop].all()]
+        for rows, features in zip(batches, _with_bar(compute(batches), title, len(batches), accelerator), strict=True):
+            for part, table in tables[bisect_right(starts, rows.start) - 1 : bisect_left(starts, rows.stop)]:
+                here = range(max(rows.start, part.start), min(rows.stop, part.stop))
+                table.write(range(here.start - part.start, here.stop - part.start),
+                            features[here.start - rows.start : here.stop - rows.start])  # fmt: skip
+
+    _share(fill, accelerator)
+
+
+@torch.no_grad()
+def frozen_text_features(
+    model: MiniClipModel, rows: Dataset, processor: MiniClipProcessor, cache_dir: Path, accelerator: Accelerator
+) -> CaptionFeatures:
+    """Pooled features of every caption, each computed once; the processes of a machine share the work.
+
+    The captions of [`TEXT_IMAGES`] images are sorted by length, so that there is almost no padding. Captions whose
+    features are cached are not tokenized.
+
+    Args:
+        model: model on its device, with a frozen text tower.
+        rows: rows of a split with their captions.
+        processor: preprocessing that belongs to the model.
+        cache_dir: folder of the [`FeatureTable`]s.
+        accelerator: device and processes of the run.
+
+    Returns:
+        Features of the captions of each image, memory-mapped.
+    """
+    model.text_model.eval()
+    depends_on = {
+        "tower": {k: v for k, v in model.config.text_config.to_dict().items() if k != "_name_or_path"},
+        "weights": digest_of_weights(model.text_model),
+        "pooling": model.config.text_pooling,
+        "tokenizer": digest_of_tokenizer(processor.tokenizer),
+    }
+    width, parts = model.config.text_config.hidden_size, []
+    for batch in record_batches(rows, ["captions"], TEXT_IMAGES):
+        captions = batch["captions"].flatten()
+        if len(captions):
+            about = depends_on | {"captions": digest_of_texts(captions)}
+            parts.append((captions, FeatureTable(cache_dir, about, len(captions), width)))
+
+    def compute(ids: list[np.ndarray], batches: list[np.ndarray]) -> Iterator[Tensor]:
+        for batch in batches:
+            texts = [torch.from_numpy(ids[i]) for i in batch]
+            mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+            padded = pad_sequence(texts, batch_first=True, padding_value=processor.tokenizer.pad_token_id)
+            inputs = {"input_ids": padded.to(accelerator.device), "attention_mask": mask.to(accelerator.device)}
+            yield model.pool_texts(**inputs).pooler_output.float()
+
+    def fill(rank: int, world_size: int) -> None:
+        missing = [(captions, table) for captions, table in parts if not table.done().all()]
+        total = sum(-(-len(captions) // (TEXT_BLOCK * world_size)) for captions, _ in missing)
+        bar = _bar("text features", total, accelerator)
+        for captions, table in missing:
+            ids = _token_ids(captions, processor)
+            order = np.array(sorted(range(len(ids)), key=lambda i: len(ids[i])))
+            done, every = table.done(), (order[i : i + TEXT_BLOCK] for i in range(0, len(order), TEXT_BLOCK))
+            batches = [batch for k, batch in enumerate(every) if k % world_size == rank and not done[batch].all()]
+            for batch, features in zip(batches, compute(ids, batches), strict=True):
+                table.write(batch, features)
+                bar.update()
+        bar.close()
+
+    _share(fill, accelerator)
+    offsets = np.concatenate([[0], np.cumsum(caption_counts(rows))])
+    return CaptionFeatures(FeatureRows([table.read() for _, table in parts]), offsets)
+
+
+def _token_ids(captions: pa.Array, processor: MiniClipProcessor) -> list[np.ndarray]:
+    """Token ids of each caption, as int64 arrays."""
+    ids: list[np.ndarray] = []
+    for start in range(0, len(captions), TOKENIZED_TOGETHER):
+        texts = captions[start : start + TOKENIZED_TOGETHER].to_pylist()
+        ids += map(np.array, processor.tokenizer(texts, truncation=True)["input_ids"])
+    return ids
+
+
+def _share(fill: Callable[[int, int], None], accelerator: Accelerator) -> None:
+    """Let the processes of this machine each fill a part of the tables; arguments of `fill` are `rank, world_size`."""
+    fill(accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+    accelerator.wait_for_everyone()
+    fill(0, 1)  # nothing, unless the launcher did not set LOCAL_WORLD_SIZE on several machines
+
+
+def _bar(title: str, batches: int, accelerator: Accelerator) -> tqdm:
+    return tqdm(desc=title, total=batches, unit="batch", disable=not (batches and accelerator.is_local_main_process))
+
+
+def _with_bar(values: Iterator[Tensor], title: str, batches: int, accelerator: Accelerator) -> Iterator[Tensor]:
+    with _bar(title, batches, accelerator) as bar:
+        for value in values:
+            yield value
+            bar.update()
