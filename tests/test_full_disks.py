@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 
-from modeling_miniclip import MiniClipModel, MiniClipProcessor, export, update_index
+from modeling_miniclip import MiniClipModel, MiniClipProcessor, export, load_captions, update_index
 from modeling_miniclip.cli import cli
 from modeling_miniclip.errors import MiniClipError, disk_error_message
 from modeling_miniclip.search.approximate import build_neighbours
@@ -17,6 +18,7 @@ from modeling_miniclip.training.reports.reporting import MetricsLog
 from modeling_miniclip.training.towers.feature_cache import FeatureTable
 from modeling_miniclip.utils.files import replaced_folder
 from tests.helpers.indexes import write_pictures
+from tests.helpers.shards import pairs, write_tar
 from tests.helpers.small_disks import BALLAST, fill, make_room, mounted_disk
 
 
@@ -88,6 +90,49 @@ def test_cached_features_on_a_full_disk(disk: Path) -> None:
         assert torch.equal(table.read(), torch.ones(4, 100_000))
 
     assert_recovers(disk, 1_000_000, write)
+
+
+@pytest.fixture
+def shards(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an archive; HF_HOME is on the small disk."""
+    monkeypatch.setattr(constants, "HF_HOME", str(disk / "hf"))
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "a.tar", pairs(map(str, range(100))))
+    return tmp_path / "shards"
+
+
+def assert_loads_with_room(disk: Path, free: int, source: str, cache: Path, message: str) -> None:
+    """Loading fails with one line that names the folder and a way out, and works as soon as there is room."""
+    fill(disk, free)
+    with pytest.raises(MiniClipError, match=message) as raised:
+        load_captions(source, cache_dir=cache)
+    assert "No space left on device" in str(raised.value)
+    make_room(disk)
+    splits = load_captions(source, cache_dir=cache)
+    assert sorted(caption for rows in splits.values() for (caption,) in rows["captions"]) == sorted(
+        f"caption of {i}" for i in range(100)
+    )
+
+
+@pytest.mark.parametrize("free", [0, 8_192, 20_480])
+def test_table_on_a_full_disk(disk: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(constants, "HF_HOME", str(shards))
+    message = f"table of the dataset cannot be stored in {disk}/tables: .*--dataset_cache_dir"
+    assert_loads_with_room(disk, free, str(shards / "a.tar"), disk / "tables", message)
+    assert len(list((disk / "tables").glob("[!.]*"))) == 1 and not list((disk / "tables").glob("*.new"))
+
+
+@pytest.mark.parametrize("free", [0, 4_096])
+def test_index_of_a_shard_on_a_full_disk(disk: Path, shards: Path, free: int) -> None:
+    message = f"indexes of shards cannot be stored in {disk}/hf/miniclip/shards/indexes: .*HF_HOME"
+    assert_loads_with_room(disk, free, str(shards), shards / "tables", message)
+    assert len(list((disk / "hf/miniclip/shards/indexes").iterdir())) == 1
+
+
+@pytest.mark.parametrize("free", [20_480, 100_000])
+def test_fetched_shard_on_a_full_disk(disk: Path, shards: Path, free: int) -> None:
+    message = f"shards cannot be stored in {disk}/hf/miniclip/shards/fetched: .*HF_HOME"
+    assert_loads_with_room(disk, free, f"file://{shards}/a.tar", shards / "tables", message)
 
 
 def test_picture_on_a_full_disk(disk: Path) -> None:

@@ -11,6 +11,7 @@ rows.py: what every reader of a source yields
 scenes.py: the built-in dataset of drawn scenes
 sources.py: images of any source, for an index
 problems.py: kinds of problems of a dataset
+faults.py: sources that cannot be read, are damaged, or change while they are read
 skipped.py: one report of images and folders that were skipped
 shards/: shards: archives and tables that hold many images each, here or elsewhere
 tables/: rows as tables on disk, built once and shared by all processes

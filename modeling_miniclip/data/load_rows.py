@@ -3,9 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from ..errors import DataError, Problem
-from ..utils.names import name_of
+from .faults import check_damaged, leave_out_damaged, readable, unchanged
 from .problems import OnProblem, raise_problem
 from .rows import ReadOptions, Row
 from .source_kinds import Kind, captioned_kind, resolve
@@ -80,6 +78,7 @@ def load_rows(
     options: ReadOptions = DEFAULT,
     split: SeededSplit | None = SEEDED,
     cache_dir: str | os.PathLike | None = None,
+    max_damaged: float = 0.0,
 ) -> DatasetDict:
     """Load a source as splits `train`, `validation`, `test`, those that it has, with one row per image.
 
@@ -88,6 +87,7 @@ def load_rows(
         options: how to read it.
         split: how to split it at random, if it has no validation split; None leaves all of these rows in `train`.
         cache_dir: folder of the tables.
+        max_damaged: largest fraction of its shards that may be damaged; their other images are left out.
 
     Returns:
         Splits with the columns of [`table_features`][modeling_miniclip.data.tables.table.table_features].
@@ -103,27 +103,18 @@ def load_rows(
         return build_scenes()
     with readable(source):
         kind = captioned_kind(source)
-        key = [source, kind.name, asdict(options), *kind.inputs(source, options)]
-    build = partial(build_table, source=source, kind=kind, options=options)
-    folder = cached_table(key, Path(cache_dir or default_cache_dir()), build)
+        inputs = list(kind.inputs(source, options))
+
+    def build(folder: Path) -> None:
+        with unchanged(source, kind, options, inputs):
+            build_table(folder, source, kind, options, leave_out_damaged if max_damaged else raise_problem)
+
+    folder = cached_table([source, kind.name, asdict(options), *inputs], Path(cache_dir or default_cache_dir()), build)
     about = About.load(folder)
-    for line in about.warnings:
+    check_damaged(source, about, max_damaged)
+    for line in [*about.warnings, *about.damaged.values()]:
         warnings.warn(line, stacklevel=2)
     return splits_of_table(folder, about, kind, split)
-
-
-@contextmanager
-def readable(source: str) -> Iterator[None]:
-    """Within the block, what cannot be read in a source is an error of one line.
-
-    Raises:
-        DataError: a file or folder cannot be read.
-    """
-    try:
-        yield
-    except OSError as error:
-        text = f"cannot be read: {error.strerror or error}; check its permissions and its disk"
-        raise DataError(Problem("unusable", text, name_of(error.filename or source))) from error
 
 
 def load_datasets(
@@ -132,24 +123,25 @@ def load_datasets(
     split: SeededSplit = SEEDED,
     cache_dir: str | os.PathLike | None = None,
     validation: str | None = None,
+    max_damaged: float = 0.0,
 ) -> Splits:
     """Load several sources as one; their rows follow each other in each split.
 
     Args:
         sources: sources as for [`load_rows`].
-        options, split, cache_dir: as for [`load_rows`].
+        options, split, cache_dir, max_damaged: as for [`load_rows`].
         validation: source of all validation rows; by default, each source has its own.
 
     Raises:
         DataError: as in [`load_rows`], or a source has no rows to train on.
     """
-    parts = [load_rows(source, options, None if validation else split, cache_dir) for source in sources]
+    parts = [load_rows(source, options, None if validation else split, cache_dir, max_damaged) for source in sources]
     for source, part in zip(sources, parts, strict=True):
         if "train" not in part:
             text = f"no train split among {', '.join(part)}; name one of them train"
             raise DataError(Problem("unusable", text, source))
     if validation is not None:
-        whole = load_rows(validation, options, None, cache_dir)
+        whole = load_rows(validation, options, None, cache_dir, max_damaged)
         rows = next(whole[name] for name in ("validation", "test", "train") if name in whole)
         parts = [DatasetDict({name: part[name] for name in part if name != "validation"}) for part in parts]
         parts[0]["validation"] = rows
@@ -176,12 +168,21 @@ def build_table(
     Raises:
         DataError: the source has no captions.
     """
+    damaged: dict[str, str] = {}
+
+    def report(problem: Problem) -> None:
+        on_problem(problem)
+        if problem.kind == "damaged-shard":
+            damaged[problem.file] = str(problem)
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        about = write_table(_rows(kind, source, options, on_problem), folder, on_problem, f"read {Path(source).name}")
+        about = write_table(_rows(kind, source, options, report), folder, on_problem, f"read {Path(source).name}")
         rows = open_table(folder)
         if not len(rows):
-            raise DataError(Problem("unusable", "no captions; expected a header and one row per caption", source))
+            reasons = [*damaged.values(), *(str(one.message) for one in caught)]
+            text = f"no images with captions{': ' * bool(reasons)}{''.join(reasons[:1])}"
+            raise DataError(Problem("unusable", text, source))
         if (lines := kind.split_lines(source, options, on_problem)) is not None:
             named = splits_of_files(rows, lines, on_problem)
         else:
@@ -195,7 +196,7 @@ def build_table(
         if split in SPLITS:
             np.save(folder / NAMED.format(split), numbers)
     left_out = len(rows) - sum(len(numbers) for split, numbers in named.items() if split in SPLITS) if named else 0
-    about.warnings = [str(one.message) for one in caught]
+    about.warnings, about.damaged = [str(one.message) for one in caught], damaged
     if left_out:
         about.warnings.append(f"{source}: left out {left_out} images that are in none of {', '.join(SPLITS)}")
     about.save(folder)

@@ -36,12 +36,16 @@ KINDS = {
     "two-splits": "images in two splits",
     "no-captions": "images without captions, or captions without images",
     "small-split": "splits that are too small",
-    "shard": "shards that are damaged",
+    "shard": "shards that cannot be read",
+    "damaged-shard": "shards that are damaged",
     "left-out": "files with rows that are left out: they have no caption, or no image",
 }
 
 # Problems that do no harm: what they are about is used, or is used elsewhere. `miniclip check` names them.
 HARMLESS = frozenset({"link", "dangling", "metadata", "spelling", "left-out"})
+
+# Problems of whole shards.
+SHARD_PROBLEMS = frozenset({"shard", "damaged-shard"})
 
 # Called with each problem. If it returns, the reader skips the row and goes on.
 OnProblem = Callable[[Problem], Any]

@@ -4,7 +4,7 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Kind:
         by_name: whether a random split is drawn in the order of the names of the images, instead of the source's.
         groups_are_classes: whether a random split holds out images of each group, instead of whole groups.
         one_split_is_train: whether a source with a single split is for training, whatever that is called.
+        has_cheap_inputs: whether `inputs` takes little time in comparison with `read`.
     """
 
     name: str
@@ -52,17 +53,18 @@ class Kind:
     by_name: bool = False
     groups_are_classes: bool = False
     one_split_is_train: bool = False
+    has_cheap_inputs: bool = True
 
 
 CAPTION_FILE = Kind("captions", read_caption_file, inputs_caption_file, split_lines, by_name=True)
-IMAGE_FOLDER = Kind("folder", read_image_folder, inputs_image_folder, by_name=True)
-CLASS_FOLDERS = Kind("classes", read_image_folder, inputs_image_folder, by_name=True, groups_are_classes=True)
+IMAGE_FOLDER = Kind("folder", read_image_folder, inputs_image_folder, by_name=True, has_cheap_inputs=False)
+CLASS_FOLDERS = replace(IMAGE_FOLDER, name="classes", groups_are_classes=True)
 COCO = Kind("coco", read_coco, inputs_coco, by_name=True)
 KARPATHY = Kind("karpathy", read_karpathy, inputs_karpathy, by_name=True)
 TAR = Kind("tar", read_tar, inputs_tar, one_split_is_train=True)
 PARQUET = Kind("parquet", read_parquet, inputs_parquet, one_split_is_train=True)
 SAVED = Kind("saved", read_saved, inputs_saved, one_split_is_train=True)
-HUB = Kind("hub", read_hub, inputs_hub, one_split_is_train=True)
+HUB = Kind("hub", read_hub, inputs_hub, one_split_is_train=True, has_cheap_inputs=False)
 BY_NAME = {kind.name: kind for kind in (IMAGE_FOLDER, COCO, KARPATHY, TAR, PARQUET, SAVED)} | {"text": CAPTION_FILE}
 
 

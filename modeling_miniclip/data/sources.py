@@ -1,5 +1,6 @@
 """The images of any source for an index: what the readers yield, with captions or without."""
 
+import errno
 import os
 import stat
 import tempfile
@@ -13,7 +14,7 @@ from ..errors import DataError, Problem, UsageError
 from ..utils.names import name_of, path_of
 from .columns import ColumnNames
 from .picture_formats import read_encoded
-from .problems import HARMLESS, OnProblem, raise_problem
+from .problems import HARMLESS, SHARD_PROBLEMS, OnProblem, raise_problem
 from .readers.caption_file import check_path
 from .readers.image_files import BAD_FILES
 from .readers.image_folder import read_image_folder
@@ -123,8 +124,8 @@ def walk_source(
             - a single image.
         columns: columns to look for in caption files and datasets.
         on_problem: function called with each folder that cannot be listed (kind `unlisted`), each image in a format
-            that cannot be read (`format`), each link that is not followed (`link`), each damaged shard (`shard`), and
-            harmless problems.
+            that cannot be read (`format`), each link that is not followed (`link`), each shard that is damaged or
+            cannot be read (`SHARD_PROBLEMS`), and harmless problems.
 
     Raises:
         DataError: the source cannot be read, or has no images.
@@ -132,7 +133,7 @@ def walk_source(
     damaged: list[Problem] = []
 
     def report(problem: Problem) -> None:
-        if problem.kind == "shard":
+        if problem.kind in SHARD_PROBLEMS:
             damaged.append(problem)
         on_problem(problem)
 
@@ -145,6 +146,8 @@ def walk_source(
         yield first
         yield from items
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of the disk for temporary files, not of the source
+            raise
         place = name_of(error.filename or path_of(source))
         raise DataError(
             f"{place}: cannot be read: {error.strerror or error}; check its permissions and its disk. The images that "

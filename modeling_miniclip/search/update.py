@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 from ..configuration_miniclip import MiniClipConfig
 from ..data.columns import ColumnNames
 from ..data.listing import is_hidden
-from ..data.problems import OnProblem
+from ..data.problems import SHARD_PROBLEMS, OnProblem
 from ..data.skipped import describe_skipped
 from ..data.sources import DEFAULT_COLUMNS, WARNINGS, Item, is_gone, is_listed_at_once, resolve_source, walk_sources
 from ..errors import DataError, MiniClipError, ModelError, Problem, UsageError, printable
@@ -370,7 +370,8 @@ def _add_problems(plan: _Plan, report: Report, problems: list[Problem]) -> None:
         else:
             is_inside = problem.image is not None and problem.image != problem.file
             name = f"{problem.file}/{problem.image}" if is_inside else problem.file
-            (report.unlisted if problem.kind in ("unlisted", "shard") else report.skipped)[name] = problem.text
+            is_unlisted = problem.kind == "unlisted" or problem.kind in SHARD_PROBLEMS
+            (report.unlisted if is_unlisted else report.skipped)[name] = problem.text
             print(printable(f"skipped: {problem}"), file=sys.stderr)
 
 

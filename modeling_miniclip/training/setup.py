@@ -188,6 +188,7 @@ def load_splits(arguments: TrainingArguments) -> Splits:
         SeededSplit(arguments.validation_fraction, arguments.seed),
         arguments.dataset_cache_dir,
         arguments.validation_dataset,
+        arguments.max_bad_image_fraction,
     )
     limit_splits(splits, arguments)
     return splits

@@ -229,7 +229,7 @@ def test_shards_are_checked_like_files(good: Path) -> None:
         "image '0.tar/7' is byte for byte '0.tar/6'; move its captions to that one"
     ]
     shard.write_bytes(shard.read_bytes()[:20_000])
-    assert "shard" in [kind for kind, *_ in found(shard)]
+    assert "damaged-shard" in [kind for kind, *_ in found(shard)]
     with pytest.raises(UsageError, match="--fix: .*0.tar is not a local caption file or folder"):
         check(str(shard), decode=False, fix=str(good.parent / "fixed.csv"))
 

@@ -185,7 +185,7 @@ def test_damaged_files_cost_their_own_rows(read, tmp_path):
         problems: list[Problem] = []
         rows = list(read_parquet(str(tmp_path), ReadOptions(), problems.append))
         assert len(rows) == 12 + count
-        assert [(problem.kind, problem.file) for problem in problems] == [("shard", sources[1])]
+        assert [(problem.kind, problem.file) for problem in problems] == [("damaged-shard", sources[1])]
 
 
 def test_a_parquet_file_that_is_not_there(tmp_path):

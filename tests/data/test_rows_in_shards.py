@@ -1,8 +1,10 @@
 """Training rows whose images are in shards: decoded as from files, and what a damaged or lost shard costs."""
 
 import io
+import os
 import pickle
 import re
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from modeling_miniclip import DataError, MiniClipError
 from modeling_miniclip.data.loading.dataset import CaptionRows
 from modeling_miniclip.data.picture_formats import read_encoded
 from modeling_miniclip.data.shards import shard_url
-from modeling_miniclip.data.shards.shard_url import member_url, place_of, table_url
+from modeling_miniclip.data.shards.shard_url import member_url, place_of, table_url, version_of
 from modeling_miniclip.errors import Problem
 from tests.helpers.towers import tiny_processor
 
@@ -105,6 +107,38 @@ def test_damaged_parquet_file_costs_only_its_own_images(tmp_path: Path) -> None:
     assert all("cannot be decoded" in reason for reason in found[:2]) and found[2:] == ["", ""]
 
 
+def write_arrow(path: Path) -> list[str]:
+    """Write the pictures to an Arrow file; the names of its rows."""
+    table = pa.table({"image": [{"bytes": content, "path": None} for content in pictures()]})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return [table_url(str(path), row, "image") for row in range(COUNT)]
+
+
+@pytest.mark.parametrize("change", ["cut", "other rows", "other file", "other time"])
+@pytest.mark.parametrize("write", [write_parquet, write_arrow])
+def test_table_that_changes_during_a_run(write: Any, change: str, tmp_path: Path, monkeypatch: Any) -> None:
+    path, encoded = tmp_path / "table", pictures()
+    write(path)
+    names = [table_url(str(path), row, "image", version_of(str(path))) for row in range(COUNT)]
+    rows = rows_named(names)
+    assert "pixels" in rows.__getitems__([(0, 0)])[0]
+    if change == "cut":
+        os.truncate(path, 5_000)
+    elif change == "other time":
+        os.utime(path, ns=(1, 1))
+    else:
+        if change == "other file":
+            path.unlink()
+        monkeypatch.setattr(sys.modules[__name__], "pictures", lambda: encoded[::-1])
+        write(path)
+    if change == "other time":
+        assert all("pixels" in row for row in rows.__getitems__([(0, 0), (0, 4)]))
+        return
+    with pytest.raises(DataError, match=f"none of 5 images .*{path}: has changed since its rows were listed: start"):
+        rows.__getitems__([(0, 0), (0, 4)])
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_lost_shard_ends_the_run_with_its_name(name: str, tmp_path: Path) -> None:
     rows = rows_named(WRITERS[name](tmp_path / name))
@@ -156,7 +190,7 @@ def test_row_groups_stay_in_memory_up_to_a_limit(tmp_path: Path, monkeypatch: py
     groups = []
     for row in (0, 1, 2, 0, 5, 0, 2):
         assert read_encoded({"bytes": None, "path": names[row]}) == pictures()[row % COUNT]
-        groups.append([(Path(path).name[0], group) for path, group, _ in shard_url._ParquetTable.held])
+        groups.append([(Path(path).name[0], group) for path, _, group, _ in shard_url._ParquetTable.held])
     a0, a1, b0 = ("a", 0), ("a", 1), ("b", 0)
     assert groups == [[a0], [a0], [a0, a1], [a1, a0], [a0, b0], [b0, a0], [a0, a1]]
     assert shard_url._ParquetTable.held_bytes <= 2.5 * size

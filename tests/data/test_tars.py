@@ -263,7 +263,7 @@ def test_a_truncated_archive_loses_only_its_end(tmp_path, read):
         complete = [i for i in range(4) if size >= ends[2 * i + 1]]
         rows, problems = read(str(tmp_path / "cut.tar"), with_problems=True)
         assert captions(rows) == {str(i): [f"caption of {i}"] for i in complete}
-        assert [problem.kind for problem in problems if problem.kind == "shard"] == ["shard"]
+        assert [problem.kind for problem in problems if problem.kind != "left-out"] == ["damaged-shard"]
 
 
 def test_a_damaged_header_is_reported(tmp_path, read):
@@ -275,7 +275,7 @@ def test_a_damaged_header_is_reported(tmp_path, read):
     rows, (problem,) = read(str(tmp_path / "a.tar"), with_problems=True)
     assert captions(rows) == {"0": ["caption of 0"], "1": ["caption of 1"]}
     assert (
-        problem.kind == "shard"
+        problem.kind == "damaged-shard"
         and f"damaged at byte {third:,}; copy or download it again to use more than the 2 images before"
         in problem.text
     )
@@ -294,11 +294,14 @@ def test_no_damage_raises_another_error(data):
         pass
 
 
-@pytest.mark.parametrize("content", [b"no tar", b"x" * 2000])
-def test_another_file_is_no_archive(tmp_path, read, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"no tar", "truncated at byte 6"), (b"x" * 2000, "not a tar archive"), (b"", "an empty file")],
+)
+def test_another_file_is_no_archive(tmp_path, read, content, reason):
     (tmp_path / "a.tar").write_bytes(content)
     rows, (problem,) = read(str(tmp_path / "a.tar"), with_problems=True)
-    assert rows == [] and problem.kind == "shard" and re.match("truncated at byte 6|not a tar archive", problem.text)
+    assert rows == [] and problem.kind == "damaged-shard" and re.match(reason, problem.text)
 
 
 def test_a_missing_shard_is_reported(tmp_path, read):
@@ -398,7 +401,7 @@ def test_an_index_reads_compressed_archives(tmp_path, read):
     assert [row.image for row in rows] == [picture(1), picture(0)]
     path.write_bytes(path.read_bytes()[:150])
     rows, problems = read(str(path), ReadOptions(all_images=True), with_problems=True)
-    assert [problem.kind for problem in problems] == ["shard", "left-out"]
+    assert [problem.kind for problem in problems] == ["damaged-shard", "left-out"]
 
 
 def test_images_open_with_datasets(tmp_path, read):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ...errors import DataError
-from ..load_rows import NAMED, SeededSplit, build_table, readable, rows_of_splits
+from ..faults import readable
+from ..load_rows import NAMED, SeededSplit, build_table, rows_of_splits
 from ..problems import OnProblem
 from ..rows import ReadOptions
 from ..source_kinds import captioned_kind, resolve

@@ -208,10 +208,9 @@ class CaptionRows(TorchDataset):
         """The next row that can be decoded, under the image id of a filler."""
         start = _index_of(image_id)
         keys = ((epoch, FILLER - (start + i) % len(self)) for i in range(1, len(self)))
-        rows = map(self._row_alone, keys)
-        filler = next((row for row in rows if "undecodable" not in row), None)
-        if filler is None:
-            raise DataError(
-                f"none of {len(self)} images can be decoded, among them {self.name(start)!r}; replace the files"
-            )
-        return filler
+        reason = f"image {self.name(start)!r}"
+        for row in map(self._row_alone, keys):
+            if "undecodable" not in row:
+                return row
+            reason = row["undecodable"]
+        raise DataError(f"none of {len(self)} images can be decoded, the last one: {reason}")

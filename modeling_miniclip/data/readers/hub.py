@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pyarrow as pa
 
-from ...errors import DataError, one_line
+from ...errors import DataError, MiniClipError, disk_error_message, one_line
 from ..problems import OnProblem
 from ..rows import ReadOptions, Row
 from ..tables.arrow_tables import files_of_dataset
@@ -59,6 +59,7 @@ def _load(source: str, revision: str | None, first_rows: int | None) -> "Dataset
 
     Raises:
         DataError: it cannot be loaded.
+        MiniClipError: it cannot be stored.
     """
     from datasets import DatasetDict, load_dataset
     from datasets.exceptions import DatasetsError
@@ -72,6 +73,9 @@ def _load(source: str, revision: str | None, first_rows: int | None) -> "Dataset
         )  # fmt: skip
         return DatasetDict(raw) if first_rows is None else _first_rows(raw, first_rows)
     except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+        if (full := disk_error_message(error)) is not None:
+            text = f"{source!r} cannot be stored: {full}; free some space, or let HF_HOME name another disk"
+            raise MiniClipError(text) from error
         reason = one_line(error)
         if (known := re.search(r"(?:available configs|Available): \[(.*?)\]", reason)) is not None:
             names = re.findall(r"'([^']*)'", known[1])

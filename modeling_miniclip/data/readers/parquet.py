@@ -16,6 +16,7 @@ from ..problems import OnProblem
 from ..rows import ReadOptions, Row
 from ..shards.remote_shards import is_url
 from ..shards.shard_patterns import expand_shards, inputs_of_shards, short_names, split_of_shard
+from ..shards.shard_url import version_of
 from ..tables.table_rows import (
     HELD,
     Block,
@@ -24,6 +25,7 @@ from ..tables.table_rows import (
     find_columns,
     hashes_of_images,
     held_images,
+    kind_of_error,
     read_tables,
 )
 
@@ -41,7 +43,8 @@ def read_parquet(source: str, options: ReadOptions, on_problem: OnProblem) -> It
     Args:
         source: path or URL of a file, path of a folder of such files, or a pattern such as `data/train-*.parquet`.
         options: how to read them.
-        on_problem: function called with what is left out, and with a file that cannot be read (kind `shard`).
+        on_problem: function called with what is left out, and with a file that cannot be read (kind `shard`) or is
+            damaged (`damaged-shard`).
 
     Raises:
         DataError: nothing matches the pattern, or a file has no column of images or of captions.
@@ -53,7 +56,7 @@ def read_parquet(source: str, options: ReadOptions, on_problem: OnProblem) -> It
             files.append(table_file(path, name))
         except (OSError, pa.ArrowException) as error:
             text = f"cannot be read as Parquet: {one_line(error)}; copy or download it again"
-            on_problem(Problem("shard", text, path))
+            on_problem(Problem(kind_of_error(error, path), text, path))
     yield from read_tables(files, options, on_problem, bool(files) and _repeats_images(files[0], options))
 
 
@@ -83,6 +86,7 @@ def table_file(path: str, name: str) -> TableFile:
         read=partial(_read_blocks, path),
         split=split_of_shard(path),
         bounds="" if is_url(path) else os.path.dirname(os.path.abspath(path)),
+        version="" if is_url(path) else version_of(path),
     )
 
 

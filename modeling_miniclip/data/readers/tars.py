@@ -38,9 +38,9 @@ def read_tar(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterat
             `shards/{00000..00999}.tar`.
         options: how to read it. With `all_images`, compressed archives are read too, their images into memory one at a
             time.
-        on_problem: function called if an archive is damaged (kind `shard`: its images before the damage are used), if
-            some images are left out for lack of a caption (`left-out`), and with each image in a format that cannot be
-            read (`format`) or without content (`empty`).
+        on_problem: function called if an archive cannot be read (kind `shard`) or is damaged (`damaged-shard`: its
+            images before the damage are used), if some images are left out for lack of a caption (`left-out`), and
+            with each image in a format that cannot be read (`format`) or without content (`empty`).
 
     Raises:
         DataError: nothing matches the pattern, or an archive is compressed.
@@ -150,7 +150,7 @@ def _rows(
         )
     if index.damage:
         text = f"{index.damage}; copy or download it again to use more than the {len(index)} images before"
-        on_problem(Problem("shard", text, source))
+        on_problem(Problem("damaged-shard", text, source))
     _report(source, index, silent, first, on_problem)
 
 

@@ -3,13 +3,15 @@
 | shard | PLACE/NAME | the image is |
 |---|---|---|
 | tar archive | `1536,20481/0001.jpg` | 20,481 bytes from byte 1,536 on, the member `0001.jpg` |
-| Parquet or Arrow file | `17/image` | in row 17 (from 0) of the column `image` |
+| Parquet or Arrow file | `17@5e2b90c1/image` | in row 17 (from 0) of the column `image` of this version of the file |
 
 Such a name is a chained URL of fsspec, so plain `datasets` opens it too, wherever this module was imported. SHARD is a
 path or, for a remote shard, a URL.
 """
 
 import io
+import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
@@ -30,6 +32,7 @@ PROTOCOL = "row"
 PREFIX = f"{PROTOCOL}://"
 OPEN_SHARDS = 64  # files that a process keeps open
 HELD_BYTES = 128_000_000  # of row groups in memory; a window of images (see `order.py`) of up to 125 kB
+END = 65_536  # bytes at the end of an Arrow file that tell its versions apart
 
 
 class Place(NamedTuple):
@@ -40,12 +43,14 @@ class Place(NamedTuple):
         start: byte offset in a tar archive, row number in a table.
         size: bytes in a tar archive; -1 in a table.
         name: member of the archive, or column of the table.
+        version: version of the table, see [`version_of`]; "" for any.
     """
 
     shard: str
     start: int
     size: int
     name: str
+    version: str = ""
 
 
 def member_url(shard: str, start: int, size: int, name: str) -> str:
@@ -53,9 +58,9 @@ def member_url(shard: str, start: int, size: int, name: str) -> str:
     return f"{PREFIX}{start},{size}/{name.replace('::', ': :')}::{shard}"  # fsspec takes a URL apart at each ::
 
 
-def table_url(shard: str, row: int, column: str) -> str:
-    """Name of an image in a Parquet or Arrow file."""
-    return f"{PREFIX}{row}/{column}::{shard}"
+def table_url(shard: str, row: int, column: str, version: str = "") -> str:
+    """Name of an image in a Parquet or Arrow file; arguments as in [`Place`]."""
+    return f"{PREFIX}{row}{'@' * bool(version)}{version}/{column}::{shard}"
 
 
 def place_of(url: str) -> Place | None:
@@ -64,8 +69,24 @@ def place_of(url: str) -> Place | None:
         return None
     place, _, rest = url.removeprefix(PREFIX).partition("/")
     name, _, shard = rest.rpartition("::")
+    place, _, version = place.partition("@")
     start, _, size = place.partition(",")
-    return Place(shard, int(start), int(size or -1), name)
+    return Place(shard, int(start), int(size or -1), name, version)
+
+
+def version_of(table: str) -> str:
+    """What tells versions of a Parquet or Arrow file apart, whatever their times: its size and its footer or its end.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(table, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        last = file.read()
+        length = int.from_bytes(last[:4], "little") if last[4:] == b"PAR1" else END
+        file.seek(max(0, size - 8 - length))
+        return f"{zlib.crc32(file.read(), size):08x}"
 
 
 def read_place(place: Place, local: Callable[[str], str] = local_shard) -> bytes:
@@ -89,7 +110,10 @@ def read_place(place: Place, local: Callable[[str], str] = local_shard) -> bytes
         if len(content) < BLOCK + place.size:
             raise DataError(f"{place.shard}: ends within {place.name}; it has changed: start again")
         return content[BLOCK:]
-    value = _open_table(path).read(place.start, place.name)
+    size_and_time = _size_and_time(path)
+    if place.version not in ("", _version_at(path, *size_and_time)):
+        raise DataError(f"{place.shard}: has changed since its rows were listed: start again")
+    value = _open_table(path, *size_and_time).read(place.start, place.name)
     if isinstance(value, dict):
         value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
     if not value:
@@ -112,11 +136,13 @@ class _ArrowTable:
 class _ParquetTable:
     """A Parquet file, whose row groups are read as a whole; the last ones of all files stay in memory."""
 
-    held: ClassVar[OrderedDict[tuple[str, int, str], pa.ChunkedArray]] = OrderedDict()  # the last one used comes last
+    # By file, version, group and column; the last one used comes last.
+    held: ClassVar[OrderedDict[tuple[str, str, int, str], pa.ChunkedArray]] = OrderedDict()
     held_bytes: ClassVar[int] = 0
 
-    def __init__(self, path: str):
-        self.path, self.file = path, pq.ParquetFile(path, memory_map=True)
+    def __init__(self, path: str, version: str):
+        self.path, self.version = path, version
+        self.file = pq.ParquetFile(path)  # a memory map would end the process if the file became shorter
         about = self.file.metadata
         self.starts = np.cumsum([0, *(about.row_group(i).num_rows for i in range(about.num_row_groups))])
 
@@ -125,7 +151,7 @@ class _ParquetTable:
         return self._group(group, column)[row - int(self.starts[group])].as_py()
 
     def _group(self, group: int, column: str) -> pa.ChunkedArray:
-        key, cls = (self.path, group, column), _ParquetTable
+        key, cls = (self.path, self.version, group, column), _ParquetTable
         if key not in cls.held:
             cls.held[key] = self.file.read_row_group(group, columns=[column], use_threads=False)[column]
             cls.held_bytes += cls.held[key].nbytes
@@ -135,17 +161,28 @@ class _ParquetTable:
         return cls.held[key]
 
 
+def _size_and_time(path: str) -> tuple[int, int]:
+    info = os.stat(path)
+    return info.st_size, info.st_mtime_ns
+
+
 @lru_cache(maxsize=OPEN_SHARDS)
-def _open_table(path: str) -> _ArrowTable | _ParquetTable:
+def _version_at(path: str, size: int, time: int) -> str:
+    return version_of(path)
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _open_table(path: str, size: int, time: int) -> _ArrowTable | _ParquetTable:
+    """The table in a file, which is opened again when its size or time changes."""
     with open(path, "rb") as file:
         is_parquet = file.read(4) == b"PAR1"
-    return _ParquetTable(path) if is_parquet else _ArrowTable(path)
+    return _ParquetTable(path, _version_at(path, size, time)) if is_parquet else _ArrowTable(path)
 
 
 def row_groups(path: str) -> np.ndarray | None:
     """`[row groups + 1]`, where the row groups of a Parquet file start and end; None for another or a damaged file."""
     try:
-        table = _open_table(path)
+        table = _open_table(path, *_size_and_time(path))
     except (OSError, pa.ArrowException):  # reading its images says what is wrong
         return None
     return table.starts if isinstance(table, _ParquetTable) else None

@@ -52,6 +52,8 @@ def find_members(file: BinaryIO) -> Iterator[Member]:
         header = file.read(BLOCK)
         if not header and ended:
             return
+        if not header and not position:
+            raise DamagedArchive("an empty file")
         if not header:
             raise DamagedArchive(f"truncated: it has no mark of its end at byte {position:,}")
         if header == ZEROS:

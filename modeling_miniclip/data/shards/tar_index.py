@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+from uuid import uuid4
 
 import pyarrow as pa
 from tqdm.auto import tqdm
@@ -136,7 +137,8 @@ def open_index(
 
     Raises:
         DataError: the file is compressed, or changed in the meantime.
-        OSError: the archive cannot be read, or the index not be written.
+        MiniClipError: the index cannot be stored.
+        OSError: the archive cannot be read.
     """
     name, before = name or path, stamp or _stamp(path)
     index = load_index(name, cache_dir, caption_column, before)
@@ -176,7 +178,7 @@ def build_indexes(
         num_workers: number of processes; by default as many as there are processors, or none for few archives.
 
     Raises:
-        MiniClipError: a process died.
+        MiniClipError: an index cannot be stored, or a process died.
     """
     missing = [path for path in paths if not _is_current(path, cache_dir, caption_column)]
     bar = tqdm(total=len(missing), desc="indexing shards", unit="shard", delay=2, leave=False)
@@ -189,15 +191,16 @@ def build_indexes(
             for path in missing:
                 bar.update(_try_index(path, cache_dir, caption_column))
             return
-        try:
-            with ProcessPoolExecutor(num_workers, initializer=follow_parent) as pool:
-                waiting = [pool.submit(_try_index, path, cache_dir, caption_column) for path in missing]
+        with ProcessPoolExecutor(num_workers, initializer=follow_parent) as pool:
+            waiting = [pool.submit(_try_index, path, cache_dir, caption_column) for path in missing]
+            try:
                 for done in as_completed(waiting):
                     bar.update(done.result())
-        except BrokenProcessPool as error:
-            raise MiniClipError(
-                "a process that indexed shards died, probably for lack of memory; start again: what is done is kept"
-            ) from error
+            except BrokenProcessPool as error:
+                text = "a process that indexed shards died, probably for lack of memory"
+                raise MiniClipError(f"{text}; start again: what is done is kept") from error
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def _try_index(path: str, cache_dir: str | os.PathLike, caption_column: str) -> int:
@@ -245,15 +248,21 @@ def _save_index(index: TarIndex, place: Path, stamp: str) -> None:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table, 4096)
     content = sink.getvalue()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    fresh = place.with_name(f".{place.name}.{os.getpid()}.new")  # several processes may write the same index
+    fresh = place.with_name(f".{place.name}.{uuid4().hex}.new")  # several processes may write the same index
     try:
-        with fresh.open("wb") as file:
-            file.write(FORMAT + zlib.crc32(content).to_bytes(4, "big"))
-            file.write(content)
-        fresh.replace(place)
-    finally:
-        fresh.unlink(missing_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with fresh.open("wb") as file:
+                file.write(FORMAT + zlib.crc32(content).to_bytes(4, "big"))
+                file.write(content)
+            fresh.replace(place)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise MiniClipError(
+            f"indexes of shards cannot be stored in {place.parent}: {error.strerror or error}; free some space, or "
+            "let HF_HOME name another disk"
+        ) from error
 
 
 # --- compressed archives --------------------------------------------------------------------------------------------

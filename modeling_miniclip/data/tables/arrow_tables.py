@@ -1,11 +1,13 @@
 """Datasets of the library `datasets` as tables: their rows stay in their Arrow files."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ..shards.shard_url import version_of
 from ..splits import split_of_value
 from .table_rows import Block, TableColumns, TableFile, held_images
 
@@ -33,7 +35,8 @@ def files_of_dataset(rows: "Dataset", where: str, split: str | None) -> list[Tab
         ]  # fmt: skip
     files, start = [], 0
     for path, table in zip(paths, tables, strict=True):
-        files.append(TableFile(path, where, prefix, table.schema, len(table), partial(_read, table), split, start))
+        file = TableFile(path, where, prefix, table.schema, len(table), partial(_read, table), split, start)
+        files.append(replace(file, version=version_of(path)))
         start += len(table)
     return files
 

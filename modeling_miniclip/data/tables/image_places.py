@@ -17,7 +17,8 @@ from .row_blocks import BLOCK, selected_batches
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PLACE = f"(?s)^{PREFIX}(?P<start>[0-9]+)(?:,(?P<size>[0-9]+))?/(?P<name>.*)::(?P<shard>.*)$"  # as in `shard_url.py`
+# A name as in `shard_url.py`.
+PLACE = f"(?s)^{PREFIX}(?P<start>[0-9]+)(?:,(?P<size>[0-9]+))?(?:@[0-9a-f]+)?/(?P<name>.*)::(?P<shard>.*)$"
 SAMPLE = 65_536  # bytes at the start and at the end of a shard that its identity depends on
 IN_ROW, IN_FILE = "\0row", "\0file"  # in the place of a shard's name
 FEWEST, MOST = 256, 4_096  # images of a part

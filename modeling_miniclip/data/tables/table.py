@@ -46,11 +46,13 @@ class About:
         files: files, or datasets and splits, that the rows were read from, each with the column of the image's name.
         columns: the [`OPTIONAL`] columns that have any value.
         warnings: what a reader left out or did with a warning.
+        damaged: damaged shards, each with what is wrong with it.
     """
 
     files: list[tuple[str, str | None]] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write it next to the rows."""
@@ -60,7 +62,7 @@ class About:
     def load(cls, folder: Path) -> "About":
         """Read what [`save`][About.save] wrote."""
         values = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        return cls([(file, column) for file, column in values["files"]], values["columns"], values["warnings"])
+        return cls(**values | {"files": [(file, column) for file, column in values["files"]]})
 
 
 def table_features() -> "Features":

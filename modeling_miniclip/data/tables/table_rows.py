@@ -19,6 +19,7 @@ from ..problems import OnProblem
 from ..readers.image_files import BAD_FILES, bad_files
 from ..readers.record_captions import captions_of_record, join_captions, texts_of
 from ..rows import ReadOptions, Row
+from ..shards.remote_shards import is_url
 from ..shards.shard_url import place_of, read_place, table_url
 from ..splits import split_of_value
 from .same_images import Identity, SameImages
@@ -80,6 +81,7 @@ class TableFile:
         start: number of rows in the files before it, if rows are numbered over all of them.
         bounds: folder that paths of images are relative to and may not leave; "" for any path.
         image: function that returns the image in a row and column of a table that is no file.
+        version: its version, see [`version_of`][modeling_miniclip.data.shards.shard_url.version_of]; "" for any.
     """
 
     path: str
@@ -92,10 +94,11 @@ class TableFile:
     start: int = 0
     bounds: str = ""
     image: Callable[[int, str], bytes] | None = None
+    version: str = ""
 
     def image_at(self, row: int, column: str) -> str | bytes:
         """The image in a row: its `row://` name, or its bytes."""
-        return table_url(self.path, row, column) if self.image is None else self.image(row, column)
+        return table_url(self.path, row, column, self.version) if self.image is None else self.image(row, column)
 
 
 def find_columns(schema: pa.Schema, where: str, options: ReadOptions) -> TableColumns:
@@ -195,8 +198,13 @@ def read_tables(
             yield from _rows_of_file(file, found, options, on_problem, same, done)
         except (OSError, pa.ArrowException) as error:
             text = f"cannot be read to its end: {one_line(error)}; copy or download it again to use all its images"
-            on_problem(Problem("shard", text, file.where))
+            on_problem(Problem(kind_of_error(error, file.path), text, file.where))
         done += file.rows
+
+
+def kind_of_error(error: Exception, path: str) -> str:
+    """The kind of problem of a table that raised an error: damaged, unless the system could not read it."""
+    return "shard" if is_url(path) or getattr(error, "errno", None) is not None else "damaged-shard"
 
 
 def _rows_of_file(

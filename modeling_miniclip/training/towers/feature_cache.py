@@ -88,8 +88,8 @@ class FeatureTable:
         self.folder = cache_dir / digest([text.encode()])
         try:
             self._open(text)
-        except ValueError:  # a file is truncated
-            shutil.rmtree(self.folder)
+        except (ValueError, FileNotFoundError):  # a file is truncated, or was deleted by a process that then died
+            shutil.rmtree(self.folder, ignore_errors=True)  # another process may delete it, too
             self._open(text)
         except OSError as error:
             raise MiniClipError(
