@@ -339,6 +339,11 @@ def declare_eval(parser: argparse.ArgumentParser) -> None:
         help="folder for the scores, all queries and a page of failures (by default, nothing is written)",
     )
     parser.add_argument(
+        "--order_test", nargs="?", const=True, default=False, metavar="FILE",
+        help="also measure how often a caption scores above the same one with words swapped, or the true captions of "
+        "a file above its false ones (CSV or JSON of ARO, SugarCrepe, Winoground or your own)",
+    )  # fmt: skip
+    parser.add_argument(
         "--templates", nargs="+", metavar="TEXT", help="sentences with {} for the class name (an ensemble of eight)"
     )
     parser.add_argument("--class_names", metavar="FILE", help="JSON file that maps class folders to names")
@@ -370,6 +375,8 @@ def run_eval(args: argparse.Namespace) -> None:
         templates=templates[0] if len(templates) == 1 else templates,
         batch_size=args.batch_size,
         progress=sys.stderr.isatty(),
+        order_test=args.order_test,
+        image_dir=args.image_dir,
     )
     print(json.dumps(report, indent=2) if args.json else format_report(report))
     if "warning" in report:

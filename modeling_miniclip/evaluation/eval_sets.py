@@ -80,6 +80,13 @@ class EvalSet:
         images, texts = (self.image_ids, self.image_group), (self.texts, self.text_group)
         return (texts, images) if direction == "text_to_image" else (images, texts)
 
+    def captions_by_image(self) -> list[list[str]]:
+        """The captions of each image."""
+        captions: list[list[str]] = [[] for _ in self.image_ids]
+        for text, row in zip(self.texts, self.text_group.tolist(), strict=True):
+            captions[row].append(text)
+        return captions
+
     def kept_texts(self, unreadable: Collection[int]) -> Tensor:
         """`[texts]` booleans: which texts remain without some images; all classes do."""
         if self.is_classification:

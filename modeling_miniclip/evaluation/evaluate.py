@@ -20,10 +20,14 @@ from .encoders import ClipEncoder, open_encoder
 from .eval_sets import EvalSet
 from .failure_page import failure_page
 from .metrics import Ranking, metrics_of_ranks, named_intervals, rank_keys, resampled_recalls
+from .order_page import order_page
+from .order_pairs import OrderPairs, load_pairs
+from .order_test import ORDER_NOTE, PairScores, order_report, order_table, score_pairs, write_pairs
 from .zero_shot import ensemble_weights
 
 RESULTS = 10  # results that are kept per query
 FILES = ("metrics.json", "queries.parquet", "failures.html")
+ORDER_FILES = ("order_test.csv", "order_test.html")
 ROWS = 10_000  # rows of the Parquet file that are in memory at a time
 
 
@@ -35,11 +39,13 @@ class ModelScores:
         rankings: ranking of the queries, by direction.
         metrics: recalls in percent, median ranks and `rsum`, by name.
         recalls: `[samples, recalls]` bootstrap samples of the recalls in percent.
+        images: `[images, dim]` embeddings.
     """
 
     rankings: dict[str, Ranking]
     metrics: dict[str, float]
     recalls: Tensor
+    images: Tensor
 
 
 def evaluate_model(
@@ -50,6 +56,8 @@ def evaluate_model(
     templates: str | Sequence[str] = "ensemble",
     batch_size: int = 32,
     progress: bool = False,
+    order_test: bool | str | os.PathLike = False,
+    image_dir: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model, or compare two on the same queries.
 
@@ -62,13 +70,19 @@ def evaluate_model(
         templates: sentences for class names, as in `zero_shot_weights`.
         batch_size: images per forward pass.
         progress: whether to show progress bars.
+        order_test: whether to compare captions with the same ones with words swapped, or a file of true and false
+            captions, see [`read_pairs`][modeling_miniclip.evaluation.order_pairs.read_pairs].
+        image_dir: folder of the images of that file.
 
     Returns:
         `model`, `dataset`, `split`, `images`, `texts`, `metrics` (recalls in percent, median ranks, `rsum`) and their
         95 % `intervals` from a bootstrap over images; with a baseline also `baseline`, `baseline_metrics`,
         `baseline_intervals`, the `difference` of the recalls (model minus baseline) and its `difference_intervals`
-        from the paired bootstrap. If images could not be read, or folders not be listed, they are left out of
-        everything else: `skipped` has their names and the reasons, and `warning` a sentence about them.
+        from the paired bootstrap; with an order test `order_test` and `baseline_order_test`, see
+        [`order_report`][modeling_miniclip.evaluation.order_test.order_report], and in the folder also `order_test.csv`
+        (all pairs with their scores) and `order_test.html` (some of them). If images could not be read, or folders not
+        be listed, they are left out of everything else: `skipped` has their names and the reasons, and `warning` a
+        sentence about them.
 
     Raises:
         ModelError: a model does not load.
@@ -77,7 +91,8 @@ def evaluate_model(
     """
     target = None if output_dir is None else Path(output_dir)
     if target is not None:
-        check_new_folder(target, "--output_dir ", allowed=FILES)
+        check_new_folder(target, "--output_dir ", allowed=(*FILES, *ORDER_FILES))
+    pairs = load_pairs(data, order_test, image_dir)
     named = [("MODEL", model)] + ([("--baseline", baseline)] if baseline is not None else [])
     encoders = [open_encoder(name, flag) for flag, name in named]  # open both before the long work starts
     scores, data = _score_models(encoders, data, templates, batch_size, progress)
@@ -97,19 +112,39 @@ def evaluate_model(
         report["warning"] = describe_skipped(data.skipped, len(data.image_ids) + len(data.skipped), data.unlisted)
     for other in theirs:
         report |= {"baseline": baseline, **_comparison(ours, other, names, data)}
+    order = []
+    if pairs is not None:
+        if order_test is True:  # without the images that could not be read
+            pairs = load_pairs(data, order_test, image_dir) or pairs
+        for encoder, each in zip(encoders, scores, strict=True):
+            embeds = each.images if pairs.images is data.images else None
+            order.append(score_pairs(encoder, pairs, embeds, batch_size, progress))
+        for name, found in zip(("order_test", "baseline_order_test"), order, strict=False):
+            report[name] = order_report(pairs, found)
     if target is not None:
-        _write_results(target, report, data, scores)
+        _write_results(target, report, data, scores, pairs, order)
     return report
 
 
-def _write_results(target: Path, report: dict[str, Any], data: EvalSet, scores: list[ModelScores]) -> None:
-    """Write [`FILES`] from the report and the scores of the model and, perhaps, the baseline."""
+def _write_results(
+    target: Path,
+    report: dict[str, Any],
+    data: EvalSet,
+    scores: list[ModelScores],
+    pairs: OrderPairs | None,
+    order: list[PairScores],
+) -> None:
+    """Write [`FILES`] from the report and the scores of the model and, perhaps, the baseline; and [`ORDER_FILES`]."""
     ours, *theirs = (each.rankings for each in scores)
     with replaced_folder(target) as fresh:
         (fresh / FILES[0]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         write_queries(fresh / FILES[1], data, ours, theirs[0] if theirs else {})
         gallery = failure_page(report, data, ours, table(*table_of(report)))
         (fresh / FILES[2]).write_text(gallery, encoding="utf-8")
+        if pairs is not None:
+            names = data.image_ids if pairs.images is data.images else None
+            write_pairs(fresh / ORDER_FILES[0], pairs, order[0], names)
+            (fresh / ORDER_FILES[1]).write_text(order_page(report, pairs, order[0]), encoding="utf-8")
 
 
 def _score_models(
@@ -205,7 +240,7 @@ def score_model(texts: Tensor, images: Tensor, data: EvalSet) -> ModelScores:
     else:
         metrics = metrics_of_ranks(rank_of)
     image_of = {direction: data.image_of_query(direction) for direction in data.directions}
-    return ModelScores(rankings, metrics, resampled_recalls(rank_of, image_of, len(images), data.at))
+    return ModelScores(rankings, metrics, resampled_recalls(rank_of, image_of, len(images), data.at), images)
 
 
 def _intervals(names: list[str], recalls: Tensor, data: EvalSet) -> dict[str, tuple[float, float]]:
@@ -305,15 +340,29 @@ def _cell(values: dict[str, float], intervals: dict[str, tuple[float, float]], m
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report of [`evaluate_model`] as a text table."""
-    head, rows = table_of(report)
-    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+    """The report of [`evaluate_model`] as text tables."""
     lines = [
         f"{report['dataset']}, {report['split']}: {report['images']:,} images, {report['texts']:,} texts",
-        *(
-            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-            for cells in ([*zip(line, widths, strict=True)] for line in (head, *rows))
-        ),
+        *_aligned(*table_of(report)),
         "in brackets: 95 % confidence interval (bootstrap over images)",
     ]
-    return "\n".join(lines)
+    for name, model in (("order_test", "model"), ("baseline_order_test", "baseline")):
+        if name in report:
+            lines += [
+                "",
+                f"word order, {report[name]['source']}, {report[model]}:",
+                *_aligned(*order_table(report[name])),
+            ]
+    return "\n".join(lines + ([ORDER_NOTE] if "order_test" in report else []))
+
+
+def _aligned(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table, the first column to the left."""
+    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in (head, *rows)
+    ]
