@@ -84,7 +84,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_towers: tuple[Path, P
     folder = tmp_path_factory.mktemp("reader")
     names = ["beach", "kitchen", *map(str, range(3, 121))]
     rows = code_blocks(README, "csv")[0].strip().splitlines()
-    rows += [f"{name}.jpg,a picture of the number {name}" for name in names[2:]]
+    rows += [f"{name}.jpg,a red sign on a grey wall with the number {name}" for name in names[2:]]
     (folder / "captions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     (folder / "more.csv").write_text("\n".join(rows[:1] + rows[-20:]) + "\n", encoding="utf-8")
     copies = {"Images": names, "Pictures/sea": names[:3], "places/beach": names[:1], "places/kitchen": names[1:2]}

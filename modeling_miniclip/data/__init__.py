@@ -17,5 +17,6 @@ shards/: shards: archives and tables that hold many images each, here or elsewhe
 tables/: rows as tables on disk, built once and shared by all processes
 readers/: one file per kind of source
 checking/: `miniclip check`: what is wrong with a dataset
+word_swaps/: English captions with words swapped, so that they are wrong
 loading/: from rows to batches: order, augmentation, loader processes
 """

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..data.columns import IMAGE_COLUMNS
-from ..data.image_files import image_folder
+from ..data.readers.image_files import image_folder
 from ..data.word_swaps.english import english_share
 from ..data.word_swaps.swaps import SWAP_KINDS, draw_swap_of_kind
 from ..errors import DataError, Problem, UsageError, one_line
@@ -52,8 +52,10 @@ class OrderPairs:
 
     def add(self, image: int, true: str, false: str, kind: str) -> None:
         """Append a pair."""
-        for values, value in ((self.image, image), (self.true, true), (self.false, false), (self.kind, kind)):
-            values.append(value)  # type: ignore[attr-defined]
+        self.image.append(image)
+        self.true.append(true)
+        self.false.append(false)
+        self.kind.append(kind)
 
     def path(self, position: int) -> str:
         """Path of an image that is a file."""

@@ -168,11 +168,12 @@ class _Parser:
         first = at
         while not self._is_closed(at) and not (at > first and self._ends_noun(at, at - first)):
             at += 1
+        noun = None
         if at > first:
             begin, end = self.tokens[first].start, self.tokens[at - 1].end
             noun = Span(begin, end, self.caption[begin:end].lower())
-        else:
-            noun = adjectives.pop() if adjectives and has_determiner else None  # "an orange"
+        elif adjectives and has_determiner:  # "an orange"
+            noun = adjectives.pop()
         if noun is None and not adjectives:
             return at if has_determiner else 0
         self._name_subjects()
