@@ -197,12 +197,14 @@ def read_encoded(image: Mapping[str, Any]) -> bytes:
         return content
     if not path:
         raise UnidentifiedImageError("this row has no image")
-    if "://" not in path or os.path.isfile(path):
-        return Path(path).read_bytes()
-    from .shards.shard_url import place_of, read_place  # whose imports take long
+    if path.startswith("row://"):  # the prefix of such names
+        from .shards.shard_url import place_of, read_place  # whose imports take long
 
-    if (place := place_of(path)) is not None:
-        return read_place(place)
+        if (place := place_of(path)) is not None:
+            return read_place(place)
+    if "://" not in path or os.path.isfile(path):
+        with open(path, "rb") as file:
+            return file.read()
     from datasets.utils.file_utils import xopen
 
     with xopen(path, "rb") as file:  # in an archive or on the Hub

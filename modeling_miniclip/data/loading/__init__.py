@@ -7,4 +7,5 @@ dataset.py: the rows of a split as a torch dataset
 augmentation.py: random crops, flips and colours
 collation.py: rows as tensors, and tensors as inputs of the model
 loader.py: loader processes
+pixel_memory.py: memory in which loader processes leave pixels for the trainer
 """

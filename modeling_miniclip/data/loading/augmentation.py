@@ -1,11 +1,15 @@
 """Random crops, flips and colours for training images, from a list of albumentations transforms."""
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from ...errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # The default of a run. It is mild, because captions mention colours and things at the edge. Flips are common practice,
 # although they make captions with "left" or "right" wrong.
@@ -52,6 +56,21 @@ def build_augmentation(transforms: list[dict[str, Any]], image_size: tuple[int, 
             f"and ToTensorV2: {error}"
         ) from error
     return albumentations.Compose(steps)
+
+
+def pixels_of(image: "Image.Image") -> np.ndarray:
+    """The pixels `[H, W, 3]` uint8 of an RGB image: `np.array(image)` in less time.
+
+    Pillow stores four bytes per pixel. It lends them to Arrow, unless a large image is in several blocks of memory;
+    otherwise it copies them three times.
+    """
+    import cv2  # with albumentations
+
+    try:
+        lent = pa.array(image).flatten().buffers()[1]
+    except ValueError:
+        return np.array(image)
+    return cv2.cvtColor(np.frombuffer(lent, np.uint8).reshape(image.height, image.width, 4), cv2.COLOR_RGBA2RGB)
 
 
 def _build_transform(transform: dict[str, Any], image_size: tuple[int, int]) -> Any:

@@ -31,6 +31,11 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return -(-self.order.num_rows // self.batch_size) - self.first_batch
 
+    @property
+    def largest_share(self) -> int:
+        """Number of rows of this process in a whole global batch."""
+        return -(-min(self.batch_size, self.order.num_rows) // self.world_size)
+
     def images_in(self, batch: int) -> int:
         """Number of rows of an epoch's global batch number `batch`, over all processes."""
         return min(self.batch_size, self.order.num_rows - batch * self.batch_size)

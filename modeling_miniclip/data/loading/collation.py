@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ...processing_miniclip import MiniClipProcessor
+from .pixel_memory import PixelMemory
 
 BY_VALUE = 2**18  # size in bytes up to which a tensor is copied to the trainer instead of shared with it
 
@@ -37,6 +38,7 @@ class Collator:
 
     Args:
         tokenizer: tokenizer of the processor.
+        memory: memory that the pixels are left in for another process.
 
     Returns from a call:
         `pixel_values` `[B, 3, H, W]` uint8 (normalised on the device by `MiniClipProcessor.normalize`) or
@@ -46,8 +48,8 @@ class Collator:
         the tensors.
     """
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, memory: PixelMemory | None = None):
+        self.tokenizer, self.memory = tokenizer, memory
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         undecodable = [(row["image_id"], row["undecodable"]) for row in rows if "undecodable" in row]
@@ -59,7 +61,9 @@ class Collator:
         if "vision_features" in rows[0]:
             batch["vision_pooler_output"] = torch.stack([row["vision_features"] for row in rows])
         else:
-            batch["pixel_values"] = stack_pixels([row["pixels"] for row in rows])
+            images = [row["pixels"] for row in rows]
+            place = None if self.memory is None else self.memory.write(images)  # received as a tensor
+            batch["pixel_values"] = stack_pixels(images) if place is None else place
         if texts == "text_features":
             batch["text_pooler_output"] = torch.cat([row["text_features"] for row in rows])
         else:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ...errors import DataError, MiniClipError
 from ...processing_miniclip import MiniClipProcessor
 from ..picture_formats import decode_row
+from .augmentation import pixels_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,6 +106,17 @@ class CaptionRows(TorchDataset):
         if all("undecodable" in row for row in rows):
             rows.append(self._filler(*keys[0]))
         return rows
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Bytes of the pixels of an image as they are loaded; 0 if its features are loaded instead."""
+        if self.vision_features is not None:
+            return 0
+        if self.augmentation is None:
+            crop = self.processor.image_processor.crop_size
+            return 3 * int(crop["height"]) * int(crop["width"])
+        resize = self.augmentation.transforms[-1]  # see `build_augmentation`
+        return 3 * int(resize.height) * int(resize.width)
 
     def captions_of(self, indices: Sequence[int]) -> list[list[str]]:
         """All captions of some rows."""
@@ -197,7 +209,7 @@ class CaptionRows(TorchDataset):
         for transform in self.augmentation.transforms:  # one shared generator, so that no two draw the same numbers
             transform.set_random_state(rng, augmentation_rng)
         try:
-            return self.augmentation(image=np.array(image))["image"].transpose(2, 0, 1)
+            return self.augmentation(image=pixels_of(image))["image"].transpose(2, 0, 1)
         except Exception as error:  # for instance a crop that is larger than the image
             raise DataError(
                 f"image {self.name(index)!r} of {image.width}x{image.height} pixels: the augmentation failed: "

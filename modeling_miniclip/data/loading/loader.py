@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ...errors import MiniClipError
 from ...utils.processes import end_daemons_at_exit, follow_parent
+from .batches import GlobalBatches
 from .collation import Batch, Collator
 from .dataset import CaptionRows
+from .pixel_memory import PixelMemory
 
 # Likely causes of a worker's death, by what the DataLoader's message says.
 CAUSES_OF_DEATH = (
@@ -50,11 +52,13 @@ class BatchLoader(DataLoader[Any]):
         pin_memory: bool = False,
         prefetch_factor: int = 2,
     ):
-        self.rows = rows
+        self.rows, self.memory = rows, None
         if num_workers:
             end_daemons_at_exit()
+            if size := rows.bytes_per_image * _largest(batches):
+                self.memory = PixelMemory(num_workers, prefetch_factor + 1, size)  # one is in use
         super().__init__(
-            _CollatedBatches(rows),
+            _CollatedBatches(rows, self.memory),
             batch_sampler=batches,
             collate_fn=_already_collated,
             num_workers=num_workers,
@@ -72,9 +76,9 @@ class BatchLoader(DataLoader[Any]):
 class _CollatedBatches(Dataset[Any]):
     """Whole batches as a dataset. In a loader process, errors of the package are returned instead of raised."""
 
-    def __init__(self, rows: CaptionRows):
+    def __init__(self, rows: CaptionRows, memory: PixelMemory | None = None):
         self.rows = rows
-        self.collate = Collator(rows.processor.tokenizer)
+        self.collate = Collator(rows.processor.tokenizer, memory)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | MiniClipError:
         try:
@@ -96,6 +100,13 @@ class _CollatedBatches(Dataset[Any]):
             if _reaches_the_trainer(error):
                 raise
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _largest(batches: Iterable[list[tuple[int, int]]]) -> int:
+    """Number of rows of the largest batch, as far as it is known without reading them."""
+    if isinstance(batches, GlobalBatches):
+        return batches.largest_share
+    return max(map(len, batches), default=0) if isinstance(batches, list) else 0
 
 
 def _reaches_the_trainer(error: Exception) -> bool:
