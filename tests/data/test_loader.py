@@ -1,5 +1,6 @@
 """Batches: their rows, captions and pixels, collation, and the loader processes."""
 
+import gc
 import io
 import os
 import pickle
@@ -16,7 +17,7 @@ from PIL import Image
 
 from modeling_miniclip import DataError, MiniClipError, UsageError, load_captions
 from modeling_miniclip.data.loading import dataset
-from modeling_miniclip.data.loading.augmentation import DEFAULT_AUGMENTATION, build_augmentation
+from modeling_miniclip.data.loading.augmentation import DEFAULT_AUGMENTATION, build_augmentation, pixels_of
 from modeling_miniclip.data.loading.batches import GlobalBatches
 from modeling_miniclip.data.loading.collation import BY_VALUE, Batch, Collator
 from modeling_miniclip.data.loading.dataset import FILLER, CaptionRows
@@ -24,6 +25,7 @@ from modeling_miniclip.data.loading.loader import BatchLoader, readable_worker_e
 from modeling_miniclip.data.loading.order import InOrder, Shuffled
 from modeling_miniclip.data.picture_formats import decode_row
 from modeling_miniclip.errors import Problem
+from modeling_miniclip.processing_miniclip import MiniClipProcessor
 from modeling_miniclip.utils import processes
 from modeling_miniclip.utils.processes import ended_children
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_processor
@@ -327,6 +329,32 @@ def test_a_batch_survives_pickling_with_tensors_of_any_size():
     by_value, as_tensors = batch.__reduce__()[1]
     assert set(by_value) == {"input_ids", "image_id"}
     assert set(as_tensors) == {"pixel_values", "undecodable"}
+
+
+def test_batches_keep_their_pixels_in_reused_memory(processor: MiniClipProcessor) -> None:
+    rows = CaptionRows(noise_rows(6), processor)
+    batches = [[(0, i)] for i in range(6)]  # more than the memory has slots
+    expected = [batch["pixel_values"] for batch in BatchLoader(rows, batches, 0)]
+    loader = BatchLoader(rows, batches, num_workers=1)
+    assert loader.memory is not None
+    next(iter(loader))  # a pass that ends early
+    for _ in range(3):
+        held = list(loader)
+        assert loader.memory.is_taken.tolist() == [[1, 1, 1]]
+        assert all(torch.equal(batch["pixel_values"], pixels) for batch, pixels in zip(held, expected, strict=True))
+        pixels = held[0]["pixel_values"][:, :1]  # a part keeps the whole batch
+        del held
+        gc.collect()
+        assert sum(loader.memory.is_taken[0].tolist()) == 1
+        del pixels
+    assert not loader.memory.is_taken.any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (48, 40), (2500, 1700)])  # the last one is in several blocks
+def test_pixels_of_an_image_are_those_of_numpy(size: tuple[int, int]) -> None:
+    image = Image.effect_noise(size, 90).convert("RGB")
+    pixels = pixels_of(image)
+    assert pixels.flags.writeable and np.array_equal(pixels, np.array(image))
 
 
 # --- loader processes -----------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class PixelMemory:
 
 
 def receive_pixels(memory: int, worker: int, slot: int, shape: tuple[int, ...]) -> Tensor:
-    """The pixels `[B, 3, H, W]` at a place, with the memory layout `[B, H, W, 3]`; the slot is free after their end."""
+    """The pixels `[B, 3, H, W]` at a place, stored as `[B, H, W, 3]`; once they are dropped, the slot is free."""
     owner = PixelMemory.known[memory]
     pixels = owner.at(Place(memory, worker, slot, shape))
     weakref.finalize(pixels, _release, owner.is_taken[worker, slot], os.getpid()).atexit = False
