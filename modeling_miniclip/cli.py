@@ -51,8 +51,27 @@ def declare_caption_columns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow_outside_images", action="store_true", help=TRAINING_HELP["allow_outside_images"])
 
 
+def declare_shard_cache(parser: argparse.ArgumentParser) -> None:
+    """How many gigabytes of remote shards are kept."""
+    default = TrainingArguments.shard_cache_gb
+    parser.add_argument(
+        "--shard_cache_gb", type=float, default=default, metavar="GB",
+        help=f"{TRAINING_HELP['shard_cache_gb']} ({default:g})",
+    )  # fmt: skip
+
+
+def choose_shard_cache(limit_gb: float) -> None:
+    """Set `--shard_cache_gb` for this process and those that it starts."""
+    from .data.shards.remote_shards import use_cache
+
+    if limit_gb < 0:
+        raise UsageError(f"--shard_cache_gb must be at least 0, not {limit_gb:g}")
+    use_cache(limit_gb=limit_gb)
+
+
 def declare_dataset(parser: argparse.ArgumentParser) -> None:
-    """The flags of [`DATASET_FLAGS`]."""
+    """The flags of [`DATASET_FLAGS`], and of the cache of shards."""
+    declare_shard_cache(parser)
     parser.add_argument("--image_dir", metavar="DIR", help=TRAINING_HELP["image_dir"])
     declare_caption_columns(parser)
     parser.add_argument(
@@ -199,6 +218,7 @@ def declare_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images per forward pass (32)")
     parser.add_argument("--num_workers", type=int, metavar="N", help="threads that read images (one per core)")
     declare_caption_columns(parser)
+    declare_shard_cache(parser)
 
 
 def run_index(args: argparse.Namespace) -> None:
@@ -405,6 +425,7 @@ def declare_space(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", metavar="SOURCE", nargs="+", required=True, help="sources of images, as for `miniclip index`"
     )
+    declare_shard_cache(parser)
     parser.add_argument("--title", default="Image search", metavar="TEXT", help="title of the page (Image search)")
 
 
@@ -462,6 +483,8 @@ def cli(argv: list[str] | None = None) -> int:
 
     def command() -> int | None:
         args = build_parser().parse_args(argv)
+        if hasattr(args, "shard_cache_gb"):
+            choose_shard_cache(args.shard_cache_gb)
         result: int | None = args.run(args)
         return result
 

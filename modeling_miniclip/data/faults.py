@@ -8,7 +8,7 @@ from ..errors import DataError, Problem
 from ..utils.names import name_of
 from .problems import raise_problem
 from .rows import ReadOptions
-from .shards.remote_shards import is_url
+from .shards.remote_files import is_url
 from .source_kinds import Kind
 from .tables.table import About
 

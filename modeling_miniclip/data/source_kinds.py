@@ -19,7 +19,7 @@ from .readers.recognise import TAR_ENDINGS, recognise_source
 from .readers.saved import inputs_saved, read_saved
 from .readers.tars import inputs_tar, read_tar
 from .rows import Reader, ReadOptions, SplitName
-from .shards.remote_shards import is_url
+from .shards.remote_files import is_url
 from .shards.shard_patterns import is_pattern, shard_kind
 
 # A missing local file with one of these endings is not looked for on the Hub.

@@ -96,6 +96,11 @@ result["check"] = [[[each.kind, each.text] for each in report.problems if each.k
 for name in ("basenames", "null", "two:de"):
     items = list(walk_source("test-user/" + name, on_problem=lambda problem: None))
     result["index " + name] = [[item.id, item.captions, item.split, len(item.read()) > 0] for item in items]
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+huggingface_hub.HfFileSystem.clear_instance_cache()
+load("hf://datasets/test-user/tars/*.tar", "files offline")
+load("hf://datasets/test-user/counted/data/*.parquet", "tables offline")
+load("hf://datasets/test-user/tars/train-[1-9].tar", "other files offline")
 print("RESULT", json.dumps(result))
 """
 
@@ -220,6 +225,8 @@ def test_tars_on_the_hub(from_hub):
     assert rows_of(from_hub["files"]) == rows_of(from_hub["tars"])
     assert from_hub["files"]["train"][0][1].startswith("train-0.tar/")
     assert from_hub["tables"] == from_hub["counted"]
+    assert from_hub["files offline"] == from_hub["files"] and from_hub["tables offline"] == from_hub["tables"]
+    assert "train-[1-9].tar: cannot be listed: " in from_hub["other files offline"]
     message = from_hub["missing files"]
     assert message.startswith("hf://datasets/test-user/nothere/0.tar: cannot be fetched: ") and "\n" not in message
 

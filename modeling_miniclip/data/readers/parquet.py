@@ -1,24 +1,27 @@
 """Parquet files with images: `{bytes, path}` as `datasets` writes them, bytes as img2dataset does, or paths."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm.auto import tqdm
 
-from ...errors import Problem, one_line
+from ...errors import DataError, Problem, one_line
 from ..problems import OnProblem
 from ..rows import ReadOptions, Row
-from ..shards.remote_shards import is_url
+from ..shards.remote_files import explained, file_system, is_url
+from ..shards.remote_shards import CONNECTIONS, current_cache
 from ..shards.shard_patterns import expand_shards, inputs_of_shards, short_names, split_of_shard
 from ..shards.shard_url import version_of
 from ..tables.table_rows import (
     HELD,
+    NAMED,
     Block,
     TableColumns,
     TableFile,
@@ -31,6 +34,7 @@ from ..tables.table_rows import (
 
 ROWS = 4096  # that are read at a time
 NO_COLUMNS = pa.RecordBatch.from_arrays([], names=[])
+AHEAD = 8  # remote files whose texts are read while those of another one are used
 LOOKED_AT = 500  # rows of a folder's first file, to see whether it repeats images
 
 
@@ -49,15 +53,37 @@ def read_parquet(source: str, options: ReadOptions, on_problem: OnProblem) -> It
     Raises:
         DataError: nothing matches the pattern, or a file has no column of images or of captions.
     """
-    files = []
     sources = expand_shards(source, "parquet")
-    for path, name in zip(sources, short_names(sources), strict=True):
+    ahead = _ReadAhead(sources)
+    try:
+        files = []
+        for found in _table_files(sources, ahead):
+            if isinstance(found, Problem):
+                on_problem(found)
+            else:
+                files.append(found)
+        yield from read_tables(files, options, on_problem, bool(files) and _repeats_images(files[0], options))
+    finally:
+        ahead.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _table_files(paths: list[str], ahead: "_ReadAhead") -> Iterator[TableFile | Problem]:
+    """The files, or why they cannot be read; those that are elsewhere several at a time."""
+
+    def open_file(number: int, name: str) -> TableFile | Problem:
         try:
-            files.append(table_file(path, name))
+            return table_file(paths[number], name, partial(ahead.read, number))
+        except DataError as error:
+            if error.problem is None or error.problem.kind != "shard":
+                raise
+            return error.problem
         except (OSError, pa.ArrowException) as error:
             text = f"cannot be read as Parquet: {one_line(error)}; copy or download it again"
-            on_problem(Problem(kind_of_error(error, path), text, path))
-    yield from read_tables(files, options, on_problem, bool(files) and _repeats_images(files[0], options))
+            return Problem(kind_of_error(error), text, paths[number])
+
+    with ThreadPoolExecutor(CONNECTIONS if any(map(is_url, paths)) else 1) as pool:
+        found = pool.map(open_file, range(len(paths)), short_names(paths))
+        yield from tqdm(found, "read footers", len(paths), unit="file", delay=2, leave=False)
 
 
 def inputs_parquet(source: str, options: ReadOptions) -> Iterator[Any]:
@@ -65,15 +91,17 @@ def inputs_parquet(source: str, options: ReadOptions) -> Iterator[Any]:
     yield from inputs_of_shards(expand_shards(source, "parquet"))
 
 
-def table_file(path: str, name: str) -> TableFile:
+def table_file(path: str, name: str, read: Callable[[TableColumns, list[str], bool], Iterator[Block]]) -> TableFile:
     """A Parquet file as part of a table.
 
     Args:
-        path: path of the file.
+        path: path or URL of the file.
         name: its name in the names of rows.
+        read: as of [`TableFile`].
 
     Raises:
         OSError, pa.ArrowException: it cannot be read.
+        DataError: it is elsewhere and cannot be read.
     """
     with _open(path) as file:
         about = file.metadata
@@ -83,7 +111,7 @@ def table_file(path: str, name: str) -> TableFile:
         prefix=f"{name}/",
         schema=about.schema.to_arrow_schema(),
         rows=about.num_rows,
-        read=partial(_read_blocks, path),
+        read=read,
         split=split_of_shard(path),
         bounds="" if is_url(path) else os.path.dirname(os.path.abspath(path)),
         version="" if is_url(path) else version_of(path),
@@ -96,18 +124,32 @@ def _open(path: str) -> Iterator[pq.ParquetFile]:
 
     Raises:
         OSError, pa.ArrowException: it cannot be read.
+        DataError: it is elsewhere and cannot be read.
     """
-    if not is_url(path):
-        with pq.ParquetFile(path) as file:
+    local = current_cache().fetched(path)
+    if local is not None:
+        with pq.ParquetFile(local) as file:
             yield file
         return
+    damaged: pa.ArrowException | None = None
+    with explained(path):
+        try:
+            with _open_remote(path) as file:
+                yield file
+        except pa.ArrowException as error:
+            damaged = error
+    if damaged is not None:
+        raise damaged
+
+
+def _open_remote(path: str) -> pq.ParquetFile:
+    files, remote = file_system(path)
     try:
-        with fsspec.open(path, "rb") as content, pq.ParquetFile(content) as file:
-            yield file
+        return pq.ParquetFile(files.open(remote, "rb", cache_type="none"))  # else it would read far ahead
     except pa.ArrowException:
         raise
-    except Exception as error:  # of any library
-        raise OSError(one_line(error)) from error
+    except (ValueError, NotImplementedError):  # the server sends files only as a whole
+        return pq.ParquetFile(current_cache().local(path))
 
 
 def _read_blocks(path: str, columns: TableColumns, texts: list[str], with_images: bool) -> Iterator[Block]:
@@ -121,6 +163,37 @@ def _read_blocks(path: str, columns: TableColumns, texts: list[str], with_images
             rows = ROWS if wanted == texts else ROWS // 32
             for batch in file.iter_batches(rows, row_groups=[group], columns=list(dict.fromkeys(wanted))):
                 yield batch, _held(batch, columns, all_held)
+
+
+class _ReadAhead:
+    """Reads the texts of remote files while those of the files before them are used: most of the time is waiting.
+
+    Args:
+        paths: paths and URLs of files.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = paths
+        self.pool = ThreadPoolExecutor(AHEAD)
+        self.waiting: dict[int, tuple[Any, Future[list[Block]]]] = {}
+
+    def read(self, number: int, columns: TableColumns, texts: list[str], with_images: bool) -> Iterator[Block]:
+        """The rows of a file, as `read` of a [`TableFile`]."""
+        path = self.paths[number]
+        if with_images or not is_url(path):
+            yield from _read_blocks(path, columns, texts, with_images)
+            return
+        for following in range(number, min(number + AHEAD, len(self.paths))):
+            what = (columns, texts)
+            if self.waiting.get(following, (None,))[0] != what and is_url(self.paths[following]):
+                self.waiting[following] = what, self.pool.submit(_texts_of, self.paths[following], columns, texts)
+        yield from self.waiting.pop(number)[1].result()
+
+
+def _texts_of(path: str, columns: TableColumns, texts: list[str]) -> list[Block]:
+    """All rows of a file, without images that need not be in memory."""
+    blocks = _read_blocks(path, columns, texts, False)
+    return [(batch if (held == NAMED).any() else batch.select(texts), held) for batch, held in blocks]
 
 
 def _held(batch: pa.RecordBatch, columns: TableColumns, all_held: bool) -> np.ndarray:

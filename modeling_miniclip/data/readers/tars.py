@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from itertools import repeat
 from typing import Any, BinaryIO
 
 from tqdm.auto import tqdm
@@ -12,9 +13,11 @@ from ...utils.names import name_of
 from ..picture_formats import BY_SUFFIX, FORMATS, START, picture_format
 from ..problems import OnProblem
 from ..rows import ReadOptions, Row
-from ..shards.remote_shards import current_cache, default_folder, is_url, local_shard
+from ..shards.remote_files import UnreachableError, is_url, read_ahead
+from ..shards.remote_shards import GB, current_cache, default_folder, local_shard, size_of
 from ..shards.shard_patterns import expand_shards, inputs_of_shards, short_names, split_of_shard
 from ..shards.shard_url import member_url
+from ..shards.sidecars import read_sidecar
 from ..shards.tar_index import (
     Entry,
     TarIndex,
@@ -27,6 +30,7 @@ from ..shards.tar_index import (
     open_index,
 )
 
+AHEAD = 8  # tables next to archives that are fetched while another one is used
 ENDINGS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bzip2", ".tbz2": "bzip2", ".xz": "xz", ".txz": "xz"}
 
 
@@ -54,7 +58,7 @@ def read_tar(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterat
     local = [shard for shard in shards if not is_url(shard) and shard not in compressed]
     if len(local) > 1:
         build_indexes(local, folder, column)
-    remote = _RemoteIndexes([shard for shard in shards if is_url(shard)], folder, column)
+    remote = _RemoteIndexes([shard for shard in shards if is_url(shard)], folder, options)
     for shard, name in zip(shards, short_names(shards), strict=True):
         try:
             with ExitStack() as stack:
@@ -77,37 +81,63 @@ def read_tar(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterat
 
 
 class _RemoteIndexes:
-    """Indexes of remote archives, each of which is fetched once to build them."""
+    """Indexes of remote archives: from img2dataset's tables next to them, or else each archive is fetched once.
 
-    def __init__(self, shards: list[str], folder: str | os.PathLike, caption_column: str):
-        self.cache, self.folder, self.caption_column = current_cache(), folder, caption_column
+    Args:
+        shards: URLs of the archives.
+        folder: folder of the indexes.
+        options: how to read them. With `all_images`, all archives are needed anyway.
+    """
+
+    def __init__(self, shards: list[str], folder: str | os.PathLike, options: ReadOptions):
+        self.cache, self.folder, self.caption_column = current_cache(), folder, options.columns.caption
         self.versions = dict(zip(shards, self.cache.versions(shards), strict=True))
-        missing = [shard for shard in shards if self._load(shard) is None]
+        known = [shard for shard in shards if isinstance(self.versions[shard], str)]
+        self.sidecars: Iterator[TarIndex | DataError | None] = repeat(None)
+        if known and not options.all_images and isinstance(self._sidecar(known[0]), TarIndex):
+            self.sidecars = read_ahead(self._sidecar, known, AHEAD)
+            known = []
+        missing = [shard for shard in known if self._load(shard) is None]
         self.cache.expect(missing)
-        title = "fetching shards once, to find their images"
-        self.bar = tqdm(total=len(missing), desc=title, unit="shard", leave=False, disable=not missing)
+        self.bar = None
+        if missing:
+            size = sum(size_of(str(self.versions[shard])) for shard in missing)
+            title = f"fetching shards once ({size / GB:.1f} GB), to find their images"
+            self.bar = tqdm(total=len(missing), desc=title, unit="shard", leave=False)
 
     def _load(self, shard: str) -> TarIndex | None:
-        version = self.versions[shard]
-        return load_index(shard, self.folder, self.caption_column, version) if isinstance(version, str) else None
+        return load_index(shard, self.folder, self.caption_column, str(self.versions[shard]))
+
+    def _sidecar(self, shard: str) -> TarIndex | DataError | None:
+        try:
+            return read_sidecar(shard, self.caption_column)
+        except UnreachableError as error:
+            return error
 
     def open(self, shard: str) -> TarIndex:
-        """The index of an archive, which is fetched if need be.
+        """The index of an archive, which is fetched if need be. They are opened in their order.
 
         Raises:
             DataError: it cannot be fetched.
         """
-        index, version = self._load(shard), self.versions[shard]
+        version = self.versions[shard]
         if isinstance(version, DataError):
             raise version
+        index = next(self.sidecars)
+        if isinstance(index, DataError):
+            raise index
+        if index is None:
+            index = self._load(shard)
         if index is None:
             index = open_index(self.cache.local(shard), self.folder, self.caption_column, shard, version)
-            self.bar.update()
+            if self.bar is not None:
+                self.bar.update()
         return index
 
     def close(self) -> None:
         """Remove the progress bar."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def inputs_tar(source: str, options: ReadOptions) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """Shards that are elsewhere (`https://`, `s3://`, `hf://`): fetched whole by fsspec, and kept in a folder for a while.
 
-Any number of processes and workers share the folder: each shard has a lock, and gets its name when it is complete. The
-protocols, their retries and their tokens are those of fsspec, huggingface_hub and s3fs.
+Any number of processes and workers share the folder: each shard has a lock, and gets its name when it is complete.
+Shards that are there are used as they are if their server cannot be reached.
 """
 
 import hashlib
@@ -10,14 +10,18 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError, MiniClipError, Problem, disk_error_message, one_line
+from tqdm.auto import tqdm
+
+from ...errors import DataError, MiniClipError, Problem, disk_error_message
+from .remote_files import UnreachableError, explained, file_system, is_url, unreachable
 
 GB = 1e9
 LIMIT_GB = 100.0
@@ -28,11 +32,6 @@ CONNECTIONS = 16
 # What tells two versions of a file apart, in the words of the file systems of fsspec.
 MARKS = ("size", "ETag", "etag", "Last-Modified", "LastModified", "last_modified", "mtime", "blob_id", "Content-MD5")
 FOLDER, GIGABYTES = "MINICLIP_SHARD_FOLDER", "MINICLIP_SHARD_CACHE_GB"  # set for the processes that this one starts
-
-
-def is_url(source: str) -> bool:
-    """Whether a source is a URL such as `https://...`, not a path."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", source) is not None
 
 
 def default_folder() -> Path:
@@ -81,6 +80,7 @@ class ShardCache:
         self.folder = Path(folder, "fetched")
         self.limit_gb = limit_gb
         self._used: dict[str, tuple[str, float]] = {}  # path of each shard, and when its last use was written
+        self._versions: dict[str, str] = {}
         self._next: dict[str, str] = {}
         self._ahead: set[str] = set()  # shards that were fetched before they were needed
         self._thread: threading.Thread | None = None  # the last one that fetches ahead
@@ -103,7 +103,7 @@ class ShardCache:
         """
         if not is_url(shard):
             return shard
-        path, touched = self._used.get(shard) or (os.fspath(self.folder / _file_name(shard)), 0.0)
+        path, touched = self._used.get(shard) or (os.fspath(self._path_of(shard)), 0.0)
         now = time.monotonic()
         if not touched or now - touched > TOUCHED or not os.path.exists(path):
             self._fetch(shard, Path(path))
@@ -113,55 +113,137 @@ class ShardCache:
         self._fetch_next(shard)
         return path
 
+    def fetched(self, shard: str) -> str | None:
+        """The local file of a shard if it is there, else None; a path is returned as it is."""
+        path = os.fspath(self._path_of(shard)) if is_url(shard) else shard
+        return path if path == shard or os.path.exists(path) else None
+
     def version(self, shard: str) -> str:
-        """What identifies the content of a remote shard now. If it has changed, the fetched file is removed.
+        """What identifies the content of a remote shard, as it was when this process asked last.
 
         Raises:
             DataError: it cannot be asked for.
         """
-        import fsspec
+        if shard not in self._versions:
+            (version,) = self.versions([shard])
+            if isinstance(version, DataError):
+                raise version
+        return self._versions[shard]
 
-        with _explained(shard):
-            files, remote = fsspec.url_to_fs(shard)
-            about: dict[str, Any] = files.info(remote)
-        version = json.dumps({key: str(about[key]) for key in MARKS if about.get(key) is not None}, sort_keys=True)
-        path = self.folder / _file_name(shard)
-        mark = path.with_name(f"{path.name}.version")
-        if not mark.exists() or mark.read_text(encoding="utf-8") != version:
-            with self._locked(path):
-                path.unlink(missing_ok=True)
-                mark.write_text(version, encoding="utf-8")
-        return version
+    def versions(self, shards: Sequence[str]) -> list[str | DataError]:
+        """What identifies the content of each remote shard now; an error for those that cannot be asked for.
 
-    def versions(self, shards: Iterable[str]) -> Iterator[str | DataError]:
-        """[`version`][ShardCache.version] of several shards, several at a time; its error for those without."""
+        If a shard has changed, its fetched file is removed. If its server cannot be reached, that file counts as
+        current, and a warning says so.
+        """
+        reached: set[str] = set()  # servers that have answered
+        gone: dict[str, UnreachableError] = {}  # those that are not asked again
+        kept: list[UnreachableError] = []  # one for each shard that is used as it was fetched
 
-        def version(shard: str) -> str | DataError:
+        def ask(shard: str) -> str | DataError:
+            server = shard.split("/")[2]
             try:
-                return self.version(shard)
+                if server in gone:
+                    raise unreachable(shard, gone[server].reason)
+                version = self._ask(shard)
+                reached.add(server)
+                return version
+            except UnreachableError as error:
+                if server not in reached:
+                    gone.setdefault(server, error)
+                path = self._path_of(shard)
+                known = _read(_mark(path)) if path.exists() else None
+                kept.extend([error] if known is not None else [])
+                return error if known is None else known
             except DataError as error:
                 return error
 
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            yield from pool.map(version, shards)
+            answers = pool.map(ask, shards)
+            versions = list(tqdm(answers, "ask for shards", len(shards), unit="shard", delay=2, leave=False))
+        self._versions |= {shard: each for shard, each in zip(shards, versions, strict=True) if isinstance(each, str)}
+        if kept:
+            text = f"{len(kept)} of {len(shards)} shards cannot be asked for ({kept[0].reason})"
+            warnings.warn(f"{text}: they are used as they were fetched before", stacklevel=2)
+        return versions
+
+    def matches(self, pattern: str) -> list[str]:
+        """URLs of the shards that a pattern with `*` stands for; those of the last time, if the server is unreachable.
+
+        Raises:
+            DataError: they cannot be listed.
+        """
+        known = _mark(self._path_of(pattern))
+        try:
+            with explained(pattern, "cannot be listed"):
+                files, path = file_system(pattern)
+                found = sorted(files.unstrip_protocol(each) for each in files.glob(path))
+                if not found:  # as fsspec also does where it cannot list: ask for the reason
+                    with suppress(FileNotFoundError):
+                        files.ls(re.split(r"[^/]*[*?\[]", path)[0], refresh=True)
+        except UnreachableError:
+            before = _read(known)
+            if before is None:
+                raise
+            return before.split("\n")
+        if found:
+            self._write(known, "\n".join(found))
+        return found
+
+    def _ask(self, shard: str) -> str:
+        with explained(shard):
+            files, remote = file_system(shard)
+            version = _version_of(files.info(remote))
+        path = self._path_of(shard)
+        if _read(_mark(path)) != version:
+            with self._locked(path):
+                path.unlink(missing_ok=True)
+                self._write(_mark(path), version)
+        return version
+
+    def _write(self, path: Path, text: str) -> None:
+        """Write a small file, unless it says the same already."""
+        if _read(path) != text:
+            with self._stored():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
+                fresh.write_text(text, encoding="utf-8")
+                fresh.replace(path)
+
+    def _path_of(self, shard: str) -> Path:
+        base = re.sub(r"[^\w.-]", "_", shard.rpartition("/")[2])[-80:]
+        return self.folder / f"{hashlib.sha256(shard.encode()).hexdigest()[:16]}-{base}"
 
     def _fetch(self, shard: str, path: Path) -> None:
-        import fsspec
-
         if path.exists():
             return
         with self._locked(path):
             if path.exists():  # another process was faster
                 return
             part = path.with_name(f"{path.name}.part")
-            with _explained(shard), self._stored():
-                files, remote = fsspec.url_to_fs(shard)
-                size = files.info(remote).get("size")
-                self._make_room(size or 0)
-                files.get_file(remote, os.fspath(part))
-                if size is not None and part.stat().st_size != size:
-                    raise OSError(f"{part.stat().st_size:,} of {size:,} bytes arrived")
-                part.replace(path)
+            try:
+                with explained(shard), self._stored():
+                    self._fetch_part(shard, part)
+                    part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)  # the libraries do not go on with it, and a disk may be full
+
+    def _fetch_part(self, shard: str, part: Path) -> None:
+        """Fetch a shard to a file.
+
+        Raises:
+            DataError: it is not the one that the dataset was read from.
+        """
+        files, remote = file_system(shard)
+        about = files.info(remote)
+        if _differ(self._versions.get(shard) or _read(_mark(self._path_of(shard))), about):
+            text = "has changed since the dataset was read; repeat the command to read it again"
+            raise DataError(Problem("shard", text, shard))
+        size = about.get("size")
+        self._make_room(size or 0)
+        files.get_file(remote, os.fspath(part))
+        if size is not None and part.stat().st_size != size:
+            raise OSError(f"{part.stat().st_size:,} of {size:,} bytes arrived")
 
     def _fetch_next(self, shard: str) -> None:
         """Fetch the shard after this one in a thread, once."""
@@ -172,7 +254,7 @@ class ShardCache:
 
     def fetch_ahead(self, shards: Sequence[str]) -> None:
         """Fetch shards that will be needed soon, one after the other, in a thread; paths are left out."""
-        missing = [shard for shard in shards if is_url(shard) and not (self.folder / _file_name(shard)).exists()]
+        missing = [shard for shard in shards if is_url(shard) and not self._path_of(shard).exists()]
         if missing:
             self._thread = threading.Thread(target=self._fetch_all, args=(self._thread, missing), daemon=True)
             self._thread.start()
@@ -182,7 +264,7 @@ class ShardCache:
             before.join()
         for shard in shards:
             with suppress(Exception):  # `local` raises it when the shard is needed
-                self._fetch(shard, self.folder / _file_name(shard))
+                self._fetch(shard, self._path_of(shard))
 
     def _make_room(self, size: int) -> None:
         """Remove the least recently used shards until one more of this size is within the limit."""
@@ -226,23 +308,31 @@ class ShardCache:
             ) from error
 
 
-def _file_name(shard: str) -> str:
-    base = re.sub(r"[^\w.-]", "_", shard.rpartition("/")[2])[-80:]
-    return f"{hashlib.sha256(shard.encode()).hexdigest()[:16]}-{base}"
+def _version_of(about: dict[str, Any]) -> str:
+    return json.dumps({key: str(about[key]) for key in MARKS if about.get(key) is not None}, sort_keys=True)
 
 
-@contextmanager
-def _explained(shard: str) -> Iterator[None]:
-    """Within the block, whatever the library of a protocol raises becomes one sentence."""
+def _differ(version: str | None, about: dict[str, Any]) -> bool:
+    """Whether a file is no longer of a version. (One server of several may have another `ETag` for the same file.)"""
+    before, now = json.loads(version or "{}"), json.loads(_version_of(about))
+    if before.pop("size", None) != now.pop("size", None):
+        return version is not None
+    return bool(before) and not before.items() & now.items()
+
+
+def size_of(version: str) -> int:
+    """Bytes of a shard of a version; 0 if the server does not say it."""
+    return int(json.loads(version).get("size", 0))
+
+
+def _mark(path: Path) -> Path:
+    """The file with the version of a shard."""
+    return path.with_name(f"{path.name}.version")
+
+
+def _read(path: Path) -> str | None:
+    """The content of a small file; None without it."""
     try:
-        yield
-    except MiniClipError:
-        raise
-    except ImportError as error:
-        raise DataError(Problem("unusable", f"cannot be read without a package: {one_line(error)}", shard)) from error
-    except Exception as error:
-        reason = one_line(error)
-        if reason == shard and error.__cause__ is not None:  # as the file system for HTTP does
-            reason = one_line(error.__cause__)
-        text = f"cannot be fetched: {reason}; start the same command again: what was fetched and done is kept"
-        raise DataError(Problem("shard", text, shard)) from error
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return None

@@ -6,15 +6,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import fsspec
-
-from ...errors import DataError, Problem, one_line
+from ...errors import DataError, Problem
 from ...utils.names import is_utf8, name_of
 from ..listing import is_hidden
 from ..readers.recognise import TAR_ENDINGS
 from ..splits import SPLIT_ALIASES, SPLITS, split_of_name
 from ..tables.table_cache import stat_of
-from .remote_shards import current_cache, is_url
+from .remote_files import is_url
+from .remote_shards import current_cache
 
 SHARD_ENDINGS = (*TAR_ENDINGS, ".parquet")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -165,10 +164,4 @@ def _matches(name: str) -> list[str]:
         return [path for each in shown for path in (shards_of_folder(each) if os.path.isdir(each) else [each])]
     if not glob.has_magic(name.partition("://")[2]):
         return [name]  # it is looked for when it is fetched
-    try:
-        files, _ = fsspec.url_to_fs(name)
-        return sorted(files.unstrip_protocol(path) for path in files.glob(name))
-    except ImportError as error:
-        raise DataError(f"{name}: {one_line(error)}; install that package") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{name}: cannot be listed: {one_line(error)}") from error
+    return current_cache().matches(name)

@@ -3,6 +3,7 @@
 | shard | PLACE/NAME | the image is |
 |---|---|---|
 | tar archive | `1536,20481/0001.jpg` | 20,481 bytes from byte 1,536 on, the member `0001.jpg` |
+| remote archive that was not fetched yet | `3523407757,-2/0001` | the picture `0001` of any format, wherever it is |
 | Parquet or Arrow file | `17@5e2b90c1/image` | in row 17 (from 0) of the column `image` of this version of the file |
 
 Such a name is a chained URL of fsspec, so plain `datasets` opens it too, wherever this module was imported. SHARD is a
@@ -14,6 +15,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -26,11 +28,13 @@ from fsspec.spec import AbstractFileSystem
 
 from ...errors import DataError
 from .remote_shards import local_shard
-from .tar_headers import BLOCK, is_header_of
+from .tar_headers import BLOCK, DamagedArchive, find_members, is_header_of
 
 PROTOCOL = "row"
 PREFIX = f"{PROTOCOL}://"
+IN_TABLE, UNPLACED = -1, -2  # instead of the size of an image
 OPEN_SHARDS = 64  # files that a process keeps open
+KNOWN_SHARDS = 16  # archives of which a process remembers where all members are
 HELD_BYTES = 128_000_000  # of row groups in memory; a window of images (see `order.py`) of up to 125 kB
 END = 65_536  # bytes at the end of an Arrow file that tell its versions apart
 
@@ -40,9 +44,9 @@ class Place(NamedTuple):
 
     Args:
         shard: path or URL of the shard.
-        start: byte offset in a tar archive, row number in a table.
-        size: bytes in a tar archive; -1 in a table.
-        name: member of the archive, or column of the table.
+        start: byte offset in a tar archive, row number in a table; any number if it is [`UNPLACED`].
+        size: bytes in a tar archive; [`IN_TABLE`] in a table; [`UNPLACED`] for a member whose place is not known.
+        name: member of the archive, without its suffix if its place is not known; or column of the table.
         version: version of the table, see [`version_of`]; "" for any.
     """
 
@@ -71,7 +75,7 @@ def place_of(url: str) -> Place | None:
     name, _, shard = rest.rpartition("::")
     place, _, version = place.partition("@")
     start, _, size = place.partition(",")
-    return Place(shard, int(start), int(size or -1), name, version)
+    return Place(shard, int(start), int(size or IN_TABLE), name, version)
 
 
 def version_of(table: str) -> str:
@@ -101,6 +105,8 @@ def read_place(place: Place, local: Callable[[str], str] = local_shard) -> bytes
         OSError: the shard cannot be read.
     """
     path = local(place.shard)
+    if place.size == UNPLACED:
+        place = _find(place, path)
     if place.size >= 0:
         with open(path, "rb") as file:
             file.seek(place.start - BLOCK)
@@ -121,6 +127,30 @@ def read_place(place: Place, local: Callable[[str], str] = local_shard) -> bytes
             f"{place.shard}, row {place.start}, column {place.name!r}: no image; fill it or delete the row"
         )
     return value
+
+
+def _find(place: Place, path: str) -> Place:
+    """The place of a member in its archive, by its name.
+
+    Raises:
+        DataError: the archive has no such picture.
+    """
+    found = _members_of(path, os.stat(path).st_mtime_ns).get(place.name)
+    if found is None:
+        raise DataError(f"{place.shard}: has no picture {place.name!r}, which the table next to it names")
+    return place._replace(start=found[0], size=found[1], name=found[2])
+
+
+@lru_cache(maxsize=KNOWN_SHARDS)
+def _members_of(path: str, changed: int) -> dict[str, tuple[int, int, str]]:
+    """Start, size and name of the pictures of an archive by their names without suffix."""
+    members: dict[str, tuple[int, int, str]] = {}
+    with open(path, "rb") as file, suppress(DamagedArchive):  # those before the damage are found
+        for member in find_members(file):
+            stem, _, suffix = member.name.removeprefix("./").rpartition(".")
+            if suffix not in ("txt", "json"):
+                members.setdefault(stem, (member.start, member.size, member.name))
+    return members
 
 
 class _ArrowTable:

@@ -16,7 +16,7 @@ import os
 import posixpath
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -35,7 +35,7 @@ from ..listing import is_hidden_path
 from ..picture_formats import BY_SUFFIX
 from ..readers.record_captions import captions_of_record, join_captions
 from ..splits import SPLIT_ALIASES, SPLITS
-from .remote_shards import is_url
+from .remote_files import is_url
 from .tar_headers import DamagedArchive, Member, find_members
 
 FORMAT = b"miniclip-tar-1\n"
@@ -447,13 +447,16 @@ def _read_text(name: str, content: bytes, caption_column: str) -> _Text | None:
         return None
     if not isinstance(record, dict):
         return _Text(captions=captions_of_record({caption_column: record}, caption_column))
+    group, split = group_and_split(record)
+    return _Text(captions=captions_of_record(record, caption_column), group=group, split=split)
+
+
+def group_and_split(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Group and split of an image by the record about it; None for what that does not say."""
     group, split = record.get("group"), record.get("split")
     split = SPLIT_ALIASES.get(split.lower(), split.lower()) if isinstance(split, str) else None
-    return _Text(
-        captions=captions_of_record(record, caption_column),
-        group=str(group) if isinstance(group, str | int) and group != "" else None,
-        split=split if split in SPLITS else None,
-    )
+    group = str(group) if isinstance(group, str | int) and group != "" else None
+    return group, split if split in SPLITS else None
 
 
 def _add(text: _Text, more: _Text) -> None:

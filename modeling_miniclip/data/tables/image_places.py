@@ -10,15 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..shards.remote_shards import current_cache, is_url
-from ..shards.shard_url import PREFIX
+from ..shards.remote_files import is_url
+from ..shards.remote_shards import current_cache
+from ..shards.shard_url import IN_TABLE, PREFIX
 from .row_blocks import BLOCK, selected_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 # A name as in `shard_url.py`.
-PLACE = f"(?s)^{PREFIX}(?P<start>[0-9]+)(?:,(?P<size>[0-9]+))?(?:@[0-9a-f]+)?/(?P<name>.*)::(?P<shard>.*)$"
+PLACE = f"(?s)^{PREFIX}(?P<start>[0-9]+)(?:,(?P<size>-?[0-9]+))?(?:@[0-9a-f]+)?/(?P<name>.*)::(?P<shard>.*)$"
 SAMPLE = 65_536  # bytes at the start and at the end of a shard that its identity depends on
 IN_ROW, IN_FILE = "\0row", "\0file"  # in the place of a shard's name
 FEWEST, MOST = 256, 4_096  # images of a part
@@ -33,7 +34,7 @@ class Places(NamedTuple):
         contents: the encoded images that are in the table itself, null elsewhere.
         paths: path or URL of each image.
         shards: the shard of each image, [`IN_ROW`] for one in the table and [`IN_FILE`] for a file.
-        starts, sizes: `[rows]` int64, first byte and number of bytes in an archive; row and -1 in a table.
+        starts, sizes: `[rows]` int64, as of a [`Place`][modeling_miniclip.data.shards.shard_url.Place].
         columns: the column in a table, the member's name in an archive.
     """
 
@@ -113,7 +114,7 @@ def image_runs(rows: "Dataset") -> Iterator[Run]:
     """The rows of a split in runs whose images are in the same shard."""
     for places in image_places(rows):
         codes = np.asarray(places.shards.dictionary_encode().indices)
-        columns = pc.if_else(pa.array(places.sizes < 0), places.columns, None)
+        columns = pc.if_else(pa.array(places.sizes == IN_TABLE), places.columns, None)
         column_codes = np.asarray(pc.fill_null(columns, "").dictionary_encode().indices)
         changes = np.flatnonzero((np.diff(codes) != 0) | (np.diff(column_codes) != 0)) + 1
         edges = [0, *changes.tolist(), len(codes)]

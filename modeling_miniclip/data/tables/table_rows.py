@@ -19,7 +19,6 @@ from ..problems import OnProblem
 from ..readers.image_files import BAD_FILES, bad_files
 from ..readers.record_captions import captions_of_record, join_captions, texts_of
 from ..rows import ReadOptions, Row
-from ..shards.remote_shards import is_url
 from ..shards.shard_url import place_of, read_place, table_url
 from ..splits import split_of_value
 from .same_images import Identity, SameImages
@@ -196,15 +195,19 @@ def read_tables(
     for file, found in zip(files, columns, strict=True):
         try:
             yield from _rows_of_file(file, found, options, on_problem, same, done)
+        except DataError as error:
+            if error.problem is None or error.problem.kind != "shard":
+                raise
+            on_problem(error.problem)
         except (OSError, pa.ArrowException) as error:
             text = f"cannot be read to its end: {one_line(error)}; copy or download it again to use all its images"
-            on_problem(Problem(kind_of_error(error, file.path), text, file.where))
+            on_problem(Problem(kind_of_error(error), text, file.where))
         done += file.rows
 
 
-def kind_of_error(error: Exception, path: str) -> str:
+def kind_of_error(error: Exception) -> str:
     """The kind of problem of a table that raised an error: damaged, unless the system could not read it."""
-    return "shard" if is_url(path) or getattr(error, "errno", None) is not None else "damaged-shard"
+    return "shard" if getattr(error, "errno", None) is not None else "damaged-shard"
 
 
 def _rows_of_file(
@@ -343,7 +346,7 @@ def _same_images(files: Sequence[TableFile], columns: Sequence[TableColumns], co
         if not by_name and (found.name is not None or not compare_all):
             continue
         wanted = [name for name in (found.name, found.split) if name is not None]
-        with suppress(OSError, pa.ArrowException):  # which reading the rows reports
+        with suppress(OSError, DataError, pa.ArrowException):  # which reading the rows reports
             for batch, held in file.read(found, wanted, not by_name):
                 here = slice(start, start + len(held))
                 start += len(held)
