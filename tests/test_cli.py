@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from modeling_miniclip.cli import COMMANDS, Command, cli
+from modeling_miniclip.data.shards import remote_shards
 from modeling_miniclip.errors import MiniClipError, ModelError, UsageError
 from modeling_miniclip.utils.commands import run_command
 from tests.helpers.runs import ROOT, environment
@@ -50,6 +51,7 @@ COMMAND_LINES = [
     (["eval", "nowhere", "nowhere.csv"], 1),
     (["check", "nowhere.csv", "--batch_size", "0"], 2),
     (["check", "nowhere.csv"], 1),
+    (["check", "nowhere.csv", "--shard_cache_gb", "-1"], 2),
     (["index", "nowhere", "-o", "new"], 2),
     (["index", "nowhere", "pictures", "-o", "new"], 1),
     (["app", "nowhere"], 1),
@@ -57,6 +59,20 @@ COMMAND_LINES = [
     (["export", "nowhere", "--onnx", "new", "--images", "0"], 2),
     (["export", "nowhere", "--onnx", "new"], 1),
 ]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["check", "a.csv"], ["eval", "m", "a.csv"], ["index", "m", "a", "-o", "new"], ["export", "m", "--onnx", "new"],
+     ["space", "m", "new", "--images", "a"]],
+)  # fmt: skip
+def test_commands_that_read_limit_the_cache_of_shards(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (remote_shards.FOLDER, remote_shards.GIGABYTES):
+        monkeypatch.setenv(name, "")
+    command = COMMANDS[argv[0]]
+    monkeypatch.setitem(COMMANDS, argv[0], Command("", command.declare, lambda args: None))
+    assert cli([*argv, "--shard_cache_gb", "3"]) == 0
+    assert remote_shards.current_cache().limit_gb == 3
 
 
 @pytest.mark.parametrize(("argv", "code"), COMMAND_LINES)

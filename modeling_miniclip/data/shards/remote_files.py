@@ -17,7 +17,8 @@ from ...errors import DataError, MiniClipError, Problem, one_line
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 FAILED = "cannot be fetched"
 CONNECT, SILENCE = 30, 60  # seconds for a connection, and without a byte, after which HTTP gives up
 
