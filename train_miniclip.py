@@ -63,7 +63,7 @@ from modeling_miniclip.training.reports.diagnostics import chance_loss, not_fini
 from modeling_miniclip.training.reports.figures import draw_curves, draw_retrieval, read_metrics
 from modeling_miniclip.training.reports.overfit import check_overfitting
 from modeling_miniclip.training.reports.reload_check import load_checked_export
-from modeling_miniclip.training.reports.reporting import describe_validation
+from modeling_miniclip.training.reports.reporting import describe_best, describe_validation
 from modeling_miniclip.training.reports.several_datasets import report_datasets
 from modeling_miniclip.training.resuming.checkpoints import INTERRUPTED_EXPORT, drop_repeated_export
 from modeling_miniclip.training.resuming.output_dir import how_to_resume, locked_output_dir
@@ -136,8 +136,10 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
 
 
 def train(run: TrainingRun) -> None:
-    """Train until the last step, early stopping or a signal; validate after each epoch, save checkpoints when due."""
+    """Train until the last step, early stopping or a signal; validate and save checkpoints when due."""
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
+    if arguments.model_name_or_path is not None and progress.validated_step < 0:
+        validate_start(run)
     run.say(
         f"steps {progress.step + 1} to {run.last_step} of {arguments.batch_size} images on "
         f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
@@ -147,26 +149,29 @@ def train(run: TrainingRun) -> None:
         train_one_epoch(run)
         if not run.epoch_is_trained or run.signals.terminated:
             break
-        with run.final_weights():
-            improved = validate(run)
-        progress.end_epoch(improved)
+        validate(run)
+        progress.end_epoch()
         if run.checkpoint_is_due:
             run.save_checkpoint()
     run.save_checkpoint()
     if run.out_of_patience:
-        epochs = progress.epochs_without_improvement
-        run.say(f"early stopping: {arguments.best_metric} did not improve for {epochs} epochs")
-    if not run.signals.terminated and (progress.step_in_epoch > 0 or progress.best_value is None):
-        with run.final_weights():
-            improved = validate(run)  # after the checkpoint: a resumed run repeats the rest of this epoch without it
+        validations = progress.validations_without_improvement
+        unit = "epochs" if arguments.eval_steps is None else "validations"
+        run.say(f"early stopping: {arguments.best_metric} did not improve for {validations} {unit}")
+    if not run.signals.terminated and (progress.validated_step < progress.step or progress.best_value is None):
+        improved = validate(run)  # after the checkpoint: a resumed run repeats the rest of this epoch without it
         if run.signals.agreed is not None:
             kept = f"; if the run is resumed, it stays as {INTERRUPTED_EXPORT}" if improved else ""
             run.say(f"exported: the model of step {progress.best_step}{kept}")
 
 
 def train_one_epoch(run: TrainingRun) -> None:
-    """Train the rest of the current epoch, one optimizer step per batch."""
+    """Train the rest of the current epoch, one optimizer step per batch, up to a signal or early stopping."""
     progress, arguments = run.progress, run.arguments
+    if run.validation_is_due:  # a signal came before it
+        validate(run)
+        if run.out_of_patience:
+            return
     set_training_mode(run.unwrapped_model, arguments.freeze, bool(arguments.freeze_batch_norm))
     run.train_batches.epoch, run.train_batches.first_batch = progress.epoch, progress.step_in_epoch
     run.meter.start_epoch(progress.step_in_epoch)
@@ -185,9 +190,13 @@ def train_one_epoch(run: TrainingRun) -> None:
         if arguments.lr_scheduler_type == "cosine":
             run.scheduler.step()
         bar.update()
+        ends = run.signals.received_by_any_process(run.accelerator) or progress.step == run.last_step
+        if run.validation_is_due and not ends:
+            validate(run)
+            set_training_mode(run.unwrapped_model, arguments.freeze, bool(arguments.freeze_batch_norm))
         if run.checkpoint_is_due:
             run.save_checkpoint()
-        if run.signals.received_by_any_process(run.accelerator) or progress.step == run.last_step:
+        if ends or run.out_of_patience:
             break
     bar.close()
 
@@ -267,7 +276,7 @@ def log_steps(run: TrainingRun, bar: tqdm) -> None:
 
 
 def validate(run: TrainingRun) -> bool:
-    """Measure the whole validation split, step the plateau schedule, and export the model if it is the best so far.
+    """Validate the model, with its averaged weights if there are any, and export it if it is the best so far.
 
     Returns:
         Whether the model is the best so far.
@@ -275,6 +284,27 @@ def validate(run: TrainingRun) -> bool:
     Raises:
         MiniClipError: the loss is not finite.
     """
+    start = time.perf_counter()
+    with run.final_weights():
+        improved = validate_weights(run)
+    run.progress.count_validation(improved)
+    run.meter.leave_out(time.perf_counter() - start)
+    return improved
+
+
+def validate_start(run: TrainingRun) -> None:
+    """Measure the trained model that a run starts from; it is no candidate for the export."""
+    start = time.perf_counter()
+    embeddings = embed_validation_split(run)
+    metrics = measure_embeddings(run, embeddings)
+    run.write_metrics("validation", metrics, seconds=time.perf_counter() - start)
+    run.say(describe_validation("before training", metrics))
+    report_datasets(run, embeddings)
+    run.progress.at_start, run.progress.validated_step = metrics, run.progress.step
+
+
+def validate_weights(run: TrainingRun) -> bool:
+    """Measure the whole validation split, step the plateau schedule, and export the model if it is the best so far."""
     progress, arguments, is_main = run.progress, run.arguments, run.accelerator.is_main_process
     start = time.perf_counter()
     embeddings = embed_validation_split(run)
@@ -284,7 +314,7 @@ def validate(run: TrainingRun) -> bool:
         run.scheduler.step(metrics["loss"])
     value = metrics[arguments.best_metric]
     improved = is_better(arguments.best_metric, value, progress.best_value)
-    run.say(describe_validation(run.epoch, metrics, improved))
+    run.say(describe_validation(f"epoch {run.epoch:g}", metrics, improved))
     report_datasets(run, embeddings)
     if is_main:
         run.diagnosis.after_validation(progress.step, *embeddings)
@@ -337,7 +367,8 @@ def finish(run: TrainingRun) -> Path:
     draw_curves(read_metrics(run.log.path), run.output_dir / "curves.png", run.progress.best_step)
     exported = load_checked_export(run)
     draw_retrieval(run, exported, run.output_dir / "retrieval.png")
-    run.say(f"best {run.arguments.best_metric} {run.progress.best_value:.4g} at step {run.progress.best_step}")
+    for line in describe_best(run.arguments.best_metric, run.progress):
+        run.say(line)
     run.say(f"model: {run.export_dir}")
     if doubt := run.diagnosis.doubt():
         run.say(doubt)

@@ -63,6 +63,7 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
         parameters=sum(p.numel() for p in model.parameters()),
         metrics=metrics,
         intervals=values.get("intervals") or {},
+        at_start=values.get("at_start") or {},
         license=values.get("license"),
         command=inline_code(values["command"]) if values.get("command") else None,
         arguments={name: inline_code(value) for name, value in (values.get("arguments") or {}).items()},

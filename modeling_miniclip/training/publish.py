@@ -45,6 +45,7 @@ def export_best(run: TrainingRun, metrics: dict[str, float], intervals: dict[str
             "name": arguments.hub_model_id or run.output_dir.resolve().name,
             "metrics": metrics,
             "intervals": intervals,
+            "at_start": run.progress.at_start,
             "arguments": arguments_for_card(arguments),
             "command": command_for_card(arguments),
             "license": arguments.hub_license,

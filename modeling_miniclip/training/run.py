@@ -119,8 +119,8 @@ class TrainingRun:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether `--early_stopping_patience` epochs passed without improvement."""
-        return self.progress.epochs_without_improvement >= (self.arguments.early_stopping_patience or math.inf)
+        """Whether `--early_stopping_patience` validations passed without improvement."""
+        return self.progress.validations_without_improvement >= (self.arguments.early_stopping_patience or math.inf)
 
     def should_stop(self) -> bool:
         """Whether nothing is left to train. Every process must call it, as a signal may have reached only one."""
@@ -131,6 +131,14 @@ class TrainingRun:
     def final_weights(self) -> AbstractContextManager[None]:
         """Within the block, the model has the weights that are validated and exported."""
         return nullcontext() if self.ema is None else self.ema.in_place()
+
+    @property
+    def validation_is_due(self) -> bool:
+        """Whether `--eval_steps` asks for a validation now; the end of an epoch has its own."""
+        step, interval = self.progress.step, self.arguments.eval_steps
+        if interval is None or step == self.progress.validated_step or self.epoch_is_trained:
+            return False
+        return step > 0 and step % interval == 0
 
     @property
     def checkpoint_is_due(self) -> bool:

@@ -500,8 +500,9 @@ def resume(run: TrainingRun, checkpoint: Path) -> None:
     if is_deepspeed(run.accelerator):
         run.optimizer.optimizer.clip_grad = run.arguments.max_grad_norm  # it has loaded the checkpoint's
     if run.accelerator.is_main_process:
-        last = run.log.last_validation()
-        if rewind_folders(checkpoint, run.export_dir, bool(last and last % run.steps_per_epoch)):
+        last, interval = run.log.last_validation() or 0, run.arguments.eval_steps
+        repeated = last % run.steps_per_epoch == 0 or (interval is not None and last % interval == 0)
+        if rewind_folders(checkpoint, run.export_dir, not repeated):
             run.say(f"{INTERRUPTED_EXPORT}: the model of step {last}, exported when the run stopped within an epoch")
         delete_expired(checkpoint.parent, run.arguments.save_total_limit, run.progress.best_step)
     run.log.rewind()

@@ -226,5 +226,5 @@ def test_lines_for_the_terminal(splits: dict[str, Any]) -> None:
     metrics = {f"{d}_R@{k}": 10.04 * k for d in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
     recalls = "text to image 10.0 / 50.2 / 100.4, image to text 10.0 / 50.2 / 100.4"
     line = f"epoch 1.5: loss 0.5000, R@1/5/10 {recalls}, rsum 9.0"
-    assert describe_validation(1.5, metrics | {"loss": 0.5, "rsum": 9.0}, False) == line
-    assert describe_validation(1.5, metrics | {"loss": 0.5, "rsum": 9.0}, True) == line + " *"
+    assert describe_validation("epoch 1.5", metrics | {"loss": 0.5, "rsum": 9.0}) == line
+    assert describe_validation("epoch 1.5", metrics | {"loss": 0.5, "rsum": 9.0}, True) == line + " *"

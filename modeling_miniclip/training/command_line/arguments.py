@@ -175,7 +175,7 @@ class TrainingArguments:
     lr_scheduler_type: Literal["plateau", "cosine"] = _flag(
         "plateau", "plateau: lower the rates when the validation loss stops falling; cosine: warm up, then decay to 0"
     )
-    lr_plateau_patience: int = _flag(1, "plateau: epochs without improvement after which the rates are lowered")
+    lr_plateau_patience: int = _flag(1, "plateau: validations without improvement after which the rates are lowered")
     lr_plateau_factor: float = _flag(0.8, "plateau: factor by which the rates are lowered")
     warmup_steps: int = _flag(0, "cosine: steps of linear warm-up")
     ema_decay: float | None = _flag(
@@ -210,8 +210,9 @@ class TrainingArguments:
     discard_later_checkpoints: bool = _flag(False, "delete the checkpoints after the one in resume_from_checkpoint")
     checkpointing_steps: str = _flag("epoch", "steps between checkpoints, or 'epoch' for one after each epoch")
     save_total_limit: int = _flag(2, "number of checkpoints to keep; the last and the best are always kept")
+    eval_steps: int | None = _flag(None, "validate every N steps, in addition to the end of each epoch (off)")
     best_metric: str = _flag("loss", "validation metric that selects the exported model")
-    early_stopping_patience: int | None = _flag(None, "stop after N epochs in which best_metric did not improve")
+    early_stopping_patience: int | None = _flag(None, "stop after N validations in which best_metric did not improve")
     logging_steps: int = _flag(10, "steps between lines of metrics.jsonl")
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = _flag("none", "experiment tracker")
     push_to_hub: bool = _flag(False, "upload the export to the Hub (see hub_strategy)")
@@ -237,7 +238,7 @@ LOWER_BOUNDS = {
     **dict.fromkeys(("batch_size", "captions_per_image", "num_train_epochs", "max_steps", "logging_steps"), 1),
     **dict.fromkeys(("max_train_images", "stream_first_rows", "num_views"), 1),
     **dict.fromkeys(("image_size", "train_image_size", "max_length", "projection_dim", "projection_depth"), 1),
-    **dict.fromkeys(("save_total_limit", "early_stopping_patience"), 1),
+    **dict.fromkeys(("save_total_limit", "early_stopping_patience", "eval_steps"), 1),
     "chunk_size": 2,
     **dict.fromkeys(("num_workers", "seed", "warmup_steps", "lr_plateau_patience", "weight_decay"), 0),
     **dict.fromkeys(("max_validation_images", "shard_cache_gb"), 0),

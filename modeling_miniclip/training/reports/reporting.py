@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from ...data.load_rows import Splits
 from ...data.tables.row_blocks import caption_counts
 from ...errors import printable
-from ...evaluation.metrics import DIRECTIONS, RECALL_AT
+from ...evaluation.metrics import DIRECTIONS, RECALL_AT, is_better
 from ...modeling_miniclip import MiniClipModel
 from ...utils.files import replace_text
+from ..resuming.checkpoints import Progress
 from .diagnostics import not_finite
 
 # Parameter groups whose learning rates are logged: one for each part, as the others are proportional.
@@ -62,14 +63,29 @@ def describe_model(model: MiniClipModel) -> str:
     )
 
 
-def describe_validation(epoch: float, metrics: dict[str, float], improved: bool) -> str:
+def describe_validation(when: str, metrics: dict[str, float], improved: bool = False) -> str:
     """One line with the loss and recalls of a validation; a star marks the best so far."""
     recalls = [
         f"{direction.replace('_', ' ')} " + " / ".join(f"{metrics[f'{direction}_R@{k}']:.1f}" for k in RECALL_AT)
         for direction in DIRECTIONS
     ]
-    line = f"epoch {epoch:g}: loss {metrics['loss']:.4f}, R@1/5/10 {', '.join(recalls)}, rsum {metrics['rsum']:.1f}"
+    line = f"{when}: loss {metrics['loss']:.4f}, R@1/5/10 {', '.join(recalls)}, rsum {metrics['rsum']:.1f}"
     return line + (" *" if improved else "")
+
+
+def describe_best(metric: str, progress: Progress) -> list[str]:
+    """One line with the best value of a run, and a warning if the model that it started from was better."""
+    best, start = progress.best_value, (progress.at_start or {}).get(metric)
+    line = f"best {metric} {best:.4g} at step {progress.best_step}"
+    if start is None:
+        return [line]
+    lines = [f"{line}, before training {start:.4g}"]
+    if is_better(metric, start, best):
+        lines.append(
+            f"warning: no validation was as good as that of the model the run started from ({metric} {start:.4g}): "
+            "likely the learning rates are too high, or the data is another than it was trained on"
+        )
+    return lines
 
 
 class StepMeter:
@@ -95,6 +111,10 @@ class StepMeter:
         if step_in_epoch == 0:
             self.losses: list[Tensor] = []
             self.chances: list[float] = []
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave the time of a validation out of the throughput."""
+        self.start += seconds
 
     def update(self, loss: Tensor, norm: Any, pairs: int, chance: float) -> None:
         """Add a step of this process without waiting for the device.

@@ -43,7 +43,7 @@ def report_datasets(run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tensor])
             continue
         metrics = validation_metrics(*own, scale, run.unwrapped_model.config.loss_type, bias)
         run.write_metrics(f"validation of {name}", metrics)
-        run.say(f"  {name}: {describe_validation(run.epoch, metrics, False).partition(': ')[2]}")
+        run.say(describe_validation(f"  {name}", metrics))
     order = run.train_batches.order
     if isinstance(order, Mixture):
         uses = zip(run.arguments.dataset or [], order.times_used(run.epoch), strict=True)

@@ -32,7 +32,9 @@ class Progress:
         step_in_epoch: number of steps in the current epoch.
         best_value: best value of `--best_metric`; None before the first validation.
         best_step: step of the best value.
-        epochs_without_improvement: number of epochs since the best value.
+        validated_step: step of the last validation; -1 before the first one.
+        validations_without_improvement: number of validations since the best value.
+        at_start: metrics of the validation before the first step; None if there was none.
     """
 
     epoch: int = 0
@@ -40,12 +42,18 @@ class Progress:
     step_in_epoch: int = 0
     best_value: float | None = None
     best_step: int = 0
-    epochs_without_improvement: int = 0
+    validated_step: int = -1
+    validations_without_improvement: int = 0
+    at_start: dict[str, float] | None = None
 
-    def end_epoch(self, improved: bool) -> None:
+    def count_validation(self, improved: bool) -> None:
+        """Count a validation of the model that is trained."""
+        self.validated_step = self.step
+        self.validations_without_improvement = 0 if improved else self.validations_without_improvement + 1
+
+    def end_epoch(self) -> None:
         """Count an epoch whose validation is done."""
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        self.epochs_without_improvement = 0 if improved else self.epochs_without_improvement + 1
 
     def state_dict(self) -> dict[str, Any]:
         """State for `accelerator.register_for_checkpointing`."""
