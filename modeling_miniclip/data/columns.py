@@ -13,6 +13,7 @@ from .problems import OnProblem, raise_problem
 
 # Usual names of the column that names the image, and of those with the captions.
 IMAGE_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "path", "image_name", "file")
+NEGATIVES = "negative_captions"  # wrong captions of an image
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences")
 
 
@@ -35,6 +36,7 @@ class ResolvedColumns:
     id: str | None = None
     split: str | None = None
     group: str | None = None
+    negatives: str | None = None
 
 
 def find_columns(
@@ -63,8 +65,8 @@ def find_columns(
     is_needed = needs_captions or has_captions(names, wanted.caption)
     captions: list[str] = caption_columns(names, file, row, wanted.caption) if is_needed else []
     taken = {image, *captions}
-    split, group = (optional_column(names, name, taken) for name in ("split", "group"))
-    return ResolvedColumns(image, captions, wanted.id if wanted.id in names else None, split, group)
+    split, group, negatives = (optional_column(names, name, taken) for name in ("split", "group", NEGATIVES))
+    return ResolvedColumns(image, captions, wanted.id if wanted.id in names else None, split, group, negatives)
 
 
 def optional_column(names: Collection[str], wanted: str, taken: Collection[str] = ()) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from ..errors import DataError, Problem
+from .columns import NEGATIVES
 from .faults import check_damaged, leave_out_damaged, readable, unchanged
 from .problems import OnProblem, raise_problem
 from .rows import ReadOptions, Row
@@ -26,11 +27,11 @@ from .tables.assign_splits import (
     splits_of_files,
     splits_of_rows,
 )
-from .tables.table import About, open_table, write_table
+from .tables.table import OPTIONAL, About, open_table, write_table
 from .tables.table_cache import cached_table, default_cache_dir
 
 NAMED = "split-{}.npy"  # row numbers of a split that the source names
-PUBLIC = ("image", "image_id", "captions", "caption_ids", "group")
+PUBLIC = ("image", "image_id", "captions", "caption_ids", "group", NEGATIVES)
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,8 @@ def splits_of_table(folder: Path, about: About, kind: Kind, seeded: SeededSplit 
     """The splits of a table, see [`rows_of_splits`]; without the columns that it lacks."""
     rows = open_table(folder)
     splits = rows_of_splits(rows, folder, about, kind, seeded)
-    columns = [name for name in rows.column_names if name not in ("caption_ids", "group") or name in about.columns]
+    lacking = set(OPTIONAL) - set(about.columns)
+    columns = [name for name in rows.column_names if name not in lacking]
     rows = rows.select_columns([name for name in columns if name != "split"])
     return DatasetDict({split: _select(rows, splits[split]) for split in SPLITS if split in splits})
 

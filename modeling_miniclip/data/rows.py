@@ -24,6 +24,7 @@ class Row:
         file: file, or dataset and split, where the row was read, for messages.
         number: number of the row in it, as an editor counts it; None for a whole file.
         column: name of the column that names the image; None if there is none.
+        negatives: wrong captions of the image, stripped and not empty.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Row:
     file: str = ""
     number: int | None = None
     column: str | None = None
+    negatives: list[str] = field(default_factory=list)
 
 
 class SplitName(NamedTuple):

@@ -4,6 +4,7 @@ order.py: the order of the rows of an epoch, computed
 mixing.py: several datasets in one epoch, by weights
 batches.py: which rows are in each global batch
 dataset.py: the rows of a split as a torch dataset
+hard_negatives.py: wrong captions as additional candidates
 augmentation.py: random crops, flips and colours
 collation.py: rows as tensors, and tensors as inputs of the model
 loader.py: loader processes

@@ -44,6 +44,7 @@ class Collator:
         `pixel_values` `[B, 3, H, W]` uint8 (normalised on the device by `MiniClipProcessor.normalize`) or
         `vision_pooler_output` `[B, width]`; `input_ids`, `attention_mask` `[N, L]`, padded to the longest text of the
         batch, or `text_pooler_output` `[N, width]`; `image_id` `[B]`, the indices of the rows; `text_image_id` `[N]`.
+        With hard negatives, the texts of an image end with its wrong captions, and `is_negative` `[N]` marks these.
         If images cannot be decoded, also `undecodable`: a list of their indices and the reasons; they are in none of
         the tensors.
     """
@@ -56,6 +57,11 @@ class Collator:
         rows = [row for row in rows if "undecodable" not in row]
         batch: dict[str, Any] = {"image_id": torch.tensor([row["image_id"] for row in rows])}
         texts = "text_features" if "text_features" in rows[0] else "captions"
+        if "negatives" in rows[0]:
+            own = [len(row["captions"]) for row in rows]
+            rows = [row | {"captions": row["captions"] + row["negatives"]} for row in rows]
+            places = [i >= count for row, count in zip(rows, own, strict=True) for i in range(len(row["captions"]))]
+            batch["is_negative"] = torch.tensor(places)
         counts = torch.tensor([len(row[texts]) for row in rows])
         batch["text_image_id"] = batch["image_id"].repeat_interleave(counts)
         if "vision_features" in rows[0]:

@@ -15,8 +15,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ...errors import DataError, MiniClipError
 from ...processing_miniclip import MiniClipProcessor
+from ..columns import NEGATIVES
 from ..picture_formats import decode_row
 from .augmentation import pixels_of
+from .hard_negatives import HardNegatives
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,6 +60,7 @@ class CaptionRows(TorchDataset):
         vision_features: pooled features `[n, width]` of the frozen image tower, used instead of the images: those of
             each view; the epochs take the views in turn. NaN marks an image that could not be decoded.
         text_features: features `[captions, width]` of the frozen text tower for each image, used instead of the texts.
+        hard_negatives: wrong captions to add to each row, as `negatives`; only without `text_features`.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class CaptionRows(TorchDataset):
         seed: int = 0,
         vision_features: Sequence[Rows] | None = None,
         text_features: Rows | None = None,
+        hard_negatives: HardNegatives | None = None,
     ):
         from datasets import Image
 
@@ -80,6 +84,9 @@ class CaptionRows(TorchDataset):
         self.seed = seed
         self.vision_features = vision_features
         self.text_features = text_features
+        self.hard_negatives = hard_negatives
+        has_negatives = hard_negatives is not None and hard_negatives.from_column
+        self.negatives = split.select_columns([NEGATIVES]) if has_negatives else None
 
     def __len__(self) -> int:
         return len(self.undecoded)
@@ -184,6 +191,9 @@ class CaptionRows(TorchDataset):
             row["text_features"] = captions[torch.from_numpy(chosen)]  # [K, width]
         else:
             row["captions"] = [captions[i] for i in chosen]
+            if self.hard_negatives is not None:
+                negatives = self.negatives[index][NEGATIVES] if self.negatives is not None else []
+                row["negatives"] = self.hard_negatives.draw(captions, negatives, chosen, epoch, index)
         return row
 
     def _image(self, index: int, file: dict[str, Any] | None) -> "Image.Image | str":

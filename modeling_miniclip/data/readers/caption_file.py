@@ -19,6 +19,7 @@ from ..splits import find_split_files, read_split_files, split_of_value
 from ..tables.table_cache import content_of
 from .image_files import SAMPLE, rows_with_images
 from .layouts import find_caption_files, find_images
+from .record_captions import negatives_of
 from .text_files import LONGEST, Lines, check_surrogates, is_json_list, json_list
 
 # Five rows of the original Flickr8k.token.txt name an image with a second suffix that was never published.
@@ -151,8 +152,9 @@ class _Table:
         place = {name: i for i, name in enumerate(header)}
         image = place[columns.image]
         caption = place[columns.captions[0]] if len(columns.captions) == 1 else None
-        split, group, ids = (
-            None if column is None else place[column] for column in (columns.split, columns.group, columns.id)
+        split, group, ids, negatives = (
+            None if column is None else place[column]
+            for column in (columns.split, columns.group, columns.id, columns.negatives)
         )
         cell, name = "", None
         for number, end, cells in found:
@@ -179,6 +181,7 @@ class _Table:
                     self.file,
                     number,
                     columns.image,
+                    [] if negatives is None else negatives_of(cells[negatives]),
                 )
 
     def _columns(self, header: list[str], number: int) -> ResolvedColumns:
@@ -256,6 +259,7 @@ class _Table:
                     self.file,
                     number,
                     columns.image,
+                    [] if columns.negatives is None else negatives_of(cells[columns.negatives]),
                 )
 
     def _json_lines(self, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:

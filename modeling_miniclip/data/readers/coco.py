@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import DataError, Problem, one_line
 from ...utils.names import is_utf8, name_of
-from ..columns import ColumnNames, image_name
+from ..columns import NEGATIVES, ColumnNames, image_name
 from ..problems import OnProblem
 from ..rows import ReadOptions, Row
 from ..splits import split_of_name, split_of_value
@@ -16,7 +16,7 @@ from ..tables.table_cache import content_of
 from .caption_file import check_path
 from .image_files import SAMPLE, rows_with_images
 from .layouts import find_coco_files, find_images, find_karpathy_file
-from .record_captions import texts_of
+from .record_captions import negatives_of, texts_of
 
 
 def read_coco(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
@@ -58,7 +58,7 @@ def read_karpathy(source: str, options: ReadOptions, on_problem: OnProblem) -> I
         DataError: the file is not as expected, or there is no folder of images.
     """
     file = _karpathy_file(source)
-    images = _load(file, ("images", "filename", "filepath", "split", "sentences", "raw")).get("images")
+    images = _load(file, ("images", "filename", "filepath", "split", "sentences", "raw", NEGATIVES)).get("images")
     entries = _objects(images, "images", file)
     rows = list(_karpathy_rows(entries, file, options, on_problem, with_folders=True))
     folder, _ = find_images(file.parent, None, (row.name for row in rows), options.image_dir)
@@ -129,7 +129,7 @@ def _objects(values: Any, name: str, file: Path) -> list[dict[str, Any]]:
 
 def _coco_rows(file: Path, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
     caption = options.columns.caption
-    data = _load(file, ("images", "annotations", "id", "image_id", "file_name", caption))
+    data = _load(file, ("images", "annotations", "id", "image_id", "file_name", caption, NEGATIVES))
     images = _objects(data.get("images"), "images", file)
     annotations = _objects(data.get("annotations"), "annotations", file)
     if not any(caption in annotation for annotation in annotations):
@@ -140,6 +140,10 @@ def _coco_rows(file: Path, options: ReadOptions, on_problem: OnProblem) -> Itera
             text += ", or the right key with caption_column"
         raise DataError(Problem("unusable", text, str(file)))
     captions = _captions_by_image(annotations, caption, file, on_problem)
+    wrong: dict[Any, list[str]] = {}
+    for annotation in annotations:
+        if negatives := negatives_of(annotation.get(NEGATIVES)):
+            wrong.setdefault(annotation.get("image_id"), []).extend(negatives)
     without = 0
     for number, image in enumerate(images, 1):
         texts = captions.pop(image.get("id"), [])
@@ -147,7 +151,8 @@ def _coco_rows(file: Path, options: ReadOptions, on_problem: OnProblem) -> Itera
         if name is None or not (texts or options.all_images):
             without += not texts
             continue
-        yield Row(name, "", texts, name, file=str(file), column="file_name")
+        negatives = wrong.get(image.get("id"), [])
+        yield Row(name, "", texts, name, file=str(file), column="file_name", negatives=negatives)
     lost = sum(map(len, captions.values()))
     found = [(0 if options.all_images else without, "images without a caption"), (lost, "captions without an image")]
     if reasons := [f"{count} {what}" for count, what in found if count]:
@@ -184,7 +189,16 @@ def _karpathy_rows(
         folder = image.get("filepath")
         if with_folders and isinstance(folder, str) and folder.strip("/. "):
             name = f"{folder.strip().strip('/')}/{name}"
-        yield Row(name, "", captions, name, split_of_value(image.get("split")), file=str(file), column="filename")
+        yield Row(
+            name,
+            "",
+            captions,
+            name,
+            split_of_value(image.get("split")),
+            file=str(file),
+            column="filename",
+            negatives=negatives_of(image.get(NEGATIVES)),
+        )
     if without and not options.all_images:
         on_problem(Problem("left-out", f"left out {without} images without a caption", str(file)))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import DataError, Problem, one_line
 from ...utils.names import is_utf8, name_of
+from ..columns import NEGATIVES
 from ..listing import ListedFolder, images_of_folder, walk_folders
 from ..picture_formats import is_picture_file
 from ..problems import OnProblem
@@ -19,7 +20,7 @@ from ..tables.table_cache import content_of, stat_of
 from .caption_file import check_path, read_caption_file, read_table, split_lines
 from .image_files import BAD_FILES, rows_with_images
 from .layouts import CAPTION_FILES, METADATA_FILES, find_caption_files
-from .record_captions import captions_of_record
+from .record_captions import captions_of_record, negatives_of
 from .text_files import Lines, check_surrogates
 
 TEXT_ENDINGS = (".txt", ".json")
@@ -241,6 +242,7 @@ def _add_texts(row: Row, path: str, texts: list[str], wanted: str, on_problem: O
             group, split = record.get("group"), record.get("split")
             row.group = row.group or (str(group) if isinstance(group, str | int) and group != "" else None)
             row.split = split_of_value(split) or row.split
+            row.negatives += negatives_of(record.get(NEGATIVES))
         else:
             reader = Lines(file, on_problem)
             read = [line for number, line in enumerate(reader, 1) if not reader.are_undecoded(number, number)]

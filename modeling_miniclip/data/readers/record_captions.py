@@ -1,10 +1,13 @@
 """Captions in the values that shards hold: texts, lists of texts, and lists of objects with a text each."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from ..columns import caption_columns, has_captions
+from .text_files import check_surrogates
 
 TEXT_KEYS = ("raw", "caption", "text", "sentence")  # of a caption that is an object, such as COCO's
 
@@ -25,6 +28,20 @@ def texts_of(value: Any) -> list[str]:
     if isinstance(value, list | tuple):
         return [text for each in value for text in texts_of(each)]
     return []
+
+
+def negatives_of(value: Any) -> list[str]:
+    """Wrong captions in a value: a text, a list of texts, or such a list as JSON, as it is in a CSV file.
+
+    Example:
+        >>> negatives_of('["a cat", "two dogs"]'), negatives_of("a cat")
+        (['a cat', 'two dogs'], ['a cat'])
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+            check_surrogates(value)
+    return texts_of(value)
 
 
 def captions_of_record(record: Mapping[str, Any], wanted: str) -> list[str]:

@@ -177,6 +177,7 @@ def _rows(
             split=entry.split or split,
             group=entry.group,
             file=source,
+            negatives=entry.negatives,
         )
     if index.damage:
         text = f"{index.damage}; copy or download it again to use more than the {len(index)} images before"

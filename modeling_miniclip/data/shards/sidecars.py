@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...errors import DataError
-from ..readers.record_captions import join_captions, texts_of
+from ..columns import NEGATIVES
+from ..readers.record_captions import join_captions, negatives_of, texts_of
 from .remote_files import UnreachableError, explained, file_system
 from .shard_url import UNPLACED
 from .tar_index import SCHEMA, TarIndex, group_and_split
@@ -48,7 +49,7 @@ def _index_of(file: pq.ParquetFile, caption_column: str) -> TarIndex | None:
     names = file.schema_arrow.names
     if not {KEY, STATUS, caption_column} <= set(names) or any(map(pa.types.is_binary, file.schema_arrow.types)):
         return None
-    wanted = dict.fromkeys((KEY, STATUS, CAPTION, caption_column, "group", "split"))
+    wanted = dict.fromkeys((KEY, STATUS, CAPTION, caption_column, "group", "split", NEGATIVES))
     table = file.read([name for name in wanted if name in names])
     rows: list[dict[str, Any]] = table.filter(pc.equal(table[STATUS], "success")).to_pylist()
     keys = [str(row[KEY]) for row in rows]
@@ -64,5 +65,6 @@ def _index_of(file: pq.ParquetFile, caption_column: str) -> TarIndex | None:
         "captions": captions,
         "group": groups,
         "split": splits,
+        "negatives": [negatives_of(row.get(NEGATIVES)) for row in rows],
     }
     return TarIndex(pa.table(columns, SCHEMA))

@@ -31,14 +31,15 @@ from tqdm.auto import tqdm
 from ...errors import DataError, MiniClipError, Problem, one_line
 from ...utils.names import name_of
 from ...utils.processes import follow_parent
+from ..columns import NEGATIVES
 from ..listing import is_hidden_path
 from ..picture_formats import BY_SUFFIX
-from ..readers.record_captions import captions_of_record, join_captions
+from ..readers.record_captions import captions_of_record, join_captions, negatives_of
 from ..splits import SPLIT_ALIASES, SPLITS
 from .remote_files import is_url
 from .tar_headers import DamagedArchive, Member, find_members
 
-FORMAT = b"miniclip-tar-1\n"
+FORMAT = b"miniclip-tar-2\n"
 # Compressed archives by their first bytes: how to read them, and the program that unpacks them.
 COMPRESSIONS: dict[bytes, tuple[Any, str]] = {
     b"\x1f\x8b": (gzip.open, "gzip"),
@@ -57,6 +58,7 @@ SCHEMA = pa.schema(
         "captions": pa.list_(pa.string()),
         "group": pa.string(),
         "split": pa.string(),
+        "negatives": pa.list_(pa.string()),
     }
 )
 
@@ -70,7 +72,7 @@ class Entry(NamedTuple):
         start: offset of its content.
         size: size of its content in bytes.
         captions: its captions, each once.
-        group, split: what the JSON file next to it says.
+        group, split, negatives: what the JSON file next to it says.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Entry(NamedTuple):
     captions: list[str]
     group: str | None
     split: str | None
+    negatives: list[str]
 
 
 @dataclass
@@ -114,6 +117,7 @@ class _Text:
     values: list[str] = field(default_factory=list)  # whole text files, which may hold the caption of a JSON file
     group: str | None = None
     split: str | None = None
+    negatives: list[str] = field(default_factory=list)
 
 
 # --- indexes on disk ------------------------------------------------------------------------------------------------
@@ -386,6 +390,7 @@ def _join(pictures: list[Member], texts: list[tuple[str, bytes]], caption_column
         "captions": [join_captions(text.values, text.captions) for text in found],
         "group": [text.group for text in found],
         "split": [text.split for text in found],
+        "negatives": [text.negatives for text in found],
     }
     return TarIndex(pa.table(rows, SCHEMA), damage, _first(lost), _first(unreadable))
 
@@ -448,7 +453,8 @@ def _read_text(name: str, content: bytes, caption_column: str) -> _Text | None:
     if not isinstance(record, dict):
         return _Text(captions=captions_of_record({caption_column: record}, caption_column))
     group, split = group_and_split(record)
-    return _Text(captions=captions_of_record(record, caption_column), group=group, split=split)
+    captions, negatives = captions_of_record(record, caption_column), negatives_of(record.get(NEGATIVES))
+    return _Text(captions=captions, group=group, split=split, negatives=negatives)
 
 
 def group_and_split(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -462,6 +468,7 @@ def group_and_split(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
 def _add(text: _Text, more: _Text) -> None:
     text.captions += more.captions
     text.values += more.values
+    text.negatives += more.negatives
     text.group = text.group if text.group is not None else more.group
     text.split = text.split if text.split is not None else more.split
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from ...errors import Problem
+from ..columns import NEGATIVES
 from ..problems import OnProblem
 from ..rows import Row
 
@@ -28,11 +29,12 @@ BLOCK = 4_096  # rows that are written at a time
 NO_ROW = -1  # number of a row that is a whole file
 JOINED_TOGETHER = 4_000_000  # keys that are sorted at a time
 
-# Columns that hold a list per image, one value per caption.
-LISTS = ("captions", "caption_hashes", "rows", "caption_ids")
+# Columns that hold a list per image, one value per caption, or any number of wrong captions.
+LISTS = ("captions", "caption_hashes", "rows", "caption_ids", NEGATIVES)
 # Columns that a source may lack, and their value in a row.
 OPTIONAL: dict[str, Callable[[Row], Any]] = {
     "caption_ids": lambda row: row.ids,
+    NEGATIVES: lambda row: row.negatives,
     "group": lambda row: row.group,
     "split": lambda row: row.split,
 }
@@ -80,6 +82,7 @@ def table_features() -> "Features":
             "image_id": text,
             "captions": List(text),
             "caption_ids": List(text),
+            NEGATIVES: List(text),
             "group": text,
             "split": text,
             "caption_hashes": List(Value("uint32")),
@@ -136,6 +139,7 @@ def _write_runs(rows: Iterable[Row], path: Path, about: About, on_problem: OnPro
                     _report_disagreement(last, row, on_problem)
                 last.captions += row.captions
                 last.ids += row.ids
+                last.negatives += row.negatives
                 numbers[-1] += here
                 continue
             if len(block) == BLOCK:
@@ -161,6 +165,7 @@ def _batch_of(
         "image_id": [row.name for row in rows],
         "captions": [row.captions for row in rows],
         "caption_ids": [row.ids for row in rows],
+        NEGATIVES: [row.negatives for row in rows],
         "group": [row.group for row in rows],
         "split": [row.split for row in rows],
         "caption_hashes": [[zlib.crc32(text.encode()) for text in row.captions] for row in rows],

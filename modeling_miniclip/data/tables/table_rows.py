@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...errors import DataError, Problem, one_line
-from ..columns import IMAGE_COLUMNS, caption_columns, has_captions, optional_column
+from ..columns import IMAGE_COLUMNS, NEGATIVES, caption_columns, has_captions, optional_column
 from ..problems import OnProblem
 from ..readers.image_files import BAD_FILES, bad_files
-from ..readers.record_captions import captions_of_record, join_captions, texts_of
+from ..readers.record_captions import captions_of_record, join_captions, negatives_of, texts_of
 from ..rows import ReadOptions, Row
 from ..shards.shard_url import place_of, read_place, table_url
 from ..splits import split_of_value
@@ -39,7 +39,7 @@ class TableColumns:
         kind: what it holds: `struct` (`{bytes, path}`, as `datasets` writes it), `bytes` or `path`.
         captions: caption columns; empty if there are none.
         name: column that names the image of each row.
-        split, group, id: columns of these values.
+        split, group, id, negatives: columns of these values.
     """
 
     image: str
@@ -49,12 +49,14 @@ class TableColumns:
     split: str | None = None
     group: str | None = None
     id: str | None = None
+    negatives: str | None = None
 
     @property
     def texts(self) -> list[str]:
         """Columns to read in any case."""
         path = self.image if self.kind == "path" else None
-        return list(dict.fromkeys(filter(None, (*self.captions, self.name, self.split, self.group, self.id, path))))
+        others = (self.name, self.split, self.group, self.id, self.negatives, path)
+        return list(dict.fromkeys(filter(None, (*self.captions, *others))))
 
 
 # What rows hold: nothing, an image, or the path of one.
@@ -118,9 +120,10 @@ def find_columns(schema: pa.Schema, where: str, options: ReadOptions) -> TableCo
     else:  # a WebDataset, as `datasets` reads it; or images for an index
         captions = [each for each in WEBDATASET_COLUMNS if each in names and "__key__" in names]
     name = image if kind == "path" else next((name for name in NAME_COLUMNS if name in names), None)
-    split, group = (optional_column(names, each, {image, *captions}) for each in ("split", "group"))
+    others = ("split", "group", NEGATIVES)
+    split, group, negatives = (optional_column(names, each, {image, *captions}) for each in others)
     caption_id = options.columns.id if options.columns.id in names else None
-    return TableColumns(image, kind, captions, name, split, group, caption_id)
+    return TableColumns(image, kind, captions, name, split, group, caption_id, negatives)
 
 
 def _image_column(schema: pa.Schema, where: str, wanted: str) -> tuple[str, str]:
@@ -240,6 +243,7 @@ def _rows_of_file(
                 file=file.where,
                 number=row,
                 column=columns.image,
+                negatives=negatives_of(cells[columns.negatives][i]) if columns.negatives else [],
             )
         number += len(held)
     left_out.report(number, file.where, on_problem)
