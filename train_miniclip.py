@@ -48,13 +48,13 @@ from modeling_miniclip.evaluation.metrics import is_better, recall_intervals, va
 from modeling_miniclip.modeling_miniclip import MiniClipOutput
 from modeling_miniclip.training import setup
 from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
+from modeling_miniclip.training.loss.global_loss import global_contrastive_loss
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.processes.deepspeed import check_engine_state, describe_engine
 from modeling_miniclip.training.processes.distributed import (
     broadcast_buffers,
     compute_on_main,
     full_tensor,
-    global_contrastive_loss,
     scale_and_bias,
 )
 from modeling_miniclip.training.processes.heartbeat import ends_with_lost_processes
@@ -240,8 +240,8 @@ def compute_loss_and_gradients(run: TrainingRun, batch: dict[str, Any]) -> Tenso
     image_id = torch.cat([chunk["image_id"] for chunk in chunks]).to(accelerator.device)  # [b]
     text_image_id = torch.cat([chunk["text_image_id"] for chunk in chunks]).to(accelerator.device)  # [n]
 
-    def inputs_of(chunk: dict[str, Any]) -> dict[str, Tensor]:
-        return model_inputs(chunk, run.processor, accelerator.device)
+    def inputs_of(chunk: dict[str, Any]) -> dict[str, Any]:
+        return {**model_inputs(chunk, run.processor, accelerator.device), "return_logits": False}
 
     def loss_of(output: MiniClipOutput) -> Tensor:
         return global_contrastive_loss(

@@ -501,6 +501,7 @@ class MiniClipModel(PreTrainedModel):
         text_image_id: Tensor | None = None,
         vision_pooler_output: Tensor | None = None,
         text_pooler_output: Tensor | None = None,
+        return_logits: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MiniClipOutput:
         """Embed images, texts or both; with both, also compare them.
@@ -515,6 +516,8 @@ class MiniClipModel(PreTrainedModel):
             text_image_id: `[N]` ids of the images that the texts describe.
             vision_pooler_output: `[B, vision width]` features of a frozen image tower, instead of `pixel_values`.
             text_pooler_output: `[N, text width]` features of a frozen text tower, instead of `input_ids`.
+            return_logits: whether to compute the similarities of all images and texts, which a loss in tiles does not
+                need.
             **kwargs: further arguments of the text tower; `output_hidden_states` applies to both towers.
 
         Raises:
@@ -537,7 +540,9 @@ class MiniClipModel(PreTrainedModel):
             compared = {"pooler_output": image_embeds if text_embeds is None else text_embeds}
         else:
             text_embeds = text_embeds.to(image_embeds.device)
-            compared = self._compare(image_embeds, text_embeds, image_id, text_image_id, return_loss)
+            compared = {"logit_scale": self.inverse_temperature(), "logit_bias": self.logit_bias}
+            if return_logits or return_loss:
+                compared |= self._compare(image_embeds, text_embeds, image_id, text_image_id, return_loss, **compared)
         return MiniClipOutput(
             text_embeds=text_embeds,
             image_embeds=image_embeds,
@@ -553,9 +558,11 @@ class MiniClipModel(PreTrainedModel):
         image_id: Tensor | None,
         text_image_id: Tensor | None,
         return_loss: bool | None,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
     ) -> dict[str, Tensor | None]:
-        """The fields of [`MiniClipOutput`] that need both images and texts."""
-        logit_scale, logit_bias, loss = self.inverse_temperature(), self.logit_bias, None
+        """The logits of all images and texts, and the loss if it is wanted."""
+        loss = None
         logits_per_image = logit_scale * image_embeds @ text_embeds.t()  # [B, N]
         if logit_bias is not None:
             logits_per_image = logits_per_image + logit_bias
@@ -564,13 +571,7 @@ class MiniClipModel(PreTrainedModel):
             loss = symmetric_contrastive_loss(
                 image_embeds, text_embeds, logit_scale, *ids, self.config.loss_type, logit_bias
             )
-        return {
-            "loss": loss,
-            "logits_per_image": logits_per_image,
-            "logits_per_text": logits_per_image.t(),
-            "logit_scale": logit_scale,
-            "logit_bias": logit_bias,
-        }
+        return {"loss": loss, "logits_per_image": logits_per_image, "logits_per_text": logits_per_image.t()}
 
 
 def _check_inputs(images: tuple[Any, Any], texts: tuple[Any, Any], return_loss: bool | None) -> None:

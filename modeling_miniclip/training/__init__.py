@@ -10,6 +10,7 @@ bad_images.py: skip and count images that cannot be decoded
 limit_splits.py: the first images for training, a sample for validation
 publish.py: export and push the best model
 command_line/: flags, recipes and what the launcher was given
+loss/: the loss over the batches of all processes, in tiles
 resuming/: output folders, checkpoints, and what a resumed run may change
 towers/: the model of a run and its towers
 processes/: several processes and machines

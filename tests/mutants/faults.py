@@ -47,6 +47,7 @@ LAYERS, OPTIMIZER, EMA, GRAD_CACHE, DISTRIBUTED, CHECKPOINTS, DIAGNOSTICS, FOLD,
         "bad_images",
     )
 )
+GLOBAL_LOSS = "tests/training/test_global_loss.py"
 LOSS, MODEL, PROCESSOR, UNTRUSTED = (f"tests/test_{name}.py" for name in ("loss", "model", "processor", "untrusted"))
 
 
@@ -359,6 +360,27 @@ FAULTS = [
             "dist.all_reduce(gradient)",
             "gradient",
             DISTRIBUTED,
+        ),
+        (
+            "loss/objectives.py",
+            "the teacher's sums are those of one process",
+            "whole = logsumexp_over_processes(self.teacher)",
+            "whole = self.teacher",
+            GLOBAL_LOSS,
+        ),
+        (
+            "loss/pairs.py",
+            "rows without further keys are pairs",
+            "text_keys == NO_KEY, NO_KEY - 1",
+            "text_keys == NO_KEY, NO_KEY",
+            GLOBAL_LOSS,
+        ),
+        (
+            "loss/tiles.py",
+            "negatives are queries",
+            "rows.start >= self.negatives[0].start",
+            "rows.start > self.negatives[0].start",
+            GLOBAL_LOSS,
         ),
         (
             "resuming/checkpoints.py",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modeling_miniclip.modeling_miniclip import MiniClipOutput
 from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
-from modeling_miniclip.training.processes.distributed import global_contrastive_loss
+from modeling_miniclip.training.loss.global_loss import global_contrastive_loss
 from tests.helpers.runs import flags, launch, metrics_of
 from tests.helpers.towers import PIXELS, tiny_model
 

@@ -1,4 +1,4 @@
-"""Train one batch on several processes: gather embeddings with their gradients, and compute the global loss."""
+"""Train one batch on several processes: gather embeddings with their gradients, and add up numbers."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ...errors import MiniClipError
-from ...loss_miniclip import symmetric_contrastive_loss
 from ...modeling_miniclip import MiniClipModel
 from .deepspeed import gathered
 
@@ -52,7 +51,7 @@ def gather_rows(local: Tensor, with_gradient: bool = False) -> Tensor:
     Returns:
         `[sum of n, ...]`, the same in every process.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if process_count() == 1:
         return local
     count = torch.tensor([len(local)], device=local.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
@@ -70,6 +69,30 @@ def all_reduce_max(number: int, device: torch.device) -> int:
     tensor = torch.tensor(number, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
+
+
+def process_count() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def add_over_processes(local: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, without a gradient; with one process, the tensor itself."""
+    if process_count() == 1:
+        return local
+    total = local.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def logsumexp_over_processes(local: Tensor) -> Tensor:
+    """Logarithm of the sum of the exponentials over all processes, without a gradient, for each element."""
+    if process_count() == 1:
+        return local
+    largest = local.detach().clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    shift = largest.masked_fill(largest == -torch.inf, 0)
+    return add_over_processes((local - shift).exp()).log() + shift
 
 
 def gather_lists(local: list[Any], device: torch.device) -> list[Any]:
@@ -123,43 +146,6 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
 
     Batch-norm statistics differ between processes, as each has seen its share of the batches.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if process_count() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-
-
-def global_contrastive_loss(
-    image_embeds: Tensor,
-    text_embeds: Tensor,
-    logit_scale: Tensor,
-    image_id: Tensor,
-    text_image_id: Tensor,
-    loss_type: str = "softmax_sum",
-    logit_bias: Tensor | None = None,
-) -> Tensor:
-    """This process's part of the loss over the global batch.
-
-    The sum of the parts over the processes is the loss of one process with the whole batch, and the same holds for the
-    gradients. Each similarity is computed by exactly one process, which compares its rows with the gathered ones: its
-    memory is local x global. Rows with a negative id are fillers and are ignored.
-
-    Args:
-        image_embeds: `[b, dim]`, unit norm, images of this process.
-        text_embeds: `[n, dim]`, unit norm, texts of this process.
-        logit_scale: inverse temperature.
-        image_id: `[b]` ids of the images.
-        text_image_id: `[n]` id of each text's image.
-        loss_type: loss type of the model's configuration.
-        logit_bias: bias of the sigmoid loss.
-
-    Returns:
-        Scalar; the loss is the sum over the processes.
-    """
-    # The mask is applied even if nothing is dropped, so that a filler's embeddings stay in the graph, as DDP needs.
-    image_embeds, image_id = image_embeds[image_id >= 0], image_id[image_id >= 0]
-    text_embeds, text_image_id = text_embeds[text_image_id >= 0], text_image_id[text_image_id >= 0]
-    whole = (gather_rows(image_embeds, True), gather_rows(text_embeds, True), gather_rows(image_id),
-             gather_rows(text_image_id))  # fmt: skip
-    return symmetric_contrastive_loss(
-        image_embeds, text_embeds, logit_scale, image_id, text_image_id, loss_type, logit_bias, whole
-    )

@@ -1,0 +1,289 @@
+"""What is computed from a tile of similarities: the softmax and sigmoid losses, and the distillation of a teacher.
+
+Each objective sees every tile twice. `add` collects what the loss of each query depends on, and `finish` completes
+these sums over the processes. `gradient` then gives the derivative of the loss by the logits of a tile.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from ..processes.distributed import add_over_processes, logsumexp_over_processes
+
+# From here on, softplus(x) = x in float64 as well. Torch's own threshold, 20, is only exact in float32.
+SOFTPLUS_IS_LINEAR = 40
+
+
+@dataclass
+class Tile:
+    """A part of the matrix of similarities, `[texts, images]`.
+
+    Args:
+        rows: texts, those of this process.
+        columns: images of all processes.
+        pairs: `[P]` places in the flattened tile where text and image belong together.
+        is_negative: whether the texts are additional wrong captions: candidates for all images but those that they
+            belong to, and never queries.
+    """
+
+    rows: slice
+    columns: slice
+    pairs: Tensor
+    is_negative: bool
+
+
+@dataclass
+class Sizes:
+    """Rows of the batch over all processes.
+
+    Args:
+        images: number of images.
+        texts: number of texts without the additional negatives.
+        own_texts: number of these in this process.
+        processes: number of processes.
+    """
+
+    images: int
+    texts: int
+    own_texts: int
+    processes: int
+
+
+class Objective(Protocol):
+    """A loss that is the sum of its parts over the processes."""
+
+    def add(self, logits: Tensor, tile: Tile) -> None:
+        """Take the logits `[r, c]` of a tile into account, without changing them."""
+
+    def finish(self) -> Tensor:
+        """This process's part of the loss, a scalar. Every process must call it."""
+
+    def gradient(self, logits: Tensor, tile: Tile) -> Tensor:
+        """`[r, c]`, the derivative of the whole loss by the logits of a tile, which stay as they are."""
+
+
+# --- softmax --------------------------------------------------------------------------------------------------------
+
+
+class _Queries:
+    """Cross-entropy of the rows or the columns over all tiles.
+
+    Args:
+        number: number of queries.
+        weight: weight of each query's loss, above 0.
+        mean: whether several positives are combined by the mean of their log-probabilities.
+        like: tensor of the device and type to use.
+    """
+
+    def __init__(self, number: int, weight: float, mean: bool, like: Tensor):
+        self.weight, self.mean = weight, mean
+        self.total = like.new_full((number,), -torch.inf)  # logsumexp of the logits of all candidates
+        self.positive = like.new_full((number,), 0.0 if mean else -torch.inf)  # sum, or logsumexp, of the positives
+        self.count = like.new_zeros(number if mean else 0)  # number of positives
+
+    def add(self, logits: Tensor, dim: int, part: slice) -> None:
+        self.total[part] = torch.logaddexp(self.total[part], logits.logsumexp(1 - dim))
+
+    def add_positives(self, logits: Tensor, query: Tensor, part: slice) -> None:
+        """Take some positives into account: `[P]` logits, and their queries counted from the start of a part."""
+        if self.mean:
+            self.positive[part].index_add_(0, query, logits)
+            self.count[part].index_add_(0, query, torch.ones_like(logits))
+            return
+        here = self.positive[part]
+        largest = torch.full_like(here, -torch.inf).scatter_reduce_(0, query, logits, "amax")
+        sums = torch.zeros_like(here).index_add_(0, query, (logits - largest[query]).exp_())
+        self.positive[part] = torch.logaddexp(here, sums.log_() + largest)
+
+    def combine_processes(self) -> None:
+        """Complete the sums of queries whose candidates are in several processes."""
+        self.total = logsumexp_over_processes(self.total)
+        if self.mean:
+            self.positive, self.count = add_over_processes(torch.stack([self.positive, self.count]))
+        else:
+            self.positive = logsumexp_over_processes(self.positive)
+
+    def finish(self) -> Tensor:
+        """The sum of the weighted losses."""
+        loss = (self.total - (self.positive / self.count if self.mean else self.positive)).sum() * self.weight
+        self.total -= math.log(self.weight)
+        return loss
+
+    def probabilities(self, logits: Tensor, dim: int, part: slice) -> Tensor:
+        """`[r, c]`, the weighted probability that each query of a tile gives each candidate."""
+        return (logits - self.total[part].unsqueeze(1 - dim)).exp_()
+
+    def targets(self, logits: Tensor, query: Tensor, part: slice) -> Tensor:
+        """`[P]`, the weighted share of each positive among those of its query."""
+        if self.mean:
+            return self.weight / self.count[part][query]
+        return (logits - self.positive[part][query]).exp_() * self.weight
+
+
+class Softmax:
+    """CLIP's loss with any number of positives: the mean of both directions' cross-entropies.
+
+    Args:
+        sizes: rows of the batch.
+        mean: whether several positives are combined by the mean of their log-probabilities (`softmax_mean`) or by
+            their summed probability (`softmax_sum`).
+        weight: factor of the loss.
+        like: tensor of the device and type to use.
+    """
+
+    def __init__(self, sizes: Sizes, mean: bool, weight: float, like: Tensor):
+        self.processes = sizes.processes
+        self.texts = _Queries(sizes.own_texts, weight / 2 / sizes.texts, mean, like)
+        self.images = _Queries(sizes.images, weight / 2 / sizes.images, mean, like)
+
+    def add(self, logits: Tensor, tile: Tile) -> None:
+        if tile.is_negative:
+            with _replaced(logits, tile.pairs, -torch.inf):
+                self.images.add(logits, 1, tile.columns)
+            return
+        self.texts.add(logits, 0, tile.rows)
+        self.images.add(logits, 1, tile.columns)
+        positives, width = logits.take(tile.pairs), logits.shape[1]
+        self.texts.add_positives(positives, tile.pairs // width, tile.rows)
+        self.images.add_positives(positives, tile.pairs % width, tile.columns)
+
+    def finish(self) -> Tensor:
+        self.images.combine_processes()
+        return self.texts.finish() + self.images.finish() / self.processes
+
+    def gradient(self, logits: Tensor, tile: Tile) -> Tensor:
+        if tile.is_negative:
+            with _replaced(logits, tile.pairs, -torch.inf):
+                return self.images.probabilities(logits, 1, tile.columns)
+        gradient = self.images.probabilities(logits, 1, tile.columns)
+        gradient += self.texts.probabilities(logits, 0, tile.rows)
+        positives, width = logits.take(tile.pairs), logits.shape[1]
+        targets = self.texts.targets(positives, tile.pairs // width, tile.rows)
+        targets += self.images.targets(positives, tile.pairs % width, tile.columns)
+        return gradient.put_(tile.pairs, -targets, accumulate=True)
+
+
+@contextmanager
+def _replaced(logits: Tensor, places: Tensor, value: float | None) -> Iterator[Tensor]:
+    """Within the block, some logits are another value, or with None have the other sign; yields what they were."""
+    before = logits.take(places)
+    logits.put_(places, -before if value is None else torch.full_like(before, value))
+    try:
+        yield before
+    finally:
+        logits.put_(places, before)
+
+
+# --- sigmoid --------------------------------------------------------------------------------------------------------
+
+
+class Sigmoid:
+    """SigLIP's loss: the sum of -log sigmoid(+-logit) over all pairs, divided by the number of texts.
+
+    Args:
+        sizes: rows of the batch.
+        weight: factor of the loss.
+        like: tensor of the device and type to use.
+    """
+
+    def __init__(self, sizes: Sizes, weight: float, like: Tensor):
+        self.weight = weight / sizes.texts
+        self.sums = like.new_zeros(sizes.images)
+
+    def add(self, logits: Tensor, tile: Tile) -> None:
+        with self._wrong_answers(logits, tile):
+            self.sums[tile.columns] += softplus(logits, threshold=SOFTPLUS_IS_LINEAR).sum(0)
+
+    def finish(self) -> Tensor:
+        return self.sums.sum() * self.weight
+
+    def gradient(self, logits: Tensor, tile: Tile) -> Tensor:
+        with self._wrong_answers(logits, tile):
+            gradient = logits.sigmoid().mul_(self.weight)
+        return gradient.put_(tile.pairs, -gradient.take(tile.pairs))
+
+    @staticmethod
+    def _wrong_answers(logits: Tensor, tile: Tile) -> AbstractContextManager[Tensor]:
+        """Turn the logits into those of the wrong answer; a negative has none for an image that it belongs to."""
+        return _replaced(logits, tile.pairs, -torch.inf if tile.is_negative else None)
+
+
+# --- distillation ---------------------------------------------------------------------------------------------------
+
+
+class _Students:
+    """Divergence between the teacher's and the student's distributions of the rows or the columns over all tiles."""
+
+    def __init__(self, number: int, weight: float, like: Tensor):
+        self.weight = weight
+        self.student = like.new_full((number,), -torch.inf)  # logsumexp of the logits
+        self.teacher = like.new_full((number,), -torch.inf)
+        self.gap = like.new_zeros(number)  # mean difference of the logits, teacher - student, by the teacher
+
+    def add(self, student: Tensor, teacher: Tensor, dim: int, part: slice) -> None:
+        self.student[part] = torch.logaddexp(self.student[part], student.logsumexp(1 - dim))
+        here = teacher.logsumexp(1 - dim)
+        gap = ((teacher - here.unsqueeze(1 - dim)).exp_() * (teacher - student)).sum(1 - dim)
+        before, self.teacher[part] = self.teacher[part].clone(), torch.logaddexp(self.teacher[part], here)
+        whole = self.teacher[part]
+        self.gap[part] = self.gap[part] * (before - whole).exp() + gap * (here - whole).exp()
+
+    def combine_processes(self) -> None:
+        whole = logsumexp_over_processes(self.teacher)
+        self.gap = add_over_processes(self.gap * (self.teacher - whole).exp())
+        self.teacher, self.student = whole, logsumexp_over_processes(self.student)
+
+    def finish(self) -> Tensor:
+        return (self.gap - self.teacher + self.student).sum() * self.weight
+
+    def gradient(self, student: Tensor, teacher: Tensor, dim: int, part: slice) -> Tensor:
+        gradient = (student - self.student[part].unsqueeze(1 - dim)).exp_()
+        gradient -= (teacher - self.teacher[part].unsqueeze(1 - dim)).exp_()
+        return gradient.mul_(self.weight)
+
+
+class Distillation:
+    """Pulls the student's distributions over texts and over images towards those of a teacher.
+
+    The loss is the mean of both directions' Kullback-Leibler divergences from the teacher's softmax to the student's.
+    Additional negatives take no part.
+
+    Args:
+        sizes: rows of the batch.
+        weight: factor of the loss.
+        text_embeds: `[n, width]`, the teacher's embeddings of this process's texts, times its inverse temperature.
+        image_embeds: `[B, width]`, the teacher's embeddings of all images.
+        like: tensor of the device and type to use.
+    """
+
+    def __init__(self, sizes: Sizes, weight: float, text_embeds: Tensor, image_embeds: Tensor, like: Tensor):
+        self.processes = sizes.processes
+        self.text_embeds, self.image_embeds = text_embeds.to(like.dtype), image_embeds.to(like.dtype)
+        self.texts = _Students(sizes.own_texts, weight / 2 / sizes.texts, like)
+        self.images = _Students(sizes.images, weight / 2 / sizes.images, like)
+
+    def add(self, logits: Tensor, tile: Tile) -> None:
+        if not tile.is_negative:
+            teacher = self._teacher(tile)
+            self.texts.add(logits, teacher, 0, tile.rows)
+            self.images.add(logits, teacher, 1, tile.columns)
+
+    def finish(self) -> Tensor:
+        self.images.combine_processes()
+        return self.texts.finish() + self.images.finish() / self.processes
+
+    def gradient(self, logits: Tensor, tile: Tile) -> Tensor:
+        if tile.is_negative:
+            return torch.zeros_like(logits)
+        teacher = self._teacher(tile)
+        gradient = self.texts.gradient(logits, teacher, 0, tile.rows)
+        return gradient.add_(self.images.gradient(logits, teacher, 1, tile.columns))
+
+    def _teacher(self, tile: Tile) -> Tensor:
+        return self.text_embeds[tile.rows] @ self.image_embeds[tile.columns].t()

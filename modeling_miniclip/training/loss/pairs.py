@@ -1,0 +1,47 @@
+"""Which texts and images belong together: those that share a key, such as the image's id or a hash of the caption.
+
+This is not transitive: an image may share one key with a text, and another key with a second text that does not share
+any with the first image's other texts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NO_KEY = -1  # fills rows that have fewer keys than others; it equals no key
+
+
+class Pairs:
+    """Finds the pairs of a tile. Memory is that of the keys and of the tile, however many pairs there are.
+
+    Args:
+        text_keys: `[N, K]` int64 keys of the texts, or [`NO_KEY`].
+        image_keys: `[B, L]` int64 keys of the images, or [`NO_KEY`].
+        columns: the parts that the images are divided into.
+    """
+
+    def __init__(self, text_keys: Tensor, image_keys: Tensor, columns: Sequence[slice]):
+        wanted = text_keys.masked_fill(text_keys == NO_KEY, NO_KEY - 1)  # no image has this one
+        self.bounds = torch.stack([wanted, wanted + 1], dim=-1)  # [N, K, 2]
+        self.keys_per_text = text_keys.shape[1]
+        self.may_repeat = self.keys_per_text > 1 or image_keys.shape[1] > 1
+        self.by_columns = {}
+        for part in columns:
+            keys, order = image_keys[part].flatten().sort()
+            self.by_columns[part.start] = keys, order // image_keys.shape[1]
+
+    def in_tile(self, rows: slice, columns: slice) -> Tensor:
+        """`[P]` ascending places of the pairs in a tile `[texts, images]` that is flattened; each pair once."""
+        keys, owner = self.by_columns[columns.start]
+        first, stop = torch.searchsorted(keys, self.bounds[rows]).flatten(0, 1).unbind(1)
+        counts = stop - first
+        query = torch.repeat_interleave(counts)
+        found_at = (stop - counts.cumsum(0))[query] + torch.arange(len(query), device=query.device)
+        width = columns.stop - columns.start
+        places = query // self.keys_per_text * width + owner[found_at]
+        if not self.may_repeat or not len(places):
+            return places
+        found = torch.zeros((rows.stop - rows.start) * width, dtype=torch.bool, device=places.device)
+        found[places] = True
+        return found.nonzero().squeeze(1)

@@ -1,0 +1,115 @@
+"""A loss over all pairs of texts and images, computed in tiles of the matrix of similarities.
+
+The forward pass keeps some numbers per row and column; the backward pass computes each tile again. Memory is that of
+the embeddings and one tile, as in Inf-CL (Cheng et al. 2024, "Breaking the Memory Barrier: Near Infinite Batch Size
+Scaling for Contrastive Loss").
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .objectives import Objective, Tile
+from .pairs import Pairs
+
+CPU_TILE, GPU_TILE = 1024, 8192  # side of a tile: it stays in a processor's cache, or is enough work for a GPU
+
+
+class Tiles:
+    """The tiles of a matrix of similarities, in the order in which they are computed.
+
+    Args:
+        text_keys: `[N + M, K]` keys of the texts, then of the additional negatives; see [`Pairs`].
+        image_keys: `[B, L]` keys of the images.
+        texts: N, the number of texts without the additional negatives.
+        size: side of a square tile; with fewer images, a tile has more texts.
+    """
+
+    def __init__(self, text_keys: Tensor, image_keys: Tensor, texts: int, size: int):
+        self.columns = parts(0, len(image_keys), size)
+        rows = size * size // max(1, min(size, len(image_keys)))
+        self.texts, self.negatives = parts(0, texts, rows), parts(texts, len(text_keys), rows)
+        self.pairs = Pairs(text_keys, image_keys, self.columns)
+
+    def __len__(self) -> int:
+        return (len(self.texts) + len(self.negatives)) * len(self.columns)
+
+    def __iter__(self) -> Iterator[Tile]:
+        for rows in (*self.texts, *self.negatives):
+            for columns in self.columns:
+                is_negative = rows.start >= self.negatives[0].start if self.negatives else False
+                yield Tile(rows, columns, self.pairs.in_tile(rows, columns), is_negative)
+
+
+def parts(start: int, stop: int, size: int) -> list[slice]:
+    """Divide a range into about equal parts of at most `size`."""
+    number = -(-(stop - start) // size)
+    edges = [start + (stop - start) * i // number for i in range(number)] + [stop] if number else []
+    return [slice(*pair) for pair in zip(edges[:-1], edges[1:], strict=True)]
+
+
+class TiledLoss(torch.autograd.Function):
+    """The sum of some objectives over all tiles, and its gradient.
+
+    Every process passes all images, its own texts, and the same upstream gradient. It gets the gradient of the whole
+    loss by its own texts, and its share of those by the images, the scale and the bias.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        tiles: Tiles,
+        objectives: Sequence[Objective],
+    ) -> Tensor:
+        """This process's part of the loss.
+
+        Args:
+            ctx: context of autograd.
+            images: `[B, dim]`, unit norm.
+            texts: `[N + M, dim]`, unit norm.
+            scale: inverse temperature, one number.
+            bias: what is added to all logits, one number, or None.
+            tiles: the tiles of the matrix.
+            objectives: what is computed from each tile.
+        """
+        ctx.tiles, ctx.objectives = tiles, objectives
+        ctx.save_for_backward(images, texts, scale, bias)
+        scaled = images * scale
+        for tile in tiles:
+            logits = _logits(texts, scaled, bias, tile)
+            for objective in objectives:
+                objective.add(logits, tile)
+        ctx.only = [(tile, logits)] if len(tiles) == 1 else None  # one tile is kept, not computed again
+        return torch.stack([objective.finish() for objective in objectives]).sum()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients by the arguments of `forward`."""
+        images, texts, scale, bias = ctx.saved_tensors
+        scaled = images * scale
+        of_texts, of_scaled = torch.zeros_like(texts), torch.zeros_like(images)
+        of_bias = None if bias is None else torch.zeros_like(bias)
+        for tile, logits in ctx.only or ((tile, _logits(texts, scaled, bias, tile)) for tile in ctx.tiles):
+            gradient = ctx.objectives[0].gradient(logits, tile)
+            for objective in ctx.objectives[1:]:
+                gradient += objective.gradient(logits, tile)
+            of_texts[tile.rows].addmm_(gradient, scaled[tile.columns])
+            of_scaled[tile.columns].addmm_(gradient.t(), texts[tile.rows])
+            if of_bias is not None:
+                of_bias += gradient.sum()
+        of_scale = (images * of_scaled).sum().view_as(scale)
+        found = (of_scaled.mul_(scale), of_texts, of_scale, of_bias)
+        return *(None if each is None else each.mul_(upstream) for each in found), None, None
+
+
+def _logits(texts: Tensor, images: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
+    texts, images = texts[tile.rows], images[tile.columns].t()
+    return texts @ images if bias is None else torch.addmm(bias, texts, images)
