@@ -26,7 +26,7 @@ from modeling_miniclip import MiniClipConfig, MiniClipModel, symmetric_contrasti
 from modeling_miniclip.configuration_miniclip import LOSS_TYPES
 from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
 from modeling_miniclip.training.loss.global_loss import global_contrastive_loss
-from modeling_miniclip.utils.performance import keep_freed_memory
+from modeling_miniclip.utils.performance import keep_freed_memory, release_freed_memory
 
 CAPTIONS, DIM = 5, 256
 STEP_IMAGES, STEP_CHUNK = 32_768, 1_024
@@ -72,7 +72,7 @@ def step_of_heads(images: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(heads, lr=1e-3)
     ids = torch.arange(images)
     batch = {
-        "vision_pooler_output": torch.randn(images, config.vision_config.num_features),
+        "vision_pooler_output": torch.randn(images, model.vision_model.pooled_size),
         "text_pooler_output": torch.randn(images * CAPTIONS, config.text_config.hidden_size),
         "image_id": ids,
         "text_image_id": ids.repeat_interleave(CAPTIONS),
@@ -119,6 +119,7 @@ def memory_of(name: str, loss_type: str, images: int, captions: int) -> dict[str
     """What the computation adds to the memory of the process, in MiB."""
     compute(LOSSES[name], batch_of(8, 1), loss_type)
     batch = batch_of(images, captions)
+    release_freed_memory()
     reset_peak()
     before = peak_mib()
     compute(LOSSES[name], batch, loss_type)

@@ -248,6 +248,16 @@ def test_the_tuple_has_clips_order():
     assert isinstance(as_tuple[5], tuple) and isinstance(as_tuple[6], tuple)
 
 
+def test_embeddings_without_comparing_them_all():
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        output, whole = model(**inputs, return_logits=False), model(**inputs)
+    assert output.logits_per_image is None is output.logits_per_text
+    for name in ("image_embeds", "text_embeds", "logit_scale"):
+        assert torch.equal(output[name], whole[name])
+
+
 def test_a_missing_modality_is_named():
     model = tiny_model()
     inputs = tiny_inputs(model)
