@@ -100,7 +100,7 @@ class TrainingRun:
     @property
     def train_batches(self) -> GlobalBatches:
         """Sampler of the training batches."""
-        return cast(GlobalBatches, self.train_loader.batch_sampler)
+        return cast(GlobalBatches, self.train_loader.batches)
 
     @property
     def position(self) -> tuple[int, int]:

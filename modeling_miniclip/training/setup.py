@@ -73,6 +73,8 @@ from .towers.layers import freeze_layers
 from .towers.text_groups import group_texts_by_length
 
 COUNTED_CAPTIONS = 20_000  # of a large split, in which truncated ones are counted
+PIECE = 32  # images that a loader process reads at a time for a batch in chunks
+MOST_PIECES_AHEAD = 32  # of each loader process: each of them holds a file open
 TOKENIZED_TOGETHER = 128  # images, which takes little memory
 SCALER = "scaler.pt"  # accelerate's file of fp16's scale of the loss
 
@@ -385,8 +387,12 @@ def build_loaders(
         batches = GlobalBatches(order, batch_size, rank, world_size)
         # Rows of features are ready to use: handing them from one process to another would cost more.
         workers = arguments.num_workers if rows.vision_features is None else 0
-        prefetch = 2 if arguments.chunk_size is None else 1  # batches larger than memory are not prefetched
-        loaders.append(BatchLoader(rows, batches, workers, accelerator.device.type == "cuda", prefetch))
+        piece, prefetch = None, 2
+        if split == "train" and arguments.chunk_size is not None:  # only a part of such a batch is read ahead
+            piece, share = PIECE, -(-batch_size // world_size)
+            prefetch = min(max(1, share // (2 * PIECE * max(1, workers))), MOST_PIECES_AHEAD)
+        pin = accelerator.device.type == "cuda" and piece is None
+        loaders.append(BatchLoader(rows, batches, workers, pin, prefetch, piece))
     return loaders[0], loaders[1]
 
 

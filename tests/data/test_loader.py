@@ -310,6 +310,28 @@ def test_an_image_that_cannot_be_decoded_is_named(captioned_folder, processor, c
         rows[0, index]
 
 
+@pytest.mark.parametrize(("num_workers", "side"), [(0, "left"), (2, "right")])
+def test_batches_joined_from_pieces_equal_whole_ones(num_workers: int, side: str) -> None:
+    processor = tiny_processor()
+    processor.tokenizer.padding_side = side
+    rows = training_rows(processor, 11, captions_per_image=None)
+    rows.undecoded[8]["image"] = {"bytes": b"no image", "path": None}  # its piece has only this image
+    batches = [[(0, i) for i in part] for part in ((3, 1, 0, 2, 4), (7, 5, 6), (8, 9, 10))]
+    pieces = BatchLoader(rows, batches, num_workers, piece_size=1 if num_workers == 0 else 2)
+    assert len(pieces) == len(batches)
+    for _ in range(2):  # epochs
+        found = list(pieces)
+        assert len(found) == len(batches)
+        for piece, whole in zip(found, BatchLoader(rows, batches, 0), strict=True):
+            assert piece.keys() == whole.keys() and piece.get("undecodable") == whole.get("undecodable")
+            images, texts = piece["image_id"] >= 0, piece["text_image_id"] >= 0
+            for name in ("image_id", "pixel_values"):
+                assert torch.equal(piece[name][images], whole[name]), name
+            for name in ("text_image_id", "input_ids", "attention_mask"):
+                assert torch.equal(piece[name][texts], whole[name]), name
+            assert piece["pixel_values"].permute(0, 2, 3, 1).is_contiguous()
+
+
 def test_an_image_too_small_for_a_crop_is_named(processor):
     augmentation = build_augmentation([{"name": "RandomCrop", "height": 500, "width": 500}], SIZE)
     with pytest.raises(DataError, match="'0.png' of 48x40 pixels.*--augmentation"):

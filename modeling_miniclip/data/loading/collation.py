@@ -1,10 +1,12 @@
 """Collate the rows of a batch into tensors, and turn these into the inputs of the model."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import default_collate
 
 from ...processing_miniclip import MiniClipProcessor
@@ -78,6 +80,51 @@ class Collator:
         # An undecodable filler is reported by the process that has its row.
         real = [(image_id, reason) for image_id, reason in undecodable if image_id >= 0]
         return Batch(batch | ({"undecodable": real} if real else {}))
+
+
+def join_pieces(pieces: Iterable[Batch], images: int, tokenizer: Any) -> Batch:
+    """One batch from its pieces, whose pixels are copied as they come, so that few of them are in memory twice.
+
+    Args:
+        pieces: collated pieces of the batch.
+        images: number of its images; pieces with images that cannot be decoded may have more or fewer.
+        tokenizer: tokenizer that padded the texts of each piece.
+    """
+    parts: dict[str, list[Any]] = {}
+    pixels, filled = torch.empty(0), 0
+    for piece in pieces:
+        for name, value in piece.items():
+            if name != "pixel_values":
+                parts.setdefault(name, []).append(value)
+                continue
+            if filled == 0 or filled + len(value) > len(pixels):
+                pixels = _with_room(pixels[:filled], value, max(images, filled + len(value)))
+            pixels[filled : filled + len(value)] = value
+            filled += len(value)
+    undecodable = [found for each in parts.pop("undecodable", []) for found in each]
+    batch = {name: torch.cat(_padded(name, values, tokenizer)) for name, values in parts.items()}
+    if filled:
+        batch["pixel_values"] = pixels[:filled]
+    return Batch(batch | ({"undecodable": undecodable} if undecodable else {}))
+
+
+def _with_room(pixels: Tensor, like: Tensor, images: int) -> Tensor:
+    """A copy of some images `[b, 3, H, W]` with room for more; the memory layout is that of [`stack_pixels`]."""
+    _, channels, height, width = like.shape
+    larger = torch.empty((images, height, width, channels), dtype=like.dtype).permute(0, 3, 1, 2)
+    larger[: len(pixels)] = pixels if len(pixels) else larger[:0]
+    return larger
+
+
+def _padded(name: str, values: list[Tensor], tokenizer: Any) -> list[Tensor]:
+    """Token ids and masks padded to the longest; other tensors as they are."""
+    if name not in tokenizer.model_input_names:
+        return values
+    longest = max(value.shape[1] for value in values)
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
+    left = tokenizer.padding_side == "left"
+    return [pad(value, (missing, 0) if left else (0, missing), value=fill)
+            for value in values for missing in [longest - value.shape[1]]]  # fmt: skip
 
 
 def stack_pixels(images: list[np.ndarray]) -> Tensor:

@@ -3,20 +3,23 @@
 import os
 import re
 import signal
+import sys
 import traceback
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from multiprocessing.queues import Queue
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ...errors import MiniClipError
 from ...utils.processes import end_daemons_at_exit, follow_parent
 from .batches import GlobalBatches
-from .collation import Batch, Collator
+from .collation import Batch, Collator, join_pieces
 from .dataset import CaptionRows
 from .pixel_memory import PixelMemory
 
@@ -41,7 +44,9 @@ class BatchLoader(DataLoader[Any]):
         batches: keys `(epoch, index)` of the rows of each batch, such as [`GlobalBatches`].
         num_workers: number of loader processes, which live as long as the loader; 0 loads in this process.
         pin_memory: whether to put batches into pinned memory, for fast copies to a GPU.
-        prefetch_factor: number of batches that each loader process prepares ahead.
+        prefetch_factor: number of batches, or of pieces, that each loader process prepares ahead.
+        piece_size: most rows that a loader process reads at a time; the trainer joins these pieces. None reads whole
+            batches, of which several are then in memory.
     """
 
     def __init__(
@@ -51,15 +56,18 @@ class BatchLoader(DataLoader[Any]):
         num_workers: int,
         pin_memory: bool = False,
         prefetch_factor: int = 2,
+        piece_size: int | None = None,
     ):
-        self.rows, self.memory = rows, None
+        self.rows, self.batches, self.memory = rows, batches, None
+        self.pieces = _Pieces(batches, piece_size) if piece_size else None
         if num_workers:
             end_daemons_at_exit()
-            if size := rows.bytes_per_image * _largest(batches):
+            most = min(piece_size or sys.maxsize, _largest(batches))
+            if size := rows.bytes_per_image * most:
                 self.memory = PixelMemory(num_workers, prefetch_factor + 1, size)  # one is in use
         super().__init__(
             _CollatedBatches(rows, self.memory),
-            batch_sampler=batches,
+            batch_sampler=self.pieces or batches,
             collate_fn=_already_collated,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -70,7 +78,37 @@ class BatchLoader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch declares its own iterator class
-        return map(_raise_if_error, super().__iter__())
+        loaded = map(_raise_if_error, super().__iter__())
+        return loaded if self.pieces is None else self._joined(loaded)
+
+    def _joined(self, pieces: Iterator[Batch]) -> Iterator[Batch]:
+        assert self.pieces is not None
+        for piece in pieces:
+            number, images = self.pieces.expected.popleft()
+            yield join_pieces(chain([piece], islice(pieces, number - 1)), images, self.rows.processor.tokenizer)
+
+
+class _Pieces(Sampler[list[tuple[int, int]]]):
+    """The keys of each batch in about equal pieces.
+
+    Attributes:
+        expected: pieces and rows of the batches that have been started, and not been joined yet.
+    """
+
+    def __init__(self, batches: Iterable[list[tuple[int, int]]], size: int):
+        self.batches, self.size = batches, size
+        self.expected: deque[tuple[int, int]] = deque()
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]  # the number of batches, as the loader yields these
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        self.expected.clear()
+        for keys in self.batches:
+            number = -(-len(keys) // self.size)
+            self.expected.append((number, len(keys)))
+            for i in range(number):
+                yield keys[len(keys) * i // number : len(keys) * (i + 1) // number]
 
 
 class _CollatedBatches(Dataset[Any]):
