@@ -173,7 +173,7 @@ def test_two_processes_skip_the_same_images_as_one(tmp_path: Path, capsys: pytes
     output = train_in_processes(
         flags(tmp_path, "two", num_train_epochs=1, chunk_size=2, num_workers=1, **EXACT), 2, tmp_path / "log"
     )
-    assert_same_log(tmp_path / "one", tmp_path / "two")
+    assert_same_log(tmp_path / "one", tmp_path / "two", norms=1e-3)  # sums in another order
     for name in names:
         assert printed.count(f"{name}' cannot be decoded") == output.count(f"{name}' cannot be decoded") == 1
     assert f"{len(lost)} of 21 in train, 1 of 5 in validation" in output
