@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from modeling_miniclip import MiniClipConfig, MiniClipModel, symmetric_contrastive_loss
+from modeling_miniclip import MiniClipConfig, MiniClipModel, MiniClipOutput, symmetric_contrastive_loss
 from modeling_miniclip.configuration_miniclip import LOSS_TYPES
 from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
 from modeling_miniclip.training.loss.global_loss import global_contrastive_loss
@@ -78,16 +79,17 @@ def step_of_heads(images: int) -> dict[str, float]:
         "text_image_id": ids.repeat_interleave(CAPTIONS),
     }
     names = ("vision_pooler_output", "text_pooler_output")
+
+    def inputs_of(chunk: dict[str, Tensor]) -> dict[str, Any]:
+        return {name: chunk[name] for name in names} | {"return_logits": False}
+
+    def loss_of(output: MiniClipOutput) -> Tensor:
+        rows = (output["image_embeds"], output["text_embeds"], output["logit_scale"])
+        return global_contrastive_loss(*rows, ids, batch["text_image_id"])
+
     start = time.perf_counter()
-    loss = backward_in_chunks(
-        accelerator,
-        model,
-        split_batch(batch, STEP_CHUNK, accelerator.device),
-        lambda chunk: {name: chunk[name] for name in names} | {"return_logits": False},
-        lambda output: global_contrastive_loss(
-            output.image_embeds, output.text_embeds, output.logit_scale, ids, batch["text_image_id"]
-        ),
-    )
+    chunks = split_batch(batch, STEP_CHUNK, accelerator.device)
+    loss = backward_in_chunks(accelerator, model, chunks, inputs_of, loss_of)
     optimizer.step()
     assert loss.isfinite()
     return {"memory": peak_mib() / 2**10, "minutes": (time.perf_counter() - start) / 60}

@@ -540,9 +540,11 @@ class MiniClipModel(PreTrainedModel):
             compared = {"pooler_output": image_embeds if text_embeds is None else text_embeds}
         else:
             text_embeds = text_embeds.to(image_embeds.device)
-            compared = {"logit_scale": self.inverse_temperature(), "logit_bias": self.logit_bias}
+            scale, bias = self.inverse_temperature(), self.logit_bias
+            compared = {"logit_scale": scale, "logit_bias": bias}
             if return_logits or return_loss:
-                compared |= self._compare(image_embeds, text_embeds, image_id, text_image_id, return_loss, **compared)
+                ids = (image_id, text_image_id)
+                compared |= self._compare(image_embeds, text_embeds, *ids, return_loss, scale, bias)
         return MiniClipOutput(
             text_embeds=text_embeds,
             image_embeds=image_embeds,

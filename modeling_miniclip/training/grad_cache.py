@@ -7,6 +7,7 @@ with its graph and pass it its part of that gradient.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -49,7 +50,7 @@ def backward_in_chunks(
     accelerator: Accelerator,
     model: nn.Module,
     chunks: list[dict[str, Tensor]],
-    inputs_of: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    inputs_of: Callable[[dict[str, Tensor]], dict[str, Any]],
     loss_of: Callable[[MiniClipOutput], Tensor],
 ) -> Tensor:
     """Compute the loss of a batch, and add the gradients of the parameters to their `.grad`.

@@ -90,7 +90,7 @@ class TiledLoss(torch.autograd.Function):
         return torch.stack([objective.finish() for objective in objectives]).sum()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients by the arguments of `forward`."""
         images, texts, scale, bias = ctx.saved_tensors
