@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from private_memory import INTERVAL, share_mib
+from private_memory import INTERVAL, private_mib
 from workloads import prepare_pairs, prepare_worker
 
 from modeling_miniclip import MiniClipProcessor
@@ -107,7 +107,7 @@ def read_pandas(argv: list[str]) -> dict[str, float]:
         import pandas
     except ImportError:
         sys.exit("needs pandas: pip install pandas (into an environment for benchmarks)")
-    before, start = share_mib(os.getpid()), time.perf_counter()
+    before, start = private_mib(os.getpid()), time.perf_counter()
     table = pandas.read_csv(argv[0], sep=",")
     images, captions = table["image"].tolist(), table["caption"].tolist()
     seconds = time.perf_counter() - start
@@ -117,7 +117,7 @@ def read_pandas(argv: list[str]) -> dict[str, float]:
 
 def read_rows(argv: list[str]) -> dict[str, float]:
     """The package's table of rows: written if it is not in the cache, then opened."""
-    before, start = share_mib(os.getpid()), time.perf_counter()
+    before, start = private_mib(os.getpid()), time.perf_counter()
     splits = load_datasets([argv[0]], ReadOptions(image_dir=argv[1] if len(argv) > 1 else None))
     return {
         "rows": sum(map(len, splits.values())),

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 INTERVAL = 0.2  # seconds between two samples
+SHARES_EVERY = 10  # samples between two of the sum over all processes, which takes the kernel long
 
 
 def private_mib(pid: int) -> float:
@@ -42,7 +43,7 @@ class PeakMemory:
     """Samples the private memory of a process tree within a `with` block.
 
     Attributes:
-        total: highest sum over all processes, MiB; shared pages count once.
+        total: highest sum over all processes, sampled less often, MiB; shared pages count once.
         largest: highest value of any single process, MiB; shared pages count in full.
     """
 
@@ -67,8 +68,11 @@ class PeakMemory:
         self.thread.join()
 
     def _sample(self) -> None:
+        samples = 0
         while not self.ended.wait(INTERVAL):
             processes = process_tree(self.pid)
-            self.total = max(self.total, sum(map(share_mib, processes)))
             for pid in processes:
                 self.peaks[pid] = max(self.peaks[pid], private_mib(pid))
+            if samples % SHARES_EVERY == 0:
+                self.total = max(self.total, sum(map(share_mib, processes)))
+            samples += 1

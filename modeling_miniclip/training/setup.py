@@ -31,6 +31,7 @@ from ..utils.performance import (
     best_mixed_precision,
     compile_towers,
     keep_freed_memory,
+    release_freed_memory,
     to_channels_last,
 )
 from ..utils.processes import process_rank
@@ -193,6 +194,7 @@ def load_splits(arguments: TrainingArguments) -> Splits:
         arguments.max_bad_image_fraction,
     )
     limit_splits(splits, arguments)
+    release_freed_memory()  # what reading a source took
     return splits
 
 

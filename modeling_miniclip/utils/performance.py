@@ -28,6 +28,8 @@ def keep_freed_memory() -> bool:
 
 def release_freed_memory() -> None:
     """Return freed memory to the kernel now; otherwise every forked loader process could end up with a copy of it."""
+    if "pyarrow" in sys.modules:
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
     glibc = _glibc()
     if glibc is not None:
         glibc.malloc_trim(0)

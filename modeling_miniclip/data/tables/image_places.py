@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from tqdm.auto import tqdm
 
+from ...utils.processes import process_rank
 from ..shards.remote_files import is_url
 from ..shards.remote_shards import current_cache
 from ..shards.shard_url import IN_TABLE, PREFIX
@@ -55,7 +57,10 @@ def image_places(rows: "Dataset") -> Iterator[Places]:
                                     image.type.field(name).type) for name in ("bytes", "path")}  # fmt: skip
     columns = pa.table(parts | {"image_id": table.column("image_id")})
     whole = parts["bytes"].null_count == len(image)
-    for batch in selected_batches(columns, rows, BLOCK if whole else BYTES_TOGETHER):
+    size = BLOCK if whole else BYTES_TOGETHER
+    batches = selected_batches(columns, rows, size)
+    blocks, is_main = -(-len(rows) // size), process_rank() == 0
+    for batch in tqdm(batches, "look at images", blocks, unit="block", delay=2, leave=False, disable=not is_main):
         contents, paths = batch["bytes"], batch["path"]
         found = pc.extract_regex(paths, PLACE)
         start, size, name, shard = (pc.struct_field(found, field) for field in ("start", "size", "name", "shard"))

@@ -74,8 +74,11 @@ def _take(blocks: list[pa.RecordBatch], starts: np.ndarray, places: np.ndarray) 
 
 def caption_counts(rows: "Dataset") -> np.ndarray:
     """`[rows]` int64, the number of captions of each row."""
-    counts = [pc.list_value_length(batch["captions"]).to_numpy() for batch in record_batches(rows, ["captions"])]
-    return np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
+    chunks = rows.data.table.column("captions").chunks
+    counts = np.concatenate([np.zeros(0, np.int32), *(pc.list_value_length(chunk).to_numpy() for chunk in chunks)])
+    if rows._indices is not None:
+        counts = counts[rows._indices.table.column(0).to_numpy()]
+    return counts.astype(np.int64)
 
 
 class Captions:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ROWS, ABOUT = "rows.arrow", "about.json"
 BLOCK = 4_096  # rows that are written at a time
 NO_ROW = -1  # number of a row that is a whole file
-JOINED_TOGETHER = 4_000_000  # keys that are sorted at a time
+JOINED_TOGETHER = 1_000_000  # keys that are sorted at a time
 
 # Columns that hold a list per image, one value per caption, or any number of wrong captions.
 LISTS = ("captions", "caption_hashes", "rows", "caption_ids", NEGATIVES)
@@ -106,7 +106,7 @@ def write_table(rows: Iterable[Row], folder: Path, on_problem: OnProblem, title:
     keys = _write_runs(bar, folder / ROWS, about, on_problem)
     firsts = _first_runs(keys)
     if firsts is not None:
-        _join_runs(folder / ROWS, firsts, about, on_problem)
+        _join_runs(folder / ROWS, firsts, about, on_problem, title)
     return about
 
 
@@ -212,7 +212,7 @@ def _first_runs(keys: array) -> np.ndarray | None:
     return firsts if repeated else None
 
 
-def _join_runs(path: Path, firsts: np.ndarray, about: About, on_problem: OnProblem) -> None:
+def _join_runs(path: Path, firsts: np.ndarray, about: About, on_problem: OnProblem, title: str) -> None:
     """Write the table again, with the runs of each image as one row."""
     order = np.argsort(firsts, kind="stable")  # each image's runs one after the other, in the order of its first
     is_first = firsts[order] == order
@@ -221,7 +221,7 @@ def _join_runs(path: Path, firsts: np.ndarray, about: About, on_problem: OnProbl
     blocks = source.to_batches()
     with pa.OSFile(str(joined), "wb") as file, pa.ipc.new_stream(file, source.schema) as writer:
         edges = np.flatnonzero(is_first)
-        for start in range(0, len(edges), BLOCK):
+        for start in tqdm(range(0, len(edges), BLOCK), f"{title}: join", unit="block", delay=2, leave=False):
             stop = edges[start + BLOCK] if start + BLOCK < len(edges) else len(order)
             runs = _take(blocks, order[edges[start] : stop])
             heads = np.flatnonzero(is_first[edges[start] : stop])

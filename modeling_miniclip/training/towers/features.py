@@ -119,11 +119,19 @@ def embed_split(
         for name, values in (("texts", output.text_embeds), ("text_image_id", batch["text_image_id"])):
             parts[name].add(values[batch["text_image_id"] >= 0].to(device))
     on_undecodable(undecodable)
-    whole = {name: gather_rows(collected.rows()).cpu() for name, collected in parts.items()}
-    image_order = whole["image_id"].argsort()
-    text_order = whole["text_image_id"].argsort(stable=True)
-    image_row = torch.searchsorted(whole["image_id"][image_order], whole["text_image_id"][text_order])
-    return whole["images"][image_order].float(), whole["texts"][text_order].float(), image_row
+    release_freed_memory()
+    whole = {name: gather_rows(parts.pop(name).rows()).cpu() for name in list(parts)}
+    images, image_id = _in_order(whole.pop("images"), whole["image_id"])
+    texts, text_image_id = _in_order(whole.pop("texts"), whole["text_image_id"])
+    return images, texts, torch.searchsorted(image_id, text_image_id)
+
+
+def _in_order(embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings as float32 and their ids, ascending by id; those of one process are so already, and not copied."""
+    if (ids.diff() < 0).any():
+        order = ids.argsort(stable=True)
+        embeddings, ids = embeddings[order], ids[order]
+    return embeddings.float(), ids
 
 
 @torch.no_grad()
