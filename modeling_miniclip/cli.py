@@ -403,6 +403,45 @@ def run_eval(args: argparse.Namespace) -> None:
         raise DataError(f"{report['warning']}; the scores are those of the others")
 
 
+def declare_mine(parser: argparse.ArgumentParser) -> None:
+    """Flags of `miniclip mine`."""
+    parser.add_argument("model", metavar="MODEL", help="an export, any CLIP of transformers, or open_clip:...")
+    parser.add_argument("dataset", metavar="DATASET", help="captioned images, as for training")
+    parser.add_argument(
+        "--output", metavar="FILE", required=True, help="new .csv with the names of the images, or .parquet with them"
+    )
+    parser.add_argument("--num_negatives", type=int, default=5, metavar="N", help="wrong captions per image (5)")
+    parser.add_argument(
+        "--range_min", type=int, default=5, metavar="N", help="skip the N nearest captions, which may be right (5)"
+    )
+    parser.add_argument("--range_max", type=int, default=200, metavar="N", help="look at the N nearest captions (200)")
+    parser.add_argument(
+        "--relative_margin", type=float, default=0.05, metavar="F",
+        help="a wrong caption is at most 1 - F times as similar as the image's own ones are on average (0.05)",
+    )  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images per forward pass (32)")
+    declare_dataset(parser)
+    declare_cache(parser)
+    parser.add_argument("--revision", help=TRAINING_HELP["dataset_revision"])
+
+
+def run_mine(args: argparse.Namespace) -> None:
+    """Mine hard negatives and print how to train with them."""
+    from .search.mine import MiningRules, mine
+    from .utils.performance import keep_freed_memory
+
+    rules = MiningRules(args.num_negatives, args.range_min, args.range_max, args.relative_margin)
+    if args.batch_size < 1:
+        raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}")
+    keep_freed_memory()
+    options = {**dataset_options(args), "revision": args.revision}
+    found = mine(args.model, args.dataset, args.output, rules, args.batch_size, sys.stderr.isatty(), **options)
+    print(
+        f"{args.output}: {found['negatives']:,} wrong captions of {found['mined']:,} of {found['images']:,} training "
+        f"images\n  train with them: train-miniclip --dataset {args.output} --hard_negatives column"
+    )
+
+
 def declare_app(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip app`."""
     parser.add_argument("index", metavar="INDEX", help="folder of an index, built by `miniclip index`")
@@ -449,6 +488,7 @@ COMMANDS = {
     "eval": Command("evaluate a model, alone or against a baseline", declare_eval, run_eval),
     "export": Command("export a model to ONNX and check it, or copy it with new code", declare_export, run_export),
     "index": Command("build an index of images, or update one", declare_index, run_index),
+    "mine": Command("find wrong captions that a model finds hard, to train with them", declare_mine, run_mine),
     "push": Command("upload an exported model to the Hugging Face Hub", declare_push, run_push),
     "search": Command("search an index by text, by image or both", declare_search, run_search),
     "space": Command("write a Gradio Space that searches your images", declare_space, run_space),

@@ -11,6 +11,7 @@ filters.py: conditions on the entries of an index
 in_memory.py: `find_matches`: search without an index
 query.py: `miniclip search`: a query of text, image or both
 formatting.py: results as text or JSON
+mine.py: `miniclip mine`: hard negatives
 duplicates.py: `miniclip duplicates`
 space.py: `miniclip space`: the search page as a Hugging Face Space
 page/: the search page in a browser

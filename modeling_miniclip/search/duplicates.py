@@ -65,11 +65,16 @@ def default_threshold(index: ImageIndex) -> float:
         index: index whose images are mostly distinct. Below 22 images there is nothing to measure: 0.95.
     """
     rows = np.array(list(_first_rows(index.entries["hash"].to_pylist()).values()), dtype=np.int64)
+    return threshold_of(index.embeddings, rows)
+
+
+def threshold_of(embeddings: np.ndarray, rows: np.ndarray) -> float:
+    """[`default_threshold`] of `[images, dim]` embeddings and the rows of images that are not identical."""
     most = MANY_PAIRS * 2  # a pair counts for both of its images
     if len(rows) < most + 2:
         return FALLBACK_THRESHOLD
     sample = rows[:: -(-len(rows) // SAMPLE)]
-    cosines = _highest_cosines(index.embeddings, sample, rows, most * len(sample))
+    cosines = _highest_cosines(embeddings, sample, rows, most * len(sample))
     # A distance of zero, between copies or by a model that sees no difference, has no logarithm.
     distances = (max(1 - float(cosines[2 * pairs * len(sample) - 1]), 1e-7) for pairs in (FEW_PAIRS, MANY_PAIRS))
     few, many = map(np.log, distances)

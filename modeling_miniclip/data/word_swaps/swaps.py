@@ -70,7 +70,7 @@ def is_wrong(text: str, kind: str, captions: Sequence[str], index: int) -> bool:
         captions: all captions of the image.
         index: caption that was changed.
     """
-    if _normalised(text) in map(_normalised, captions):
+    if normalised(text) in map(normalised, captions):
         return False
     before, after = phrases_of(captions[index]), find_phrases(text)
     others = [phrases_of(caption) for i, caption in enumerate(captions) if i != index]
@@ -81,7 +81,7 @@ def is_wrong(text: str, kind: str, captions: Sequence[str], index: int) -> bool:
     return False
 
 
-def _normalised(caption: str) -> str:
+def normalised(caption: str) -> str:
     return " ".join(re.findall(r"\w+", caption.casefold()))
 
 
