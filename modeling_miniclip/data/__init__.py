@@ -9,7 +9,8 @@ picture_formats.py: one list of picture formats, one function that decodes a pic
 splits.py: which image belongs to which split
 rows.py: what every reader of a source yields
 scenes.py: the built-in dataset of drawn scenes
-sources.py: images of any source, for an index
+find_images.py: all images of a source, with captions or without, for an index
+all_images.py: these images in a table on disk
 problems.py: kinds of problems of a dataset
 faults.py: sources that cannot be read, are damaged, or change while they are read
 skipped.py: one report of images and folders that were skipped

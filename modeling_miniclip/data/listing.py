@@ -49,7 +49,7 @@ def walk_folders(root: str | os.PathLike, on_problem: OnProblem) -> Iterator[Lis
     """
     seen: set[tuple[int, int]] = set()
     links: list[str] = []
-    waiting = [os.fspath(root)]
+    waiting, top = [os.fspath(root)], os.path.realpath(root)
     while waiting or links:
         path = waiting.pop() if waiting else links.pop(0)
         try:
@@ -69,7 +69,10 @@ def walk_folders(root: str | os.PathLike, on_problem: OnProblem) -> Iterator[Lis
         for link in dangling:
             on_problem(Problem("dangling", "a link that leads nowhere", name_of(link)))
         for link in linked:
-            if _holds(os.path.realpath(link), os.path.realpath(path)):
+            real = os.path.realpath(link)
+            if _holds(top, real) and is_hidden_path(os.path.relpath(real, top)):
+                continue  # it leads to what is hidden
+            if _holds(real, os.path.realpath(path)):
                 on_problem(Problem("link", "a link to a folder that holds it; not followed", name_of(link)))
             else:
                 links.append(link)

@@ -155,6 +155,29 @@ def load_datasets(
     return splits
 
 
+def read_source(
+    folder: Path, source: str, kind: Kind, options: ReadOptions, on_problem: OnProblem
+) -> tuple[About, RowNumbers | None]:
+    """Read a source into a table: how all commands read.
+
+    Args:
+        folder: empty folder to write to.
+        source, kind: the source and its kind.
+        options: how to read it.
+        on_problem: function called with each problem.
+
+    Returns:
+        What the table does not say itself, and the rows of each split that split files name; None without such files.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    about = write_table(_rows(kind, source, options, on_problem), folder, on_problem, f"read {Path(source).name}")
+    rows = open_table(folder)
+    lines = kind.split_lines(source, options, on_problem) if len(rows) else None
+    return about, None if lines is None else splits_of_files(rows, lines, on_problem)
+
+
 def build_table(
     folder: Path, source: str, kind: Kind, options: ReadOptions, on_problem: OnProblem = raise_problem
 ) -> None:
@@ -178,15 +201,13 @@ def build_table(
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        about = write_table(_rows(kind, source, options, report), folder, on_problem, f"read {Path(source).name}")
+        about, named = read_source(folder, source, kind, options, report)
         rows = open_table(folder)
         if not len(rows):
             reasons = [*damaged.values(), *(str(one.message) for one in caught)]
             text = f"no images with captions{': ' * bool(reasons)}{''.join(reasons[:1])}"
             raise DataError(Problem("unusable", text, source))
-        if (lines := kind.split_lines(source, options, on_problem)) is not None:
-            named = splits_of_files(rows, lines, on_problem)
-        else:
+        if named is None:
             named = splits_of_rows(rows) if "split" in about.columns else {}
     if named and kind.one_split_is_train and len(named) == 1:
         named = {"train": next(iter(named.values()))}

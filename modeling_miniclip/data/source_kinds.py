@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from .problems import OnProblem
 from .readers.caption_file import inputs_caption_file, read_caption_file, split_lines
 from .readers.coco import inputs_coco, inputs_karpathy, read_coco, read_karpathy
 from .readers.hub import inputs_hub, read_hub
-from .readers.image_folder import holds_classes, inputs_image_folder, read_image_folder
+from .readers.image_folder import Layout, inputs_image_folder, read_image_folder
 from .readers.parquet import inputs_parquet, read_parquet
 from .readers.recognise import TAR_ENDINGS, recognise_source
 from .readers.saved import inputs_saved, read_saved
@@ -44,6 +45,7 @@ class Kind:
         groups_are_classes: whether a random split holds out images of each group, instead of whole groups.
         one_split_is_train: whether a source with a single split is for training, whatever that is called.
         has_cheap_inputs: whether `inputs` takes little time in comparison with `read`.
+        layout: what this folder of images looks like, which takes a walk through it.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Kind:
     groups_are_classes: bool = False
     one_split_is_train: bool = False
     has_cheap_inputs: bool = True
+    layout: Layout | None = None
 
 
 CAPTION_FILE = Kind("captions", read_caption_file, inputs_caption_file, split_lines, by_name=True)
@@ -86,9 +89,13 @@ def kind_of(source: str) -> Kind | None:
     name = recognise_source(source)
     if name == "shards":
         name = shard_kind(source) or "folder"
-    if name == "folder" and holds_classes(source):
-        return CLASS_FOLDERS
-    return BY_NAME.get(name)
+    return _kind_of_images(source) if name == "folder" else BY_NAME.get(name)
+
+
+def _kind_of_images(folder: str) -> Kind:
+    layout = Layout.of(Path(folder))
+    read, inputs = partial(read_image_folder, layout=layout), partial(inputs_image_folder, layout=layout)
+    return replace(CLASS_FOLDERS if layout.classes else IMAGE_FOLDER, read=read, inputs=inputs, layout=layout)
 
 
 def captioned_kind(source: str) -> Kind:

@@ -116,12 +116,6 @@ def split_of_value(value: Any) -> str | None:
     return None if lower in NO_SPLIT else lower if lower in SPLITS else text
 
 
-def split_of_folder(image_id: str) -> str | None:
-    """The split that a folder in the image's path is named after; None if there is no such folder."""
-    folders = [part.lower() for part in image_id.split("/")[:-1]]
-    return next((split for folder in folders if (split := SPLIT_ALIASES.get(folder, folder)) in SPLITS), None)
-
-
 def splits_of_folders(folders: Iterable[str]) -> Callable[[str], str | None]:
     """A function that returns the split of an image from the folders in its name.
 

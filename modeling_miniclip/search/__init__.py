@@ -2,7 +2,6 @@
 
 index.py: `ImageIndex`: open, search and write an index
 update.py: `update_index`: add, change and remove images
-shards.py: encode images, and keep what an unfinished update has encoded
 embeddings_file.py: write and memory-map embeddings
 fingerprints.py: hashes that identify the model of an index
 exact.py: exact nearest neighbours
@@ -14,5 +13,6 @@ formatting.py: results as text or JSON
 mine.py: `miniclip mine`: hard negatives
 duplicates.py: `miniclip duplicates`
 space.py: `miniclip space`: the search page as a Hugging Face Space
+building/: the parts of an update
 page/: the search page in a browser
 """

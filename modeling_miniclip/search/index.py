@@ -14,7 +14,7 @@ opened, and on request. `FORMAT` goes up whenever an older version of this packa
 import json
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -55,9 +55,13 @@ SCHEMA = pa.schema(
         ("captions", pa.list_(pa.string())),
         ("split", pa.string()),
         ("thumbnail", pa.large_binary()),  # JPEG; null: the image is a file
+        (
+            "version",
+            pa.string(),
+        ),  # of the shard that the image is in; null: it is a file; older indexes lack it
     ]
 )
-COLUMNS = [name for name in SCHEMA.names if name != "thumbnail"]
+COLUMNS = [name for name in SCHEMA.names if name not in ("thumbnail", "version")]
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ class ImageIndex:
 
     @cached_property
     def entries(self) -> pa.Table:
-        """One row per image, with all columns of [`SCHEMA`] except `thumbnail`. Usable as `datasets.Dataset(...)`."""
+        """One row per image, with all columns of [`COLUMNS`]. Usable as `datasets.Dataset(...)`."""
         return self._read_entries(columns=COLUMNS)
 
     def read_entries(self) -> pa.Table:
@@ -175,6 +179,28 @@ class ImageIndex:
             return pq.read_table(source, **options, page_checksum_verification=True)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.folder, error) from error
+
+    def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Columns of the entries in blocks, null where an index lacks them."""
+        try:
+            file = pq.ParquetFile(pa.BufferReader(self._entries_file), page_checksum_verification=True)
+            names = [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(ROW_GROUP, columns=names):
+                arrays = [
+                    batch.column(name) if name in names else pa.nulls(len(batch), SCHEMA.field(name).type)
+                    for name in columns
+                ]
+                yield pa.RecordBatch.from_arrays(arrays, columns)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise _damaged(self.folder, error) from error
+
+    def group(self, number: int) -> pa.Table:
+        """All columns of [`SCHEMA`] of the `ROW_GROUP` entries from `number * ROW_GROUP` on."""
+        table = self._read_row_group(number, SCHEMA.names)
+        for name in SCHEMA.names:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+        return table.select(SCHEMA.names).cast(SCHEMA)
 
     def entry(self, index: int) -> dict[str, Any]:
         """The entry of one image as a dictionary, without its thumbnail."""
@@ -338,13 +364,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     replace_text(folder / MANIFEST, text + "\n")
 
 
-def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Iterable[np.ndarray]) -> ImageIndex:
+def write_index(
+    folder: Path, manifest: Manifest, entries: Iterable[pa.Table], blocks: Iterable[np.ndarray]
+) -> ImageIndex:
     """Write or replace an index. The folder holds the old index until the new one is complete.
 
     Args:
         folder: folder to write.
         manifest: manifest of the new index; `count` and `checksums` are filled in here.
-        entries: table with the columns of [`SCHEMA`].
+        entries: tables with the columns of [`SCHEMA`], all but the last one of `ROW_GROUP` rows.
         blocks: `[n, dim]` arrays of embeddings, together in the order of the entries.
 
     Returns:
@@ -353,11 +381,14 @@ def write_index(folder: Path, manifest: Manifest, entries: pa.Table, blocks: Ite
     Raises:
         MiniClipError: the disk is full or cannot be written; the old index is kept.
     """
-    manifest = replace(manifest, count=entries.num_rows)
     try:
         with replaced_folder(folder) as fresh:
-            table = entries.cast(SCHEMA)
-            pq.write_table(table, fresh / ENTRIES, row_group_size=ROW_GROUP, write_page_checksum=True)
+            count = 0
+            with pq.ParquetWriter(fresh / ENTRIES, SCHEMA, write_page_checksum=True) as writer:
+                for table in entries:
+                    writer.write_table(table.cast(SCHEMA), ROW_GROUP)
+                    count += len(table)
+            manifest = replace(manifest, count=count)
             write_embeddings(fresh / EMBEDDINGS, manifest.count, manifest.dim, manifest.dtype, blocks)
             if uses_approximate_search(manifest.neighbours, manifest.count):
                 build_neighbours(map_embeddings(fresh / EMBEDDINGS), fresh / NEIGHBOURS)

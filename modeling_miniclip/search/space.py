@@ -19,11 +19,12 @@ from ..inference.loading import model_folder
 from ..utils.files import check_new_folder, replaced_folder
 from ..utils.resources import PACKAGE
 from ..utils.thumbnails import encode_thumbnail
+from .building.merge import Report
 from .embeddings_file import BLOCK
 from .fingerprints import describe_files
 from .index import ImageIndex, Manifest, write_index
 from .page.pictures import picture_of
-from .update import Report, update_index
+from .update import update_index
 
 PIXELS = 512  # longer side of the copies
 
@@ -133,6 +134,7 @@ def _write_portable(index: ImageIndex, target: Path, model: Path) -> dict[str, s
         "mtime": pa.array([-1] * len(kept), pa.int64()),
         "date": pa.nulls(len(kept), pa.timestamp("s")),
         "thumbnail": pa.array(list(small.values()), pa.large_binary()),
+        "version": pa.nulls(len(kept), pa.string()),
     }
     entries = entries.take(pa.array(kept, pa.int64()))
     for name, column in changed.items():
@@ -147,7 +149,7 @@ def _write_portable(index: ImageIndex, target: Path, model: Path) -> dict[str, s
         for start in range(0, len(kept), BLOCK):
             yield np.asarray(index.embeddings[kept[start : start + BLOCK]])
 
-    write_index(target, manifest, entries, blocks())
+    write_index(target, manifest, [entries], blocks())
     return gone
 
 

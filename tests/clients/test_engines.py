@@ -31,7 +31,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
         for i in range(ROWS)
     ]
     table = pa.Table.from_pylist(entries, schema=SCHEMA)
-    index = write_index(folder / "index", Manifest("model", "0", DIM), table, [vectors])
+    index = write_index(folder / "index", Manifest("model", "0", DIM), [table], [vectors])
     index.to_parquet(folder / "images.parquet")
     return index
 

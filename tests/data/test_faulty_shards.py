@@ -17,8 +17,8 @@ from modeling_miniclip.data import load_rows as loading
 from modeling_miniclip.data.checking.entries import read_entries
 from modeling_miniclip.data.load_rows import load_rows
 from modeling_miniclip.data.rows import ReadOptions
-from modeling_miniclip.data.sources import walk_source
 from modeling_miniclip.errors import Problem
+from tests.helpers.listings import images_of
 from tests.helpers.shards import pairs, tar_bytes, write_tar
 from tests.helpers.trees import picture
 
@@ -103,9 +103,8 @@ def test_every_fault_ends_in_rows_or_one_sentence(tmp_path: Path, fault: str) ->
     checked: list[Problem] = []
     entries = read_entries(str(source), ReadOptions(), None, checked.append).entries
     assert [(entry.name, *entry.captions) for entry in entries] == [(name, caption) for name, _, caption in rows]
-    walked: list[Problem] = []
-    indexed = [each.captions for each in walk_source(str(source), on_problem=walked.append) if each.captions]
-    assert indexed == [[caption] for *_, caption in rows]
+    images, walked = images_of(source)
+    assert [captions for _, captions, *_ in images if captions] == [[caption] for *_, caption in rows]
     for problems in (checked, walked):
         damaged = [str(problem) for problem in problems if problem.kind == "damaged-shard"]
         assert [bool(re.search(str(message), each)) for each in damaged] == [True] * isinstance(message, str)

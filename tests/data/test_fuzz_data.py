@@ -17,12 +17,12 @@ from modeling_miniclip import load_captions
 from modeling_miniclip.data.problems import raise_problem
 from modeling_miniclip.data.readers.caption_file import read_table
 from modeling_miniclip.data.rows import ReadOptions
-from modeling_miniclip.data.sources import walk_source
 from modeling_miniclip.evaluation.eval_sets import load_eval_set
 from modeling_miniclip.evaluation.evaluate import ReadableImages
 from modeling_miniclip.utils.names import path_of
 from tests.data.test_recognise import OTHERS
 from tests.helpers.fuzzing import CAPTIONS, NASTY, TEXT, cases, damaged, fuzz, result_or_error
+from tests.helpers.listings import listing_of
 from tests.helpers.trees import HEIC, Tree, picture, trees
 
 # File names that are not changed when they are read: no separators, no white space around them, not "." or "..".
@@ -234,7 +234,7 @@ def test_any_kind_of_file_is_read_or_named(tmp_path: Path, record_property: Any,
     def check(content: bytes, cut: int, name: str) -> None:
         path = tmp_path / name
         path.write_bytes(content[: len(content) - cut] or content)
-        for read in (load_captions, lambda path: list(walk_source(str(path)))):
+        for read in (load_captions, listing_of):
             rows, message = result_or_error(read, path)
             assert rows or str(path) in message or "cannot be split" in message
             binary = not content.startswith((b"id,", b"[", b"{", b"version"))

@@ -90,12 +90,12 @@ with warnings.catch_warnings(record=True) as caught:
     load("null", "null")
     result["null warnings"] = [str(each.message) for each in caught if "left out" in str(each.message)]
 from modeling_miniclip.data.checking.check import check
-from modeling_miniclip.data.sources import walk_source
+from tests.helpers.listings import images_of
 report = check("test-user/null", num_workers=0, batch_size=2)
 result["check"] = [[[each.kind, each.text] for each in report.problems if each.kind == "left-out"], report.figures]
 for name in ("basenames", "null", "two:de"):
-    items = list(walk_source("test-user/" + name, on_problem=lambda problem: None))
-    result["index " + name] = [[item.id, item.captions, item.split, len(item.read()) > 0] for item in items]
+    images, _ = images_of("test-user/" + name)
+    result["index " + name] = [[*about, len(content) > 0] for *about, content in images]
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 huggingface_hub.HfFileSystem.clear_instance_cache()
 load("hf://datasets/test-user/tars/*.tar", "files offline")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from modeling_miniclip import DataError, load_captions
 from modeling_miniclip.data.readers.recognise import recognise_file, recognise_source
-from modeling_miniclip.data.sources import walk_source
+from tests.helpers.listings import images_of
 
 CSV = b"image,caption\na.png,a red picture\n"
 
@@ -115,7 +115,7 @@ OTHERS: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_other_files_are_rejected_with_advice(tmp_path: Path, kind: str) -> None:
     for name in ("data.csv", "data"):
         (tmp_path / name).write_bytes(OTHERS[kind][0]())
-        for read in (recognise_file, load_captions, lambda path: list(walk_source(str(path)))):
+        for read in (recognise_file, load_captions, images_of):
             with pytest.raises(DataError, match=f"{name}: .*{OTHERS[kind][1]}"):
                 read(tmp_path / name)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_miniclip.data.splits import split_of_folder
+from modeling_miniclip.data.splits import splits_of_folders
 
 
 @pytest.mark.parametrize(
@@ -17,4 +17,4 @@ from modeling_miniclip.data.splits import split_of_folder
     ],
 )
 def test_a_folder_names_the_split_of_an_image(image_id: str, split: str | None) -> None:
-    assert split_of_folder(image_id) == split
+    assert splits_of_folders([image_id.rpartition("/")[0]])(image_id) == split

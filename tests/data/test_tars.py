@@ -20,7 +20,7 @@ from modeling_miniclip.data.rows import ReadOptions, Row
 from modeling_miniclip.data.shards import tar_index
 from modeling_miniclip.data.shards.shard_url import place_of, read_place
 from modeling_miniclip.data.shards.tar_headers import DamagedArchive, find_members
-from modeling_miniclip.data.shards.tar_index import build_index, build_indexes, open_index
+from modeling_miniclip.data.shards.tar_index import PackedArchive, build_index, build_indexes, open_index
 from modeling_miniclip.errors import DataError, Problem
 from tests.helpers.shards import as_json, pairs, tar_bytes, write_tar
 from tests.helpers.trees import picture
@@ -397,8 +397,14 @@ def test_an_index_reads_compressed_archives(tmp_path, read):
     path = tmp_path / "a.tar.gz"
     path.write_bytes(gzip.compress(tar_bytes(pairs("01")[::-1])))
     rows = read(str(path), ReadOptions(all_images=True))
-    assert captions(rows) == {"1.png": ["caption of 1"], "0.png": ["caption of 0"]}
-    assert [row.image for row in rows] == [picture(1), picture(0)]
+    assert captions(rows) == {"1": ["caption of 1"], "0": ["caption of 0"]}
+    archive = PackedArchive()
+    places = [place_of(row.image) for row in rows]
+    found = [archive.read_now(str(path), "gzip", place.start, place.size)() for place in places]
+    assert found == [picture(1), picture(0)]
+    with pytest.raises(DataError, match="unpack it: zstd"):
+        archive.read_now(str(path.rename(tmp_path / "b")), "zstd", 0, 1)()
+    (tmp_path / "b").rename(path)
     path.write_bytes(path.read_bytes()[:150])
     rows, problems = read(str(path), ReadOptions(all_images=True), with_problems=True)
     assert [problem.kind for problem in problems] == ["damaged-shard", "left-out"]

@@ -19,7 +19,7 @@ def load_tower_once(load_tower: Any, folder: Path, side: Any, saved: int) -> Any
 @pytest.fixture(autouse=True)
 def towers_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from modeling_miniclip.inference import loading
-    from modeling_miniclip.search import shards
+    from modeling_miniclip.search.building import shards
 
     load_tower = loading.load_tower
 

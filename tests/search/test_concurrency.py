@@ -40,7 +40,7 @@ def write(folder: Path, kind: str, seed: int = 0) -> Path:
     vectors = rng.standard_normal((ROWS, DIM), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     dtype, neighbours = ("float32", kind) if kind == "approximate" else (kind, "exact")
-    write_index(folder, Manifest("model", "0", DIM, dtype, neighbours=neighbours), entries, [vectors])
+    write_index(folder, Manifest("model", "0", DIM, dtype, neighbours=neighbours), [entries], [vectors])
     return folder
 
 

@@ -36,7 +36,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vectors = np.eye(ROWS, DIM, dtype=np.float32) + 0.01
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     neighbours = "approximate" if find_spec("faiss") else "exact"
-    write_index(folder, Manifest("model", "f" * 64, DIM, neighbours=neighbours), entries, [vectors])
+    write_index(folder, Manifest("model", "f" * 64, DIM, neighbours=neighbours), [entries], [vectors])
     return folder
 
 

@@ -1,41 +1,35 @@
 """Sources of an index: each image with its captions, whatever holds them; damaged shards keep what was indexed."""
 
+import gzip
 import json
 import os
 import unicodedata
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from modeling_miniclip import DataError, ImageIndex, update_index
-from modeling_miniclip.data.problems import raise_problem
-from modeling_miniclip.data.sources import (
-    DEFAULT_COLUMNS,
-    Item,
-    is_gone,
-    is_listed_at_once,
-    resolve_source,
-    walk_source,
-)
-from modeling_miniclip.errors import Problem
-from modeling_miniclip.search.update import _encode_share, _units
+from modeling_miniclip.data.all_images import Item
+from modeling_miniclip.data.find_images import ALONE, is_gone
+from modeling_miniclip.search.building.shards import Encoding, Prepared
+from modeling_miniclip.search.update import share_of
 from tests.helpers.indexes import write_picture
+from tests.helpers.listings import images_of, listing_of
 from tests.helpers.shards import as_json, pairs, tar_bytes, write_tar
 from tests.helpers.trees import picture
 
 
 def listed(source: Path | str, *expected_problems: str) -> dict[str, tuple[list[str], str]]:
     """Captions and split of each image by its name below the folder of the source. Every image can be read."""
-    problems: list[Problem] = []
-    items = list(walk_source(resolve_source(source), on_problem=problems.append))
+    images, problems = images_of(source)
     assert [problem.kind for problem in problems] == list(expected_problems), problems
-    assert all(item.read()[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0") for item in items)
-    assert len({item.id for item in items}) == len(items)
+    assert all(content[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0") for *_, content in images)
+    assert len({name for name, *_ in images}) == len(images)
     top = os.path.dirname(os.path.abspath(source))
-    return {os.path.relpath(item.id, top): (item.captions, item.split) for item in items}
+    return {os.path.relpath(name, top): (captions, split) for name, captions, split, _ in images}
 
 
 def test_tars_of_other_tools_give_each_caption_once(tmp_path: Path) -> None:
@@ -96,12 +90,11 @@ def test_patterns_and_folders_of_shards_are_sources(tmp_path: Path) -> None:
     for pattern in ("*.tar", "{0..2}.tar"):
         assert listed(folder / pattern) == expected
     assert listed(folder) == {f"shards/{name}": value for name, value in expected.items()}
-    items = list(walk_source(str(folder)))
-    assert is_listed_at_once(str(folder)) and {item.shard for item in items} == {
-        str(folder / f"{i}.tar") for i in range(3)
-    }
+    listing = listing_of(folder)
+    assert listing.shards.paths == [str(folder / f"{i}.tar") for i in range(3)]
     assert not is_gone(str(folder / "{0..2}.tar")) and is_gone(str(folder / "{0..3}.tar")) and is_gone(f"{folder}/x*")
-    assert items[0].mtime == (folder / "0.tar").stat().st_mtime_ns and items[0].size == len(items[0].read())
+    item = next(listing.items(listing.rows))
+    assert item.mtime == (folder / "0.tar").stat().st_mtime_ns and item.size == len(item.read())
     for i in range(2):
         pq.write_table(pa.table({"jpg": [picture(i)], "caption": [[f"cap {i}"]]}), tmp_path / f"test-{i}.parquet")
     assert listed(tmp_path / "test-*.parquet") == {
@@ -129,34 +122,25 @@ def test_class_folders_have_no_captions(tmp_path: Path) -> None:
     assert listed(tmp_path / "pets") == {"pets/cat/1.png": ([], ""), "pets/dog/1.png": ([], "")}
 
 
-def test_each_process_reads_its_own_shards() -> None:
-    def item(number: int, shard: str) -> Item:
-        return Item(str(number), bytes, shard=shard)
-
-    items = [item(i, shard) for i, shard in enumerate(["a", "a", "b", "a", "b", "", "c"])]
-    assert list(_units(items, 2)) == [0, 0, 1, 0, 1, 5, 2]
-    assert list(_units(items, 4)) == list(range(7))  # fewer shards than processes
-
-
-def test_processes_share_shards_and_miss_no_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_processes_share_shards_and_miss_no_image(tmp_path: Path, kind: str) -> None:
     for i in range(5):
-        write_tar(tmp_path / f"{i}.tar", pairs([f"{i}{k}" for k in range(i + 1)]))
+        if kind == "tar":
+            write_tar(tmp_path / f"{i}.tar", pairs([f"{i}{k}" for k in range(i + 1)]))
+        else:
+            rows = {"jpg": [picture(k) for k in range(i + 1)], "caption": ["x"] * (i + 1)}
+            pq.write_table(pa.table(rows), tmp_path / f"{i}.parquet")
     write_picture(tmp_path / "photos" / "a.png", 0)
-    sources = [str(tmp_path / "*.tar"), str(tmp_path / "photos")]
-
-    def share(index: int) -> list[Item]:
-        done: list[Item] = []
-        encoding = SimpleNamespace(
-            pool=SimpleNamespace(find=lambda item: None), run=lambda items, total, progress: done.extend(items)
-        )
-        process = SimpleNamespace(num_processes=2, process_index=index, is_main_process=index == 0)
-        listed = _encode_share(encoding, sources, DEFAULT_COLUMNS, process, False, raise_problem)  # type: ignore[arg-type]
-        assert len(listed) == 16
-        return done
-
-    one, two = share(0), share(1)
-    assert len({item.id for item in one + two}) == len(one) + len(two) == 16
-    assert not {item.shard for item in one if item.shard} & {item.shard for item in two}
+    listing = listing_of(tmp_path / f"*.{kind}", tmp_path / "photos")
+    for processes in (1, 2, 3, 5, 7):
+        shares = [share_of(listing, listing.rows, i, processes) for i in range(processes)]
+        assert sorted(np.concatenate(shares).tolist()) == list(range(16))
+        if processes <= 5:  # otherwise, each gets an equal part
+            shards = [set(listing.column("shard", share).tolist()) - {ALONE} for share in shares]
+            assert sum(map(len, shards)) == 5 and all(shards)
+        else:
+            assert {len(share) for share in shares} == {2, 3}
+    assert sorted(share_of(listing, listing.rows[:3], 1, 2).tolist()) == [1, 2]  # both new images of one shard
 
 
 def test_images_of_a_damaged_shard_stay(tmp_path: Path, tiny_export: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,3 +163,41 @@ def test_images_of_a_damaged_shard_stay(tmp_path: Path, tiny_export: Path, capsy
     (shards / "2.tar").unlink()
     with pytest.raises(DataError, match=r"1.tar: .*no images found; .* are kept"):
         update_index(tmp_path / "index", [shards / "1.tar"], progress=False)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "parquet"])
+def test_an_update_reads_only_shards_that_changed(
+    tmp_path: Path, tiny_export: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(number: int, *seeds: int) -> Path:
+        path = tmp_path / "shards" / f"{number}.{kind}"
+        if kind == "parquet":
+            pq.write_table(pa.table({"jpg": [picture(seed) for seed in seeds], "caption": ["x"] * len(seeds)}), path)
+        else:
+            content = tar_bytes([(f"{seed}.png", picture(seed)) for seed in seeds])
+            path.write_bytes(gzip.compress(content) if kind == "tar.gz" else content)
+        return path
+
+    (tmp_path / "shards").mkdir()
+    for number in range(3):
+        write(number, 10 * number, 10 * number + 1)
+    index = tmp_path / "index"
+    assert update_index(index, [tmp_path / "shards"], tiny_export, progress=False).images == 6
+    thumbnails = [ImageIndex.open(index).thumbnail(row) for row in range(6)]
+    read: list[str] = []
+    prepare = Encoding._prepare
+
+    def recording(self: Encoding, item: Item) -> Prepared:
+        read.append(os.path.basename(os.path.dirname(item.id)))
+        return prepare(self, item)
+
+    monkeypatch.setattr(Encoding, "_prepare", recording)
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling_miniclip.data.load_rows.write_table", None)  # tables are not read again either
+        assert update_index(index, progress=False).reused == 6 and read == []
+    os.utime(write(1, 10, 11), (5, 5))
+    report = update_index(index, progress=False)
+    assert (report.reused, report.encoded) == (6, 0) and read == [f"1.{kind}"] * 2
+    assert [ImageIndex.open(index).thumbnail(row) for row in range(6)] == thumbnails
+    write(2, 20, 99)
+    assert update_index(index, progress=False).encoded == 1

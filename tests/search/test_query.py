@@ -240,7 +240,7 @@ def write_vectors(folder: Path, vectors: np.ndarray, hashes: Sequence[str], spli
         for i, (content, split) in enumerate(zip(hashes, splits, strict=True))
     ]
     manifest = Manifest("model", "0" * 32, vectors.shape[1])
-    return write_index(folder, manifest, pa.Table.from_pylist(rows, schema=SCHEMA), [vectors.astype(np.float32)])
+    return write_index(folder, manifest, [pa.Table.from_pylist(rows, schema=SCHEMA)], [vectors.astype(np.float32)])
 
 
 def test_datasets_reads_the_parquet_export(home: Path, tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ from modeling_miniclip import (
 from modeling_miniclip.cli import cli
 from modeling_miniclip.data import picture_formats
 from modeling_miniclip.data.columns import ColumnNames
-from modeling_miniclip.search import shards as shards_module
 from modeling_miniclip.search import update
+from modeling_miniclip.search.building import shards as shards_module
 from modeling_miniclip.search.page.pictures import picture_of
 from modeling_miniclip.search.query import Query, search_index
 from tests.helpers.indexes import write_model, write_picture, write_pictures
@@ -509,7 +509,7 @@ def test_tar_archive_gives_images_captions_and_thumbnails(
     rows = index.entries.to_pylist()
     assert ids(index) == [f"{archive}/train/x.png", f"{archive}/train/y.jpg"]
     assert [(row["path"], row["captions"], row["split"]) for row in rows] == [
-        (None, ["a caption"], "train"), (None, ["one", "two"], "train")
+        (None, ["a caption"], ""), (None, ["one", "two"], "")  # a member's folder is no split
     ]  # fmt: skip
     files = [str(tmp_path / "photos" / "train" / name) for name in ("x.png", "y.jpg")]
     np.testing.assert_allclose(index.embeddings, expected(model, files), atol=1e-5)
@@ -615,7 +615,7 @@ def test_damaged_and_future_indexes_are_rejected(tmp_path: Path, model: Path) ->
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from modeling_miniclip.search import shards
+from modeling_miniclip.search.building import shards
 from modeling_miniclip.cli import cli
 
 shards.SHARD = 4

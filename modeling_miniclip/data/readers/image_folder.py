@@ -3,8 +3,10 @@
 import json
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from ..problems import OnProblem
 from ..rows import ReadOptions, Row
 from ..splits import split_of_value, splits_of_folders
 from ..tables.table_cache import content_of, stat_of
-from .caption_file import check_path, read_caption_file, read_table, split_lines
-from .image_files import BAD_FILES, rows_with_images
-from .layouts import CAPTION_FILES, METADATA_FILES, find_caption_files
+from .caption_file import check_path, read_table
+from .image_files import rows_with_images
+from .layouts import CAPTION_FILES, METADATA_FILES
 from .record_captions import captions_of_record, negatives_of
 from .text_files import Lines, check_surrogates
 
@@ -38,6 +40,9 @@ class Layout:
         has_texts: whether images have text files next to them; of images in class folders, at least half.
         classes: names of class folders, for a folder without captions.
         split_of: function that returns the split of an image by its name.
+        wanted: name of the caption in JSON files.
+        problems: folders that cannot be listed or are not followed.
+        digest: hash of the names of all images, and of the names, sizes and times of the text files next to them.
     """
 
     root: Path
@@ -45,36 +50,46 @@ class Layout:
     has_texts: bool
     classes: list[str]
     split_of: SplitOf
+    wanted: str
+    problems: list[Problem]
+    digest: str
 
     @classmethod
-    def of(cls, root: Path, on_problem: OnProblem, wanted: str = "caption") -> "Layout":
+    def of(cls, root: Path, wanted: str = "caption") -> "Layout":
         """Look through a folder.
 
         Args:
             root: the folder.
-            on_problem: function called with each folder that cannot be listed or is not followed.
             wanted: name of the caption in JSON files.
         """
         metadata, with_images, images, texts = [], [], 0, 0
-        for folder in walk_folders(root, on_problem):
+        problems: list[Problem] = []
+        digest = blake2b(digest_size=16)
+        for folder in walk_folders(root, problems.append):
             metadata += [Path(folder.path, name) for name in METADATA_FILES if name in folder.files]
             pictures = [name for name in folder.files if is_picture_file(name)]
             if pictures:
+                _add_names(digest, folder, pictures)
                 with_images.append(_relative(folder.path, root))
                 images, texts = images + len(pictures), texts + _count_texts(folder, pictures, wanted)
         split_of = splits_of_folders(with_images)
         found = {_class_of(f"{folder}/", split_of) for folder in with_images} - {None}
         has_texts = texts > 0 and (len(found) < 2 or 2 * texts >= images)  # in class folders, a few may be stray
         classes = [] if metadata or has_texts else sorted(str(name) for name in found)
-        return cls(root, sorted(metadata), has_texts, classes, split_of)
+        return cls(root, sorted(metadata), has_texts, classes, split_of, wanted, problems, digest.hexdigest())
 
 
-def holds_classes(folder: str | os.PathLike) -> bool:
-    """Whether the images of a folder have no captions but class folders."""
-    return bool(Layout.of(Path(folder), lambda problem: None).classes)
+def _add_names(digest: "blake2b", folder: ListedFolder, pictures: list[str]) -> None:
+    texts = [name for name in folder.files if name.lower().endswith(TEXT_ENDINGS)]
+    digest.update("\0".join([folder.path, *pictures, "\0"]).encode("utf-8", "surrogatepass"))
+    for name in texts:
+        with suppress(FileNotFoundError):  # it was deleted in the meantime
+            digest.update(repr(stat_of(Path(folder.path, name))).encode("utf-8", "surrogatepass"))
 
 
-def read_image_folder(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
+def read_image_folder(
+    source: str, options: ReadOptions, on_problem: OnProblem, layout: Layout | None = None
+) -> Iterator[Row]:
     """Read the images of a folder and its subfolders, linked ones too, except hidden ones.
 
     Folders named after splits are splits, if all folders next to them that hold images are. A caption comes from
@@ -83,21 +98,21 @@ def read_image_folder(source: str, options: ReadOptions, on_problem: OnProblem) 
 
     Args:
         source: path of the folder.
-        options: columns, and the caption of class folders. With `all_images`, all images are returned in the order of
-            the listing, with the captions known for them.
+        options: columns, and the caption of class folders.
         on_problem: function called with each bad row and bad image; with what cannot be listed or is not followed;
             with each image in a format that cannot be read; and once with what is left out (kind `left-out`).
+        layout: what the folder looks like, if that is known.
 
     Raises:
         DataError: there are no captions and no class folders.
     """
     root = Path(source)
     check_path(root, options)
-    layout = Layout.of(root, on_problem, options.columns.caption)
-    if options.all_images:
-        yield from _all_images(layout, options, on_problem)
-    elif layout.metadata:
-        yield from _metadata_rows(layout, options, on_problem)
+    if layout is None or layout.wanted != options.columns.caption:
+        layout = Layout.of(root, options.columns.caption)
+    _report_problems(layout, on_problem)
+    if layout.metadata:
+        yield from read_metadata(layout, options, on_problem)
     elif layout.has_texts:
         yield from _text_rows(layout, options, on_problem)
     elif len(layout.classes) > 1:
@@ -111,14 +126,16 @@ def read_image_folder(source: str, options: ReadOptions, on_problem: OnProblem) 
         raise DataError(Problem("unusable", text, str(root)))
 
 
-def inputs_image_folder(source: str, options: ReadOptions) -> Iterator[Any]:
+def inputs_image_folder(source: str, options: ReadOptions, layout: Layout | None = None) -> Iterator[Any]:
     """What the rows depend on, for the key of their table: metadata and text files, and the names of all images."""
-    for folder in walk_folders(source, lambda problem: None):
-        names = [name for name in folder.files if is_picture_file(name)]
-        texts = [name for name in folder.files if name.lower().endswith(TEXT_ENDINGS)] if names else []
-        yield [folder.path, names]
-        yield from (content_of(Path(folder.path, name)) for name in METADATA_FILES if name in folder.files)
-        yield from (stat_of(Path(folder.path, name)) for name in texts)
+    layout = layout or Layout.of(Path(source))
+    yield layout.digest
+    yield from map(content_of, layout.metadata)
+
+
+def _report_problems(layout: Layout, on_problem: OnProblem) -> None:
+    for problem in layout.problems:
+        on_problem(problem)
 
 
 def _relative(path: str, root: Path) -> str:
@@ -148,7 +165,8 @@ def _texts_by_stem(folder: ListedFolder) -> dict[str, list[str]]:
 # --- metadata files -------------------------------------------------------------------------------------------------
 
 
-def _metadata_rows(layout: Layout, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
+def read_metadata(layout: Layout, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
+    """The rows of the metadata files in a folder; arguments as in [`read_image_folder`]."""
     first_at: dict[str, tuple[Path, int | None]] | None = {} if _overlap(layout.metadata) else None
     for file in layout.metadata:
         rows = read_table(file, options, on_problem)
@@ -290,39 +308,14 @@ def _class_rows(layout: Layout, options: ReadOptions, on_problem: OnProblem) -> 
 # --- all images, for an index ---------------------------------------------------------------------------------------
 
 
-def _all_images(layout: Layout, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
-    """All images in the order of the listing, with the captions of caption or metadata files, or of texts."""
-    known = _known_rows(layout, options, on_problem)
+def read_all_images(layout: Layout, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
+    """All images of a folder in the order of the listing, with the captions of text files next to them.
+
+    Arguments as in [`read_image_folder`].
+    """
+    _report_problems(layout, on_problem)
     for path, name, texts in _images(layout, on_problem):
-        row = Row(name_of(name), path, key=name_of(name), split=layout.split_of(name), file=str(layout.root))
-        same = known.get(os.path.normpath(path))
-        if same is not None:
-            same.name, same.key, same.image, same.split = row.name, row.key, path, same.split or row.split
-            row = same
-        elif texts and layout.has_texts:
+        row = Row(name, path, split=layout.split_of(name), file=str(layout.root))
+        if texts and layout.has_texts:
             _add_texts(row, path, texts, options.columns.caption, on_problem)
         yield row
-
-
-def _known_rows(layout: Layout, options: ReadOptions, on_problem: OnProblem) -> dict[str, Row]:
-    """The captions of caption files by the path of their image. Files that are named but missing do not matter."""
-
-    def report(problem: Problem) -> None:
-        if problem.kind not in BAD_FILES:
-            on_problem(problem)
-
-    source = str(layout.root)
-    rows: Iterable[Row] = ()
-    if find_caption_files(layout.root):
-        rows = read_caption_file(source, options, report)
-    elif layout.metadata:
-        rows = _metadata_rows(layout, options, report)
-    named: dict[str, Row] = {}
-    for row in rows:
-        first = named.setdefault(row.name, row)
-        if first is not row:
-            first.captions = first.captions + row.captions
-    for line in split_lines(source, options, on_problem) or ():
-        if line.name in named:
-            named[line.name].split = line.split
-    return {os.path.normpath(str(row.image)): row for row in named.values()}

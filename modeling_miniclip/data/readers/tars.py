@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from itertools import repeat
-from typing import Any, BinaryIO
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -40,8 +40,8 @@ def read_tar(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterat
     Args:
         source: path or URL of an archive, path of a folder of archives, or a pattern such as
             `shards/{00000..00999}.tar`.
-        options: how to read it. With `all_images`, compressed archives are read too, their images into memory one at a
-            time.
+        options: how to read it. With `all_images`, compressed archives are read too; their images are at their places
+            in what `PackedArchive` unpacks.
         on_problem: function called if an archive cannot be read (kind `shard`) or is damaged (`damaged-shard`: its
             images before the damage are used), if some images are left out for lack of a caption (`left-out`), and
             with each image in a format that cannot be read (`format`) or without content (`empty`).
@@ -61,15 +61,12 @@ def read_tar(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterat
     remote = _RemoteIndexes([shard for shard in shards if is_url(shard)], folder, options)
     for shard, name in zip(shards, short_names(shards), strict=True):
         try:
-            with ExitStack() as stack:
-                packed: BinaryIO | None = None
-                if shard in compressed:
-                    with open_compressed(shard, compressed[shard]) as first:
-                        index = build_index(first, column)
-                    packed = stack.enter_context(open_compressed(shard, compressed[shard]))
-                else:
-                    index = remote.open(shard) if is_url(shard) else open_index(shard, folder, column)
-                yield from _rows(shard, name, index, packed, options, on_problem)
+            if shard in compressed:
+                with open_compressed(shard, compressed[shard]) as content:
+                    index = build_index(content, column)
+            else:
+                index = remote.open(shard) if is_url(shard) else open_index(shard, folder, column)
+            yield from _rows(shard, name, index, shard in compressed, options, on_problem)
         except DataError as error:
             if error.problem is None or error.problem.kind != "shard":
                 raise
@@ -156,7 +153,7 @@ def _compressed_by(shard: str) -> str:
 
 
 def _rows(
-    source: str, shard: str, index: TarIndex, packed: BinaryIO | None, options: ReadOptions, on_problem: OnProblem
+    source: str, shard: str, index: TarIndex, is_packed: bool, options: ReadOptions, on_problem: OnProblem
 ) -> Iterator[Row]:
     split, silent = split_of_shard(source), 0
     first = ""
@@ -166,13 +163,13 @@ def _rows(
             first, silent = first or entry.member, silent + 1
             continue
         if not entry.size or entry.member.rpartition(".")[2].lower() in without_reader:
-            problem = _problem(source, entry, packed)
+            problem = _problem(source, entry, is_packed)
             if problem is not None:
                 on_problem(problem)
                 continue
         yield Row(
-            name=f"{shard}/{entry.name if packed is None else entry.member}",
-            image=_image(source, entry, packed),
+            name=f"{shard}/{entry.name}",
+            image=member_url(source, entry.start, entry.size, entry.member),
             captions=entry.captions,
             split=entry.split or split,
             group=entry.group,
@@ -185,19 +182,12 @@ def _rows(
     _report(source, index, silent, first, on_problem)
 
 
-def _image(source: str, entry: Entry, packed: BinaryIO | None) -> str | bytes:
-    if packed is None:
-        return member_url(source, entry.start, entry.size, entry.member)
-    packed.seek(entry.start)
-    return packed.read(entry.size)
-
-
-def _problem(source: str, entry: Entry, packed: BinaryIO | None) -> Problem | None:
+def _problem(source: str, entry: Entry, is_packed: bool) -> Problem | None:
     """Why an image cannot be used, as far as that shows before it is decoded."""
     if not entry.size:
         return Problem("empty", f"image {entry.member!r} is empty; copy it again", source, image=entry.name)
     by_suffix = BY_SUFFIX["." + entry.member.rpartition(".")[2].lower()]
-    if by_suffix.is_readable or packed is not None:
+    if by_suffix.is_readable or is_packed:
         return None
     with open(local_shard(source), "rb") as file:
         file.seek(entry.start)

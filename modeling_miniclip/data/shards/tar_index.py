@@ -16,11 +16,12 @@ import os
 import posixpath
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from uuid import uuid4
@@ -301,6 +302,40 @@ def open_compressed(path: str, program: str) -> BinaryIO:
     if reader is None:
         raise DataError(Problem("unusable", compressed_message(path, program), name_of(path)))
     return reader(path, "rb")
+
+
+class PackedArchive:
+    """Reads images of compressed archives in the order of their members: each archive is decompressed once."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self._content: BinaryIO | None = None
+
+    def read_now(self, path: str, program: str, start: int, size: int) -> Callable[[], bytes]:
+        """Read a member.
+
+        Args:
+            path: path of the archive.
+            program: the program that compressed it.
+            start, size: place of the member in the decompressed archive.
+
+        Returns:
+            A function that returns the member, or raises why it cannot be read.
+        """
+        try:
+            if self._content is None or path != self._path:
+                if self._content is not None:
+                    self._content.close()
+                self._path, self._content = path, open_compressed(path, program)
+            self._content.seek(start)
+            member = self._content.read(size)
+        except Exception as error:  # of the libraries that decompress
+            return partial(_raise, error)
+        return lambda: member
+
+
+def _raise(error: Exception) -> bytes:
+    raise error
 
 
 # --- which members belong together ----------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def selected_batches(table: pa.Table, rows: "Dataset", size: int = BLOCK) -> Ite
     blocks = table.to_batches()
     starts = np.cumsum([0, *(block.num_rows for block in blocks)])
     for part in batches_of(rows._indices.table.to_batches(), size):
-        yield _take(blocks, starts, part.column(0).to_numpy().astype(np.int64))
+        yield take_rows(blocks, starts, part.column(0).to_numpy().astype(np.int64))
 
 
 def batches_of(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordBatch]:
@@ -58,8 +58,14 @@ def batches_of(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.Reco
         yield pa.concat_batches(waiting)
 
 
-def _take(blocks: list[pa.RecordBatch], starts: np.ndarray, places: np.ndarray) -> pa.RecordBatch:
-    """Rows of a table of several blocks. (`Table.take` would first copy the whole table.)"""
+def take_rows(blocks: list[pa.RecordBatch], starts: np.ndarray, places: np.ndarray) -> pa.RecordBatch:
+    """Rows of a table of several blocks. (`Table.take` would first copy the whole table.)
+
+    Args:
+        blocks: the blocks, as `Table.to_batches` returns them.
+        starts: `[blocks + 1]`, the first row of each block.
+        places: `[n]` int64, at least one row, in any order.
+    """
     order = np.argsort(places, kind="stable")
     places = places[order]
     numbers = starts.searchsorted(places, "right") - 1

@@ -36,7 +36,12 @@ def stat_of(path: str | os.PathLike) -> list[Any]:
     return [os.path.abspath(path), info.st_size, info.st_mtime_ns]
 
 
-def cached_table(key: Iterable[Any], cache_dir: Path, build: Callable[[Path], object]) -> Path:
+def cached_table(
+    key: Iterable[Any],
+    cache_dir: Path,
+    build: Callable[[Path], object],
+    advice: str = "choose another folder with --dataset_cache_dir",
+) -> Path:
     """The folder of a table, built now unless it is there.
 
     Two processes that need the same table build it once: the second one waits for the first. If a process dies while
@@ -46,6 +51,7 @@ def cached_table(key: Iterable[Any], cache_dir: Path, build: Callable[[Path], ob
         key: everything that the table depends on, as JSON-compatible values.
         cache_dir: folder of all tables.
         build: writes the table into an empty folder.
+        advice: what to do if the folder cannot be written to.
 
     Raises:
         MiniClipError: the folder cannot be written to.
@@ -71,6 +77,6 @@ def cached_table(key: Iterable[Any], cache_dir: Path, build: Callable[[Path], ob
             raise
         raise MiniClipError(
             f"the table of the dataset cannot be stored in {cache_dir}: {reason or error.strerror}; free some "
-            "space, or choose another folder with --dataset_cache_dir"
+            f"space, or {advice}"
         ) from error
     return folder

@@ -22,10 +22,10 @@ from PIL import Image
 
 from ...errors import DataError, MiniClipError
 from ...utils.performance import one_thread, release_freed_memory
+from ..building.shards import default_workers
 from ..filters import EntryFilter
 from ..index import ImageIndex
 from ..query import Query, embed_queries, load_checked
-from ..shards import default_workers
 from .pictures import picture_of
 
 RESULTS, NEIGHBOURS, EXAMPLES = 24, 12, 6

@@ -8,10 +8,11 @@ import pytest
 
 from modeling_miniclip import DataError
 from modeling_miniclip.data.problems import raise_problem
-from modeling_miniclip.data.readers.image_folder import holds_classes, inputs_image_folder, read_image_folder
+from modeling_miniclip.data.readers.image_folder import Layout, inputs_image_folder, read_image_folder
 from modeling_miniclip.data.rows import ReadOptions, Row
 from modeling_miniclip.errors import Problem
 from tests.data.test_captions import write
+from tests.helpers.listings import images_of
 
 
 def read(folder: Path, **options) -> list[Row]:
@@ -23,6 +24,13 @@ def problems(folder: Path, **options) -> tuple[list[str], list[tuple[str, str, i
     found: list[Problem] = []
     rows = list(read_image_folder(str(folder), ReadOptions(**options), found.append))
     return [row.name for row in rows], [(each.kind, os.path.basename(each.file), each.row) for each in found]
+
+
+def everything(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """Captions and split of each image that an index finds, by its name in the folder."""
+    images, left_out = images_of(folder)
+    assert not left_out
+    return {os.path.relpath(name, folder): (captions, split) for name, captions, split, _ in images}
 
 
 def files(folder: Path, names: str, content: str = "x") -> None:
@@ -110,7 +118,7 @@ def test_text_files_hold_the_captions_of_the_image_next_to_them(tmp_path):
         ("train/2.jpg", ["a cat\nin two lines"], "train", "7"),
         ("val/1.jpg", ["soup", "hot soup"], "validation", None),
     ]
-    assert not holds_classes(tmp_path)
+    assert not Layout.of(tmp_path).classes
 
 
 def test_images_without_text_are_left_out_and_counted(tmp_path):
@@ -142,14 +150,14 @@ def test_class_folders_give_captions_and_groups(tmp_path):
         ("sea_lion/old/2.jpg", ["the sea lion ."], "sea_lion", None),
         ("train/1.jpg", ["the train ."], "train", None),
     ]
-    assert holds_classes(tmp_path)
+    assert Layout.of(tmp_path).classes == ["sea_lion", "train"]
 
 
 def test_a_stray_text_file_leaves_class_folders_alone(tmp_path):
     files(tmp_path, "cat/1.jpg cat/2.jpg dog/3.jpg cat/1.txt")
-    assert holds_classes(tmp_path)
+    assert Layout.of(tmp_path).classes
     files(tmp_path, "cat/2.txt")  # now two of three images have one
-    assert not holds_classes(tmp_path)
+    assert not Layout.of(tmp_path).classes
 
 
 def test_class_folders_may_be_in_splits(tmp_path):
@@ -174,8 +182,7 @@ def test_a_name_that_is_not_utf8_is_left_out(tmp_path):
     files(tmp_path, "cat/1.jpg dog/1.jpg")
     os.rename(tmp_path / "cat/1.jpg", os.fsencode(tmp_path / "cat") + b"/caf\xe9.jpg")
     assert problems(tmp_path) == (["dog/1.jpg"], [("left-out", tmp_path.name, None)])
-    first, second = read(tmp_path, all_images=True)
-    assert first.name == r"cat/caf\xe9.jpg" and os.path.isfile(first.image) and second.captions == []
+    assert everything(tmp_path) == {r"cat/caf\xe9.jpg": ([], ""), "dog/1.jpg": ([], "")}
 
 
 # --- all images -----------------------------------------------------------------------------------------------------
@@ -184,12 +191,11 @@ def test_a_name_that_is_not_utf8_is_left_out(tmp_path):
 def test_an_index_gets_all_images_with_known_captions(tmp_path):
     files(tmp_path, "Images/b.png Images/a.png other/c.png")
     write(tmp_path / "captions.csv", "image,caption,Split\na.png,one,test\nno.png,x,test\na.png,two,test\n")
-    rows = read(tmp_path, all_images=True)
-    assert [(row.name, row.captions, row.split) for row in rows] == [
-        ("Images/a.png", ["one", "two"], "test"), ("Images/b.png", [], None), ("other/c.png", [], None)
-    ]  # fmt: skip
+    assert everything(tmp_path) == {
+        "Images/a.png": (["one", "two"], "test"), "Images/b.png": ([], ""), "other/c.png": ([], "")
+    }  # fmt: skip
     write(tmp_path / "train.txt", "a.png")
-    assert [row.split for row in read(tmp_path, all_images=True)] == ["train", None, None]
+    assert [split for _, split in everything(tmp_path).values()] == ["train", "", ""]
 
 
 def test_an_index_gets_texts_and_metadata(tmp_path):
@@ -197,8 +203,7 @@ def test_an_index_gets_texts_and_metadata(tmp_path):
     write(tmp_path / "t/a.txt", "one")
     write(tmp_path / "m/metadata.csv", "file_name,text\na.png,one\n")
     for folder in ("t", "m"):
-        rows = read(tmp_path / folder, all_images=True)
-        assert [(row.name, row.captions) for row in rows] == [("a.png", ["one"]), ("b.png", [])]
+        assert everything(tmp_path / folder) == {"a.png": (["one"], ""), "b.png": ([], "")}
 
 
 def test_changes_of_a_folder_are_noticed(tmp_path):

@@ -1,7 +1,6 @@
 """Shards: finished embeddings, written as small indexes and merged at the end of an update.
 
-Before an image is encoded, it is looked up in the existing index and in all finished shards: by the size and time of
-its file, then by its contents.
+Before an image is encoded, it is looked up in the existing index and in all finished shards by its contents.
 """
 
 import errno
@@ -25,62 +24,21 @@ from accelerate import PartialState
 from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
-from ..data.loading.collation import model_inputs
-from ..data.picture_formats import decode_picture
-from ..data.sources import UNKNOWN, Item
-from ..errors import MiniClipError, printable
-from ..inference.loading import load_tower, model_folder
-from ..modeling_miniclip import MiniClipModel
-from ..pictures_miniclip import exif_orientation, to_rgb
-from ..processing_miniclip import MiniClipProcessor
-from ..utils.performance import to_channels_last
-from ..utils.thumbnails import encode_thumbnail
-from .index import MANIFEST, SCHEMA, ImageIndex, Manifest, write_index
+from ...data.all_images import Item, state_of
+from ...data.find_images import UNKNOWN
+from ...data.loading.collation import model_inputs
+from ...data.picture_formats import decode_picture
+from ...errors import MiniClipError, printable
+from ...inference.loading import load_tower, model_folder
+from ...modeling_miniclip import MiniClipModel
+from ...pictures_miniclip import exif_orientation, to_rgb
+from ...processing_miniclip import MiniClipProcessor
+from ...utils.performance import to_channels_last
+from ...utils.thumbnails import encode_thumbnail
+from ..index import SCHEMA, Manifest, write_index
+from .pool import MISSING, Pool
 
 SHARD = 1024  # images per shard; an interruption loses fewer than this per process
-
-Place = tuple[int, int]  # part of the pool, and row in it
-
-
-class Pool:
-    """All embeddings that the model of an index has computed before.
-
-    Args:
-        parts: the existing index and the shards, oldest first.
-    """
-
-    def __init__(self, parts: list[ImageIndex]):
-        self.parts = parts
-        self.by_id: dict[str, Place] = {}
-        self.by_hash: dict[str, Place] = {}
-        self.stats: list[list[tuple[int, int]]] = []  # size and mtime of each row of each part
-        for number, part in enumerate(parts):
-            columns = part.entries.select(["id", "hash", "size", "mtime"]).to_pydict()
-            self.stats.append(list(zip(columns["size"], columns["mtime"], strict=True)))
-            for row, (name, content) in enumerate(zip(columns["id"], columns["hash"], strict=True)):
-                self.by_id[name] = self.by_hash[content] = (number, row)
-
-    def find(self, item: Item) -> Place | None:
-        """Place of an image whose file has not changed, judged by its size and time; otherwise None."""
-        place = self.by_id.get(item.id)
-        if place is None or item.mtime == UNKNOWN or self.stats[place[0]][place[1]] != (item.size, item.mtime):
-            return None
-        return place
-
-
-def open_pool(existing: ImageIndex | None, shards: Path, manifest: Manifest) -> Pool:
-    """Open the existing index and the finished shards, except those of another model or number format.
-
-    Args:
-        existing: the index before the update, if there is one.
-        shards: folder of the shards.
-        manifest: manifest of the index after the update.
-    """
-    folders = [path for path in shards.iterdir() if not path.name.startswith(".") and (path / MANIFEST).is_file()]
-    folders.sort(key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
-    parts = [*([existing] if existing else []), *(ImageIndex.open(path) for path in folders)]
-    same = (manifest.fingerprint, manifest.dtype)
-    return Pool([part for part in parts if (part.manifest.fingerprint, part.manifest.dtype) == same])
 
 
 @dataclass(frozen=True)
@@ -90,13 +48,15 @@ class Prepared:
     Args:
         entry: the columns of [`SCHEMA`][modeling_miniclip.search.index.SCHEMA] that the image determines.
         pixels: `[3, H, W]` uint8, or None if the image was encoded before.
-        place: where in the pool it was encoded before, or None.
+        row: the row of the pool in which it was encoded before, or None.
+        is_stored: whether it needs an entry, as there is none for it yet, or one of a file or shard that has changed.
         warning: what is odd about the image; may be empty.
     """
 
     entry: dict[str, Any]
     pixels: np.ndarray | None = None
-    place: Place | None = None
+    row: int | None = None
+    is_stored: bool = True
     warning: str = ""
 
 
@@ -144,10 +104,10 @@ class Encoding:
         try:
             with tqdm(total=total, desc="index", unit="image", disable=not progress) as bar:
                 for prepared in self._read_ahead(items, bar):
-                    if prepared.pixels is None:
-                        self._copy(prepared)
-                    else:
+                    if prepared.pixels is not None:
                         batch.append(prepared)
+                    elif prepared.is_stored and prepared.row is not None:  # its contents were encoded before
+                        self._store(prepared.entry, self.pool.embedding(prepared.row))
                     if len(batch) == self.batch_size:
                         self._encode(batch)
                         batch = []
@@ -182,19 +142,27 @@ class Encoding:
 
     def _prepare(self, item: Item) -> Prepared:
         content = item.read()
-        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-        place = self.pool.by_hash.get(digest)
-        needs_thumbnail = item.path is None and (place is None or self.pool.by_id.get(item.id) != place)
-        needs_pixels = place is None or needs_thumbnail
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        row = self.pool.row_of_content(digest)
+        is_stored = self._is_stored(item, row)
+        needs_thumbnail = item.path is None and is_stored
+        needs_pixels = row == MISSING or needs_thumbnail
         image = decode_picture(content, lambda opened: needs_pixels)
         orientation = exif_orientation(image)
         width, height = image.size[::-1] if (orientation or 1) >= 5 else image.size
         entry: dict[str, Any] = {
-            "id": item.id, "path": item.path, "size": item.size, "mtime": item.mtime, "hash": digest,
-            "date": _date_of(image, item.mtime), "width": width, "height": height,
-        }  # fmt: skip
+            "id": item.id,
+            "path": item.path,
+            "size": len(content) if item.size == UNKNOWN else item.size,
+            "mtime": item.mtime,
+            "version": item.version,
+            "hash": digest.hex(),
+            "date": _date_of(image, item.mtime),
+            "width": width,
+            "height": height,
+        }
         if not needs_pixels:
-            return Prepared(entry, place=place)
+            return Prepared(entry, row=row, is_stored=is_stored)
         if orientation is None:
             warning = "its EXIF data cannot be read, so it may be shown turned"
             for key in ("exif", "Raw profile type exif"):
@@ -204,17 +172,15 @@ class Encoding:
         rgb = to_rgb(image)
         if needs_thumbnail:
             entry["thumbnail"] = encode_thumbnail(rgb)
-        if place is not None:
-            return Prepared(entry, None, place, warning)
+        if row != MISSING:
+            return Prepared(entry, None, row, is_stored, warning)
         _, processor = self.load()
-        return Prepared(entry, processor.crop(rgb), None, warning)
+        return Prepared(entry, processor.crop(rgb), warning=warning)
 
-    def _copy(self, prepared: Prepared) -> None:
-        """Store an image whose contents were encoded before, under another name or when its file had another time."""
-        assert prepared.place is not None
-        if prepared.entry["mtime"] != UNKNOWN or self.pool.by_id.get(prepared.entry["id"]) != prepared.place:
-            part, row = prepared.place
-            self._store(prepared.entry, self.pool.parts[part].embeddings[row])
+    def _is_stored(self, item: Item, row: int) -> bool:
+        """Whether an image needs an entry; `row` is the row of the pool with its contents."""
+        known = state_of(item.size, item.mtime, item.version) != 0
+        return known or row == MISSING or self.pool.row_of_name(item.id) != row
 
     @torch.inference_mode()
     def _encode(self, batch: list[Prepared]) -> None:
@@ -242,7 +208,7 @@ class Encoding:
             entries = pa.Table.from_pylist([entry for entry, _ in self._next_shard], schema=SCHEMA)
             block = np.stack([embedding for _, embedding in self._next_shard])
             manifest = replace(self.manifest, neighbours="exact")
-            write_index(self.shards / f"shard-{uuid.uuid4().hex[:16]}", manifest, entries, [block])
+            write_index(self.shards / f"shard-{uuid.uuid4().hex[:16]}", manifest, [entries], [block])
             self._next_shard = []
 
 
