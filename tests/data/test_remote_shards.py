@@ -1,5 +1,6 @@
 """Shards behind URLs: fetched once, kept within a limit, explained when they fail."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -396,14 +397,24 @@ def test_a_shard_that_changes_before_it_is_fetched_again(server, tmp_path):
         ShardCache(tmp_path / "c").local(url)
 
 
+def test_a_shard_that_another_run_fetched_after_a_change(server, tmp_path):
+    cache, url = ShardCache(tmp_path / "c"), f"{server.url}/0.tar"
+    cache.versions([url])
+    write_tar(server.folder / "0.tar", pairs(["longer", "than", "before"]) * 4)
+    other = ShardCache(tmp_path / "c")
+    other.versions([url])
+    other.local(url)
+    with pytest.raises(DataError, match="0.tar: has changed since the dataset was read"):
+        cache.local(url)
+
+
 @pytest.mark.parametrize(
-    ("now", "differs"),
-    [({"size": 3, "ETag": "b", "Last-Modified": "1"}, False), ({"size": 3, "ETag": "b", "Last-Modified": "2"}, True),
-     ({"size": 4, "ETag": "a", "Last-Modified": "1"}, True)],
-)  # fmt: skip
-def test_when_a_shard_counts_as_changed(now, differs):
-    assert remote_shards._differ('{"size": "3", "ETag": "a", "Last-Modified": "1"}', now) is differs
-    assert not remote_shards._differ(None, now)
+    ("size", "tag", "time", "differs"), [("3", "b", "1", False), ("3", "b", "2", True), ("4", "a", "1", True)]
+)
+def test_when_a_shard_counts_as_changed(size, tag, time, differs):
+    before = json.dumps({"size": "3", "ETag": "a", "Last-Modified": "1"})
+    assert remote_shards._differ(before, json.dumps({"size": size, "ETag": tag, "Last-Modified": time})) is differs
+    assert not remote_shards._differ('{"size": "3"}', '{"size": "3"}') and not remote_shards._differ("{}", "{}")
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
@@ -473,6 +484,6 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 def test_http_ends_no_download_that_goes_on(monkeypatch):
     timeout = remote_files.file_system("https://host/0.tar")[0].client_kwargs["timeout"]
-    assert (timeout.total, timeout.sock_connect, timeout.sock_read) == (None, 30, 60)
+    assert (timeout.total, timeout.sock_connect, timeout.sock_read) == (None, 30, 30)
     monkeypatch.setitem(fsspec.config.conf, "http", {"client_kwargs": {"timeout": 9}})
     assert remote_files.file_system("http://host/0.tar")[0].client_kwargs == {"timeout": 9, "trust_env": True}

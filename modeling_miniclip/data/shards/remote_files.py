@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 FAILED = "cannot be fetched"
-CONNECT, SILENCE = 30, 60  # seconds for a connection, and without a byte, after which HTTP gives up
+CONNECT, SILENCE = 30, 30  # seconds for a connection, and without a byte, after which HTTP gives up
 
 
 class UnreachableError(DataError):

@@ -107,6 +107,7 @@ class ShardCache:
         now = time.monotonic()
         if not touched or now - touched > TOUCHED or not os.path.exists(path):
             self._fetch(shard, Path(path))
+            self._check_version(shard, _read(_mark(Path(path))))  # another run may have fetched a later one
             with suppress(OSError):
                 os.utime(path)
             self._used[shard] = path, now
@@ -160,7 +161,7 @@ class ShardCache:
 
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             answers = pool.map(ask, shards)
-            versions = list(tqdm(answers, "ask for shards", len(shards), unit="shard", delay=2, leave=False))
+            versions = list(tqdm(answers, "ask for versions", len(shards), unit="shard", delay=2, leave=False))
         self._versions |= {shard: each for shard, each in zip(shards, versions, strict=True) if isinstance(each, str)}
         if kept:
             text = f"{len(kept)} of {len(shards)} shards cannot be asked for ({kept[0].reason})"
@@ -207,8 +208,11 @@ class ShardCache:
             with self._stored():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
-                fresh.write_text(text, encoding="utf-8")
-                fresh.replace(path)
+                try:
+                    fresh.write_text(text, encoding="utf-8")
+                    fresh.replace(path)
+                finally:
+                    fresh.unlink(missing_ok=True)
 
     def _path_of(self, shard: str) -> Path:
         base = re.sub(r"[^\w.-]", "_", shard.rpartition("/")[2])[-80:]
@@ -236,14 +240,19 @@ class ShardCache:
         """
         files, remote = file_system(shard)
         about = files.info(remote)
-        if _differ(self._versions.get(shard) or _read(_mark(self._path_of(shard))), about):
-            text = "has changed since the dataset was read; repeat the command to read it again"
-            raise DataError(Problem("shard", text, shard))
+        self._check_version(shard, _version_of(about))
         size = about.get("size")
         self._make_room(size or 0)
         files.get_file(remote, os.fspath(part))
         if size is not None and part.stat().st_size != size:
             raise OSError(f"{part.stat().st_size:,} of {size:,} bytes arrived")
+
+    def _check_version(self, shard: str, version: str | None) -> None:
+        """Raise an error if this is not the version that the dataset was read from."""
+        before = self._versions.get(shard) or _read(_mark(self._path_of(shard)))
+        if before is not None and version is not None and _differ(before, version):
+            text = "has changed since the dataset was read; repeat the command to read it again"
+            raise DataError(Problem("shard", text, shard))
 
     def _fetch_next(self, shard: str) -> None:
         """Fetch the shard after this one in a thread, once."""
@@ -312,12 +321,12 @@ def _version_of(about: dict[str, Any]) -> str:
     return json.dumps({key: str(about[key]) for key in MARKS if about.get(key) is not None}, sort_keys=True)
 
 
-def _differ(version: str | None, about: dict[str, Any]) -> bool:
-    """Whether a file is no longer of a version. (One server of several may have another `ETag` for the same file.)"""
-    before, now = json.loads(version or "{}"), json.loads(_version_of(about))
-    if before.pop("size", None) != now.pop("size", None):
-        return version is not None
-    return bool(before) and not before.items() & now.items()
+def _differ(before: str, now: str) -> bool:
+    """Whether two versions are of different files. (Two servers may have different `ETag`s for the same file.)"""
+    first, second = json.loads(before), json.loads(now)
+    if first.pop("size", None) != second.pop("size", None):
+        return True
+    return bool(first) and not first.items() & second.items()
 
 
 def size_of(version: str) -> int:
