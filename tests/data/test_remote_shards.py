@@ -152,6 +152,14 @@ def test_parquet_files_of_a_server_without_ranges(server, images, options):
     assert fetched(current_cache()) == ["0.parquet", "1.parquet"]
 
 
+def test_remote_parquet_files_with_different_columns(server, options):
+    for number, column in enumerate(["caption", "text", "caption"]):
+        table = pa.table({column: [f"{number}"], "jpg": [picture(number)]})
+        pq.write_table(table, server.folder / f"{number}.parquet")
+    rows = list(read_parquet(f"{server.url}/{{0..2}}.parquet", options, raise_problem))
+    assert [(row.name, row.captions) for row in rows] == [(f"{i}.parquet/000000", [f"{i}"]) for i in range(3)]
+
+
 def test_a_parquet_file_that_cannot_be_fetched(server, images, options):
     problems: list[Problem] = []
     server.get_status["1.parquet"] = 503

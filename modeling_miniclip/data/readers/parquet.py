@@ -81,9 +81,12 @@ def _table_files(paths: list[str], ahead: "_ReadAhead") -> Iterator[TableFile | 
             text = f"cannot be read as Parquet: {one_line(error)}; copy or download it again"
             return Problem(kind_of_error(error), text, paths[number])
 
-    with ThreadPoolExecutor(CONNECTIONS if any(map(is_url, paths)) else 1) as pool:
+    pool = ThreadPoolExecutor(CONNECTIONS if any(map(is_url, paths)) else 1)
+    try:
         found = pool.map(open_file, range(len(paths)), short_names(paths))
         yield from tqdm(found, "read footers", len(paths), unit="file", delay=2, leave=False)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def inputs_parquet(source: str, options: ReadOptions) -> Iterator[Any]:
@@ -183,9 +186,11 @@ class _ReadAhead:
         if with_images or not is_url(path):
             yield from _read_blocks(path, columns, texts, with_images)
             return
+        what = (columns, texts)
+        if number in self.waiting and self.waiting[number][0] != what:  # its columns are not those of the file before
+            del self.waiting[number]
         for following in range(number, min(number + AHEAD, len(self.paths))):
-            what = (columns, texts)
-            if self.waiting.get(following, (None,))[0] != what and is_url(self.paths[following]):
+            if following not in self.waiting and is_url(self.paths[following]):
                 self.waiting[following] = what, self.pool.submit(_texts_of, self.paths[following], columns, texts)
         yield from self.waiting.pop(number)[1].result()
 

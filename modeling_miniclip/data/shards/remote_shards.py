@@ -21,6 +21,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ...errors import DataError, MiniClipError, Problem, disk_error_message
+from ...utils.processes import process_rank
 from .remote_files import UnreachableError, explained, file_system, is_url, unreachable
 
 GB = 1e9
@@ -163,7 +164,7 @@ class ShardCache:
             answers = pool.map(ask, shards)
             versions = list(tqdm(answers, "ask for versions", len(shards), unit="shard", delay=2, leave=False))
         self._versions |= {shard: each for shard, each in zip(shards, versions, strict=True) if isinstance(each, str)}
-        if kept:
+        if kept and process_rank() == 0:
             text = f"{len(kept)} of {len(shards)} shards cannot be asked for ({kept[0].reason})"
             warnings.warn(f"{text}: they are used as they were fetched before", stacklevel=2)
         return versions
