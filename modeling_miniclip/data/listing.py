@@ -35,7 +35,9 @@ def is_hidden_path(path: str) -> bool:
     return any(is_hidden(part) for part in path.split("/") if part not in ("", ".", ".."))
 
 
-def walk_folders(root: str | os.PathLike, on_problem: OnProblem) -> Iterator[ListedFolder]:
+def walk_folders(
+    root: str | os.PathLike, on_problem: OnProblem, whole: str | os.PathLike | None = None
+) -> Iterator[ListedFolder]:
     """A folder and all folders below it, each once, in a fixed order. Linked folders come last.
 
     Args:
@@ -43,13 +45,14 @@ def walk_folders(root: str | os.PathLike, on_problem: OnProblem) -> Iterator[Lis
         on_problem: function called with each folder that cannot be listed (kind `unlisted`), each linked folder that
             is not followed, because it was listed already or holds this one (`link`), and each link that leads nowhere
             (`dangling`; links to images are left to whoever reads them).
+        whole: the folder that `root` is a part of; links to what is hidden in it are left out. By default `root`.
 
     Raises:
         OSError: `root` cannot be listed.
     """
     seen: set[tuple[int, int]] = set()
     links: list[str] = []
-    waiting, top = [os.fspath(root)], os.path.realpath(root)
+    waiting, top = [os.fspath(root)], os.path.realpath(whole or root)
     while waiting or links:
         path = waiting.pop() if waiting else links.pop(0)
         try:
@@ -144,11 +147,13 @@ def images_of_folder(folder: ListedFolder, on_problem: OnProblem) -> Iterator[st
             on_problem(Problem("format", unreadable.reason, name_of(path), image=name_of(path)))
 
 
-def list_images(root: str | os.PathLike, on_problem: OnProblem) -> Iterator[str]:
+def list_images(
+    root: str | os.PathLike, on_problem: OnProblem, whole: str | os.PathLike | None = None
+) -> Iterator[str]:
     """Paths of all image files in a folder and below it; arguments as in [`walk_folders`] and [`images_of_folder`].
 
     Raises:
         OSError: `root` cannot be listed.
     """
-    for folder in walk_folders(root, on_problem):
+    for folder in walk_folders(root, on_problem, whole):
         yield from images_of_folder(folder, on_problem)

@@ -38,11 +38,12 @@ KINDS = {
     "small-split": "splits that are too small",
     "shard": "shards that cannot be read",
     "damaged-shard": "shards that are damaged",
+    "row-groups": "tables with large row groups",
     "left-out": "files with rows that are left out: they have no caption, or no image",
 }
 
 # Problems that do no harm: what they are about is used, or is used elsewhere. `miniclip check` names them.
-HARMLESS = frozenset({"link", "dangling", "metadata", "spelling", "left-out"})
+HARMLESS = frozenset({"link", "dangling", "metadata", "spelling", "left-out", "row-groups"})
 
 # Problems of whole shards.
 SHARD_PROBLEMS = frozenset({"shard", "damaged-shard"})

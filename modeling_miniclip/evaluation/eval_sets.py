@@ -20,6 +20,7 @@ from ..data.load_rows import SeededSplit
 from ..data.problems import HARMLESS
 from ..data.source_kinds import kind_of, resolve
 from ..data.splits import SPLIT_ALIASES, SPLITS
+from ..data.tables.assign_splits import group_numbers
 from ..data.tables.row_blocks import Captions, caption_counts
 from ..errors import DataError, Problem, UsageError
 from ..inference.encode import open_image
@@ -48,6 +49,8 @@ class EvalSet:
         at: values of K in recall@K.
         skipped: names of images that could not be read, with the reason.
         unlisted: names of folders that could not be listed, with the reason.
+        subjects: `[images]` int64, equal for images of the same `group`, which show the same thing; None if the
+            dataset has no groups.
     """
 
     name: str
@@ -61,6 +64,7 @@ class EvalSet:
     at: tuple[int, ...]
     skipped: dict[str, str] = field(default_factory=dict)
     unlisted: dict[str, str] = field(default_factory=dict)
+    subjects: Tensor | None = None
 
     @property
     def is_classification(self) -> bool:
@@ -112,6 +116,7 @@ class EvalSet:
             texts=[self.texts[row] for row in text_rows],
             image_group=image_group,
             text_group=text_group,
+            subjects=None if self.subjects is None else self.subjects[rows],
             skipped=self.skipped | {self.image_ids[row]: reason for row, reason in unreadable.items()},
         )
 
@@ -171,6 +176,7 @@ def load_eval_set(
         text_group=group.repeat_interleave(torch.from_numpy(caption_counts(rows))),
         directions=DIRECTIONS,
         at=RECALL_AT,
+        subjects=torch.from_numpy(group_numbers(rows)) if "group" in rows.column_names else None,
     )
 
 
@@ -214,7 +220,7 @@ def _class_folders(root: Path, split: str | None, class_names: str | os.PathLike
     problems: list[Problem] = []
     for label, folder in enumerate(classes):
         there = [each / folder for each in tops if (each / folder).is_dir()]
-        found = [path for each in there for path in list_images(each, problems.append)]
+        found = [path for each in there for path in list_images(each, problems.append, root)]
         if not found:
             inside = [problem for problem in problems if problem.file.startswith(name_of(there[0]))]
             reason = f" that can be read: {inside[0]}" if inside else ""

@@ -42,6 +42,14 @@ def test_linked_folders_are_listed_once(tmp_path: Path) -> None:
     assert sorted(problems) == [("link", "album/all"), ("link", "album/d"), ("link", "inside"), ("link", "z/up")]
 
 
+def test_links_to_hidden_folders_are_passed_over(tmp_path: Path) -> None:
+    write_pictures(tmp_path, "set/a/1.png set/a/__MACOSX/2.png set/b/.cache/deep/3.png .store/4.png")
+    for link, target in {"a/link": "__MACOSX", "a/other": "../b/.cache/deep", "b/store": "../../.store"}.items():
+        (tmp_path / "set" / link).symlink_to(target)
+    assert listed(tmp_path / "set") == (["a/1.png", "b/store/4.png"], [])  # outside, a folder may be hidden
+    assert list(list_images(tmp_path / "set" / "a", pytest.fail, tmp_path / "set")) == [str(tmp_path / "set/a/1.png")]
+
+
 def test_linked_root_and_linked_files_are_listed(tmp_path: Path) -> None:
     write_pictures(tmp_path, "other/a.png")
     (tmp_path / "other" / "b.png").symlink_to("a.png")

@@ -1,12 +1,15 @@
 """Reading Parquet files: images as structs, bytes or paths; captions; rows of the same image."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
-from modeling_miniclip.data.problems import raise_problem
+from modeling_miniclip.data.problems import HARMLESS, raise_problem
+from modeling_miniclip.data.readers import parquet
 from modeling_miniclip.data.readers.parquet import read_parquet
 from modeling_miniclip.data.rows import ReadOptions, Row
 from modeling_miniclip.data.shards.shard_url import place_of, read_place
@@ -191,3 +194,18 @@ def test_damaged_files_cost_their_own_rows(read, tmp_path):
 def test_a_parquet_file_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="none.parquet: cannot be read as Parquet"):
         list(read_parquet(str(tmp_path / "none.parquet"), ReadOptions(), raise_problem))
+
+
+def test_large_row_groups_are_named_with_the_way_out(read, monkeypatch):
+    pictures = [picture(seed) + bytes(20_000) for seed in range(6)]  # in groups of three, as `read` writes them
+    columns = {"jpg": pictures, "caption": list("abcdef")}
+    assert read(columns, columns, with_problems=True)[1] == []
+    monkeypatch.setattr(parquet, "HELD_BYTES", 50_000)
+    monkeypatch.setattr(parquet, "SMALL_GROUP", 45_000)
+    rows, (problem,) = read(columns, columns, with_problems=True)
+    assert len(rows) == 12 and problem.kind == "row-groups" and problem.kind in HARMLESS
+    assert problem.text.startswith("2 of 2 files have row groups of up to 0 MB") and "batch_size=2)" in problem.text
+    assert read(columns, with_problems=True, options=ReadOptions(all_images=True))[1] == []
+    new = Path(problem.file).with_name("new.parquet")
+    Dataset.from_parquet(problem.file).to_parquet(new, batch_size=2)
+    assert pq.ParquetFile(new).num_row_groups == 3

@@ -180,6 +180,21 @@ def test_all_images_of_all_splits_can_be_measured(class_folders: Path, captioned
     assert len(set(data.image_ids)) == 9
 
 
+def test_images_of_a_group_show_the_same_thing(captioned_folder: Path) -> None:
+    assert load_eval_set(str(captioned_folder), "all").subjects is None
+    rows = "0.png,a,x\n1.png,b,\n2.png,c,y\n3.png,d,x\n"
+    (captioned_folder / "captions.csv").write_text(f"image,caption,group\n{rows}")
+    data = load_eval_set(str(captioned_folder), "all")
+    assert data.subjects is not None
+    assert data.subjects.unique(return_inverse=True)[1].tolist() == [1, 0, 2, 1]  # an image without one is alone
+    reduced = data.without({1: "broken", 2: "broken"}).subjects
+    assert reduced is not None and reduced.tolist() == data.subjects[[0, 3]].tolist()
+    for split, names in {"train": "2.png\n", "validation": "1.png\n", "test": "3.png\n0.png\n"}.items():
+        (captioned_folder / f"{split}.txt").write_text(names)
+    chosen = load_eval_set(str(captioned_folder), "test").subjects
+    assert chosen is not None and len(chosen) == 2 and chosen[0] == chosen[1]
+
+
 def test_a_folder_with_only_a_test_split_is_measured(captioned_folder: Path) -> None:
     (captioned_folder / "captions.csv").rename(captioned_folder / "test.csv")
     for split in (None, "test", "all"):

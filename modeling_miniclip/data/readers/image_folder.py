@@ -26,6 +26,7 @@ from .record_captions import captions_of_record, negatives_of
 from .text_files import Lines, check_surrogates
 
 TEXT_ENDINGS = (".txt", ".json")
+MOST_NAMES = 100_000  # of files that are kept; a larger folder is listed a second time when it is read
 
 SplitOf = Callable[[str], str | None]  # the split that the folders in an image's name state
 
@@ -43,6 +44,7 @@ class Layout:
         wanted: name of the caption in JSON files.
         problems: folders that cannot be listed or are not followed.
         digest: hash of the names of all images, and of the names, sizes and times of the text files next to them.
+        folders: the folder and all below it, unless these are too many files to keep their names.
     """
 
     root: Path
@@ -53,6 +55,7 @@ class Layout:
     wanted: str
     problems: list[Problem]
     digest: str
+    folders: list[ListedFolder] | None
 
     @classmethod
     def of(cls, root: Path, wanted: str = "caption") -> "Layout":
@@ -62,10 +65,14 @@ class Layout:
             root: the folder.
             wanted: name of the caption in JSON files.
         """
-        metadata, with_images, images, texts = [], [], 0, 0
+        metadata, with_images, images, texts, files = [], [], 0, 0, 0
         problems: list[Problem] = []
+        folders: list[ListedFolder] = []
         digest = blake2b(digest_size=16)
         for folder in walk_folders(root, problems.append):
+            files += len(folder.files)
+            if files <= MOST_NAMES:
+                folders.append(folder)
             metadata += [Path(folder.path, name) for name in METADATA_FILES if name in folder.files]
             pictures = [name for name in folder.files if is_picture_file(name)]
             if pictures:
@@ -76,7 +83,8 @@ class Layout:
         found = {_class_of(f"{folder}/", split_of) for folder in with_images} - {None}
         has_texts = texts > 0 and (len(found) < 2 or 2 * texts >= images)  # in class folders, a few may be stray
         classes = [] if metadata or has_texts else sorted(str(name) for name in found)
-        return cls(root, sorted(metadata), has_texts, classes, split_of, wanted, problems, digest.hexdigest())
+        kept = folders if files <= MOST_NAMES else None
+        return cls(root, sorted(metadata), has_texts, classes, split_of, wanted, problems, digest.hexdigest(), kept)
 
 
 def _add_names(digest: "blake2b", folder: ListedFolder, pictures: list[str]) -> None:
@@ -214,7 +222,8 @@ class _LeftOut:
 
 def _images(layout: Layout, on_problem: OnProblem) -> Iterator[tuple[str, str, list[str]]]:
     """The path and the name of each image, and the names of the text files next to it."""
-    for folder in walk_folders(layout.root, lambda problem: None):  # what cannot be listed was reported before
+    folders = layout.folders or walk_folders(layout.root, lambda problem: None)  # whose problems are those of `layout`
+    for folder in folders:
         parent, texts = _relative(folder.path, layout.root), _texts_by_stem(folder)
         for path in images_of_folder(folder, on_problem):
             base = os.path.basename(path)

@@ -18,7 +18,7 @@ from ..rows import ReadOptions, Row
 from ..shards.remote_files import explained, file_system, is_url
 from ..shards.remote_shards import CONNECTIONS, current_cache
 from ..shards.shard_patterns import expand_shards, inputs_of_shards, short_names, split_of_shard
-from ..shards.shard_url import version_of
+from ..shards.shard_url import HELD_BYTES, version_of
 from ..tables.table_rows import (
     HELD,
     NAMED,
@@ -35,6 +35,7 @@ from ..tables.table_rows import (
 ROWS = 4096  # that are read at a time
 NO_COLUMNS = pa.RecordBatch.from_arrays([], names=[])
 AHEAD = 8  # remote files whose texts are read while those of another one are used
+SMALL_GROUP = 16_000_000  # bytes of a row group from which images are read fast in any order
 LOOKED_AT = 500  # rows of a folder's first file, to see whether it repeats images
 
 
@@ -62,6 +63,8 @@ def read_parquet(source: str, options: ReadOptions, on_problem: OnProblem) -> It
                 on_problem(found)
             else:
                 files.append(found)
+        if not options.all_images:  # an index reads one image after the other
+            _report_large_groups(files, on_problem)
         yield from read_tables(files, options, on_problem, bool(files) and _repeats_images(files[0], options))
     finally:
         ahead.pool.shutdown(wait=False, cancel_futures=True)
@@ -118,7 +121,34 @@ def table_file(path: str, name: str, read: Callable[[TableColumns, list[str], bo
         split=split_of_shard(path),
         bounds="" if is_url(path) else os.path.dirname(os.path.abspath(path)),
         version="" if is_url(path) else version_of(path),
+        group=_largest_group(about),
     )
+
+
+def _largest_group(about: pq.FileMetaData) -> tuple[int, int]:
+    """Rows and bytes of the largest column in a row group."""
+    groups = [about.row_group(number) for number in range(about.num_row_groups)]
+    sizes = [
+        (max((group.column(i).total_uncompressed_size for i in range(group.num_columns)), default=0), group.num_rows)
+        for group in groups
+    ]
+    size, rows = max(sizes, default=(0, 0))
+    return rows, size
+
+
+def _report_large_groups(files: Sequence[TableFile], on_problem: OnProblem) -> None:
+    """Report row groups that are too large to read images in any order."""
+    large = [file for file in files if file.group[1] > HELD_BYTES]
+    if not large:
+        return
+    rows, size = max((file.group for file in large), key=lambda group: group[1])
+    fewer = max(1, rows * SMALL_GROUP // size)
+    text = (
+        f"{len(large)} of {len(files)} files have row groups of up to {size / 1e6:,.0f} MB, and to read one image, "
+        "all of its group is read. For fast training, write each file again with smaller ones: "
+        f"datasets.Dataset.from_parquet(OLD).to_parquet(NEW, batch_size={fewer})"
+    )
+    on_problem(Problem("row-groups", text, large[0].where))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ path or, for a remote shard, a URL.
 
 import io
 import os
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -169,6 +170,7 @@ class _ParquetTable:
     # By file, version, group and column; the last one used comes last.
     held: ClassVar[OrderedDict[tuple[str, str, int, str], pa.ChunkedArray]] = OrderedDict()
     held_bytes: ClassVar[int] = 0
+    lock: ClassVar[threading.Lock] = threading.Lock()  # an index reads in threads: one reads a group, all use it
 
     def __init__(self, path: str, version: str):
         self.path, self.version = path, version
@@ -182,13 +184,14 @@ class _ParquetTable:
 
     def _group(self, group: int, column: str) -> pa.ChunkedArray:
         key, cls = (self.path, self.version, group, column), _ParquetTable
-        if key not in cls.held:
-            cls.held[key] = self.file.read_row_group(group, columns=[column], use_threads=False)[column]
-            cls.held_bytes += cls.held[key].nbytes
-            while cls.held_bytes > HELD_BYTES and len(cls.held) > 1:
-                cls.held_bytes -= cls.held.popitem(last=False)[1].nbytes
-        cls.held.move_to_end(key)
-        return cls.held[key]
+        with cls.lock:
+            if key not in cls.held:
+                cls.held[key] = self.file.read_row_group(group, columns=[column], use_threads=False)[column]
+                cls.held_bytes += cls.held[key].nbytes
+                while cls.held_bytes > HELD_BYTES and len(cls.held) > 1:
+                    cls.held_bytes -= cls.held.popitem(last=False)[1].nbytes
+            cls.held.move_to_end(key)
+            return cls.held[key]
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

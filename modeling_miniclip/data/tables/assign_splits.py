@@ -12,6 +12,7 @@ from ...errors import DataError, Problem
 from ..problems import OnProblem
 from ..rows import SplitName
 from ..splits import split_of_value
+from .row_blocks import record_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -141,7 +142,8 @@ def group_numbers(rows: "Dataset") -> np.ndarray:
     """`[rows]` int64, a number for each row's group; a row without a group is one of its own."""
     known: dict[str, int] = {}
     parts, start = [], 0
-    for chunk in rows.data.column("group").chunks:
+    for batch in record_batches(rows, ["group"]):
+        chunk = batch["group"]
         encoded = pc.dictionary_encode(chunk)
         own = np.array([known.setdefault(name, len(known)) for name in encoded.dictionary.to_pylist()], np.int64)
         indices = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)

@@ -83,6 +83,7 @@ class TableFile:
         bounds: folder that paths of images are relative to and may not leave; "" for any path.
         image: function that returns the image in a row and column of a table that is no file.
         version: its version, see [`version_of`][modeling_miniclip.data.shards.shard_url.version_of]; "" for any.
+        group: rows and bytes of the largest column in one of its row groups, which are read at once.
     """
 
     path: str
@@ -96,6 +97,7 @@ class TableFile:
     bounds: str = ""
     image: Callable[[int, str], bytes] | None = None
     version: str = ""
+    group: tuple[int, int] = (0, 0)
 
     def image_at(self, row: int, column: str) -> str | bytes:
         """The image in a row: its `row://` name, or its bytes."""

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from modeling_miniclip import DataError
+from modeling_miniclip import DataError, load_captions
+from modeling_miniclip.data.listing import walk_folders
 from modeling_miniclip.data.problems import raise_problem
+from modeling_miniclip.data.readers import image_folder
 from modeling_miniclip.data.readers.image_folder import Layout, inputs_image_folder, read_image_folder
 from modeling_miniclip.data.rows import ReadOptions, Row
 from modeling_miniclip.errors import Problem
@@ -213,3 +215,19 @@ def test_changes_of_a_folder_are_noticed(tmp_path):
         write(tmp_path / name, name)
         keys.append(list(inputs_image_folder(str(tmp_path), ReadOptions())))
     assert all(one != other for i, one in enumerate(keys) for other in keys[:i])
+
+
+def test_a_folder_is_listed_once(tmp_path, monkeypatch):
+    files(tmp_path, "set/cat/1.jpg set/cat/2.jpg set/dog/1.jpg set/dog/2.jpg")
+    listed: list[str] = []
+
+    def counting(root, *rest):
+        listed.append(root)
+        return walk_folders(root, *rest)
+
+    monkeypatch.setattr(image_folder, "walk_folders", counting)
+    for most, times in ((100, 1), (3, 2)):  # a large folder is listed again to read it
+        monkeypatch.setattr(image_folder, "MOST_NAMES", most)
+        rows = load_captions(tmp_path / "set", validation_fraction=0.5, cache_dir=tmp_path / f"cache-{most}")
+        assert len(rows["train"]) == len(rows["validation"]) == 2 and len(listed) == times
+        listed.clear()
