@@ -119,15 +119,18 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
 
     splits = setup.load_splits(arguments)  # rows {image, image_id, captions}
     setup.report_splits(splits, arguments, accelerator)
+    shared = setup.find_shared(splits, arguments, accelerator)
     arguments = choose_shuffle(splits, checkpoint, arguments, accelerator)
     fingerprint = setup.fingerprint_data(splits, checkpoint, arguments, accelerator)
     model, processor = setup.build_model(splits, arguments, accelerator)
     setup.fingerprint_model(fingerprint, model, processor, checkpoint, arguments, accelerator)
     evidence = setup.probe_captions(splits, model, processor, arguments, accelerator)
     features = setup.compute_frozen_features(model, processor, splits, arguments, accelerator)  # may take minutes
-    loaders = setup.build_loaders(splits, features, processor, arguments, accelerator)
+    loaders = setup.build_loaders(splits, features, processor, arguments, accelerator, shared)
 
-    run = setup.build_run(model, processor, splits, features, loaders, arguments, accelerator, fingerprint, evidence)
+    run = setup.build_run(
+        model, processor, splits, features, loaders, arguments, accelerator, fingerprint, evidence, shared
+    )
     setup.start_or_resume(run, checkpoint)
     return run
 
@@ -217,7 +220,7 @@ def train_step(run: TrainingRun, batch: dict[str, Any], images: int) -> None:
     clamp_logit_scale(run.unwrapped_model)
     if run.ema is not None:
         run.ema.update()
-    pairs = len(batch["text_image_id"])
+    pairs = len(batch["text_image_id"]) - int(batch.get("is_negative", torch.zeros(())).sum())
     texts = images * pairs / len(batch["image_id"])  # in the global batch
     chance = chance_loss(images, texts, run.unwrapped_model.config.loss_type)
     run.meter.update(loss, gradient_norm, pairs, chance)
@@ -229,7 +232,8 @@ def compute_loss_and_gradients(run: TrainingRun, batch: dict[str, Any]) -> Tenso
     Args:
         run: run whose model gets the gradients.
         batch: this process's share of the global batch, b images and n texts: `pixel_values` `[b, 3, H, W]` uint8,
-            `input_ids` and `attention_mask` `[n, L]`, `image_id` `[b]` and `text_image_id` `[n]`. For frozen towers
+            `input_ids` and `attention_mask` `[n, L]`, `image_id` `[b]` and `text_image_id` `[n]`, and `image_keys`,
+            `text_keys` and `is_negative` as in [`global_contrastive_loss`], if there are any. For frozen towers
             `vision_pooler_output` `[b, width]` and `text_pooler_output` `[n, width]` instead.
 
     Returns:
@@ -239,6 +243,11 @@ def compute_loss_and_gradients(run: TrainingRun, batch: dict[str, Any]) -> Tenso
     chunks = [batch] if chunk_size is None else split_batch(batch, chunk_size, accelerator.device)
     image_id = torch.cat([chunk["image_id"] for chunk in chunks]).to(accelerator.device)  # [b]
     text_image_id = torch.cat([chunk["text_image_id"] for chunk in chunks]).to(accelerator.device)  # [n]
+    further = {
+        name: torch.cat([chunk[name] for chunk in chunks]).to(accelerator.device)
+        for name in ("image_keys", "text_keys", "is_negative")
+        if name in batch
+    }
 
     def inputs_of(chunk: dict[str, Any]) -> dict[str, Any]:
         return {**model_inputs(chunk, run.processor, accelerator.device), "return_logits": False}
@@ -252,6 +261,7 @@ def compute_loss_and_gradients(run: TrainingRun, batch: dict[str, Any]) -> Tenso
             text_image_id,
             run.unwrapped_model.config.loss_type,
             output.logit_bias,
+            **further,
         )
 
     if len(chunks) > 1:

@@ -19,6 +19,7 @@ from ..data.loading.batches import GlobalBatches
 from ..data.loading.dataset import CaptionRows
 from ..data.loading.loader import BatchLoader
 from ..data.loading.order import InOrder
+from ..data.loading.pair_keys import SharedCaptions, count_shared
 from ..data.rows import ReadOptions
 from ..data.shards.remote_shards import use_cache
 from ..data.tables.row_blocks import Captions, caption_counts, record_batches, sample_of_captions
@@ -44,7 +45,7 @@ from .ema import AveragedWeights
 from .limit_splits import limit_splits
 from .optimizer import apply_flags, build_scheduler, parameter_groups
 from .processes.deepspeed import before_joining, check_deepspeed, complete_config, is_deepspeed, prepare_engine
-from .processes.distributed import check_on_main
+from .processes.distributed import check_on_main, compute_on_main
 from .processes.heartbeat import join_processes, run_is_ending
 from .publish import data_for_card
 from .reports import caption_probe
@@ -206,6 +207,19 @@ def report_splits(splits: DatasetDict, arguments: TrainingArguments, accelerator
             say(accelerator, f"warning: {line}")
 
 
+def find_shared(splits: DatasetDict, arguments: TrainingArguments, accelerator: Accelerator) -> SharedCaptions:
+    """Count and report the training captions that belong to several images, which are pairs of each of them."""
+    shared = compute_on_main(lambda: count_shared(splits["train"]), accelerator.is_main_process)
+    if line := describe_shared(shared, arguments):
+        say(accelerator, line)
+    return shared
+
+
+def describe_shared(shared: SharedCaptions | None, arguments: TrainingArguments) -> str | None:
+    """One line about captions that belong to several images; None without any."""
+    return None if shared is None else shared.describe(arguments.batch_size, arguments.captions_per_image)
+
+
 def fingerprint_data(
     splits: DatasetDict, checkpoint: Path | None, arguments: TrainingArguments, accelerator: Accelerator
 ) -> Fingerprint | None:
@@ -328,6 +342,7 @@ def caption_rows(
     processor: MiniClipProcessor,
     arguments: TrainingArguments,
     captions_per_image: int | None = None,
+    finds_pairs: bool = False,
 ) -> CaptionRows:
     """A split as a torch dataset; training images are augmented.
 
@@ -338,6 +353,7 @@ def caption_rows(
         processor: preprocessing of the images.
         arguments: flags of the run.
         captions_per_image: number of captions to draw for each image; None takes all.
+        finds_pairs: whether captions may belong to several images of a batch.
     """
     augmentation = None
     if split == "train":
@@ -345,8 +361,9 @@ def caption_rows(
         size = (side or crop["height"], side or crop["width"])
         augmentation = build_augmentation(augmentation_list(arguments), size)
     return CaptionRows(
-        splits[split], processor, augmentation, captions_per_image, arguments.seed, features.vision, features.text
-    )
+        splits[split], processor, augmentation, captions_per_image, arguments.seed, features.vision, features.text,
+        finds_pairs=finds_pairs,
+    )  # fmt: skip
 
 
 def probe_captions(
@@ -376,15 +393,17 @@ def build_loaders(
     processor: MiniClipProcessor,
     arguments: TrainingArguments,
     accelerator: Accelerator,
+    shared: SharedCaptions | None = None,
 ) -> tuple[BatchLoader, BatchLoader]:
-    """Loaders of this process's share of the training and of the validation batches."""
+    """Loaders of this process's share of the training and of the validation batches; `shared` of [`find_shared`]."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
     loaders = []
     for split, captions_per_image, batch_size in (
         ("train", arguments.captions_per_image, arguments.batch_size),
         ("validation", None, EVALUATION_BATCH * world_size),
     ):
-        rows = caption_rows(splits, split, features[split], processor, arguments, captions_per_image)
+        finds_pairs = split == "train" and shared is not None and (shared.shared > 0 or shared.is_sample)
+        rows = caption_rows(splits, split, features[split], processor, arguments, captions_per_image, finds_pairs)
         order = training_order(splits, arguments) if split == "train" else InOrder(len(rows))
         batches = GlobalBatches(order, batch_size, rank, world_size)
         # Rows of features are ready to use: handing them from one process to another would cost more.
@@ -418,6 +437,7 @@ def build_run(
     accelerator: Accelerator,
     fingerprint: Fingerprint | None = None,
     evidence: CaptionEvidence = NO_EVIDENCE,
+    shared: SharedCaptions | None = None,
 ) -> TrainingRun:
     """Build optimizer and schedule, and the state of a run at its start."""
 
@@ -446,7 +466,7 @@ def build_run(
         validation_split=splits["validation"],
         validation_features=features["validation"],
         validation_parts=validation_parts(splits, arguments),
-        card_data=data_for_card(arguments, splits),
+        card_data=data_for_card(arguments, splits) | {"shared": describe_shared(shared, arguments)},
         log=MetricsLog(Path(arguments.output_dir) / "metrics.jsonl", accelerator.is_main_process),
         meter=StepMeter(accelerator, optimizer),
         progress=Progress(),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ...errors import DataError, ModelError, Problem, UsageError, one_line, printable
 from ..columns import ColumnNames
 from ..load_rows import SeededSplit
+from ..loading.pair_keys import same_text
 from ..problems import HARMLESS, KINDS
 from ..rows import ReadOptions
 from ..tables.row_blocks import record_batches, sample_of_captions
@@ -191,7 +192,7 @@ def expected_false_negatives(
     # Probability of each caption: the sums over the images of each group that has it.
     shares: dict[str, dict[str | int, float]] = defaultdict(lambda: defaultdict(float))
     for i, several in enumerate(captions):
-        counted = Counter(" ".join(caption.casefold().split()).rstrip(" .") for caption in several)
+        counted = Counter(map(same_text, several))
         group = groups[i] if groups is not None else None
         for caption, count in counted.items():
             shares[caption][i if group is None else group] += count / len(several)

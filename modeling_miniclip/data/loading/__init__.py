@@ -8,5 +8,6 @@ hard_negatives.py: wrong captions as additional candidates
 augmentation.py: random crops, flips and colours
 collation.py: rows as tensors, and tensors as inputs of the model
 loader.py: loader processes
+pair_keys.py: what an image and a text share if they belong together
 pixel_memory.py: memory in which loader processes leave pixels for the trainer
 """

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from torch.utils.data import default_collate
 
 from ...processing_miniclip import MiniClipProcessor
+from .pair_keys import NO_KEY, keys_tensor
 from .pixel_memory import PixelMemory
 
 BY_VALUE = 2**18  # size in bytes up to which a tensor is copied to the trainer instead of shared with it
@@ -47,6 +48,7 @@ class Collator:
         `vision_pooler_output` `[B, width]`; `input_ids`, `attention_mask` `[N, L]`, padded to the longest text of the
         batch, or `text_pooler_output` `[N, width]`; `image_id` `[B]`, the indices of the rows; `text_image_id` `[N]`.
         With hard negatives, the texts of an image end with its wrong captions, and `is_negative` `[N]` marks these.
+        With keys, `image_keys` `[B, K]` and `text_keys` `[N, L]`, of which a pair shares at least one.
         If images cannot be decoded, also `undecodable`: a list of their indices and the reasons; they are in none of
         the tensors.
     """
@@ -66,6 +68,9 @@ class Collator:
             batch["is_negative"] = torch.tensor(places)
         counts = torch.tensor([len(row[texts]) for row in rows])
         batch["text_image_id"] = batch["image_id"].repeat_interleave(counts)
+        if "keys" in rows[0]:
+            batch["image_keys"] = keys_tensor([row["keys"].image for row in rows])
+            batch["text_keys"] = keys_tensor([keys for row in rows for keys in row["keys"].texts])
         if "vision_features" in rows[0]:
             batch["vision_pooler_output"] = torch.stack([row["vision_features"] for row in rows])
         else:
@@ -117,12 +122,13 @@ def _with_room(pixels: Tensor, like: Tensor, images: int) -> Tensor:
 
 
 def _padded(name: str, values: list[Tensor], tokenizer: Any) -> list[Tensor]:
-    """Token ids and masks padded to the longest; other tensors as they are."""
-    if name not in tokenizer.model_input_names:
+    """Token ids, masks and keys padded to the longest; other tensors as they are."""
+    if name not in (*tokenizer.model_input_names, "image_keys", "text_keys"):
         return values
     longest = max(value.shape[1] for value in values)
-    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(name, 0)
-    left = tokenizer.padding_side == "left"
+    fills = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id,
+             "image_keys": NO_KEY, "text_keys": NO_KEY}  # fmt: skip
+    fill, left = fills.get(name, 0), tokenizer.padding_side == "left"
     return [pad(value, (missing, 0) if left else (0, missing), value=fill)
             for value in values for missing in [longest - value.shape[1]]]  # fmt: skip
 

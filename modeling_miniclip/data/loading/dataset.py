@@ -16,9 +16,10 @@ from torch.utils.data import Dataset as TorchDataset
 from ...errors import DataError, MiniClipError
 from ...processing_miniclip import MiniClipProcessor
 from ..columns import NEGATIVES
-from ..picture_formats import decode_row
+from ..picture_formats import decode_row, read_encoded
 from .augmentation import pixels_of
 from .hard_negatives import HardNegatives
+from .pair_keys import keys_of_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,6 +62,7 @@ class CaptionRows(TorchDataset):
             each view; the epochs take the views in turn. NaN marks an image that could not be decoded.
         text_features: features `[captions, width]` of the frozen text tower for each image, used instead of the texts.
         hard_negatives: wrong captions to add to each row, as `negatives`; only without `text_features`.
+        finds_pairs: whether to add to each row the `keys` that it shares with captions and images of other rows.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class CaptionRows(TorchDataset):
         vision_features: Sequence[Rows] | None = None,
         text_features: Rows | None = None,
         hard_negatives: HardNegatives | None = None,
+        finds_pairs: bool = False,
     ):
         from datasets import Image
 
@@ -85,6 +88,8 @@ class CaptionRows(TorchDataset):
         self.vision_features = vision_features
         self.text_features = text_features
         self.hard_negatives = hard_negatives
+        self.finds_pairs = finds_pairs
+        self.groups = split.select_columns(["group"]) if finds_pairs and "group" in split.column_names else None
         has_negatives = hard_negatives is not None and hard_negatives.from_column
         self.negatives = split.select_columns([NEGATIVES]) if has_negatives else None
 
@@ -110,6 +115,8 @@ class CaptionRows(TorchDataset):
         # Drawing between images would take several times as long.
         draws = [self._draw(key, len(texts)) for key, texts in zip(keys, captions, strict=True)]
         rows = [self._row(*row) for row in zip(keys, captions, draws, self._files(keys), strict=True)]
+        if self.finds_pairs:
+            self._add_keys(rows, keys, captions, draws)
         if all("undecodable" in row for row in rows):
             rows.append(self._filler(*keys[0]))
         return rows
@@ -162,7 +169,22 @@ class CaptionRows(TorchDataset):
 
     def _row_alone(self, key: tuple[int, int]) -> dict[str, Any]:
         (captions,) = self._captions([key])
-        return self._row(key, captions, self._draw(key, len(captions)), None)
+        draw = self._draw(key, len(captions))
+        row = self._row(key, captions, draw, None)
+        if self.finds_pairs:
+            self._add_keys([row], [key], [captions], [draw])
+        return row
+
+    def _add_keys(
+        self, rows: list[dict[str, Any]], keys: list[tuple[int, int]], captions: Sequence[Any], draws: list[Draw]
+    ) -> None:
+        """Add what decides to which texts each image belongs, and replace its content by its key."""
+        indices = [_index_of(image_id) for _, image_id in keys]
+        words = captions if self.text_features is None else self.captions_of(indices)
+        groups = [None] * len(indices) if self.groups is None else self.groups[indices]["group"]
+        for row, several, draw, group in zip(rows, words, draws, groups, strict=True):
+            content = row.pop("content", None)
+            row["keys"] = keys_of_row(several, draw[0], row.get("negatives", ()), group, content)
 
     def _row(self, key: tuple[int, int], captions: Any, draw: Draw, file: dict[str, Any] | None) -> dict[str, Any]:
         """One row.
@@ -182,6 +204,9 @@ class CaptionRows(TorchDataset):
             image = self._image(index, file) if math.isnan(features[0]) else None
             row["vision_features"] = features
         else:
+            if self.finds_pairs:
+                file = self._with_content(index, file)
+                row["content"] = file["image"]["bytes"]
             image = self._image(index, file)
             if not isinstance(image, str):
                 row["pixels"] = self._pixels(image, index, rng, augmentation_rng)  # [3, H, W] uint8
@@ -195,6 +220,14 @@ class CaptionRows(TorchDataset):
                 negatives = self.negatives[index][NEGATIVES] if self.negatives is not None else []
                 row["negatives"] = self.hard_negatives.draw(captions, negatives, chosen, epoch, index)
         return row
+
+    def _with_content(self, index: int, file: dict[str, Any] | None) -> dict[str, Any]:
+        """The file of a row with its bytes; as it is if they cannot be read, which [`_image`] reports."""
+        file = file or self.undecoded[index]
+        try:
+            return file | {"image": file["image"] | {"bytes": read_encoded(file["image"])}}
+        except (OSError, MiniClipError):
+            return file
 
     def _image(self, index: int, file: dict[str, Any] | None) -> "Image.Image | str":
         """The image of a row as RGB, or the reason why it cannot be decoded."""

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...data.loading.pair_keys import NO_KEY
 from ..processes.distributed import add_over_processes, all_reduce_max, gather_rows, process_count
 from .objectives import Distillation, Objective, Sigmoid, Sizes, Softmax
-from .pairs import NO_KEY
 from .tiles import CPU_TILE, GPU_TILE, TiledLoss, Tiles
 
 
@@ -67,7 +67,7 @@ def global_contrastive_loss(
         loss_type: loss type of the model's configuration.
         logit_bias: bias of the sigmoid loss.
         image_keys: `[b, K]` int64, further keys of the images, as many as the process likes, made by
-            [`pair_key`][modeling_miniclip.data.pair_keys.pair_key]; `NO_KEY` fills shorter rows.
+            [`pair_key`][modeling_miniclip.data.loading.pair_keys.pair_key]; `NO_KEY` fills shorter rows.
         text_keys: `[n, L]` int64, further keys of the texts.
         is_negative: `[n]` bool, which texts are additional negatives.
         prefixes: for Matryoshka embeddings (Kusupati et al. 2022), the weight of each length: the loss is the weighted

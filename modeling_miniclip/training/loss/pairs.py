@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-NO_KEY = -1  # fills rows that have fewer keys than others; it equals no key
+from ...data.loading.pair_keys import NO_KEY
 
 
 class Pairs:
