@@ -1,7 +1,9 @@
 """A step in chunks against the plain step: gradients, random numbers, batch norm, processes, memory."""
 
 import copy
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+import train_miniclip
+from modeling_miniclip.data.loading.pair_keys import NO_KEY
 from modeling_miniclip.modeling_miniclip import MiniClipOutput
 from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
 from modeling_miniclip.training.loss.global_loss import global_contrastive_loss
@@ -186,3 +190,24 @@ def test_a_run_in_chunks_trains_as_one_without(tmp_path: Path, processes: int) -
     assert len(plain) == len(chunks) > 6
     for one, other in zip(plain, chunks, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_keys_and_negatives_of_a_batch_reach_the_loss(chunk_size: int | None) -> None:
+    torch.manual_seed(1)
+    batch, model = batch_of(), tiny_model()
+    key = 2**62
+    keys = {
+        "image_keys": torch.tensor([[key]] * 2 + [[NO_KEY]] * 5),
+        "text_keys": torch.tensor([[key]] * 2 + [[1]] * 9),
+        "is_negative": torch.arange(11) == 4,  # one of three captions
+    }
+    run = SimpleNamespace(
+        accelerator=build_accelerator("no"), model=model, unwrapped_model=model,
+        processor=SimpleNamespace(normalize=lambda pixels: pixels), arguments=SimpleNamespace(chunk_size=chunk_size),
+    )  # fmt: skip
+    found = [train_miniclip.compute_loss_and_gradients(run, batch | more).item() for more in ({}, keys)]
+    output, ids = model(**inputs_of(batch)), (batch["image_id"], batch["text_image_id"])
+    rows = (output.image_embeds, output.text_embeds, output.logit_scale, *ids)
+    assert found == pytest.approx([global_contrastive_loss(*rows, **more).item() for more in ({}, keys)], rel=1e-5)
+    assert math.isfinite(found[1]) and found[0] != pytest.approx(found[1], rel=0.01)
