@@ -243,7 +243,7 @@ def compute_loss_and_gradients(run: TrainingRun, batch: dict[str, Any]) -> Tenso
     chunks = [batch] if chunk_size is None else split_batch(batch, chunk_size, accelerator.device)
     image_id = torch.cat([chunk["image_id"] for chunk in chunks]).to(accelerator.device)  # [b]
     text_image_id = torch.cat([chunk["text_image_id"] for chunk in chunks]).to(accelerator.device)  # [n]
-    further = {
+    further: dict[str, Any] = {
         name: torch.cat([chunk[name] for chunk in chunks]).to(accelerator.device)
         for name in ("image_keys", "text_keys", "is_negative")
         if name in batch

@@ -1,7 +1,7 @@
 """Keys that an image and a text share if they belong together: an equal caption, the same group, the same bytes."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,7 +43,7 @@ class RowKeys(NamedTuple):
 
 def keys_of_row(
     captions: Sequence[str],
-    chosen: Sequence[int],
+    chosen: Iterable[int],
     negatives: Sequence[str] = (),
     group: str | None = None,
     content: bytes | None = None,
