@@ -32,7 +32,7 @@ from modeling_miniclip.utils.performance import keep_freed_memory, release_freed
 CAPTIONS, DIM = 5, 256
 STEP_IMAGES, STEP_CHUNK = 32_768, 1_024
 SIZES = ((256, 1), (1024, 1), (256, 5), (1024, 5), (2048, 5))  # images, captions of each
-SECONDS_PER_SIZE = 20.0  # for which the two losses take turns
+SECONDS_PER_SIZE = 5.0  # for which the two losses take turns
 HEAD = f"""# The loss in tiles
 
 Written by `benchmarks/loss.py`: embeddings of {DIM} dimensions in float32, threads: {torch.get_num_threads()}.
