@@ -48,6 +48,7 @@ from modeling_miniclip.evaluation.metrics import is_better, recall_intervals, va
 from modeling_miniclip.modeling_miniclip import MiniClipOutput
 from modeling_miniclip.training import setup
 from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
+from modeling_miniclip.training.hard_negatives import choose_hard_negatives
 from modeling_miniclip.training.loss.global_loss import global_contrastive_loss
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.processes.deepspeed import check_engine_state, describe_engine
@@ -121,6 +122,7 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
     setup.report_splits(splits, arguments, accelerator)
     shared = setup.find_shared(splits, arguments, accelerator)
     arguments = choose_shuffle(splits, checkpoint, arguments, accelerator)
+    arguments = choose_hard_negatives(splits, arguments, accelerator)
     fingerprint = setup.fingerprint_data(splits, checkpoint, arguments, accelerator)
     model, processor = setup.build_model(splits, arguments, accelerator)
     setup.fingerprint_model(fingerprint, model, processor, checkpoint, arguments, accelerator)

@@ -3,6 +3,7 @@
 setup.py: the steps of `prepare`
 run.py: the state of a run, and when it saves and stops
 row_order.py: `--shuffle`, and the order of the training images
+hard_negatives.py: `--hard_negatives`: where they come from
 optimizer.py: parameter groups, schedule, bound of the temperature
 grad_cache.py: large batches in chunks, with exact gradients
 ema.py: averaged weights

@@ -42,6 +42,7 @@ from .command_line.check_arguments import augmentation_list
 from .command_line.launch import Launch, read_launch
 from .command_line.recipes import save_arguments
 from .ema import AveragedWeights
+from .hard_negatives import hard_negatives_of
 from .limit_splits import limit_splits
 from .optimizer import apply_flags, build_scheduler, parameter_groups
 from .processes.deepspeed import before_joining, check_deepspeed, complete_config, is_deepspeed, prepare_engine
@@ -330,7 +331,8 @@ def compute_frozen_features(
         views = 1 if rows.augmentation is None else arguments.num_views
         if arguments.freeze in ("vision", "both") and views is not None:
             features.vision = frozen_image_features(model, rows, views, arguments.num_workers, cache_dir, accelerator)
-        if arguments.freeze in ("text", "both"):
+        runs_anyway = split == "train" and hard_negatives_of(arguments) is not None  # they differ in each epoch
+        if arguments.freeze in ("text", "both") and not runs_anyway:
             features.text = frozen_text_features(model, splits[split], processor, cache_dir, accelerator)
     return found
 
@@ -362,7 +364,7 @@ def caption_rows(
         augmentation = build_augmentation(augmentation_list(arguments), size)
     return CaptionRows(
         splits[split], processor, augmentation, captions_per_image, arguments.seed, features.vision, features.text,
-        finds_pairs=finds_pairs,
+        finds_pairs=finds_pairs, hard_negatives=hard_negatives_of(arguments) if split == "train" else None,
     )  # fmt: skip
 
 

@@ -157,6 +157,12 @@ class TrainingArguments:
         "same gradients with less memory but computes each chunk twice (the whole batch)",
     )
     captions_per_image: int = _flag(1, "captions drawn for each image of a batch")
+    hard_negatives: list[str] | None = _flag(
+        None,
+        "wrong captions that each image must rank below its own: none, column (negative_captions of the dataset), or "
+        "swap: its captions with adjectives, nouns or relations swapped (English); these three words choose kinds "
+        "(column if the dataset has it, otherwise none)",
+    )
     num_train_epochs: int = _flag(4, "passes over the training images")
     max_steps: int | None = _flag(None, "stop after N optimizer steps")
     learning_rate: float | None = _flag(

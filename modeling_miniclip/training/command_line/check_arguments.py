@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...data.loading.augmentation import DEFAULT_AUGMENTATION
+from ...data.word_swaps.swaps import SWAP_KINDS
 from ...errors import MiniClipError, UsageError
 from ...utils.plain_yaml import load_yaml
 from .arguments import LOWER_BOUNDS, MODEL_SOURCES, PART_RATES, TrainingArguments
@@ -67,6 +68,7 @@ def _check_combinations(arguments: TrainingArguments) -> None:
     if len(named) > 1:
         clash = " and ".join(f"--{name}" for names in named for name in names)
         raise UsageError(f"{clash} exclude each other: a model comes from a preset, from an export or from two towers")
+    _check_hard_negatives(arguments.hard_negatives or [])
     _check_datasets(arguments.dataset or [], arguments.dataset_weights)
     if arguments.num_views is not None and arguments.freeze not in ("vision", "both"):
         raise UsageError("--num_views needs a frozen image tower: add --freeze vision or --freeze both")
@@ -88,6 +90,14 @@ def _check_datasets(datasets: list[str], weights: list[float] | None) -> None:
         raise UsageError(f"--dataset_weights: {len(weights)} weights for {len(datasets)} datasets; give one for each")
     if bad := [weight for weight in weights if not 0 < weight < math.inf]:
         raise UsageError(f"--dataset_weights must be positive numbers, not {bad[0]}")
+
+
+def _check_hard_negatives(sources: list[str]) -> None:
+    known = ("none", "column", "swap", *SWAP_KINDS)
+    if unknown := next((source for source in sources if source not in known), None):
+        raise UsageError(f"--hard_negatives {unknown}: choose from {', '.join(known)}")
+    if "none" in sources and len(sources) > 1:
+        raise UsageError(f"--hard_negatives {' '.join(sources)}: none excludes the others")
 
 
 def _check_best_metric(name: str) -> None:

@@ -67,6 +67,7 @@ def without_randomness(arguments: TrainingArguments) -> TrainingArguments:
         arguments,
         augmentation="[]",
         num_views=None,
+        hard_negatives=["none"],
         dropout=0.0,
         projection_dropout=None,
         ema_decay=None,

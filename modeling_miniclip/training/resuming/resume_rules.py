@@ -24,8 +24,8 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
     "applied": (
         "num_train_epochs", "max_steps", "head_learning_rate", "vision_learning_rate", "text_learning_rate",
         "warmup_steps", "lr_plateau_patience", "lr_plateau_factor", "weight_decay", "max_grad_norm", "dropout",
-        "projection_dropout", "freeze_batch_norm", "captions_per_image", "chunk_size", "mixed_precision",
-        "early_stopping_patience", "max_bad_image_fraction", "eval_steps",
+        "projection_dropout", "freeze_batch_norm", "captions_per_image", "hard_negatives", "chunk_size",
+        "mixed_precision", "early_stopping_patience", "max_bad_image_fraction", "eval_steps",
     ),
     # They do not change what is trained. `learning_rate` is in the rates of the parts.
     "free": (

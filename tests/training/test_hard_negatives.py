@@ -1,0 +1,67 @@
+"""`--hard_negatives`: where they come from, what is refused, and a run with them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+
+from modeling_miniclip.errors import DataError, UsageError
+from modeling_miniclip.training.command_line.arguments import TrainingArguments
+from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.hard_negatives import choose_hard_negatives
+from tests.helpers.runs import flags, metrics_of
+from train_miniclip import main
+
+ENGLISH = ["a red ball on a blue box", "a small dog chases an old man"]
+GERMAN = ["ein roter Ball auf einer blauen Kiste", "ein Hund und ein Mann", "a red ball on a blue box"]
+
+
+def chosen(captions: list[str], given: list[str] | None, **columns: Any) -> list[str] | None:
+    splits = DatasetDict(train=Dataset.from_dict({"captions": [[text] for text in captions], **columns}))
+    accelerator = SimpleNamespace(is_main_process=True, print=lambda *_: None)
+    return choose_hard_negatives(splits, TrainingArguments(hard_negatives=given), accelerator).hard_negatives
+
+
+def test_column_is_used_if_the_dataset_has_it() -> None:
+    assert chosen(ENGLISH, None) == ["none"]
+    assert chosen(ENGLISH, None, negative_captions=[["a cat"], []]) == ["column"]
+    assert chosen(ENGLISH, ["none"], negative_captions=[["a cat"], []]) == ["none"]
+    assert chosen(ENGLISH, ["swap"]) == ["swap"]
+    with pytest.raises(DataError, match="--hard_negatives column: the dataset has no 'negative_captions'"):
+        chosen(ENGLISH, ["column", "nouns"])
+
+
+def test_captions_that_cannot_be_swapped_are_refused() -> None:
+    with pytest.raises(
+        DataError, match="only 33 % of 3 sampled captions are English; it needs a column .*`miniclip mine`"
+    ):
+        chosen(GERMAN, ["swap"])
+    with pytest.raises(DataError, match="no sampled caption has two words that can be swapped"):
+        chosen(["a ball", "the dog"], ["adjectives"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["verbs"], "--hard_negatives verbs: choose from none, column, swap, adjectives"),
+        (["none", "swap"], "excludes"),
+    ],
+)
+def test_wrong_values_are_refused(given: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_arguments(["--hard_negatives", *given])
+
+
+def test_run_with_swaps(tmp_path: Path, without_finish: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in chunks and with a frozen text tower, which then runs in every step."""
+    argv = flags(tmp_path, freeze="text", chunk_size=4, max_steps=3, batch_size=8, captions_per_image=2)
+    export = main([*argv, "--hard_negatives", "adjectives", "nouns"])
+    printed = capsys.readouterr().out
+    assert "hard negatives: words can be swapped in 100 % of the sampled captions" in printed
+    assert yaml.safe_load((export.parent / "arguments.yaml").read_text())["hard_negatives"] == ["adjectives", "nouns"]
+    lines = [line for line in metrics_of(export.parent) if line["split"] == "train"]
+    # Half of the texts are additional candidates, of which an image must find its own two among 32.
+    assert len(lines) == 3 and lines[0]["loss"] > 2.0
