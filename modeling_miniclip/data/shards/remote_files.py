@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 FAILED = "cannot be fetched"
+ADVICE = "repeat the command, in training with --resume_from_checkpoint latest: what was fetched and done is kept"
 CONNECT, SILENCE = 30, 30  # seconds for a connection, and without a byte, after which HTTP gives up
 
 
@@ -77,19 +78,14 @@ def explained(url: str, what: str = FAILED) -> Iterator[None]:
     except Exception as error:
         if _is_unreachable(error):
             raise unreachable(url, _reason(error, url), what) from error
-        raise DataError(_problem(url, _reason(error, url), what)) from error
+        raise DataError(Problem("shard", f"{what}: {_reason(error, url)}; {ADVICE}", url)) from error
 
 
 def unreachable(url: str, reason: str, what: str = FAILED) -> UnreachableError:
     """The error for a file whose server cannot be reached."""
-    error = UnreachableError(_problem(url, reason, what))
+    error = UnreachableError(Problem("shard", f"{what}: {reason}; {ADVICE}", url))
     error.reason = reason
     return error
-
-
-def _problem(url: str, reason: str, what: str) -> Problem:
-    advice = "repeat the command, in training with --resume_from_checkpoint latest: what was fetched and done is kept"
-    return Problem("shard", f"{what}: {reason}; {advice}", url)
 
 
 def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], count: int) -> Iterator[Result]:

@@ -43,8 +43,9 @@ def default_folder() -> Path:
 
 
 def use_cache(folder: str | os.PathLike | None = None, limit_gb: float = LIMIT_GB) -> None:
-    """Choose the folder of fetched shards for this process and those that it starts, and how much may be in it."""
-    os.environ[FOLDER] = os.fspath(folder or default_folder())
+    """Choose how much the folder of fetched shards may hold, and another folder, for this process and its children."""
+    if folder is not None:
+        os.environ[FOLDER] = os.fspath(folder)
     os.environ[GIGABYTES] = str(limit_gb)
 
 
