@@ -335,7 +335,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--images", type=int, default=4_096 if name == "loader" else 1_024)
         command.add_argument("--shards", type=int, default=16 if name == "loader" else 8)
         if name == "loader":
-            command.add_argument("--turns", type=int, default=5)
+            command.add_argument("--turns", type=int, default=4)
         else:
             command.add_argument("--patience", type=float, default=600, help="seconds until a side is ended")
     return parser

@@ -24,6 +24,7 @@ CAPTIONS = 5  # per tiny picture
 PER_TAR = 10_000  # tiny pictures
 PER_FOLDER = 10_000
 WORDS, LENGTH = 5_000, 9  # different words, and words per caption
+DRAWN = 1_000_000  # words drawn by their frequency, which captions are drawn from
 
 
 class Sample(NamedTuple):
@@ -109,18 +110,19 @@ def write_tiny(images: int, folder: Path) -> None:
     words = np.array(["".join(rng.choice(list("abcdefghijklmnoprstuvw"), rng.integers(2, 9))) for _ in range(WORDS)])
     chances = 1 / np.arange(1, WORDS + 1)
     jpeg = tiny_jpeg(rng)
-    source = folder / "picture.jpg"
+    source = str(folder / "picture.jpg")
+    drawn_words = words[rng.choice(WORDS, DRAWN, p=chances / chances.sum())]
     with open(folder / "captions.csv", "w", encoding="utf-8") as table:
         table.write("image,caption\n")
         for first in range(0, images, PER_FOLDER):
             numbers = range(first, min(first + PER_FOLDER, images))
             place = folder / "images" / f"{first // PER_FOLDER:05d}"
             place.mkdir(parents=True)
-            drawn = words[rng.choice(WORDS, (len(numbers), CAPTIONS, LENGTH), p=chances / chances.sum())]
+            drawn = drawn_words[rng.integers(DRAWN, size=(len(numbers), CAPTIONS, LENGTH))]
             captions = [[" ".join(caption) for caption in of_image] for of_image in drawn.tolist()]
             for number, of_image in zip(numbers, captions, strict=True):
                 name = f"{place.name}/{number:08d}.jpg"
-                source = link_or_write(source, folder / "images" / name, jpeg)
+                source = link_or_write(source, f"{folder}/images/{name}", jpeg)
                 table.writelines(f"{name},{caption}\n" for caption in of_image)
             tar = folder / f"{place.name}.tar"
             if len(numbers) < PER_TAR or not first:
@@ -138,7 +140,7 @@ def tiny_jpeg(rng: np.random.Generator) -> bytes:
     return jpeg.getvalue()
 
 
-def link_or_write(source: Path, target: Path, content: bytes) -> Path:
+def link_or_write(source: str, target: str, content: bytes) -> str:
     """Link a file; write it where the file system allows no more links. Returns the file to link next."""
     try:
         os.link(source, target)
@@ -146,5 +148,5 @@ def link_or_write(source: Path, target: Path, content: bytes) -> Path:
     except OSError as error:
         if error.errno not in (errno.EMLINK, errno.ENOENT):
             raise
-    target.write_bytes(content)
+    Path(target).write_bytes(content)
     return target
