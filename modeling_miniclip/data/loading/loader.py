@@ -63,7 +63,7 @@ class BatchLoader(DataLoader[Any]):
         if num_workers:
             end_daemons_at_exit()
             most = min(piece_size or sys.maxsize, _largest(batches))
-            if size := rows.bytes_per_image * most:
+            if (size := rows.bytes_per_image * most) and PixelMemory.is_possible():
                 self.memory = PixelMemory(num_workers, prefetch_factor + 1, size)  # one is in use
         super().__init__(
             _CollatedBatches(rows, self.memory),

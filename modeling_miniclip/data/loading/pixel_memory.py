@@ -1,11 +1,13 @@
 """Memory in which loader processes leave pixels for the trainer, used again and again.
 
 PyTorch passes each batch in new shared memory, over a connection opened for it. The kernel clears such memory page by
-page, which takes a tenth of the time of decoding photographs.
+page, which takes a tenth of the time of decoding photographs; and a container may have little of it in /dev/shm.
 """
 
 import itertools
 import math
+import mmap
+import multiprocessing
 import os
 import weakref
 from collections.abc import Sequence
@@ -38,25 +40,30 @@ class Place(NamedTuple):
 
 
 class PixelMemory:
-    """Slots for the pixels of batches, some for each loader process.
+    """Slots for the pixels of batches, some for each loader process. Pages that are never used take no memory.
 
     A slot is taken from when a loader process writes to it until the trainer has dropped the batch.
 
     Args:
         num_workers: number of loader processes.
         slots: number of batches of each that can exist at the same time.
-        size: bytes of a slot. Pages that are never used take no memory.
+        size: bytes of a slot.
     """
 
     known: ClassVar[weakref.WeakValueDictionary[int, "PixelMemory"]] = weakref.WeakValueDictionary()  # by number
 
     def __init__(self, num_workers: int, slots: int, size: int):
         count = num_workers * slots
-        storage = torch.UntypedStorage._new_shared(count * (size + 1))  # as in torch's own `default_collate`
-        memory = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-        self.slots, self.is_taken = memory[:-count].view(num_workers, slots, size), memory[-count:].view(-1, slots)
+        memory = np.frombuffer(mmap.mmap(-1, count * (size + 1)), np.uint8)  # forked processes share it
+        self.slots, self.is_taken = memory[:-count].reshape(-1, slots, size), memory[-count:].reshape(-1, slots)
         self.number = next(NUMBERS)
         self.known[self.number] = self
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Whether loader processes are forked, as by default on Linux with Python up to 3.13."""
+        default = multiprocessing.get_all_start_methods()[0]
+        return (multiprocessing.get_start_method(allow_none=True) or default) == "fork"
 
     def write(self, images: Sequence[np.ndarray]) -> Place | None:
         """Write images `[3, H, W]` uint8 of one size to a free slot.
@@ -78,17 +85,17 @@ class PixelMemory:
 
     def at(self, place: Place) -> np.ndarray:
         """The memory `[B, H, W, 3]` of a place."""
-        return self.slots[place.worker, place.slot, : math.prod(place.shape)].view(place.shape).numpy()
+        return self.slots[place.worker, place.slot, : math.prod(place.shape)].reshape(place.shape)
 
 
 def receive_pixels(memory: int, worker: int, slot: int, shape: tuple[int, ...]) -> Tensor:
     """The pixels `[B, 3, H, W]` at a place, stored as `[B, H, W, 3]`; once they are dropped, the slot is free."""
     owner = PixelMemory.known[memory]
     pixels = owner.at(Place(memory, worker, slot, shape))
-    weakref.finalize(pixels, _release, owner.is_taken[worker, slot], os.getpid()).atexit = False
+    weakref.finalize(pixels, _release, owner.is_taken[worker, slot : slot + 1], os.getpid()).atexit = False
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def _release(is_taken: Tensor, process: int) -> None:
+def _release(is_taken: np.ndarray, process: int) -> None:
     if os.getpid() == process:  # not one that was forked while the batch was in use
-        is_taken.zero_()
+        is_taken[:] = 0
