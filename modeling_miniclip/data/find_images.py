@@ -24,6 +24,7 @@ from .faults import readable, unchanged
 from .load_rows import read_source
 from .problems import HARMLESS, SHARD_PROBLEMS, OnProblem, raise_problem
 from .readers.caption_file import check_path
+from .readers.hub import hub_shards
 from .readers.image_files import BAD_FILES
 from .readers.image_folder import Layout, read_all_images, read_metadata
 from .rows import ReadOptions, Row
@@ -32,8 +33,8 @@ from .shards.remote_shards import current_cache
 from .shards.shard_patterns import expand_shards, is_pattern
 from .shards.shard_url import Place, place_of
 from .shards.tar_index import compressed_by
-from .source_kinds import IMAGE_FOLDER, Kind, kind_of, resolve
-from .splits import SPLITS
+from .source_kinds import BY_NAME, IMAGE_FOLDER, Kind, kind_of, resolve
+from .splits import SPLITS, split_of_value
 from .tables.row_blocks import record_batches, take_rows
 from .tables.table import open_table
 from .tables.table_cache import cached_table, default_cache_dir
@@ -160,6 +161,10 @@ class Finder:
         kind = kind_of(path)
         if kind is None:
             yield _file(path)
+        elif kind.name == "hub" and (splits := hub_shards(path)):
+            for split, shards, pattern in splits:
+                for image in self._in_shards(source, self._table_of_shards(BY_NAME[shards], pattern, on_problem)):
+                    yield image._replace(split=split_of_value(split) or "")
         elif kind.name in SHARDS:
             yield from self._in_shards(source, self._table_of_shards(kind, path, on_problem))
         elif os.path.isdir(path):

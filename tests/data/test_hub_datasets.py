@@ -93,9 +93,18 @@ from modeling_miniclip.data.checking.check import check
 from tests.helpers.listings import images_of
 report = check("test-user/null", num_workers=0, batch_size=2)
 result["check"] = [[[each.kind, each.text] for each in report.problems if each.kind == "left-out"], report.figures]
-for name in ("basenames", "null", "two:de"):
+loads, load_dataset = 0, datasets.load_dataset
+def counting(*args, **more):
+    global loads
+    loads += 1
+    return load_dataset(*args, **more)
+datasets.load_dataset = counting
+for name in ("basenames", "null", "two:de", "tars"):
     images, _ = images_of("test-user/" + name)
     result["index " + name] = [[*about, len(content) > 0] for *about, content in images]
+result["index splits"] = [split for _, _, split, _ in images_of("test-user/flickr8k")[0]]
+result["index loads"] = loads
+datasets.load_dataset = load_dataset
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 huggingface_hub.HfFileSystem.clear_instance_cache()
 load("hf://datasets/test-user/tars/*.tar", "files offline")
@@ -241,7 +250,15 @@ def test_check_and_index_read_the_same_rows(from_hub):
         ["test-user/basenames/1.jpg", ["3"], "train", True],
     ]
     assert [captions for _, captions, *_ in from_hub["index null"]] == [[], ["b"], ["c"], ["d"]]
-    assert [name for name, *_ in from_hub["index two:de"]] == [f"test-user/two:de/train-00000{i}" for i in range(2)]
+    start = "hf://datasets/test-user"  # shards are read one by one, and `datasets` keeps no copy of them
+    assert [name for name, *_ in from_hub["index two:de"]] == [
+        f"{start}/two/de/train-00000-of-00001.parquet/00000{i}" for i in range(2)
+    ]
+    assert from_hub["index tars"] == [
+        [f"{start}/tars/train-0.tar/{i}.png", [f"caption of {i}"], "train", True] for i in range(3)
+    ]
+    assert from_hub["index splits"] == ["train"] * 4 + ["validation"] * 2 + ["test"]
+    assert from_hub["index loads"] == 0
 
 
 def rows_of(splits: dict) -> dict[int, list[str]]:

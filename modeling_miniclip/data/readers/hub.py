@@ -1,8 +1,10 @@
 """Datasets on the Hub, read from the Arrow files that `datasets` keeps of them."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,10 @@ from ..rows import ReadOptions, Row
 from ..tables.arrow_tables import files_of_dataset
 from ..tables.table_cache import stat_of
 from ..tables.table_rows import read_tables
+
+SHARD_KINDS = {"parquet": "parquet", "webdataset": "tar"}  # by the module of `datasets` that reads them
+COMMIT = re.compile(r"^(hf://datasets/[^@]+)@[0-9a-f]{40}/")
+PLAIN_URL = re.compile(r"hf://[^{},*?\[\]]+")  # without what would be a pattern
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, IterableDatasetDict
@@ -62,16 +68,52 @@ def _load(source: str, revision: str | None, first_rows: int | None) -> "Dataset
         MiniClipError: it cannot be stored.
     """
     from datasets import DatasetDict, load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError
 
     name, _, configuration = source.partition(":")
-    try:
+    with _explained(source):
         raw = load_dataset(
             name, configuration or None, revision=revision, streaming=first_rows is not None,
             **({} if first_rows is not None else {"keep_in_memory": False}),
         )  # fmt: skip
         return DatasetDict(raw) if first_rows is None else _first_rows(raw, first_rows)
+
+
+def hub_shards(source: str) -> list[tuple[str, str, str]]:
+    """The splits of a dataset whose images can be read from its shards, without a copy of all of them on this machine.
+
+    Returns:
+        For each split its name, the kind of its shards (`tar` or `parquet`) and a pattern of their URLs; empty for a
+        dataset in other files.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    from datasets import load_dataset_builder
+
+    name, _, configuration = source.partition(":")
+    with _explained(source):
+        builder = load_dataset_builder(name, configuration or None)
+    kind = SHARD_KINDS.get(type(builder).__module__.rpartition(".")[2])
+    found = []
+    for split, files in (builder.config.data_files or {}).items() if kind is not None else ():
+        urls = [COMMIT.sub(r"\1/", str(file)) for file in files]  # the version of each shard is known anyway
+        if not all(map(PLAIN_URL.fullmatch, urls)):
+            return []
+        start = os.path.commonprefix(urls).rpartition("/")[0] + "/"
+        names = [url.removeprefix(start) for url in urls]
+        found.append((str(split), str(kind), start + (names[0] if len(names) == 1 else f"{{{','.join(names)}}}")))
+    return found
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Within the block, the errors of the libraries become one sentence."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
+
+    name, _, configuration = source.partition(":")
+    try:
+        yield
     except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError, pa.ArrowException) as error:
         if (full := disk_error_message(error)) is not None:
             text = f"{source!r} cannot be stored: {full}; free some space, or let HF_HOME name another disk"
