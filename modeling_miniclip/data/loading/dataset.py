@@ -19,7 +19,7 @@ from ..columns import NEGATIVES
 from ..picture_formats import decode_row, read_encoded
 from .augmentation import pixels_of
 from .hard_negatives import HardNegatives
-from .pair_keys import keys_of_row
+from .pair_keys import keys_of_row, mark_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -178,7 +178,7 @@ class CaptionRows(TorchDataset):
     def _add_keys(
         self, rows: list[dict[str, Any]], keys: list[tuple[int, int]], captions: Sequence[Any], draws: list[Draw]
     ) -> None:
-        """Add what decides to which texts each image belongs, and replace its content by its key."""
+        """Add what decides to which texts each image belongs, and replace the mark of its content by a key."""
         indices = [_index_of(image_id) for _, image_id in keys]
         words = captions if self.text_features is None else self.captions_of(indices)
         groups = [None] * len(indices) if self.groups is None else self.groups[indices]["group"]
@@ -206,7 +206,8 @@ class CaptionRows(TorchDataset):
         else:
             if self.finds_pairs:
                 file = self._with_content(index, file)
-                row["content"] = file["image"]["bytes"]
+                content = file["image"]["bytes"]
+                row["content"] = None if content is None else mark_of(content)
             image = self._image(index, file)
             if not isinstance(image, str):
                 row["pixels"] = self._pixels(image, index, rng, augmentation_rng)  # [3, H, W] uint8

@@ -1,6 +1,7 @@
 """Keys that an image and a text share if they belong together: an equal caption, the same group, the same bytes."""
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +30,11 @@ def pair_key(kind: str, value: str | bytes) -> int:
     return int.from_bytes(digest, "little") >> 2 | 1 << 62
 
 
+def mark_of(content: bytes) -> str:
+    """What equal images of a batch have in common: their length and CRC-32, in a quarter of the time of a hash."""
+    return f"{len(content)} {zlib.crc32(content)}"
+
+
 class RowKeys(NamedTuple):
     """The keys of an image, and those of each of its texts.
 
@@ -46,7 +52,7 @@ def keys_of_row(
     chosen: Iterable[int],
     negatives: Sequence[str] = (),
     group: str | None = None,
-    content: bytes | None = None,
+    content: str | bytes | None = None,
 ) -> RowKeys:
     """The keys of a row.
 
@@ -55,7 +61,7 @@ def keys_of_row(
         chosen: which of them are texts of this batch.
         negatives: wrong captions: they only have the key of their text, by which they may be right for other images.
         group: group of the image, if it has one.
-        content: the encoded image, if it was read.
+        content: the encoded image, or its [`mark_of`], if it was read.
     """
     shared = [pair_key("group", group)] if group else []
     if content is not None:
