@@ -66,6 +66,7 @@ from modeling_miniclip.training.reports.overfit import check_overfitting
 from modeling_miniclip.training.reports.reload_check import load_checked_export
 from modeling_miniclip.training.reports.reporting import describe_best, describe_validation
 from modeling_miniclip.training.reports.several_datasets import report_datasets
+from modeling_miniclip.training.reports.word_order import report_word_order
 from modeling_miniclip.training.resuming.checkpoints import INTERRUPTED_EXPORT, drop_repeated_export
 from modeling_miniclip.training.resuming.output_dir import how_to_resume, locked_output_dir
 from modeling_miniclip.training.row_order import choose_shuffle
@@ -379,6 +380,7 @@ def finish(run: TrainingRun) -> Path:
     draw_curves(read_metrics(run.log.path), run.output_dir / "curves.png", run.progress.best_step)
     exported = load_checked_export(run)
     draw_retrieval(run, exported, run.output_dir / "retrieval.png")
+    report_word_order(run, exported)
     for line in describe_best(run.arguments.best_metric, run.progress):
         run.say(line)
     run.say(f"model: {run.export_dir}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import printable
 from ..modeling_miniclip import MiniClipModel
+from ..utils.files import replace_text
 from ..utils.resources import packaged_file
 
 if TYPE_CHECKING:
@@ -23,6 +24,20 @@ WIDGET = {
     "candidate_labels": "a cat and a dog, people making music, a bowl of soup",
     "example_title": "Cat and dog",
 }
+
+
+def add_section(path: Path, title: str, text: str, before: str) -> None:
+    """Add a section to a card that [`write_card`] wrote.
+
+    Args:
+        path: file of the card.
+        title: its heading, of third level.
+        text: Markdown below it.
+        before: line of the card, a heading, that it comes before.
+    """
+    card = path.read_text(encoding="utf-8")
+    start = card.index(f"\n{before}\n") + 1
+    replace_text(path, f"{card[:start]}### {title}\n\n{text}\n\n{card[start:]}")
 
 
 def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None:

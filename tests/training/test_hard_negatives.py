@@ -55,11 +55,15 @@ def test_wrong_values_are_refused(given: list[str], message: str) -> None:
         parse_arguments(["--hard_negatives", *given])
 
 
-def test_run_with_swaps(tmp_path: Path, without_finish: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_with_swaps(tmp_path: Path, without_figures: None, capsys: pytest.CaptureFixture[str]) -> None:
     """Also in chunks and with a frozen text tower, which then runs in every step."""
     argv = flags(tmp_path, freeze="text", chunk_size=4, max_steps=3, batch_size=8, captions_per_image=2)
     export = main([*argv, "--hard_negatives", "adjectives", "nouns"])
     printed = capsys.readouterr().out
+    card = (export / "README.md").read_text()
+    assert card.index("## Results") < card.index("### Word order") < card.index("\n## Training\n")
+    assert "| adjectives | 5 |" in card
+    assert "word order: true captions score above swapped ones in " in printed
     assert "hard negatives: words can be swapped in 100 % of the sampled captions" in printed
     assert yaml.safe_load((export.parent / "arguments.yaml").read_text())["hard_negatives"] == ["adjectives", "nouns"]
     lines = [line for line in metrics_of(export.parent) if line["split"] == "train"]

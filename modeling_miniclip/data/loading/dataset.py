@@ -219,7 +219,7 @@ class CaptionRows(TorchDataset):
             row["captions"] = [captions[i] for i in chosen]
             if self.hard_negatives is not None:
                 negatives = self.negatives[index][NEGATIVES] if self.negatives is not None else []
-                row["negatives"] = self.hard_negatives.draw(captions, negatives, chosen, epoch, index)
+                row["negatives"] = self.hard_negatives.draw(captions, negatives, chosen.tolist(), epoch, index)
         return row
 
     def _with_content(self, index: int, file: dict[str, Any] | None) -> dict[str, Any]:

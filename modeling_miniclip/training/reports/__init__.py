@@ -1,6 +1,7 @@
 """What a run says about itself, and how it notices that something is wrong.
 
 reporting.py: log lines, metrics.jsonl, throughput
+word_order.py: word order in the card of a run with hard negatives
 several_datasets.py: metrics and uses of each of several datasets
 caption_probe.py: do captions belong to their images?
 diagnostics.py: warn about a run that does not learn
