@@ -198,5 +198,7 @@ def _batch_of(images: list[Found], source: int) -> pa.RecordBatch:
 def _first_rows(digests: np.ndarray) -> np.ndarray:
     """`[n]` int64, the first row with each digest, ascending."""
     order = np.argsort(digests[:, 0], kind="stable")
-    same = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)
-    return np.sort(order[np.concatenate([[True], ~same])]) if len(order) else order
+    is_first = np.ones(len(order), bool)
+    first, second = digests[order, 0], digests[order, 1]
+    is_first[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
+    return np.sort(order[is_first])

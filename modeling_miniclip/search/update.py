@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,11 +90,12 @@ def update_index(
             return _point_at_model(plan, plan.existing, processes)
         with _locked(plan, processes):
             pool = plan.pool()
-            _on_main(processes, lambda: list_new_images(plan, pool, columns, progress))
+            _on_main(processes, partial(list_new_images, plan, pool, columns, progress))
             listing = Listing(plan.listed)
             encoding = Encoding(plan.manifest, pool, plan.shards, batch_size, num_workers or default_workers())
             _encode_share(encoding, plan, listing, processes, progress)
             report, unreachable = gather_reports(encoding)
+            del encoding, pool  # the merge opens all finished embeddings
             if processes.is_main_process:
                 _add_problems(plan, report, listing.problems)
                 merge(plan, listing, report, unreachable)

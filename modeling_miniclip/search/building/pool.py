@@ -1,6 +1,6 @@
 """Embeddings that exist already: found by the name of an image, by its contents, or gathered in any order.
 
-Memory takes about 60 bytes for each image; names, captions and thumbnails stay on disk.
+Memory takes about 60 bytes for each image, twice that while it is filled; names, captions and thumbnails stay on disk.
 """
 
 from collections import OrderedDict
@@ -13,7 +13,7 @@ import pyarrow as pa
 from ...data.all_images import digest_of_name, state_of
 from ..index import MANIFEST, ROW_GROUP, ImageIndex, Manifest
 
-HELD_BYTES = 256 << 20  # of entries with thumbnails that are in memory while an index is written
+HELD_BYTES = 64 << 20  # of entries with thumbnails that are in memory while an index is written
 MISSING = -1  # the row of what is not there
 
 
