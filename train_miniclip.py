@@ -73,6 +73,12 @@ from modeling_miniclip.training.row_order import choose_shuffle
 from modeling_miniclip.training.run import TrainingRun
 from modeling_miniclip.training.towers.features import embed_split
 from modeling_miniclip.training.towers.layers import set_training_mode
+from modeling_miniclip.training.zero_shot import (
+    build_zero_shot,
+    load_zero_shot,
+    measure_zero_shot,
+    zero_shot_intervals,
+)
 from modeling_miniclip.utils.performance import release_freed_memory
 from modeling_miniclip.utils.processes import ended_children
 
@@ -124,15 +130,17 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
     shared = setup.find_shared(splits, arguments, accelerator)
     arguments = choose_shuffle(splits, checkpoint, arguments, accelerator)
     arguments = choose_hard_negatives(splits, arguments, accelerator)
-    fingerprint = setup.fingerprint_data(splits, checkpoint, arguments, accelerator)
+    classified = load_zero_shot(arguments, accelerator)
+    fingerprint = setup.fingerprint_data(splits, checkpoint, arguments, accelerator, classified)
     model, processor = setup.build_model(splits, arguments, accelerator)
     setup.fingerprint_model(fingerprint, model, processor, checkpoint, arguments, accelerator)
     evidence = setup.probe_captions(splits, model, processor, arguments, accelerator)
     features = setup.compute_frozen_features(model, processor, splits, arguments, accelerator)  # may take minutes
     loaders = setup.build_loaders(splits, features, processor, arguments, accelerator, shared)
+    zero_shot = build_zero_shot(classified, model, processor, arguments, accelerator)
 
     run = setup.build_run(
-        model, processor, splits, features, loaders, arguments, accelerator, fingerprint, evidence, shared
+        model, processor, splits, features, loaders, arguments, accelerator, fingerprint, evidence, shared, zero_shot
     )
     setup.start_or_resume(run, checkpoint)
     return run
@@ -309,7 +317,7 @@ def validate_start(run: TrainingRun) -> None:
     """Measure the trained model that a run starts from; it is no candidate for the export."""
     start = time.perf_counter()
     embeddings = embed_validation_split(run)
-    metrics = measure_embeddings(run, embeddings)
+    metrics = measure_embeddings(run, embeddings) | measure_zero_shot(run)[0]
     run.write_metrics("validation", metrics, seconds=time.perf_counter() - start)
     run.say(describe_validation("before training", metrics))
     report_datasets(run, embeddings)
@@ -321,7 +329,8 @@ def validate_weights(run: TrainingRun) -> bool:
     progress, arguments, is_main = run.progress, run.arguments, run.accelerator.is_main_process
     start = time.perf_counter()
     embeddings = embed_validation_split(run)
-    metrics = measure_embeddings(run, embeddings)
+    classified, class_ranks = measure_zero_shot(run)
+    metrics = measure_embeddings(run, embeddings) | classified
     run.write_metrics("validation", metrics, seconds=time.perf_counter() - start)
     if isinstance(run.scheduler, ReduceLROnPlateau):
         run.scheduler.step(metrics["loss"])
@@ -333,7 +342,7 @@ def validate_weights(run: TrainingRun) -> bool:
         run.diagnosis.after_validation(progress.step, *embeddings)
     if improved:
         progress.best_value, progress.best_step = value, progress.step
-        export_best(run, metrics, recall_intervals(*embeddings) if is_main else {})
+        export_best(run, metrics, metric_intervals(run, embeddings, class_ranks) if is_main else {})
         run.exported.record(*embeddings)
     return improved
 
@@ -363,6 +372,16 @@ def measure_embeddings(run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tenso
     if not math.isfinite(metrics["loss"]):
         raise not_finite("validation loss", metrics["loss"], accelerator.mixed_precision)
     return metrics
+
+
+def metric_intervals(
+    run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tensor], class_ranks: Tensor | None
+) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the metrics for the model card, from a bootstrap over images."""
+    intervals = recall_intervals(*embeddings)
+    if run.zero_shot is not None and class_ranks is not None:
+        intervals |= zero_shot_intervals(run.zero_shot.data, class_ranks)
+    return intervals
 
 
 # --- finish ---------------------------------------------------------------------------------------------------------

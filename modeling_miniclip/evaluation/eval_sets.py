@@ -3,7 +3,8 @@
 import json
 import os
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from .metrics import DIRECTIONS, RECALL_AT
 CLASSIFICATION = "image_to_class"
 ALL = "all"  # the images of all splits together
 AUTOMATIC_SPLITS = ("test", "validation", "train")  # the first of these that exists
+TRAINING_SPLITS = ("validation", "test", "train")  # the same, to choose a model by
 TOP_K = (1, 5)
 
 
@@ -151,12 +153,9 @@ def load_eval_set(
             f"--validation_fraction must be between 0 and 1, not {fraction}; --split all measures all images"
         )
     folder = Path(source).expanduser()
-    try:
+    with _listable(folder):
         if _holds_class_folders(folder):
             return _class_folders(folder, split, class_names)
-    except OSError as error:
-        place = name_of(error.filename or folder)
-        raise DataError(f"{place}: cannot be read: {error.strerror or error}; check its permissions") from error
     if class_names is not None:
         raise UsageError(f"--class_names {class_names}: {source} is not a folder of class folders without captions")
     splits = load_captions(source, **options)
@@ -180,9 +179,40 @@ def load_eval_set(
     )
 
 
-def _chosen_split(split: str | None, names: Sequence[str], source: str) -> str:
+def load_class_folders(source: str, flag: str) -> EvalSet:
+    """Load class folders to measure a model with while it is trained: `validation`, else `test`, else `train`.
+
+    Args:
+        source: folder with one folder of images per class and no captions, optionally inside one folder per split.
+        flag: flag that named the folder, for error messages.
+
+    Raises:
+        DataError: the folder is none of class folders.
+    """
+    folder = Path(source).expanduser()
+    with _listable(folder):
+        if not _holds_class_folders(folder):
+            raise DataError(
+                f"{flag} {source}: expected a folder with at least two folders of images, one for each class, and "
+                "without captions"
+            )
+        return _class_folders(folder, None, None, TRAINING_SPLITS)
+
+
+@contextmanager
+def _listable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place = name_of(error.filename or folder)
+        raise DataError(f"{place}: cannot be read: {error.strerror or error}; check its permissions") from error
+
+
+def _chosen_split(
+    split: str | None, names: Sequence[str], source: str, automatic: Sequence[str] = AUTOMATIC_SPLITS
+) -> str:
     if split is None:
-        return next(name for name in AUTOMATIC_SPLITS if name in names)
+        return next(name for name in automatic if name in names)
     if split not in names:
         raise DataError(f"{source}: no split {split!r}; it has {', '.join(names)}: choose one, or all, with --split")
     return split
@@ -195,7 +225,12 @@ def _holds_class_folders(folder: Path) -> bool:
     return kind is not None and kind.groups_are_classes
 
 
-def _class_folders(root: Path, split: str | None, class_names: str | os.PathLike | None) -> EvalSet:
+def _class_folders(
+    root: Path,
+    split: str | None,
+    class_names: str | os.PathLike | None,
+    automatic: Sequence[str] = AUTOMATIC_SPLITS,
+) -> EvalSet:
     by_split = {SPLIT_ALIASES.get(name.lower(), name.lower()): root / name for name in subfolders(root)}
     if not set(by_split) <= set(SPLITS):
         if split not in (None, ALL):
@@ -207,7 +242,7 @@ def _class_folders(root: Path, split: str | None, class_names: str | os.PathLike
     elif split == ALL:
         chosen, tops, top = ALL, list(by_split.values()), root
     else:
-        chosen = _chosen_split(split, list(by_split), str(root))
+        chosen = _chosen_split(split, list(by_split), str(root), automatic)
         tops, top = [by_split[chosen]], by_split[chosen]
     classes = sorted({name for each in tops for name in subfolders(each)})
     if len(classes) < 2:

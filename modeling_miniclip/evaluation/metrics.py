@@ -17,6 +17,8 @@ DIRECTIONS = ("text_to_image", "image_to_text")
 METRIC_NAMES = tuple(
     f"{direction}_{name}" for direction in DIRECTIONS for name in (*(f"R@{k}" for k in RECALL_AT), "median_rank")
 ) + ("rsum",)
+# The same with --zero_shot_dataset.
+ZERO_SHOT_METRICS = ("zero_shot_top-1", "zero_shot_top-5")
 # Queries and keys whose similarities are computed at a time: 16 MB, so that a split of any size fits in memory.
 BLOCK = 1024
 KEY_BLOCK = 4096
@@ -301,7 +303,7 @@ def is_better(name: str, value: float, best: float | None) -> bool:
     """Whether a value improves on the best one so far. NaN never does, unless there is nothing to improve on.
 
     Args:
-        name: `loss`, or one of [`METRIC_NAMES`].
+        name: `loss`, or one of [`METRIC_NAMES`] and [`ZERO_SHOT_METRICS`].
         value: new value.
         best: best value so far; None or NaN if there is none.
     """

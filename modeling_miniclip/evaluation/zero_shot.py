@@ -82,10 +82,16 @@ def ensemble_weights(
         class_names: distinct names of the classes, at least one.
         templates: sentences, as in [`zero_shot_weights`].
     """
-    names, sentences = _checked_names(class_names), _sentences(templates)
-    embeddings = encode([sentence.format(name) for name in names for sentence in sentences])
-    per_class = embeddings.view(len(names), len(sentences), -1).mean(dim=1)  # [classes, dim]
+    sentences = class_sentences(class_names, templates)
+    embeddings = encode([sentence for several in sentences for sentence in several])
+    per_class = embeddings.view(len(sentences), len(sentences[0]), -1).mean(dim=1)  # [classes, dim]
     return torch.nn.functional.normalize(per_class, dim=-1)
+
+
+def class_sentences(class_names: Sequence[str], templates: str | Sequence[str] = "ensemble") -> list[list[str]]:
+    """The sentences of each class; arguments and errors as in [`zero_shot_weights`]."""
+    names, sentences = _checked_names(class_names), _sentences(templates)
+    return [[sentence.format(name) for sentence in sentences] for name in names]
 
 
 def classify(

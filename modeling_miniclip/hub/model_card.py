@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import printable
+from ..evaluation.metrics import ZERO_SHOT_METRICS
 from ..modeling_miniclip import MiniClipModel
 from ..utils.files import replace_text
 from ..utils.resources import packaged_file
@@ -99,7 +100,20 @@ def _template() -> "Template":
 def _eval_results(metrics: dict[str, float], data: dict[str, Any]) -> list[Any]:
     from huggingface_hub import EvalResult
 
-    return [
+    classified = [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            dataset_type="unknown",
+            dataset_name=data["zero_shot"]["name"],
+            dataset_split=data["zero_shot"]["split"],
+            metric_type="accuracy",
+            metric_name=f"{key.removeprefix('zero_shot_')} accuracy",
+            metric_value=round(value, 2),
+        )
+        for key, value in metrics.items()
+        if key in ZERO_SHOT_METRICS and data.get("zero_shot")
+    ]
+    return classified + [
         EvalResult(
             task_type="image-text-retrieval",
             dataset_type=(data.get("hub_ids") or ["unknown"])[0],

@@ -9,6 +9,7 @@ grad_cache.py: large batches in chunks, with exact gradients
 ema.py: averaged weights
 bad_images.py: skip and count images that cannot be decoded
 limit_splits.py: the first images for training, a sample for validation
+zero_shot.py: `--zero_shot_dataset`, classified at each validation
 publish.py: export and push the best model
 command_line/: flags, recipes and what the launcher was given
 loss/: the loss over the batches of all processes, in tiles

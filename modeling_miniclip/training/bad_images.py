@@ -79,4 +79,4 @@ class BadImages:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what [`state_dict`][BadImages.state_dict] returned."""
-        self.rows = {split: list(rows) for split, rows in state.items()}
+        self.rows |= {split: list(rows) for split, rows in state.items()}

@@ -27,6 +27,7 @@ from .resuming.fingerprint import Fingerprint
 from .resuming.signals import SignalHandler
 from .towers.feature_cache import FeatureRows
 from .towers.features import FrozenFeatures
+from .zero_shot import ZeroShotSet
 
 
 @dataclass
@@ -45,6 +46,7 @@ class TrainingRun:
         validation_loader: this process's share of the validation batches.
         validation_split: validation images with their captions, for the pictures.
         validation_features: features of the validation split from frozen towers.
+        zero_shot: images to classify at each validation; None without `--zero_shot_dataset`.
         validation_parts: rows of the validation split by dataset; empty unless several datasets have some.
         card_data: name and sizes of the dataset, for the model card.
         log: writer of `metrics.jsonl`.
@@ -82,6 +84,7 @@ class TrainingRun:
     bad_images: BadImages
     steps_per_epoch: int
     last_step: int
+    zero_shot: ZeroShotSet | None = None
     exported: ExportedEmbeddings = field(default_factory=ExportedEmbeddings)
     ema: AveragedWeights | None = None
     fingerprint: Fingerprint | None = None
@@ -179,4 +182,5 @@ class TrainingRun:
     def close(self) -> None:
         """End the loader processes, which would otherwise take 5 s each at exit, and the trackers."""
         del self.train_loader, self.validation_loader
+        self.zero_shot = None
         self.accelerator.end_training()

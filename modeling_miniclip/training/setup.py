@@ -24,6 +24,7 @@ from ..data.rows import ReadOptions
 from ..data.shards.remote_shards import use_cache
 from ..data.tables.row_blocks import Captions, caption_counts, record_batches, sample_of_captions
 from ..errors import ModelError, UsageError, one_line
+from ..evaluation.eval_sets import EvalSet
 from ..hub.push import prepare_push
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
@@ -74,6 +75,8 @@ from .towers.feature_cache import default_cache_dir
 from .towers.features import EVALUATION_BATCH, FrozenFeatures, frozen_image_features, frozen_text_features
 from .towers.layers import freeze_layers
 from .towers.text_groups import group_texts_by_length
+from .zero_shot import SPLIT as ZERO_SHOT_SPLIT
+from .zero_shot import ZeroShotSet, zero_shot_about, zero_shot_checksum
 
 COUNTED_CAPTIONS = 20_000  # of a large split, in which truncated ones are counted
 PIECE = 32  # images that a loader process reads at a time for a batch in chunks
@@ -222,9 +225,20 @@ def describe_shared(shared: SharedCaptions | None, arguments: TrainingArguments)
 
 
 def fingerprint_data(
-    splits: DatasetDict, checkpoint: Path | None, arguments: TrainingArguments, accelerator: Accelerator
+    splits: DatasetDict,
+    checkpoint: Path | None,
+    arguments: TrainingArguments,
+    accelerator: Accelerator,
+    classified: EvalSet | None = None,
 ) -> Fingerprint | None:
-    """Fingerprint of the rows, on rank 0; when a run is resumed, they must be those of the checkpoint.
+    """Fingerprint of the data, on rank 0; when a run is resumed, it must be that of the checkpoint.
+
+    Args:
+        splits: rows of the run.
+        checkpoint: checkpoint to resume from, or None.
+        arguments: flags of the run.
+        accelerator: processes of the run.
+        classified: class folders of `--zero_shot_dataset`.
 
     Raises:
         DataError: images, captions or splits changed.
@@ -234,7 +248,7 @@ def fingerprint_data(
     def compute() -> None:
         saved = None if checkpoint is None else Fingerprint.load(checkpoint)
         found.append(fingerprint_of_data(splits, arguments, None if saved is None else saved.by_content))
-        found[0].order = order_checksum(splits, arguments)
+        found[0].order, found[0].zero_shot = order_checksum(splits, arguments), zero_shot_checksum(classified)
         if saved is not None:
             saved.add_undecodable(Path(arguments.output_dir))
             check_data(saved, found[0], splits, arguments)
@@ -440,6 +454,7 @@ def build_run(
     fingerprint: Fingerprint | None = None,
     evidence: CaptionEvidence = NO_EVIDENCE,
     shared: SharedCaptions | None = None,
+    zero_shot: ZeroShotSet | None = None,
 ) -> TrainingRun:
     """Build optimizer and schedule, and the state of a run at its start."""
 
@@ -450,6 +465,9 @@ def build_run(
         if fingerprint is not None:
             fingerprint.mark_undecodable(bad_rows, Path(arguments.output_dir))
 
+    sizes, classified = split_sizes(splits), None if zero_shot is None else zero_shot.data
+    if classified is not None:
+        sizes[ZERO_SHOT_SPLIT] = {"images": len(classified.image_ids)}
     prepared, optimizer, adamw = prepare_optimizer(model, arguments, accelerator)
     train_loader, validation_loader = loaders
     steps_per_epoch = len(train_loader)
@@ -468,7 +486,9 @@ def build_run(
         validation_split=splits["validation"],
         validation_features=features["validation"],
         validation_parts=validation_parts(splits, arguments),
-        card_data=data_for_card(arguments, splits) | {"shared": describe_shared(shared, arguments)},
+        card_data=data_for_card(arguments, splits)
+        | {"shared": describe_shared(shared, arguments)}
+        | zero_shot_about(classified),
         log=MetricsLog(Path(arguments.output_dir) / "metrics.jsonl", accelerator.is_main_process),
         meter=StepMeter(accelerator, optimizer),
         progress=Progress(),
@@ -480,13 +500,12 @@ def build_run(
             has_softmax=model.config.loss_type != "sigmoid",
             evidence=evidence,
         ),
-        bad_images=BadImages(
-            split_sizes(splits), arguments.max_bad_image_fraction, warn, accelerator.device, remember
-        ),
+        bad_images=BadImages(sizes, arguments.max_bad_image_fraction, warn, accelerator.device, remember),
         steps_per_epoch=steps_per_epoch,
         last_step=last_step,
         ema=None if arguments.ema_decay is None else AveragedWeights(model, arguments.ema_decay),
         fingerprint=fingerprint,
+        zero_shot=zero_shot,
     )
 
 

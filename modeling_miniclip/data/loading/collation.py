@@ -81,7 +81,8 @@ class Collator:
             batch["text_pooler_output"] = torch.cat([row["text_features"] for row in rows])
         else:
             captions = [caption for row in rows for caption in row["captions"]]
-            batch |= self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+            if captions:
+                batch |= self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         # An undecodable filler is reported by the process that has its row.
         real = [(image_id, reason) for image_id, reason in undecodable if image_id >= 0]
         return Batch(batch | ({"undecodable": real} if real else {}))

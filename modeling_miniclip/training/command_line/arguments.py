@@ -45,6 +45,9 @@ class TrainingArguments:
     validation_dataset: str | None = _flag(
         None, "dataset of which all images are used for validation (part of the dataset)"
     )
+    zero_shot_dataset: str | None = _flag(
+        None, "folder of class folders that each validation classifies by their names: zero_shot_top-1 and -5"
+    )
     image_dir: str | None = _flag(
         None, "folder of the images that a CSV file names (next to the CSV file, or its subfolder Images)"
     )

@@ -22,7 +22,7 @@ def check_arguments(arguments: TrainingArguments) -> None:
     _check_text_and_numbers(arguments)
     _check_ranges(arguments)
     _check_combinations(arguments)
-    _check_best_metric(arguments.best_metric)
+    _check_best_metric(arguments.best_metric, arguments.zero_shot_dataset)
     checkpoint_interval(arguments)
     augmentation_list(arguments)
     tracker = arguments.report_to
@@ -100,13 +100,16 @@ def _check_hard_negatives(sources: list[str]) -> None:
         raise UsageError(f"--hard_negatives {' '.join(sources)}: none excludes the others")
 
 
-def _check_best_metric(name: str) -> None:
+def _check_best_metric(name: str, zero_shot_dataset: str | None) -> None:
     if name == "loss":
         return
-    from ...evaluation.metrics import METRIC_NAMES  # loads torch
+    from ...evaluation.metrics import METRIC_NAMES, ZERO_SHOT_METRICS  # loads torch
 
-    if name not in METRIC_NAMES:
-        raise UsageError(f"--best_metric {name}: choose from loss, {', '.join(METRIC_NAMES)}")
+    if name in ZERO_SHOT_METRICS and zero_shot_dataset is None:
+        raise UsageError(f"--best_metric {name} needs --zero_shot_dataset, a folder of class folders")
+    if name not in METRIC_NAMES + ZERO_SHOT_METRICS:
+        names = ", ".join(METRIC_NAMES + ZERO_SHOT_METRICS)
+        raise UsageError(f"--best_metric {name}: choose from loss, {names}")
 
 
 def checkpoint_interval(arguments: TrainingArguments) -> int | None:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from datasets import Image as UndecodedImage
 from torch import Tensor
 
-from ...evaluation.metrics import RECALL_AT
+from ...evaluation.metrics import RECALL_AT, ZERO_SHOT_METRICS
 from ...inference.encode import encode_batches, encode_images, encode_texts, open_image
 from ...modeling_miniclip import MiniClipModel
 from ...utils.files import replaced_file
@@ -57,11 +57,15 @@ def _draw_loss(axes: Any, train: list[dict[str, Any]], validation: list[dict[str
 
 def _draw_recall(axes: Any, validation: list[dict[str, Any]]) -> None:
     """One colour per direction and one line style per K, which is named at the right end of its lines."""
-    axes.set_title("Validation recall (%)")
+    classified = any(name in line for line in validation for name in ZERO_SHOT_METRICS)
+    axes.set_title("Validation recall and zero-shot accuracy (%)" if classified else "Validation recall (%)")
     for name, color in (("text_to_image", BLUE), ("image_to_text", ORANGE)):
         for k, style in zip(RECALL_AT, ("-", "--", ":"), strict=True):
             label = name.replace("_", " ") if style == "-" else ""
             _line(axes, validation, f"{name}_R@{k}", color, label, marker="o", linestyle=style)
+    for name, style in zip(ZERO_SHOT_METRICS, ("-", "--"), strict=True):
+        label = name.replace("_", "-", 1).replace("_", " ")
+        _line(axes, validation, name, PURPLE, label, marker="o", linestyle=style)
     if not validation:
         return
     axes.set_ylim(bottom=0)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ...data.load_rows import Splits
 from ...data.tables.row_blocks import caption_counts
 from ...errors import printable
-from ...evaluation.metrics import DIRECTIONS, RECALL_AT, is_better
+from ...evaluation.metrics import DIRECTIONS, RECALL_AT, ZERO_SHOT_METRICS, is_better
 from ...modeling_miniclip import MiniClipModel
 from ...utils.files import replace_text
 from ..resuming.checkpoints import Progress
@@ -64,12 +64,15 @@ def describe_model(model: MiniClipModel) -> str:
 
 
 def describe_validation(when: str, metrics: dict[str, float], improved: bool = False) -> str:
-    """One line with the loss and recalls of a validation; a star marks the best so far."""
+    """One line with the loss, recalls and zero-shot accuracy of a validation; a star marks the best so far."""
     recalls = [
         f"{direction.replace('_', ' ')} " + " / ".join(f"{metrics[f'{direction}_R@{k}']:.1f}" for k in RECALL_AT)
         for direction in DIRECTIONS
     ]
     line = f"{when}: loss {metrics['loss']:.4f}, R@1/5/10 {', '.join(recalls)}, rsum {metrics['rsum']:.1f}"
+    found = [f"{metrics[name]:.1f}" for name in ZERO_SHOT_METRICS if name in metrics]
+    if found:
+        line += f", zero-shot top-1{'/5' if len(found) == 2 else ''} {' / '.join(found)}"
     return line + (" *" if improved else "")
 
 

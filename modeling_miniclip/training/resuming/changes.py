@@ -43,6 +43,8 @@ def check_data(saved: Fingerprint, now: Fingerprint, splits: DatasetDict, argume
     differences = changed_rows(saved, now, splits)
     if not differences and saved.order != now.order:
         differences = ["its shards or datasets have other sizes, on which the order of the images depends"]
+    if saved.zero_shot != now.zero_shot:
+        differences.append("--zero_shot_dataset has other images or classes")
     if differences:
         raise DataError(f"--resume_from_checkpoint: the data {_changed(differences, saved, arguments)}")
 

@@ -49,6 +49,7 @@ class Fingerprint:
         vocabulary: number of each piece of the tokenizer.
         undecodable: `image_id` of the images that could not be decoded, by split: their files may be repaired.
         order: checksum of what the order of the training images depends on besides flags, see `row_order.py`.
+        zero_shot: checksum of the images and classes of `--zero_shot_dataset`, see `zero_shot.py`; 0 without it.
     """
 
     flags: dict[str, Any]
@@ -58,6 +59,7 @@ class Fingerprint:
     vocabulary: dict[str, int] = field(default_factory=dict)
     undecodable: dict[str, list[str]] = field(default_factory=dict)
     order: int = 0
+    zero_shot: int = 0
 
     def save(self, folder: Path) -> None:
         """Write both files to a folder."""

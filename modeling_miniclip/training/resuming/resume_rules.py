@@ -14,7 +14,7 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
     ),
     # What they select is compared instead: rows, model, vocabulary, preprocessing and augmentation.
     "compared": (
-        "dataset", "validation_dataset", "image_dir", "allow_outside_images", "image_column",
+        "dataset", "validation_dataset", "zero_shot_dataset", "image_dir", "allow_outside_images", "image_column",
         "caption_column", "caption_template", "dataset_revision", "stream_first_rows", "validation_fraction",
         "max_train_images", "max_validation_images", "vision_model", "text_model", "preset", "model_name_or_path",
         "text_pooling", "projection_dim", "projection_depth", "loss_type", "image_size", "train_image_size",
@@ -40,7 +40,10 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
 KEPT = ("shuffle",)
 
 # Flags that name a place; what they select is compared, and a checkpoint does not mention the place.
-PLACES = ("dataset", "validation_dataset", "image_dir", "vision_model", "text_model", "preset", "model_name_or_path")
+PLACES = (
+    "dataset", "validation_dataset", "zero_shot_dataset", "image_dir", "vision_model", "text_model", "preset",
+    "model_name_or_path",
+)  # fmt: skip
 
 
 def recorded_flags(arguments: TrainingArguments) -> dict[str, Any]:

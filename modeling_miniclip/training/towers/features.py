@@ -23,7 +23,7 @@ from ...data.loading.dataset import CaptionRows
 from ...data.loading.loader import BatchLoader
 from ...data.tables.image_places import image_parts
 from ...data.tables.row_blocks import caption_counts, record_batches
-from ...modeling_miniclip import MiniClipModel
+from ...modeling_miniclip import MiniClipModel, MiniClipOutput
 from ...processing_miniclip import MiniClipProcessor
 from ...utils.performance import release_freed_memory
 from ..processes.distributed import gather_rows
@@ -104,21 +104,15 @@ def embed_split(
     Returns:
         `[B, dim]` image embeddings, `[N, dim]` text embeddings, and `[N]`, the row of each text's image; on the CPU.
     """
-    model.eval()
     images, texts = len(loader.rows), int(caption_counts(loader.rows.texts).sum())  # of all processes
     parts = {name: Collected(images) for name in ("images", "image_id")}
     parts |= {name: Collected(texts) for name in ("texts", "text_image_id")}
-    undecodable: list[tuple[int, str]] = []
-    for number, batch in enumerate(tqdm(loader, desc="validate", unit="batch", leave=False, disable=not progress)):
-        if device.type == "cpu" and number % TRIM_EVERY == 0:  # texts of many lengths leave gaps that add up
-            release_freed_memory()
-        undecodable += batch.pop("undecodable", [])
-        output = model(**model_inputs(batch, processor, device))
+    title = "validate" if progress else None
+    for batch, output in _run_over(model, loader, processor, device, title, on_undecodable):
         for name, values in (("images", output.image_embeds), ("image_id", batch["image_id"])):
             parts[name].add(values[batch["image_id"] >= 0].to(device))
         for name, values in (("texts", output.text_embeds), ("text_image_id", batch["text_image_id"])):
             parts[name].add(values[batch["text_image_id"] >= 0].to(device))
-    on_undecodable(undecodable)
     release_freed_memory()
     whole = {name: gather_rows(parts.pop(name).rows()).cpu() for name in list(parts)}
     images, image_id = _in_order(whole.pop("images"), whole["image_id"])
@@ -132,6 +126,49 @@ def _in_order(embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         order = ids.argsort(stable=True)
         embeddings, ids = embeddings[order], ids[order]
     return embeddings.float(), ids
+
+
+@torch.no_grad()
+def embed_images(
+    model: MiniClipModel,
+    loader: BatchLoader,
+    processor: MiniClipProcessor,
+    device: torch.device,
+    progress: bool,
+    on_undecodable: Callable[[list[tuple[int, str]]], Any],
+) -> Tensor:
+    """`[B, dim]` embeddings of images without captions, in their order; arguments as in [`embed_split`]."""
+    images, numbers = Collected(len(loader.rows)), Collected(len(loader.rows))
+    title = "classify" if progress else None
+    for batch, output in _run_over(model, loader, processor, device, title, on_undecodable):
+        real = batch["image_id"] >= 0
+        images.add(output.image_embeds[real].to(device))
+        numbers.add(batch["image_id"][real].to(device))
+    return _in_order(gather_rows(images.rows()).cpu(), gather_rows(numbers.rows()).cpu())[0]
+
+
+def _run_over(
+    model: MiniClipModel,
+    loader: BatchLoader,
+    processor: MiniClipProcessor,
+    device: torch.device,
+    title: str | None,
+    on_undecodable: Callable[[list[tuple[int, str]]], Any],
+) -> Iterator[tuple[dict[str, Any], MiniClipOutput]]:
+    """Run the model over a split; yields each batch of this process with the model's output.
+
+    Args:
+        title: title of the progress bar, or None.
+        model, loader, processor, device, on_undecodable: as in [`embed_split`].
+    """
+    model.eval()
+    undecodable: list[tuple[int, str]] = []
+    for number, batch in enumerate(tqdm(loader, desc=title, unit="batch", leave=False, disable=title is None)):
+        if device.type == "cpu" and number % TRIM_EVERY == 0:  # texts of many lengths leave gaps that add up
+            release_freed_memory()
+        undecodable += batch.pop("undecodable", [])
+        yield batch, model(**model_inputs(batch, processor, device))
+    on_undecodable(undecodable)
 
 
 @torch.no_grad()
