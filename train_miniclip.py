@@ -317,7 +317,7 @@ def validate_start(run: TrainingRun) -> None:
     """Measure the trained model that a run starts from; it is no candidate for the export."""
     start = time.perf_counter()
     embeddings = embed_validation_split(run)
-    metrics = measure_embeddings(run, embeddings) | measure_zero_shot(run)[0]
+    metrics = measure_embeddings(run, embeddings) | classify_images(run)[0]
     run.write_metrics("validation", metrics, seconds=time.perf_counter() - start)
     run.say(describe_validation("before training", metrics))
     report_datasets(run, embeddings)
@@ -329,7 +329,7 @@ def validate_weights(run: TrainingRun) -> bool:
     progress, arguments, is_main = run.progress, run.arguments, run.accelerator.is_main_process
     start = time.perf_counter()
     embeddings = embed_validation_split(run)
-    classified, class_ranks = measure_zero_shot(run)
+    classified, class_ranks = classify_images(run)
     metrics = measure_embeddings(run, embeddings) | classified
     run.write_metrics("validation", metrics, seconds=time.perf_counter() - start)
     if isinstance(run.scheduler, ReduceLROnPlateau):
@@ -372,6 +372,11 @@ def measure_embeddings(run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tenso
     if not math.isfinite(metrics["loss"]):
         raise not_finite("validation loss", metrics["loss"], accelerator.mixed_precision)
     return metrics
+
+
+def classify_images(run: TrainingRun) -> tuple[dict[str, float], Tensor | None]:
+    """Accuracy on `--zero_shot_dataset`, and the rank of the right class of each image; nothing without it."""
+    return measure_zero_shot(run.zero_shot, run.unwrapped_model, run.processor, run.accelerator, run.bad_images)
 
 
 def metric_intervals(

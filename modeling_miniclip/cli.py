@@ -345,8 +345,9 @@ def declare_eval(parser: argparse.ArgumentParser) -> None:
     model = "an export, any CLIP model of transformers, or open_clip:ARCHITECTURE/CHECKPOINT"
     parser.add_argument("model", metavar="MODEL", help=model)
     parser.add_argument(
-        "dataset", metavar="DATASET", help="captioned images, or a folder with one subfolder per class"
-    )
+        "dataset", metavar="DATASET", nargs="?",
+        help="captioned images, or a folder with one subfolder per class (the folder of --linear_probe)",
+    )  # fmt: skip
     parser.add_argument(
         "--split",
         metavar="NAME",
@@ -364,6 +365,11 @@ def declare_eval(parser: argparse.ArgumentParser) -> None:
         "a file above its false ones (CSV or JSON of ARO, SugarCrepe, Winoground or your own)",
     )  # fmt: skip
     parser.add_argument(
+        "--linear_probe", metavar="FOLDER",
+        help="also train logistic regressions on features of images, of all in these class folders and of 1, 4 and 16 "
+        "per class; needs scikit-learn",
+    )  # fmt: skip
+    parser.add_argument(
         "--templates", nargs="+", metavar="TEXT", help="sentences with {} for the class name (an ensemble of eight)"
     )
     parser.add_argument("--class_names", metavar="FILE", help="JSON file that maps class folders to names")
@@ -378,14 +384,25 @@ def run_eval(args: argparse.Namespace) -> None:
     """Evaluate and print the scores. The exit code is 1 if images or folders could not be read."""
     import json
 
-    from .evaluation.eval_sets import load_eval_set
+    from .evaluation.eval_sets import load_eval_set, probe_sets
     from .evaluation.evaluate import evaluate_model, format_report
+    from .evaluation.linear_probe import check_probe
     from .utils.performance import keep_freed_memory
 
     if args.batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}")
     keep_freed_memory()
-    data = load_eval_set(args.dataset, args.split, args.class_names, **dataset_options(args), revision=args.revision)
+    probe = None
+    if args.linear_probe is not None:
+        check_probe()
+        probe = probe_sets(args.linear_probe, args.validation_fraction, args.seed, args.class_names)
+    if args.dataset is None and probe is None:
+        raise UsageError("DATASET is missing: name captioned images or class folders, or --linear_probe FOLDER")
+    if args.dataset is None:
+        data = probe["test"]
+    else:
+        options = {**dataset_options(args), "revision": args.revision}
+        data = load_eval_set(args.dataset, args.split, args.class_names, **options)
     templates = args.templates or ["ensemble"]
     report = evaluate_model(
         args.model,
@@ -397,6 +414,7 @@ def run_eval(args: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
         order_test=args.order_test,
         image_dir=args.image_dir,
+        probe=probe,
     )
     print(json.dumps(report, indent=2) if args.json else format_report(report))
     if "warning" in report:

@@ -68,7 +68,8 @@ def test_nothing_private_of_transformers_is_imported() -> None:
 def test_declared_dependencies_equal_imports() -> None:
     used = {module.split(".")[0] for path in SCRIPTS for module, _, level in imports(path) if level == 0}
     used -= {*sys.stdlib_module_names, "modeling_miniclip"}
-    distributions = {"faiss": ["faiss-cpu"], **packages_distributions()}  # known also where it is not installed
+    known = {"faiss": ["faiss-cpu"], "sklearn": ["scikit-learn"]}  # also where they are not installed
+    distributions = known | dict(packages_distributions())
     needed = {distributions.get(module, [module])[0].lower().replace("_", "-") for module in used}
 
     def names(requirements: list[str]) -> set[str]:

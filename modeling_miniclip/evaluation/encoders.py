@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from ..configuration_miniclip import MiniClipConfig
 from ..errors import MiniClipError, ModelError, UsageError, one_line
-from ..inference.encode import encode_batches, encode_images, encode_texts, open_image
+from ..inference.encode import encode_batches, encode_features, encode_images, encode_texts, open_image
 from ..inference.loading import export_hint, load_export
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
@@ -33,6 +33,10 @@ class ClipEncoder(Protocol):
         """Embed images, in any form that [`open_image`][modeling_miniclip.inference.encode.open_image] takes."""
         ...
 
+    def image_features(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
+        """What the image tower returns before the projection, `[n, width]`; of open_clip the embeddings."""
+        ...
+
     def encode_texts(self, texts: list[str], batch_size: int, progress: bool) -> Tensor:
         """Embed texts, truncating those that are too long."""
         ...
@@ -47,6 +51,9 @@ class MiniClipEncoder:
 
     def encode_images(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
         return encode_images(self.model, images, self.processor, batch_size, progress)
+
+    def image_features(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
+        return encode_features(self.model, images, self.processor, batch_size, progress)
 
     def encode_texts(self, texts: list[str], batch_size: int, progress: bool) -> Tensor:
         return encode_texts(self.model, texts, self.processor, batch_size, progress)
@@ -65,6 +72,18 @@ class TransformersEncoder:
             return _features(self.model.get_image_features(**inputs.to(self.model.device)))
 
         return encode_batches(self.model, images, embed, batch_size, "images", progress)
+
+    def image_features(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
+        tower = getattr(self.model, "vision_model", None)
+
+        def pool(batch: list[Any]) -> Tensor:
+            inputs = self.processor(images=[open_image(image) for image in batch], return_tensors="pt")
+            pooled = tower(**inputs.to(self.model.device)).pooler_output
+            return pooled.flatten(1)
+
+        if tower is None:
+            return self.encode_images(images, batch_size, progress)
+        return encode_batches(self.model, images, pool, batch_size, "images", progress)
 
     def encode_texts(self, texts: list[str], batch_size: int, progress: bool) -> Tensor:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", LONGEST_TEXT)
@@ -96,6 +115,9 @@ class OpenClipEncoder:
             return normalize(self.model.encode_image(pixels.to(self.device)), dim=-1)  # type: ignore[operator]
 
         return encode_batches(self.model, images, embed, batch_size, "images", progress)
+
+    def image_features(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
+        return self.encode_images(images, batch_size, progress)
 
     def encode_texts(self, texts: list[str], batch_size: int, progress: bool) -> Tensor:
         def embed(batch: list[str]) -> Tensor:

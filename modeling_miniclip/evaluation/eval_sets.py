@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from datasets import Image as UndecodedImage
@@ -122,9 +123,43 @@ class EvalSet:
             skipped=self.skipped | {self.image_ids[row]: reason for row, reason in unreadable.items()},
         )
 
+    def part(self, name: str, rows: list[int]) -> "EvalSet":
+        """Some images of a classification set as a split."""
+        return replace(
+            self,
+            split=name,
+            images=[self.images[row] for row in rows],
+            image_ids=[self.image_ids[row] for row in rows],
+            image_group=self.image_group[rows],
+        )
+
     def open(self, row: int) -> Image.Image:
         """Open the image of a row, as RGB."""
         return open_image(self.images[row])
+
+
+class ReadableImages:
+    """Opens the images of a set one after the other, and leaves out those that cannot be read.
+
+    Args:
+        data: set with the images.
+    """
+
+    def __init__(self, data: EvalSet):
+        self.data = data
+        self.unreadable: dict[int, str] = {}  # rows found so far, with the reason
+
+    def __len__(self) -> int:
+        return len(self.data.image_ids)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        for row in range(len(self)):
+            try:
+                image = self.data.open(row)
+            except DataError as error:
+                self.unreadable[row] = str(error)
+            else:
+                yield image
 
 
 def load_eval_set(
@@ -199,6 +234,54 @@ def load_class_folders(source: str, flag: str) -> EvalSet:
         return _class_folders(folder, None, None, TRAINING_SPLITS)
 
 
+def probe_sets(
+    source: str, fraction: float = 0.1, seed: int = 0, class_names: str | os.PathLike | None = None
+) -> dict[str, EvalSet]:
+    """Load class folders as `train` and `test`, and `validation` if there is one in addition, for a linear probe.
+
+    Args:
+        source: folder with one folder of images per class and no captions, optionally inside one folder per split.
+        fraction: fraction of the images of each class for `test`, if there are no splits.
+        seed: random seed of these images.
+        class_names: as for [`load_eval_set`].
+
+    Raises:
+        DataError: there are no class folders, no images to train or to test on, or a split has other classes.
+    """
+    folder = Path(source).expanduser()
+    with _listable(folder):
+        if not _holds_class_folders(folder):
+            raise DataError(
+                f"--linear_probe {source}: expected a folder with at least two folders of images, one for each class, "
+                "and without captions"
+            )
+        by_split = _split_folders(folder)
+        if by_split is None:
+            return _split_classes(_class_folders(folder, None, class_names), fraction, seed)
+        others = [name for name in ("test", "validation") if name in by_split]
+        if "train" not in by_split or not others:
+            raise DataError(f"--linear_probe {source}: expected folders train and test, found {', '.join(by_split)}")
+        parts = {"train": _class_folders(folder, "train", class_names)}
+        parts |= dict(zip(("test", "validation"), [_class_folders(folder, name, class_names) for name in others],
+                          strict=False))  # fmt: skip
+    for name, part in parts.items():
+        if part.texts != parts["test"].texts:
+            raise DataError(f"--linear_probe {source}: the class folders of {name} are not those of the others")
+    return parts
+
+
+def _split_classes(data: EvalSet, fraction: float, seed: int) -> dict[str, EvalSet]:
+    """`train` and `test` with the same fraction of each class."""
+    order, test = np.random.default_rng(seed).permutation(len(data.image_ids)), np.zeros(len(data.image_ids), bool)
+    label = data.image_group.numpy()
+    for number, name in enumerate(data.texts):
+        rows = order[label[order] == number]
+        if len(rows) < 2:
+            raise DataError(f"--linear_probe {data.name}: class {name!r} has one image, which cannot be in two splits")
+        test[rows[: min(len(rows) - 1, max(1, round(fraction * len(rows))))]] = True
+    return {name: data.part(name, np.flatnonzero(rows).tolist()) for name, rows in (("train", ~test), ("test", test))}
+
+
 @contextmanager
 def _listable(folder: Path) -> Iterator[None]:
     try:
@@ -225,14 +308,20 @@ def _holds_class_folders(folder: Path) -> bool:
     return kind is not None and kind.groups_are_classes
 
 
+def _split_folders(root: Path) -> dict[str, Path] | None:
+    """Folders of splits by the names of these; None if there are other folders."""
+    found = {SPLIT_ALIASES.get(name.lower(), name.lower()): root / name for name in subfolders(root)}
+    return found if set(found) <= set(SPLITS) else None
+
+
 def _class_folders(
     root: Path,
     split: str | None,
     class_names: str | os.PathLike | None,
     automatic: Sequence[str] = AUTOMATIC_SPLITS,
 ) -> EvalSet:
-    by_split = {SPLIT_ALIASES.get(name.lower(), name.lower()): root / name for name in subfolders(root)}
-    if not set(by_split) <= set(SPLITS):
+    by_split = _split_folders(root)
+    if by_split is None:
         if split not in (None, ALL):
             raise DataError(
                 f"{root}: --split {split}, but its folders are {', '.join(subfolders(root)[:5])}: "

@@ -2,23 +2,24 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 from torch import Tensor
 
 from ..data.skipped import describe_skipped
 from ..errors import DataError
 from ..utils.files import check_new_folder, replaced_folder
 from ..utils.html import table
+from .by_length import length_table, recall_by_length
 from .encoders import ClipEncoder, open_encoder
-from .eval_sets import EvalSet
+from .eval_sets import EvalSet, ReadableImages
 from .failure_page import failure_page
+from .linear_probe import PROBE_NOTE, check_probe, linear_probe, probe_table
 from .metrics import Ranking, metrics_of_ranks, named_intervals, rank_keys, resampled_recalls
 from .order_page import order_page
 from .order_pairs import OrderPairs, load_pairs
@@ -58,6 +59,7 @@ def evaluate_model(
     progress: bool = False,
     order_test: bool | str | os.PathLike = False,
     image_dir: str | os.PathLike | None = None,
+    probe: Mapping[str, EvalSet] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model, or compare two on the same queries.
 
@@ -73,16 +75,23 @@ def evaluate_model(
         order_test: whether to compare captions with the same ones with words swapped, or a file of true and false
             captions, see [`read_pairs`][modeling_miniclip.evaluation.order_pairs.read_pairs].
         image_dir: folder of the images of that file.
+        probe: class folders to train linear probes on, from
+            [`probe_sets`][modeling_miniclip.evaluation.eval_sets.probe_sets], or None.
 
     Returns:
         `model`, `dataset`, `split`, `images`, `texts`, `metrics` (recalls in percent, median ranks, `rsum`) and their
-        95 % `intervals` from a bootstrap over images; with a baseline also `baseline`, `baseline_metrics`,
-        `baseline_intervals`, the `difference` of the recalls (model minus baseline) and its `difference_intervals`
-        from the paired bootstrap; with an order test `order_test` and `baseline_order_test`, see
+        95 % `intervals` from a bootstrap over images; for captions `by_caption_length`, see
+        [`recall_by_length`][modeling_miniclip.evaluation.by_length.recall_by_length].
+
+        With a baseline also `baseline`, `baseline_metrics`, `baseline_intervals`, the `difference` of the recalls
+        (model minus baseline) and its `difference_intervals` from the paired bootstrap; what follows has its
+        `baseline_...` too. With an order test `order_test`, see
         [`order_report`][modeling_miniclip.evaluation.order_test.order_report], and in the folder also `order_test.csv`
-        (all pairs with their scores) and `order_test.html` (some of them). If images could not be read, or folders not
-        be listed, they are left out of everything else: `skipped` has their names and the reasons, and `warning` a
-        sentence about them.
+        (all pairs with their scores) and `order_test.html` (some of them). With `probe` `linear_probe`, see
+        [`linear_probe`][modeling_miniclip.evaluation.linear_probe.linear_probe].
+
+        If images could not be read, or folders not be listed, they are left out of everything else: `skipped` has
+        their names and the reasons, and `warning` a sentence about them.
 
     Raises:
         ModelError: a model does not load.
@@ -92,6 +101,8 @@ def evaluate_model(
     target = None if output_dir is None else Path(output_dir)
     if target is not None:
         check_new_folder(target, "--output_dir ", allowed=(*FILES, *ORDER_FILES))
+    if probe is not None:
+        check_probe()
     pairs = load_pairs(data, order_test, image_dir)
     named = [("MODEL", model)] + ([("--baseline", baseline)] if baseline is not None else [])
     encoders = [open_encoder(name, flag) for flag, name in named]  # open both before the long work starts
@@ -112,6 +123,10 @@ def evaluate_model(
         report["warning"] = describe_skipped(data.skipped, len(data.image_ids) + len(data.skipped), data.unlisted)
     for other in theirs:
         report |= {"baseline": baseline, **_comparison(ours, other, names, data)}
+    if not data.is_classification:
+        for name, each in zip(("by_caption_length", "baseline_by_caption_length"), scores, strict=False):
+            rank, image_of = each.rankings["text_to_image"].rank, data.image_of_query("text_to_image")
+            report[name] = recall_by_length(data.texts, rank, image_of, data.at)
     order = []
     if pairs is not None:
         if order_test is True:  # without the images that could not be read
@@ -121,6 +136,12 @@ def evaluate_model(
             order.append(score_pairs(encoder, pairs, embeds, batch_size, progress))
         for name, found in zip(("order_test", "baseline_order_test"), order, strict=False):
             report[name] = order_report(pairs, found)
+    if probe is not None:
+        for name, encoder in zip(("linear_probe", "baseline_linear_probe"), encoders, strict=False):
+            report[name] = linear_probe(encoder, probe, templates, batch_size, progress)
+        if skipped := report["linear_probe"]["skipped"]:
+            images = sum(report["linear_probe"][f"{name}_images"] for name in ("train", "test"))
+            report.setdefault("warning", describe_skipped(skipped, images + len(skipped), {}))
     if target is not None:
         _write_results(target, report, data, scores, pairs, order)
     return report
@@ -139,7 +160,10 @@ def _write_results(
     with replaced_folder(target) as fresh:
         (fresh / FILES[0]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         write_queries(fresh / FILES[1], data, ours, theirs[0] if theirs else {})
-        gallery = failure_page(report, data, ours, table(*table_of(report)))
+        figures = table(*table_of(report))
+        if "by_caption_length" in report:
+            figures += table(*length_table(report))
+        gallery = failure_page(report, data, ours, figures)
         (fresh / FILES[2]).write_text(gallery, encoding="utf-8")
         if pairs is not None:
             names = data.image_ids if pairs.images is data.images else None
@@ -160,30 +184,6 @@ def _score_models(
             texts, data = texts[data.kept_texts(unreadable)], data.without(unreadable)
         scores.append(score_model(texts, images, data))
     return scores, data
-
-
-class ReadableImages:
-    """Opens the images of a set one after the other, and leaves out those that cannot be read.
-
-    Args:
-        data: set with the images.
-    """
-
-    def __init__(self, data: EvalSet):
-        self.data = data
-        self.unreadable: dict[int, str] = {}  # rows found so far, with the reason
-
-    def __len__(self) -> int:
-        return len(self.data.image_ids)
-
-    def __iter__(self) -> Iterator[Image.Image]:
-        for row in range(len(self)):
-            try:
-                image = self.data.open(row)
-            except DataError as error:
-                self.unreadable[row] = str(error)
-            else:
-                yield image
 
 
 def embed_set(
@@ -346,6 +346,12 @@ def format_report(report: dict[str, Any]) -> str:
         *_aligned(*table_of(report)),
         "in brackets: 95 % confidence interval (bootstrap over images)",
     ]
+    if "by_caption_length" in report:
+        lines += ["", "text to image by length of the caption:", *_aligned(*length_table(report))]
+    if (probe := report.get("linear_probe")) is not None:
+        sizes = f"{probe['train_images']:,} images for training and {probe['test_images']:,} for testing"
+        lines += ["", f"linear probe, {probe['dataset']}: {probe['classes']} classes, {sizes}",
+                  *_aligned(*probe_table(report)), PROBE_NOTE]  # fmt: skip
     for name, model in (("order_test", "model"), ("baseline_order_test", "baseline")):
         if name in report:
             lines += [

@@ -102,6 +102,17 @@ def encode_images(
     return encode_batches(model, images, embed, batch_size, "images", progress)
 
 
+def encode_features(
+    model: MiniClipModel, images: Iterable[Any], processor: MiniClipProcessor, batch_size: int, progress: bool
+) -> Tensor:
+    """`[images, width]` outputs of the image tower, before the projection; arguments as in [`encode_images`]."""
+
+    def pool(batch: list[Any]) -> Tensor:
+        return model.pool_images(_pixel_values([open_image(image) for image in batch], processor, model.device))[0]
+
+    return encode_batches(model, images, pool, batch_size, "images", progress)
+
+
 def _pixel_values(images: list[Image.Image], processor: MiniClipProcessor, device: torch.device) -> Tensor:
     """The processor's `pixel_values`, computed as in training, which is faster, if the result is the same."""
     settings = processor.image_processor

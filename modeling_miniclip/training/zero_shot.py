@@ -5,7 +5,7 @@ import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ from ..evaluation.zero_shot import class_sentences
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from ..utils.names import is_utf8
+from .bad_images import BadImages
 from .command_line.arguments import TrainingArguments
 from .processes.distributed import compute_on_main, gather_rows
 from .reports.reporting import say
@@ -37,9 +38,6 @@ from .towers.features import (
     frozen_image_features,
     frozen_text_features,
 )
-
-if TYPE_CHECKING:
-    from .run import TrainingRun
 
 SPLIT = "zero_shot_dataset"  # its name among the splits, for images that cannot be decoded
 
@@ -143,20 +141,30 @@ def image_table(data: EvalSet) -> Dataset:
     )
 
 
-def measure_zero_shot(run: "TrainingRun") -> tuple[dict[str, float], Tensor | None]:
+def measure_zero_shot(
+    zero_shot: ZeroShotSet | None,
+    model: MiniClipModel,
+    processor: MiniClipProcessor,
+    accelerator: Accelerator,
+    bad_images: BadImages,
+) -> tuple[dict[str, float], Tensor | None]:
     """Classify all images; every process must call it.
+
+    Args:
+        zero_shot: images and classes, or None.
+        model, processor, accelerator: those of the run.
+        bad_images: where images that cannot be decoded are recorded.
 
     Returns:
         `zero_shot_top-1` and, with more than five classes, `zero_shot_top-5` in percent, and `[images]`, the rank of
         the right class of each; nothing without `--zero_shot_dataset`.
     """
-    if (zero_shot := run.zero_shot) is None:
+    if zero_shot is None:
         return {}, None
-    model, device, is_main = run.unwrapped_model, run.accelerator.device, run.accelerator.is_main_process
-    record = partial(run.bad_images.record_undecodable, SPLIT)
-    images = embed_images(model, zero_shot.loader, run.processor, device, is_main, record)
-    classes = embed_classes(zero_shot, model, run.processor, run.accelerator)
-    label = zero_shot.data.image_group[run.bad_images.good_rows(SPLIT)]
+    is_main, record = accelerator.is_main_process, partial(bad_images.record_undecodable, SPLIT)
+    images = embed_images(model, zero_shot.loader, processor, accelerator.device, is_main, record)
+    classes = embed_classes(zero_shot, model, processor, accelerator)
+    label = zero_shot.data.image_group[bad_images.good_rows(SPLIT)]
     rank = compute_on_main(lambda: ranks(images, classes, label, torch.arange(len(classes))), is_main)
     return {f"zero_shot_top-{k}": 100 * (rank <= k).double().mean().item() for k in zero_shot.data.at}, rank
 

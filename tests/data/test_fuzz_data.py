@@ -17,8 +17,7 @@ from modeling_miniclip import load_captions
 from modeling_miniclip.data.problems import raise_problem
 from modeling_miniclip.data.readers.caption_file import read_table
 from modeling_miniclip.data.rows import ReadOptions
-from modeling_miniclip.evaluation.eval_sets import load_eval_set
-from modeling_miniclip.evaluation.evaluate import ReadableImages
+from modeling_miniclip.evaluation.eval_sets import ReadableImages, load_eval_set
 from modeling_miniclip.utils.names import path_of
 from tests.data.test_recognise import OTHERS
 from tests.helpers.fuzzing import CAPTIONS, NASTY, TEXT, cases, damaged, fuzz, result_or_error
