@@ -5,8 +5,12 @@
     python benchmarks/ablation.py tuned --dataset FLICKR8K --model_name_or_path HEADS_OF_2000/export
     python benchmarks/ablation.py full --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
 
+    python benchmarks/ablation.py full --seeds 3 ...    # at least three seeds of each variant
+    python benchmarks/ablation.py heads --table         # trains nothing, only writes the table again
+
 Adds one line per run to `<experiment>.jsonl`, skipping runs that are recorded already, and writes `<experiment>.md`.
 Variants are compared by the largest rsum of their epochs, because the losses of different variants are not comparable.
+The difference of each variant from the first one is paired: equal seeds have equal batches, captions and crops.
 """
 
 import gc
@@ -15,11 +19,13 @@ import json
 import statistics
 import sys
 import tempfile
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modeling_miniclip.configuration_miniclip import LOSS_TYPES
+from modeling_miniclip.evaluation.metrics import student_interval
 from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.utils.performance import release_freed_memory
 from train_miniclip import prepare, train
@@ -138,24 +144,48 @@ def measure_run(argv: list[str], flags: dict[str, Any], settings: dict[str, Any]
         run = prepare(parse_arguments([*argv, *(f"--{name}={value}" for name, value in values.items())]))
         train(run)
         lines = [json.loads(line) for line in run.log.path.read_text(encoding="utf-8").splitlines()]
-    best = max((line for line in lines if line["split"] == "validation"), key=lambda line: line["rsum"])
+    validations = (line for line in lines if line["split"] == "validation" and line["step"] > 0)
+    best = max(validations, key=lambda line: line["rsum"])
     return {**settings, **{name: best[name] for name in best if "R@" in name or name in ("epoch", "rsum")}}
 
 
 def table(experiment: Experiment, lines: list[dict[str, Any]]) -> str:
     """Markdown table with a row for each variant that has been run."""
-    heads = ["variant", "seeds", *(name.replace("_", " ") for name in COLUMNS)]
+    heads = ["variant", "seeds", "rsum", "difference", "is one?", *(name.replace("_", " ") for name in COLUMNS[1:])]
+    first = rsum_by_seed(experiment.variants[0][0], lines)
     rows = [heads, ["---"] * len(heads)]
     for settings, _ in experiment.variants:
         runs = [line for line in lines if settings_of(line) == settings]
         if runs:
-            numbers = ([run[name] for run in runs] for name in COLUMNS)
-            rows.append([label(settings), str(len(runs)), *(spread(values) for values in numbers)])
+            rsum, *others = (spread([run[name] for run in runs]) for name in COLUMNS)
+            compared = difference(rsum_by_seed(settings, lines), first) if len(rows) > 2 else ("", "")
+            rows.append([label(settings), str(len(runs)), rsum, *compared, *others])
     about = (
         f"Written by `benchmarks/ablation.py`: {MEASURED}. {experiment.text} Figures are the mean and standard "
-        "deviation over seeds, each at the epoch with the largest rsum, which is chosen on the split that is measured."
+        "deviation over seeds, each at the epoch with the largest rsum, chosen on the split that is measured. "
+        "The difference in rsum from the first row is the mean over the seeds that both have, with a paired 95 % "
+        "interval (Student's t): it is one if the interval leaves out zero, and one seed does not show it. Of many "
+        "rows without any difference, one in twenty seems to have one."
     )
     return f"# {experiment.title}\n\n{about}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def rsum_by_seed(settings: dict[str, Any], lines: list[dict[str, Any]]) -> dict[int, float]:
+    """The rsum of the runs of a variant, by seed."""
+    return {line["seed"]: line["rsum"] for line in lines if settings_of(line) == settings}
+
+
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[str, str]:
+    """The paired difference of two variants with its interval, and whether it is one.
+
+    Args:
+        ours, theirs: rsum by seed.
+    """
+    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if len(pairs) < 2:
+        return (f"{pairs[0]:+.1f}" if pairs else ""), "unknown"
+    low, high = student_interval(pairs)
+    return f"{statistics.mean(pairs):+.1f} [{low:+.1f}, {high:+.1f}]", "yes" if low > 0 or high < 0 else "no"
 
 
 def label(settings: dict[str, Any]) -> str:
@@ -176,7 +206,12 @@ def spread(values: list[float]) -> str:
 def main(name: str, argv: list[str]) -> None:
     """Run every variant that is not recorded yet, then write the table."""
     experiment, path = EXPERIMENTS[name], HERE / f"{name}.jsonl"
-    todo = [{**settings, "seed": seed} for settings, seeds in experiment.variants for seed in range(seeds)]
+    options = ArgumentParser(allow_abbrev=False, add_help=False)
+    options.add_argument("--seeds", type=int, default=1)
+    options.add_argument("--table", action="store_true")
+    own, argv = options.parse_known_args(argv)
+    counts = [(settings, 0 if own.table else max(seeds, own.seeds)) for settings, seeds in experiment.variants]
+    todo = [{**settings, "seed": seed} for settings, seeds in counts for seed in range(seeds)]
     for settings in todo:
         if not any({**settings_of(line), "seed": line["seed"]} == settings for line in recorded(path)):
             line = measure_run(argv, experiment.flags, settings)

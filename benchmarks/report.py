@@ -46,9 +46,8 @@ def best_validation(name: str) -> dict[str, Any]:
     """The validation metrics of the exported epoch."""
     lines = [json.loads(line) for line in (HERE / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     sign = -1 if RUNS[name].best_metric == "loss" else 1
-    return max(
-        (line for line in lines if line["split"] == "validation"), key=lambda x: sign * x[RUNS[name].best_metric]
-    )
+    trained = (line for line in lines if line["split"] == "validation" and line["step"] > 0)
+    return max(trained, key=lambda line: sign * line[RUNS[name].best_metric])
 
 
 def minutes(name: str) -> float:

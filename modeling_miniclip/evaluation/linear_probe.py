@@ -18,12 +18,11 @@ from torch import Tensor
 from ..errors import MiniClipError
 from .encoders import ClipEncoder
 from .eval_sets import EvalSet, ReadableImages
-from .metrics import named_intervals, ranks, resampled_recalls
+from .metrics import named_intervals, ranks, resampled_recalls, student_interval
 from .zero_shot import ensemble_weights
 
 SHOTS = (1, 4, 16)  # training images per class
 DRAWS = 10  # of these images
-STUDENT = 2.262  # 97.5 % quantile of Student's t with DRAWS - 1 degrees of freedom
 ITERATIONS = 1000
 PROBE_NOTE = "in brackets: 95 % interval, over draws of the images per class, or over test images if there is one draw"
 COARSE = tuple(10.0**power for power in range(-6, 7, 2))  # inverse strength of the regularisation
@@ -139,9 +138,8 @@ def few_shot(sets: ProbeSets, shots: int, seed: int) -> dict[str, Any]:
         drawn = sets.train[0][rows], sets.train[1][rows]
         c = best_c(drawn, sets.chosen_by) if c is None else c
         accuracy.append(100 * float(fit(drawn, c).score(*sets.test)))
-    mean, error = float(np.mean(accuracy)), float(np.std(accuracy, ddof=1) / np.sqrt(DRAWS))
-    half = STUDENT * error
-    return {"images_per_class": str(shots), "top-1": mean, "interval": (mean - half, mean + half), "draws": DRAWS}
+    mean = float(np.mean(accuracy))
+    return {"images_per_class": str(shots), "top-1": mean, "interval": student_interval(accuracy), "draws": DRAWS}
 
 
 def _of_test_images(right: Tensor) -> dict[str, Any]:

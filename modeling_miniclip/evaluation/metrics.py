@@ -253,6 +253,41 @@ def named_intervals(
     return {name: (low[i], high[i]) for i, name in enumerate(names)}
 
 
+def student_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the mean of a few independent values (Student 1908), for differences a paired one.
+
+    Args:
+        values: at least two values.
+        confidence: probability that an interval made like this has the true mean.
+    """
+    freedom, mean = len(values) - 1, math.fsum(values) / len(values)
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / freedom / len(values))
+    half = error * student_quantile((1 + confidence) / 2, freedom)
+    return mean - half, mean + half
+
+
+def student_quantile(probability: float, freedom: int) -> float:
+    """Quantile of Student's t above its median, found by bisection of its exact distribution."""
+
+    def below(t: float) -> float:  # Abramowitz & Stegun (1964), 26.7.3 and 26.7.4
+        angle = math.atan(t / math.sqrt(freedom))
+        term = total = 1.0 if freedom % 2 == 0 else math.cos(angle)
+        for k in range(2 if freedom % 2 == 0 else 3, freedom - 1, 2):
+            term *= math.cos(angle) ** 2 * (k - 1) / k
+            total += term
+        if freedom % 2 == 0:
+            return 0.5 + math.sin(angle) * total / 2
+        return 0.5 + (angle + (math.sin(angle) * total if freedom > 1 else 0.0)) / math.pi
+
+    low, high = 0.0, 1.0
+    while below(high) < probability:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < probability else (low, middle)
+    return high
+
+
 def dataset_loss(
     image_embeds: Tensor,
     text_embeds: Tensor,

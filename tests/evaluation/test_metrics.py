@@ -22,6 +22,8 @@ from modeling_miniclip.evaluation.metrics import (
     is_better,
     ranks,
     recall_intervals,
+    student_interval,
+    student_quantile,
     validation_metrics,
 )
 from modeling_miniclip.retrieval_metric import RetrievalMetric
@@ -361,3 +363,15 @@ def test_intervals_enclose_metrics_and_vanish_at_perfection() -> None:
     metrics, intervals = retrieval_metrics(*embeddings), recall_intervals(*embeddings)
     assert set(intervals) == {name for name in metrics if "R@" in name or name == "rsum"}
     assert all(low <= metrics[name] <= high and low < high for name, (low, high) in intervals.items())
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (200, 1.972)]
+)
+def test_quantiles_of_student_are_those_of_tables(freedom: int, quantile: float) -> None:
+    assert student_quantile(0.975, freedom) == pytest.approx(quantile, abs=6e-4)
+
+
+def test_student_interval_worked_by_hand() -> None:
+    assert student_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert student_interval([5.0, 5.0]) == (5.0, 5.0)

@@ -1,0 +1,33 @@
+"""The tables of `benchmarks/ablation.py`."""
+
+import pytest
+
+from benchmarks.ablation import EXPERIMENTS, HERE, Experiment, difference, recorded, table
+
+
+def test_differences_are_paired_by_seed() -> None:
+    theirs = {0: 300.0, 1: 310.0, 2: 290.0}
+    # differences 1, 2 and 3: mean 2, standard error 0.577, t of two degrees of freedom 4.303
+    assert difference({0: 301.0, 1: 312.0, 2: 293.0}, theirs) == ("+2.0 [-0.5, +4.5]", "no")
+    assert difference({2: 292.9, 1: 313.0, 0: 303.1, 7: 0.0}, theirs) == ("+3.0 [+2.8, +3.2]", "yes")
+    assert difference({0: 290.0}, theirs) == ("-10.0", "unknown") and difference({9: 1.0}, theirs) == ("", "unknown")
+
+
+def test_table_compares_each_variant_with_the_first() -> None:
+    def line(rsum: float, seed: int, **settings: float) -> dict[str, float]:
+        recalls = {f"{d}_R@{k}": 1.0 for d in ("text_to_image", "image_to_text") for k in (1, 10)}
+        return {**settings, "seed": seed, "rsum": rsum, "epoch": 1.0, **recalls}
+
+    experiment = Experiment("Title", "Text.", {}, [({}, 2), ({"lr": 0.5}, 2), ({"lr": 0.1}, 1)])
+    lines = [line(300, 0), line(310, 1), line(303.1, 0, lr=0.5), line(312.9, 1, lr=0.5)]
+    rows = [row.split(" | ")[:5] for row in table(experiment, lines).splitlines() if row.startswith("| ")][2:]
+    assert rows == [
+        ["| unchanged", "2", "305.0 ± 7.1", "", ""],
+        ["| `lr` 0.5", "2", "308.0 ± 6.9", "+3.0 [+1.7, +4.3]", "yes"],
+    ]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_recorded_tables_are_those_of_their_runs(name: str) -> None:
+    page = (HERE / f"{name}.md").read_text(encoding="utf-8")
+    assert page == table(EXPERIMENTS[name], recorded(HERE / f"{name}.jsonl"))
