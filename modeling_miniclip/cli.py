@@ -106,7 +106,7 @@ def declare_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "dataset", metavar="DATASET", help="caption file, folder, shards or Hub dataset, as for training"
     )
-    parser.add_argument("--validation_dataset", metavar="DATASET", help=TRAINING_HELP["validation_dataset"])
+    parser.add_argument("--validation_dataset", nargs="+", metavar="DATASET", help=TRAINING_HELP["validation_dataset"])
     declare_dataset(parser)
     parser.add_argument("--revision", help=TRAINING_HELP["dataset_revision"])
     parser.add_argument(

@@ -123,7 +123,7 @@ def load_datasets(
     options: ReadOptions = DEFAULT,
     split: SeededSplit = SEEDED,
     cache_dir: str | os.PathLike | None = None,
-    validation: str | None = None,
+    validation: Sequence[str] | None = None,
     max_damaged: float = 0.0,
 ) -> Splits:
     """Load several sources as one; their rows follow each other in each split.
@@ -131,7 +131,7 @@ def load_datasets(
     Args:
         sources: sources as for [`load_rows`].
         options, split, cache_dir, max_damaged: as for [`load_rows`].
-        validation: source of all validation rows; by default, each source has its own.
+        validation: sources of all validation rows; by default, each source has its own.
 
     Raises:
         DataError: as in [`load_rows`], or a source has no rows to train on.
@@ -141,15 +141,16 @@ def load_datasets(
         if "train" not in part:
             text = f"no train split among {', '.join(part)}; name one of them train"
             raise DataError(Problem("unusable", text, source))
-    if validation is not None:
-        whole = load_rows(validation, options, None, cache_dir, max_damaged)
-        rows = next(whole[name] for name in ("validation", "test", "train") if name in whole)
-        parts = [DatasetDict({name: part[name] for name in part if name != "validation"}) for part in parts]
-        parts[0]["validation"] = rows
+    by_split = {name: [part.get(name) for part in parts] for name in SPLITS if any(name in part for part in parts)}
+    if validation:
+        others = [load_rows(source, options, None, cache_dir, max_damaged) for source in validation]
+        by_split["validation"] = [
+            next(part[name] for name in ("validation", "test", "train") if name in part) for part in others
+        ]
     sizes = {
-        name: [len(part.get(name, ())) for part in parts] for name in SPLITS if any(name in part for part in parts)
+        name: [0 if rows is None else len(rows) for rows in by_split[name]] for name in SPLITS if name in by_split
     }
-    joined = {name: [part[name] for part in parts if name in part] for name in sizes}
+    joined = {name: [rows for rows in by_split[name] if rows is not None] for name in sizes}
     splits = Splits({name: some[0] if len(some) == 1 else concatenate_datasets(some) for name, some in joined.items()})
     splits.sizes, splits.samples = sizes, {}
     return splits

@@ -242,6 +242,10 @@ def test_validation_images_of_another_file_are_checked(good: Path) -> None:
     assert sizes.items() <= report.figures.items()
     (leak,) = report.problems
     assert leak.kind == "two-splits" and leak.text.startswith("image '0.png of ") and "of train" in leak.text
+    both = [str(good.parent / "val.csv"), str(good.parent / "other.csv")]
+    (good.parent / "other.csv").write_text("image,caption\n1.png,a\n2.png,b\n")
+    report = check(str(good), num_workers=0, batch_size=8, validation_dataset=both)
+    assert report.figures["images_in_validation"] == 15 and len(report.problems) == 3
     with pytest.raises(UsageError, match="--fix writes a copy of one dataset"):
         check(str(good), validation_dataset="scenes", fix=str(good.parent / "fixed.csv"))
     with pytest.raises(UsageError, match="--validation_fraction must be between 0 and 1, not 1"):

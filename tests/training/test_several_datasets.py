@@ -11,6 +11,7 @@ from modeling_miniclip.data.load_rows import Splits
 from modeling_miniclip.data.loading.mixing import Mixture
 from modeling_miniclip.data.loading.order import Shuffled, ShuffledInWindows
 from modeling_miniclip.data.shards import split_shards
+from modeling_miniclip.errors import UsageError
 from modeling_miniclip.evaluation.metrics import validation_metrics
 from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.reports.several_datasets import part_of_embeddings, validation_parts
@@ -65,6 +66,22 @@ def test_part_of_embeddings_is_that_of_its_images_alone() -> None:
     assert torch.equal(found[0], images[[1, 3, 4]])
     assert found[1][:, 0].tolist() == [1, 2, 4, 5, 6] and found[2].tolist() == [0, 0, 1, 2, 2]
     assert validation_metrics(*found, 1.0)["loss"] > 0
+
+
+def test_each_validation_set_is_reported_alone_and_with_the_others(tmp_path: Path) -> None:
+    sets = [str(write_scene_folder(tmp_path / name, count)) for name, count in (("one", 3), ("two", 5))]
+    main([*flags(tmp_path, max_steps=1, eval_steps=1), "--validation_dataset", *sets])
+    together, *alone = metrics_of(tmp_path / "run")[1:]
+    assert together["split"] == "validation" and [line["split"] for line in alone] == [
+        f"validation of {name}" for name in sets
+    ]
+    assert all(line["loss"] < together["loss"] for line in alone), "there are fewer wrong answers"
+    saved = (tmp_path / "run" / "arguments.yaml").read_text()
+    assert f"validation_dataset:\n- {sets[0]}\n- {sets[1]}\n" in saved
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "--validation_dataset captions.csv captions.csv" in card and "| validation | 8 | 40 |" in card
+    with pytest.raises(UsageError, match="--validation_dataset names a.csv twice"):
+        two_sets("--validation_dataset", "a.csv", "a.csv")
 
 
 @pytest.mark.slow

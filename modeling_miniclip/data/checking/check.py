@@ -54,7 +54,7 @@ def check(
     num_workers: int = 2,
     allow_outside_images: bool = False,
     fix: str | None = None,
-    validation_dataset: str | None = None,
+    validation_dataset: str | Sequence[str] | None = None,
     caption_template: str = ReadOptions.caption_template,
     revision: str | None = None,
 ) -> Report:
@@ -69,7 +69,7 @@ def check(
         num_workers: number of processes that decode images.
         fix: path of a new CSV with only the valid rows, where the captions of identical files are joined; a report is
             written next to it.
-        validation_dataset: source of all validation images.
+        validation_dataset: source of all validation images, or several.
 
     Raises:
         DataError: the dataset does not exist or cannot be loaded from the Hub.
@@ -77,6 +77,7 @@ def check(
     """
     target = fix_target(fix) if fix else None
     _check_options(batch_size, validation_fraction, fix, validation_dataset)
+    validation = [validation_dataset] if isinstance(validation_dataset, str) else validation_dataset
     columns = ColumnNames(image_column, caption_column, allow_outside_images)
     options = ReadOptions(columns, image_dir, revision, caption_template=caption_template)
     split = SeededSplit(validation_fraction, seed)
@@ -84,7 +85,7 @@ def check(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the figures show what is in no split
-            source = read_entries(dataset, options, split, report.problems.append, validation_dataset)
+            source = read_entries(dataset, options, split, report.problems.append, validation)
     except DataError as error:
         if error.problem is None:
             raise
@@ -102,7 +103,7 @@ def check(
 
 
 def _check_options(
-    batch_size: int, validation_fraction: float, fix: str | None, validation_dataset: str | None
+    batch_size: int, validation_fraction: float, fix: str | None, validation_dataset: str | Sequence[str] | None
 ) -> None:
     if batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, not {batch_size}")

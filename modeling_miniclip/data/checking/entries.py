@@ -1,7 +1,7 @@
 """Entries: the images of any source with their captions, and the rows they come from, for `miniclip check`."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -84,7 +84,7 @@ def read_entries(
     options: ReadOptions,
     split: SeededSplit | None,
     on_problem: OnProblem,
-    validation: str | None = None,
+    validation: Sequence[str] | None = None,
 ) -> Entries:
     """Read a source as training does.
 
@@ -93,21 +93,23 @@ def read_entries(
         options: how to read it.
         split: how to split it at random, if it has no validation split; ignored if it has too few images.
         on_problem: function called with each problem.
-        validation: source of all validation images; the dataset's own ones are then in no split.
+        validation: sources of all validation images; the dataset's own ones are then in no split.
 
     Raises:
         DataError: a source cannot be used.
     """
-    if validation is None:
+    if not validation:
         return _read_one(dataset, options, split, on_problem)
-    main, other = (_read_one(source, options, None, on_problem) for source in (dataset, validation))
+    main, *others = (_read_one(source, options, None, on_problem) for source in (dataset, *validation))
     entries = [one._replace(split=NONE) if one.split == "validation" else one for one in main.entries]
     names = {one.name for one in entries}
-    there = {one.split for one in other.entries}
-    held_out = next(name for name in ("validation", "test", "train", NONE) if name in there)
-    for one in other.entries:
-        name = one.name if one.name not in names else f"{one.name} of {validation}"
-        entries.append(one._replace(name=name, split="validation" if one.split == held_out else NONE))
+    for source, other in zip(validation, others, strict=True):
+        there = {one.split for one in other.entries}
+        held_out = next(name for name in ("validation", "test", "train", NONE) if name in there)
+        for one in other.entries:
+            name = one.name if one.name not in names else f"{one.name} of {source}"
+            entries.append(one._replace(name=name, split="validation" if one.split == held_out else NONE))
+        names |= {one.name for one in entries[-len(other.entries) :]}
     return Entries(entries, True, False)
 
 

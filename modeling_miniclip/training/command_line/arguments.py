@@ -42,8 +42,8 @@ class TrainingArguments:
         "with several datasets: the share of each in an epoch, relative to the others; in a recipe, dataset may be a "
         "mapping of datasets to weights (each image once per epoch)",
     )
-    validation_dataset: str | None = _flag(
-        None, "dataset of which all images are used for validation (part of the dataset)"
+    validation_dataset: list[str] | None = _flag(
+        None, "one or several datasets of which all images are used for validation (part of the dataset)"
     )
     zero_shot_dataset: str | None = _flag(
         None, "folder of class folders that each validation classifies by their names: zero_shot_top-1 and -5"

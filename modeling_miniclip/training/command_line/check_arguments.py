@@ -70,6 +70,9 @@ def _check_combinations(arguments: TrainingArguments) -> None:
         raise UsageError(f"{clash} exclude each other: a model comes from a preset, from an export or from two towers")
     _check_hard_negatives(arguments.hard_negatives or [])
     _check_datasets(arguments.dataset or [], arguments.dataset_weights)
+    others = arguments.validation_dataset or []
+    if twice := next((name for name in others if others.count(name) > 1), None):
+        raise UsageError(f"--validation_dataset names {twice} twice; name it once")
     if arguments.num_views is not None and arguments.freeze not in ("vision", "both"):
         raise UsageError("--num_views needs a frozen image tower: add --freeze vision or --freeze both")
     if arguments.num_views is not None and not augmentation_list(arguments):

@@ -20,7 +20,8 @@ def validation_parts(splits: DatasetDict, arguments: TrainingArguments) -> dict[
         return {}
     edges = np.cumsum([0, *splits.sizes["validation"]]).tolist()
     ranges = [range(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
-    parts = {name: rows for name, rows in zip(arguments.dataset, ranges, strict=True) if rows}
+    names = arguments.validation_dataset or arguments.dataset
+    parts = {name: rows for name, rows in zip(names, ranges, strict=True) if rows}
     return parts if len(parts) > 1 else {}
 
 
