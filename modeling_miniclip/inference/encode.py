@@ -108,7 +108,8 @@ def encode_features(
     """`[images, width]` outputs of the image tower, before the projection; arguments as in [`encode_images`]."""
 
     def pool(batch: list[Any]) -> Tensor:
-        return model.pool_images(_pixel_values([open_image(image) for image in batch], processor, model.device))[0]
+        pixels = _pixel_values([open_image(image) for image in batch], processor, model.device)
+        return model.pool_images(pixels).pooler_output
 
     return encode_batches(model, images, pool, batch_size, "images", progress)
 
