@@ -115,9 +115,9 @@ def embed_split(
             parts[name].add(values[batch["text_image_id"] >= 0].to(device))
     release_freed_memory()
     whole = {name: gather_rows(parts.pop(name).rows()).cpu() for name in list(parts)}
-    images, image_id = _in_order(whole.pop("images"), whole["image_id"])
-    texts, text_image_id = _in_order(whole.pop("texts"), whole["text_image_id"])
-    return images, texts, torch.searchsorted(image_id, text_image_id)
+    image_embeds, image_id = _in_order(whole.pop("images"), whole["image_id"])
+    text_embeds, text_image_id = _in_order(whole.pop("texts"), whole["text_image_id"])
+    return image_embeds, text_embeds, torch.searchsorted(image_id, text_image_id)
 
 
 def _in_order(embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
