@@ -1,5 +1,6 @@
 """Folders of images: with metadata files, with a text file next to each image, or with one folder for each class."""
 
+import codecs
 import json
 import os
 import posixpath
@@ -152,13 +153,25 @@ def _relative(path: str, root: Path) -> str:
 
 
 def _count_texts(folder: ListedFolder, pictures: list[str], wanted: str) -> int:
-    """How many pictures have a text file next to them; JSON files count if the first one holds a caption."""
+    """How many pictures have a text file next to them; they count if the first is text, or JSON with a caption."""
     texts = _texts_by_stem(folder)
     found = [texts[stem] for name in pictures if (stem := os.path.splitext(name)[0]) in texts]
-    count = sum(any(name.lower().endswith(".txt") for name in names) for names in found)
+    first = next((name for names in found for name in names if name.lower().endswith(".txt")), None)
+    is_text = first is not None and _is_text(Path(folder.path, first))
+    count = is_text * sum(any(name.lower().endswith(".txt") for name in names) for names in found)
     if found and not count and _captions_of_json(Path(folder.path, found[0][0]), wanted, lambda problem: None)[0]:
         return len(found)
     return count
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file looks like text, in whatever encoding; whoever reads it reports what cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(1024)
+    except OSError:
+        return True
+    return b"\0" not in start or start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
 
 def _texts_by_stem(folder: ListedFolder) -> dict[str, list[str]]:

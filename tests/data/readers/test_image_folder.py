@@ -162,6 +162,15 @@ def test_a_stray_text_file_leaves_class_folders_alone(tmp_path):
     assert not Layout.of(tmp_path).classes
 
 
+def test_a_text_file_that_is_a_picture_is_no_caption(tmp_path):
+    for name in ("cat/1.jpg", "cat/1.txt", "dog/1.jpg", "dog/1.txt"):
+        write(tmp_path / name, b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    assert Layout.of(tmp_path).classes == ["cat", "dog"]
+    write(tmp_path / "cat/1.txt", "a cat".encode("utf-16"))
+    write(tmp_path / "dog/1.txt", "a dog")
+    assert Layout.of(tmp_path).has_texts
+
+
 def test_class_folders_may_be_in_splits(tmp_path):
     files(tmp_path, "train/cat/1.jpg train/dog/1.jpg train/2.jpg val/cat/1.jpg")
     with pytest.warns(UserWarning, match="left out 1 images outside the class folders .first: 'train/2.jpg'."):
