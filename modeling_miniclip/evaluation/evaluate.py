@@ -107,26 +107,7 @@ def evaluate_model(
     named = [("MODEL", model)] + ([("--baseline", baseline)] if baseline is not None else [])
     encoders = [open_encoder(name, flag) for flag, name in named]  # open both before the long work starts
     scores, data = _score_models(encoders, data, templates, batch_size, progress)
-    ours, *theirs = scores
-    names = [data.metric(direction, k) for direction in data.directions for k in data.at]
-    report = {
-        "model": model,
-        "dataset": data.name,
-        "split": data.split,
-        "images": len(data.image_ids),
-        "texts": len(data.texts),
-        "metrics": ours.metrics,
-        "intervals": _intervals(names, ours.recalls, data),
-    }
-    if data.skipped or data.unlisted:
-        report["skipped"] = data.skipped | data.unlisted
-        report["warning"] = describe_skipped(data.skipped, len(data.image_ids) + len(data.skipped), data.unlisted)
-    for other in theirs:
-        report |= {"baseline": baseline, **_comparison(ours, other, names, data)}
-    if not data.is_classification:
-        for name, each in zip(("by_caption_length", "baseline_by_caption_length"), scores, strict=False):
-            rank, image_of = each.rankings["text_to_image"].rank, data.image_of_query("text_to_image")
-            report[name] = recall_by_length(data.texts, rank, image_of, data.at)
+    report = _report_of_scores(model, baseline, scores, data)
     order = []
     if pairs is not None:
         if order_test is True:  # without the images that could not be read
@@ -144,6 +125,31 @@ def evaluate_model(
             report.setdefault("warning", describe_skipped(skipped, images + len(skipped), {}))
     if target is not None:
         _write_results(target, report, data, scores, pairs, order)
+    return report
+
+
+def _report_of_scores(model: str, baseline: str | None, scores: list[ModelScores], data: EvalSet) -> dict[str, Any]:
+    """The report of [`evaluate_model`] as far as it is about retrieval or classification."""
+    ours, *theirs = scores
+    names = [data.metric(direction, k) for direction in data.directions for k in data.at]
+    report: dict[str, Any] = {
+        "model": model,
+        "dataset": data.name,
+        "split": data.split,
+        "images": len(data.image_ids),
+        "texts": len(data.texts),
+        "metrics": ours.metrics,
+        "intervals": _intervals(names, ours.recalls, data),
+    }
+    if data.skipped or data.unlisted:
+        report["skipped"] = data.skipped | data.unlisted
+        report["warning"] = describe_skipped(data.skipped, len(data.image_ids) + len(data.skipped), data.unlisted)
+    for other in theirs:
+        report |= {"baseline": baseline, **_comparison(ours, other, names, data)}
+    if not data.is_classification:
+        for name, each in zip(("by_caption_length", "baseline_by_caption_length"), scores, strict=False):
+            rank, image_of = each.rankings["text_to_image"].rank, data.image_of_query("text_to_image")
+            report[name] = recall_by_length(data.texts, rank, image_of, data.at)
     return report
 
 

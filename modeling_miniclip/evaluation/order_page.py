@@ -30,7 +30,7 @@ def order_page(report: dict[str, Any], pairs: OrderPairs, scores: PairScores) ->
         for title, chosen in (("the worst", worst), ("drawn at random", others)):
             parts.append(heading(f"{kind}: {title}"))
             parts += [_pair(row, pairs, scores) for row in chosen]
-    lead = f"{pairs.source}, {report['dataset']}, {len(pairs.image):,} pairs: {ORDER_NOTE}."
+    lead = f"{pairs.source}, {report['dataset']}, {len(pairs.image):,} pairs. Figures: {ORDER_NOTE}."
     return page(f"Does {report['model']} read word order?", "".join(parts), lead)
 
 

@@ -17,8 +17,8 @@ from .order_pairs import OrderPairs
 SAMPLES = 1000  # of the bootstrap
 SHOWN_KINDS = 12  # in the table; the report has all
 ORDER_NOTE = (
-    "the true caption scores above the false one in so many percent of pairs, with its image and with another image "
-    "drawn at random: a model that only prefers fluent captions wins both, so what counts is the difference"
+    "percentage of pairs in which the true caption scores above the false one, with its image and with another image "
+    "drawn at random. A model that only prefers fluent captions wins both, so what counts is the difference"
 )
 
 

@@ -164,7 +164,7 @@ def test_order_test_in_report_and_files(
     out, argv = tmp_path / "out", ["eval", str(tiny_export), str(captioned_folder), "--split", "all", "--order_test"]
     assert cli([*argv, "--baseline", str(tiny_export), "--output_dir", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "word order, swapped words" in printed and "a model that only prefers fluent captions wins both" in printed
+    assert "word order, swapped words" in printed and "A model that only prefers fluent captions wins both" in printed
     report = json.loads((out / "metrics.json").read_text())
     assert report["order_test"] == report["baseline_order_test"]
     assert report["order_test"]["kinds"]["adjectives"]["pairs"] == 4

@@ -1,4 +1,4 @@
-"""`--hard_negatives`: where they come from, what is refused, and a run with them."""
+"""`--hard_negatives`: where they come from, what is rejected, and a run with them."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def test_column_is_used_if_the_dataset_has_it() -> None:
         chosen(ENGLISH, ["column", "nouns"])
 
 
-def test_captions_that_cannot_be_swapped_are_refused() -> None:
+def test_captions_that_cannot_be_swapped_are_rejected() -> None:
     with pytest.raises(
         DataError, match="only 33 % of 3 sampled captions are English; it needs a column .*`miniclip mine`"
     ):
@@ -50,7 +50,7 @@ def test_captions_that_cannot_be_swapped_are_refused() -> None:
         (["none", "swap"], "excludes"),
     ],
 )
-def test_wrong_values_are_refused(given: list[str], message: str) -> None:
+def test_wrong_values_are_rejected(given: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_arguments(["--hard_negatives", *given])
 

@@ -38,8 +38,8 @@ def report_word_order(run: TrainingRun, exported: MiniClipModel) -> None:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     note = (
-        f"On {len(split):,} validation images, {ORDER_NOTE}. Brackets hold 95 % confidence intervals (bootstrap over "
-        "images)."
+        f"Captions of {len(split):,} validation images with words swapped: {ORDER_NOTE}. Brackets hold 95 % "
+        "confidence intervals (bootstrap over images)."
     )
     add_section(run.export_dir / "README.md", "Word order", f"{note}\n\n{table}", before="## Training")
     run.say(
