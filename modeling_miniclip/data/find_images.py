@@ -199,7 +199,9 @@ class Finder:
     def _in_folder(self, kind: Kind, path: str, on_problem: OnProblem) -> Iterator[Found]:
         """All images of a folder and its subfolders, with what caption files there say about them."""
         report = partial(_report_text, on_problem)
-        layout = kind.layout or Layout.of(Path(path), self.options.columns.caption)
+        layout, wanted = kind.layout, self.options.columns.caption
+        if layout is None or layout.wanted != wanted:
+            layout = Layout.of(Path(path), wanted)
         known: _Known | None = None
         if kind.layout is None or layout.metadata:  # of those that are named but missing, an index wants nothing
             if kind.layout is not None:

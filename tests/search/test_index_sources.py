@@ -13,6 +13,7 @@ import pytest
 
 from modeling_miniclip import DataError, ImageIndex, update_index
 from modeling_miniclip.data.all_images import Item
+from modeling_miniclip.data.columns import ColumnNames
 from modeling_miniclip.data.find_images import ALONE, is_gone
 from modeling_miniclip.search.building.shards import Encoding, Prepared
 from modeling_miniclip.search.update import share_of
@@ -60,6 +61,10 @@ def test_text_files_and_loose_names_give_captions(tmp_path: Path) -> None:
     assert listed(tmp_path / "texts") == {
         "texts/0.png": (["first", "second"], ""), "texts/1.png": (["third"], ""), "texts/2.png": ([], ""),
     }  # fmt: skip
+    (tmp_path / "texts" / "0.txt").unlink()
+    (tmp_path / "texts" / "1.json").write_text(json.dumps({"title": "fourth"}))
+    rows = listing_of(tmp_path / "texts", columns=ColumnNames(caption="title")).table.to_pylist()
+    assert [row["captions"] for row in rows] == [[], ["fourth"], []]
     name = unicodedata.normalize("NFD", "café.png")
     write_picture(tmp_path / "set" / "Images" / name, 0)
     write_picture(tmp_path / "set" / "Images" / "B.PNG", 0)
