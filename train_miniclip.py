@@ -336,7 +336,7 @@ def validate_weights(run: TrainingRun) -> bool:
         run.scheduler.step(metrics["loss"])
     value = metrics[arguments.best_metric]
     improved = is_better(arguments.best_metric, value, progress.best_value)
-    run.say(describe_validation(f"epoch {run.epoch:g}", metrics, improved))
+    run.say(describe_validation(f"epoch {run.epoch:.4g}", metrics, improved))
     report_datasets(run, embeddings)
     if is_main:
         run.diagnosis.after_validation(progress.step, *embeddings)

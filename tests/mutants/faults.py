@@ -249,8 +249,8 @@ FAULTS = [
         (
             "zero_shot.py",
             "classes and templates are swapped",
-            ".view(len(names), len(sentences), -1).mean(dim=1)",
-            ".view(len(sentences), len(names), -1).mean(dim=0)",
+            ".view(len(sentences), len(sentences[0]), -1).mean(dim=1)",
+            ".view(len(sentences[0]), len(sentences), -1).mean(dim=0)",
             ZERO_SHOT,
         ),
         (
