@@ -129,7 +129,7 @@ def test_index_of_a_shard_on_a_full_disk(disk: Path, shards: Path, free: int) ->
     assert len(list((disk / "hf/miniclip/shards/indexes").iterdir())) == 1
 
 
-@pytest.mark.parametrize("free", [20_480, 100_000])
+@pytest.mark.parametrize("free", [0, 20_480, 100_000])
 def test_fetched_shard_on_a_full_disk(disk: Path, shards: Path, free: int) -> None:
     message = f"shards cannot be stored in {disk}/hf/miniclip/shards/fetched: .*HF_HOME"
     assert_loads_with_room(disk, free, f"file://{shards}/a.tar", shards / "tables", message)

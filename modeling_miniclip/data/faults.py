@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from ..errors import DataError, Problem
 from ..utils.names import name_of
@@ -11,6 +10,7 @@ from .rows import ReadOptions
 from .shards.remote_files import is_url
 from .source_kinds import Kind
 from .tables.table import About
+from .tables.table_cache import digest_of
 
 
 @contextmanager
@@ -28,12 +28,12 @@ def readable(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged(source: str, kind: Kind, options: ReadOptions, inputs: list[Any]) -> Iterator[None]:
+def unchanged(source: str, kind: Kind, options: ReadOptions, inputs: str) -> Iterator[None]:
     """Within the block, a source that changes is an error: its rows may be partly of before and partly of after.
 
     Args:
         source, kind, options: the source.
-        inputs: what its rows depended on before the block.
+        inputs: hash of what its rows depended on before the block.
 
     Raises:
         DataError: it changed. If that made something else fail, it is raised from that error.
@@ -50,9 +50,9 @@ def unchanged(source: str, kind: Kind, options: ReadOptions, inputs: list[Any]) 
         raise failed
 
 
-def _inputs_now(source: str, kind: Kind, options: ReadOptions) -> list[Any] | None:
+def _inputs_now(source: str, kind: Kind, options: ReadOptions) -> str | None:
     try:
-        return list(kind.inputs(source, options))
+        return digest_of(kind.inputs(source, options))
     except (OSError, DataError):  # it is not there any more
         return None
 

@@ -37,7 +37,7 @@ from .source_kinds import BY_NAME, IMAGE_FOLDER, Kind, kind_of, resolve
 from .splits import SPLITS, split_of_value
 from .tables.row_blocks import record_batches, take_rows
 from .tables.table import open_table
-from .tables.table_cache import cached_table, default_cache_dir
+from .tables.table_cache import cached_table, default_cache_dir, digest_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -242,7 +242,7 @@ class Finder:
     def _table_of_shards(self, kind: Kind, path: str, on_problem: OnProblem) -> "Dataset":
         """The rows of shards, read again only if one of them has changed."""
         with readable(path):
-            inputs = list(kind.inputs(path, self.options))
+            inputs = digest_of(kind.inputs(path, self.options))
 
         def read(folder: Path) -> list[Problem]:
             problems: list[Problem] = []
@@ -258,7 +258,7 @@ class Finder:
             (folder / PROBLEMS).write_text(text, encoding="utf-8")
 
         try:
-            key = ["all images", path, kind.name, asdict(self.options), *inputs]
+            key = ["all images", path, kind.name, asdict(self.options), inputs]
             place = cached_table(key, default_cache_dir(), build, "let HF_HOME name another disk")
             problems = [Problem(**each) for each in json.loads((place / PROBLEMS).read_text(encoding="utf-8"))]
         except _Unreadable:

@@ -28,7 +28,7 @@ from .tables.assign_splits import (
     splits_of_rows,
 )
 from .tables.table import OPTIONAL, About, open_table, write_table
-from .tables.table_cache import cached_table, default_cache_dir
+from .tables.table_cache import cached_table, default_cache_dir, digest_of
 
 NAMED = "split-{}.npy"  # row numbers of a split that the source names
 PUBLIC = ("image", "image_id", "captions", "caption_ids", "group", NEGATIVES)
@@ -104,13 +104,13 @@ def load_rows(
         return build_scenes()
     with readable(source):
         kind = captioned_kind(source)
-        inputs = list(kind.inputs(source, options))
+        inputs = digest_of(kind.inputs(source, options))
 
     def build(folder: Path) -> None:
         with unchanged(source, kind, options, inputs):
             build_table(folder, source, kind, options, leave_out_damaged if max_damaged else raise_problem)
 
-    folder = cached_table([source, kind.name, asdict(options), *inputs], Path(cache_dir or default_cache_dir()), build)
+    folder = cached_table([source, kind.name, asdict(options), inputs], Path(cache_dir or default_cache_dir()), build)
     about = About.load(folder)
     check_damaged(source, about, max_damaged)
     for line in [*about.warnings, *about.damaged.values()]:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from modeling_miniclip import load_captions
-from modeling_miniclip.data.problems import raise_problem
+from modeling_miniclip.data.checking.check import check as check_dataset
+from modeling_miniclip.data.checking.check import quick_check
+from modeling_miniclip.data.problems import KINDS, raise_problem
 from modeling_miniclip.data.readers.caption_file import read_table
 from modeling_miniclip.data.rows import ReadOptions
 from modeling_miniclip.evaluation.eval_sets import ReadableImages, load_eval_set
@@ -94,6 +96,36 @@ def test_json_lines_are_read_as_written(tmp_path: Path, record_property: Any, co
         path = tmp_path / "metadata.jsonl"
         path.write_bytes("".join(lines).encode())
         assert captions_of(path) == grouped(rows)
+
+    check()
+
+
+WORDS = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1, max_size=12)
+# Captions, and whether they are data in place of a text.
+MAYBE_DATA = st.one_of(
+    st.tuples(WORDS.map(lambda word: f"a {word}"), st.just(False)),
+    st.tuples(st.lists(WORDS, max_size=3).map(str), st.just(True)),
+    st.tuples(st.lists(WORDS, max_size=3).map(json.dumps), st.just(True)),
+    st.tuples(WORDS.map(lambda word: json.dumps({"raw": word})), st.just(True)),
+    st.tuples(st.sampled_from(["nan", "NaN", "None", "null", "N/A", "<NA>"]), st.just(True)),
+)
+
+
+@cases(24, 2000)
+def test_captions_that_are_data_are_reported(tmp_path: Path, record_property: Any, count: int) -> None:
+    (tmp_path / "a.png").write_bytes(picture(0))
+
+    @fuzz(count, record_property)
+    @given(captions=st.lists(MAYBE_DATA, min_size=1, max_size=6, unique_by=lambda each: each[0]))
+    def check(captions: list[tuple[str, bool]]) -> None:
+        lines = [json.dumps({"image": "a.png", "caption": caption}) for caption, _ in captions]
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        expected = [row for row, (_, is_data) in enumerate(captions, 1) if is_data]
+        problems = check_dataset(str(tmp_path / "rows.jsonl"), decode=False).problems
+        assert [problem.row for problem in problems if problem.kind == "data-caption"] == expected
+        splits = load_captions(tmp_path / "rows.jsonl", validation_fraction=None)
+        warned = [line for line in quick_check(splits, "rows", 1) if KINDS["data-caption"] in line]
+        assert [line.split()[0] for line in warned] == [str(len(expected))] * bool(expected)
 
     check()
 

@@ -25,8 +25,8 @@ FEATURES = torch.arange(400.0).view(8, 50)
 
 def read_table(source: Path, cache: Path) -> Any:
     """The rows of a source, through a table, and for archives their indexes, below a folder."""
-    constants.HF_HOME = str(cache)
-    splits = load_captions(source, validation_fraction=0.25, cache_dir=cache / "tables")
+    with patch.object(constants, "HF_HOME", str(cache)):
+        splits = load_captions(source, validation_fraction=0.25, cache_dir=cache / "tables")
     return {split: rows.remove_columns("image")[:] for split, rows in splits.items()}
 
 

@@ -19,9 +19,11 @@ def listing_of(*sources: str | os.PathLike, columns: ColumnNames = DEFAULT_COLUM
 Image = tuple[str, list[str], str, bytes]  # name, captions, split and content
 
 
-def images_of(*sources: str | os.PathLike) -> tuple[list[Image], list[Problem]]:
+def images_of(
+    *sources: str | os.PathLike, columns: ColumnNames = DEFAULT_COLUMNS
+) -> tuple[list[Image], list[Problem]]:
     """All images of some sources, and what was left out."""
-    listing = listing_of(*sources)
+    listing = listing_of(*sources, columns=columns)
     texts = [
         (captions, split)
         for batch in listing.batches(listing.rows, ("captions", "split"))

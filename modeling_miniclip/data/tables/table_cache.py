@@ -36,6 +36,14 @@ def stat_of(path: str | os.PathLike) -> list[Any]:
     return [os.path.abspath(path), info.st_size, info.st_mtime_ns]
 
 
+def digest_of(parts: Iterable[Any]) -> str:
+    """A hash of JSON-compatible values, one after the other."""
+    whole = blake2b(digest_size=16)
+    for part in parts:
+        whole.update(json.dumps(part, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\0")
+    return whole.hexdigest()
+
+
 def cached_table(
     key: Iterable[Any],
     cache_dir: Path,
@@ -58,10 +66,7 @@ def cached_table(
     """
     from huggingface_hub.utils import WeakFileLock
 
-    whole = blake2b(str(FORMAT).encode(), digest_size=16)
-    for part in key:
-        whole.update(json.dumps(part, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\0")
-    folder = cache_dir / whole.hexdigest()
+    folder = cache_dir / digest_of([FORMAT, *key])
     try:
         if not folder.exists():
             cache_dir.mkdir(parents=True, exist_ok=True)
