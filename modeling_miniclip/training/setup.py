@@ -425,9 +425,9 @@ def build_loaders(
         # Rows of features are ready to use: handing them from one process to another would cost more.
         workers = arguments.num_workers if rows.vision_features is None else 0
         piece, prefetch = None, 2
-        if split == "train" and arguments.chunk_size is not None:  # only a part of such a batch is read ahead
+        if split == "train" and arguments.chunk_size is not None:  # a quarter of such a batch is read ahead
             piece, share = PIECE, -(-batch_size // world_size)
-            prefetch = min(max(1, share // (2 * PIECE * max(1, workers))), MOST_PIECES_AHEAD)
+            prefetch = min(max(1, share // (4 * PIECE * max(1, workers))), MOST_PIECES_AHEAD)
         pin = accelerator.device.type == "cuda" and piece is None
         loaders.append(BatchLoader(rows, batches, workers, pin, prefetch, piece))
     return loaders[0], loaders[1]
