@@ -396,13 +396,13 @@ def run_eval(args: argparse.Namespace) -> None:
     if args.linear_probe is not None:
         check_probe()
         probe = probe_sets(args.linear_probe, args.validation_fraction, args.seed, args.class_names)
-    if args.dataset is None and probe is None:
-        raise UsageError("DATASET is missing: name captioned images or class folders, or --linear_probe FOLDER")
-    if args.dataset is None:
-        data = probe["test"]
-    else:
+    if args.dataset is not None:
         options = {**dataset_options(args), "revision": args.revision}
         data = load_eval_set(args.dataset, args.split, args.class_names, **options)
+    elif probe is not None:
+        data = probe["test"]
+    else:
+        raise UsageError("DATASET is missing: name captioned images or class folders, or --linear_probe FOLDER")
     templates = args.templates or ["ensemble"]
     report = evaluate_model(
         args.model,

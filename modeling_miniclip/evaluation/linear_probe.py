@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import MiniClipError
+from ..errors import DataError, MiniClipError
 from .encoders import ClipEncoder
 from .eval_sets import EvalSet, ReadableImages
 from .metrics import named_intervals, ranks, resampled_recalls, student_interval
@@ -82,10 +82,17 @@ def linear_probe(
     Raises:
         DataError: no image of a split can be read.
     """
-    data, found, skipped = dict(parts), {}, {}
-    for name, part in data.items():
+    data: dict[str, EvalSet] = {}
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    skipped: dict[str, str] = {}
+    for name, part in parts.items():
         readable = ReadableImages(part)
-        features = encoder.image_features(readable, batch_size, progress)
+        try:
+            features = encoder.image_features(readable, batch_size, progress)
+        except ValueError as error:
+            if len(readable.unreadable) < len(readable):
+                raise
+            raise DataError(f"none of the {len(readable)} images of {name} can be read") from error
         data[name] = part = part.without(readable.unreadable)
         found[name] = features.numpy(), part.image_group.numpy()
         skipped |= part.skipped | part.unlisted

@@ -23,6 +23,7 @@ from ..errors import UsageError
 from ..evaluation.eval_sets import EvalSet, load_class_folders
 from ..evaluation.metrics import ZERO_SHOT_METRICS, named_intervals, ranks, resampled_recalls
 from ..evaluation.zero_shot import class_sentences
+from ..hub.model_card import inline_code
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from ..utils.names import is_utf8
@@ -94,7 +95,7 @@ def zero_shot_about(data: EvalSet | None) -> dict[str, Any]:
     if data is None:
         return {}
     about = {
-        "name": Path(data.name).resolve().name,
+        "name": inline_code(Path(data.name).resolve().name),
         "split": data.split,
         "images": len(data.image_ids),
         "classes": len(data.texts),
