@@ -75,14 +75,14 @@ class TransformersEncoder:
 
     def image_features(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
         tower = getattr(self.model, "vision_model", None)
+        if tower is None:
+            return self.encode_images(images, batch_size, progress)
 
         def pool(batch: list[Any]) -> Tensor:
             inputs = self.processor(images=[open_image(image) for image in batch], return_tensors="pt")
             pooled = tower(**inputs.to(self.model.device)).pooler_output
             return pooled.flatten(1)
 
-        if tower is None:
-            return self.encode_images(images, batch_size, progress)
         return encode_batches(self.model, images, pool, batch_size, "images", progress)
 
     def encode_texts(self, texts: list[str], batch_size: int, progress: bool) -> Tensor:

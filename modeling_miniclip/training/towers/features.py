@@ -109,9 +109,9 @@ def embed_split(
     parts |= {name: Collected(texts) for name in ("texts", "text_image_id")}
     title = "validate" if progress else None
     for batch, output in _run_over(model, loader, processor, device, title, on_undecodable):
-        for name, values in (("images", output.image_embeds), ("image_id", batch["image_id"])):
+        for name, values in (("images", output["image_embeds"]), ("image_id", batch["image_id"])):
             parts[name].add(values[batch["image_id"] >= 0].to(device))
-        for name, values in (("texts", output.text_embeds), ("text_image_id", batch["text_image_id"])):
+        for name, values in (("texts", output["text_embeds"]), ("text_image_id", batch["text_image_id"])):
             parts[name].add(values[batch["text_image_id"] >= 0].to(device))
     release_freed_memory()
     whole = {name: gather_rows(parts.pop(name).rows()).cpu() for name in list(parts)}
@@ -142,7 +142,7 @@ def embed_images(
     title = "classify" if progress else None
     for batch, output in _run_over(model, loader, processor, device, title, on_undecodable):
         real = batch["image_id"] >= 0
-        images.add(output.image_embeds[real].to(device))
+        images.add(output["image_embeds"][real].to(device))
         numbers.add(batch["image_id"][real].to(device))
     return _in_order(gather_rows(images.rows()).cpu(), gather_rows(numbers.rows()).cpu())[0]
 
