@@ -90,9 +90,8 @@ def by_evaluation(written: Written, split: str, cache: Path) -> list[Shown]:
 def by_index(written: Written, problems: list[Any]) -> list[Shown]:
     images, found = images_of(written.path, columns=ColumnNames(caption=written.caption))
     problems += found
-    return [
-        Shown(number_of(content), tuple(captions), split or None) for _, captions, split, content in images if captions
-    ]
+    rows = [Shown(number_of(content), tuple(captions), split or None) for _, captions, split, content in images]
+    return [row for row in rows if row.captions]
 
 
 def assert_same_rows(written: Written, rows: Sequence[Shown], cache: Path) -> None:
