@@ -71,11 +71,11 @@ def check_damaged(source: str, about: About, limit: float) -> None:
     """
     shards = {file for file, _ in about.files} | set(about.damaged)
     if len(about.damaged) > limit * len(shards):
-        first = next(iter(about.damaged.values()))
+        problem, *_ = about.damaged.values()
         if not limit:
-            raise DataError(first)
+            raise DataError(problem)
         raise DataError(
-            f"{len(about.damaged)} of {len(shards)} shards of {source} are damaged, the first one: {first}. "
+            f"{len(about.damaged)} of {len(shards)} shards of {source} are damaged, the first one: {problem}. "
             f"--max_bad_image_fraction {limit:g} allows {limit:.2%}: copy them again (`miniclip check` lists them "
             "all) or raise it"
         )

@@ -206,7 +206,7 @@ def build_table(
         rows = open_table(folder)
         if not len(rows):
             reasons = [*damaged.values(), *(str(one.message) for one in caught)]
-            text = f"no images with captions{': ' * bool(reasons)}{''.join(reasons[:1])}"
+            text = f"no images with captions; `miniclip check` says why{': ' * bool(reasons)}{''.join(reasons[:1])}"
             raise DataError(Problem("unusable", text, source))
         if named is None:
             named = splits_of_rows(rows) if "split" in about.columns else {}

@@ -135,7 +135,7 @@ def read_pairs(path: str | os.PathLike, image_dir: str | os.PathLike | None = No
     file = Path(path).expanduser()
     rows = [(number, pair) for number, cells in _records(file) for pair in _pairs_of(cells, str(file), number)]
     if not rows:
-        raise DataError(Problem("unusable", "no pairs of captions", str(file)))
+        raise DataError(Problem("unusable", "no pairs of captions; expected one per line", str(file)))
     folder = Path(image_dir).expanduser() if image_dir else image_folder(file.parent, (pair[0] for _, pair in rows))
     positions: dict[Any, int] = {}
     pairs = OrderPairs(name_of(file), [])

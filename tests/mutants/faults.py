@@ -90,10 +90,10 @@ FAULTS = [
         ),
         (
             "splits.py",
-            "a file name counts as a folder",
-            'image_id.split("/")[:-1]',
-            'image_id.split("/")',
-            "tests/data/test_splits.py",
+            "a folder called train next to one called boat is a split",
+            "all(map(_split_folder, names))",
+            "any(map(_split_folder, names))",
+            "tests/data/readers/test_image_folder.py",
         ),
         (
             "readers/caption_file.py",
@@ -468,7 +468,7 @@ FAULTS = [
             NEAREST,
         ),
         (
-            "shards.py",
+            "building/shards.py",
             "an image turned by 90 degrees keeps its size",
             "(orientation or 1) >= 5",
             "(orientation or 1) > 6",

@@ -269,4 +269,6 @@ class CaptionRows(TorchDataset):
             if "undecodable" not in row:
                 return row
             reason = row["undecodable"]
-        raise DataError(f"none of {len(self)} images can be decoded, the last one: {reason}")
+        raise DataError(
+            f"none of {len(self)} images can be decoded, the last one: {reason}; `miniclip check` lists them all"
+        )

@@ -138,7 +138,9 @@ def _find(place: Place, path: str) -> Place:
     """
     found = _members_of(path, os.stat(path).st_mtime_ns).get(place.name)
     if found is None:
-        raise DataError(f"{place.shard}: has no picture {place.name!r}, which the table next to it names")
+        raise DataError(
+            f"{place.shard}: has no picture {place.name!r}, which the table next to it names; fetch both again"
+        )
     return place._replace(start=found[0], size=found[1], name=found[2])
 
 
