@@ -264,7 +264,7 @@ def test_any_kind_of_file_is_read_or_named(tmp_path: Path, record_property: Any,
     )
     def check(content: bytes, cut: int, name: str) -> None:
         path = tmp_path / name
-        path.write_bytes(content[: len(content) - cut] or content)
+        path.write_bytes(content[: max(16, len(content) - cut)])  # a shorter beginning may be that of anything
         for read in (load_captions, listing_of):
             rows, message = result_or_error(read, path)
             assert rows or str(path) in message or "cannot be split" in message
