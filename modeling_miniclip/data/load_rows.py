@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from ..errors import DataError, Problem
+from ..utils.garbage import only_new_garbage
 from .columns import NEGATIVES
 from .faults import check_damaged, leave_out_damaged, readable, unchanged
 from .problems import OnProblem, raise_problem
@@ -173,7 +174,8 @@ def read_source(
     Raises:
         DataError: the source cannot be read.
     """
-    about = write_table(_rows(kind, source, options, on_problem), folder, on_problem, f"read {Path(source).name}")
+    with only_new_garbage():
+        about = write_table(_rows(kind, source, options, on_problem), folder, on_problem, f"read {Path(source).name}")
     rows = open_table(folder)
     lines = kind.split_lines(source, options, on_problem) if len(rows) else None
     return about, None if lines is None else splits_of_files(rows, lines, on_problem)
