@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from tqdm.auto import tqdm
 
 from ...configuration_miniclip import FIELDS, TOWERS, MiniClipConfig
 from ...errors import ModelError, UsageError, did_you_mean, one_line
@@ -14,6 +16,7 @@ from ...inference.loading import check_export_folder, load_export
 from ...inference.pickled import reject_pickled
 from ...modeling_miniclip import MiniClipModel
 from ...processing_miniclip import MiniClipProcessor, image_processor_from_timm, max_text_length
+from ...utils.processes import process_rank
 from ...utils.resources import named_file
 from ..command_line.arguments import MODEL_SOURCES, TrainingArguments
 from .try_towers import try_towers
@@ -165,7 +168,8 @@ def train_tokenizer(captions: Iterable[list[str]], vocab_size: int) -> Any:
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer = normalizers.BertNormalizer(lowercase=True)
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    normal = (learner.normalizer.normalize_str(text) for row in captions for text in row)
+    bar = partial(tqdm, captions, unit="image", delay=2, leave=False, disable=process_rank() != 0)
+    normal = (learner.normalizer.normalize_str(text) for row in bar(desc="find the words") for text in row)
     words = {word for text in normal for word, _ in learner.pre_tokenizer.pre_tokenize_str(text)}
     inner = {character for word in words for character in word[1:]}
     # The library numbers single characters in the order of a hash table, and breaks ties between pieces by these
@@ -180,7 +184,7 @@ def train_tokenizer(captions: Iterable[list[str]], vocab_size: int) -> Any:
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=fixed, limit_alphabet=vocab_size, show_progress=False
     )
-    learner.train_from_iterator((text for row in captions for text in row), trainer)
+    learner.train_from_iterator((text for row in bar(desc="learn the vocabulary") for text in row), trainer)
     return BertTokenizer(vocab=learner.get_vocab(), do_lower_case=True)
 
 
