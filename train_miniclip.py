@@ -50,6 +50,7 @@ from modeling_miniclip.training import setup
 from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
 from modeling_miniclip.training.hard_negatives import choose_hard_negatives
 from modeling_miniclip.training.loss.global_loss import global_contrastive_loss
+from modeling_miniclip.training.loss.pair_counts import counts_of_batch
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.processes.deepspeed import check_engine_state, describe_engine
 from modeling_miniclip.training.processes.distributed import (
@@ -60,7 +61,7 @@ from modeling_miniclip.training.processes.distributed import (
 )
 from modeling_miniclip.training.processes.heartbeat import ends_with_lost_processes
 from modeling_miniclip.training.publish import export_best, push_export
-from modeling_miniclip.training.reports.diagnostics import chance_loss, not_finite
+from modeling_miniclip.training.reports.diagnostics import chance_loss, floor_loss, not_finite
 from modeling_miniclip.training.reports.figures import draw_curves, draw_retrieval, read_metrics
 from modeling_miniclip.training.reports.overfit import check_overfitting
 from modeling_miniclip.training.reports.reload_check import load_checked_export
@@ -231,10 +232,10 @@ def train_step(run: TrainingRun, batch: dict[str, Any], images: int) -> None:
     clamp_logit_scale(run.unwrapped_model)
     if run.ema is not None:
         run.ema.update()
-    pairs = len(batch["text_image_id"]) - int(batch.get("is_negative", torch.zeros(())).sum())
-    texts = images * pairs / len(batch["image_id"])  # in the global batch
-    chance = chance_loss(images, texts, run.unwrapped_model.config.loss_type)
-    run.meter.update(loss, gradient_norm, pairs, chance)
+    negatives = int(batch["is_negative"].sum()) if "is_negative" in batch else 0
+    texts = len(batch["text_image_id"]) - negatives
+    counts, loss_type = counts_of_batch(batch, images, run.accelerator.device), run.unwrapped_model.config.loss_type
+    run.meter.update(loss, gradient_norm, texts, chance_loss(counts, loss_type), floor_loss(counts, loss_type))
 
 
 def compute_loss_and_gradients(run: TrainingRun, batch: dict[str, Any]) -> Tensor:
@@ -288,7 +289,7 @@ def log_steps(run: TrainingRun, bar: tqdm) -> None:
     values = run.meter.read()
     values["logit_scale"], _ = scale_and_bias(run.unwrapped_model)
     run.write_metrics("train", values)
-    run.diagnosis.after_steps(run.progress.step, values, run.meter.steps, run.meter.chance)
+    run.diagnosis.after_steps(run.progress.step, values, run.meter.steps, run.meter.chance, run.meter.floor)
     rate = run.optimizer.param_groups[-1]["lr"]
     bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{rate:.1e}", pairs_s=f"{values['pairs_per_second']:.0f}")
 

@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from modeling_miniclip import MiniClipError
+from modeling_miniclip.data.loading.pair_keys import NO_KEY
 from modeling_miniclip.loss_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.loss.global_loss import global_contrastive_loss
+from modeling_miniclip.training.loss.pair_counts import PairCounts, count_pairs, plain_counts
 from modeling_miniclip.training.reports import diagnostics
 from modeling_miniclip.training.reports.diagnostics import (
     Diagnosis,
@@ -24,6 +27,7 @@ from modeling_miniclip.training.reports.diagnostics import (
     diagnose_collapse,
     diagnose_loss,
     diagnose_temperature,
+    floor_loss,
     linear_alignment_z,
     mean_cosine,
 )
@@ -62,7 +66,48 @@ def test_chance_loss_is_that_of_equal_embeddings(captions: int, loss_type: str) 
     owner = image_id.repeat_interleave(captions)
     rows = same.expand(images, 4), same.expand(len(owner), 4)
     loss = symmetric_contrastive_loss(*rows, 20.0, image_id, owner, loss_type, best_bias)
-    assert chance_loss(images, images * captions, loss_type) == pytest.approx(loss.item(), rel=1e-5)
+    assert chance_loss(plain_counts(images, images * captions), loss_type) == pytest.approx(loss.item(), rel=1e-5)
+
+
+# Texts 0 and 1, of images 0 and 1, are equal. Text 4 is a negative, and equals text 2, a caption of image 2.
+SHARED = {
+    "image_keys": torch.tensor([[2**62], [2**62], [2**62 + 1]]),
+    "text_keys": torch.tensor([[2**62], [2**62], [2**62 + 1], [NO_KEY], [2**62 + 1]]),
+    "is_negative": torch.tensor([False, False, False, False, True]),
+}
+SHARED_IDS = torch.arange(3), torch.tensor([0, 1, 2, 2, 0])
+# Texts belong to 2, 2, 1 and 1 images, each image to 2 texts; the images choose among 5, 5 and 4 texts.
+SHARED_COUNTS = PairCounts(3, 4, 14, 6, math.log(2) / 2, math.log(2), (2 * math.log(5) + math.log(4)) / 3)
+
+
+@pytest.mark.parametrize("tile", [None, 1, 2])
+def test_pairs_of_shared_captions_are_counted_by_hand(tile: int | None) -> None:
+    found = count_pairs(*SHARED_IDS, **SHARED, tile=tile)
+    assert list(vars(found).values()) == pytest.approx(list(vars(SHARED_COUNTS).values()), rel=1e-6)
+    plain = count_pairs(torch.arange(3), torch.tensor([0, 0, 1, 1, 2, 2]), tile=tile)
+    assert list(vars(plain).values()) == pytest.approx(list(vars(plain_counts(3, 6)).values()), abs=1e-6)
+    filled = count_pairs(torch.tensor([0, -1]), torch.tensor([0, -1, 0]), tile=tile)  # rows that are ignored
+    assert list(vars(filled).values()) == pytest.approx(list(vars(plain_counts(1, 2)).values()), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_chance_loss_knows_shared_captions_and_negatives(loss_type: str) -> None:
+    same = torch.ones(1, 4) / 2
+    best_bias = torch.tensor([math.log(6 / 8) - 20.0])  # 6 of 14 pairs are right
+    rows = same.expand(3, 4), same.expand(5, 4), torch.tensor([20.0])
+    loss = global_contrastive_loss(*rows, *SHARED_IDS, loss_type, best_bias, **SHARED)
+    assert chance_loss(SHARED_COUNTS, loss_type) == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_floor_is_reached_by_perfect_embeddings_alone() -> None:
+    # Images 0 and 1 have equal captions: the best that a text can do is to give each of them a half.
+    ids = torch.arange(3), torch.arange(3)
+    keys = {name: torch.tensor([[2**62], [2**62], [NO_KEY]]) for name in ("image_keys", "text_keys")}
+    rows = torch.eye(3)[[0, 0, 1]], torch.eye(3)[[0, 0, 1]], torch.tensor([100.0])
+    counts = count_pairs(*ids, **keys)
+    for loss_type, expected in (("softmax_sum", 0.0), ("softmax_mean", 2 / 3 * math.log(2))):
+        assert floor_loss(counts, loss_type) == pytest.approx(expected, abs=1e-6)
+        assert global_contrastive_loss(*rows, *ids, loss_type, **keys).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES[:2])
@@ -125,7 +170,7 @@ def test_row_keys_are_equal_for_equal_rows_alone() -> None:
 @pytest.mark.parametrize(
     ("loss", "has_learned", "message"),
     [
-        (3.47, True, "stuck at that of guessing, ln.batch. = 3.466.*too high"),
+        (3.47, True, "stuck at that of guessing, 3.466.*too high"),
         (3.47, False, "stuck.*too low, or too much is frozen"),
         (3.9, True, "3.900, is above that of guessing.*too high"),
         (3.9, False, "above that of guessing.*too low"),
@@ -147,6 +192,18 @@ def test_extreme_temperature_is_reported_unless_the_loss_is_low(
 ) -> None:
     line = diagnose_temperature(scale, 100.0, loss, math.log(32))
     assert line is None if message is None else message in str(line)
+
+
+def test_captions_that_many_images_share_cause_no_wrong_warnings() -> None:
+    # 256 images, ten captions: in `softmax_mean` no model is below ln 25.6 = 3.24, and guessing costs ln 256 = 5.55.
+    floor, chance = math.log(25.6), math.log(256)
+    assert diagnose_temperature(100.0, 100.0, 3.3, chance, floor) is None
+    assert diagnose_temperature(100.0, 100.0, 5.0, chance, floor) is not None
+    assert diagnose_loss(5.0, chance, 1.0, floor=floor) is None
+    # In `softmax_sum`, guessing costs ln 10, not ln 256.
+    assert diagnose_loss(math.log(10), math.log(10), 1.0) is not None
+    # All images have the same caption: there is nothing to learn.
+    assert diagnose_loss(0.0, 0.0, 0.0) is None and diagnose_temperature(100.0, 100.0, 0.0, 0.0) is None
 
 
 def test_mean_cosine_is_that_of_all_pairs() -> None:
@@ -217,7 +274,8 @@ def test_recorded_runs_cause_no_warnings(recorded: str) -> None:
     for line in read_metrics(ROOT / "benchmarks" / recorded / "metrics.jsonl"):
         if line["split"] == "train":
             steps += 1
-            diagnosis.after_steps(line["step"], line, 10, chance_loss(images, images * captions, "softmax_sum"))
+            chance = chance_loss(plain_counts(images, images * captions), "softmax_sum")
+            diagnosis.after_steps(line["step"], line, 10, chance)
     assert steps >= 15 and lines == []
 
 
@@ -267,7 +325,7 @@ def test_too_high_rates_are_reported_as_stuck_and_collapsed(
     main(flags(tmp_path, batch_size=3, num_train_epochs=3, logging_steps=3,
                best_metric="image_to_text_R@1", learning_rate=0.3))  # fmt: skip
     lines = warnings_of(capsys)
-    assert any(re.search("that of guessing, ln.batch. = 1.09.*too high", line) for line in lines), lines
+    assert any(re.search("that of guessing, 1.09.*too high", line) for line in lines), lines
     assert any("embeddings have collapsed" in line for line in lines), lines
     assert len(lines) == len({line[:30] for line in lines}), "each is reported once"
 

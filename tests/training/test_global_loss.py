@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from modeling_miniclip.configuration_miniclip import LOSS_TYPES
+from modeling_miniclip.data.loading.pair_keys import NO_KEY
+from modeling_miniclip.data.loading.pairs import Pairs
 from modeling_miniclip.loss_miniclip import symmetric_contrastive_loss
 from modeling_miniclip.training.loss.global_loss import Teacher, global_contrastive_loss
-from modeling_miniclip.training.loss.pairs import NO_KEY, Pairs
 from modeling_miniclip.training.loss.tiles import parts
 from tests.training.test_distributed import LargestTensor, in_processes
 
@@ -182,12 +183,18 @@ CHOICES = [(), *((option,) for option in OPTIONS), OPTIONS]
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("options", CHOICES, ids=lambda options: "+".join(options) or "plain")
-def test_loss_and_gradients_equal_a_loop_over_pairs(options: tuple[str, ...], loss_type: str) -> None:
+def test_loss_and_gradients_equal_a_loop_over_pairs(
+    options: tuple[str, ...], loss_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     b = batch_for(options)
     expected = loss_and_gradients(reference, b, loss_type, options)
-    for tile in (1, 2, 3, 100):
-        found = loss_and_gradients(loss_of, b, loss_type, options, 0, 1, tile)
-        assert_equal(found, expected, 1e-12, (loss_type, options, tile))
+    for small in (True, False):  # small tiles have fewer and larger operations
+        if not small:
+            monkeypatch.setattr("modeling_miniclip.data.loading.pairs.COMPARED", 0)
+            monkeypatch.setattr("modeling_miniclip.training.loss.objectives.SMALL", 0)
+        for tile in (1, 2, 3, 100):
+            found = loss_and_gradients(loss_of, b, loss_type, options, 0, 1, tile)
+            assert_equal(found, expected, 1e-12, (loss_type, options, tile, small))
 
 
 def results_of(cases: list[Any], rank: int, world_size: int) -> list[list[list[float]]]:
@@ -257,11 +264,13 @@ def test_a_tile_is_the_largest_tensor() -> None:
         assert noted.elements <= 80 * 2 * 3  # the keys of the texts
 
 
-def test_pairs_share_any_key_but_not_through_others() -> None:
+@pytest.mark.parametrize("size", [2, 3])
+def test_pairs_share_any_key_but_not_through_others(size: int) -> None:
     images = torch.tensor([[1, A, B], [2, B, NO_KEY], [3, NO_KEY, NO_KEY]])
     texts = torch.tensor([[1, A], [2, B], [3, NO_KEY], [9, B], [1, NO_KEY], [NO_KEY, NO_KEY]])
-    columns = parts(0, 3, 2)
+    columns = parts(0, 3, size)
     pairs = Pairs(texts, images, columns)
+    assert pairs.compares == (size == 3)
     found = [
         (rows.start + place // (part.stop - part.start), part.start + place % (part.stop - part.start))
         for rows in parts(0, 6, 4)

@@ -89,16 +89,16 @@ def test_the_meter_adds_the_shares_of_all_processes(clock: SimpleNamespace) -> N
 def test_meter_keeps_unread_values_within_an_epoch() -> None:
     meter = StepMeter(Processes([2.0, 3.0]), OPTIMIZER)
     meter.update(torch.tensor(1.0), 1.0, 10, 4.0)
-    meter.update(torch.tensor(2.0), 1.0, 10, 6.0)
+    meter.update(torch.tensor(2.0), 1.0, 10, 6.0, 0.5)
     state = meter.state_dict()
-    assert state == {"losses": [3.0, 5.0], "chances": [4.0, 6.0]}
+    assert state == {"losses": [3.0, 5.0], "chances": [4.0, 6.0], "floors": [0.0, 0.5]}
     resumed = StepMeter(Processes(), OPTIMIZER)
     resumed.load_state_dict(state)
     resumed.start_epoch(step_in_epoch=2)
-    resumed.update(torch.tensor(7.0), 1.0, 10, 8.0)
-    assert (resumed.read()["loss"], resumed.steps, resumed.chance) == (5.0, 3, 6.0)
+    resumed.update(torch.tensor(7.0), 1.0, 10, 8.0, 1.0)
+    assert (resumed.read()["loss"], resumed.steps, resumed.chance, resumed.floor) == (5.0, 3, 6.0, 0.5)
     meter.start_epoch(step_in_epoch=0)
-    assert StepMeter(Processes(), OPTIMIZER).state_dict() == {"losses": [], "chances": []}
+    assert StepMeter(Processes(), OPTIMIZER).state_dict() == {"losses": [], "chances": [], "floors": []}
     assert meter.losses == []
 
 

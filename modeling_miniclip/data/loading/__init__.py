@@ -9,5 +9,6 @@ augmentation.py: random crops, flips and colours
 collation.py: rows as tensors, and tensors as inputs of the model
 loader.py: loader processes
 pair_keys.py: what an image and a text share if they belong together
+pairs.py: which texts and images share such a key, in tiles
 pixel_memory.py: memory in which loader processes leave pixels for the trainer
 """

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ...data.loading.pair_keys import NO_KEY
-from ..processes.distributed import add_over_processes, all_reduce_max, gather_rows, process_count
+from ..processes.distributed import add_over_processes, gather_rows, process_count
+from .batch_rows import rows_of_batch, take
 from .objectives import Distillation, Objective, Sigmoid, Sizes, Softmax
-from .tiles import CPU_TILE, GPU_TILE, TiledLoss, Tiles
+from .tiles import TiledLoss
 
 
 @dataclass
@@ -79,27 +79,28 @@ def global_contrastive_loss(
     Returns:
         Scalar; the loss is the sum over the processes.
     """
-    kept, kept_texts, own_texts = _rows_in_order(image_id, text_image_id, is_negative)
-    images, texts = gather_rows(image_embeds[kept], True), text_embeds[kept_texts]
-    all_keys = _image_keys(image_id[kept], None if image_keys is None else image_keys[kept])
-    own_keys = _text_keys(text_image_id, text_keys, is_negative)[kept_texts]
-    size = tile or (CPU_TILE if images.device.type == "cpu" else GPU_TILE)
-    tiles = Tiles(own_keys, all_keys, own_texts, size)
+    rows = rows_of_batch(image_id, text_image_id, image_keys, text_keys, is_negative, tile)
+    images, texts = gather_rows(take(image_embeds, rows.images), True), take(text_embeds, rows.texts)
 
-    counted = add_over_processes(torch.tensor([own_texts], device=images.device))
-    sizes = Sizes(len(images), int(counted), own_texts, process_count())
+    processes = process_count()
+    counted = rows.own_texts
+    if processes > 1:
+        counted = int(add_over_processes(torch.tensor([rows.own_texts], device=images.device)))
+    sizes = Sizes(rows.all_images, counted, rows.own_texts, processes)
     if teacher is not None:
-        taught = (teacher.text_embeds[kept_texts] * teacher.scale, gather_rows(teacher.image_embeds[kept]))
+        of_texts = take(teacher.text_embeds, rows.texts) * teacher.scale
+        taught = of_texts, gather_rows(take(teacher.image_embeds, rows.images))
     bias = logit_bias if loss_type == "sigmoid" else None
     prefixes = prefixes or {images.shape[1]: 1.0}
-    loss = images.new_zeros(())
+    losses = []
     for dim, weight in prefixes.items():
         share = weight / sum(prefixes.values())
         objectives = [_objective(loss_type, sizes, share, images)]
         if teacher is not None:
             objectives.append(Distillation(sizes, share * teacher.weight, *taught, images))
-        loss = loss + TiledLoss.apply(_first(images, dim), _first(texts, dim), logit_scale, bias, tiles, objectives)
-    return loss
+        both = _first(images, dim), _first(texts, dim)
+        losses.append(TiledLoss.apply(*both, logit_scale, bias, rows.tiles, objectives))
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def _objective(loss_type: str, sizes: Sizes, weight: float, like: Tensor) -> Objective:
@@ -111,40 +112,3 @@ def _objective(loss_type: str, sizes: Sizes, weight: float, like: Tensor) -> Obj
 def _first(embeds: Tensor, dim: int) -> Tensor:
     """The first dimensions, normalised."""
     return embeds if dim == embeds.shape[1] else normalize(embeds[:, :dim], dim=-1)
-
-
-def _rows_in_order(
-    image_id: Tensor, text_image_id: Tensor, is_negative: Tensor | None
-) -> tuple[Tensor | slice, Tensor | slice, int]:
-    """The images and the texts that are no fillers, additional negatives last, and the number of the other texts.
-
-    If these are all rows as they come, they are a slice, which copies nothing.
-    """
-    kept: list[Tensor | slice] = []
-    for ids in (image_id, text_image_id):
-        is_filler = ids < 0
-        kept.append((~is_filler).nonzero().squeeze(1) if is_filler.any() else slice(0, len(ids)))
-    if is_negative is None or not is_negative.any():
-        texts = kept[1].stop if isinstance(kept[1], slice) else len(kept[1])
-        return kept[0], kept[1], texts
-    order = torch.arange(len(text_image_id), device=is_negative.device)[kept[1]]
-    order = order[is_negative[order].int().argsort(stable=True)]
-    return kept[0], order, int((~is_negative[order]).sum())
-
-
-def _image_keys(image_id: Tensor, keys: Tensor | None) -> Tensor:
-    """`[B, 1 + K]` ids and further keys of the images of all processes."""
-    ids = gather_rows(image_id).unsqueeze(1)
-    if keys is None:
-        return ids
-    filled = keys.new_full((len(keys), all_reduce_max(keys.shape[1], keys.device)), NO_KEY)
-    filled[:, : keys.shape[1]] = keys
-    return torch.cat([ids, gather_rows(filled)], dim=1)
-
-
-def _text_keys(text_image_id: Tensor, keys: Tensor | None, is_negative: Tensor | None) -> Tensor:
-    """`[n, 1 + L]` ids and further keys of the texts; the image that a negative was made for is none of its own."""
-    ids = text_image_id.unsqueeze(1)
-    if is_negative is not None:
-        ids = ids.masked_fill(is_negative.unsqueeze(1), NO_KEY)
-    return ids if keys is None else torch.cat([ids, keys], dim=1)

@@ -70,6 +70,44 @@ class Objective(Protocol):
 
 # --- softmax --------------------------------------------------------------------------------------------------------
 
+# Up to this many logits, a few operations on all of them take less time than many on the pairs.
+SMALL = 2**14
+
+
+class _LogSums:
+    """For each query, the logarithm of a sum of exponentials over all tiles.
+
+    Args:
+        number: number of queries.
+        like: tensor of the device and type to use.
+    """
+
+    def __init__(self, number: int, like: Tensor):
+        self.number, self.like = number, like
+        self.values: Tensor | None = None
+
+    def add(self, found: Tensor, part: slice) -> None:
+        """Add what was found in a tile for a part of the queries; `found` is kept."""
+        if self.values is None and len(found) == self.number:
+            self.values = found
+        else:
+            values = self.so_far()
+            values[part] = torch.logaddexp(values[part], found)
+
+    def so_far(self) -> Tensor:
+        """`[number]`, -inf before the first tile."""
+        if self.values is None:
+            self.values = self.like.new_full((self.number,), -torch.inf)
+        return self.values
+
+    def combine_processes(self) -> None:
+        """Complete the sums of queries whose terms are in several processes."""
+        self.values = logsumexp_over_processes(self.so_far())
+
+    def probabilities(self, logits: Tensor, dim: int, part: slice) -> Tensor:
+        """`[r, c]`, the share of each logit of a tile in the sum of its query."""
+        return (logits - self.so_far()[part].unsqueeze(1 - dim)).exp_()
+
 
 class _Queries:
     """Cross-entropy of the rows or the columns over all tiles.
@@ -83,47 +121,44 @@ class _Queries:
 
     def __init__(self, number: int, weight: float, mean: bool, like: Tensor):
         self.weight, self.mean = weight, mean
-        self.total = like.new_full((number,), -torch.inf)  # logsumexp of the logits of all candidates
-        self.positive = like.new_full((number,), 0.0 if mean else -torch.inf)  # sum, or logsumexp, of the positives
+        self.total = _LogSums(number, like)  # of the logits of all candidates
+        self.positive = _LogSums(number, like)  # of those of the positives, without `mean`
+        self.sum = like.new_zeros(number if mean else 0)  # of the positives' logits
         self.count = like.new_zeros(number if mean else 0)  # number of positives
-
-    def add(self, logits: Tensor, dim: int, part: slice) -> None:
-        self.total[part] = torch.logaddexp(self.total[part], logits.logsumexp(1 - dim))
 
     def add_positives(self, logits: Tensor, query: Tensor, part: slice) -> None:
         """Take some positives into account: `[P]` logits, and their queries counted from the start of a part."""
         if self.mean:
-            self.positive[part].index_add_(0, query, logits)
+            self.sum[part].index_add_(0, query, logits)
             self.count[part].index_add_(0, query, torch.ones_like(logits))
             return
-        here = self.positive[part]
-        largest = torch.full_like(here, -torch.inf).scatter_reduce_(0, query, logits, "amax")
-        sums = torch.zeros_like(here).index_add_(0, query, (logits - largest[query]).exp_())
-        self.positive[part] = torch.logaddexp(here, sums.log_() + largest)
+        largest = logits.new_full((part.stop - part.start,), -torch.inf).scatter_reduce_(0, query, logits, "amax")
+        sums = torch.zeros_like(largest).index_add_(0, query, (logits - largest[query]).exp_())
+        self.positive.add(sums.log_().add_(largest), part)
 
     def combine_processes(self) -> None:
         """Complete the sums of queries whose candidates are in several processes."""
-        self.total = logsumexp_over_processes(self.total)
+        self.total.combine_processes()
         if self.mean:
-            self.positive, self.count = add_over_processes(torch.stack([self.positive, self.count]))
+            self.sum, self.count = add_over_processes(torch.stack([self.sum, self.count]))
         else:
-            self.positive = logsumexp_over_processes(self.positive)
+            self.positive.combine_processes()
 
     def finish(self) -> Tensor:
-        """The sum of the weighted losses."""
-        loss = (self.total - (self.positive / self.count if self.mean else self.positive)).sum() * self.weight
-        self.total -= math.log(self.weight)
+        """The sum of the weighted losses; from then on, shares and targets are weighted."""
+        total = self.total.so_far()
+        positive = self.sum / self.count if self.mean else self.positive.so_far()
+        loss = (total - positive).sum() * self.weight
+        total -= math.log(self.weight)
+        if not self.mean:
+            positive -= math.log(self.weight)
         return loss
-
-    def probabilities(self, logits: Tensor, dim: int, part: slice) -> Tensor:
-        """`[r, c]`, the weighted probability that each query of a tile gives each candidate."""
-        return (logits - self.total[part].unsqueeze(1 - dim)).exp_()
 
     def targets(self, logits: Tensor, query: Tensor, part: slice) -> Tensor:
         """`[P]`, the weighted share of each positive among those of its query."""
         if self.mean:
             return self.weight / self.count[part][query]
-        return (logits - self.positive[part][query]).exp_() * self.weight
+        return (logits - self.positive.so_far()[part][query]).exp_()
 
 
 class Softmax:
@@ -138,17 +173,22 @@ class Softmax:
     """
 
     def __init__(self, sizes: Sizes, mean: bool, weight: float, like: Tensor):
-        self.processes = sizes.processes
+        self.processes, self.mean = sizes.processes, mean
         self.texts = _Queries(sizes.own_texts, weight / 2 / sizes.texts, mean, like)
         self.images = _Queries(sizes.images, weight / 2 / sizes.images, mean, like)
 
     def add(self, logits: Tensor, tile: Tile) -> None:
         if tile.is_negative:
             with _replaced(logits, tile.pairs, -torch.inf):
-                self.images.add(logits, 1, tile.columns)
+                self.images.total.add(logits.logsumexp(0), tile.columns)
             return
-        self.texts.add(logits, 0, tile.rows)
-        self.images.add(logits, 1, tile.columns)
+        self.texts.total.add(logits.logsumexp(1), tile.rows)
+        self.images.total.add(logits.logsumexp(0), tile.columns)
+        if not self.mean and logits.numel() <= SMALL:
+            right = _without_others(logits, tile.pairs)
+            self.texts.positive.add(right.logsumexp(1), tile.rows)
+            self.images.positive.add(right.logsumexp(0), tile.columns)
+            return
         positives, width = logits.take(tile.pairs), logits.shape[1]
         self.texts.add_positives(positives, tile.pairs // width, tile.rows)
         self.images.add_positives(positives, tile.pairs % width, tile.columns)
@@ -160,13 +200,23 @@ class Softmax:
     def gradient(self, logits: Tensor, tile: Tile) -> Tensor:
         if tile.is_negative:
             with _replaced(logits, tile.pairs, -torch.inf):
-                return self.images.probabilities(logits, 1, tile.columns)
-        gradient = self.images.probabilities(logits, 1, tile.columns)
-        gradient += self.texts.probabilities(logits, 0, tile.rows)
+                return self.images.total.probabilities(logits, 1, tile.columns)
+        gradient = self.images.total.probabilities(logits, 1, tile.columns)
+        gradient += self.texts.total.probabilities(logits, 0, tile.rows)
+        if not self.mean and logits.numel() <= SMALL:
+            right = _without_others(logits, tile.pairs)
+            gradient -= self.texts.positive.probabilities(right, 0, tile.rows)
+            gradient -= self.images.positive.probabilities(right, 1, tile.columns)
+            return gradient
         positives, width = logits.take(tile.pairs), logits.shape[1]
         targets = self.texts.targets(positives, tile.pairs // width, tile.rows)
         targets += self.images.targets(positives, tile.pairs % width, tile.columns)
         return gradient.put_(tile.pairs, -targets, accumulate=True)
+
+
+def _without_others(logits: Tensor, places: Tensor) -> Tensor:
+    """The logits at some places, and -inf everywhere else."""
+    return torch.full_like(logits, -torch.inf).put_(places, logits.take(places))
 
 
 @contextmanager

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...data.loading.pairs import Pairs
 from .objectives import Objective, Tile
-from .pairs import Pairs
 
 CPU_TILE, GPU_TILE = 1024, 8192  # side of a tile: it stays in a processor's cache, or is enough work for a GPU
 
@@ -86,28 +86,44 @@ class TiledLoss(torch.autograd.Function):
             logits = _logits(texts, scaled, bias, tile)
             for objective in objectives:
                 objective.add(logits, tile)
-        ctx.only = [(tile, logits)] if len(tiles) == 1 else None  # one tile is kept, not computed again
-        return torch.stack([objective.finish() for objective in objectives]).sum()
+        ctx.only = (tile, logits, scaled) if len(tiles) == 1 else None  # one tile is kept, not computed again
+        loss = objectives[0].finish()
+        for objective in objectives[1:]:
+            loss = loss + objective.finish()
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients by the arguments of `forward`."""
         images, texts, scale, bias = ctx.saved_tensors
-        scaled = images * scale
-        of_texts, of_scaled = torch.zeros_like(texts), torch.zeros_like(images)
-        of_bias = None if bias is None else torch.zeros_like(bias)
-        for tile, logits in ctx.only or ((tile, _logits(texts, scaled, bias, tile)) for tile in ctx.tiles):
-            gradient = ctx.objectives[0].gradient(logits, tile)
-            for objective in ctx.objectives[1:]:
-                gradient += objective.gradient(logits, tile)
-            of_texts[tile.rows].addmm_(gradient, scaled[tile.columns])
-            of_scaled[tile.columns].addmm_(gradient.t(), texts[tile.rows])
-            if of_bias is not None:
-                of_bias += gradient.sum()
+        if ctx.only is not None:
+            tile, logits, scaled = ctx.only
+            gradient = _gradient(ctx.objectives, logits, tile).mul_(upstream)
+            of_texts, of_scaled = gradient @ scaled, gradient.t() @ texts
+            of_bias = None if bias is None else gradient.sum().view_as(bias)
+        else:
+            scaled = images * scale
+            of_texts, of_scaled = torch.zeros_like(texts), torch.zeros_like(images)
+            of_bias = None if bias is None else torch.zeros_like(bias)
+            for tile in ctx.tiles:
+                gradient = _gradient(ctx.objectives, _logits(texts, scaled, bias, tile), tile)
+                of_texts[tile.rows].addmm_(gradient, scaled[tile.columns])
+                of_scaled[tile.columns].addmm_(gradient.t(), texts[tile.rows])
+                if of_bias is not None:
+                    of_bias += gradient.sum()
+            for found in (of_texts, of_scaled, *([] if of_bias is None else [of_bias])):
+                found.mul_(upstream)
         of_scale = (images * of_scaled).sum().view_as(scale)
-        found = (of_scaled.mul_(scale), of_texts, of_scale, of_bias)
-        return *(None if each is None else each.mul_(upstream) for each in found), None, None
+        return of_scaled.mul_(scale), of_texts, of_scale, of_bias, None, None
+
+
+def _gradient(objectives: Sequence[Objective], logits: Tensor, tile: Tile) -> Tensor:
+    """`[r, c]`, the derivative of the sum of the objectives by the logits of a tile."""
+    gradient = objectives[0].gradient(logits, tile)
+    for objective in objectives[1:]:
+        gradient += objective.gradient(logits, tile)
+    return gradient
 
 
 def _logits(texts: Tensor, images: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:

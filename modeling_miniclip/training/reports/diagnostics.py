@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from ...errors import MiniClipError
 from ...evaluation.metrics import ranks
+from ..loss.pair_counts import PairCounts
 from .caption_probe import CaptionEvidence
 
 # Steps after the warm-up before the first warning: until then a good model may look like one that learns nothing.
@@ -26,23 +27,33 @@ CLEAR = 3.0  # standard deviations above chance that are no accident
 NO_EVIDENCE = CaptionEvidence()
 
 
-def chance_loss(images: float, texts: float, loss_type: str) -> float:
+def chance_loss(counts: PairCounts, loss_type: str) -> float:
     """The loss of a model that cannot distinguish the pairs of a batch; ln(batch) for the softmax losses.
 
-    With several captions per image, their probabilities add up in `softmax_sum`; in `softmax_mean` the log-probability
-    of each is that of any other text. For the sigmoid loss, it is the loss of the best constant logit.
+    With several captions per image, or captions that belong to several images, their probabilities add up in
+    `softmax_sum`; in `softmax_mean` the log-probability of each is that of any other text. For the sigmoid loss, it is
+    the loss of the best constant logit.
 
     Args:
-        images: number of images in the batch, each with the same number of texts.
-        texts: number of texts in the batch.
+        counts: images, texts and pairs of the batch.
         loss_type: loss type of the model's configuration.
     """
     if loss_type == "sigmoid":
-        return math.log(images) + (images - 1) * math.log(images / (images - 1)) if images > 1 else 0.0
-    return math.log(images) if loss_type == "softmax_sum" else (math.log(images) + math.log(texts)) / 2
+        wrong = counts.compared - counts.pairs
+        of_wrong = wrong * math.log(counts.compared / wrong) if wrong > 0 else 0.0
+        return (counts.pairs * math.log(counts.compared / counts.pairs) + of_wrong) / counts.texts
+    candidates = (math.log(counts.images) + counts.log_candidates) / 2
+    return candidates - ((counts.log_of_texts + counts.log_of_images) / 2 if loss_type == "softmax_sum" else 0.0)
 
 
-def diagnose_loss(loss: float, chance: float, gradient_norm: float, has_learned: bool = True) -> str | None:
+def floor_loss(counts: PairCounts, loss_type: str) -> float:
+    """What the loss of a batch cannot be below: in `softmax_mean`, several right answers share the probability."""
+    return (counts.log_of_texts + counts.log_of_images) / 2 if loss_type == "softmax_mean" else 0.0
+
+
+def diagnose_loss(
+    loss: float, chance: float, gradient_norm: float, has_learned: bool = True, floor: float = 0.0
+) -> str | None:
     """A warning if the loss stays at or above that of guessing after many steps, else None.
 
     Args:
@@ -50,12 +61,13 @@ def diagnose_loss(loss: float, chance: float, gradient_norm: float, has_learned:
         chance: [`chance_loss`] of the same steps.
         gradient_norm: gradient norm of the last step, before clipping.
         has_learned: whether training has changed anything.
+        floor: [`floor_loss`] of the same steps.
     """
-    if loss < 0.98 * chance or chance < 0.5:
+    if loss - floor < 0.98 * (chance - floor) or chance - floor < 0.5:
         return None
-    found = f"the loss is stuck at that of guessing, ln(batch) = {chance:.3f}"
+    found = f"the loss is stuck at that of guessing, {chance:.3f}"
     if loss > 1.1 * chance:
-        found = f"the loss, {loss:.3f}, is above that of guessing, ln(batch) = {chance:.3f}"
+        found = f"the loss, {loss:.3f}, is above that of guessing, {chance:.3f}"
     cause = "the learning rates are too high (divide them by ten, those of the towers first)"
     if not has_learned:
         cause = "the learning rates are too low, or too much is frozen"
@@ -65,7 +77,9 @@ def diagnose_loss(loss: float, chance: float, gradient_norm: float, has_learned:
     )
 
 
-def diagnose_temperature(logit_scale: float, largest: float, loss: float, chance: float) -> str | None:
+def diagnose_temperature(
+    logit_scale: float, largest: float, loss: float, chance: float, floor: float = 0.0
+) -> str | None:
     """A warning if the temperature is at one of its ends while the loss is high, else None.
 
     A good model also ends at the upper bound of the inverse temperature, but with a low loss.
@@ -75,8 +89,9 @@ def diagnose_temperature(logit_scale: float, largest: float, loss: float, chance
         largest: upper bound of the inverse temperature.
         loss: mean loss over many steps, in nats.
         chance: [`chance_loss`] of the same steps.
+        floor: [`floor_loss`] of the same steps.
     """
-    if loss < chance / 2:
+    if loss - floor < (chance - floor) / 2 or chance - floor < 0.5:
         return None
     if logit_scale > 0.99 * largest:
         return (
@@ -136,7 +151,7 @@ def diagnose_captions(
         image_embeds: `[B, dim]`, unit norm, images of the validation split.
         text_embeds: `[N, dim]`, unit norm, texts of the split.
         text_image_id: `[N]`, row of each text's image.
-        share: last training loss divided by its [`chance_loss`]; None if unknown.
+        share: last training loss divided by its [`chance_loss`], both above the [`floor_loss`]; None if unknown.
         evidence: what the probe of the captions found before the run.
     """
     images = len(image_embeds)
@@ -255,12 +270,14 @@ class Diagnosis:
         self.has_softmax, self.evidence = has_softmax, evidence
         self.finds_images = evidence.related  # whether anything shows that captions belong to their images
         self.reported: set[str] = set()
-        self.windows: deque[tuple[int, float, float]] = deque()
+        self.windows: deque[tuple[int, float, float, float]] = deque()
         self.first: dict[str, float] | None = None
         self.share: float | None = None
         self.has_learned = True
 
-    def after_steps(self, step: int, values: dict[str, float], steps: int, chance: float) -> None:
+    def after_steps(
+        self, step: int, values: dict[str, float], steps: int, chance: float, floor: float = 0.0
+    ) -> None:
         """Check a logged line.
 
         Args:
@@ -268,23 +285,23 @@ class Diagnosis:
             values: `loss`, `gradient_norm` and `logit_scale`.
             steps: number of steps over which the loss is averaged.
             chance: [`chance_loss`] of these steps.
+            floor: [`floor_loss`] of these steps.
         """
-        self.windows.append((steps, values["loss"], chance))
+        self.windows.append((steps, values["loss"], chance, floor))
         while sum(n for n, *_ in self.windows) - self.windows[0][0] >= WINDOW:
             self.windows.popleft()
         total = sum(n for n, *_ in self.windows)
-        loss, expected = (sum(w[0] * w[i] for w in self.windows) / total for i in (1, 2))
+        loss, expected, least = (sum(w[0] * w[i] for w in self.windows) / total for i in (1, 2, 3))
         self.first = self.first or dict(values)
         # More than the differences between batches, or than a rate of 2e-5 changes the temperature in 100 steps.
         self.has_learned = abs(loss - self.first["loss"]) > 0.05 * expected or not math.isclose(
             values["logit_scale"], self.first["logit_scale"], rel_tol=0.002
         )
-        self.share = loss / expected if expected > 0 and total >= WINDOW else None
+        self.share = (loss - least) / (expected - least) if expected > least and total >= WINDOW else None
         if self.has_softmax and step >= self.first_step and total >= WINDOW:
-            self._report("loss", diagnose_loss(loss, expected, values["gradient_norm"], self.has_learned))
-            self._report(
-                "temperature", diagnose_temperature(values["logit_scale"], self.largest_scale, loss, expected)
-            )
+            norm, scale = values["gradient_norm"], values["logit_scale"]
+            self._report("loss", diagnose_loss(loss, expected, norm, self.has_learned, least))
+            self._report("temperature", diagnose_temperature(scale, self.largest_scale, loss, expected, least))
 
     def after_validation(self, step: int, image_embeds: Tensor, text_embeds: Tensor, text_image_id: Tensor) -> None:
         """Check the embeddings of the validation split, see [`diagnose_captions`]."""

@@ -17,6 +17,7 @@ from ...data.loading.batches import GlobalBatches
 from ...errors import DataError, MiniClipError
 from .. import setup
 from ..command_line.arguments import TrainingArguments
+from ..loss.pair_counts import plain_counts
 from ..processes.distributed import gather_rows
 from ..row_order import training_order
 from ..run import TrainingRun
@@ -142,7 +143,7 @@ def batch_bounds(batch: dict[str, Tensor], loss_type: str, device: torch.device)
         whole[side] = gather_rows(ids_and_keys.to(device)).t().tolist()
     (image_id, image_key), (text_image_id, text_key) = whole["image_id"], whole["text_image_id"]
     least = least_loss(image_id, text_image_id, image_key, text_key, loss_type)
-    return least, chance_loss(len(image_id), len(text_image_id), loss_type)
+    return least, chance_loss(plain_counts(len(image_id), len(text_image_id)), loss_type)
 
 
 def row_keys(rows: Iterable[Tensor]) -> Tensor:

@@ -103,7 +103,7 @@ class StepMeter:
 
     def __init__(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer):
         self.accelerator, self.optimizer = accelerator, optimizer
-        self.chance = math.nan  # mean of `chance` over the steps that `read` averaged last
+        self.chance = self.floor = math.nan  # means over the steps that `read` averaged last
         self.steps = 0  # their number
         self.start_epoch(0)
 
@@ -114,12 +114,13 @@ class StepMeter:
         if step_in_epoch == 0:
             self.losses: list[Tensor] = []
             self.chances: list[float] = []
+            self.floors: list[float] = []
 
     def leave_out(self, seconds: float) -> None:
         """Leave the time of a validation out of the throughput."""
         self.start += seconds
 
-    def update(self, loss: Tensor, norm: Any, pairs: int, chance: float) -> None:
+    def update(self, loss: Tensor, norm: Any, pairs: int, chance: float, floor: float = 0.0) -> None:
         """Add a step of this process without waiting for the device.
 
         Args:
@@ -127,9 +128,11 @@ class StepMeter:
             norm: norm of the gradient.
             pairs: number of texts of this process.
             chance: loss of a model that cannot distinguish the pairs of this step.
+            floor: what the loss of this step cannot be below.
         """
         self.losses.append(loss.detach())
         self.chances.append(chance)
+        self.floors.append(floor)
         self.norm = norm
         self.pairs += pairs
 
@@ -150,20 +153,21 @@ class StepMeter:
             "gradient_norm": float(self.norm),
             "pairs_per_second": pairs / (time.perf_counter() - self.start),
         }
-        self.steps, self.chance = len(self.chances), sum(self.chances) / len(self.chances)
+        self.steps = len(self.chances)
+        self.chance, self.floor = sum(self.chances) / self.steps, sum(self.floors) / self.steps
         self.start_epoch(0)
         return values
 
     def state_dict(self) -> dict[str, list[float]]:
         """State for `accelerator.register_for_checkpointing`; every process must call it."""
         losses = self.accelerator.reduce(torch.stack(self.losses), "sum").tolist() if self.losses else []
-        return {"losses": losses, "chances": list(self.chances)}
+        return {"losses": losses, "chances": list(self.chances), "floors": list(self.floors)}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         """Restore what [`state_dict`][StepMeter.state_dict] returned: rank 0 gets the losses, the others zeros."""
         losses = torch.tensor(state["losses"], device=self.accelerator.device)
         self.losses = list(losses if self.accelerator.is_main_process else torch.zeros_like(losses))
-        self.chances = list(state["chances"])
+        self.chances, self.floors = list(state["chances"]), list(state["floors"])
 
 
 class MetricsLog:

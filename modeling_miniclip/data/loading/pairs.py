@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...data.loading.pair_keys import NO_KEY
+from .pair_keys import NO_KEY
+
+COMPARED = 2**16  # comparisons of keys that take less time than sorting them
 
 
 class Pairs:
@@ -22,24 +24,30 @@ class Pairs:
     """
 
     def __init__(self, text_keys: Tensor, image_keys: Tensor, columns: Sequence[slice]):
-        wanted = text_keys.masked_fill(text_keys == NO_KEY, NO_KEY - 1)  # no image has this one
-        self.bounds = torch.stack([wanted, wanted + 1], dim=-1)  # [N, K, 2]
-        self.keys_per_text = text_keys.shape[1]
-        self.may_repeat = self.keys_per_text > 1 or image_keys.shape[1] > 1
-        self.by_columns = {}
-        for part in columns:
+        self.wanted = text_keys.masked_fill(text_keys == NO_KEY, NO_KEY - 1)  # no image has this one
+        self.image_keys = image_keys
+        self.may_repeat = text_keys.shape[1] > 1 or image_keys.shape[1] > 1
+        self.compares = len(columns) == 1 and text_keys.numel() * image_keys.numel() <= COMPARED
+        self.by_columns: dict[int, tuple[Tensor, Tensor]] = {}
+        for part in () if self.compares else columns:
             keys, order = image_keys[part].flatten().sort()
             self.by_columns[part.start] = keys, order // image_keys.shape[1]
 
     def in_tile(self, rows: slice, columns: slice) -> Tensor:
         """`[P]` ascending places of the pairs in a tile `[texts, images]` that is flattened; each pair once."""
+        wanted = self.wanted[rows]
+        if self.compares:
+            same = wanted[:, None, :, None] == self.image_keys[None, :, None, :]  # [texts, images, K, L]
+            same = same.flatten(2).any(dim=2) if self.may_repeat else same
+            return same.flatten().nonzero().squeeze(1)
         keys, owner = self.by_columns[columns.start]
-        first, stop = torch.searchsorted(keys, self.bounds[rows]).flatten(0, 1).unbind(1)
+        bounds = torch.stack([wanted, wanted + 1], dim=-1)  # [texts, K, 2]
+        first, stop = torch.searchsorted(keys, bounds).flatten(0, 1).unbind(1)
         counts = stop - first
         query = torch.repeat_interleave(counts)
         found_at = (stop - counts.cumsum(0))[query] + torch.arange(len(query), device=query.device)
         width = columns.stop - columns.start
-        places = query // self.keys_per_text * width + owner[found_at]
+        places = query // wanted.shape[1] * width + owner[found_at]
         if not self.may_repeat or not len(places):
             return places
         found = torch.zeros((rows.stop - rows.start) * width, dtype=torch.bool, device=places.device)
