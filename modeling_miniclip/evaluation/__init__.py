@@ -4,6 +4,7 @@ metrics.py: recall@K, median rank, loss and intervals
 zero_shot.py: classification by class names
 by_length.py: recall by the length of the caption
 linear_probe.py: logistic regression on features of images
+shared.py: texts that belong to several images
 eval_sets.py: data sets and class folders to evaluate on
 encoders.py: models to evaluate: exports and other CLIPs
 evaluate.py: `miniclip eval`: scores of one or two models

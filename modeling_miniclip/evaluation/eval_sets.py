@@ -1,5 +1,6 @@
 """Data to evaluate on: captioned images for retrieval, or a folder of class folders for classification."""
 
+import hashlib
 import json
 import os
 import warnings
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..data.captions import load_captions
 from ..data.listing import list_images, subfolders
 from ..data.load_rows import SeededSplit
+from ..data.picture_formats import read_encoded
 from ..data.problems import HARMLESS
 from ..data.source_kinds import kind_of, resolve
 from ..data.splits import SPLIT_ALIASES, SPLITS
@@ -28,6 +30,7 @@ from ..errors import DataError, Problem, UsageError
 from ..inference.encode import open_image
 from ..utils.names import is_utf8, name_of
 from .metrics import DIRECTIONS, RECALL_AT
+from .shared import SharedTexts, find_shared_texts
 
 CLASSIFICATION = "image_to_class"
 ALL = "all"  # the images of all splits together
@@ -54,6 +57,7 @@ class EvalSet:
         unlisted: names of folders that could not be listed, with the reason.
         subjects: `[images]` int64, equal for images of the same `group`, which show the same thing; None if the
             dataset has no groups.
+        shared: texts that belong to several images; None if there are none, or nobody has looked for them.
     """
 
     name: str
@@ -68,6 +72,7 @@ class EvalSet:
     skipped: dict[str, str] = field(default_factory=dict)
     unlisted: dict[str, str] = field(default_factory=dict)
     subjects: Tensor | None = None
+    shared: SharedTexts | None = None
 
     @property
     def is_classification(self) -> bool:
@@ -120,8 +125,22 @@ class EvalSet:
             image_group=image_group,
             text_group=text_group,
             subjects=None if self.subjects is None else self.subjects[rows],
+            shared=None,
             skipped=self.skipped | {self.image_ids[row]: reason for row, reason in unreadable.items()},
         )
+
+    def with_shared(self, marks: Mapping[int, str]) -> "EvalSet":
+        """The set with the texts that belong to several images.
+
+        Args:
+            marks: what images with equal bytes have in common, by row.
+        """
+        if self.is_classification:
+            return self
+        groups = None if self.subjects is None else self.subjects.tolist()
+        content = [marks.get(row) for row in range(len(self.image_ids))]
+        shared = find_shared_texts(self.captions_by_image(), self.text_group, groups, content)
+        return replace(self, shared=shared)
 
     def part(self, name: str, rows: list[int]) -> "EvalSet":
         """Some images of a classification set as a split."""
@@ -148,6 +167,7 @@ class ReadableImages:
     def __init__(self, data: EvalSet):
         self.data = data
         self.unreadable: dict[int, str] = {}  # rows found so far, with the reason
+        self.marks: dict[int, str] = {}  # what images of a dataset with equal bytes have in common, by row
 
     def __len__(self) -> int:
         return len(self.data.image_ids)
@@ -155,11 +175,23 @@ class ReadableImages:
     def __iter__(self) -> Iterator[Image.Image]:
         for row in range(len(self)):
             try:
-                image = self.data.open(row)
+                image = open_image(self._with_content(row))
             except DataError as error:
                 self.unreadable[row] = str(error)
             else:
                 yield image
+
+    def _with_content(self, row: int) -> Any:
+        """The image of a row, of a dataset with its bytes; as it is if they cannot be read, which opening reports."""
+        image = self.data.images[row]
+        if not isinstance(self.data.images, Dataset):
+            return image
+        try:
+            content = read_encoded(image["image"])
+        except Exception:  # as many classes as readers
+            return image
+        self.marks[row] = hashlib.blake2b(content, digest_size=16).hexdigest()
+        return {"image": image["image"] | {"bytes": content}}
 
 
 def load_eval_set(

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .metrics import Ranking, metrics_of_ranks, named_intervals, rank_keys, resa
 from .order_page import order_page
 from .order_pairs import OrderPairs, load_pairs
 from .order_test import ORDER_NOTE, PairScores, order_report, order_table, score_pairs, write_pairs
+from .shared import SHARED_NOTE
 from .zero_shot import ensemble_weights
 
 RESULTS = 10  # results that are kept per query
@@ -41,12 +42,14 @@ class ModelScores:
         metrics: recalls in percent, median ranks and `rsum`, by name.
         recalls: `[samples, recalls]` bootstrap samples of the recalls in percent.
         images: `[images, dim]` embeddings.
+        shared: the same with the answers that `data.shared` counts as right, too; its rankings have no results.
     """
 
     rankings: dict[str, Ranking]
     metrics: dict[str, float]
     recalls: Tensor
     images: Tensor
+    shared: "ModelScores | None" = None
 
 
 def evaluate_model(
@@ -82,6 +85,9 @@ def evaluate_model(
         `model`, `dataset`, `split`, `images`, `texts`, `metrics` (recalls in percent, median ranks, `rsum`) and their
         95 % `intervals` from a bootstrap over images; for captions `by_caption_length`, see
         [`recall_by_length`][modeling_miniclip.evaluation.by_length.recall_by_length].
+
+        If texts belong to several images (equal captions, a group, equal bytes), `shared` has their number as `texts`,
+        and `metrics`, `intervals` and those of the comparison with these answers counted as right, too.
 
         With a baseline also `baseline`, `baseline_metrics`, `baseline_intervals`, the `difference` of the recalls
         (model minus baseline) and its `difference_intervals` from the paired bootstrap; what follows has its
@@ -130,22 +136,22 @@ def evaluate_model(
 
 def _report_of_scores(model: str, baseline: str | None, scores: list[ModelScores], data: EvalSet) -> dict[str, Any]:
     """The report of [`evaluate_model`] as far as it is about retrieval or classification."""
-    ours, *theirs = scores
-    names = [data.metric(direction, k) for direction in data.directions for k in data.at]
     report: dict[str, Any] = {
         "model": model,
         "dataset": data.name,
         "split": data.split,
         "images": len(data.image_ids),
         "texts": len(data.texts),
-        "metrics": ours.metrics,
-        "intervals": _intervals(names, ours.recalls, data),
+        **_figures(scores, data),
     }
+    if baseline is not None:
+        report["baseline"] = baseline
+    if data.shared is not None:
+        with_shared = [each.shared for each in scores if each.shared is not None]
+        report["shared"] = {"texts": data.shared.texts, **_figures(with_shared, data)}
     if data.skipped or data.unlisted:
         report["skipped"] = data.skipped | data.unlisted
         report["warning"] = describe_skipped(data.skipped, len(data.image_ids) + len(data.skipped), data.unlisted)
-    for other in theirs:
-        report |= {"baseline": baseline, **_comparison(ours, other, names, data)}
     if not data.is_classification:
         for name, each in zip(("by_caption_length", "baseline_by_caption_length"), scores, strict=False):
             rank, image_of = each.rankings["text_to_image"].rank, data.image_of_query("text_to_image")
@@ -162,14 +168,15 @@ def _write_results(
     order: list[PairScores],
 ) -> None:
     """Write [`FILES`] from the report and the scores of the model and, perhaps, the baseline; and [`ORDER_FILES`]."""
-    ours, *theirs = (each.rankings for each in scores)
+    ours, *theirs = scores
     with replaced_folder(target) as fresh:
         (fresh / FILES[0]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        write_queries(fresh / FILES[1], data, ours, theirs[0] if theirs else {})
+        write_queries(fresh / FILES[1], data, ours, theirs[0] if theirs else None)
         figures = table(*table_of(report))
         if "by_caption_length" in report:
             figures += table(*length_table(report))
-        gallery = failure_page(report, data, ours, figures)
+        with_shared = None if ours.shared is None else ours.shared.rankings
+        gallery = failure_page(report, data, ours.rankings, figures, with_shared)
         (fresh / FILES[2]).write_text(gallery, encoding="utf-8")
         if pairs is not None:
             names = data.image_ids if pairs.images is data.images else None
@@ -183,18 +190,22 @@ def _score_models(
     """Scores of each model, and the set without the images that the first one could not read."""
     scores: list[ModelScores] = []
     for encoder in encoders:
-        texts, images, unreadable = embed_set(encoder, data, templates, batch_size, progress)
+        texts, images, readable = embed_set(encoder, data, templates, batch_size, progress)
+        unreadable = readable.unreadable
         if unreadable and scores:
             raise DataError(f"{next(iter(unreadable.values()))}; it could be read a moment ago: evaluate again")
-        if unreadable:
-            texts, data = texts[data.kept_texts(unreadable)], data.without(unreadable)
+        if not scores:
+            rows = [row for row in range(len(data.image_ids)) if row not in unreadable]
+            if unreadable:
+                texts, data = texts[data.kept_texts(unreadable)], data.without(unreadable)
+            data = data.with_shared({i: readable.marks[row] for i, row in enumerate(rows) if row in readable.marks})
         scores.append(score_model(texts, images, data))
     return scores, data
 
 
 def embed_set(
     encoder: ClipEncoder, data: EvalSet, templates: str | Sequence[str], batch_size: int, progress: bool
-) -> tuple[Tensor, Tensor, dict[int, str]]:
+) -> tuple[Tensor, Tensor, ReadableImages]:
     """Embed a split with one model.
 
     Args:
@@ -205,7 +216,7 @@ def embed_set(
         progress: whether to show progress bars.
 
     Returns:
-        `[texts, dim]`; `[readable images, dim]`; the rows of the other images, with the reason.
+        `[texts, dim]`; `[readable images, dim]`; which images could not be read.
 
     Raises:
         DataError: no image can be read.
@@ -223,7 +234,7 @@ def embed_set(
         if len(readable.unreadable) < len(readable):
             raise
         raise DataError(f"none of the {len(readable)} images can be read; {readable.unreadable[0]}") from error
-    return texts, images, readable.unreadable
+    return texts, images, readable
 
 
 def score_model(texts: Tensor, images: Tensor, data: EvalSet) -> ModelScores:
@@ -234,11 +245,22 @@ def score_model(texts: Tensor, images: Tensor, data: EvalSet) -> ModelScores:
         images: `[images, dim]` embeddings.
         data: split that was embedded.
     """
+    own = {direction: (data.sides(direction)[0][1], data.sides(direction)[1][1]) for direction in data.directions}
+    scores = _score(texts, images, data, own, RESULTS)
+    if data.shared is None:
+        return scores
+    keys = {direction: data.shared.sides(direction) for direction in data.directions}
+    return replace(scores, shared=_score(texts, images, data, keys, 0))
+
+
+def _score(
+    texts: Tensor, images: Tensor, data: EvalSet, ids: Mapping[str, tuple[Tensor, Tensor]], results: int
+) -> ModelScores:
+    """The scores by the ids of queries and answers of each direction."""
     rankings = {}
     for direction in data.directions:
-        queries, keys = (texts, images) if direction == "text_to_image" else (images, texts)
-        (_, query_group), (_, key_group) = data.sides(direction)
-        rankings[direction] = rank_keys(queries, keys, query_group, key_group, RESULTS)
+        queries, answers = (texts, images) if direction == "text_to_image" else (images, texts)
+        rankings[direction] = rank_keys(queries, answers, *ids[direction], results)
     rank_of = {direction: ranking.rank for direction, ranking in rankings.items()}
     if data.is_classification:
         (rank,) = rank_of.values()
@@ -247,6 +269,16 @@ def score_model(texts: Tensor, images: Tensor, data: EvalSet) -> ModelScores:
         metrics = metrics_of_ranks(rank_of)
     image_of = {direction: data.image_of_query(direction) for direction in data.directions}
     return ModelScores(rankings, metrics, resampled_recalls(rank_of, image_of, len(images), data.at), images)
+
+
+def _figures(scores: list[ModelScores], data: EvalSet) -> dict[str, Any]:
+    """Metrics and intervals of the model and, if there is one, of the baseline, and their difference."""
+    ours, *theirs = scores
+    names = [data.metric(direction, k) for direction in data.directions for k in data.at]
+    figures: dict[str, Any] = {"metrics": ours.metrics, "intervals": _intervals(names, ours.recalls, data)}
+    for other in theirs:
+        figures |= _comparison(ours, other, names, data)
+    return figures
 
 
 def _intervals(names: list[str], recalls: Tensor, data: EvalSet) -> dict[str, tuple[float, float]]:
@@ -263,63 +295,82 @@ def _comparison(ours: ModelScores, theirs: ModelScores, recalls: list[str], data
     }
 
 
-def write_queries(
-    path: Path, data: EvalSet, rankings: dict[str, Ranking], others: dict[str, Ranking] | None = None
-) -> None:
+def write_queries(path: Path, data: EvalSet, ours: ModelScores, theirs: ModelScores | None = None) -> None:
     """Write [`query_rows`] as Parquet, `ROWS` rows at a time."""
-    result = pa.struct({"answer": pa.string(), "score": pa.float32(), "is_right": pa.bool_()})
+    result = [("answer", pa.string()), ("score", pa.float32()), ("is_right", pa.bool_())]
     columns = {
         **dict.fromkeys(("direction", "query", "image_id", "right"), pa.string()),
         "rank": pa.int64(),
         "score": pa.float32(),
-        "baseline_rank": pa.int64(),
-        "results": pa.list_(result),
     }
-    if not others:
-        del columns["baseline_rank"]
-    schema = pa.schema(list(columns.items()))
+    if data.shared is not None:
+        result.append(("is_shared", pa.bool_()))
+        columns["shared_rank"] = pa.int64()
+    if theirs is not None:
+        columns["baseline_rank"] = pa.int64()
+        if data.shared is not None:
+            columns["baseline_shared_rank"] = pa.int64()
+    schema = pa.schema([*columns.items(), ("results", pa.list_(pa.struct(result)))])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        rows = query_rows(data, rankings, others or {})
+        rows = query_rows(data, ours, theirs)
         while chunk := [row for row, _ in zip(rows, range(ROWS), strict=False)]:
             writer.write_table(pa.Table.from_pylist(chunk, schema))
 
 
-def query_rows(data: EvalSet, rankings: dict[str, Ranking], others: dict[str, Ranking]) -> Iterator[dict[str, Any]]:
+def query_rows(data: EvalSet, ours: ModelScores, theirs: ModelScores | None = None) -> Iterator[dict[str, Any]]:
     """Yield the rows of `queries.parquet`, one per query.
 
     Columns: `direction`; `query` (the text, or the image's id); `image_id` (the query's image); `right` (id of the
     right image, first right caption, or class name); `rank` of the best right answer among all candidates, and its
     `score`; `baseline_rank`, if there is a baseline; `results`, the first answers with `answer`, `score` and
-    `is_right`.
+    `is_right`. If texts belong to several images, also `shared_rank` and `baseline_shared_rank`, the ranks of the best
+    answer of those that belong to the query, and for each result `is_shared`, whether it is one of them without being
+    the query's own.
 
     Args:
         data: split that was evaluated.
-        rankings: rankings of the model, by direction.
-        others: rankings of the baseline, by direction; empty without a baseline.
+        ours: scores of the model.
+        theirs: scores of the baseline, or None.
     """
-    for direction, ranking in rankings.items():
+    for direction, ranking in ours.rankings.items():
         (queries, query_groups), (answers, answer_groups) = data.sides(direction)
         query_group, answer_group = query_groups.tolist(), answer_groups.tolist()
         first_of: dict[int, str] = {}
         for group, answer in zip(answer_group, answers, strict=True):
             first_of.setdefault(group, answer)
         image_of = data.image_of_query(direction).tolist()
-        ranks, right_scores = ranking.rank.tolist(), ranking.right_score.tolist()
+        right_scores, ranks = ranking.right_score.tolist(), _ranks(ours, theirs, direction)
+        belong = None if data.shared is None else data.shared.belong(direction, ranking.indices)
         for i, query in enumerate(queries):
-            found = zip(ranking.indices[i].tolist(), ranking.scores[i].tolist(), strict=True)
+            results: list[dict[str, Any]] = []
+            for place, (j, score) in enumerate(
+                zip(ranking.indices[i].tolist(), ranking.scores[i].tolist(), strict=True)
+            ):
+                is_right = answer_group[j] == query_group[i]
+                results.append({"answer": answers[j], "score": score, "is_right": is_right})
+                if belong is not None:
+                    results[-1]["is_shared"] = bool(belong[i, place]) and not is_right
             yield {
                 "direction": direction,
                 "query": query,
                 "image_id": data.image_ids[image_of[i]],
                 "right": first_of[query_group[i]],
-                "rank": ranks[i],
                 "score": right_scores[i],
-                "baseline_rank": others[direction].rank[i].item() if direction in others else None,
-                "results": [
-                    {"answer": answers[j], "score": score, "is_right": answer_group[j] == query_group[i]}
-                    for j, score in found
-                ],
+                **{name: values[i] for name, values in ranks.items()},
+                "results": results,
             }
+
+
+def _ranks(ours: ModelScores, theirs: ModelScores | None, direction: str) -> dict[str, list[int]]:
+    """The columns of `queries.parquet` with ranks."""
+    of_models = {"": ours, "baseline_": theirs}
+    ranks = {}
+    for prefix, scores in of_models.items():
+        if scores is not None:
+            ranks[f"{prefix}rank"] = scores.rankings[direction].rank.tolist()
+            if scores.shared is not None:
+                ranks[f"{prefix}shared_rank"] = scores.shared.rankings[direction].rank.tolist()
+    return ranks
 
 
 def table_of(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -330,11 +381,24 @@ def table_of(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             ("baseline_metrics", "baseline_intervals", report["baseline"], ".1f"),
             ("difference", "difference_intervals", "difference", "+.1f"),
         ]
+    sources = [(report, "")] + ([(report["shared"], ", shared")] if "shared" in report else [])
+    columns = [
+        (source[values], source[spans], f"{name}{more}", form)
+        for values, spans, name, form in sides
+        for source, more in sources
+    ]
     rows = []
     for metric in report["metrics"]:
-        cells = (_cell(report[values], report[spans], metric, form) for values, spans, _, form in sides)
+        cells = (_cell(values, spans, metric, form) for values, spans, _, form in columns)
         rows.append([metric.replace("_", " "), *cells])
-    return ["", *(name for *_, name, _ in sides)], rows
+    return ["", *(name for _, _, name, _ in columns)], rows
+
+
+def describe_shared(report: dict[str, Any]) -> str | None:
+    """What the columns of [`table_of`] called "shared" are; None if there are none."""
+    if "shared" not in report:
+        return None
+    return f"{SHARED_NOTE}: {report['shared']['texts']:,} of {report['texts']:,} texts belong to several images"
 
 
 def _cell(values: dict[str, float], intervals: dict[str, tuple[float, float]], metric: str, form: str) -> str:
@@ -347,10 +411,12 @@ def _cell(values: dict[str, float], intervals: dict[str, tuple[float, float]], m
 
 def format_report(report: dict[str, Any]) -> str:
     """The report of [`evaluate_model`] as text tables."""
+    note = describe_shared(report)
     lines = [
         f"{report['dataset']}, {report['split']}: {report['images']:,} images, {report['texts']:,} texts",
         *_aligned(*table_of(report)),
         "in brackets: 95 % confidence interval (bootstrap over images)",
+        *([] if note is None else [note]),
     ]
     if "by_caption_length" in report:
         lines += ["", "text to image by length of the caption:", *_aligned(*length_table(report))]

@@ -1,13 +1,15 @@
 """Retrieval metrics: recall@K and median rank in both directions, and the loss over a whole split."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.loading.pairs import Pairs
 from ..loss_miniclip import symmetric_contrastive_loss
 from ..utils.arrays import as_embeddings, as_tensor
 
@@ -22,6 +24,7 @@ ZERO_SHOT_METRICS = ("zero_shot_top-1", "zero_shot_top-5")
 # Queries and keys whose similarities are computed at a time: 16 MB, so that a split of any size fits in memory.
 BLOCK = 1024
 KEY_BLOCK = 4096
+PAIRS_OF = 128  # queries of a block whose right keys are listed at a time, with several ids for each
 
 
 @dataclass(frozen=True)
@@ -53,44 +56,77 @@ def rank_keys(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor, t
     Args:
         queries: `[Q, dim]` embeddings.
         keys: `[K, dim]` embeddings.
-        query_id: `[Q]` integers.
-        key_id: `[K]` integers; a key with the query's id is right.
+        query_id: `[Q]` integers; or `[Q, L]` int64, several ids of each query, with `NO_KEY` in shorter rows.
+        key_id: `[K]`, or `[K, M]`, likewise; a key that has an id of the query is right.
         top: number of first keys to return; all keys if there are fewer.
     """
     rows, top = len(queries), min(top, len(keys))
     rank = torch.empty(rows, dtype=torch.long, device=queries.device)
     # Filled in place: collecting the blocks in lists would fragment the memory.
     found = Ranking(rank, queries.new_empty(rows), queries.new_empty(rows, top), rank.new_empty(rows, top))
-    for start in range(0, rows, BLOCK):
-        here = slice(start, start + BLOCK)
-        parts = _rank_block(queries[here], keys, query_id[here], key_id, top)
+    columns = _blocks(len(keys), KEY_BLOCK)
+    wrong_in = _wrong_by_id(query_id, key_id) if query_id.ndim == 1 else _wrong_by_keys(query_id, key_id, columns)
+    for here in _blocks(rows, BLOCK):
+        parts = _rank_block(queries[here], keys, columns, partial(wrong_in, here), top)
         for whole, part in zip((found.rank, found.right_score, found.scores, found.indices), parts, strict=True):
             whole[here] = part
     return found
 
 
-def _rank_block(block: Tensor, keys: Tensor, ids: Tensor, key_id: Tensor, top: int) -> tuple[Tensor, ...]:
+# Which pairs of a block of queries and a block of keys, `[q, k]` booleans, are wrong; None if all are.
+WrongPairs = Callable[[slice, slice], Tensor | None]
+
+
+def _blocks(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _wrong_by_id(query_id: Tensor, key_id: Tensor) -> WrongPairs:
+    def wrong_in(rows: slice, columns: slice) -> Tensor | None:
+        ids, key_ids = query_id[rows], key_id[columns]
+        if key_ids.max() < ids.min() or key_ids.min() > ids.max():
+            return None
+        return ids.unsqueeze(1) != key_ids.unsqueeze(0)
+
+    return wrong_in
+
+
+def _wrong_by_keys(query_id: Tensor, key_id: Tensor, columns: list[slice]) -> WrongPairs:
+    pairs = Pairs(query_id, key_id, columns)
+
+    def wrong_in(rows: slice, columns: slice) -> Tensor | None:
+        height, width, found = rows.stop - rows.start, columns.stop - columns.start, 0
+        wrong = torch.ones(height, width, dtype=torch.bool, device=query_id.device)
+        for some in _blocks(height, PAIRS_OF):  # in a tile, all may be pairs
+            places = pairs.in_tile(slice(rows.start + some.start, rows.start + some.stop), columns)
+            wrong[some].view(-1)[places] = False
+            found += len(places)
+        return wrong if found else None
+
+    return wrong_in
+
+
+def _rank_block(
+    block: Tensor, keys: Tensor, columns: list[slice], wrong_in: Callable[[slice], Tensor | None], top: int
+) -> tuple[Tensor, ...]:
     """The fields of a [`Ranking`] for a block of queries."""
-    key_blocks = list(zip(keys.split(KEY_BLOCK), key_id.split(KEY_BLOCK), strict=True))
-    low, high = ids.min(), ids.max()
-    may_be_right = [bool((key_ids.max() >= low) & (key_ids.min() <= high)) for _, key_ids in key_blocks]
     best = block.new_full((len(block), 1), -torch.inf)
-    for (some, key_ids), may_be in zip(key_blocks, may_be_right, strict=True):
-        if may_be:
-            wrong = ids.unsqueeze(1) != key_ids.unsqueeze(0)
-            best = torch.maximum(best, (block @ some.t()).masked_fill(wrong, -torch.inf).amax(dim=1, keepdim=True))
+    for part in columns:
+        if (wrong := wrong_in(part)) is not None:
+            similarity = block @ keys[part].t()  # [block, key block]
+            best = torch.maximum(best, similarity.masked_fill_(wrong, -torch.inf).amax(dim=1, keepdim=True))
     rank = torch.ones(len(block), dtype=torch.long, device=block.device)
     scores, indices = block.new_empty(len(block), 0), rank.new_empty(len(block), 0)
-    for i, ((some, key_ids), may_be) in enumerate(zip(key_blocks, may_be_right, strict=True)):
-        similarity = block @ some.t()  # [block, key block]
+    for part in columns:
+        similarity = block @ keys[part].t()
         before = ~(similarity < best)
-        if may_be:
-            before &= ids.unsqueeze(1) != key_ids.unsqueeze(0)
+        if (wrong := wrong_in(part)) is not None:
+            before &= wrong
         rank += before.view(torch.uint8).sum(dim=1, dtype=torch.int32)  # summing booleans is four times slower
         if top:
-            found = similarity.topk(min(top, len(some)))
+            found = similarity.topk(min(top, similarity.shape[1]))
             scores = torch.cat([scores, found.values], dim=1)
-            indices = torch.cat([indices, found.indices + i * KEY_BLOCK], dim=1)
+            indices = torch.cat([indices, found.indices + part.start], dim=1)
             scores, order = scores.topk(min(top, scores.shape[1]))
             indices = indices.gather(1, order)
     return rank, best.squeeze(1), scores, indices

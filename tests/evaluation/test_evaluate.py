@@ -19,9 +19,9 @@ from modeling_miniclip.cli import cli
 from modeling_miniclip.errors import DataError, UsageError
 from modeling_miniclip.evaluation import metrics
 from modeling_miniclip.evaluation.encoders import open_encoder
-from modeling_miniclip.evaluation.eval_sets import load_eval_set
-from modeling_miniclip.evaluation.evaluate import FILES, evaluate_model, format_report
-from modeling_miniclip.evaluation.metrics import named_intervals, rank_keys, resampled_recalls
+from modeling_miniclip.evaluation.eval_sets import EvalSet, load_eval_set
+from modeling_miniclip.evaluation.evaluate import FILES, evaluate_model, format_report, score_model
+from modeling_miniclip.evaluation.metrics import DIRECTIONS, named_intervals, rank_keys, resampled_recalls
 from modeling_miniclip.evaluation.zero_shot import zero_shot_accuracy
 from tests.helpers.listing import unlistable
 from tests.helpers.shards import write_tar
@@ -66,10 +66,35 @@ def test_ranks_and_results_do_not_depend_on_blocks(blocks: tuple[int, int], monk
     assert torch.equal(found.right_score, similarity.masked_fill(~right, -torch.inf).amax(dim=1))
 
 
+@pytest.mark.parametrize("blocks", [(1, 1), (3, 5), (64, 7), (1024, 4096)])
+def test_ranks_by_several_ids_do_not_depend_on_blocks(
+    blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "BLOCK", blocks[0])
+    monkeypatch.setattr(metrics, "KEY_BLOCK", blocks[1])
+    monkeypatch.setattr(metrics, "PAIRS_OF", 2)
+    queries, keys = small_integers(23, 0), small_integers(31, 1)
+    generator = torch.Generator().manual_seed(2)
+    key_id = torch.randint(-1, 12, (31, 3), generator=generator)  # -1 is none
+    query_id = torch.randint(-1, 12, (23, 2), generator=generator)
+    query_id[:, 0] = key_id.amax(dim=1)[torch.arange(23)].clamp(min=0)
+    key_id[torch.arange(23), 0] = query_id[:, 0]
+    found = rank_keys(queries, keys, query_id, key_id, top=6)
+    similarity = queries @ keys.t()
+    for i, row in enumerate(similarity.tolist()):
+        right = [bool(set(query_id[i].tolist()) & set(ids) - {-1}) for ids in key_id.tolist()]
+        best = max(value for value, is_right in zip(row, right, strict=True) if is_right)
+        wrong = [value for value, is_right in zip(row, right, strict=True) if not is_right]
+        assert found.rank[i] == 1 + sum(value >= best for value in wrong)
+        assert found.right_score[i] == best
+    assert torch.equal(found.scores, similarity.sort(dim=1, descending=True).values[:, :6])
+
+
 def test_nan_embeddings_rank_last_in_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "KEY_BLOCK", 2)
     nothing = torch.full((5, 3), torch.nan)
-    assert rank_keys(nothing, nothing, torch.arange(5), torch.arange(5)).rank.tolist() == [5] * 5
+    for ids in (torch.arange(5), torch.arange(5)[:, None]):
+        assert rank_keys(nothing, nothing, ids, ids).rank.tolist() == [5] * 5
 
 
 def test_top_above_the_key_count_returns_all() -> None:
@@ -92,9 +117,12 @@ class Largest(TorchFunctionMode):
 def test_full_similarity_matrix_is_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "BLOCK", 16)
     monkeypatch.setattr(metrics, "KEY_BLOCK", 32)
+    monkeypatch.setattr(metrics, "PAIRS_OF", 8)
     embeds, group = torch.randn(400, 2), torch.arange(400)
     with Largest() as largest:
         rank_keys(embeds, embeds, group, group, top=5)
+        for several in (group[:, None].repeat(1, 2), torch.zeros(400, 2, dtype=torch.long)):  # none, and all, are pairs
+            rank_keys(embeds, embeds, several, several, top=5)
     assert 16 * 32 <= largest.elements <= 400 * 5
 
 
@@ -373,7 +401,8 @@ def test_metrics_match_the_package_and_queries_are_saved(models: Path, captioned
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"] == report["metrics"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
     rows = pq.read_table(tmp_path / "out" / "queries.parquet").to_pylist()
-    assert len(rows) == len(data.texts) + len(data.image_ids) and "baseline_rank" not in rows[0]
+    assert len(rows) == len(data.texts) + len(data.image_ids)
+    assert "shared" not in report and not {"baseline_rank", "shared_rank"} & set(rows[0])
     for direction in data.directions:
         ranks = [row["rank"] for row in rows if row["direction"] == direction]
         assert 100 * sum(rank == 1 for rank in ranks) / len(ranks) == pytest.approx(
@@ -444,13 +473,113 @@ def test_failure_page_shows_failures_and_escapes_names(models: Path, hostile_fol
     assert not of("script", reader) and reader.open == []
     assert not any(name.startswith("on") for _, attributes in reader.tags for name in attributes)
     assert all(image["src"].startswith("data:image/jpeg;base64,") for image in of("img", reader))  # type: ignore
-    failed = [row for row in pq.read_table(tmp_path / "out" / "queries.parquet").to_pylist() if row["rank"] > 1]
-    worst = max((row for row in failed if row["direction"] == "text_to_image"), key=lambda row: row["rank"])
+    queries = pq.read_table(tmp_path / "out" / "queries.parquet").to_pylist()
+    failed = [row for row in queries if row["shared_rank"] > 1]  # some of the captions are equal
+    worst = max((row for row in failed if row["direction"] == "text_to_image"), key=lambda row: row["shared_rank"])
     assert worst["query"] in text and f"right, rank {worst['rank']}" in text
     assert HOSTILE in text and data.image_ids[0] in text
     assert f"{report['metrics']['rsum']:.1f}" in text
     rights = [figure for figure in of("figure", reader) if figure["class"] == "right"]
     assert len(rights) >= len(of("section", reader)) > 0  # each query is shown with its right answer
+
+
+# --- texts that belong to several images ----------------------------------------------------------------------------
+
+# Similarities of three images (rows) and five texts, of images 0, 0, 1, 2 and 2.
+SIMILARITY = torch.tensor([[0.9, 0.2, 0.6, 0.1, 0.4], [0.3, 0.8, 0.5, 0.4, 0.2], [0.0, 0.3, 0.1, 0.7, 0.1]])
+
+
+@pytest.mark.parametrize(
+    ("equal_captions", "groups", "marks", "texts", "by_text", "by_image"),
+    [
+        (False, None, {}, 0, [1, 3, 2, 1, 3], [1, 2, 1]),
+        (True, None, {}, 2, [1, 3, 1, 1, 3], [1, 2, 1]),  # texts 0 and 2 belong to images 0 and 1
+        (False, [7, 5, 5], {}, 3, [1, 3, 2, 1, 2], [1, 2, 1]),  # texts 2, 3 and 4 to images 1 and 2
+        (True, [7, 5, 5], {}, 4, [1, 3, 1, 1, 2], [1, 2, 1]),  # but text 0 not to image 2
+        (False, None, {0: "x", 2: "x"}, 4, [1, 2, 2, 1, 1], [1, 2, 1]),  # texts 0, 1, 3 and 4 to images 0 and 2
+    ],
+    ids=["none", "captions", "groups", "both", "bytes"],
+)
+def test_shared_texts_worked_by_hand(
+    equal_captions: bool,
+    groups: list[int] | None,
+    marks: dict[int, str],
+    texts: int,
+    by_text: list[int],
+    by_image: list[int],
+) -> None:
+    data = EvalSet(
+        name="data",
+        split="test",
+        images=["0.png", "1.png", "2.png"],
+        image_ids=["0.png", "1.png", "2.png"],
+        texts=["a cat", "a dog", "A  cat." if equal_captions else "a bird", "a boat", "a ship"],
+        image_group=torch.arange(3),
+        text_group=torch.tensor([0, 0, 1, 2, 2]),
+        directions=DIRECTIONS,
+        at=(1,),
+        subjects=None if groups is None else torch.tensor(groups),
+    ).with_shared(marks)
+    scores = score_model(torch.eye(5), SIMILARITY, data)
+    usual = {name: ranking.rank.tolist() for name, ranking in scores.rankings.items()}
+    assert usual == {"text_to_image": [1, 3, 2, 1, 3], "image_to_text": [1, 2, 1]}
+    if not texts:
+        assert data.shared is None and scores.shared is None
+        return
+    assert data.shared is not None and data.shared.texts == texts and scores.shared is not None
+    found = {name: ranking.rank.tolist() for name, ranking in scores.shared.rankings.items()}
+    assert found == {"text_to_image": by_text, "image_to_text": by_image}
+    assert scores.shared.metrics["text_to_image_R@1"] == pytest.approx(20 * by_text.count(1))
+
+
+def rank_in(results: list[dict[str, Any]], kinds: tuple[str, ...]) -> int:
+    """Rank of the best right answer among all answers; those of some kinds are right."""
+    best = max(result["score"] for result in results if any(result[kind] for kind in kinds))
+    return 1 + sum(result["score"] >= best for result in results if not any(result[kind] for kind in kinds))
+
+
+def test_shared_captions_are_reported_next_to_usual_recall(
+    models: Path, captioned_folder: Path, tmp_path: Path
+) -> None:
+    with (captioned_folder / "captions.csv").open("a") as file:
+        file.write("9,3.png,A red dog runs over the green grass.\n")
+    mine, clip, out = str(models / "mine"), str(models / "clip"), tmp_path / "out"
+    data = load_eval_set(str(captioned_folder), "all")
+    report = evaluate_model(mine, data, baseline=clip, output_dir=out)
+    shared = report["shared"]
+    assert shared["texts"] == 2 and len(data.texts) == 10
+    usual = evaluate_model(mine, load_eval_set(str(captioned_folder), "all"))
+    assert usual["metrics"] == report["metrics"] and usual["shared"]["metrics"] == shared["metrics"]
+    for name, value in shared["metrics"].items():
+        assert value <= report["metrics"][name] if "median" in name else value >= report["metrics"][name]
+    for name, value in shared["difference"].items():
+        assert value == pytest.approx(shared["metrics"][name] - shared["baseline_metrics"][name])
+        assert shared["difference_intervals"][name][0] <= value <= shared["difference_intervals"][name][1]
+    rows = pq.read_table(out / "queries.parquet").to_pylist()
+    for row in rows:  # each has all answers
+        assert row["rank"] == rank_in(row["results"], ("is_right",))
+        assert row["shared_rank"] == rank_in(row["results"], ("is_right", "is_shared"))
+        assert row["baseline_shared_rank"] <= row["baseline_rank"]
+    both = {"A red dog runs over the green grass.": "0.png", "a red dog runs over the green grass": "3.png"}
+    found = {(row["query"], result["answer"]) for row in rows for result in row["results"] if result["is_shared"]}
+    assert found == set(both.items()) | {(image, text) for text, image in both.items()}
+    for direction in data.directions:
+        first = [row["shared_rank"] == 1 for row in rows if row["direction"] == direction]
+        assert shared["metrics"][f"{direction}_R@1"] == pytest.approx(100 * sum(first) / len(first))
+    head, *lines = format_report(report).splitlines()[1:]
+    names = [f"{name}{more}" for name in (mine, clip, "difference") for more in ("", ", shared")]
+    assert all(name in head for name in names)
+    assert any("2 of 10 texts belong to several images" in line for line in lines)
+    page = (out / "failures.html").read_text(encoding="utf-8")
+    assert "difference, shared" in page and "Shared: an image also counts as right" in page
+
+
+def test_copies_of_an_image_share_their_captions(models: Path, captioned_folder: Path) -> None:
+    pictures = captioned_folder / "Images"
+    (pictures / "3.png").write_bytes((pictures / "0.png").read_bytes())
+    report = evaluate_model(str(models / "mine"), load_eval_set(str(captioned_folder), "all"))
+    assert report["shared"]["texts"] == 4  # those of both
+    assert report["shared"]["metrics"]["rsum"] >= report["metrics"]["rsum"]
 
 
 @pytest.mark.parametrize(

@@ -233,8 +233,8 @@ FAULTS = [
         (
             "metrics.py",
             "keys of later blocks get the wrong number",
-            "found.indices + i * KEY_BLOCK",
-            "found.indices + i * BLOCK",
+            "found.indices + part.start",
+            "found.indices + columns[0].start",
             EVALUATE,
         ),
         ("metrics.py", "recall at K counts K - 1", "100 * (rank <= k)", "100 * (rank < k)", METRICS),
@@ -270,8 +270,8 @@ FAULTS = [
         (
             "failure_page.py",
             "right answers are listed as failures",
-            "data.image_of_query(direction), ranking.rank > 1)",
-            "data.image_of_query(direction), ranking.rank >= 1)",
+            "data.image_of_query(direction), rank > 1)",
+            "data.image_of_query(direction), rank >= 1)",
             "tests/evaluation/test_failure_page.py",
         ),
     ),
