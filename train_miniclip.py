@@ -67,6 +67,7 @@ from modeling_miniclip.training.reports.overfit import check_overfitting
 from modeling_miniclip.training.reports.reload_check import load_checked_export
 from modeling_miniclip.training.reports.reporting import describe_best, describe_validation
 from modeling_miniclip.training.reports.several_datasets import report_datasets
+from modeling_miniclip.training.reports.shared_captions import recall_with_shared
 from modeling_miniclip.training.reports.word_order import report_word_order
 from modeling_miniclip.training.resuming.checkpoints import INTERRUPTED_EXPORT, drop_repeated_export
 from modeling_miniclip.training.resuming.output_dir import how_to_resume, locked_output_dir
@@ -343,7 +344,8 @@ def validate_weights(run: TrainingRun) -> bool:
         run.diagnosis.after_validation(progress.step, *embeddings)
     if improved:
         progress.best_value, progress.best_step = value, progress.step
-        export_best(run, metrics, metric_intervals(run, embeddings, class_ranks) if is_main else {})
+        intervals = metric_intervals(run, embeddings, class_ranks) if is_main else {}
+        export_best(run, metrics, intervals, recall_with_shared(run, embeddings) if is_main else None)
         run.exported.record(*embeddings)
     return improved
 

@@ -80,6 +80,7 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
         metrics=metrics,
         intervals=values.get("intervals") or {},
         at_start=values.get("at_start") or {},
+        with_shared=values.get("with_shared"),
         license=values.get("license"),
         command=inline_code(values["command"]) if values.get("command") else None,
         arguments={name: inline_code(value) for name, value in (values.get("arguments") or {}).items()},

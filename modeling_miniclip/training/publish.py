@@ -30,13 +30,20 @@ PATH_ARGUMENTS = frozenset(
 )
 
 
-def export_best(run: TrainingRun, metrics: dict[str, float], intervals: dict[str, tuple[float, float]]) -> None:
+def export_best(
+    run: TrainingRun,
+    metrics: dict[str, float],
+    intervals: dict[str, tuple[float, float]],
+    with_shared: dict[str, Any] | None = None,
+) -> None:
     """Replace `export/` by the current model with its measured card; with `--hub_strategy every_save`, upload it.
 
     Args:
         run: the run, with the weights to export.
         metrics: validation metrics of these weights.
         intervals: confidence intervals of the recalls, on the main process.
+        with_shared: result of [`recall_with_shared`][modeling_miniclip.training.reports.shared_captions], on the main
+            process.
     """
     arguments = run.arguments
     state_dict = full_state_dict(run)  # by all processes: with FSDP each has only a part
@@ -46,6 +53,7 @@ def export_best(run: TrainingRun, metrics: dict[str, float], intervals: dict[str
             "metrics": metrics,
             "intervals": intervals,
             "at_start": run.progress.at_start,
+            "with_shared": with_shared,
             "arguments": arguments_for_card(arguments),
             "command": command_for_card(arguments),
             "license": arguments.hub_license,

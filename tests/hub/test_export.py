@@ -307,6 +307,15 @@ def test_card_says_that_validation_images_are_a_sample(tmp_path: Path, model: Mi
     assert "Retrieval on this sample of the validation split, each text among all 5,000 images" in body
 
 
+def test_card_shows_recall_with_shared_captions(tmp_path: Path, model: MiniClipModel) -> None:
+    counted = {name: value + 1.5 for name, value in METRICS.items()} | {"rsum": 300.25}
+    hub.write_card(tmp_path / "README.md", model, {**CARD, "with_shared": {"texts": 1234, "metrics": counted}})
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| text to image, shared captions right | 13.8 | 47.2 | 80.4 | 4.5 |\n" in card
+    assert "| image to text, shared captions right | 22.5 | 55.5 | 88.5 | 4 |\n\nThe sum of" in card
+    assert " 1,234 captions belong to several images" in card and "counted as right, rsum is 300.2." in card
+
+
 def test_card_shows_data_arguments_and_versions(exported: Path, model: MiniClipModel) -> None:
     _, body = read_card((exported / "README.md").read_text())
     assert "| train | 6,000 | 30,000 |" in body
@@ -399,7 +408,15 @@ def test_a_card_links_what_comes_from_the_hub(tmp_path: Path, monkeypatch: pytes
     assert read_card((tmp_path / "README.md").read_text())[0]["base_model"] == ["timm/test_resnet.r160_in1k"]
 
 
-@pytest.mark.parametrize("values", [CARD, {}, {**CARD, "data": {"name": "scenes", "splits": SPLITS}}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        CARD,
+        {},
+        {**CARD, "data": {"name": "scenes", "splits": SPLITS}},
+        {**CARD, "at_start": METRICS, "with_shared": {"texts": 2, "metrics": METRICS}},
+    ],
+)
 def test_the_markdown_of_a_card_is_well_formed(tmp_path: Path, model: MiniClipModel, values: dict[str, Any]) -> None:
     hub.write_card(tmp_path / "README.md", model, values)
     _, body = read_card((tmp_path / "README.md").read_text())

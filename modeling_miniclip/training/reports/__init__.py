@@ -2,6 +2,7 @@
 
 reporting.py: log lines, metrics.jsonl, throughput
 word_order.py: word order in the card of a run with hard negatives
+shared_captions.py: recall with captions that several images share
 several_datasets.py: metrics and uses of each of several datasets
 caption_probe.py: do captions belong to their images?
 diagnostics.py: warn about a run that does not learn
