@@ -29,20 +29,24 @@ def split_batch(batch: dict[str, Tensor], chunk_size: int, device: torch.device)
     Every process gets the same number of chunks, as FSDP gathers parameters for each forward pass. A process that
     skipped images, and whose chunks would otherwise be empty, repeats its first image and text as fillers.
 
+    The pixels are taken out of the batch: when the last chunk has dropped them, their memory is free.
+
     Args:
         batch: batch of a `Collator`: `[B, ...]` images and ids, `[N, ...]` texts and ids.
         chunk_size: images per chunk, at least 2: the processes' shares differ by at most one image, so none gets an
             empty chunk.
         device: device for the communication between processes.
     """
-    rows = len(batch["image_id"])
+    whole = dict(batch)
+    batch.pop("pixel_values", None)
+    rows = len(whole["image_id"])
     parts = -(-all_reduce_max(rows, device) // chunk_size)
     if rows < parts:
-        batch = {name: torch.cat([tensor, tensor[:1].expand(parts - rows, *tensor.shape[1:])])
-                 for name, tensor in batch.items()}  # fmt: skip
+        whole = {name: torch.cat([tensor, tensor[:1].expand(parts - rows, *tensor.shape[1:])])
+                 for name, tensor in whole.items()}  # fmt: skip
         for name in ("image_id", "text_image_id"):
-            batch[name][-(parts - rows) :] = FILLER
-    pieces = {name: tensor.tensor_split(parts) for name, tensor in batch.items()}
+            whole[name][-(parts - rows) :] = FILLER
+    pieces = {name: tensor.tensor_split(parts) for name, tensor in whole.items()}
     return [{name: piece[i] for name, piece in pieces.items()} for i in range(parts)]
 
 
@@ -61,7 +65,7 @@ def backward_in_chunks(
     Args:
         accelerator: Accelerator that prepared the model; its precision and synchronisation apply.
         model: model as prepared.
-        chunks: result of [`split_batch`].
+        chunks: result of [`split_batch`]; they lose their pixels when these are not needed any more.
         inputs_of: function from a chunk to the model's keyword arguments, on the device.
         loss_of: function from an output with the embeddings of all chunks to this process's part of the loss; the loss
             is the sum over the processes.
@@ -89,6 +93,7 @@ def backward_in_chunks(
         # Gradients are synchronised with the other processes only once, after the last chunk.
         with nullcontext() if is_last else without_step(accelerator, model), _replayed(state, accelerator.device):
             output = model(**inputs_of(chunk))
+            chunk.pop("pixel_values", None)
             dots = []  # the gradients of these dot products are the cached gradients
             for name in ROWS:
                 end = start[name] + len(output[name])
@@ -97,6 +102,7 @@ def backward_in_chunks(
             # Zero, but not left out, in the other chunks: ZeRO-3 would add to the gradients of the last step.
             dots += [(output[name] * gradients[name]).sum() * is_last for name in scalars]
             accelerator.backward(torch.stack(dots).sum() * accelerator.num_processes)
+            del output, dots  # or the next chunk would be computed next to the last one
     return loss.detach()
 
 

@@ -170,13 +170,26 @@ def test_no_graph_is_larger_than_a_chunk() -> None:
 
 def test_a_batch_is_split_into_even_views_of_it() -> None:
     batch = batch_of()
+    whole = dict(batch)
     chunks = split_batch(batch, 3, CPU)
     assert [len(chunk["image_id"]) for chunk in chunks] == [3, 2, 2]
     assert [len(chunk["input_ids"]) for chunk in chunks] == [4, 4, 3]
-    for name, tensor in batch.items():
+    for name, tensor in whole.items():
         assert torch.equal(torch.cat([chunk[name] for chunk in chunks]), tensor)
         assert chunks[1][name].untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-    assert len(split_batch(batch, 7, CPU)) == 1
+    assert set(whole) - set(batch) == {"pixel_values"}
+    assert len(split_batch(batch_of(), 7, CPU)) == 1
+
+
+def test_pixels_of_a_chunk_are_dropped_before_its_gradients() -> None:
+    model, batch = frozen_norms(tiny_model()), batch_of()
+    chunks = split_batch(batch, 3, CPU)
+    held: list[list[bool]] = []
+    for parameter in model.visual_projection.parameters():
+        parameter.register_hook(lambda _: held.append(["pixel_values" in chunk for chunk in chunks]))
+        break
+    backward_in_chunks(build_accelerator("no"), model, chunks, inputs_of, loss_of)
+    assert held == [[False, True, True], [False, False, True], [False, False, False]]
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def overfit(
     set_training_mode(run.unwrapped_model, run.arguments.freeze, bool(run.arguments.freeze_batch_norm))
     losses: list[float] = []
     for _ in trange(steps, desc="one batch", unit="step", leave=False, disable=not run.accelerator.is_main_process):
-        train_step(run, batch, images)
+        train_step(run, dict(batch), images)  # a step in chunks takes the pixels out of it
         losses.append(run.meter.read()["loss"])  # the same in every process
         if losses[-1] < least + REACHED:
             break
