@@ -1,4 +1,7 @@
-"""The tables of `benchmarks/ablation.py`."""
+"""The tables of `benchmarks/ablation.py` and `benchmarks/equal_captions.py`."""
+
+import importlib
+from random import Random
 
 import pytest
 
@@ -31,3 +34,22 @@ def test_table_compares_each_variant_with_the_first() -> None:
 def test_recorded_tables_are_those_of_their_runs(name: str) -> None:
     page = (HERE / f"{name}.md").read_text(encoding="utf-8")
     assert page == table(EXPERIMENTS[name], recorded(HERE / f"{name}.jsonl"))
+
+
+def test_equal_captions_are_replaced_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+    script = importlib.import_module("equal_captions")
+    captions = [[f"caption {i} of {row}" for i in range(5)] for row in range(30)]
+    changed = script.replace_captions(captions, Random(0))
+    pairs = [(a, b) for one, other in zip(captions, changed, strict=True) for a, b in zip(one, other, strict=True)]
+    assert sum(a != b for a, b in pairs) == 50 and {b for a, b in pairs if a != b} <= set(script.PHRASES)
+    assert changed == script.replace_captions(captions, Random(0))
+    values = {("negatives", 0): 300.0, ("negatives", 1): 310.0, ("pairs", 0): 303.1, ("pairs", 1): 312.9}
+    lines = [{"variant": variant, "seed": seed, **dict.fromkeys(script.COLUMNS, rsum)}
+             for (variant, seed), rsum in values.items()]  # fmt: skip
+    rows = [row.split(" | ")[:3] for row in script.table(lines).splitlines()][2:]
+    assert rows == [
+        ["| equal captions are negatives", "2", "305.0 ± 7.1"],
+        ["| equal captions are pairs", "2", "308.0 ± 6.9"],
+        ["| difference", "2", "+3.0 [+1.7, +4.3]"],
+    ]

@@ -1,0 +1,157 @@
+"""What it gains that images with equal captions are no negatives: Flickr8k with many equal captions.
+
+    python benchmarks/equal_captions.py --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
+    python benchmarks/equal_captions.py --table    # trains nothing, only writes the table again
+
+A third of the captions, drawn at random, are replaced by one of ten phrases that say nothing about an image. Recipe
+`heads` is trained on this version twice with each of three seeds: as it is, and with the captions of other images as
+negatives even if they are equal to an image's own. Adds one line per run to `equal_captions.jsonl`, skipping runs that
+are recorded already, and writes `equal_captions.md`. Other flags are those of `train_miniclip.py`.
+"""
+
+import csv
+import gc
+import json
+import tempfile
+from argparse import ArgumentParser
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from random import Random
+from typing import Any
+from unittest.mock import patch
+
+from ablation import difference, spread
+from datasets import DatasetDict
+
+from modeling_miniclip import load_captions
+from modeling_miniclip.evaluation.encoders import open_encoder
+from modeling_miniclip.evaluation.eval_sets import load_eval_set
+from modeling_miniclip.evaluation.evaluate import embed_set, score_model
+from modeling_miniclip.training import setup
+from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.utils.performance import release_freed_memory
+from train_miniclip import prepare, train
+
+HERE = Path(__file__).resolve().parent
+RECORD = HERE / "equal_captions.jsonl"
+PHRASES = (
+    "a photo", "an image", "untitled", "my favourite picture", "summer holiday", "from the archive", "see more",
+    "click to enlarge", "a great shot", "no caption",
+)  # fmt: skip
+REPLACED = 1 / 3
+COLUMNS = {
+    "original": "rsum, original captions",
+    "usual": "rsum, with the phrases",
+    "shared": "the same, equal captions right",
+}
+VARIANTS = {"negatives": "equal captions are negatives", "pairs": "equal captions are pairs"}
+ABOUT = f"""# Equal captions
+
+Written by `benchmarks/equal_captions.py`: Flickr8k with {REPLACED:.0%} of all captions replaced by one of
+{len(PHRASES)} phrases, such as "{PHRASES[0]}"; recipe `heads` with EfficientNet-Lite0 and all-MiniLM-L6-v2. Figures are
+the mean and standard deviation over seeds, on 1,000 validation images, of the epoch with the largest usual rsum on
+this version. The first column has the original captions of the same images. The last row has the mean difference with
+a paired 95 % interval (Student's t).
+
+"""
+
+
+def replace_captions(captions: list[list[str]], random: Random) -> list[list[str]]:
+    """The captions of each image, with a third of them all replaced by phrases."""
+    places = [(row, i) for row, several in enumerate(captions) for i in range(len(several))]
+    changed = [list(several) for several in captions]
+    for row, i in random.sample(places, round(REPLACED * len(places))):
+        changed[row][i] = random.choice(PHRASES)
+    return changed
+
+
+def write_version(splits: DatasetDict, path: Path) -> None:
+    """Write the version with equal captions as CSV, the same each time."""
+    random = Random(0)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption", "split"])
+        for name, rows in splits.items():
+            for image, several in zip(rows["image_id"], replace_captions(rows["captions"], random), strict=True):
+                writer.writerows([image, caption, name] for caption in several)
+
+
+def equal_captions_as(variant: str) -> AbstractContextManager[Any]:
+    """Within the block, runs find no texts that belong to several images, if these are to be negatives."""
+    return nullcontext() if variant == "pairs" else patch.object(setup, "find_shared", return_value=None)
+
+
+def measure_run(dataset: str, argv: list[str], variant: str, seed: int) -> dict[str, Any]:
+    """Train and measure the best model."""
+    with tempfile.TemporaryDirectory() as folder:
+        version, images = Path(folder) / "captions.csv", str(Path(dataset) / "Images")
+        write_version(load_captions(dataset), version)
+        flags = {"recipe": "heads", "dataset": version, "image_dir": images, "seed": seed, "best_metric": "rsum",
+                 "output_dir": Path(folder) / "run"}  # fmt: skip
+        with equal_captions_as(variant):
+            run = prepare(parse_arguments([*argv, *(f"--{name}={value}" for name, value in flags.items())]))
+            train(run)
+        encoder = open_encoder(str(run.export_dir), "EXPORT")
+        original = load_eval_set(dataset, "validation")
+        texts, embeds, readable = embed_set(encoder, original, "ensemble", 32, False)
+        assert not readable.unreadable
+        changed = load_eval_set(str(version), "validation", image_dir=images)
+        row_of = {name: row for row, name in enumerate(original.image_ids)}
+        rows = [row_of[name] for name in changed.image_ids]
+        changed = changed.with_shared({i: readable.marks[row] for i, row in enumerate(rows)})
+        scores = score_model(encoder.encode_texts(changed.texts, 128, False), embeds[rows], changed)
+        assert scores.shared is not None
+        return {
+            "variant": variant,
+            "seed": seed,
+            "original": score_model(texts, embeds, original).metrics["rsum"],
+            "usual": scores.metrics["rsum"],
+            "shared": scores.shared.metrics["rsum"],
+        }
+
+
+def recorded() -> list[dict[str, Any]]:
+    """The runs so far."""
+    return [json.loads(line) for line in RECORD.read_text(encoding="utf-8").splitlines()] if RECORD.exists() else []
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The Markdown table."""
+    of = {
+        variant: {name: {line["seed"]: line[name] for line in lines if line["variant"] == variant} for name in COLUMNS}
+        for variant in VARIANTS
+    }
+    rows = [["training", "seeds", *COLUMNS.values()], ["---", "---:", *["---:"] * len(COLUMNS)]]
+    for variant, words in VARIANTS.items():
+        if seeds := of[variant]["original"]:
+            rows.append([words, str(len(seeds)), *(spread(list(of[variant][name].values())) for name in COLUMNS)])
+    both = [seed for seed in of["pairs"]["original"] if seed in of["negatives"]["original"]]
+    gains = (difference(of["pairs"][name], of["negatives"][name])[0] for name in COLUMNS)
+    rows.append(["difference", str(len(both)), *gains])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def main() -> None:
+    """Train what is not recorded yet, and write the table."""
+    parser = ArgumentParser(allow_abbrev=False, description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dataset", help="folder of Flickr8k")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    own, argv = parser.parse_known_args()
+    if own.dataset is None and not own.table:
+        parser.error("--dataset FLICKR8K is missing")
+    for seed in range(0 if own.table else own.seeds):
+        for variant in VARIANTS:
+            if any((line["variant"], line["seed"]) == (variant, seed) for line in recorded()):
+                continue
+            line = measure_run(own.dataset, argv, variant, seed)
+            gc.collect()
+            release_freed_memory()  # or each loader process of the next run would hold a copy of it
+            with RECORD.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+    RECORD.with_suffix(".md").write_text(ABOUT + table(recorded()), encoding="utf-8")
+    print(table(recorded()), end="")
+
+
+if __name__ == "__main__":
+    main()
