@@ -247,8 +247,8 @@ def compute_loss_and_gradients(run: TrainingRun, batch: dict[str, Any]) -> Tenso
         batch: this process's share of the global batch, b images and n texts: `pixel_values` `[b, 3, H, W]` uint8,
             `input_ids` and `attention_mask` `[n, L]`, `image_id` `[b]` and `text_image_id` `[n]`, and `image_keys`,
             `text_keys` and `is_negative` as in [`global_contrastive_loss`], if there are any. For frozen towers
-            `vision_pooler_output` `[b, width]` and `text_pooler_output` `[n, width]` instead. In chunks, the pixels are
-            taken out of it.
+            `vision_pooler_output` `[b, width]` and `text_pooler_output` `[n, width]` instead. In chunks, the pixels
+            are taken out of it.
 
     Returns:
         This process's part of the loss; the loss is the sum over the processes.

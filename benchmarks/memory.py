@@ -4,8 +4,8 @@
     python benchmarks/memory.py FLICKR8K LITE0 MINILM --only 32 2048:32    # two of the rows
 
 FLICKR8K is a folder with Images/ and captions; LITE0 and MINILM are folders of EfficientNet-Lite0 and
-all-MiniLM-L6-v2, or their names on the Hub. Each row is two steps of `train_miniclip.py` with all layers of both towers
-trained: the second one has the state of the optimizer, and its batch is read while the first one's is dropped.
+all-MiniLM-L6-v2, or their names on the Hub. Each row is two steps of `train_miniclip.py` with all layers of both
+towers trained: the second one has the state of the optimizer, and its batch is read after the first one is dropped.
 Linux only: memory is the proportional set size of the main process and its loader workers, which counts shared pages
 once.
 """

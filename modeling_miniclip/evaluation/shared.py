@@ -1,4 +1,4 @@
-"""Texts that belong to several images, as in training: equal captions, images of one group, images with equal bytes."""
+"""Texts that belong to several images, as in training: equal captions, images of a group, images with equal bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -42,8 +42,7 @@ def export_best(
         run: the run, with the weights to export.
         metrics: validation metrics of these weights.
         intervals: confidence intervals of the recalls, on the main process.
-        with_shared: result of [`recall_with_shared`][modeling_miniclip.training.reports.shared_captions], on the main
-            process.
+        with_shared: what `recall_with_shared` found, on the main process.
     """
     arguments = run.arguments
     state_dict = full_state_dict(run)  # by all processes: with FSDP each has only a part

@@ -39,7 +39,7 @@ def rows_of_batch(
 ) -> BatchRows:
     """Find the rows of a batch that count. Every process must call it.
 
-    The arguments are those of [`global_contrastive_loss`][modeling_miniclip.training.loss.global_loss].
+    The arguments are those of `global_contrastive_loss`.
     """
     images, texts = _without_fillers(image_id), _without_fillers(text_image_id)
     own_texts = len(text_image_id if texts is None else texts)

@@ -123,8 +123,8 @@ class _Queries:
         self.weight, self.mean = weight, mean
         self.total = _LogSums(number, like)  # of the logits of all candidates
         self.positive = _LogSums(number, like)  # of those of the positives, without `mean`
-        self.sum = like.new_zeros(number if mean else 0)  # of the positives' logits
-        self.count = like.new_zeros(number if mean else 0)  # number of positives
+        if mean:
+            self.sum, self.count = like.new_zeros(2, number)  # of the positives: logits, and number
 
     def add_positives(self, logits: Tensor, query: Tensor, part: slice) -> None:
         """Take some positives into account: `[P]` logits, and their queries counted from the start of a part."""
@@ -145,20 +145,18 @@ class _Queries:
             self.positive.combine_processes()
 
     def finish(self) -> Tensor:
-        """The sum of the weighted losses; from then on, shares and targets are weighted."""
+        """The sum of the weighted losses; from then on, the shares in the total are weighted."""
         total = self.total.so_far()
         positive = self.sum / self.count if self.mean else self.positive.so_far()
         loss = (total - positive).sum() * self.weight
         total -= math.log(self.weight)
-        if not self.mean:
-            positive -= math.log(self.weight)
         return loss
 
     def targets(self, logits: Tensor, query: Tensor, part: slice) -> Tensor:
         """`[P]`, the weighted share of each positive among those of its query."""
         if self.mean:
             return self.weight / self.count[part][query]
-        return (logits - self.positive.so_far()[part][query]).exp_()
+        return (logits - self.positive.so_far()[part][query]).exp_() * self.weight
 
 
 class Softmax:
@@ -205,8 +203,8 @@ class Softmax:
         gradient += self.texts.total.probabilities(logits, 0, tile.rows)
         if not self.mean and logits.numel() <= SMALL:
             right = _without_others(logits, tile.pairs)
-            gradient -= self.texts.positive.probabilities(right, 0, tile.rows)
-            gradient -= self.images.positive.probabilities(right, 1, tile.columns)
+            for queries, dim, part in ((self.texts, 0, tile.rows), (self.images, 1, tile.columns)):
+                gradient.sub_(queries.positive.probabilities(right, dim, part), alpha=queries.weight)
             return gradient
         positives, width = logits.take(tile.pairs), logits.shape[1]
         targets = self.texts.targets(positives, tile.pairs // width, tile.rows)

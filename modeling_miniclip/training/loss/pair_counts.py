@@ -47,7 +47,7 @@ def count_pairs(
     is_negative: Tensor | None = None,
     tile: int | None = None,
 ) -> PairCounts:
-    """Count the pairs of a batch, found as in [`global_contrastive_loss`][modeling_miniclip.training.loss.global_loss].
+    """Count the pairs of a batch, which are those of `global_contrastive_loss`, whose arguments these are.
 
     Every process must call it with its share of the batch, and gets the same counts. Memory is that of a tile.
     """
