@@ -342,14 +342,13 @@ def query_rows(data: EvalSet, ours: ModelScores, theirs: ModelScores | None = No
         right_scores, ranks = ranking.right_score.tolist(), _ranks(ours, theirs, direction)
         belong = None if data.shared is None else data.shared.belong(direction, ranking.indices)
         for i, query in enumerate(queries):
-            results: list[dict[str, Any]] = []
-            for place, (j, score) in enumerate(
-                zip(ranking.indices[i].tolist(), ranking.scores[i].tolist(), strict=True)
-            ):
-                is_right = answer_group[j] == query_group[i]
-                results.append({"answer": answers[j], "score": score, "is_right": is_right})
-                if belong is not None:
-                    results[-1]["is_shared"] = bool(belong[i, place]) and not is_right
+            found = zip(ranking.indices[i].tolist(), ranking.scores[i].tolist(), strict=True)
+            results = [
+                {"answer": answers[j], "score": score, "is_right": answer_group[j] == query_group[i]}
+                for j, score in found
+            ]
+            for result, belongs in zip(results, [] if belong is None else belong[i].tolist(), strict=False):
+                result["is_shared"] = belongs and not result["is_right"]
             yield {
                 "direction": direction,
                 "query": query,
