@@ -72,7 +72,8 @@ def write_version(splits: DatasetDict, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["image", "caption", "split"])
         for name, rows in splits.items():
-            for image, several in zip(rows["image_id"], replace_captions(rows["captions"], random), strict=True):
+            changed = replace_captions(list(rows["captions"]), random)
+            for image, several in zip(rows["image_id"], changed, strict=True):
                 writer.writerows([image, caption, name] for caption in several)
 
 

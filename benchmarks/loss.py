@@ -31,7 +31,7 @@ from modeling_miniclip.utils.performance import keep_freed_memory, release_freed
 
 CAPTIONS, DIM = 5, 256
 STEP_IMAGES, STEP_CHUNK = 32_768, 1_024
-SIZES = ((256, 1), (1024, 1), (256, 5), (1024, 5), (2048, 5))  # images, captions of each
+SIZES = ((32, 1), (256, 1), (1024, 1), (256, 5), (1024, 5), (2048, 5))  # images, captions of each
 SECONDS_PER_SIZE = 5.0  # for which the two losses take turns
 HEAD = f"""# The loss in tiles
 
@@ -170,8 +170,8 @@ def main() -> None:
             case = (loss_type, images, captions)
             memory = [in_process("memory", name, *case)["memory"] for name in LOSSES]
             whole, tiles = times(*case)
-            print(f"| `{loss_type}` | {images:,} | {captions} | {memory[0]:.0f} | {memory[1]:.0f} | {whole:.1f} | "
-                  f"{tiles:.1f} | {tiles / whole:.2f} |", flush=True)  # fmt: skip
+            print(f"| `{loss_type}` | {images:,} | {captions} | {memory[0]:.0f} | {memory[1]:.0f} | {whole:.2f} | "
+                  f"{tiles:.2f} | {tiles / whole:.2f} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def recall_with_shared(run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tenso
     """
     images, texts, text_image_id = embeddings
     split = run.validation_split.select(run.bad_images.good_rows("validation"))
-    groups = split["group"] if "group" in split.column_names else None
-    shared = find_shared_texts(split["captions"], text_image_id, groups)
+    groups = list(split["group"]) if "group" in split.column_names else None
+    shared = find_shared_texts(list(split["captions"]), text_image_id, groups)
     if shared is None:
         return None
     rank_of = {}
