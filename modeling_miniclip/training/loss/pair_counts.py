@@ -87,8 +87,8 @@ def counts_of_batch(batch: Mapping[str, Tensor], images: int, device: torch.devi
         images: number of images in the global batch.
         device: device for the communication between processes.
     """
-    further = [name for name in ("image_keys", "text_keys", "is_negative") if name in batch]
-    if not further:
+    names = ("image_keys", "text_keys", "is_negative")
+    further = [batch[name].to(device) if name in batch else None for name in names]
+    if all(tensor is None for tensor in further):
         return plain_counts(images, images * len(batch["text_image_id"]) / len(batch["image_id"]))
-    ids = (batch["image_id"].to(device), batch["text_image_id"].to(device))
-    return count_pairs(*ids, **{name: batch[name].to(device) for name in further})
+    return count_pairs(batch["image_id"].to(device), batch["text_image_id"].to(device), *further)

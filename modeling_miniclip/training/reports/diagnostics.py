@@ -275,9 +275,7 @@ class Diagnosis:
         self.share: float | None = None
         self.has_learned = True
 
-    def after_steps(
-        self, step: int, values: dict[str, float], steps: int, chance: float, floor: float = 0.0
-    ) -> None:
+    def after_steps(self, step: int, values: dict[str, float], steps: int, chance: float, floor: float = 0.0) -> None:
         """Check a logged line.
 
         Args:
