@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -17,7 +17,7 @@ from .columns import NEGATIVES
 from .faults import check_damaged, leave_out_damaged, readable, unchanged
 from .problems import OnProblem, raise_problem
 from .rows import ReadOptions, Row
-from .source_kinds import Kind, captioned_kind, resolve
+from .source_kinds import Kind, Sources, captioned_kind, each_source, resolve
 from .splits import SPLITS
 from .tables.assign_splits import (
     RowNumbers,
@@ -120,23 +120,24 @@ def load_rows(
 
 
 def load_datasets(
-    sources: Sequence[str],
+    sources: Sources,
     options: ReadOptions = DEFAULT,
     split: SeededSplit = SEEDED,
     cache_dir: str | os.PathLike | None = None,
-    validation: Sequence[str] | None = None,
+    validation: Sources | None = None,
     max_damaged: float = 0.0,
 ) -> Splits:
     """Load several sources as one; their rows follow each other in each split.
 
     Args:
-        sources: sources as for [`load_rows`].
+        sources: one or several sources as for [`load_rows`].
         options, split, cache_dir, max_damaged: as for [`load_rows`].
-        validation: sources of all validation rows; by default, each source has its own.
+        validation: one or several sources of all validation rows; by default, each source has its own.
 
     Raises:
         DataError: as in [`load_rows`], or a source has no rows to train on.
     """
+    sources, validation = each_source(sources), each_source(validation or ())
     parts = [load_rows(source, options, None if validation else split, cache_dir, max_damaged) for source in sources]
     for source, part in zip(sources, parts, strict=True):
         if "train" not in part:

@@ -23,6 +23,7 @@ from .rows import Reader, ReadOptions, SplitName
 from .shards.remote_files import is_url
 from .shards.shard_patterns import is_pattern, shard_kind
 
+Sources = str | os.PathLike | Iterable[str | os.PathLike]  # one or several
 # A missing local file with one of these endings is not looked for on the Hub.
 FILE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".zip")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^/]+)?")  # with a configuration
@@ -109,6 +110,11 @@ def captioned_kind(source: str) -> Kind:
         text = "an image, not a caption file; `miniclip index` reads it, training and evaluation do not"
         raise DataError(Problem("unusable", text, source))
     return kind
+
+
+def each_source(sources: Sources) -> list[str]:
+    """Several sources as a list; also one alone, of which a loop would take every letter for a source."""
+    return [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
 
 
 def hub_id(source: str) -> str | None:

@@ -6,7 +6,7 @@ The index holds copies of 512 pixels. Image files, paths, dates and metadata are
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..data.source_kinds import Sources
 from ..errors import DataError, MiniClipError, UsageError
 from ..inference.loading import model_folder
 from ..utils.files import check_new_folder, replaced_folder
@@ -59,13 +60,13 @@ the images and nothing else about them. To run it locally: `pip install gradio -
 """
 
 
-def write_space(export: str, folder: str | os.PathLike, sources: Sequence[str], title: str = "Image search") -> Report:
+def write_space(export: str, folder: str | os.PathLike, sources: Sources, title: str = "Image search") -> Report:
     """Write a Space. The folder appears only when it is complete.
 
     Args:
         export: folder of an exported model, or its name on the Hub.
         folder: folder to write, new or empty.
-        sources: sources of images, as for `update_index`.
+        sources: one or several sources of images, as for `update_index`.
         title: title of the page.
 
     Returns:

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from ..data.all_images import DEFAULT_COLUMNS, Listing, list_images
 from ..data.columns import ColumnNames
 from ..data.find_images import ALONE, WARNINGS
 from ..data.problems import SHARD_PROBLEMS
+from ..data.source_kinds import Sources, each_source
 from ..errors import MiniClipError, Problem, printable
 from ..training.command_line.launch import read_launch
 from ..training.processes.heartbeat import ends_with_lost_processes, join_processes
@@ -39,10 +40,10 @@ NEW = "new.npy"  # rows of the listed images that are to be encoded
 
 def update_index(
     folder: str | os.PathLike,
-    sources: Iterable[str | os.PathLike] = (),
+    sources: Sources = (),
     model: str | os.PathLike | None = None,
     *,
-    remove: Iterable[str | os.PathLike] = (),
+    remove: Sources = (),
     overwrite: bool = False,
     columns: ColumnNames = DEFAULT_COLUMNS,
     dtype: str | None = None,
@@ -55,11 +56,11 @@ def update_index(
 
     Args:
         folder: folder of the index.
-        sources: folders, caption files, shards and datasets, see `list_images`. Images of other sources stay
+        sources: folder, caption file, shards or dataset, see `list_images`, or several. Images of other sources stay
             in the index. By default all sources of the index are scanned again.
         model: folder or Hub name of the model; by default the one that built the index. If that has moved, its new
             place. If the images have moved, too, nothing but the model's place is updated.
-        remove: sources whose images are dropped from the index.
+        remove: one or several sources whose images are dropped from the index.
         overwrite: whether to rebuild the index from scratch, with any model; the old index stays until the new one is
             ready.
         columns: column names in caption files and datasets.
@@ -83,7 +84,7 @@ def update_index(
     with ends_with_lost_processes(lambda: "run the same command again: finished embeddings are kept"):
         processes = _processes()
         plan = make_plan(
-            Path(folder).expanduser(), list(sources), model, list(remove), overwrite, dtype, neighbours,
+            Path(folder).expanduser(), each_source(sources), model, each_source(remove), overwrite, dtype, neighbours,
             verify=processes.is_main_process,
         )  # fmt: skip
         if plan.existing is not None and plan.missing:

@@ -389,12 +389,20 @@ def probe_captions(
     arguments: TrainingArguments,
     accelerator: Accelerator,
 ) -> CaptionEvidence:
-    """Look whether captions belong to their images, on rank 0, and warn if they do not."""
+    """Look whether captions belong to their images, on rank 0, and warn if they do not.
+
+    The result is kept with the features of a frozen image tower: with these, a run opens no image.
+    """
     found = [CaptionEvidence()]
+    cache_dir = None
+    if arguments.freeze in ("vision", "both"):
+        cache_dir = Path(arguments.feature_cache_dir or default_cache_dir())
 
     def probe() -> None:
         found.append(
-            caption_probe.probe_captions(splits, model, processor, accelerator.device, arguments.preset is None)
+            caption_probe.probe_captions(
+                splits, model, processor, accelerator.device, arguments.preset is None, cache_dir
+            )
         )
 
     check_on_main(probe, accelerator.is_main_process)

@@ -2,17 +2,22 @@
 
 import ctypes
 import os
+import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
+from uuid import uuid4
 
 from ..errors import DISK_ERRNOS, MiniClipError, UsageError
 from .names import check_name
 
 PROBE = 2**20  # bytes that must fit on a disk that is not full
+ABANDONED = 3600.0  # seconds after which what a killed process left is removed
 
 # Linux's constants for renameat2(2) (fcntl.h, linux/fs.h).
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -135,6 +140,53 @@ def replaced_file(target: Path) -> Iterator[Path]:
         with suppress(OSError):
             fresh.unlink(missing_ok=True)
         raise
+
+
+def name_to_write(target: Path) -> Path:
+    """A new name next to a file or folder that several processes may write at once, which takes some seconds.
+
+    The folder of `target` is made. What killed processes left under such names an hour ago or earlier is removed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target.parent)
+    return target.with_name(f".{target.name}.{uuid4().hex}.new")
+
+
+@lru_cache(maxsize=16)  # a folder may have many thousands of files
+def _remove_abandoned(folder: Path) -> None:
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if re.search(r"^\..*\.[0-9a-f]{32}\.new$", entry.name):
+                with suppress(OSError):
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED:
+                        remove(Path(entry.path))
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there.
+
+    Raises:
+        OSError: the file cannot be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def shared_file(target: Path) -> Iterator[Path]:
+    """A new file that replaces `target` when the block ends without an error, whoever else writes it meanwhile.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    fresh = name_to_write(target)
+    try:
+        yield fresh
+        fresh.replace(target)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:

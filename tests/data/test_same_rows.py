@@ -123,17 +123,22 @@ def test_every_command_reads_the_same_rows(tmp_path: Path, oddity: str) -> None:
     assert_same_rows(written, rows, tmp_path / "cache")
 
 
-def test_a_separate_validation_file_is_used_whole(tmp_path: Path) -> None:
+def test_one_or_several_validation_files_are_used_whole(tmp_path: Path) -> None:
     pick: Any = lambda name, options: options[0]  # noqa: E731
     parts: Mapping[str, Sequence[Shown]] = {"a": PLAIN[:4], "b": PLAIN[4:]}
     paths = {}
     for name, rows in parts.items():
         (tmp_path / name).mkdir()
         paths[name] = str(WRITERS["caption file"](tmp_path / name, rows, pick).path)
-    splits = load_datasets([paths["a"]], cache_dir=tmp_path / "cache", validation=[paths["b"]])
-    assert {split: len(rows) for split, rows in splits.items()} == {"train": 4, "validation": 2}
-    entries = read_entries(paths["a"], ReadOptions(), None, print, [paths["b"]]).entries
-    assert [entry.split for entry in entries] == ["train"] * 4 + ["validation"] * 2
+    for train, validation in (
+        ([paths["a"]], [paths["b"]]),
+        (paths["a"], paths["b"]),
+        (Path(paths["a"]), Path(paths["b"])),
+    ):
+        splits = load_datasets(train, cache_dir=tmp_path / "cache", validation=validation)
+        assert {split: len(rows) for split, rows in splits.items()} == {"train": 4, "validation": 2}
+        entries = read_entries(paths["a"], ReadOptions(), None, print, validation).entries
+        assert [entry.split for entry in entries] == ["train"] * 4 + ["validation"] * 2
 
 
 LAYOUTS = [*WRITERS, *["caption file", "archives"] * 2, "caption file"]  # some have more oddities than others

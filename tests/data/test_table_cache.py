@@ -44,6 +44,22 @@ def test_half_written_table_of_a_killed_process_is_replaced(tmp_path: Path) -> N
     assert [path.name for path in folder.iterdir()] == ["z"]
 
 
+def test_half_written_tables_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    from huggingface_hub.utils import WeakFileLock
+
+    dead, alive = tmp_path / ".dead.new", tmp_path / ".alive.new"
+    for folder in (dead, alive):
+        folder.mkdir()
+        (folder / "x").write_text("half")
+    with WeakFileLock(alive.with_suffix(".lock")):
+        cached_table(["a"], tmp_path, lambda folder: (folder / "y").write_text("whole"))
+        assert (dead.exists(), alive.exists()) == (False, True)
+    cached_table(["a"], tmp_path, lambda folder: (folder / "y").write_text("whole"))
+    assert alive.exists(), "nothing was built"
+    cached_table(["b"], tmp_path, lambda folder: (folder / "y").write_text("whole"))
+    assert not alive.exists()
+
+
 def test_two_builders_at_once_build_it_once(tmp_path: Path) -> None:
     built: list[int] = []
 

@@ -62,6 +62,15 @@ def expected(model: Path, paths: list[str]) -> np.ndarray:
     return encode_images(load_model(model), paths, batch_size=1, progress=False).numpy()
 
 
+def test_a_single_source_needs_no_list(tmp_path: Path, model: Path) -> None:
+    write_pictures(tmp_path / "photos", NAMES)
+    for source in (str(tmp_path / "photos"), tmp_path / "photos"):
+        assert update_index(tmp_path / "index", source, model, progress=False).images == 4
+    write_pictures(tmp_path / "more", "e.png")
+    update_index(tmp_path / "index", str(tmp_path / "more"), progress=False)
+    assert update_index(tmp_path / "index", remove=str(tmp_path / "photos"), progress=False).images == 1
+
+
 def test_index_holds_every_image_below_a_folder(tmp_path: Path, model: Path) -> None:
     write_pictures(tmp_path / "photos", NAMES + " .hidden/e.png .f.png")
     (tmp_path / "photos" / "notes.txt").write_text("not an image")

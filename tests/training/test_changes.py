@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
@@ -37,7 +39,7 @@ from modeling_miniclip.training.resuming.fingerprint import (
     add_model,
     fingerprint_of_data,
 )
-from modeling_miniclip.training.resuming.fingerprint_rows import image_sizes
+from modeling_miniclip.training.resuming.fingerprint_rows import image_hashes, image_sizes
 from modeling_miniclip.training.resuming.resume_rules import (
     RESUME_RULES,
     changed_flags,
@@ -165,6 +167,28 @@ def test_caption_file_of_equal_size_and_time_is_read_again(captioned_folder: Pat
     splits = load_captions(captioned_folder)
     (line,) = changed_rows(before, fingerprint_of_data(splits, ARGUMENTS), splits)
     assert "caption 1 of '3.png' is now 'a black boat on a blue lake'" in line
+
+
+def test_hashes_of_images_are_kept_until_a_file_changes(
+    captioned_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, kept = load_captions(captioned_folder)["train"], tmp_path / "kept"
+    first = image_hashes(rows, kept)
+    assert not kept.exists(), "another change might have the same time"
+    monkeypatch.setattr(fingerprint_rows, "SETTLED", -1)
+    assert np.array_equal(image_hashes(rows, kept), first) and len(list(kept.iterdir())) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint_rows, "_hashes_of_images", None)
+        assert np.array_equal(image_hashes(rows, kept), first)
+    path = Path(rows.cast_column("image", Image(decode=False))[0]["image"]["path"])
+    stat = path.stat()
+    time.sleep(0.02)  # some ticks of the system's clock
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    assert (image_hashes(rows, kept) != first).tolist() == [True, *[False] * (len(rows) - 1)]
+    path.unlink()
+    assert image_hashes(rows, kept)[0] == 0 and len(list(kept.iterdir())) == 2, "what cannot be read is not kept"
 
 
 def test_large_sets_are_compared_by_the_size_of_their_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from modeling_miniclip.data.shards.shard_url import member_url
 from modeling_miniclip.data.tables import image_places
 from modeling_miniclip.errors import MiniClipError, UsageError
 from modeling_miniclip.modeling_miniclip import MiniClipModel
+from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.resuming import fingerprint_rows
 from modeling_miniclip.training.towers import feature_cache, features
 from modeling_miniclip.training.towers.feature_cache import (
     CaptionFeatures,
@@ -32,7 +35,8 @@ from modeling_miniclip.training.towers.feature_cache import (
     digest,
 )
 from modeling_miniclip.training.towers.features import frozen_image_features, frozen_text_features
-from tests.helpers.runs import flags, launch, metrics_of, write_scene_folder
+from tests.helpers.forks import fork
+from tests.helpers.runs import flags, launch, metrics_of, write_preset, write_scene_folder
 from tests.helpers.shards import write_tar
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_model, tiny_processor
 
@@ -360,12 +364,20 @@ def test_text_features_depend_on_captions_and_pooling(
     assert sum(calls) == sum(map(len, changed)) + sum(map(len, CAPTIONS))
 
 
+def test_image_that_can_be_decoded_since_has_no_features(rows: CaptionRows) -> None:
+    found = torch.zeros(len(rows), 4)
+    found[1] = torch.nan  # it could not be decoded when the features were computed
+    cached = CaptionRows(load_captions(Path(rows.undecoded[0]["image"]["path"]).parents[1])["train"], rows.processor,
+                         vision_features=[found])  # fmt: skip
+    first, second = cached.__getitems__([(0, 0), (0, 1)])
+    assert first["vision_features"].tolist() == [0] * 4
+    assert "it can be now: name another --feature_cache_dir" in second["undecodable"]
+
+
 # --- in a run -------------------------------------------------------------------------------------------------------
 
 
 def test_views_need_a_frozen_tower_and_an_augmentation() -> None:
-    from modeling_miniclip.training.command_line.parsing import parse_arguments
-
     with pytest.raises(UsageError, match="--num_views needs a frozen image tower"):
         parse_arguments(["--num_views=2"])
     with pytest.raises(UsageError, match="--num_views needs an augmentation"):
@@ -386,6 +398,49 @@ def test_frozen_image_tower_runs_once_per_image(tmp_path: Path, monkeypatch: pyt
     # The first image tries the tower; by the last ones the export, loaded again, is compared with the model.
     assert sum(images) == 1 + len(splits["train"]) + 2 * len(splits["validation"])
     assert (tmp_path / "run" / "retrieval.png").is_file()
+
+
+def opened_by(*starts: list[str]) -> list[list[str]]:
+    """The images that each start of a run opens, until its first step: files, and what Pillow or a hash reads."""
+    opened: list[str] = []
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and str(args[0]).endswith(".png"):
+            opened.append(str(args[0]))
+
+    def noted(plain: Any) -> Any:
+        return lambda content, *args, **options: opened.append("pixels") or plain(content, *args, **options)
+
+    sys.addaudithook(hook)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprint_rows, "SETTLED", -1)
+        patch.setattr(fingerprint_rows, "read_encoded", noted(fingerprint_rows.read_encoded))
+        patch.setattr(Image, "open", noted(Image.open))
+        found = []
+        for argv in starts:
+            train_miniclip.prepare(parse_arguments(argv))
+            found.append(list(opened))
+            opened.clear()
+    return found
+
+
+def test_run_with_cached_features_opens_no_image(tmp_path: Path) -> None:
+    write_scene_folder(tmp_path / "scenes", 60)
+    write_preset(tmp_path)
+    contents = sorted((tmp_path / "scenes" / "Images").iterdir())
+    write_tar(tmp_path / "scenes.tar", [member for i, path in enumerate(contents) for member in (
+        (path.name, path.read_bytes()), (f"{path.stem}.txt", f"caption {i % 7}".encode()))])  # fmt: skip
+    (tmp_path / "run").mkdir()
+    starts = [
+        flags(tmp_path, dataset=dataset, freeze=freeze, overwrite_output_dir=True)
+        for dataset in (tmp_path / "scenes" / "captions.csv", tmp_path / "scenes.tar")
+        for freeze in ("both", "vision" if dataset.suffix == ".tar" else "both")
+    ]
+    process = fork(opened_by, *starts)
+    process.join(300)
+    counts = [len(opened) for opened in process.result]
+    assert min(counts[0], counts[2]) >= 60, "the first start opens every image"
+    assert counts[1] == counts[3] == 0
 
 
 @pytest.mark.slow

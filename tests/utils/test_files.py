@@ -173,3 +173,20 @@ def test_files_are_flushed_before_a_rename(tmp_path: Path, monkeypatch: pytest.M
     first, last = events.index("rename"), len(events) - 1 - events[::-1].index("rename")
     assert sorted(events[:first]) == sorted([".step-1.new", "code", *(Path(name).name for name in NAMES)])
     assert events[last + 1 :] == [tmp_path.name]
+
+
+def test_what_killed_writers_left_long_ago_is_removed(tmp_path: Path) -> None:
+    old, young, other = (tmp_path / name for name in (f".a.{'0' * 32}.new", f".a.{'1' * 32}.new", ".a.txt.new"))
+    for path in (old, young, other):
+        path.write_text("half")
+    folder = tmp_path / f".b.{'2' * 32}.new"
+    folder.mkdir()
+    for path in (old, other, folder):
+        os.utime(path, (0, 0))
+    with files.shared_file(tmp_path / "a") as fresh:
+        fresh.write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([young.name, other.name, "a"])
+    with pytest.raises(ValueError), files.shared_file(tmp_path / "a") as fresh:
+        fresh.write_text("half")
+        raise ValueError
+    assert (tmp_path / "a").read_text() == "whole" and not fresh.exists()

@@ -14,6 +14,7 @@ from ..load_rows import SeededSplit
 from ..loading.pair_keys import same_text
 from ..problems import HARMLESS, KINDS
 from ..rows import ReadOptions
+from ..source_kinds import Sources
 from ..tables.row_blocks import record_batches, sample_of_captions
 from .check_report import Report
 from .entries import Entry, read_entries
@@ -54,7 +55,7 @@ def check(
     num_workers: int = 2,
     allow_outside_images: bool = False,
     fix: str | None = None,
-    validation_dataset: str | Sequence[str] | None = None,
+    validation_dataset: Sources | None = None,
     caption_template: str = ReadOptions.caption_template,
     revision: str | None = None,
 ) -> Report:
@@ -77,7 +78,6 @@ def check(
     """
     target = fix_target(fix) if fix else None
     _check_options(batch_size, validation_fraction, fix, validation_dataset)
-    validation = [validation_dataset] if isinstance(validation_dataset, str) else validation_dataset
     columns = ColumnNames(image_column, caption_column, allow_outside_images)
     options = ReadOptions(columns, image_dir, revision, caption_template=caption_template)
     split = SeededSplit(validation_fraction, seed)
@@ -85,7 +85,7 @@ def check(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the figures show what is in no split
-            source = read_entries(dataset, options, split, report.problems.append, validation)
+            source = read_entries(dataset, options, split, report.problems.append, validation_dataset)
     except DataError as error:
         if error.problem is None:
             raise
@@ -102,9 +102,7 @@ def check(
     return report
 
 
-def _check_options(
-    batch_size: int, validation_fraction: float, fix: str | None, validation_dataset: str | Sequence[str] | None
-) -> None:
+def _check_options(batch_size: int, validation_fraction: float, fix: str | None, validation_dataset: object) -> None:
     if batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, not {batch_size}")
     if not 0 < validation_fraction < 1:

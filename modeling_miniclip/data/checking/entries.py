@@ -1,7 +1,7 @@
 """Entries: the images of any source with their captions, and the rows they come from, for `miniclip check`."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +13,7 @@ from ..faults import readable
 from ..load_rows import NAMED, SeededSplit, build_table, rows_of_splits
 from ..problems import OnProblem
 from ..rows import ReadOptions
-from ..source_kinds import captioned_kind, resolve
+from ..source_kinds import Sources, captioned_kind, each_source, resolve
 from ..splits import SPLITS
 from ..tables.row_blocks import record_batches
 from ..tables.table import NO_ROW, About, open_table
@@ -84,7 +84,7 @@ def read_entries(
     options: ReadOptions,
     split: SeededSplit | None,
     on_problem: OnProblem,
-    validation: Sequence[str] | None = None,
+    validation: Sources | None = None,
 ) -> Entries:
     """Read a source as training does.
 
@@ -93,11 +93,12 @@ def read_entries(
         options: how to read it.
         split: how to split it at random, if it has no validation split; ignored if it has too few images.
         on_problem: function called with each problem.
-        validation: sources of all validation images; the dataset's own ones are then in no split.
+        validation: one or several sources of all validation images; the dataset's own ones are then in no split.
 
     Raises:
         DataError: a source cannot be used.
     """
+    validation = each_source(validation or ())
     if not validation:
         return _read_one(dataset, options, split, on_problem)
     main, *others = (_read_one(source, options, None, on_problem) for source in (dataset, *validation))

@@ -202,6 +202,11 @@ class CaptionRows(TorchDataset):
         if self.vision_features is not None:
             features = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
             image = self._image(index, file) if math.isnan(features[0]) else None
+            if image is not None and not isinstance(image, str):
+                image = (
+                    f"image {self.name(index)!r} has no features, as it could not be decoded when they were computed; "
+                    "it can be now: name another --feature_cache_dir"
+                )
             row["vision_features"] = features
         else:
             if self.finds_pairs:

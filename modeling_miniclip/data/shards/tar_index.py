@@ -24,12 +24,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from uuid import uuid4
 
 import pyarrow as pa
 from tqdm.auto import tqdm
 
 from ...errors import DataError, MiniClipError, Problem, one_line
+from ...utils.files import shared_file
 from ...utils.names import name_of
 from ...utils.processes import follow_parent
 from ..columns import NEGATIVES
@@ -253,16 +253,10 @@ def _save_index(index: TarIndex, place: Path, stamp: str) -> None:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table, 4096)
     content = sink.getvalue()
-    fresh = place.with_name(f".{place.name}.{uuid4().hex}.new")  # several processes may write the same index
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with fresh.open("wb") as file:
-                file.write(FORMAT + zlib.crc32(content).to_bytes(4, "big"))
-                file.write(content)
-            fresh.replace(place)
-        finally:
-            fresh.unlink(missing_ok=True)
+        with shared_file(place) as fresh, fresh.open("wb") as file:
+            file.write(FORMAT + zlib.crc32(content).to_bytes(4, "big"))
+            file.write(content)
     except OSError as error:
         raise MiniClipError(
             f"indexes of shards cannot be stored in {place.parent}: {error.strerror or error}; free some space, or "

@@ -5,6 +5,7 @@ A table's folder is named by a hash of everything that it depends on, so that an
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from hashlib import blake2b
@@ -53,7 +54,7 @@ def cached_table(
     """The folder of a table, built now unless it is there.
 
     Two processes that need the same table build it once: the second one waits for the first. If a process dies while
-    it writes, nothing half-written is read, and the next one cleans up.
+    it writes, nothing half-written is read, and the next one that builds a table cleans up.
 
     Args:
         key: everything that the table depends on, as JSON-compatible values.
@@ -72,6 +73,7 @@ def cached_table(
             cache_dir.mkdir(parents=True, exist_ok=True)
             with WeakFileLock(cache_dir / f".{folder.name}.lock"):
                 if not folder.exists():
+                    _remove_unfinished(cache_dir)
                     with replaced_folder(folder) as fresh:
                         build(fresh)
         with suppress(PermissionError):  # a cache that others may only read
@@ -85,3 +87,12 @@ def cached_table(
             f"space, or {advice}"
         ) from error
     return folder
+
+
+def _remove_unfinished(cache_dir: Path) -> None:
+    """Remove what killed processes left of their tables: nobody holds the lock of these."""
+    from huggingface_hub.utils import WeakFileLock
+
+    for fresh in cache_dir.glob(".*.new"):
+        with suppress(OSError), WeakFileLock(fresh.with_suffix(".lock"), timeout=0.1):  # a TimeoutError is an OSError
+            shutil.rmtree(fresh, ignore_errors=True)

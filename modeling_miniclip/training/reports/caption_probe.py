@@ -7,9 +7,12 @@ described by its tower as the run finds it and by 8 x 8 pixels, a caption by its
 pair of descriptions is enough.
 """
 
+import json
 import re
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +23,12 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from ...data.loading.collation import stack_pixels
 from ...data.loading.dataset import CaptionRows
+from ...data.tables.image_places import image_parts
 from ...errors import DataError
 from ...modeling_miniclip import MiniClipModel
 from ...processing_miniclip import MiniClipProcessor
+from ...utils.files import shared_file
+from ..towers.feature_cache import digest, digest_of_tokenizer, digest_of_weights
 
 FIRST, MOST = 64, 500  # images to look at: enough for most sets, and for those that the first do not settle
 PERMUTATIONS = 200
@@ -35,6 +41,7 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")  # Chinese and Japanese h
 BUCKETS = 1024  # of hashed words
 SIDE = 8  # pixels
 BLOCK = 32  # images per forward pass
+FORMAT = 1  # part of the name of kept evidence: increase it when it is found in another way
 
 
 class CaptionEvidence(NamedTuple):
@@ -66,7 +73,12 @@ class CaptionEvidence(NamedTuple):
 
 
 def probe_captions(
-    splits: DatasetDict, model: MiniClipModel, processor: MiniClipProcessor, device: torch.device, is_pretrained: bool
+    splits: DatasetDict,
+    model: MiniClipModel,
+    processor: MiniClipProcessor,
+    device: torch.device,
+    is_pretrained: bool,
+    cache_dir: Path | None = None,
 ) -> CaptionEvidence:
     """Look at a random sample of images with their captions.
 
@@ -76,29 +88,67 @@ def probe_captions(
         processor: preprocessing of images and texts.
         device: device of the model.
         is_pretrained: whether the towers know something.
+        cache_dir: folder where the result is kept, so that a run with the same images, captions and towers opens none;
+            None keeps nothing.
     """
     parts = [splits[name].select_columns(["image", "image_id", "captions"]) for name in ("train", "validation")]
     total = sum(map(len, parts))
-    places = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:MOST].tolist()
-    enough_images = ENOUGH_PRETRAINED if is_pretrained else ENOUGH
-    evidence = CaptionEvidence(images=total)
     if total < ENOUGH_PRETRAINED:  # too few for any verdict
-        return evidence
+        return CaptionEvidence(images=total)
+    places = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:MOST].tolist()
+    sample, enough = _select(parts, places), ENOUGH_PRETRAINED if is_pretrained else ENOUGH
+    kept = None
+    if cache_dir is not None:
+        kept = cache_dir / f"evidence-{_digest_of_evidence(sample, total, model, processor, enough)}.json"
+        with suppress(OSError, ValueError, TypeError):
+            return CaptionEvidence(**json.loads(kept.read_text(encoding="utf-8")))
+    evidence, is_whole = _look(sample, total, model, processor, device, enough)
+    if kept is not None and is_whole:
+        with suppress(OSError), shared_file(kept) as fresh:
+            fresh.write_text(json.dumps(evidence._asdict()), encoding="utf-8")
+    return evidence
+
+
+def _digest_of_evidence(
+    sample: Dataset, total: int, model: MiniClipModel, processor: MiniClipProcessor, enough: int
+) -> str:
+    """A hash of everything that the evidence depends on; images in files are not opened."""
+    about = {
+        "format": FORMAT,
+        "limits": [FIRST, MOST, PERMUTATIONS, enough, total],
+        "images": [part for _, part in image_parts(sample)],
+        "captions": list(sample.select_columns(["captions"])["captions"]),
+        "weights": [digest_of_weights(tower) for tower in (model.vision_model, model.text_model)],
+        "vision": [model.config.vision_config.architecture, model.config.vision_config.model_args],
+        "text": {k: v for k, v in model.config.text_config.to_dict().items() if k != "_name_or_path"},
+        "pooling": model.config.text_pooling,
+        "preprocessing": processor.image_processor.to_dict(),
+        "tokenizer": digest_of_tokenizer(processor.tokenizer),
+    }
+    return digest([json.dumps(about, sort_keys=True, default=str).encode("utf-8", "surrogatepass")])
+
+
+def _look(
+    sample: Dataset, total: int, model: MiniClipModel, processor: MiniClipProcessor, device: torch.device, enough: int
+) -> tuple[CaptionEvidence, bool]:
+    """The evidence of a sample of `total` images, and whether each image could be decoded."""
+    evidence, is_whole = CaptionEvidence(images=total), False
     for count in (FIRST, MOST):
-        rows = CaptionRows(_select(parts, places[:count]), processor)
+        rows = CaptionRows(sample.select(range(min(count, len(sample)))), processor)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling takes longer than a few batches
             try:
                 images, captions = _describe_images(rows, model, processor, device)
             except DataError:  # the files cannot be read: training will say so, if it needs them
-                return evidence
+                return evidence, False
             texts = [describe_words(captions)]
             if count == MOST or len(rows) == total:
                 texts.append(_describe_texts(captions, model, processor, device))
         z = relation(images, texts)
-        evidence = CaptionEvidence(z or 0.0, len(captions), z is not None and len(captions) >= enough_images)
+        evidence = CaptionEvidence(z or 0.0, len(captions), z is not None and len(captions) >= enough)
+        is_whole = len(captions) == len(rows)
         if evidence.related or len(rows) == total:
             break
-    return evidence
+    return evidence, is_whole
 
 
 def _select(parts: list[Dataset], places: list[int]) -> Dataset:

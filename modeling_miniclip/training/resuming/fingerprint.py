@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import DatasetDict
 
+from ...data.tables.table_cache import default_cache_dir
 from ...errors import ModelError, one_line
 from ...modeling_miniclip import MiniClipModel
 from ...processing_miniclip import MiniClipProcessor
@@ -112,7 +113,8 @@ def fingerprint_of_data(
     if by_content is None:
         few = sum(len(splits[name]) for name in SPLITS) <= READ_MOST
         by_content = few and sum(size for _, size in measured.values()) <= READ_WHOLE
-    images = {name: image_hashes(splits[name]) if by_content else measured[name][0] for name in SPLITS}
+    cache_dir = Path(arguments.dataset_cache_dir or default_cache_dir())
+    images = {name: image_hashes(splits[name], cache_dir) if by_content else measured[name][0] for name in SPLITS}
     return Fingerprint(recorded_flags(arguments), by_content, RowsOfSplits(splits, images))
 
 

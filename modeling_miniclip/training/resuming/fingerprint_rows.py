@@ -1,10 +1,13 @@
 """The rows of a fingerprint: read from the splits or from a checkpoint, a block of rows at a time."""
 
 import math
+import os
 import shutil
+import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from itertools import zip_longest
 from pathlib import Path
@@ -19,12 +22,14 @@ from ...data.picture_formats import read_encoded
 from ...data.tables.image_places import IN_FILE, IN_ROW, Places, image_places, size_and_time
 from ...data.tables.row_blocks import batches_of, record_batches
 from ...errors import DataError
+from ...utils.files import shared_file
 
 SPLITS = ("train", "validation")  # nothing of a run depends on a test split
 SCHEMA = pa.schema(
     {"split": pa.string(), "image_id": pa.string(), "image": pa.uint64(), "captions": pa.list_(pa.uint32())}
 )
 WRITTEN_TOGETHER = 32_768  # rows
+SETTLED = 3_000_000_000  # nanoseconds; some file systems have times in steps of two seconds
 
 
 class FingerprintRows(ABC):
@@ -153,8 +158,64 @@ def _sizes_of(places: Places, tables: dict[str, int]) -> np.ndarray:
     return sizes
 
 
-def image_hashes(rows: Dataset) -> np.ndarray:
-    """`[rows]` uint64, a hash of each encoded image; 0 for one that cannot be read."""
+def image_hashes(rows: Dataset, cache_dir: Path) -> np.ndarray:
+    """`[rows]` uint64, a hash of each encoded image; 0 for one that cannot be read.
+
+    Images are read once: as long as nothing is written to their files, the hashes are those of the cache. An edit is
+    noticed even if it leaves a file's size and time as they were.
+
+    Args:
+        rows: rows with `image` and `image_id`.
+        cache_dir: folder of the hashes.
+    """
+    state, is_settled = _state_of_images(rows)
+    place = cache_dir / f"images-{state}.npy"
+    with suppress(OSError, ValueError):
+        known: np.ndarray = np.load(place)
+        if known.shape == (len(rows),) and known.dtype == np.uint64 and known.all():
+            return known
+    hashes = _hashes_of_images(rows)
+    if is_settled and hashes.all():
+        with suppress(OSError), shared_file(place) as fresh, fresh.open("wb") as file:
+            np.save(file, hashes)
+    return hashes
+
+
+def _state_of_images(rows: Dataset) -> tuple[str, bool]:
+    """A hash that changes when a file of these images does, and whether none of them has changed just now.
+
+    A file that is written to twice within one tick of the system's clock has the same times as after the first.
+    """
+    whole, latest, files = blake2b(digest_size=16), 0, dict[str, bytes]()
+    for places in image_places(rows):
+        whole.update(np.stack([places.starts, places.sizes], axis=1).tobytes())
+        images = zip(places.contents, places.paths.to_pylist(), places.shards.to_pylist(), strict=True)
+        for content, path, shard in images:
+            if shard == IN_ROW:
+                whole.update(blake2b(content.as_buffer(), digest_size=16).digest())
+                continue
+            file = (path or "") if shard == IN_FILE else shard
+            if file not in files:
+                changed, files[file] = _state_of_file(file)
+                latest = max(latest, changed)
+            whole.update(files[file])
+    return whole.hexdigest(), time.time_ns() - latest > SETTLED
+
+
+def _state_of_file(path: str) -> tuple[int, bytes]:
+    """When a file changed last, and what is different after the next change.
+
+    Only the system sets `ctime`: at each change of content, name, owner or times.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a null byte
+        return time.time_ns(), repr(path).encode()
+    about = path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    return max(status.st_mtime_ns, status.st_ctime_ns), repr(about).encode()
+
+
+def _hashes_of_images(rows: Dataset) -> np.ndarray:
     parts = [np.zeros(0, np.uint64)]
     for places in image_places(rows):
         images = zip(places.contents, places.paths.to_pylist(), places.shards.to_pylist(), strict=True)

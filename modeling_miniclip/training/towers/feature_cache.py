@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MiniClipError
+from ...utils.files import name_to_write
 
 FORMAT = 2  # part of every hash: increase it when the values or their layout change
 
@@ -104,8 +105,8 @@ class FeatureTable:
         )
 
     def _create(self, about: str, rows: int, width: int) -> None:
-        fresh = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
-        fresh.mkdir(parents=True)
+        fresh = name_to_write(self.folder)
+        fresh.mkdir()
         try:
             # Sparse files: each part takes space only when it is written.
             np.lib.format.open_memmap(fresh / "features.npy", "w+", np.float32, (rows, width))
