@@ -25,6 +25,7 @@ from modeling_miniclip.utils.interrupts import quit_at_interrupt
 
 if Path(sys.argv[0]).stem in ("train_miniclip", "train-miniclip"):
     quit_at_interrupt()
+STARTED = time.perf_counter()  # before the imports, which take seconds
 
 # Set before the libraries are imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no network access at import
@@ -73,6 +74,8 @@ from modeling_miniclip.training.resuming.checkpoints import INTERRUPTED_EXPORT, 
 from modeling_miniclip.training.resuming.output_dir import how_to_resume, locked_output_dir
 from modeling_miniclip.training.row_order import choose_shuffle
 from modeling_miniclip.training.run import TrainingRun
+from modeling_miniclip.training.settings import choose_settings
+from modeling_miniclip.training.time_limit import NO_END, keep_time
 from modeling_miniclip.training.towers.features import embed_split
 from modeling_miniclip.training.towers.layers import set_training_mode
 from modeling_miniclip.training.zero_shot import (
@@ -85,12 +88,13 @@ from modeling_miniclip.utils.performance import release_freed_memory
 from modeling_miniclip.utils.processes import ended_children
 
 
-def main(argv: list[str] | None = None) -> Path:
+def main(argv: list[str] | None = None, started: float | None = None) -> Path:
     """Train a model as the flags say.
 
     Args:
         argv: flags, as on the command line; None takes those of this process. In a notebook:
             `notebook_launcher(main, ([...],), num_processes=2)`.
+        started: `time.perf_counter()` at the start of the command, for `--time_limit`; None is now.
 
     Returns:
         The folder of the exported model.
@@ -100,13 +104,14 @@ def main(argv: list[str] | None = None) -> Path:
             `--overfit_batch`, the loss did not reach zero. If the disk is full, the message says what was saved.
         SystemExit: after SIGTERM, with code 143; a checkpoint was saved.
     """
+    started = started or time.perf_counter()
     arguments = parse_arguments(argv)
     advice = partial(how_to_resume, arguments.output_dir)
     with ends_with_lost_processes(advice), readable_worker_errors(), ended_children():
         if arguments.overfit_batch:
             return check_overfitting(arguments, train_step)
         with locked_output_dir(arguments):
-            run = prepare(arguments)
+            run = prepare(arguments, started)
             with run.signals:  # Ctrl-C and SIGTERM wait for the end of a step
                 train(run)
             if run.signals.terminated:  # seconds are left: no figures, no push
@@ -118,8 +123,14 @@ def main(argv: list[str] | None = None) -> Path:
 # --- prepare: find everything that can go wrong before any long work ------------------------------------------------
 
 
-def prepare(arguments: TrainingArguments) -> TrainingRun:
-    """Check the output folder, build data, model, loaders, optimizer and schedule, and load a checkpoint to resume."""
+def prepare(arguments: TrainingArguments, started: float | None = None) -> TrainingRun:
+    """Check the output folder, build data, model, loaders, optimizer and schedule, and load a checkpoint to resume.
+
+    Args:
+        arguments: checked flags.
+        started: `time.perf_counter()` at the start of the command; None is now.
+    """
+    started = started or time.perf_counter()
     launch = setup.check_launch(arguments)
     checkpoint = setup.prepare_output_dir(arguments)
     hub_model_id = setup.prepare_hub_repo(arguments)
@@ -128,6 +139,7 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
     arguments = replace(arguments, hub_model_id=hub_model_id, mixed_precision=accelerator.mixed_precision)
 
     splits = setup.load_splits(arguments)  # rows {image, image_id, captions}
+    arguments = choose_settings(splits, checkpoint, arguments, accelerator)
     setup.report_splits(splits, arguments, accelerator)
     shared = setup.find_shared(splits, arguments, accelerator)
     arguments = choose_shuffle(splits, checkpoint, arguments, accelerator)
@@ -144,6 +156,7 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
     run = setup.build_run(
         model, processor, splits, features, loaders, arguments, accelerator, fingerprint, evidence, shared, zero_shot
     )
+    run.pace.started = started
     setup.start_or_resume(run, checkpoint)
     return run
 
@@ -156,8 +169,9 @@ def train(run: TrainingRun) -> None:
     progress, arguments, accelerator = run.progress, run.arguments, run.accelerator
     if arguments.model_name_or_path is not None and progress.validated_step < 0:
         validate_start(run)
+    last = f"as many as fit into {arguments.time_limit}" if run.last_step == NO_END else run.last_step
     run.say(
-        f"steps {progress.step + 1} to {run.last_step} of {arguments.batch_size} images on "
+        f"steps {progress.step + 1} to {last} of {arguments.batch_size} images on "
         f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
         f"{describe_engine(accelerator)}"
     )
@@ -191,7 +205,7 @@ def train_one_epoch(run: TrainingRun) -> None:
     set_training_mode(run.unwrapped_model, arguments.freeze, bool(arguments.freeze_batch_norm))
     run.train_batches.epoch, run.train_batches.first_batch = progress.epoch, progress.step_in_epoch
     run.meter.start_epoch(progress.step_in_epoch)
-    title = f"epoch {progress.epoch + 1}/{arguments.num_train_epochs}"
+    title = f"epoch {progress.epoch + 1}/{arguments.num_train_epochs or '?'}"
     bar = tqdm(total=run.steps_per_epoch, initial=progress.step_in_epoch, desc=title, unit="step", leave=False,
                disable=not run.accelerator.is_main_process)  # fmt: skip
     for batch in run.train_loader:
@@ -206,6 +220,7 @@ def train_one_epoch(run: TrainingRun) -> None:
         if arguments.lr_scheduler_type == "cosine":
             run.scheduler.step()
         bar.update()
+        keep_time(run)
         ends = run.signals.received_by_any_process(run.accelerator) or progress.step == run.last_step
         if run.validation_is_due and not ends:
             validate(run)
@@ -313,6 +328,7 @@ def validate(run: TrainingRun) -> bool:
         improved = validate_weights(run)
     run.progress.count_validation(improved)
     run.meter.leave_out(time.perf_counter() - start)
+    run.pace.add_validation(time.perf_counter() - start)
     return improved
 
 
@@ -325,6 +341,7 @@ def validate_start(run: TrainingRun) -> None:
     run.say(describe_validation("before training", metrics))
     report_datasets(run, embeddings)
     run.progress.at_start, run.progress.validated_step = metrics, run.progress.step
+    run.pace.add_validation(time.perf_counter() - start)
 
 
 def validate_weights(run: TrainingRun) -> bool:
@@ -426,7 +443,7 @@ def cli() -> int:
         The exit code, see [`run_command`][modeling_miniclip.utils.commands.run_command].
     """
     argv, debug = command_line()
-    return run_command(lambda: main(argv), debug)
+    return run_command(lambda: main(argv, STARTED), debug)
 
 
 if __name__ == "__main__":

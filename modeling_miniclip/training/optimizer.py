@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def parameter_groups(model: MiniClipModel, arguments: TrainingArguments) -> list
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArguments, total_steps: int) -> LRScheduler:
-    """ReduceLROnPlateau, stepped with the validation loss after each epoch, or cosine with warm-up, stepped each step.
+    """ReduceLROnPlateau, stepped with the validation loss after each epoch, or [`cosine`], stepped each step.
 
     Do not pass it to `accelerator.prepare`, which would step it once per process.
 
@@ -69,14 +70,32 @@ def build_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArgumen
     if arguments.lr_scheduler_type == "plateau":
         patience, factor = arguments.lr_plateau_patience, arguments.lr_plateau_factor
         return ReduceLROnPlateau(optimizer, mode="min", patience=patience, factor=factor)
+    return LambdaLR(optimizer, cosine(arguments, total_steps))
+
+
+def cosine(arguments: TrainingArguments, total_steps: int) -> Callable[[int], float]:
+    """Factor of the rates at each step: linear warm-up, then 1 for `--hold_steps`, then a half-cosine to 0.
+
+    Args:
+        arguments: flags of the run; the steps at 1 may not be known yet.
+        total_steps: step at which the factor reaches 0.
+    """
+    warm_up = arguments.warmup_steps
+    start = warm_up + (arguments.hold_steps or 0)
 
     def factor_at(step: int) -> float:
-        if step < arguments.warmup_steps:
-            return (step + 1) / arguments.warmup_steps
-        progress = (step - arguments.warmup_steps) / max(1, total_steps - arguments.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        if step < warm_up:
+            return (step + 1) / warm_up
+        progress = (step - start) / max(1, total_steps - start)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
-    return LambdaLR(optimizer, factor_at)
+    return factor_at
+
+
+def set_length(scheduler: LRScheduler, arguments: TrainingArguments, total_steps: int) -> None:
+    """Let a cosine schedule end at a step that was not known at its start; a plateau schedule has no end."""
+    if isinstance(scheduler, LambdaLR):
+        scheduler.lr_lambdas = [cosine(arguments, total_steps)] * len(scheduler.lr_lambdas)
 
 
 def apply_flags(

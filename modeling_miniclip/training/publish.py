@@ -97,11 +97,15 @@ def data_for_card(arguments: TrainingArguments, splits: DatasetDict) -> dict[str
 
 
 def arguments_for_card(arguments: TrainingArguments) -> dict[str, Any]:
-    """The arguments that have a value, without [`LOCAL_ARGUMENTS`] and without paths on this machine."""
+    """The arguments that have a value, without [`LOCAL_ARGUMENTS`] and without paths on this machine.
+
+    A time limit is left out once it has set the number of steps.
+    """
+    left_out = LOCAL_ARGUMENTS if arguments.num_train_epochs is None else LOCAL_ARGUMENTS | {"time_limit"}
     return {
         name: _without_paths(value) if name in PATH_ARGUMENTS else value
         for name, value in asdict(arguments).items()
-        if name not in LOCAL_ARGUMENTS and value is not None
+        if name not in left_out and value is not None
     }
 
 

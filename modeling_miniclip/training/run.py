@@ -1,6 +1,7 @@
 """The state of a training run: what `prepare` builds and the training loop changes."""
 
 import math
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from .bad_images import BadImages
 from .command_line.arguments import TrainingArguments
 from .command_line.check_arguments import checkpoint_interval
 from .ema import AveragedWeights
+from .pace import Pace
 from .reports.diagnostics import Diagnosis
 from .reports.reporting import MetricsLog, StepMeter, say
 from .resuming.checkpoints import ExportedEmbeddings, Progress, check_finite_weights, save_checkpoint
@@ -56,10 +58,11 @@ class TrainingRun:
         diagnosis: watcher that warns if the run does not learn.
         bad_images: images that could not be decoded so far.
         steps_per_epoch: optimizer steps per epoch.
-        last_step: number of the step after which training ends.
+        last_step: number of the step after which training ends; with a time limit, not known at first.
         exported: what the exported model embeds, to check the export at the end.
         ema: moving average of the weights; None without `--ema_decay`.
         fingerprint: what the run trains on and with, on rank 0; each checkpoint has it.
+        pace: times of steps, validations and checkpoints.
         saved_position: `position` of the last checkpoint; at first the start of the run, which needs none.
     """
 
@@ -88,6 +91,7 @@ class TrainingRun:
     exported: ExportedEmbeddings = field(default_factory=ExportedEmbeddings)
     ema: AveragedWeights | None = None
     fingerprint: Fingerprint | None = None
+    pace: Pace = field(default_factory=Pace)
     saved_position: tuple[int, int] = (0, 0)
     output_dir: Path = field(init=False)
     export_dir: Path = field(init=False)
@@ -159,10 +163,12 @@ class TrainingRun:
         """
         if self.saved_position == self.position:
             return
+        start = time.perf_counter()
         check_finite_weights(self.unwrapped_model, self.accelerator)
         folder, keep = self.output_dir / "checkpoints", self.arguments.save_total_limit
         save_checkpoint(self.accelerator, folder, self.progress, self.fingerprint, keep, self.export_dir)
         self.saved_position = self.position
+        self.pace.add_checkpoint(time.perf_counter() - start)
 
     def write_metrics(self, split: str, values: dict[str, float], **only_in_file: float) -> None:
         """Write values to `metrics.jsonl` and the trackers.

@@ -70,6 +70,7 @@ from .resuming.resume_rules import changed_flags, describe_flags
 from .resuming.signals import SignalHandler
 from .row_order import order_checksum, training_order
 from .run import TrainingRun
+from .time_limit import last_step_of
 from .towers.create_model import create_model
 from .towers.feature_cache import default_cache_dir
 from .towers.features import EVALUATION_BATCH, FrozenFeatures, frozen_image_features, frozen_text_features
@@ -154,8 +155,8 @@ def build_accelerator(arguments: TrainingArguments, launch: Launch) -> Accelerat
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_dir=arguments.output_dir,
     )
-    if arguments.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
-        raise UsageError("--ema_decay does not work with FSDP, which spreads the weights over processes; leave it out")
+    if arguments.ema_decay and accelerator.distributed_type == DistributedType.FSDP:
+        raise UsageError("--ema_decay does not work with FSDP, which spreads the weights over processes; set it to 0")
     if is_deepspeed(accelerator):
         complete_config(accelerator, arguments, precision)
     launch.check_joined(accelerator.num_processes)
@@ -479,8 +480,7 @@ def build_run(
     prepared, optimizer, adamw = prepare_optimizer(model, arguments, accelerator)
     train_loader, validation_loader = loaders
     steps_per_epoch = len(train_loader)
-    all_steps = arguments.num_train_epochs * steps_per_epoch
-    last_step = min(all_steps, arguments.max_steps or all_steps)
+    last_step = last_step_of(arguments, steps_per_epoch)
     return TrainingRun(
         arguments=arguments,
         accelerator=accelerator,
@@ -511,7 +511,7 @@ def build_run(
         bad_images=BadImages(sizes, arguments.max_bad_image_fraction, warn, accelerator.device, remember),
         steps_per_epoch=steps_per_epoch,
         last_step=last_step,
-        ema=None if arguments.ema_decay is None else AveragedWeights(model, arguments.ema_decay),
+        ema=AveragedWeights(model, arguments.ema_decay) if arguments.ema_decay else None,
         fingerprint=fingerprint,
         zero_shot=zero_shot,
     )

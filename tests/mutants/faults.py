@@ -307,8 +307,8 @@ FAULTS = [
         (
             "optimizer.py",
             "warm-up begins with rate 0",
-            "return (step + 1) / arguments.warmup_steps",
-            "return step / arguments.warmup_steps",
+            "return (step + 1) / warm_up",
+            "return step / warm_up",
             OPTIMIZER,
         ),
         ("optimizer.py", "the cosine rises", "0.5 * (1 + math.cos(", "0.5 * (1 - math.cos(", OPTIMIZER),

@@ -103,7 +103,7 @@ class TrainingArguments:
         "how the token states of a text become one vector: the first of them, their mean, or the last (what the text "
         "tower's repository declares; otherwise last for a decoder such as GPT-2, and cls for any other tower)",
     )
-    projection_dim: int | None = _flag(None, "dimensions of the shared embedding space (256)")
+    projection_dim: int | None = _flag(None, "dimensions of the shared embedding space (derived)")
     projection_depth: int | None = _flag(None, "linear layers in each projection head; 1 is a plain projection (2)")
     loss_type: Literal["softmax_sum", "softmax_mean", "sigmoid"] | None = _flag(
         None,
@@ -113,20 +113,20 @@ class TrainingArguments:
     dropout: float | None = _flag(
         None, "dropout of heads and towers (0.1 in the heads, each tower's own setting in the towers)"
     )
-    projection_dropout: float | None = _flag(None, "dropout of the projection heads only; overrides dropout (0.1)")
-    image_size: int | None = _flag(None, "image height and width in pixels (the image tower's own)")
+    projection_dropout: float | None = _flag(None, "dropout of the projection heads only; overrides dropout (derived)")
+    image_size: int | None = _flag(None, "image height and width in pixels (derived)")
     train_image_size: int | None = _flag(
         None,
         "height and width of augmented training images; a smaller size trains faster and makes up for random crops, "
-        "which enlarge objects (image_size)",
+        "which enlarge objects (derived)",
     )
     crop_pct: float | None = _flag(
-        None, "fraction of the shorter edge kept by the centre crop; 1 keeps all of it (the image tower's own)"
+        None, "fraction of the shorter edge kept by the centre crop; 1 keeps all of it (derived)"
     )
     max_length: int | None = _flag(None, "longest caption in tokens (the text tower's limit)")
-    freeze: Literal["none", "vision", "text", "both"] = _flag("none", "which towers to freeze")
+    freeze: Literal["none", "vision", "text", "both"] = _flag(None, "which towers to freeze (derived)")
     frozen_vision_fraction: float = _flag(
-        0.0, "fraction of the image tower's layers to freeze, counted from the pixels"
+        None, "fraction of the image tower's layers to freeze, counted from the pixels (derived)"
     )
     frozen_text_fraction: float = _flag(
         0.0, "fraction of the text tower's layers to freeze, counted from the embeddings"
@@ -147,7 +147,7 @@ class TrainingArguments:
     )
 
     # Optimization
-    batch_size: int = _flag(32, "images per optimizer step, summed over all processes")
+    batch_size: int = _flag(None, "images per optimizer step, summed over all processes (derived)")
     shuffle: Literal["full", "window"] | None = _flag(
         None,
         "order of the training images in each epoch: any order, or shards in any order and images within a window of "
@@ -159,41 +159,54 @@ class TrainingArguments:
         "images that a process computes at a time, at least 2; a larger batch is computed in chunks, which gives the "
         "same gradients with less memory but computes each chunk twice (the whole batch)",
     )
-    captions_per_image: int = _flag(1, "captions drawn for each image of a batch")
+    captions_per_image: int = _flag(None, "captions drawn for each image of a batch (derived)")
     hard_negatives: list[str] | None = _flag(
         None,
         "wrong captions that each image must rank below its own: none, column (negative_captions of the dataset), or "
         "swap: its captions with adjectives, nouns or relations swapped (English); these three words choose kinds "
         "(column if the dataset has it, otherwise none)",
     )
-    num_train_epochs: int = _flag(4, "passes over the training images")
+    num_train_epochs: int = _flag(None, "passes over the training images (derived)")
     max_steps: int | None = _flag(None, "stop after N optimizer steps")
+    time_limit: str | None = _flag(
+        None,
+        "as many steps as fit into a time such as 90s, 20m or 1.5h, from the start of the command to its end; "
+        "overrides the epochs, steps and warm-up of a recipe",
+    )
     learning_rate: float | None = _flag(
         None,
         "learning rate of all parts; on the command line, overrides the rates of a recipe; the next three flags "
         "override it for one part",
     )
-    head_learning_rate: float = _flag(1e-3, "learning rate of the projection heads and the temperature")
-    vision_learning_rate: float = _flag(1e-4, "learning rate of the image tower")
-    text_learning_rate: float = _flag(1e-5, "learning rate of the text tower")
+    head_learning_rate: float = _flag(None, "learning rate of the projection heads and the temperature (derived)")
+    vision_learning_rate: float = _flag(None, "learning rate of the image tower (derived)")
+    text_learning_rate: float = _flag(None, "learning rate of the text tower (derived)")
     layer_decay: float = _flag(
-        1.0, "layer-wise learning-rate decay: each layer's rate is this factor times that of the next layer"
+        None, "layer-wise learning-rate decay: each layer's rate is this factor times that of the next layer (derived)"
     )
-    weight_decay: float = _flag(1e-3, "AdamW weight decay, applied to weight matrices only")
+    weight_decay: float = _flag(None, "AdamW weight decay, applied to weight matrices only (derived)")
     max_grad_norm: float = _flag(1.0, "clip gradients to this norm")
     lr_scheduler_type: Literal["plateau", "cosine"] = _flag(
-        "plateau", "plateau: lower the rates when the validation loss stops falling; cosine: warm up, then decay to 0"
+        None,
+        "plateau: lower the rates when the validation loss stops falling; cosine: warm up, then decay to 0 (derived)",
     )
     lr_plateau_patience: int = _flag(1, "plateau: validations without improvement after which the rates are lowered")
     lr_plateau_factor: float = _flag(0.8, "plateau: factor by which the rates are lowered")
-    warmup_steps: int = _flag(0, "cosine: steps of linear warm-up")
+    warmup_steps: int = _flag(None, "cosine: steps of linear warm-up (derived)")
+    hold_steps: int = _flag(
+        None,
+        "cosine: steps at the full rates between warm-up and decay (0; with time_limit, the steps until the rest is "
+        "planned)",
+    )
     ema_decay: float | None = _flag(
-        None, "validate and export an exponential moving average of the weights with this decay, such as 0.999 (off)"
+        None,
+        "validate and export an exponential moving average of the weights with this decay, such as 0.999; 0 is off "
+        "(derived)",
     )
     augmentation: str | None = _flag(
         None,
-        "albumentations transforms for training images: list of {name, arguments} as JSON or YAML, [] for none (mild "
-        "ones; none for a frozen image tower, which then runs only once)",
+        "albumentations transforms for training images: list of {name, arguments} as JSON or YAML, [] for none "
+        "(derived; none for a frozen image tower, which then runs only once)",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(
         None, "precision of the forward pass (bf16 if the accelerator supports it, otherwise no)"
@@ -220,7 +233,7 @@ class TrainingArguments:
     checkpointing_steps: str = _flag("epoch", "steps between checkpoints, or 'epoch' for one after each epoch")
     save_total_limit: int = _flag(2, "number of checkpoints to keep; the last and the best are always kept")
     eval_steps: int | None = _flag(None, "validate every N steps, in addition to the end of each epoch (off)")
-    best_metric: str = _flag("loss", "validation metric that selects the exported model")
+    best_metric: str = _flag(None, "validation metric that selects the exported model (derived)")
     early_stopping_patience: int | None = _flag(None, "stop after N validations in which best_metric did not improve")
     logging_steps: int = _flag(10, "steps between lines of metrics.jsonl")
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = _flag("none", "experiment tracker")
@@ -243,13 +256,22 @@ MODEL_SOURCES = (("vision_model", "text_model"), ("preset",), ("model_name_or_pa
 # The parts of a model that have their own learning rate; --learning_rate sets all three.
 PART_RATES = ("head_learning_rate", "vision_learning_rate", "text_learning_rate")
 
+# Flags whose defaults depend on the data and the model, see `derived.py`: None until the data is known. In this order
+# they are derived and shown.
+DERIVED = (
+    "freeze", "batch_size", "captions_per_image", "num_train_epochs", "lr_scheduler_type", "warmup_steps",
+    "hold_steps", "head_learning_rate", "vision_learning_rate", "text_learning_rate", "layer_decay",
+    "frozen_vision_fraction", "weight_decay", "ema_decay", "best_metric", "projection_dim", "projection_dropout",
+    "crop_pct", "image_size", "train_image_size", "augmentation",
+)  # fmt: skip
+
 LOWER_BOUNDS = {
     **dict.fromkeys(("batch_size", "captions_per_image", "num_train_epochs", "max_steps", "logging_steps"), 1),
     **dict.fromkeys(("max_train_images", "stream_first_rows", "num_views"), 1),
     **dict.fromkeys(("image_size", "train_image_size", "max_length", "projection_dim", "projection_depth"), 1),
     **dict.fromkeys(("save_total_limit", "early_stopping_patience", "eval_steps"), 1),
     "chunk_size": 2,
-    **dict.fromkeys(("num_workers", "seed", "warmup_steps", "lr_plateau_patience", "weight_decay"), 0),
+    **dict.fromkeys(("num_workers", "seed", "warmup_steps", "hold_steps", "lr_plateau_patience", "weight_decay"), 0),
     **dict.fromkeys(("max_validation_images", "shard_cache_gb"), 0),
 }
 
@@ -289,7 +311,8 @@ def describe_flags() -> str:
     lines = ["usage: train_miniclip.py [--flag value ...]", ""]
     lines += textwrap.wrap(
         "Train your own CLIP on captioned images. Without arguments, it runs the built-in recipe 'scenes'. Flags "
-        "override the recipe, and the recipe overrides the defaults, which are in parentheses. --debug shows the "
+        "override the recipe, and the recipe overrides the defaults, which are in parentheses; derived ones depend on "
+        "the data and the model (docs/train.md), and a run prints them at its start. --debug shows the "
         f"traceback of an error. {EXIT_CODES}", 100
     )  # fmt: skip
     for name, text in _flag_texts():

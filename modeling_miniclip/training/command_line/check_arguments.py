@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -22,8 +23,10 @@ def check_arguments(arguments: TrainingArguments) -> None:
     _check_text_and_numbers(arguments)
     _check_ranges(arguments)
     _check_combinations(arguments)
-    _check_best_metric(arguments.best_metric, arguments.zero_shot_dataset)
+    if arguments.best_metric is not None:
+        _check_best_metric(arguments.best_metric, arguments.zero_shot_dataset)
     checkpoint_interval(arguments)
+    limit_in_seconds(arguments)
     augmentation_list(arguments)
     tracker = arguments.report_to
     if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
@@ -73,6 +76,12 @@ def _check_combinations(arguments: TrainingArguments) -> None:
     others = arguments.validation_dataset or []
     if twice := next((name for name in others if others.count(name) > 1), None):
         raise UsageError(f"--validation_dataset names {twice} twice; name it once")
+    if arguments.time_limit is not None:
+        excluded = [name for name in ("num_train_epochs", "max_steps") if getattr(arguments, name) is not None]
+        if excluded:
+            raise UsageError(
+                f"--time_limit and --{excluded[0]} exclude each other: the time decides how many steps there are"
+            )
     if arguments.num_views is not None and arguments.freeze not in ("vision", "both"):
         raise UsageError("--num_views needs a frozen image tower: add --freeze vision or --freeze both")
     if arguments.num_views is not None and not augmentation_list(arguments):
@@ -128,6 +137,21 @@ def checkpoint_interval(arguments: TrainingArguments) -> int | None:
             f"--checkpointing_steps must be 'epoch' or a whole number of steps, not {arguments.checkpointing_steps}"
         )
     return int(arguments.checkpointing_steps)
+
+
+def limit_in_seconds(arguments: TrainingArguments) -> float | None:
+    """Seconds of `--time_limit`; None without one.
+
+    Raises:
+        UsageError: it is no positive number with a unit s, m or h.
+    """
+    if arguments.time_limit is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", arguments.time_limit.strip())
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"--time_limit must be a time such as 90s, 20m or 1.5h, not {arguments.time_limit}")
+    return seconds
 
 
 def augmentation_list(arguments: TrainingArguments) -> list[dict[str, Any]]:

@@ -25,13 +25,15 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     """Arguments of a run. Flags override the recipe, and the recipe overrides the defaults.
 
     A flag that says where the model comes from drops the recipe's other sources: with `--preset` a recipe's
-    `vision_model` and `text_model` are ignored. In the same way `--learning_rate` overrides all rates of a recipe.
+    `vision_model` and `text_model` are ignored. In the same way `--learning_rate` overrides all rates of a recipe, and
+    `--time_limit` its epochs, steps and warm-up.
 
     Args:
         argv: flags; None takes the command line of this process.
 
     Returns:
-        The checked arguments, with the defaults filled in that depend on other flags.
+        The checked arguments, with the defaults filled in that depend on other flags. Those that depend on the data are
+        None until [`derive`][modeling_miniclip.training.command_line.derived.derive] knows it.
 
     Raises:
         UsageError: an unknown key or flag (the message suggests the nearest valid name), a value of the wrong type, or
@@ -42,7 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     values: dict[str, Any] = {}
     if recipe is not None:
         values = spread_learning_rate(read_recipe(named_file(recipe, "recipes", ".yaml"))) | {"recipe": recipe}
-        for name in _replaced_sources(given):
+        for name in (*_replaced_sources(given), *_replaced_schedule(given)):
             values.pop(name, None)
     arguments = TrainingArguments(**(values | spread_learning_rate(given)))
     if arguments.dataset is None:
@@ -78,6 +80,11 @@ def _replaced_sources(given: dict[str, Any]) -> list[str]:
     """Fields that say where the model comes from, and that the given flags replace."""
     chosen = [names for names in MODEL_SOURCES if any(given.get(name) is not None for name in names)]
     return [name for names in MODEL_SOURCES if chosen and names not in chosen for name in names]
+
+
+def _replaced_schedule(given: dict[str, Any]) -> tuple[str, ...]:
+    """Fields of a recipe that a given time limit decides."""
+    return ("num_train_epochs", "max_steps", "warmup_steps", "hold_steps") if given.get("time_limit") else ()
 
 
 def fill_in_defaults(arguments: TrainingArguments) -> TrainingArguments:

@@ -12,7 +12,7 @@ import yaml
 from ...errors import UsageError, did_you_mean, one_line
 from ...utils.files import replace_text
 from ...utils.plain_yaml import load_yaml
-from .arguments import LIST_FLAGS, TrainingArguments, build_parser, choices_of, element_of
+from .arguments import DERIVED, LIST_FLAGS, TrainingArguments, build_parser, choices_of, element_of
 from .check_arguments import augmentation_list
 
 
@@ -107,12 +107,18 @@ def _expected(key: str, hint: Any) -> str:
 def save_arguments(arguments: TrainingArguments, path: Path) -> None:
     """Write the arguments as a recipe that repeats the run: `--recipe arguments.yaml`.
 
-    Flags that concern a single start (resuming, overwriting, pushing, a test on one batch) are left out.
+    Flags that concern a single start (resuming, overwriting, pushing, a test on one batch) are left out, and so are the
+    time limit, once it has set the number of steps, and derived flags without a value.
     """
     values = asdict(arguments)
     for name in ("recipe", "overfit_batch", "resume_from_checkpoint", "discard_later_checkpoints",
                  "overwrite_output_dir", "push_to_hub"):  # fmt: skip
         values.pop(name)
-    if values["augmentation"] is not None:
+    if arguments.num_train_epochs is not None:
+        values.pop("time_limit")
+    for name in DERIVED:
+        if values[name] is None:
+            values.pop(name)
+    if "augmentation" in values:
         values["augmentation"] = augmentation_list(arguments)
     replace_text(path, yaml.safe_dump(values, sort_keys=False))

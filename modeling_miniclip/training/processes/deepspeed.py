@@ -110,9 +110,9 @@ def _check_release(place: str) -> None:
 
 def _check_flags(launch: Launch, arguments: TrainingArguments, place: str) -> None:
     precision = arguments.mixed_precision or launch.mixed_precision
-    if arguments.ema_decay is not None:
+    if arguments.ema_decay:
         raise UsageError(
-            f"--ema_decay does not work with DeepSpeed, which spreads the weights; leave it out ({place})"
+            f"--ema_decay does not work with DeepSpeed, which spreads the weights; set it to 0 ({place})"
         )
     if arguments.compile_towers or "dynamo_backend" in launch.settings:
         flag = "--compile_towers" if arguments.compile_towers else launch.settings["dynamo_backend"].place
@@ -212,7 +212,8 @@ def complete_config(accelerator: Accelerator, arguments: TrainingArguments, prec
         raise UsageError(f"DeepSpeed's zero_stage is {zero['stage']}; expected 1, 2 or 3")
     if zero["stage"] == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # of any precision; the export needs it
-    images = max(1, arguments.batch_size // accelerator.num_processes)  # for DeepSpeed's reports only
+    # For DeepSpeed's reports only: a derived batch size is not known yet.
+    images = max(1, (arguments.batch_size or 0) // accelerator.num_processes)
     config |= {"zero_optimization": zero, "train_micro_batch_size_per_gpu": images, "gradient_accumulation_steps": 1}
     config |= {"train_batch_size": images * accelerator.num_processes, "gradient_clipping": arguments.max_grad_norm}
     config |= {"fp16": {"enabled": False}, "bf16": {"enabled": precision == "bf16"}}

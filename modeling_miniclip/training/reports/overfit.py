@@ -21,6 +21,7 @@ from ..loss.pair_counts import plain_counts
 from ..processes.distributed import gather_rows
 from ..row_order import training_order
 from ..run import TrainingRun
+from ..settings import choose_settings
 from ..towers.layers import set_training_mode
 from .diagnostics import chance_loss
 
@@ -45,7 +46,7 @@ def check_overfitting(
     Raises:
         MiniClipError: the loss does not reach zero; with the likely cause.
     """
-    run = prepare_one_batch(without_randomness(arguments))
+    run = prepare_one_batch(arguments)
     batch = next(iter(run.train_loader))
     skipped = run.bad_images.record_undecodable("train", batch.pop("undecodable", []))
     images = run.train_batches.images_in(0) - skipped
@@ -71,7 +72,7 @@ def without_randomness(arguments: TrainingArguments) -> TrainingArguments:
         hard_negatives=["none"],
         dropout=0.0,
         projection_dropout=None,
-        ema_decay=None,
+        ema_decay=0.0,
         lr_scheduler_type="plateau",
         num_workers=0,
         report_to="none",
@@ -79,9 +80,14 @@ def without_randomness(arguments: TrainingArguments) -> TrainingArguments:
 
 
 def prepare_one_batch(arguments: TrainingArguments) -> TrainingRun:
-    """Like `prepare` of `train_miniclip.py`, but with only the images of the first batch, and no output folder."""
-    accelerator = setup.build_accelerator(arguments, setup.check_launch(arguments))
+    """Like `prepare` of `train_miniclip.py`, but with only the images of the first batch, and no output folder.
+
+    Settings are derived as for the whole run, which the batch stands for; then what is random in them is left out.
+    """
+    launched = replace(arguments, report_to="none", ema_decay=0.0)
+    accelerator = setup.build_accelerator(launched, setup.check_launch(launched))
     splits = setup.load_splits(arguments)
+    arguments = without_randomness(choose_settings(splits, None, arguments, accelerator))
     setup.report_splits(splits, arguments, accelerator)
     model, processor = setup.build_model(splits, arguments, accelerator)
     batch = first_batch(splits, arguments)

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import UsageError
-from ...modeling_miniclip import MiniClipModel
+from ...modeling_miniclip import MiniClipModel, MiniClipVisionModel
 from ..command_line.arguments import TrainingArguments
 
 
@@ -34,6 +35,21 @@ def vision_layers(vision_model: Any) -> list[list[nn.Parameter]]:
     for name, parameter in tower.named_parameters():
         layers[layer_of[name]].append(parameter)
     return [layer for layer in layers if layer]
+
+
+def knows_layers(vision_config: Any) -> bool:
+    """Whether timm knows the layers of an image tower.
+
+    Args:
+        vision_config: `TimmWrapperConfig` of the tower.
+    """
+    with torch.device("meta"):  # no weights are needed
+        tower = MiniClipVisionModel(vision_config)
+    try:
+        vision_layers(tower)
+    except UsageError:
+        return False
+    return True
 
 
 def text_layers(text_model: nn.Module) -> list[list[nn.Parameter]]:

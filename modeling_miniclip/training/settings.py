@@ -1,0 +1,83 @@
+"""The settings of a run that depend on its data and its model: derived, or those of the checkpoint."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from datasets import DatasetDict
+
+from ..configuration_miniclip import MiniClipConfig, timm_config
+from ..data.tables.row_blocks import caption_counts
+from ..inference.loading import check_export_folder
+from ..processing_miniclip import MiniClipProcessor, image_processor_from_timm
+from .command_line.arguments import DERIVED, TrainingArguments
+from .command_line.derived import Facts, derive
+from .reports.reporting import say
+from .resuming.fingerprint import Fingerprint
+from .towers.layers import knows_layers
+
+
+def choose_settings(
+    splits: DatasetDict, checkpoint: Path | None, arguments: TrainingArguments, accelerator: Accelerator
+) -> TrainingArguments:
+    """Arguments with every derived flag: as given, as in the checkpoint, or by the rules of `derived.py`."""
+    if checkpoint is not None:
+        return saved_settings(arguments, Fingerprint.load(checkpoint).flags)
+    if all(getattr(arguments, name) is not None for name in DERIVED):
+        return arguments
+    arguments, lines = derive(arguments, facts_of(splits, arguments, accelerator))
+    for line in lines:
+        say(accelerator, line)
+    return arguments
+
+
+def saved_settings(arguments: TrainingArguments, flags: dict[str, Any]) -> TrainingArguments:
+    """Arguments in which derived flags that are not given have the values of a checkpoint.
+
+    Args:
+        arguments: flags of this start of the run.
+        flags: flags in the checkpoint. If a time limit has set the number of steps, it stays.
+    """
+    names = [*DERIVED, "time_limit"]
+    if flags.get("time_limit") is not None and arguments.num_train_epochs is None:
+        names.append("max_steps")
+    return replace(arguments, **{name: flags[name] for name in names if getattr(arguments, name) is None})
+
+
+def facts_of(splits: DatasetDict, arguments: TrainingArguments, accelerator: Accelerator) -> Facts:
+    """What the derived flags depend on."""
+    train = splits["train"]
+    size, takes_others, layers_are_known = _image_tower(arguments)
+    return Facts(
+        images=len(train),
+        captions=float(caption_counts(train).mean()),
+        tower_size=size,
+        takes_other_sizes=takes_others,
+        knows_layers=layers_are_known,
+        spreads_weights=accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED),
+    )
+
+
+def _image_tower(arguments: TrainingArguments) -> tuple[int | None, bool, bool]:
+    """Size of the tower's images, whether it takes others, and whether timm knows its layers."""
+    from .. import auto  # noqa: F401  (otherwise transformers asks whether to trust the code in an export)
+
+    if arguments.preset is not None:  # no rule asks
+        return None, False, True
+    try:
+        if arguments.model_name_or_path is not None:
+            check_export_folder("--model_name_or_path", arguments.model_name_or_path)
+            config = MiniClipConfig.from_pretrained(arguments.model_name_or_path).vision_config
+            crop = MiniClipProcessor.from_pretrained(arguments.model_name_or_path).image_processor.crop_size
+        else:
+            config = timm_config(str(arguments.vision_model))
+            crop = image_processor_from_timm(config).crop_size
+        cfg = config.pretrained_cfg or timm.get_pretrained_cfg(config.architecture).to_dict()
+        size = crop["height"] if crop["height"] == crop["width"] else None
+        is_trained = arguments.freeze not in ("vision", "both")
+        return size, not cfg.get("fixed_input_size"), not is_trained or knows_layers(config)
+    except Exception:  # of many classes; what is wrong with a tower is said when the model is created
+        return None, False, True
