@@ -89,7 +89,7 @@ EXPERIMENTS = {
         {
             "text_pooling": "mean", "freeze": "both", "augmentation": "[]", "batch_size": 256, "num_train_epochs": 15,
             "head_learning_rate": 1e-3, "weight_decay": 0.1, "dropout": 0.3, "lr_scheduler_type": "cosine",
-            "warmup_steps": 20,
+            "warmup_steps": 20, "projection_dim": 256, "image_size": 224,
         },
         [
             ({"captions_per_image": captions, "loss_type": loss_type}, 3)

@@ -192,8 +192,8 @@ def measure_run(source: list[str], home: Path, num_workers: int) -> tuple[float,
     """
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         log = Path(folder) / "run" / "metrics.jsonl"
-        flags = {"preset": "scenes_tiny", "max_steps": 1, "logging_steps": 1, "batch_size": 64}
-        flags |= {"num_workers": num_workers, "output_dir": log.parent}
+        flags = {"preset": "scenes_tiny", "max_steps": 1, "logging_steps": 1}
+        flags |= {"batch_size": 64, "captions_per_image": 1, "num_workers": num_workers, "output_dir": log.parent}
         flags |= dict(zip(("dataset", "image_dir"), source, strict=False))
         command = [sys.executable, str(HERE.parent / "train_miniclip.py"), *(f"--{n}={v}" for n, v in flags.items())]
         start, first_step = time.perf_counter(), math.nan

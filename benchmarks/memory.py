@@ -77,6 +77,7 @@ def main() -> None:
                 "dataset": args.dataset,
                 "vision_model": args.vision_model,
                 "text_model": args.text_model,
+                "recipe": Path(__file__).parent / "plain.yaml",
                 "text_pooling": "mean",
                 "batch_size": batch_size,
                 "chunk_size": chunk_size,

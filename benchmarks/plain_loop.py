@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--validation_steps", type=int, help="steps between two validations (default: an epoch)")
     own, rest = parser.parse_known_args(argv)
-    arguments = parse_arguments(rest)
+    arguments = parse_arguments([f"--recipe={Path(__file__).parent / 'plain.yaml'}", *rest])
     loop = PlainLoop(arguments)
     every, step, validating = own.validation_steps or len(loop.loader), 0, 0.0
     log = Path(arguments.output_dir) / "metrics.jsonl"

@@ -291,4 +291,5 @@ WORKLOADS: dict[str, Callable[[TrainingArguments], dict[str, float]]] = {
 
 
 if __name__ == "__main__":
-    print(json.dumps(WORKLOADS[sys.argv[1]](parse_arguments(sys.argv[2:]))))
+    arguments = parse_arguments([f"--recipe={HERE / 'plain.yaml'}", *sys.argv[2:]])  # unless another one is given
+    print(json.dumps(WORKLOADS[sys.argv[1]](arguments)))

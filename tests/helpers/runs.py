@@ -14,9 +14,24 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_miniclip.data.scenes import describe_scene, render, sample_scenes
+from modeling_miniclip.training.command_line.arguments import PART_RATES, TrainingArguments
 from tests.helpers.towers import PIXELS, TEXT, VISION
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+# Values of the flags whose defaults depend on the data and the model, so that a test does not depend on the rules.
+PLAIN: dict[str, Any] = {
+    "freeze": "none", "frozen_vision_fraction": 0.0, "batch_size": 32, "captions_per_image": 1, "num_train_epochs": 4,
+    "head_learning_rate": 1e-3, "vision_learning_rate": 1e-4, "text_learning_rate": 1e-5, "layer_decay": 1.0,
+    "weight_decay": 1e-3, "lr_scheduler_type": "plateau", "warmup_steps": 0, "hold_steps": 0, "ema_decay": 0.0,
+    "best_metric": "loss",
+}  # fmt: skip
+
+
+def plain_arguments(**values: Any) -> TrainingArguments:
+    """Arguments with plain values, as for a function that is called after the values have been derived."""
+    return TrainingArguments(**PLAIN | values)
 
 
 def shared_folder() -> Path:
@@ -56,12 +71,16 @@ def write_preset(folder: Path, **fields: Any) -> Path:
 
 
 def flags(folder: Path, output_dir: str = "run", **values: Any) -> list[str]:
-    """Flags of a tiny run in `folder`, where data and preset are written if they do not exist yet."""
+    """Flags of a tiny run in `folder`, where data and preset are written if they do not exist yet.
+
+    None leaves a flag out; a derived one is then derived.
+    """
     csv_file = folder / "scenes" / "captions.csv"
     if not csv_file.exists():
         write_scene_folder(folder / "scenes")
         write_preset(folder)
-    arguments: dict[str, Any] = {
+    plain = {name: value for name, value in PLAIN.items() if name not in PART_RATES}
+    arguments: dict[str, Any] = plain | {
         "dataset": csv_file,
         "preset": folder / "preset.json",
         "output_dir": folder / output_dir,

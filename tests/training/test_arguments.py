@@ -13,6 +13,7 @@ import yaml
 from modeling_miniclip import UsageError
 from modeling_miniclip.data.loading.augmentation import DEFAULT_AUGMENTATION
 from modeling_miniclip.training.command_line.arguments import (
+    DERIVED,
     FLAG_GROUPS,
     LOWER_BOUNDS,
     PART_RATES,
@@ -67,7 +68,7 @@ def test_flags_override_recipes_and_recipes_override_defaults(recipe: Any) -> No
     assert changed(parse_arguments(["--dataset=b.csv"])) == {}
 
 
-def rates(*argv: str) -> tuple[float, float, float]:
+def rates(*argv: str) -> tuple[float | None, float | None, float | None]:
     """Learning rates of heads, image tower and text tower."""
     arguments = parse_arguments(["--dataset=a.csv", *argv])
     assert arguments.learning_rate is None, "the parts have taken it over"
@@ -75,7 +76,7 @@ def rates(*argv: str) -> tuple[float, float, float]:
 
 
 def test_learning_rate_sets_all_parts_at_once() -> None:
-    assert rates() == (1e-3, 1e-4, 1e-5)
+    assert rates() == (None, None, None), "they are derived later"
     assert rates("--learning_rate=3e-4") == (3e-4, 3e-4, 3e-4)
 
 
@@ -93,7 +94,7 @@ def test_learning_rate_on_the_command_line_overrides_a_recipe(recipe: Any) -> No
     assert rates(flag, "--learning_rate=0.3") == (0.3, 0.3, 0.3)
     assert rates(flag, "--text_learning_rate=0.4") == (0.1, 0.2, 0.4)
     assert rates(flag, "--learning_rate=0.3", "--text_learning_rate=0.4") == (0.3, 0.3, 0.4)
-    assert rates(recipe("text_learning_rate: 0.2\nlearning_rate: null\n")) == (1e-3, 1e-4, 0.2)
+    assert rates(recipe("text_learning_rate: 0.2\nlearning_rate: null\n")) == (None, None, 0.2)
 
 
 def test_built_in_recipe_is_the_default() -> None:
@@ -326,7 +327,7 @@ def test_saved_arguments_omit_the_treatment_of_earlier_runs(tmp_path: Path) -> N
     left_out = {field.name for field in fields(TrainingArguments)} - set(saved)
     once = {"overfit_batch", "resume_from_checkpoint", "discard_later_checkpoints", "overwrite_output_dir",
             "push_to_hub"}  # fmt: skip
-    assert left_out == {"recipe", *once}
+    assert left_out == {"recipe", *once, *DERIVED}, "derived flags have no value yet"
 
 
 def test_every_argument_is_read_somewhere() -> None:
@@ -357,8 +358,8 @@ def test_help_lists_each_flag_once_with_choices_and_defaults(
     assert re.findall(r"^(\w.*):$", text, flags=re.MULTILINE) == list(FLAG_GROUPS.values())
     assert max(map(len, text.splitlines())) <= 103
     assert "None" not in text
-    assert re.search(r"--batch_size .*\(32\)", text)
-    assert re.search(r"--freeze +none, vision, text, both: .*\(none\)", text)
+    assert re.search(r"--batch_size .*\(derived\)", text) and re.search(r"--save_total_limit .*\(2\)", text, re.DOTALL)
+    assert re.search(r"--freeze +none, vision, text, both: .*\(derived\)", text)
     assert re.search(r"--push_to_hub .*\(false\)", text)
 
 

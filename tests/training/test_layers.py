@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from modeling_miniclip.errors import UsageError
-from modeling_miniclip.training.command_line.arguments import TrainingArguments
 from modeling_miniclip.training.optimizer import parameter_groups
 from modeling_miniclip.training.towers.layers import (
     freeze_first_layers,
@@ -16,6 +15,7 @@ from modeling_miniclip.training.towers.layers import (
     text_layers,
     vision_layers,
 )
+from tests.helpers.runs import plain_arguments
 from tests.helpers.towers import PIXELS, TEXT, VISION, tiny_model
 
 IDS, PIXEL_VALUES = torch.tensor([[3, 7, 6]]), torch.randn(2, 3, PIXELS, PIXELS)
@@ -83,7 +83,7 @@ def test_frozen_share_is_rounded_and_leaves_the_last_layer(share: float, frozen:
 
 def test_rates_fall_from_the_top_of_each_tower() -> None:
     model = tiny_model()  # five layers of the resnet, three of DistilBERT
-    arguments = TrainingArguments(
+    arguments = plain_arguments(
         head_learning_rate=1.0, vision_learning_rate=0.16, text_learning_rate=0.04, layer_decay=0.5
     )
     groups = parameter_groups(model, arguments)
@@ -100,7 +100,7 @@ def test_rates_fall_from_the_top_of_each_tower() -> None:
 
 def test_frozen_layers_do_not_change() -> None:
     model = tiny_model()
-    arguments = TrainingArguments(frozen_vision_fraction=0.6, frozen_text_fraction=0.34, layer_decay=0.9)
+    arguments = plain_arguments(frozen_vision_fraction=0.6, frozen_text_fraction=0.34, layer_decay=0.9)
     freeze_layers(model, arguments)
     optimizer = torch.optim.AdamW(parameter_groups(model, arguments))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -122,7 +122,7 @@ def test_frozen_layers_do_not_change() -> None:
 
 def test_no_gradient_is_computed_below_the_trained_layers() -> None:
     model = tiny_model()
-    freeze_layers(model, TrainingArguments(frozen_vision_fraction=0.4, frozen_text_fraction=0.34))
+    freeze_layers(model, plain_arguments(frozen_vision_fraction=0.4, frozen_text_fraction=0.34))
     seen = {}
     tower = model.vision_model.timm_model
     for name, module in (("below", tower.layer1), ("above", tower.layer2)):
@@ -133,7 +133,7 @@ def test_no_gradient_is_computed_below_the_trained_layers() -> None:
 
 def test_frozen_layers_go_with_a_frozen_tower() -> None:
     model = tiny_model()
-    freeze_layers(model, TrainingArguments(freeze="vision", frozen_text_fraction=0.7))
+    freeze_layers(model, plain_arguments(freeze="vision", frozen_text_fraction=0.7))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any(name.startswith("vision_model") for name in trained)
     assert {name.split(".")[3] for name in trained if name.startswith("text_model")} == {"1"}

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from modeling_miniclip.data.loading.collation import model_inputs
-from modeling_miniclip.training.command_line.arguments import TrainingArguments
 from modeling_miniclip.training.optimizer import build_scheduler, clamp_logit_scale, parameter_groups
 from modeling_miniclip.training.towers.layers import set_training_mode
+from tests.helpers.runs import plain_arguments
 from tests.helpers.towers import PIXELS, tiny_model, tiny_processor
 
 
 def test_groups_hold_each_trainable_parameter_once() -> None:
     model = tiny_model()
-    arguments = TrainingArguments(
+    arguments = plain_arguments(
         head_learning_rate=1.0, vision_learning_rate=0.1, text_learning_rate=0.01, weight_decay=0.5
     )
     groups = {group["name"]: group for group in parameter_groups(model, arguments)}
@@ -31,7 +31,7 @@ def test_groups_hold_each_trainable_parameter_once() -> None:
 def test_frozen_tower_has_no_group() -> None:
     model = tiny_model()
     model.vision_model.requires_grad_(False)
-    names = {group["name"] for group in parameter_groups(model, TrainingArguments())}
+    names = {group["name"] for group in parameter_groups(model, plain_arguments())}
     assert names == {"head", "head_no_decay", "text", "text_no_decay"}
 
 
@@ -41,7 +41,7 @@ def optimizer_at(rate: float) -> torch.optim.Optimizer:
 
 def test_cosine_warms_up_linearly_and_ends_near_zero() -> None:
     optimizer = optimizer_at(1.0)
-    scheduler = build_scheduler(optimizer, TrainingArguments(lr_scheduler_type="cosine", warmup_steps=4), 12)
+    scheduler = build_scheduler(optimizer, plain_arguments(lr_scheduler_type="cosine", warmup_steps=4), 12)
     rates = []
     for _ in range(12):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -55,7 +55,7 @@ def test_cosine_warms_up_linearly_and_ends_near_zero() -> None:
 
 def test_plateau_lowers_the_rate_after_patience_epochs() -> None:
     optimizer = optimizer_at(1.0)
-    arguments = TrainingArguments(lr_plateau_patience=1, lr_plateau_factor=0.5)
+    arguments = plain_arguments(lr_plateau_patience=1, lr_plateau_factor=0.5)
     scheduler: Any = build_scheduler(optimizer, arguments, 100)
     rates = []
     for loss in (3.0, 2.0, 2.1, 2.2, 1.0):

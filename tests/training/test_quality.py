@@ -11,7 +11,7 @@ import torch
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images, encode_texts
 from modeling_miniclip.data.scenes import build_scenes, describe_pair, swap_attributes, validation_scenes
-from tests.helpers.runs import ROOT, metrics_of
+from tests.helpers.runs import PLAIN, ROOT, metrics_of
 from train_miniclip import main
 
 
@@ -50,7 +50,7 @@ def test_true_captions_score_no_worse_than_swapped_ones(demo: Path) -> None:
 @pytest.mark.slow
 def test_real_photographs_train_through_real_towers(shared: Path, tmp_path: Path) -> None:
     weights = shared / "weights"
-    arguments = {
+    arguments = PLAIN | {
         "dataset": shared / "flickr8k",
         "vision_model": weights / "tf_efficientnet_lite0",
         "text_model": weights / "all-MiniLM-L6-v2",
@@ -59,6 +59,9 @@ def test_real_photographs_train_through_real_towers(shared: Path, tmp_path: Path
         "max_train_images": 48,
         "max_validation_images": 40,
         "batch_size": 16,
+        "projection_dim": 256,
+        "projection_dropout": 0.1,
+        "image_size": 224,
         "max_steps": 3,
         "num_workers": 0,
         "logging_steps": 1,

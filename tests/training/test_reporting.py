@@ -28,6 +28,7 @@ from modeling_miniclip.training.reports.reporting import (
     describe_splits,
     describe_validation,
 )
+from tests.helpers.runs import plain_arguments
 from tests.helpers.towers import tiny_model
 
 
@@ -120,7 +121,7 @@ def test_card_lists_relevant_arguments_without_paths(tmp_path: Path, monkeypatch
         Path(folder).mkdir(parents=True)
     Path("captions.csv").touch()
     Path("tiny.json").touch()
-    arguments = TrainingArguments(
+    arguments = plain_arguments(
         recipe=str(tmp_path / "my.yaml"),
         dataset=str(tmp_path / "captions.csv"),
         image_dir=str(tmp_path / "towers"),

@@ -31,7 +31,7 @@ def splits_of(train: list[int], validation: list[int]) -> Splits:
 
 
 def two_sets(*argv: str) -> Any:
-    return parse_arguments(["--dataset", "a.csv", "b.csv", *argv])
+    return parse_arguments(["--dataset", "a.csv", "b.csv", "--batch_size=32", *argv])
 
 
 def test_order_of_several_sets_follows_their_weights() -> None:

@@ -10,8 +10,8 @@ import torch
 
 import train_miniclip
 from modeling_miniclip.training.command_line.parsing import parse_arguments
-from tests.helpers.runs import ROOT, write_scene_folder
-from tests.helpers.towers import save_towers
+from tests.helpers.runs import PLAIN, ROOT, write_scene_folder
+from tests.helpers.towers import PIXELS, save_towers
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_plain_loop_and_package_agree_on_a_loss(benchmark: Any, tmp_path: Path) -> None:
     vision, text = save_towers(tmp_path)
-    argv: dict[str, Any] = {
+    argv: dict[str, Any] = PLAIN | {
         "dataset": write_scene_folder(tmp_path / "scenes", 8),
         "vision_model": vision,
         "text_model": text,
@@ -30,6 +30,8 @@ def test_plain_loop_and_package_agree_on_a_loss(benchmark: Any, tmp_path: Path) 
         "batch_size": 6,
         "validation_fraction": 0.25,
         "dropout": 0,
+        "projection_dim": 256,
+        "image_size": PIXELS,
         "num_workers": 0,
         "output_dir": tmp_path / "run",
     }

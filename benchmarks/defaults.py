@@ -1,0 +1,165 @@
+"""Compare the default of a run with each recipe, by the number of training images: rsum, image encodings, minutes.
+
+    python benchmarks/defaults.py --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
+    python benchmarks/defaults.py --images 3000 --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
+    python benchmarks/defaults.py --table       # trains nothing, only writes the table again
+
+`default` passes the data and the towers, and nothing else. `tutorial` is what the default was before: plain.yaml.
+Recipes that continue from an export continue from that of `heads` on the same images, and their costs include it.
+
+Image encodings are images that the image tower encodes while it trains, weighted by their pixels (1 is an image of 224
+by 224), with those of frozen towers, whose features are computed once. Validations are left out: they depend on the
+number of epochs and of validation images, and are in the minutes.
+
+Adds one line per run to `defaults.jsonl`, skipping runs that are recorded already, and writes `defaults.md`. Each run
+is a process of its own, which computes all features again, so that minutes are those of a first run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+SCRIPT, RESULTS = HERE.parent / "train_miniclip.py", HERE / "defaults.jsonl"
+IMAGES = [500, 1500, 6000]
+UNIT = 224 * 224  # pixels of one encoding
+
+# Flags of each variant, and the variant whose export it starts from.
+VARIANTS: dict[str, tuple[list[str], str | None]] = {
+    "default": ([], None),
+    "tutorial": ([f"--recipe={HERE / 'plain.yaml'}"], None),
+    "heads": (["--recipe=heads"], None),
+    "full": (["--recipe=full"], None),
+    "heads_then_full": (["--recipe=heads_then_full"], "heads"),
+    "lit": (["--recipe=lit"], "heads"),
+}
+
+
+def recorded() -> list[dict[str, Any]]:
+    """Recorded lines, one per run."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def encodings(arguments: dict[str, Any], images: int, steps: int, size: int) -> float:
+    """Images that the image tower encodes in training, weighted by their pixels.
+
+    Args:
+        arguments: `arguments.yaml` of the run.
+        images: number of training images.
+        steps: number of steps that it took.
+        size: pixels per side of whole images.
+    """
+    if arguments["freeze"] in ("vision", "both") and not arguments.get("augmentation"):
+        return images * size**2 / UNIT
+    steps_per_epoch = -(-images // arguments["batch_size"])
+    encoded = steps / steps_per_epoch * images
+    return encoded * (arguments.get("train_image_size") or size) ** 2 / UNIT
+
+
+def measure(name: str, data: str, towers: list[str], images: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Train a variant; its line for the record, without the costs of what it starts from.
+
+    Args:
+        name: key in `VARIANTS`.
+        data: folder or file of the dataset.
+        towers: flags of both towers.
+        images: number of training images.
+        seed: seed of the run.
+        folder: folder for its results.
+    """
+    flags, start = VARIANTS[name]
+    argv = [f"--dataset={data}", *flags, f"--max_train_images={images}", f"--seed={seed}", f"--output_dir={folder}"]
+    if start is None:
+        argv += towers
+    else:
+        argv.append(f"--model_name_or_path={folder.parent / start / 'export'}")
+    with tempfile.TemporaryDirectory() as features:
+        begin = time.perf_counter()
+        command = [sys.executable, str(SCRIPT), *argv, f"--feature_cache_dir={features}", "--overwrite_output_dir"]
+        subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        minutes = (time.perf_counter() - begin) / 60
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    best = max((line for line in lines if line["split"] == "validation" and line["step"] > 0), key=lambda x: x["rsum"])
+    arguments = yaml.safe_load((folder / "arguments.yaml").read_text(encoding="utf-8"))
+    processor = json.loads((folder / "export" / "processor_config.json").read_text(encoding="utf-8"))
+    size = processor["image_processor"]["crop_size"]["height"]
+    cost = encodings(arguments, images, max(line["step"] for line in lines), size)
+    return {"variant": name, "images": images, "seed": seed, "rsum": best["rsum"], "epoch": best["epoch"],
+            "encodings": round(cost), "minutes": round(minutes, 1)}  # fmt: skip
+
+
+def with_start(line: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """A line with the costs of the run that its run started from."""
+    start = VARIANTS[line["variant"]][1]
+    same = [other for other in lines if other["variant"] == start
+            and (other["images"], other["seed"]) == (line["images"], line["seed"])]  # fmt: skip
+    return line | {name: line[name] + sum(other[name] for other in same) for name in ("encodings", "minutes")}
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown table: a row for each number of images and variant, with means over seeds."""
+    rows = [["training images", "variant", "seeds", "rsum", "of the best recipe", "image encodings", "minutes"]]
+    rows.append(["---:", "---", *["---:"] * 5])
+    for images in sorted({line["images"] for line in lines}):
+        runs = {
+            name: [with_start(line, lines) for line in lines if (line["variant"], line["images"]) == (name, images)]
+            for name in VARIANTS
+        }
+        rsum = {name: mean([run["rsum"] for run in found]) for name, found in runs.items() if found}
+        best = max((value for name, value in rsum.items() if name not in ("default", "tutorial")), default=None)
+        for name, value in rsum.items():
+            share = "" if best is None else f"{100 * value / best:.1f} %"
+            cost, minutes = (mean([run[key] for run in runs[name]]) for key in ("encodings", "minutes"))
+            figures = [f"{value:.1f}", share, f"{cost:,.0f}", f"{minutes:.1f}"]
+            rows.append([f"{images:,}", f"`{name}`", str(len(runs[name])), *figures])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def write_page() -> None:
+    """Write `defaults.md` from the recorded lines."""
+    about = (__doc__ or "").split("\n\n")
+    notes = "\n\n".join(part.replace("\n", " ") for part in (about[2], about[3]))
+    text = f"# Defaults\n\nWritten by `benchmarks/defaults.py`: {about[0].strip()} {notes}\n\n{table(recorded())}"
+    RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def main(argv: list[str]) -> None:
+    """Run every variant that is not recorded yet, then write the table."""
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--images", type=int, nargs="+", default=IMAGES)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--work", type=Path, help="folder to keep the runs in, for recipes that continue from `heads`")
+    parser.add_argument("--table", action="store_true")
+    for name in ("dataset", "vision_model", "text_model"):
+        parser.add_argument(f"--{name}", required="--table" not in argv)
+    own = parser.parse_args(argv)
+    towers = [f"--vision_model={own.vision_model}", f"--text_model={own.text_model}"]
+    with tempfile.TemporaryDirectory() as temporary:
+        work = own.work or Path(temporary)
+        todo = [] if own.table else [(n, i, s) for i in own.images for s in range(own.seeds) for n in own.only]
+        for name, images, seed in todo:
+            folder = work / f"{images}-{seed}" / name
+            start = VARIANTS[name][1]
+            if any((line["variant"], line["images"], line["seed"]) == (name, images, seed) for line in recorded()):
+                continue
+            if start is not None and not (folder.parent / start / "export").exists():
+                measure(start, own.dataset, towers, images, seed, folder.parent / start)  # recorded, but not kept
+            line = measure(name, own.dataset, towers, images, seed, folder)
+            print(json.dumps(line), flush=True)
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+    write_page()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
