@@ -180,9 +180,13 @@ def test_miniclip_commands_run(reader: Path, capsys: pytest.CaptureFixture[str])
 
 
 def run_training(words: list[str]) -> None:
-    """Run a training command with tiny towers for one step; `accelerate launch` in its own processes."""
+    """Run a training command with tiny towers for one step, or seconds; `accelerate launch` in its own processes."""
     small = ["--vision_model", "towers/vision-resnet", "--text_model", "towers/text-distilbert", "--image_size", "32"]
-    small += ["--batch_size", "32", "--max_steps", "1", "--num_workers", "0"]
+    small += ["--batch_size", "32", "--num_workers", "0"]
+    if "--time_limit" in words:
+        words = [{"20m": "5s"}.get(word, word) for word in words]
+    else:
+        small += ["--max_steps", "1"]
     flags = [*(training_flags(words) or []), *small]
     if words[0] == "python":
         main(flags)

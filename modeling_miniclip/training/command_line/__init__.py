@@ -1,6 +1,7 @@
 """Flags, recipes and what the launcher was given.
 
 arguments.py: all flags with their defaults and help
+derived.py: defaults that depend on the data and the model, by stated rules
 parsing.py: the command line and its recipe as arguments
 recipes.py: read a recipe, save arguments as one
 check_arguments.py: check the values of arguments
