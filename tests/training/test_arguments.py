@@ -22,7 +22,7 @@ from modeling_miniclip.training.command_line.arguments import (
     flag_tables,
     write_flag_tables,
 )
-from modeling_miniclip.training.command_line.check_arguments import augmentation_list
+from modeling_miniclip.training.command_line.check_arguments import augmentation_list, limit_in_seconds
 from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.command_line.recipes import save_arguments
 from tests.helpers.runs import ROOT
@@ -242,6 +242,10 @@ def test_missing_recipe_lists_the_packaged_ones(tmp_path: Path) -> None:
         (["--checkpointing_steps", "1.5"], "--checkpointing_steps must be 'epoch' or a whole number"),
         (["--checkpointing_steps", "steps"], "--checkpointing_steps must be 'epoch' or a whole number"),
         (["--augmentation", "[{"], "--augmentation is neither JSON nor YAML"),
+        (["--time_limit", "20"], "--time_limit must be a time such as 90s, 20m or 1.5h, not 20"),
+        (["--time_limit", "0m"], "--time_limit must be a time"),
+        (["--time_limit", "20m", "--max_steps", "3"], "--time_limit and --max_steps exclude each other"),
+        (["--time_limit", "20m", "--num_train_epochs", "3"], "--time_limit and --num_train_epochs exclude each other"),
         *(([f"--{name}", str(least - 1)], f"--{name} must be at least") for name, least in LOWER_BOUNDS.items()),
     ],
 )  # fmt: skip
@@ -377,3 +381,15 @@ def test_flag_tables_are_written_between_their_marks(tmp_path: Path) -> None:
         assert readme.read_text() == f"# Top\n<!-- flags -->\n{flag_tables()}<!-- end of flags -->\nbottom\n"
     rows = re.findall(r"^\| `--(\w+)` \| [^|]+ \|$", flag_tables(), flags=re.MULTILINE)
     assert rows == [field.name for field in fields(TrainingArguments)]
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [("90s", 90), ("20m", 1200), ("1.5h", 5400), (" 2 m ", 120)])
+def test_a_time_limit_has_a_unit(limit: str, seconds: float) -> None:
+    assert limit_in_seconds(parse_arguments(["--dataset=a", f"--time_limit={limit}"])) == seconds
+
+
+def test_time_limit_replaces_the_schedule_of_a_recipe(recipe: Any) -> None:
+    flag = recipe("dataset: a\nnum_train_epochs: 3\nmax_steps: 9\nwarmup_steps: 5\nbatch_size: 7\n")
+    found = changed(parse_arguments([flag, "--time_limit=20m"]))
+    assert found == {"time_limit": "20m", "batch_size": 7}
+    assert parse_arguments([flag, "--time_limit=20m", "--warmup_steps=2"]).warmup_steps == 2

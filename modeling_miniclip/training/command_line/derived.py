@@ -242,7 +242,7 @@ KINDS: dict[str, tuple[str, Values]] = {
         | {
             "batch_size": quarter_of_images(32, 128),
             "captions_per_image": at_most(2),
-            "num_train_epochs": epochs_for_steps(300, least=6, most=30),
+            "num_train_epochs": epochs_for_steps(280, least=6, most=30),
             "head_learning_rate": 1e-3,
             "vision_learning_rate": 1e-3,
             "text_learning_rate": 1e-3,
