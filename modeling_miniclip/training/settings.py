@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import DatasetDict
@@ -12,9 +13,10 @@ from datasets import DatasetDict
 from ..configuration_miniclip import MiniClipConfig, timm_config
 from ..data.tables.row_blocks import caption_counts
 from ..inference.loading import check_export_folder
+from ..modeling_miniclip import MiniClipVisionModel
 from ..processing_miniclip import MiniClipProcessor, image_processor_from_timm
 from .command_line.arguments import DERIVED, TrainingArguments
-from .command_line.derived import Facts, derive
+from .command_line.derived import LARGER, Facts, derive, multiple_of_stride
 from .reports.reporting import say
 from .resuming.fingerprint import Fingerprint
 from .towers.layers import knows_layers
@@ -77,7 +79,24 @@ def _image_tower(arguments: TrainingArguments) -> tuple[int | None, bool, bool]:
             crop = image_processor_from_timm(config).crop_size
         cfg = config.pretrained_cfg or timm.get_pretrained_cfg(config.architecture).to_dict()
         size = crop["height"] if crop["height"] == crop["width"] else None
-        is_trained = arguments.freeze not in ("vision", "both")
-        return size, not cfg.get("fixed_input_size"), not is_trained or knows_layers(config)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # no weights are needed
+            tower = MiniClipVisionModel(config).eval()
+        takes_others = size is not None and not cfg.get("fixed_input_size") and _takes_others(tower, size)
+        return size, takes_others, knows_layers(tower)
     except Exception:  # of many classes; what is wrong with a tower is said when the model is created
         return None, False, True
+
+
+def _takes_others(tower: Any, size: int) -> bool:
+    """Whether a tower without weights takes the sizes that the rules may choose; true if it cannot be tried."""
+
+    @torch.no_grad()
+    def takes(side: int) -> bool:
+        try:
+            tower.timm_model(torch.empty(1, 3, side, side, device="meta"))
+        except Exception:  # of many classes
+            return False
+        return True
+
+    others = (multiple_of_stride(size * LARGER), multiple_of_stride(size / LARGER))
+    return not takes(size) or all(map(takes, others))

@@ -32,8 +32,8 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
         argv: flags; None takes the command line of this process.
 
     Returns:
-        The checked arguments, with the defaults filled in that depend on other flags. Those that depend on the data are
-        None until [`derive`][modeling_miniclip.training.command_line.derived.derive] knows it.
+        The checked arguments, with the defaults filled in that depend on other flags. Those that depend on the data
+        are None until [`derive`][modeling_miniclip.training.command_line.derived.derive] fills them in.
 
     Raises:
         UsageError: an unknown key or flag (the message suggests the nearest valid name), a value of the wrong type, or

@@ -107,7 +107,7 @@ def _expected(key: str, hint: Any) -> str:
 def save_arguments(arguments: TrainingArguments, path: Path) -> None:
     """Write the arguments as a recipe that repeats the run: `--recipe arguments.yaml`.
 
-    Flags that concern a single start (resuming, overwriting, pushing, a test on one batch) are left out, and so are the
+    Flags that concern a single start (resuming, overwriting, pushing, a test on one batch) are left out. So are the
     time limit, once it has set the number of steps, and derived flags without a value.
     """
     values = asdict(arguments)

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import UsageError
-from ...modeling_miniclip import MiniClipModel, MiniClipVisionModel
+from ...modeling_miniclip import MiniClipModel
 from ..command_line.arguments import TrainingArguments
 
 
@@ -37,16 +36,10 @@ def vision_layers(vision_model: Any) -> list[list[nn.Parameter]]:
     return [layer for layer in layers if layer]
 
 
-def knows_layers(vision_config: Any) -> bool:
-    """Whether timm knows the layers of an image tower.
-
-    Args:
-        vision_config: `TimmWrapperConfig` of the tower.
-    """
-    with torch.device("meta"):  # no weights are needed
-        tower = MiniClipVisionModel(vision_config)
+def knows_layers(vision_model: Any) -> bool:
+    """Whether timm knows the layers of an image tower, a `MiniClipVisionModel`."""
     try:
-        vision_layers(tower)
+        vision_layers(vision_model)
     except UsageError:
         return False
     return True
