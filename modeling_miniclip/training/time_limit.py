@@ -68,7 +68,7 @@ def plan(run: TrainingRun, last: int) -> None:
         run.arguments,
         num_train_epochs=-(-last // steps),
         max_steps=last if last % steps else None,
-        hold_steps=max(0, done - run.arguments.warmup_steps) if cosine else 0,
+        hold_steps=max(run.arguments.hold_steps or 0, done - run.arguments.warmup_steps) if cosine else 0,
     )
     run.last_step = last
     set_length(run.scheduler, run.arguments, last)

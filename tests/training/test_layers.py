@@ -11,6 +11,7 @@ from modeling_miniclip.training.optimizer import parameter_groups
 from modeling_miniclip.training.towers.layers import (
     freeze_first_layers,
     freeze_layers,
+    knows_layers,
     rate_multipliers,
     text_layers,
     vision_layers,
@@ -66,6 +67,8 @@ def test_text_tower_without_a_stack_is_one_layer() -> None:
 def test_image_tower_with_unknown_layers_is_rejected() -> None:
     with pytest.raises(UsageError, match="Linear.*--layer_decay"):
         vision_layers_of(nn.Linear(2, 2))
+    assert not knows_layers(SimpleNamespace(timm_model=nn.Linear(2, 2)))
+    assert knows_layers(tiny_model().vision_model)
 
 
 def test_multipliers_by_hand() -> None:
