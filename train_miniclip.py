@@ -21,11 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modeling_miniclip.utils.interrupts import quit_at_interrupt
+from modeling_miniclip.utils.interrupts import STARTED, quit_at_interrupt
 
 if Path(sys.argv[0]).stem in ("train_miniclip", "train-miniclip"):
     quit_at_interrupt()
-STARTED = time.perf_counter()  # before the imports, which take seconds
 
 # Set before the libraries are imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no network access at import

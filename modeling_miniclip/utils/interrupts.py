@@ -12,6 +12,7 @@ from typing import Any
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code, as shells report it
 FORWARDED = 1.0  # seconds within which another SIGINT is the same Ctrl-C, passed on by a launcher
+STARTED = time.perf_counter()  # about when this process started: before the imports of a program, which take seconds
 
 _printed = False  # whether this command has printed its line
 
