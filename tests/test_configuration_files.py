@@ -142,7 +142,7 @@ def test_flickr8k_recipe_matches_the_tutorial() -> None:
         "vision_model": "resnet50.a1_in1k", "text_model": "distilbert-base-uncased", "projection_dim": 256,
         "image_size": 224, "max_length": 200, "batch_size": 32, "num_train_epochs": 4, "head_learning_rate": 1e-3,
         "vision_learning_rate": 1e-4, "text_learning_rate": 1e-5, "weight_decay": 1e-3,
-        "lr_scheduler_type": "plateau", "lr_plateau_patience": 1, "lr_plateau_factor": 0.8,
+        "lr_scheduler_type": "plateau", "lr_scheduler_kwargs": '{"patience": 1, "factor": 0.8}',
         "freeze": "none", "freeze_batch_norm": True, "dropout": None,
     }  # fmt: skip
     assert {name: arguments[name] for name in expected} == expected

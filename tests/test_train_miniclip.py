@@ -97,7 +97,7 @@ def test_resumed_run_ends_as_an_uninterrupted_one(tiny_run: Path, tmp_path: Path
 
 def test_run_stopped_within_an_epoch_resumes_there(tmp_path: Path) -> None:
     # Without patience, an extra validation would lower the rates once more.
-    same = {"num_train_epochs": 3, "lr_plateau_patience": 0, "lr_plateau_factor": 0.5, "text_learning_rate": 0.1}
+    same = {"num_train_epochs": 3, "lr_scheduler_kwargs": "{patience: 0, factor: 0.5}", "text_learning_rate": 0.1}
     main(flags(tmp_path, "whole", **same))
     main(flags(tmp_path, "parts", max_steps=5, **same))
     assert [line["epoch"] for line in metrics_of(tmp_path / "parts") if line["split"] == "validation"] == [

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from ..modeling_miniclip import MiniClipModel
 from .command_line.arguments import TrainingArguments
+from .command_line.check_arguments import schedule_details
 from .processes.deepspeed import clamp_parameter
 from .towers.layers import rate_multipliers, text_layers, vision_layers
 
@@ -68,20 +69,19 @@ def build_scheduler(optimizer: torch.optim.Optimizer, arguments: TrainingArgumen
         total_steps: step at which the cosine reaches 0.
     """
     if arguments.lr_scheduler_type == "plateau":
-        patience, factor = arguments.lr_plateau_patience, arguments.lr_plateau_factor
-        return ReduceLROnPlateau(optimizer, mode="min", patience=patience, factor=factor)
+        return ReduceLROnPlateau(optimizer, mode="min", **schedule_details(arguments))
     return LambdaLR(optimizer, cosine(arguments, total_steps))
 
 
 def cosine(arguments: TrainingArguments, total_steps: int) -> Callable[[int], float]:
-    """Factor of the rates at each step: linear warm-up, then 1 for `--hold_steps`, then a half-cosine to 0.
+    """Factor of the rates at each step: linear warm-up, then 1 for `hold_steps`, then a half-cosine to 0.
 
     Args:
-        arguments: flags of the run; the steps at 1 may not be known yet.
+        arguments: flags of the run.
         total_steps: step at which the factor reaches 0.
     """
     warm_up = arguments.warmup_steps
-    start = warm_up + (arguments.hold_steps or 0)
+    start = warm_up + schedule_details(arguments)["hold_steps"]
 
     def factor_at(step: int) -> float:
         if step < warm_up:
@@ -116,7 +116,8 @@ def apply_flags(
         group["lr"] *= factors[part]
         group["weight_decay"] = 0.0 if group["name"].endswith(NO_DECAY) else arguments.weight_decay
     if isinstance(scheduler, ReduceLROnPlateau):
-        scheduler.patience, scheduler.factor = arguments.lr_plateau_patience, arguments.lr_plateau_factor
+        details = schedule_details(arguments)
+        scheduler.patience, scheduler.factor = details["patience"], details["factor"]
         return
     scheduler.base_lrs = [rate * factors[part] for rate, part in zip(scheduler.base_lrs, parts, strict=True)]
     assert isinstance(scheduler, LambdaLR)

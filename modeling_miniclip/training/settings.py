@@ -43,7 +43,7 @@ def saved_settings(arguments: TrainingArguments, flags: dict[str, Any]) -> Train
         arguments: flags of this start of the run.
         flags: flags in the checkpoint. If a time limit has set the number of steps, it stays.
     """
-    names = [*DERIVED, "time_limit"]
+    names = [*DERIVED, "lr_scheduler_kwargs", "time_limit"]
     if flags.get("time_limit") is not None and arguments.num_train_epochs is None:
         names.append("max_steps")
     return replace(arguments, **{name: flags[name] for name in names if getattr(arguments, name) is None})

@@ -1,6 +1,7 @@
 """`--time_limit`: plan the rest of a run after its first steps; and say after the first steps of any run how long it
 will take."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -63,13 +64,14 @@ def planned_last_step(run: TrainingRun, limit: float) -> int | None:
 def plan(run: TrainingRun, last: int) -> None:
     """Let the run and its schedule end at a step; from now on its arguments say so, without a clock."""
     steps, done = run.steps_per_epoch, run.progress.step
-    cosine = run.arguments.lr_scheduler_type == "cosine"
+    hold = max(0, done - run.arguments.warmup_steps)  # at the full rates so far
     run.arguments = replace(
         run.arguments,
         num_train_epochs=-(-last // steps),
         max_steps=last if last % steps else None,
-        hold_steps=max(run.arguments.hold_steps or 0, done - run.arguments.warmup_steps) if cosine else 0,
     )
+    if run.arguments.lr_scheduler_type == "cosine":
+        run.arguments = replace(run.arguments, lr_scheduler_kwargs=json.dumps({"hold_steps": hold}))
     run.last_step = last
     set_length(run.scheduler, run.arguments, last)
     if run.fingerprint is not None:

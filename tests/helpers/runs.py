@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PLAIN: dict[str, Any] = {
     "freeze": "none", "frozen_vision_fraction": 0.0, "batch_size": 32, "captions_per_image": 1, "num_train_epochs": 4,
     "head_learning_rate": 1e-3, "vision_learning_rate": 1e-4, "text_learning_rate": 1e-5, "layer_decay": 1.0,
-    "weight_decay": 1e-3, "lr_scheduler_type": "plateau", "warmup_steps": 0, "hold_steps": 0, "ema_decay": 0.0,
+    "weight_decay": 1e-3, "lr_scheduler_type": "plateau", "warmup_steps": 0, "ema_decay": 0.0,
     "best_metric": "loss",
 }  # fmt: skip
 

@@ -437,8 +437,10 @@ def resumed_groups(before: TrainingArguments, after: TrainingArguments, epochs: 
 
 
 def test_changed_rates_keep_what_a_plateau_has_lowered() -> None:
-    before = replace(ARGUMENTS, lr_plateau_patience=0, lr_plateau_factor=0.5)
-    after = replace(before, text_learning_rate=2e-5, weight_decay=0.1, lr_plateau_patience=3, lr_plateau_factor=0.25)
+    before = replace(ARGUMENTS, lr_scheduler_kwargs="{patience: 0, factor: 0.5}")
+    after = replace(
+        before, text_learning_rate=2e-5, weight_decay=0.1, lr_scheduler_kwargs="{patience: 3, factor: 0.25}"
+    )
     groups, scheduler = resumed_groups(before, after, 2)  # the second loss is no better: one halving
     assert groups["head"]["lr"] == pytest.approx(5e-4) and groups["text_no_decay"]["lr"] == pytest.approx(1e-5)
     assert groups["text"]["weight_decay"] == 0.1 and groups["text_no_decay"]["weight_decay"] == 0

@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # Ends within the fourth epoch; the best is the second.
     "plateau, by steps": {
         "num_train_epochs": 5, "max_steps": 11, "checkpointing_steps": 2, "save_total_limit": 1, "logging_steps": 3,
-        "lr_plateau_patience": 0, "learning_rate": 3e-3, "seed": 2,
+        "lr_scheduler_kwargs": "{patience: 0}", "learning_rate": 3e-3, "seed": 2,
     },
     # The first is the best or, as bf16 is computed on some machines, the second.
     "cosine, by epochs, stopped early": {

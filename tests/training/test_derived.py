@@ -51,7 +51,7 @@ def test_batches_epochs_and_warm_up_follow_the_images(
 ) -> None:
     found = derived(images, *argv)
     assert (found.batch_size, found.num_train_epochs, found.warmup_steps) == (batch_size, epochs, warm_up)
-    assert found.hold_steps == 0 and found.lr_scheduler_type == "cosine"
+    assert found.lr_scheduler_type == "cosine"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_derived_arguments_derive_themselves(tmp_path: Path, argv: list[str]) ->
 
 def test_a_time_limit_leaves_the_end_open() -> None:
     found = derived(6000, "--time_limit=20m")
-    assert (found.num_train_epochs, found.max_steps, found.hold_steps, found.warmup_steps) == (None, None, None, 10)
+    assert (found.num_train_epochs, found.max_steps, found.warmup_steps) == (None, None, 10)
     recipe = parse_arguments(["--recipe=full", "--dataset=a", "--time_limit=20m"])
     assert recipe.num_train_epochs is recipe.warmup_steps is None and recipe.batch_size == 128
 
@@ -137,7 +137,7 @@ def test_only_derived_values_are_said() -> None:
     _, lines = derive(parse_arguments(["--dataset=a", "--batch_size=64"]), replace(TOWERS, images=500))
     head = "settings for 500 images, heads on two frozen towers: freeze both, captions_per_image 5, "
     assert lines[0].startswith(head)
-    assert "batch_size" not in lines[0] and "head_learning_rate 0.003" in lines[0] and "hold" not in lines[0]
+    assert "batch_size" not in lines[0] and "head_learning_rate 0.003" in lines[0]
     assert lines[1] == (
         "settings of model and images: projection_dim 1024, projection_dropout 0.7, crop_pct 1, image_size 288"
     )

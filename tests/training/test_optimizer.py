@@ -55,7 +55,7 @@ def test_cosine_warms_up_linearly_and_ends_near_zero() -> None:
 
 def test_plateau_lowers_the_rate_after_patience_epochs() -> None:
     optimizer = optimizer_at(1.0)
-    arguments = plain_arguments(lr_plateau_patience=1, lr_plateau_factor=0.5)
+    arguments = plain_arguments(lr_scheduler_kwargs="{patience: 1, factor: 0.5}")
     scheduler: Any = build_scheduler(optimizer, arguments, 100)
     rates = []
     for loss in (3.0, 2.0, 2.1, 2.2, 1.0):

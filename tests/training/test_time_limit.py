@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,7 +80,9 @@ def test_times_are_in_words() -> None:
 
 
 def test_schedule_holds_before_it_decays() -> None:
-    factor = cosine(plain_arguments(warmup_steps=2, hold_steps=3), 9)
+    factor = cosine(
+        plain_arguments(lr_scheduler_type="cosine", warmup_steps=2, lr_scheduler_kwargs="{hold_steps: 3}"), 9
+    )
     assert [factor(step) for step in range(6)] == [0.5, 1, 1, 1, 1, 1]
     assert factor(7) == pytest.approx(0.5) and factor(9) == pytest.approx(0)
 
@@ -87,7 +90,7 @@ def test_schedule_holds_before_it_decays() -> None:
 def test_schedule_without_an_end_starts_like_any_other() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    arguments = plain_arguments(lr_scheduler_type="cosine", warmup_steps=2, hold_steps=None)
+    arguments = plain_arguments(lr_scheduler_type="cosine", warmup_steps=2)
     scheduler = build_scheduler(optimizer, arguments, NO_END)
     rates = []
     for step in range(9):
@@ -95,7 +98,7 @@ def test_schedule_without_an_end_starts_like_any_other() -> None:
         optimizer.step()
         scheduler.step()
         if step == 3:  # four steps are done
-            arguments = plain_arguments(lr_scheduler_type="cosine", warmup_steps=2, hold_steps=2)
+            arguments = replace(arguments, lr_scheduler_kwargs="{hold_steps: 2}")
             set_length(scheduler, arguments, 9)
     assert rates == [cosine(arguments, 9)(step) for step in range(9)]
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
@@ -107,11 +110,13 @@ def test_last_step_is_open_until_it_is_planned() -> None:
     assert last_step_of(plain_arguments(num_train_epochs=3), 10) == 30
 
 
+HELD = '{"hold_steps": 2}'
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 # 21 training images: epochs of three steps. The limit is never reached; the tests decide instead of the clock.
 LIMITED: dict[str, Any] = {
-    "time_limit": "1h", "num_train_epochs": None, "hold_steps": None, "lr_scheduler_type": "cosine", "warmup_steps": 2,
+    "time_limit": "1h", "num_train_epochs": None, "lr_scheduler_type": "cosine", "warmup_steps": 2,
     "checkpointing_steps": 2, "save_total_limit": 9,
 }  # fmt: skip
 
@@ -129,7 +134,7 @@ def test_saved_arguments_repeat_a_run_without_a_clock(
     out = capsys.readouterr().out
     assert "steps 1 to as many as fit into 1h of 8 images" in out and "--time_limit 1h: 7 steps, 2.333 epochs" in out
     saved = read_recipe(tmp_path / "run" / "arguments.yaml")
-    assert (saved["num_train_epochs"], saved["max_steps"], saved["hold_steps"]) == (3, 7, 2)
+    assert (saved["num_train_epochs"], saved["max_steps"], saved["lr_scheduler_kwargs"]) == (3, 7, HELD)
     assert "time_limit" not in saved
     rates = [line["head_learning_rate"] for line in metrics_of(tmp_path / "run") if line["split"] == "train"]
     assert rates == pytest.approx([1e-3 * factor for factor in (0.5, 1, 1, 1, 1, 0.75, 0.25)])
@@ -148,7 +153,7 @@ def test_resumed_run_keeps_its_number_of_steps(tmp_path: Path, planned: None, wi
     main(flags(tmp_path, "parts", resume_from_checkpoint=checkpoint.name, discard_later_checkpoints=True, **LIMITED))
     assert_same_log(tmp_path / "whole", tmp_path / "parts")
     saved = read_recipe(tmp_path / "parts" / "arguments.yaml")
-    assert (saved["num_train_epochs"], saved["max_steps"], saved["hold_steps"]) == (3, 7, 2)
+    assert (saved["num_train_epochs"], saved["max_steps"], saved["lr_scheduler_kwargs"]) == (3, 7, HELD)
 
 
 def test_every_run_says_how_long_it_will_take(

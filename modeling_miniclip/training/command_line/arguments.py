@@ -190,14 +190,13 @@ class TrainingArguments:
         None,
         "plateau: lower the rates when the validation loss stops falling; cosine: warm up, then decay to 0 (derived)",
     )
-    lr_plateau_patience: int = _flag(1, "plateau: validations without improvement after which the rates are lowered")
-    lr_plateau_factor: float = _flag(0.8, "plateau: factor by which the rates are lowered")
-    warmup_steps: int = _flag(None, "cosine: steps of linear warm-up (derived)")
-    hold_steps: int = _flag(
+    lr_scheduler_kwargs: str | None = _flag(
         None,
-        "cosine: steps at the full rates between warm-up and decay (0; with time_limit, the steps until the rest is "
-        "planned)",
+        "details of the schedule as JSON or YAML: {patience: 1, factor: 0.8} of plateau, the validations without "
+        "improvement after which the rates are multiplied by the factor; {hold_steps: 0} of cosine, the steps at the "
+        "full rates between warm-up and decay",
     )
+    warmup_steps: int = _flag(None, "cosine: steps of linear warm-up (derived)")
     ema_decay: float | None = _flag(
         None,
         "validate and export an exponential moving average of the weights with this decay, such as 0.999; 0 is off "
@@ -260,9 +259,9 @@ PART_RATES = ("head_learning_rate", "vision_learning_rate", "text_learning_rate"
 # they are derived and shown.
 DERIVED = (
     "freeze", "batch_size", "captions_per_image", "num_train_epochs", "lr_scheduler_type", "warmup_steps",
-    "hold_steps", "head_learning_rate", "vision_learning_rate", "text_learning_rate", "layer_decay",
-    "frozen_vision_fraction", "weight_decay", "ema_decay", "best_metric", "projection_dim", "projection_dropout",
-    "crop_pct", "image_size", "train_image_size", "augmentation",
+    "head_learning_rate", "vision_learning_rate", "text_learning_rate", "layer_decay", "frozen_vision_fraction",
+    "weight_decay", "ema_decay", "best_metric", "projection_dim", "projection_dropout", "crop_pct", "image_size",
+    "train_image_size", "augmentation",
 )  # fmt: skip
 
 LOWER_BOUNDS = {
@@ -271,7 +270,7 @@ LOWER_BOUNDS = {
     **dict.fromkeys(("image_size", "train_image_size", "max_length", "projection_dim", "projection_depth"), 1),
     **dict.fromkeys(("save_total_limit", "early_stopping_patience", "eval_steps"), 1),
     "chunk_size": 2,
-    **dict.fromkeys(("num_workers", "seed", "warmup_steps", "hold_steps", "lr_plateau_patience", "weight_decay"), 0),
+    **dict.fromkeys(("num_workers", "seed", "warmup_steps", "weight_decay"), 0),
     **dict.fromkeys(("max_validation_images", "shard_cache_gb"), 0),
 }
 

@@ -12,6 +12,9 @@ from ...errors import MiniClipError, UsageError
 from ...utils.plain_yaml import load_yaml
 from .arguments import LOWER_BOUNDS, MODEL_SOURCES, PART_RATES, TrainingArguments
 
+# Keys of --lr_scheduler_kwargs for each schedule, with their defaults.
+SCHEDULE_DETAILS: dict[str, dict[str, Any]] = {"plateau": {"patience": 1, "factor": 0.8}, "cosine": {"hold_steps": 0}}
+
 
 def check_arguments(arguments: TrainingArguments) -> None:
     """Check ranges and combinations that the parser cannot know.
@@ -27,6 +30,7 @@ def check_arguments(arguments: TrainingArguments) -> None:
         _check_best_metric(arguments.best_metric, arguments.zero_shot_dataset)
     checkpoint_interval(arguments)
     limit_in_seconds(arguments)
+    schedule_details(arguments)
     augmentation_list(arguments)
     tracker = arguments.report_to
     if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
@@ -52,9 +56,8 @@ def _check_ranges(arguments: TrainingArguments) -> None:
     for name in ("learning_rate", *PART_RATES, "max_grad_norm"):
         if name in given and given[name] <= 0:
             raise UsageError(f"--{name} must be positive, not {given[name]}")
-    for name in ("lr_plateau_factor", "validation_fraction"):
-        if not 0 < given[name] < 1:
-            raise UsageError(f"--{name} must be between 0 and 1, not {given[name]}")
+    if not 0 < arguments.validation_fraction < 1:
+        raise UsageError(f"--validation_fraction must be between 0 and 1, not {arguments.validation_fraction}")
     for name in ("dropout", "projection_dropout", "frozen_vision_fraction", "frozen_text_fraction", "ema_decay"):
         if name in given and not 0 <= given[name] < 1:
             raise UsageError(f"--{name} must be in [0, 1), not {given[name]}")
@@ -152,6 +155,32 @@ def limit_in_seconds(arguments: TrainingArguments) -> float | None:
     if not 0 < seconds < math.inf:
         raise UsageError(f"--time_limit must be a time such as 90s, 20m or 1.5h, not {arguments.time_limit}")
     return seconds
+
+
+def schedule_details(arguments: TrainingArguments) -> dict[str, Any]:
+    """Details of the schedule: those in `--lr_scheduler_kwargs`, and [`SCHEDULE_DETAILS`] for the others.
+
+    Raises:
+        UsageError: no mapping, a key that the schedule does not have, or a value out of range.
+    """
+    flag, chosen = "--lr_scheduler_kwargs", arguments.lr_scheduler_type
+    known = {name: value for kind, details in SCHEDULE_DETAILS.items() if chosen in (None, kind)
+             for name, value in details.items()}  # fmt: skip
+    try:
+        given: Any = load_yaml(arguments.lr_scheduler_kwargs or "{}")
+    except ValueError as error:
+        raise UsageError(f"{flag} is neither JSON nor YAML: {error}") from error
+    if not isinstance(given, dict):
+        raise UsageError(f"{flag} must be a mapping such as {{hold_steps: 10}}, not {arguments.lr_scheduler_kwargs}")
+    if unknown := next((name for name in given if name not in known), None):
+        raise UsageError(f"{flag}: unknown key {unknown!r}; {chosen or 'a schedule'} takes {', '.join(known)}")
+    for name, value in given.items():
+        if name == "factor":
+            if not isinstance(value, float) or not 0 < value < 1:
+                raise UsageError(f"{flag}: factor must be between 0 and 1, not {value}")
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise UsageError(f"{flag}: {name} must be a whole number of at least 0, not {value}")
+    return known | given
 
 
 def augmentation_list(arguments: TrainingArguments) -> list[dict[str, Any]]:

@@ -105,11 +105,6 @@ def share_of_steps(share: float, most: int) -> Rule:
     return rule
 
 
-def no_hold(facts: Facts, values: Values) -> int | None:
-    """No steps at the full rates; with a time limit, they are counted later."""
-    return None if values["num_train_epochs"] is None else 0
-
-
 def if_layers_are_known(value: float, otherwise: float) -> Rule:
     """A value that needs the layers of an image tower that is trained."""
 
@@ -178,7 +173,6 @@ COMMON: Values = {
     "freeze": "none",
     "lr_scheduler_type": "cosine",
     "warmup_steps": share_of_steps(0.09, 500),
-    "hold_steps": no_hold,
     "vision_learning_rate": 2e-4,
     "text_learning_rate": 5e-5,
     "layer_decay": 1.0,
@@ -267,7 +261,7 @@ def kind_of_run(arguments: TrainingArguments, facts: Facts) -> str:
 def derive(arguments: TrainingArguments, facts: Facts) -> tuple[TrainingArguments, list[str]]:
     """Arguments with every derived flag, and lines that say which values were derived.
 
-    With a time limit, `num_train_epochs` and `hold_steps` stay None until the time of a step is known.
+    With a time limit, `num_train_epochs` stays None until the time of a step is known.
 
     Args:
         arguments: checked arguments; a flag of `DERIVED` that is None was not given.
@@ -291,8 +285,7 @@ def describe(derived: Values, what: str) -> list[str]:
         derived: values by flag; those that are None are the model's own.
         what: what they were derived for.
     """
-    hidden = ("hold_steps",)  # a plan of the time limit
-    shown = {name: _shown(name, v) for name, v in derived.items() if v is not None and name not in hidden}
+    shown = {name: _shown(name, value) for name, value in derived.items() if value is not None}
     of_model = DERIVED[DERIVED.index("projection_dim") :]
     parts = [", ".join(f"{name} {text}" for name, text in shown.items() if (name in of_model) is is_model)
              for is_model in (False, True)]  # fmt: skip

@@ -84,7 +84,7 @@ def _replaced_sources(given: dict[str, Any]) -> list[str]:
 
 def _replaced_schedule(given: dict[str, Any]) -> tuple[str, ...]:
     """Fields of a recipe that a given time limit decides."""
-    return ("num_train_epochs", "max_steps", "warmup_steps", "hold_steps") if given.get("time_limit") else ()
+    return ("num_train_epochs", "max_steps", "warmup_steps") if given.get("time_limit") else ()
 
 
 def fill_in_defaults(arguments: TrainingArguments) -> TrainingArguments:

@@ -13,7 +13,10 @@ from ...errors import UsageError, did_you_mean, one_line
 from ...utils.files import replace_text
 from ...utils.plain_yaml import load_yaml
 from .arguments import DERIVED, LIST_FLAGS, TrainingArguments, build_parser, choices_of, element_of
-from .check_arguments import augmentation_list
+from .check_arguments import augmentation_list, schedule_details
+
+# Flags that hold a list or a mapping as text, and what checks them.
+CHECKS = {"augmentation": augmentation_list, "lr_scheduler_kwargs": schedule_details}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -60,8 +63,8 @@ def _value_of(parser: ArgumentParser, key: str, value: Any, hint: Any) -> Any:
 def _value_of_one(parser: ArgumentParser, key: str, value: Any, hint: Any) -> Any:
     # argparse converts text: it reads 1e-3, which is a string to PyYAML, and rejects 1.5 for an integer.
     parsed = parser.parse_args([f"--{key}={_as_flag(key, value, hint)}"])
-    if key == "augmentation":
-        augmentation_list(TrainingArguments(augmentation=parsed.augmentation))
+    if key in CHECKS:
+        CHECKS[key](TrainingArguments(**{key: getattr(parsed, key)}))
     return getattr(parsed, key)
 
 
@@ -73,7 +76,7 @@ def _as_flag(key: str, value: Any, hint: Any) -> str:
             return str(value)
         if not value and "no" in choices_of(hint):  # YAML reads an unquoted no as false
             return "no"
-    elif isinstance(value, list) and key == "augmentation":
+    elif (key, type(value)) in (("augmentation", list), ("lr_scheduler_kwargs", dict)):
         try:
             return json.dumps(value)
         except TypeError:  # YAML also has dates and sets
@@ -96,6 +99,8 @@ def _expected(key: str, hint: Any) -> str:
     """A type in words for the user."""
     if key == "augmentation":
         return "a list of mappings with a name each"
+    if key == "lr_scheduler_kwargs":
+        return "a mapping"
     if choices_of(hint):
         return f"one of {', '.join(choices_of(hint))}"
     if (element := element_of(hint)) is not None:
@@ -121,4 +126,6 @@ def save_arguments(arguments: TrainingArguments, path: Path) -> None:
             values.pop(name)
     if "augmentation" in values:
         values["augmentation"] = augmentation_list(arguments)
+    if arguments.lr_scheduler_kwargs is not None:
+        values["lr_scheduler_kwargs"] = load_yaml(arguments.lr_scheduler_kwargs)
     replace_text(path, yaml.safe_dump(values, sort_keys=False))

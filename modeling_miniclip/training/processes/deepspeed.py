@@ -111,9 +111,7 @@ def _check_release(place: str) -> None:
 def _check_flags(launch: Launch, arguments: TrainingArguments, place: str) -> None:
     precision = arguments.mixed_precision or launch.mixed_precision
     if arguments.ema_decay:
-        raise UsageError(
-            f"--ema_decay does not work with DeepSpeed, which spreads the weights; set it to 0 ({place})"
-        )
+        raise UsageError(f"--ema_decay does not work with DeepSpeed, which spreads the weights; set it to 0 ({place})")
     if arguments.compile_towers or "dynamo_backend" in launch.settings:
         flag = "--compile_towers" if arguments.compile_towers else launch.settings["dynamo_backend"].place
         raise UsageError(

@@ -23,8 +23,8 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
     # The new value holds from the next step on, and the log says so.
     "applied": (
         "num_train_epochs", "max_steps", "head_learning_rate", "vision_learning_rate", "text_learning_rate",
-        "warmup_steps", "hold_steps", "lr_plateau_patience", "lr_plateau_factor", "weight_decay", "max_grad_norm",
-        "dropout", "projection_dropout", "freeze_batch_norm", "captions_per_image", "hard_negatives", "chunk_size",
+        "warmup_steps", "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "dropout", "projection_dropout",
+        "freeze_batch_norm", "captions_per_image", "hard_negatives", "chunk_size",
         "mixed_precision", "early_stopping_patience", "max_bad_image_fraction", "eval_steps",
     ),
     # They do not change what is trained. `learning_rate` is in the rates of the parts.
@@ -37,7 +37,7 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 # A resumed run keeps the value in the checkpoint unless the flag is given.
-KEPT = ("shuffle", *DERIVED, "time_limit")
+KEPT = ("shuffle", *DERIVED, "lr_scheduler_kwargs", "time_limit")
 
 # Flags that name a place; what they select is compared, and a checkpoint does not mention the place.
 PLACES = (
