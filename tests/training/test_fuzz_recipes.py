@@ -54,6 +54,8 @@ def test_any_value_is_accepted_or_an_error_names_it(tmp_path: Path, record_prope
 
     @fuzz(count, record_property)
     @given(key=st.sampled_from(sorted(HINTS)) | st.text(string.ascii_lowercase + "_", max_size=12), value=VALUES)
+    @example(key="lr_scheduler_kwargs", value={"hold_steps": date(2001, 1, 1)})
+    @example(key="lr_scheduler_kwargs", value={2: [None]})
     @example(key="augmentation", value=[{"name": "Blur", "when": date(2001, 1, 1)}])
     def check(key: str, value: Any) -> None:
         path.write_text(yaml.safe_dump({"dataset": "scenes"} | {key: value}), encoding="utf-8")

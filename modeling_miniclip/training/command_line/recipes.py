@@ -13,10 +13,7 @@ from ...errors import UsageError, did_you_mean, one_line
 from ...utils.files import replace_text
 from ...utils.plain_yaml import load_yaml
 from .arguments import DERIVED, LIST_FLAGS, TrainingArguments, build_parser, choices_of, element_of
-from .check_arguments import augmentation_list, schedule_details
-
-# Flags that hold a list or a mapping as text, and what checks them.
-CHECKS = {"augmentation": augmentation_list, "lr_scheduler_kwargs": schedule_details}
+from .check_arguments import augmentation_list
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -63,8 +60,8 @@ def _value_of(parser: ArgumentParser, key: str, value: Any, hint: Any) -> Any:
 def _value_of_one(parser: ArgumentParser, key: str, value: Any, hint: Any) -> Any:
     # argparse converts text: it reads 1e-3, which is a string to PyYAML, and rejects 1.5 for an integer.
     parsed = parser.parse_args([f"--{key}={_as_flag(key, value, hint)}"])
-    if key in CHECKS:
-        CHECKS[key](TrainingArguments(**{key: getattr(parsed, key)}))
+    if key == "augmentation":
+        augmentation_list(TrainingArguments(augmentation=parsed.augmentation))
     return getattr(parsed, key)
 
 
