@@ -34,6 +34,7 @@ from tests.helpers.runs import ROOT, write_scene_folder
 from tests.helpers.session import shared_once
 from tests.helpers.towers import CAPTIONS, PIXELS, TEXT, VISION, tiny_config, tiny_model, tiny_processor
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 needs_onnx = pytest.mark.skipif(
     any(find_spec(name) is None for name in LIBRARIES), reason=f"pip install {' '.join(LIBRARIES)}"
 )
@@ -284,6 +285,7 @@ def test_tower_that_cannot_be_exported_is_named(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 @needs_onnx
+@pytest.mark.skipif(TORCH < (2, 9), reason="torch 2.8 writes a draft: only the comparison with the model finds it")
 def test_tower_that_onnx_cannot_express_is_named(tmp_path: Path) -> None:
     model = tiny_model()
     model.visual_projection = Undecided()
