@@ -11,7 +11,6 @@ Read this file from top to bottom; it is the path of a training row:
 Flags: `configuration/README.md`. Building blocks: `modeling_miniclip/training/`.
 """
 
-import math
 import os
 import signal
 import sys
@@ -44,7 +43,7 @@ from tqdm.auto import tqdm
 
 from modeling_miniclip.data.loading.collation import model_inputs
 from modeling_miniclip.data.loading.loader import readable_worker_errors
-from modeling_miniclip.evaluation.metrics import is_better, recall_intervals, validation_metrics
+from modeling_miniclip.evaluation.metrics import is_better
 from modeling_miniclip.modeling_miniclip import MiniClipOutput
 from modeling_miniclip.training import setup
 from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
@@ -54,15 +53,19 @@ from modeling_miniclip.training.loss.pair_counts import counts_of_batch
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.processes.deepspeed import check_engine_state, describe_engine
 from modeling_miniclip.training.processes.distributed import (
-    broadcast_buffers,
-    compute_on_main,
     full_tensor,
     scale_and_bias,
 )
 from modeling_miniclip.training.processes.heartbeat import ends_with_lost_processes
 from modeling_miniclip.training.publish import export_best, push_export
-from modeling_miniclip.training.reports.diagnostics import chance_loss, floor_loss, not_finite
+from modeling_miniclip.training.reports.diagnostics import chance_loss, floor_loss
 from modeling_miniclip.training.reports.figures import draw_curves, draw_retrieval, read_metrics
+from modeling_miniclip.training.reports.measure import (
+    classify_images,
+    embed_validation_split,
+    measure_embeddings,
+    metric_intervals,
+)
 from modeling_miniclip.training.reports.overfit import check_overfitting
 from modeling_miniclip.training.reports.reload_check import load_checked_export
 from modeling_miniclip.training.reports.reporting import describe_best, describe_validation
@@ -75,15 +78,8 @@ from modeling_miniclip.training.row_order import choose_shuffle
 from modeling_miniclip.training.run import TrainingRun
 from modeling_miniclip.training.settings import choose_settings
 from modeling_miniclip.training.time_limit import NO_END, keep_time
-from modeling_miniclip.training.towers.features import embed_split
 from modeling_miniclip.training.towers.layers import set_training_mode
-from modeling_miniclip.training.zero_shot import (
-    build_zero_shot,
-    load_zero_shot,
-    measure_zero_shot,
-    zero_shot_intervals,
-)
-from modeling_miniclip.utils.performance import release_freed_memory
+from modeling_miniclip.training.zero_shot import build_zero_shot, load_zero_shot
 from modeling_miniclip.utils.processes import ended_children
 
 
@@ -110,7 +106,8 @@ def main(argv: list[str] | None = None, started: float | None = None) -> Path:
         if arguments.overfit_batch:
             return check_overfitting(arguments, train_step)
         with locked_output_dir(arguments):
-            run = prepare(arguments, started)
+            run = prepare(arguments)
+            run.pace.started = started
             with run.signals:  # Ctrl-C and SIGTERM wait for the end of a step
                 train(run)
             if run.signals.terminated:  # seconds are left: no figures, no push
@@ -122,14 +119,8 @@ def main(argv: list[str] | None = None, started: float | None = None) -> Path:
 # --- prepare: find everything that can go wrong before any long work ------------------------------------------------
 
 
-def prepare(arguments: TrainingArguments, started: float | None = None) -> TrainingRun:
-    """Check the output folder, build data, model, loaders, optimizer and schedule, and load a checkpoint to resume.
-
-    Args:
-        arguments: checked flags.
-        started: `time.perf_counter()` at the start of the command; None is now.
-    """
-    started = started or time.perf_counter()
+def prepare(arguments: TrainingArguments) -> TrainingRun:
+    """Check the output folder, build data, model, loaders, optimizer and schedule, and load a checkpoint to resume."""
     launch = setup.check_launch(arguments)
     checkpoint = setup.prepare_output_dir(arguments)
     hub_model_id = setup.prepare_hub_repo(arguments)
@@ -155,7 +146,6 @@ def prepare(arguments: TrainingArguments, started: float | None = None) -> Train
     run = setup.build_run(
         model, processor, splits, features, loaders, arguments, accelerator, fingerprint, evidence, shared, zero_shot
     )
-    run.pace.started = started
     setup.start_or_resume(run, checkpoint)
     return run
 
@@ -365,48 +355,6 @@ def validate_weights(run: TrainingRun) -> bool:
         export_best(run, metrics, intervals, recall_with_shared(run, embeddings) if is_main else None)
         run.exported.record(*embeddings)
     return improved
-
-
-def embed_validation_split(run: TrainingRun) -> tuple[Tensor, Tensor, Tensor]:
-    """`[B, dim]` image and `[N, dim]` text embeddings of the whole split, and `[N]`, the row of each text's image."""
-    broadcast_buffers(run.unwrapped_model)
-    release_freed_memory()
-    return embed_split(
-        run.unwrapped_model,
-        run.validation_loader,
-        run.processor,
-        run.accelerator.device,
-        run.accelerator.is_main_process,
-        partial(run.bad_images.record_undecodable, "validation"),
-    )
-
-
-def measure_embeddings(run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    """Loss and retrieval metrics of the split, computed on rank 0 and broadcast, so that all ranks decide alike."""
-    model, accelerator = run.unwrapped_model, run.accelerator
-    logit_scale, logit_bias = scale_and_bias(model)
-    metrics = compute_on_main(
-        lambda: validation_metrics(*embeddings, logit_scale, model.config.loss_type, logit_bias),
-        accelerator.is_main_process,
-    )
-    if not math.isfinite(metrics["loss"]):
-        raise not_finite("validation loss", metrics["loss"], accelerator.mixed_precision)
-    return metrics
-
-
-def classify_images(run: TrainingRun) -> tuple[dict[str, float], Tensor | None]:
-    """Accuracy on `--zero_shot_dataset`, and the rank of the right class of each image; nothing without it."""
-    return measure_zero_shot(run.zero_shot, run.unwrapped_model, run.processor, run.accelerator, run.bad_images)
-
-
-def metric_intervals(
-    run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tensor], class_ranks: Tensor | None
-) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the metrics for the model card, from a bootstrap over images."""
-    intervals = recall_intervals(*embeddings)
-    if run.zero_shot is not None and class_ranks is not None:
-        intervals |= zero_shot_intervals(run.zero_shot.data, class_ranks)
-    return intervals
 
 
 # --- finish ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The steps of `prepare` in `train_miniclip.py`, in the order in which it calls them."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -466,17 +467,7 @@ def build_run(
     zero_shot: ZeroShotSet | None = None,
 ) -> TrainingRun:
     """Build optimizer and schedule, and the state of a run at its start."""
-
-    def warn(line: str) -> None:
-        say(accelerator, f"warning: {line}")
-
-    def remember(bad_rows: dict[str, list[int]]) -> None:
-        if fingerprint is not None:
-            fingerprint.mark_undecodable(bad_rows, Path(arguments.output_dir))
-
-    sizes, classified = split_sizes(splits), None if zero_shot is None else zero_shot.data
-    if classified is not None:
-        sizes[ZERO_SHOT_SPLIT] = {"images": len(classified.image_ids)}
+    classified = None if zero_shot is None else zero_shot.data
     prepared, optimizer, adamw = prepare_optimizer(model, arguments, accelerator)
     train_loader, validation_loader = loaders
     steps_per_epoch = len(train_loader)
@@ -502,19 +493,44 @@ def build_run(
         progress=Progress(),
         signals=SignalHandler(lambda line: None if run_is_ending() else say(accelerator, line)),
         diagnosis=Diagnosis(
-            warn,
+            partial(warn, accelerator),
             arguments.warmup_steps,
             model.config.logit_scale_max,
             has_softmax=model.config.loss_type != "sigmoid",
             evidence=evidence,
         ),
-        bad_images=BadImages(sizes, arguments.max_bad_image_fraction, warn, accelerator.device, remember),
+        bad_images=watch_images(splits, classified, arguments, accelerator, fingerprint),
         steps_per_epoch=steps_per_epoch,
         last_step=last_step,
         ema=AveragedWeights(model, arguments.ema_decay) if arguments.ema_decay else None,
         fingerprint=fingerprint,
         zero_shot=zero_shot,
     )
+
+
+def warn(accelerator: Accelerator, line: str) -> None:
+    """Print a warning, once for all processes."""
+    say(accelerator, f"warning: {line}")
+
+
+def watch_images(
+    splits: DatasetDict,
+    classified: EvalSet | None,
+    arguments: TrainingArguments,
+    accelerator: Accelerator,
+    fingerprint: Fingerprint | None,
+) -> BadImages:
+    """Counts of images that cannot be decoded in the splits and in `--zero_shot_dataset`, kept in the fingerprint."""
+
+    def remember(bad_rows: dict[str, list[int]]) -> None:
+        if fingerprint is not None:
+            fingerprint.mark_undecodable(bad_rows, Path(arguments.output_dir))
+
+    sizes = split_sizes(splits)
+    if classified is not None:
+        sizes[ZERO_SHOT_SPLIT] = {"images": len(classified.image_ids)}
+    report = partial(warn, accelerator)
+    return BadImages(sizes, arguments.max_bad_image_fraction, report, accelerator.device, remember)
 
 
 def start_or_resume(run: TrainingRun, checkpoint: Path | None) -> None:

@@ -1,6 +1,7 @@
 """What a run says about itself, and how it notices that something is wrong.
 
 reporting.py: log lines, metrics.jsonl, throughput
+measure.py: the figures of a validation
 word_order.py: word order in the card of a run with hard negatives
 shared_captions.py: recall with captions that several images share
 several_datasets.py: metrics and uses of each of several datasets

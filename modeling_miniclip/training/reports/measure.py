@@ -1,0 +1,56 @@
+"""The figures of a validation: embeddings of the whole split, retrieval metrics, zero-shot accuracy, intervals."""
+
+import math
+from functools import partial
+
+from torch import Tensor
+
+from ...evaluation.metrics import recall_intervals, validation_metrics
+from ...utils.performance import release_freed_memory
+from ..processes.distributed import broadcast_buffers, compute_on_main, scale_and_bias
+from ..run import TrainingRun
+from ..towers.features import embed_split
+from ..zero_shot import measure_zero_shot, zero_shot_intervals
+from .diagnostics import not_finite
+
+
+def embed_validation_split(run: TrainingRun) -> tuple[Tensor, Tensor, Tensor]:
+    """`[B, dim]` image and `[N, dim]` text embeddings of the whole split, and `[N]`, the row of each text's image."""
+    broadcast_buffers(run.unwrapped_model)
+    release_freed_memory()
+    return embed_split(
+        run.unwrapped_model,
+        run.validation_loader,
+        run.processor,
+        run.accelerator.device,
+        run.accelerator.is_main_process,
+        partial(run.bad_images.record_undecodable, "validation"),
+    )
+
+
+def measure_embeddings(run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+    """Loss and retrieval metrics of the split, computed on rank 0 and broadcast, so that all ranks decide alike."""
+    model, accelerator = run.unwrapped_model, run.accelerator
+    logit_scale, logit_bias = scale_and_bias(model)
+    metrics = compute_on_main(
+        lambda: validation_metrics(*embeddings, logit_scale, model.config.loss_type, logit_bias),
+        accelerator.is_main_process,
+    )
+    if not math.isfinite(metrics["loss"]):
+        raise not_finite("validation loss", metrics["loss"], accelerator.mixed_precision)
+    return metrics
+
+
+def classify_images(run: TrainingRun) -> tuple[dict[str, float], Tensor | None]:
+    """Accuracy on `--zero_shot_dataset`, and the rank of the right class of each image; nothing without it."""
+    return measure_zero_shot(run.zero_shot, run.unwrapped_model, run.processor, run.accelerator, run.bad_images)
+
+
+def metric_intervals(
+    run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tensor], class_ranks: Tensor | None
+) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the metrics for the model card, from a bootstrap over images."""
+    intervals = recall_intervals(*embeddings)
+    if run.zero_shot is not None and class_ranks is not None:
+        intervals |= zero_shot_intervals(run.zero_shot.data, class_ranks)
+    return intervals
