@@ -153,8 +153,10 @@ def _serve_in_fork(requests: int, answers: int) -> None:
 
 def main() -> None:
     """Serve requests from stdin until it is closed."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # some libraries print while they are imported
     preload()
-    serve(sys.stdin, os.fdopen(os.dup(1), "w"))
+    serve(sys.stdin, answers)
 
 
 if __name__ == "__main__":
