@@ -35,7 +35,7 @@ from .towers.feature_cache import CaptionFeatures, default_cache_dir
 from .towers.features import (
     EVALUATION_BATCH,
     TEXT_BLOCK,
-    embed_images,
+    embed_split,
     frozen_image_features,
     frozen_text_features,
 )
@@ -163,7 +163,8 @@ def measure_zero_shot(
     if zero_shot is None:
         return {}, None
     is_main, record = accelerator.is_main_process, partial(bad_images.record_undecodable, SPLIT)
-    images = embed_images(model, zero_shot.loader, processor, accelerator.device, is_main, record)
+    title = "classify" if is_main else None
+    images, _, _ = embed_split(model, zero_shot.loader, processor, accelerator.device, title, record)
     classes = embed_classes(zero_shot, model, processor, accelerator)
     label = zero_shot.data.image_group[bad_images.good_rows(SPLIT)]
     rank = compute_on_main(lambda: ranks(images, classes, label, torch.arange(len(classes))), is_main)

@@ -237,7 +237,7 @@ def test_validation_leaves_out_a_bad_image(tmp_path: Path) -> None:
     def embed(split: Any, on_undecodable: Callable[[Any], Any]) -> tuple[torch.Tensor, ...]:
         rows = CaptionRows(split, processor)
         return embed_split(
-            model, BatchLoader(rows, GlobalBatches(InOrder(len(rows)), 4), 0), processor, cpu, False, on_undecodable
+            model, BatchLoader(rows, GlobalBatches(InOrder(len(rows)), 4), 0), processor, cpu, None, on_undecodable
         )
 
     expected = embed(split.select([0, 1, 2, *range(4, 21)]), lambda lost: None)

@@ -23,7 +23,7 @@ from ...data.loading.dataset import CaptionRows
 from ...data.loading.loader import BatchLoader
 from ...data.tables.image_places import image_parts
 from ...data.tables.row_blocks import caption_counts, record_batches
-from ...modeling_miniclip import MiniClipModel, MiniClipOutput
+from ...modeling_miniclip import MiniClipModel
 from ...processing_miniclip import MiniClipProcessor
 from ...utils.performance import release_freed_memory
 from ..processes.distributed import gather_rows
@@ -59,26 +59,39 @@ class FrozenFeatures:
 
 
 class Collected:
-    """Rows of batches, in one tensor from the start: a list of small tensors would fragment the memory.
+    """Embeddings of batches and their ids, each in one tensor from the start: many small ones would fragment memory.
 
     Args:
         most: largest number of rows.
+        device: where they are kept.
     """
 
-    def __init__(self, most: int):
+    def __init__(self, most: int, device: torch.device):
         self.most, self.count = most, 0
-        self.values = torch.empty(0)
+        self.embeddings = torch.empty(0, device=device)
+        self.ids = torch.empty(most, dtype=torch.int64, device=device)
 
-    def add(self, rows: Tensor) -> None:
-        """Append rows `[n, ...]`, all of the same shape and type."""
+    def add(self, embeddings: Tensor, ids: Tensor) -> None:
+        """Append embeddings `[n, dim]` with their ids `[n]`, without fillers, whose ids are negative."""
+        embeddings, ids = embeddings[ids >= 0], ids[ids >= 0]
         if self.count == 0:
-            self.values = rows.new_empty(self.most, *rows.shape[1:])
-        self.values[self.count : self.count + len(rows)] = rows
-        self.count += len(rows)
+            self.embeddings = embeddings.new_empty((self.most, embeddings.shape[1]), device=self.ids.device)
+        here = slice(self.count, self.count + len(ids))
+        self.embeddings[here], self.ids[here] = embeddings, ids
+        self.count = here.stop
 
-    def rows(self) -> Tensor:
-        """All rows so far."""
-        return self.values[: self.count]
+    def in_order(self) -> tuple[Tensor, Tensor]:
+        """Take those of all processes: `[n, dim]` float32 embeddings and `[n]` ids, ascending by id, on the CPU.
+
+        Those of one process ascend already, and are not copied.
+        """
+        local, self.embeddings = self.embeddings[: self.count], torch.empty(0)
+        embeddings, ids = gather_rows(local).cpu(), gather_rows(self.ids[: self.count]).cpu()
+        del local
+        if (ids.diff() < 0).any():
+            order = ids.argsort(stable=True)
+            embeddings, ids = embeddings[order], ids[order]
+        return embeddings.float(), ids
 
 
 @torch.no_grad()
@@ -87,88 +100,39 @@ def embed_split(
     loader: BatchLoader,
     processor: MiniClipProcessor,
     device: torch.device,
-    progress: bool,
+    title: str | None,
     on_undecodable: Callable[[list[tuple[int, str]]], Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings of a whole split, gathered from all processes, in the order of its rows.
 
     Args:
         model: unwrapped model.
-        loader: loader of the split, without shuffling.
+        loader: loader of the split, without shuffling; its images may have no captions.
         processor: preprocessing that belongs to the model.
         device: device of the model.
-        progress: whether to show a progress bar.
+        title: title of the progress bar, None for no bar.
         on_undecodable: function called once with the rows of this process's undecodable images and the reasons; these
             images are skipped.
 
     Returns:
         `[B, dim]` image embeddings, `[N, dim]` text embeddings, and `[N]`, the row of each text's image; on the CPU.
     """
-    images, texts = len(loader.rows), int(caption_counts(loader.rows.texts).sum())  # of all processes
-    parts = {name: Collected(images) for name in ("images", "image_id")}
-    parts |= {name: Collected(texts) for name in ("texts", "text_image_id")}
-    title = "validate" if progress else None
-    for batch, output in _run_over(model, loader, processor, device, title, on_undecodable):
-        for name, values in (("images", output["image_embeds"]), ("image_id", batch["image_id"])):
-            parts[name].add(values[batch["image_id"] >= 0].to(device))
-        for name, values in (("texts", output["text_embeds"]), ("text_image_id", batch["text_image_id"])):
-            parts[name].add(values[batch["text_image_id"] >= 0].to(device))
-    release_freed_memory()
-    whole = {name: gather_rows(parts.pop(name).rows()).cpu() for name in list(parts)}
-    image_embeds, image_id = _in_order(whole.pop("images"), whole["image_id"])
-    text_embeds, text_image_id = _in_order(whole.pop("texts"), whole["text_image_id"])
-    return image_embeds, text_embeds, torch.searchsorted(image_id, text_image_id)
-
-
-def _in_order(embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings as float32 and their ids, ascending by id; those of one process are so already, and not copied."""
-    if (ids.diff() < 0).any():
-        order = ids.argsort(stable=True)
-        embeddings, ids = embeddings[order], ids[order]
-    return embeddings.float(), ids
-
-
-@torch.no_grad()
-def embed_images(
-    model: MiniClipModel,
-    loader: BatchLoader,
-    processor: MiniClipProcessor,
-    device: torch.device,
-    progress: bool,
-    on_undecodable: Callable[[list[tuple[int, str]]], Any],
-) -> Tensor:
-    """`[B, dim]` embeddings of images without captions, in their order; arguments as in [`embed_split`]."""
-    images, numbers = Collected(len(loader.rows)), Collected(len(loader.rows))
-    title = "classify" if progress else None
-    for batch, output in _run_over(model, loader, processor, device, title, on_undecodable):
-        real = batch["image_id"] >= 0
-        images.add(output["image_embeds"][real].to(device))
-        numbers.add(batch["image_id"][real].to(device))
-    return _in_order(gather_rows(images.rows()).cpu(), gather_rows(numbers.rows()).cpu())[0]
-
-
-def _run_over(
-    model: MiniClipModel,
-    loader: BatchLoader,
-    processor: MiniClipProcessor,
-    device: torch.device,
-    title: str | None,
-    on_undecodable: Callable[[list[tuple[int, str]]], Any],
-) -> Iterator[tuple[dict[str, Any], MiniClipOutput]]:
-    """Run the model over a split; yields each batch of this process with the model's output.
-
-    Args:
-        title: title of the progress bar, or None.
-        model, loader, processor, device, on_undecodable: as in [`embed_split`].
-    """
     model.eval()
+    images = Collected(len(loader.rows), device)  # of all processes
+    texts = Collected(int(caption_counts(loader.rows.texts).sum()), device)
     undecodable: list[tuple[int, str]] = []
     for number, batch in enumerate(tqdm(loader, desc=title, unit="batch", leave=False, disable=title is None)):
         if device.type == "cpu" and number % TRIM_EVERY == 0:  # texts of many lengths leave gaps that add up
             release_freed_memory()
         undecodable += batch.pop("undecodable", [])
-        yield batch, model(**model_inputs(batch, processor, device))
+        output = model(**model_inputs(batch, processor, device))
+        images.add(output.image_embeds, batch["image_id"])
+        if output.text_embeds is not None:
+            texts.add(output.text_embeds, batch["text_image_id"])
     on_undecodable(undecodable)
+    release_freed_memory()
+    (image_embeds, image_id), (text_embeds, text_image_id) = images.in_order(), texts.in_order()
+    return image_embeds, text_embeds, torch.searchsorted(image_id, text_image_id)
 
 
 @torch.no_grad()
