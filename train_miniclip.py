@@ -50,6 +50,7 @@ from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batc
 from modeling_miniclip.training.hard_negatives import choose_hard_negatives
 from modeling_miniclip.training.loss.global_loss import global_contrastive_loss
 from modeling_miniclip.training.loss.pair_counts import counts_of_batch
+from modeling_miniclip.training.matryoshka import check_lengths, loss_prefixes
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.processes.deepspeed import check_engine_state, describe_engine
 from modeling_miniclip.training.processes.distributed import (
@@ -71,6 +72,7 @@ from modeling_miniclip.training.reports.reload_check import load_checked_export
 from modeling_miniclip.training.reports.reporting import describe_best, describe_validation
 from modeling_miniclip.training.reports.several_datasets import report_datasets
 from modeling_miniclip.training.reports.shared_captions import recall_with_shared
+from modeling_miniclip.training.reports.short_embeddings import report_lengths
 from modeling_miniclip.training.reports.word_order import report_word_order
 from modeling_miniclip.training.resuming.checkpoints import INTERRUPTED_EXPORT, drop_repeated_export
 from modeling_miniclip.training.resuming.output_dir import how_to_resume, locked_output_dir
@@ -122,6 +124,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> Path:
 def prepare(arguments: TrainingArguments) -> TrainingRun:
     """Check the output folder, build data, model, loaders, optimizer and schedule, and load a checkpoint to resume."""
     launch = setup.check_launch(arguments)
+    check_lengths(arguments)
     checkpoint = setup.prepare_output_dir(arguments)
     hub_model_id = setup.prepare_hub_repo(arguments)
     accelerator = setup.build_accelerator(arguments, launch)  # joins the processes and sets the seed
@@ -279,6 +282,7 @@ def compute_loss_and_gradients(run: TrainingRun, batch: dict[str, Any]) -> Tenso
             text_image_id,
             run.unwrapped_model.config.loss_type,
             output.logit_bias,
+            prefixes=loss_prefixes(run.unwrapped_model.config),
             **further,
         )
 
@@ -329,6 +333,7 @@ def validate_start(run: TrainingRun) -> None:
     run.write_metrics("validation", metrics, seconds=time.perf_counter() - start)
     run.say(describe_validation("before training", metrics))
     report_datasets(run, embeddings)
+    report_lengths(run, embeddings)
     run.progress.at_start, run.progress.validated_step = metrics, run.progress.step
     run.pace.add_validation(time.perf_counter() - start)
 
@@ -347,12 +352,14 @@ def validate_weights(run: TrainingRun) -> bool:
     improved = is_better(arguments.best_metric, value, progress.best_value)
     run.say(describe_validation(f"epoch {run.epoch:.4g}", metrics, improved))
     report_datasets(run, embeddings)
+    by_length = report_lengths(run, embeddings)
     if is_main:
         run.diagnosis.after_validation(progress.step, *embeddings)
     if improved:
         progress.best_value, progress.best_step = value, progress.step
         intervals = metric_intervals(run, embeddings, class_ranks) if is_main else {}
-        export_best(run, metrics, intervals, recall_with_shared(run, embeddings) if is_main else None)
+        with_shared = recall_with_shared(run, embeddings) if is_main else None
+        export_best(run, metrics, intervals, with_shared, by_length)
         run.exported.record(*embeddings)
     return improved
 

@@ -78,6 +78,9 @@ class MiniClipConfig(PretrainedConfig):
             ln(10) as in SigLIP for `"sigmoid"`.
         logit_bias_init_value: initial value of the bias that `"sigmoid"` adds to its logits; -10 as in SigLIP.
         logit_scale_max: upper bound of the inverse temperature (not of its logarithm); 100 as in CLIP.
+        matryoshka_dimensions: for a model trained with a loss over several lengths of its embeddings: these lengths,
+            ascending, the last one `projection_dim`. The first dimensions of an embedding, normalised again, are an
+            embedding, too (Kusupati et al. 2022). Others read it under this name, such as vLLM.
 
     Raises:
         ValueError: a value has the wrong type or is out of range, or the image tower is not a timm model.
@@ -113,6 +116,7 @@ class MiniClipConfig(PretrainedConfig):
         logit_scale_init_value: float | None = None,
         logit_bias_init_value: float = -10.0,
         logit_scale_max: float = 100.0,
+        matryoshka_dimensions: list[int] | None = None,
         **kwargs: Any,
     ):
         if vision_config is None:
@@ -134,6 +138,7 @@ class MiniClipConfig(PretrainedConfig):
         self.logit_scale_init_value = logit_scale_init_value
         self.logit_bias_init_value = logit_bias_init_value
         self.logit_scale_max = logit_scale_max
+        self.matryoshka_dimensions = matryoshka_dimensions
         # The towers have no classifier, so leave the thousand ImageNet labels out of config.json.
         if self.vision_config.id2label:
             self.vision_config.num_labels = 0
@@ -182,11 +187,24 @@ class MiniClipConfig(PretrainedConfig):
                 f"logit_scale_init_value must be at most ln(logit_scale_max) = {math.log(self.logit_scale_max):.4g}, "
                 f"not {start}: a clamped temperature gets no gradient"
             )
+        dims = self.matryoshka_dimensions
+        if dims is not None and not _ascends_to(dims, self.projection_dim):
+            raise ValueError(
+                f"matryoshka_dimensions must be ascending whole numbers that end with projection_dim "
+                f"({self.projection_dim}), not {dims!r}"
+            )
         if self.vision_config.model_type != "timm_wrapper":
             raise ValueError(
                 f"vision_config must describe a timm image model (model_type 'timm_wrapper'), "
                 f"not {self.vision_config.model_type!r}"
             )
+
+
+def _ascends_to(dims: Any, last: int) -> bool:
+    """Whether these are positive whole numbers, each larger than the one before, that end with `last`."""
+    if not isinstance(dims, (list, tuple)) or not all(type(dim) is int and dim > 0 for dim in dims):
+        return False
+    return list(dims) == sorted(set(dims)) and list(dims[-1:]) == [last]
 
 
 class Origin(dict[str, Any]):

@@ -102,6 +102,8 @@ def test_config_json_holds_no_label_names(tmp_path):
         ("projection_dropout", "0.1"),
         ("text_pooling", 3),
         ("logit_scale_max", None),
+        ("matryoshka_dimensions", [64]),
+        ("matryoshka_dimensions", 256),
     ],
 )
 def test_wrong_value_or_type_error_names_the_field(field, value):

@@ -53,6 +53,7 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
 
     data = values.get("data") or {}
     metrics = values.get("metrics") or {}
+    by_length = values.get("by_length") or {}
     repository = values.get("name") or "miniclip"
     towers = (model.config.vision_config, model.config.text_config)
     base_models = [config.name_or_path for config in towers if is_hub_id(config.name_or_path)]
@@ -79,6 +80,7 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
         parameters=sum(p.numel() for p in model.parameters()),
         metrics=metrics,
         intervals=values.get("intervals") or {},
+        by_length=by_length | {model.config.projection_dim: metrics} if by_length else {},
         at_start=values.get("at_start") or {},
         with_shared=values.get("with_shared"),
         license=values.get("license"),

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessorPil
 
 from ..data.loading.collation import model_inputs, stack_pixels
 from ..data.picture_formats import decode_picture, decode_row
-from ..errors import DataError
+from ..errors import DataError, UsageError
 from ..modeling_miniclip import MiniClipModel
 from ..pictures_miniclip import to_rgb
 from ..processing_miniclip import MiniClipProcessor, is_between_0_and_1, load_rgb, rgb_of_array
@@ -73,6 +74,7 @@ def encode_images(
     processor: MiniClipProcessor | None = None,
     batch_size: int = 32,
     progress: bool = True,
+    truncate_dim: int | None = None,
 ) -> Tensor:
     """Unit-norm embeddings of images.
 
@@ -82,22 +84,26 @@ def encode_images(
         processor: processor of the model; by default the one saved with it.
         batch_size: number of images per forward pass.
         progress: whether to show a progress bar.
+        truncate_dim: number of dimensions to keep, the first ones, normalised again; by default all. Models trained
+            with `--matryoshka_dims` lose little by it.
 
     Returns:
-        `[len(images), projection_dim]` float32 on the CPU.
+        `[len(images), dim]` float32 on the CPU.
 
     Raises:
         DataError: an image cannot be read.
+        UsageError: `truncate_dim` is not from 1 to the dimensions of the model.
         ValueError: there is no image, a single image is not in a list, or there is no processor.
 
     Example:
         >>> encode_images(model, Path("photos").glob("*.jpg"))  # doctest: +SKIP
     """
     processor = processor_of(model, processor)
+    check_truncate_dim(truncate_dim, model.config.projection_dim)
 
     def embed(batch: list[Any]) -> Tensor:
         pixels = _pixel_values([open_image(image) for image in batch], processor, model.device)
-        return model(pixel_values=pixels).image_embeds
+        return truncate_embeddings(model(pixel_values=pixels).image_embeds, truncate_dim)
 
     return encode_batches(model, images, embed, batch_size, "images", progress)
 
@@ -129,6 +135,7 @@ def encode_texts(
     processor: MiniClipProcessor | None = None,
     batch_size: int = 128,
     progress: bool = True,
+    truncate_dim: int | None = None,
 ) -> Tensor:
     """Unit-norm embeddings of texts; the other arguments and the result are those of [`encode_images`].
 
@@ -137,17 +144,48 @@ def encode_texts(
 
     Raises:
         DataError: an item, which the message numbers from 0, is not a text or has half a character (a lone surrogate).
-        ValueError: as in [`encode_images`].
+        UsageError, ValueError: as in [`encode_images`].
     """
     processor = processor_of(model, processor)
+    check_truncate_dim(truncate_dim, model.config.projection_dim)
     numbers = count()
 
     def embed(batch: list[str]) -> Tensor:
         for text in batch:
             _check_text(text, next(numbers))
-        return model(**processor(text=batch, return_tensors="pt").to(model.device)).text_embeds
+        embeds = model(**processor(text=batch, return_tensors="pt").to(model.device)).text_embeds
+        return truncate_embeddings(embeds, truncate_dim)
 
     return encode_batches(model, texts, embed, batch_size, "texts", progress)
+
+
+def check_truncate_dim(dim: int | None, width: int) -> None:
+    """Check that embeddings of `width` dimensions can be cut to `dim`.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if dim is not None and not 1 <= dim <= width:
+        raise UsageError(f"truncate_dim {dim}: expected a number from 1 to {width}, the dimensions of the embeddings")
+
+
+def truncate_embeddings(embeddings: Tensor, dim: int | None) -> Tensor:
+    """The first `dim` dimensions of embeddings, normalised again; None keeps all, as they are.
+
+    Args:
+        embeddings: `[n, width]`, unit norm.
+        dim: number of dimensions to keep.
+
+    Returns:
+        `[n, dim]`, unit norm, in float32 unless all dimensions are kept.
+
+    Raises:
+        UsageError: `dim` is not from 1 to `width`.
+    """
+    check_truncate_dim(dim, embeddings.shape[-1])
+    if dim is None or dim == embeddings.shape[-1]:
+        return embeddings
+    return normalize(embeddings[..., :dim].float(), dim=-1)
 
 
 def _check_text(text: Any, number: int) -> None:

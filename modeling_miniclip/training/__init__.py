@@ -4,6 +4,7 @@ setup.py: the steps of `prepare`
 run.py: the state of a run, and when it saves and stops
 row_order.py: `--shuffle`, and the order of the training images
 hard_negatives.py: `--hard_negatives`: where they come from
+matryoshka.py: `--matryoshka_dims`: short embeddings in the loss
 settings.py: derived settings, or those of the checkpoint
 pace.py: how long steps, validations and checkpoints take
 time_limit.py: `--time_limit`, and the line that says how long a run will take

@@ -35,6 +35,7 @@ def export_best(
     metrics: dict[str, float],
     intervals: dict[str, tuple[float, float]],
     with_shared: dict[str, Any] | None = None,
+    by_length: dict[int, dict[str, float]] | None = None,
 ) -> None:
     """Replace `export/` by the current model with its measured card; with `--hub_strategy every_save`, upload it.
 
@@ -43,6 +44,7 @@ def export_best(
         metrics: validation metrics of these weights.
         intervals: confidence intervals of the recalls, on the main process.
         with_shared: what `recall_with_shared` found, on the main process.
+        by_length: validation metrics of short embeddings, on the main process.
     """
     arguments = run.arguments
     state_dict = full_state_dict(run)  # by all processes: with FSDP each has only a part
@@ -51,6 +53,7 @@ def export_best(
             "name": arguments.hub_model_id or run.output_dir.resolve().name,
             "metrics": metrics,
             "intervals": intervals,
+            "by_length": by_length,
             "at_start": run.progress.at_start,
             "with_shared": with_shared,
             "arguments": arguments_for_card(arguments),

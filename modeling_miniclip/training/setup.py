@@ -46,6 +46,7 @@ from .command_line.recipes import save_arguments
 from .ema import AveragedWeights
 from .hard_negatives import hard_negatives_of
 from .limit_splits import limit_splits
+from .matryoshka import choose_lengths, describe_lengths
 from .optimizer import apply_flags, build_scheduler, parameter_groups
 from .processes.deepspeed import before_joining, check_deepspeed, complete_config, is_deepspeed, prepare_engine
 from .processes.distributed import check_on_main, compute_on_main
@@ -291,6 +292,7 @@ def build_model(
     if arguments.preset is not None and len(learned_from) < len(train):
         say(accelerator, f"the vocabulary is learned from the captions of {len(learned_from)} images, drawn at random")
     model, processor = create_model(arguments, Captions(learned_from))
+    choose_lengths(model.config, arguments)
     freeze_layers(model, arguments)
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         to_channels_last(model.vision_model)  # these need contiguous parameters,
@@ -298,6 +300,8 @@ def build_model(
     if arguments.compile_towers:
         compile_towers(model.vision_model, model.text_model)
     say(accelerator, describe_model(model))
+    if line := describe_lengths(model.config):
+        say(accelerator, line)
     if arguments.text_model is not None and arguments.text_pooling is None:
         if (declared := declared_pooling(arguments.text_model)) is not None:
             say(accelerator, f"--text_pooling {declared}, as {arguments.text_model} declares")

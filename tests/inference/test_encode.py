@@ -18,13 +18,14 @@ from modeling_miniclip import (
     MiniClipConfig,
     MiniClipModel,
     MiniClipProcessor,
+    UsageError,
     encode_images,
     encode_texts,
     export,
     find_matches,
     load_captions,
 )
-from modeling_miniclip.inference.encode import _pixel_values, open_image
+from modeling_miniclip.inference.encode import _pixel_values, open_image, truncate_embeddings
 from modeling_miniclip.inference.loading import load_tower, processor_of
 from modeling_miniclip.search.exact import Match
 from tests.helpers.hubs import local_hub, run
@@ -218,6 +219,46 @@ def test_wrong_texts_raise(model, processor, texts, message):
 def test_wrong_batch_size_raises(model, processor, batch_size):
     with pytest.raises(ValueError, match="batch_size"):
         encode_texts(model, TEXTS, processor, batch_size, progress=False)
+
+
+# --- truncate_dim ---------------------------------------------------------------------------------------------------
+
+
+def test_first_dimensions_are_normalised_again():
+    embeddings = torch.tensor([[0.6, 0.0, 0.8], [0.48, 0.64, 0.6]])
+    assert truncate_embeddings(embeddings, 2).tolist() == [pytest.approx([1, 0]), pytest.approx([0.6, 0.8])]
+    assert truncate_embeddings(embeddings, 1).tolist() == [pytest.approx([1]), pytest.approx([1])]
+    assert truncate_embeddings(embeddings, 3) is embeddings and truncate_embeddings(embeddings, None) is embeddings
+    assert truncate_embeddings(embeddings.half(), 2).dtype == torch.float32
+
+
+def test_truncated_images_and_texts_match_the_full_ones(model, processor, files, embeddings):
+    images = encode_images(model, files, processor, progress=False, truncate_dim=5)
+    assert images.shape == (7, 5)
+    torch.testing.assert_close(images, embeddings[:, :5] / embeddings[:, :5].norm(dim=1, keepdim=True))
+    texts = encode_texts(model, TEXTS, processor, progress=False)
+    short = encode_texts(model, TEXTS, processor, progress=False, truncate_dim=5)
+    torch.testing.assert_close(short, texts[:, :5] / texts[:, :5].norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("dim", [0, -1, 17])
+def test_wrong_truncate_dim_is_found_before_any_image_is_read(model, processor, dim):
+    with pytest.raises(UsageError, match=f"truncate_dim {dim}: expected a number from 1 to 16"):
+        encode_images(model, ["nowhere.png"], processor, progress=False, truncate_dim=dim)
+    with pytest.raises(UsageError, match=f"truncate_dim {dim}: expected a number from 1 to 16"):
+        encode_texts(model, TEXTS, processor, progress=False, truncate_dim=dim)
+
+
+def test_matches_by_the_first_dimensions(model, processor, files, embeddings):
+    short = encode_images(model, files, processor, progress=False, truncate_dim=3)
+    text = encode_texts(model, TEXTS[:1], processor, progress=False, truncate_dim=3)[0]
+    cosine = (short @ text).tolist()
+    for images in (short, embeddings):  # cut already, or still to cut
+        found = find_matches(model, images, TEXTS[0], files, processor=processor, truncate_dim=3)
+        assert [match.index for match in found] == sorted(range(7), key=lambda i: -cosine[i])
+        assert [match.score for match in found] == pytest.approx(sorted(cosine, reverse=True), abs=1e-5)
+    with pytest.raises(ValueError, match="3-dimensional, the query's 16-dimensional: .*the same truncate_dim"):
+        find_matches(model, short, TEXTS[0], files, processor=processor)
 
 
 # --- find_matches ---------------------------------------------------------------------------------------------------

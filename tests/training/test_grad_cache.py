@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 import train_miniclip
 from modeling_miniclip.data.loading.pair_keys import NO_KEY
@@ -196,6 +197,7 @@ def test_pixels_of_a_chunk_are_dropped_before_its_gradients() -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_in_chunks_trains_as_one_without(tmp_path: Path, processes: int) -> None:
     same: dict[str, Any] = {"num_train_epochs": 2, "captions_per_image": 2, "dropout": 0, "freeze_batch_norm": "true"}
+    same["matryoshka_dims"] = "4,8"
     for name, chunk_size, n in (("plain", None, 1), ("chunks", 2, processes)):
         done = launch(flags(tmp_path, name, chunk_size=chunk_size, **same), n)
         assert done.returncode == 0, done.stderr
@@ -224,3 +226,23 @@ def test_keys_and_negatives_of_a_batch_reach_the_loss(chunk_size: int | None) ->
     rows = (output.image_embeds, output.text_embeds, output.logit_scale, *ids)
     assert found == pytest.approx([global_contrastive_loss(*rows, **more).item() for more in ({}, keys)], rel=1e-5)
     assert math.isfinite(found[1]) and found[0] != pytest.approx(found[1], rel=0.01)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_loss_is_the_mean_of_those_of_all_lengths(chunk_size: int | None) -> None:
+    torch.manual_seed(1)
+    batch, model = batch_of(), tiny_model(matryoshka_dimensions=[2, 8, 16])
+    inputs, ids = inputs_of(batch), (batch["image_id"], batch["text_image_id"])
+    run = SimpleNamespace(
+        accelerator=build_accelerator("no"), model=model, unwrapped_model=model,
+        processor=SimpleNamespace(normalize=lambda pixels: pixels), arguments=SimpleNamespace(chunk_size=chunk_size),
+    )  # fmt: skip
+    found = train_miniclip.compute_loss_and_gradients(run, batch).item()
+    output = model(**inputs)
+    losses = []
+    for dim in (2, 8, 16):
+        short = [normalize(output[name][:, :dim], dim=-1) for name in ("image_embeds", "text_embeds")]
+        losses.append(global_contrastive_loss(*short, output.logit_scale, *ids).item())
+    assert found == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert max(losses) - min(losses) > 0.01
+    assert all(parameter.grad is not None for parameter in model.visual_projection.parameters())

@@ -166,6 +166,12 @@ class TrainingArguments:
         "swap: its captions with adjectives, nouns or relations swapped (English); these three words choose kinds "
         "(column if the dataset has it, otherwise none)",
     )
+    matryoshka_dims: list[str] | None = _flag(
+        None,
+        "lengths, such as 64,128,256, of short embeddings that are trained, too: the first dimensions of an "
+        "embedding, normalised again; the full length is always one of them (those of model_name_or_path, otherwise "
+        "off)",
+    )
     num_train_epochs: int = _flag(None, "passes over the training images (derived)")
     max_steps: int | None = _flag(None, "stop after N optimizer steps")
     time_limit: str | None = _flag(

@@ -14,6 +14,7 @@ from .arguments import LOWER_BOUNDS, MODEL_SOURCES, PART_RATES, TrainingArgument
 
 # Keys of --lr_scheduler_kwargs for each schedule, with their defaults.
 SCHEDULE_DETAILS: dict[str, dict[str, Any]] = {"plateau": {"patience": 1, "factor": 0.8}, "cosine": {"hold_steps": 0}}
+LONGEST_NUMBER = 9  # digits of a number of dimensions
 
 
 def check_arguments(arguments: TrainingArguments) -> None:
@@ -28,6 +29,7 @@ def check_arguments(arguments: TrainingArguments) -> None:
     _check_combinations(arguments)
     if arguments.best_metric is not None:
         _check_best_metric(arguments.best_metric, arguments.zero_shot_dataset)
+    matryoshka_dims(arguments)
     checkpoint_interval(arguments)
     limit_in_seconds(arguments)
     schedule_details(arguments)
@@ -181,6 +183,25 @@ def schedule_details(arguments: TrainingArguments) -> dict[str, Any]:
         elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise UsageError(f"{flag}: {name} must be a whole number of at least 0, not {value}")
     return known | given
+
+
+def matryoshka_dims(arguments: TrainingArguments) -> list[int]:
+    """The lengths in `--matryoshka_dims`, separated by commas or spaces; empty without the flag.
+
+    Raises:
+        UsageError: one of them is not a positive whole number, or they do not ascend.
+    """
+    words = [word.strip() for part in arguments.matryoshka_dims or [] for word in part.split(",")]
+    wrong = [word for word in words if not (word.isascii() and word.isdecimal() and len(word) <= LONGEST_NUMBER)]
+    if wrong or any(int(word) < 1 for word in words):
+        named = wrong[0] if wrong else "0"
+        raise UsageError(f"--matryoshka_dims {named!r}: expected whole numbers of at least 1, such as 64,128,256")
+    dims = [int(word) for word in words]
+    ascending = sorted(set(dims))
+    if dims != ascending:
+        given, right = (",".join(map(str, some)) for some in (dims, ascending))
+        raise UsageError(f"--matryoshka_dims {given}: name each length once, the shortest first: {right}")
+    return dims
 
 
 def augmentation_list(arguments: TrainingArguments) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from .arguments import (
     TrainingArguments,
     build_parser,
 )
-from .check_arguments import check_arguments
+from .check_arguments import check_arguments, matryoshka_dims
 from .recipes import read_recipe
 
 
@@ -100,6 +100,7 @@ def fill_in_defaults(arguments: TrainingArguments) -> TrainingArguments:
         vision_model=vision_model,
         text_model=text_model,
         freeze_batch_norm=freeze_batch_norm,
+        matryoshka_dims=[str(dim) for dim in matryoshka_dims(arguments)] or None,
         learning_rate=None,
     )
 

@@ -80,7 +80,7 @@ def _as_flag(key: str, value: Any, hint: Any) -> str:
             pass
     elif isinstance(value, str) or (isinstance(value, int | float) and (int in kinds or float in kinds)):
         return str(value)
-    elif isinstance(value, int) and key == "checkpointing_steps":
+    elif isinstance(value, int) and key in ("checkpointing_steps", "matryoshka_dims"):
         return str(value)
     raise UsageError(f"{_shown(value)} has the wrong type")
 
@@ -98,6 +98,8 @@ def _expected(key: str, hint: Any) -> str:
         return "a list of mappings with a name each"
     if key == "lr_scheduler_kwargs":
         return "a mapping"
+    if key == "matryoshka_dims":
+        return "whole numbers, as in 64,128,256 or [64, 128, 256]"
     if choices_of(hint):
         return f"one of {', '.join(choices_of(hint))}"
     if (element := element_of(hint)) is not None:

@@ -5,6 +5,7 @@ measure.py: the figures of a validation
 word_order.py: word order in the card of a run with hard negatives
 shared_captions.py: recall with captions that several images share
 several_datasets.py: metrics and uses of each of several datasets
+short_embeddings.py: metrics of the short embeddings of `--matryoshka_dims`
 caption_probe.py: do captions belong to their images?
 diagnostics.py: warn about a run that does not learn
 figures.py: curves and retrieved images

@@ -23,7 +23,7 @@ def embed_validation_split(run: TrainingRun) -> tuple[Tensor, Tensor, Tensor]:
         run.validation_loader,
         run.processor,
         run.accelerator.device,
-        run.accelerator.is_main_process,
+        "validate" if run.accelerator.is_main_process else None,
         partial(run.bad_images.record_undecodable, "validation"),
     )
 

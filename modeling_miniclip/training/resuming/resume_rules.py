@@ -10,7 +10,8 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
     # Position, optimizer's state or best value in the checkpoint would lose their meaning: an error.
     "fixed": (
         "seed", "batch_size", "shuffle", "dataset_weights", "freeze", "frozen_vision_fraction", "frozen_text_fraction",
-        "num_views", "layer_decay", "lr_scheduler_type", "ema_decay", "best_metric", "time_limit",
+        "num_views", "layer_decay", "lr_scheduler_type", "ema_decay", "best_metric", "matryoshka_dims",
+        "time_limit",
     ),
     # What they select is compared instead: rows, model, vocabulary, preprocessing and augmentation.
     "compared": (
