@@ -20,7 +20,13 @@ from typing import Any
 import numpy as np
 
 from modeling_miniclip.search.approximate import FILE, ApproximateNeighbours, build_neighbours
-from modeling_miniclip.search.embeddings_file import map_embeddings, write_embeddings
+from modeling_miniclip.search.embeddings_file import (
+    DTYPES,
+    CodedEmbeddings,
+    Embeddings,
+    map_embeddings,
+    write_embeddings,
+)
 from modeling_miniclip.search.exact import Neighbours
 from modeling_miniclip.search.index import ImageIndex
 from modeling_miniclip.search.query import Query, embed_queries
@@ -92,7 +98,7 @@ def recall(answers: list, truth: np.ndarray) -> float:
     return float(np.mean([len(set(map(int, a)) & set(t)) / K for a, t in zip(answers, truth.tolist(), strict=True)]))
 
 
-def exact_truth(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
+def exact_truth(vectors: Embeddings, queries: np.ndarray) -> np.ndarray:
     """`[queries, K]` true nearest rows, from matrix products in blocks."""
     best = np.full((len(queries), K), -np.inf, np.float32)
     rows = np.zeros((len(queries), K), np.int64)
@@ -106,11 +112,12 @@ def exact_truth(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
     return rows
 
 
-def streaming_read(vectors: np.ndarray, clock: Callable[[], float], repeats: int = 9) -> float:
+def streaming_read(vectors: Embeddings, clock: Callable[[], float], repeats: int = 9) -> float:
     """Milliseconds of the fastest of several multi-threaded reads of all vectors (torch sums them)."""
     import torch
 
-    flat = torch.from_numpy(np.asarray(vectors).reshape(-1).view(np.float32))  # float16 numbers are read in pairs
+    numbers = vectors.codes if isinstance(vectors, CodedEmbeddings) else vectors
+    flat = torch.from_numpy(np.asarray(numbers).reshape(-1).view(np.float32))  # smaller numbers are read together
     seconds = []
     for _ in range(repeats):
         start = clock()
@@ -140,7 +147,8 @@ def measure(mixtures: Mixtures, texts: np.ndarray, rows: int, args: argparse.Nam
     one = {"captions": few["captions"]}
     report("exact, this package", "", lambda query: exact.search(query, K)[1], one)
     if args.dtype == "float32":
-        report("plain NumPy: product and argsort", "", lambda query: np.argsort(-(vectors @ query))[:K], one)
+        plain = np.asarray(vectors)
+        report("plain NumPy: product and argsort", "", lambda query: np.argsort(-(plain @ query))[:K], one)
     start = clock()
     build_neighbours(vectors, folder / FILE)
     build = f"{clock() - start:.0f} s, {(folder / FILE).stat().st_size / 1e6:.0f} MB"
@@ -155,7 +163,7 @@ def measure(mixtures: Mixtures, texts: np.ndarray, rows: int, args: argparse.Nam
         COMPARED[library](vectors, report, clock, kinds)
 
 
-def compare_usearch(vectors: np.ndarray, report: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
+def compare_usearch(vectors: Embeddings, report: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
     """USearch's graph with half-precision numbers."""
     from usearch.index import Index
 
@@ -168,7 +176,7 @@ def compare_usearch(vectors: np.ndarray, report: Callable[..., None], clock: Cal
         report(f"USearch HNSW f16, effort {effort}", build, lambda query: index.search(query, K).keys, kinds)
 
 
-def compare_hnsw(vectors: np.ndarray, report: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
+def compare_hnsw(vectors: Embeddings, report: Callable[..., None], clock: Callable[[], float], kinds: Any) -> None:
     """FAISS's graph."""
     import faiss
 
@@ -190,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", help="real index with captions")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--queries", type=int, default=250, help="of each kind")
     parser.add_argument("--exact_queries", type=int, default=30, help="of exact search")
     parser.add_argument(

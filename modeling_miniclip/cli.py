@@ -101,6 +101,14 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in DATASET_FLAGS} | {"cache_dir": args.dataset_cache_dir}
 
 
+def declare_truncation(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """How many dimensions of embeddings are kept."""
+    parser.add_argument(
+        "--truncate_dim", type=int, metavar="N",
+        help=f"keep only the first N dimensions of the embeddings, normalised again{more} (all)",
+    )  # fmt: skip
+
+
 def declare_check(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip check`."""
     parser.add_argument(
@@ -209,7 +217,10 @@ def declare_index(parser: argparse.ArgumentParser) -> None:
         help="drop the images of this source; can be repeated",
     )
     parser.add_argument("--overwrite", action="store_true", help="rebuild an existing index from scratch")
-    parser.add_argument("--dtype", choices=("float32", "float16"), help="number format of the embeddings (float32)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "int8"), help="number format of the embeddings (float32)"
+    )
+    declare_truncation(parser)
     parser.add_argument(
         "--neighbours",
         choices=("auto", "exact", "approximate"),
@@ -234,6 +245,7 @@ def run_index(args: argparse.Namespace) -> None:
     report = update_index(
         args.output, args.sources, args.model, remove=args.remove, overwrite=args.overwrite, dtype=args.dtype,
         columns=columns, batch_size=args.batch_size, num_workers=args.num_workers, neighbours=args.neighbours,
+        truncate_dim=args.truncate_dim,
     )  # fmt: skip
     if process_rank() > 0:  # only one process reports
         return
@@ -273,6 +285,7 @@ def declare_search(parser: argparse.ArgumentParser) -> None:
         "--caption_contains", metavar="WORDS", help="only images whose captions contain each of these words"
     )
     parser.add_argument("--split", metavar="NAME", help="only images of this split, such as train")
+    declare_truncation(parser, "; the search is then exact")
     parser.add_argument("--exact", action="store_true", help="exact search, even if there is an approximate index")
     parser.add_argument(
         "--verify", action="store_true", help="compare checksums of all files, even if the index is large"
@@ -296,7 +309,9 @@ def run_search(args: argparse.Namespace) -> None:
         raise UsageError(f"--html {args.html}: the folder {Path(args.html).parent} does not exist; create it first")
     query = Query(args.words, args.image, args.image_weight, args.without)
     chosen = EntryFilter(args.folder, args.since, args.until, args.caption_contains, args.split)
-    index, matches = search_index(args.index, query, args.k, chosen, timing, args.exact, args.verify or None)
+    index, matches = search_index(
+        args.index, query, args.k, chosen, timing, args.exact, args.verify or None, args.truncate_dim
+    )
     if args.json:
         print(format_json(index, query, matches, timing))
     else:
@@ -369,6 +384,7 @@ def declare_eval(parser: argparse.ArgumentParser) -> None:
         help="also train logistic regressions on features of images, of all in these class folders and of 1, 4 and 16 "
         "per class; needs scikit-learn",
     )  # fmt: skip
+    declare_truncation(parser, ", of both models")
     parser.add_argument(
         "--templates", nargs="+", metavar="TEXT", help="sentences with {} for the class name (an ensemble of eight)"
     )
@@ -391,6 +407,8 @@ def run_eval(args: argparse.Namespace) -> None:
 
     if args.batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}")
+    if args.truncate_dim is not None and args.truncate_dim < 1:
+        raise UsageError(f"--truncate_dim must be at least 1, not {args.truncate_dim}")
     keep_freed_memory()
     probe = None
     if args.linear_probe is not None:
@@ -415,6 +433,7 @@ def run_eval(args: argparse.Namespace) -> None:
         order_test=args.order_test,
         image_dir=args.image_dir,
         probe=probe,
+        truncate_dim=args.truncate_dim,
     )
     print(json.dumps(report, indent=2) if args.json else format_report(report))
     if "warning" in report:

@@ -48,6 +48,7 @@ COMMAND_LINES = [
     (["search", "nowhere", "dog", "-k", "0"], 2),
     (["search", "nowhere", "dog"], 1),
     (["eval", "nowhere", "nowhere.csv", "--batch_size", "0"], 2),
+    (["eval", "nowhere", "nowhere.csv", "--truncate_dim", "0"], 2),
     (["eval", "nowhere", "nowhere.csv"], 1),
     (["check", "nowhere.csv", "--batch_size", "0"], 2),
     (["check", "nowhere.csv"], 1),

@@ -15,7 +15,15 @@ from torch.nn.functional import normalize
 
 from ..configuration_miniclip import MiniClipConfig
 from ..errors import MiniClipError, ModelError, UsageError, one_line
-from ..inference.encode import encode_batches, encode_features, encode_images, encode_texts, open_image
+from ..inference.encode import (
+    check_truncate_dim,
+    encode_batches,
+    encode_features,
+    encode_images,
+    encode_texts,
+    open_image,
+    truncate_embeddings,
+)
 from ..inference.loading import export_hint, load_export
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
@@ -127,19 +135,50 @@ class OpenClipEncoder:
         return encode_batches(self.model, texts, embed, batch_size, "texts", progress)
 
 
-def open_encoder(source: str, flag: str) -> ClipEncoder:
+@dataclass
+class TruncatedEncoder:
+    """The first dimensions of another encoder's embeddings, normalised again; its image features stay whole."""
+
+    encoder: ClipEncoder
+    dim: int
+
+    def encode_images(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
+        return truncate_embeddings(self.encoder.encode_images(images, batch_size, progress), self.dim)
+
+    def image_features(self, images: Iterable[Any], batch_size: int, progress: bool) -> Tensor:
+        return self.encoder.image_features(images, batch_size, progress)
+
+    def encode_texts(self, texts: list[str], batch_size: int, progress: bool) -> Tensor:
+        return truncate_embeddings(self.encoder.encode_texts(texts, batch_size, progress), self.dim)
+
+
+def open_encoder(source: str, flag: str, truncate_dim: int | None = None) -> ClipEncoder:
     """Load a model in float32 onto the accelerator, if there is one.
 
     Args:
         source: folder of a MiniCLIP export; folder or Hub repository of any CLIP model of transformers (CLIP, SigLIP,
             ...); or `open_clip:ARCHITECTURE/CHECKPOINT`, where the checkpoint is a file or a name known to open_clip.
         flag: flag or argument that named the source, for error messages.
+        truncate_dim: number of dimensions to keep, the first ones, normalised again; by default all.
 
     Raises:
         ModelError: there is no such model, it does not load, or it does not embed both images and texts.
         MiniClipError: open_clip is not installed.
-        UsageError: the names after `open_clip:` are missing, or the architecture is unknown.
+        UsageError: the names after `open_clip:` are missing, the architecture is unknown, or the embeddings do not
+            have `truncate_dim` dimensions.
     """
+    encoder = _load_encoder(source, flag)
+    if truncate_dim is None:
+        return encoder
+    width = encoder.encode_texts(["a photo"], 1, False).shape[1]  # now, and not after the long work
+    try:
+        check_truncate_dim(truncate_dim, width)
+    except UsageError as error:
+        raise UsageError(f"{flag} {source}: --{error}") from error
+    return TruncatedEncoder(encoder, truncate_dim)
+
+
+def _load_encoder(source: str, flag: str) -> ClipEncoder:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if source.startswith(OPEN_CLIP):
         return _open_clip(source, flag, device)

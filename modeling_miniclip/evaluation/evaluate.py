@@ -63,6 +63,7 @@ def evaluate_model(
     order_test: bool | str | os.PathLike = False,
     image_dir: str | os.PathLike | None = None,
     probe: Mapping[str, EvalSet] | None = None,
+    truncate_dim: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model, or compare two on the same queries.
 
@@ -80,6 +81,8 @@ def evaluate_model(
         image_dir: folder of the images of that file.
         probe: class folders to train linear probes on, from
             [`probe_sets`][modeling_miniclip.evaluation.eval_sets.probe_sets], or None.
+        truncate_dim: number of dimensions of the embeddings to keep, the first ones, normalised again, of the baseline
+            too; by default all. Linear probes use features before the projection, which stay whole.
 
     Returns:
         `model`, `dataset`, `split`, `images`, `texts`, `metrics` (recalls in percent, median ranks, `rsum`) and their
@@ -91,7 +94,7 @@ def evaluate_model(
 
         With a baseline also `baseline`, `baseline_metrics`, `baseline_intervals`, the `difference` of the recalls
         (model minus baseline) and its `difference_intervals` from the paired bootstrap; what follows has its
-        `baseline_...` too. With an order test `order_test`, see
+        `baseline_...` too. With `truncate_dim` that number. With an order test `order_test`, see
         [`order_report`][modeling_miniclip.evaluation.order_test.order_report], and in the folder also `order_test.csv`
         (all pairs with their scores) and `order_test.html` (some of them). With `probe` `linear_probe`, see
         [`linear_probe`][modeling_miniclip.evaluation.linear_probe.linear_probe].
@@ -101,7 +104,7 @@ def evaluate_model(
 
     Raises:
         ModelError: a model does not load.
-        UsageError: the output folder holds other files.
+        UsageError: the output folder holds other files, or embeddings do not have `truncate_dim` dimensions.
         DataError: no image can be read.
     """
     target = None if output_dir is None else Path(output_dir)
@@ -111,9 +114,11 @@ def evaluate_model(
         check_probe()
     pairs = load_pairs(data, order_test, image_dir)
     named = [("MODEL", model)] + ([("--baseline", baseline)] if baseline is not None else [])
-    encoders = [open_encoder(name, flag) for flag, name in named]  # open both before the long work starts
+    encoders = [open_encoder(name, flag, truncate_dim) for flag, name in named]  # both before the long work
     scores, data = _score_models(encoders, data, templates, batch_size, progress)
     report = _report_of_scores(model, baseline, scores, data)
+    if truncate_dim is not None:
+        report["truncate_dim"] = truncate_dim
     order = []
     if pairs is not None:
         if order_test is True:  # without the images that could not be read
@@ -411,8 +416,9 @@ def _cell(values: dict[str, float], intervals: dict[str, tuple[float, float]], m
 def format_report(report: dict[str, Any]) -> str:
     """The report of [`evaluate_model`] as text tables."""
     note = describe_shared(report)
+    cut = f", the first {report['truncate_dim']} dimensions" if "truncate_dim" in report else ""
     lines = [
-        f"{report['dataset']}, {report['split']}: {report['images']:,} images, {report['texts']:,} texts",
+        f"{report['dataset']}, {report['split']}: {report['images']:,} images, {report['texts']:,} texts{cut}",
         *_aligned(*table_of(report)),
         "in brackets: 95 % confidence interval (bootstrap over images)",
         *([] if note is None else [note]),

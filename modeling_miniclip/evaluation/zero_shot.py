@@ -45,6 +45,7 @@ def zero_shot_weights(
     processor: MiniClipProcessor | None = None,
     batch_size: int = 128,
     progress: bool = False,
+    truncate_dim: int | None = None,
 ) -> Tensor:
     """One unit-norm embedding per class: the mean embedding of its sentences, normalised again.
 
@@ -55,9 +56,10 @@ def zero_shot_weights(
         processor: processor of the model; by default the one saved with it.
         batch_size: sentences per forward pass.
         progress: whether to show a progress bar.
+        truncate_dim: number of dimensions to keep, as in [`encode_images`][modeling_miniclip.encode_images].
 
     Returns:
-        `[classes, projection_dim]` float32 on the CPU.
+        `[classes, dim]` float32 on the CPU.
 
     Raises:
         UsageError: there are no classes, a name is empty or repeated, or a template does not have exactly one `{}`.
@@ -68,7 +70,7 @@ def zero_shot_weights(
         torch.Size([2, 256])
     """
     return ensemble_weights(
-        lambda texts: encode_texts(model, texts, processor, batch_size, progress), class_names, templates
+        lambda texts: encode_texts(model, texts, processor, batch_size, progress, truncate_dim), class_names, templates
     )
 
 
@@ -104,6 +106,7 @@ def classify(
     processor: MiniClipProcessor | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    truncate_dim: int | None = None,
 ) -> list[list[dict[str, Any]]]:
     """Find the most likely classes of images, in the format of transformers' zero-shot-image-classification pipeline.
 
@@ -112,12 +115,13 @@ def classify(
         images: paths, URLs, PIL images, arrays or rows, as for [`encode_images`][modeling_miniclip.encode_images].
         class_names: distinct names of the classes, at least one.
         templates: sentences, as in [`zero_shot_weights`].
-        weights: `[classes, projection_dim]` tensor or array from [`zero_shot_weights`] for these class names, to
+        weights: `[classes, dim]` tensor or array from [`zero_shot_weights`] for these class names, to
             encode them only once; `templates` are then ignored.
         top_k: number of classes per image; all classes if there are fewer.
         processor: processor of the model; by default the one saved with it.
         batch_size: images per forward pass.
         progress: whether to show a progress bar.
+        truncate_dim: number of dimensions to keep, as in [`encode_images`][modeling_miniclip.encode_images].
 
     Returns:
         For each image at most `top_k` of `{"score": ..., "label": ...}`, best first. The scores are the softmax, over
@@ -134,8 +138,8 @@ def classify(
     if top_k < 1:
         raise UsageError(f"top_k must be at least 1, not {top_k}")
     names = _checked_names(class_names)
-    weights = _weights(model, names, templates, weights, processor)
-    embeddings = encode_images(model, images, processor, batch_size, progress)
+    weights = _weights(model, names, templates, weights, processor, truncate_dim)
+    embeddings = encode_images(model, images, processor, batch_size, progress, truncate_dim)
     scale = model.inverse_temperature().detach().float().cpu()
     found = []
     for block in embeddings.split(BLOCK):
@@ -156,6 +160,7 @@ def zero_shot_accuracy(
     processor: MiniClipProcessor | None = None,
     batch_size: int = 32,
     progress: bool = True,
+    truncate_dim: int | None = None,
 ) -> dict[str, float]:
     """Percentage of images whose right class is among the first K. Ties count against the model.
 
@@ -165,11 +170,12 @@ def zero_shot_accuracy(
         labels: list, array or tensor with one per image: the name of its class, or its index in `class_names`.
         class_names: distinct names of the classes, at least two.
         templates: sentences, as in [`zero_shot_weights`].
-        weights: `[classes, projection_dim]` or None, as in [`classify`].
+        weights: `[classes, dim]` or None, as in [`classify`].
         top_k: values of K. Those not below the number of classes are left out: any model would score 100.
         processor: processor of the model; by default the one saved with it.
         batch_size: images per forward pass.
         progress: whether to show a progress bar.
+        truncate_dim: number of dimensions to keep, as in [`encode_images`][modeling_miniclip.encode_images].
 
     Returns:
         Percentages by name, such as `{"top-1": ..., "top-5": ...}`.
@@ -191,8 +197,8 @@ def zero_shot_accuracy(
     targets = _targets(labels, names)
     if isinstance(images, Sized) and len(images) != len(targets):
         raise DataError(f"{len(images)} images but {len(targets)} labels; each image needs one")
-    weights = _weights(model, names, templates, weights, processor)
-    embeddings = encode_images(model, images, processor, batch_size, progress)
+    weights = _weights(model, names, templates, weights, processor, truncate_dim)
+    embeddings = encode_images(model, images, processor, batch_size, progress, truncate_dim)
     if len(embeddings) != len(targets):
         raise DataError(f"{len(embeddings)} images but {len(targets)} labels; each image needs one")
     rank = ranks(embeddings, weights, targets, torch.arange(len(names)))  # [images]
@@ -235,15 +241,16 @@ def _weights(
     templates: str | Sequence[str],
     weights: Any,
     processor: MiniClipProcessor | None,
+    truncate_dim: int | None,
 ) -> Tensor:
     if weights is None:
-        return zero_shot_weights(model, names, templates, processor)
+        return zero_shot_weights(model, names, templates, processor, truncate_dim=truncate_dim)
     weights = as_tensor(weights)
-    expected = (len(names), model.config.projection_dim)
+    expected = (len(names), truncate_dim or model.config.projection_dim)
     if tuple(weights.shape) != expected:
         raise UsageError(
             f"weights of shape {tuple(weights.shape)}, but {len(names)} classes of this model need {expected}: "
-            "compute them with zero_shot_weights"
+            "compute them with zero_shot_weights, and short ones with the same truncate_dim"
         )
     return weights.detach().float().cpu()
 

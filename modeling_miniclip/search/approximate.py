@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MiniClipError, UsageError
+from .embeddings_file import Embeddings
 from .exact import Neighbours, top_k_rows
 
 FILE = "neighbours.faiss"
@@ -54,7 +55,7 @@ def number_of_cells(count: int) -> int:
     return number
 
 
-def build_neighbours(embeddings: np.ndarray, path: Path) -> None:
+def build_neighbours(embeddings: Embeddings, path: Path) -> None:
     """Write an approximate index of embeddings.
 
     Args:
@@ -82,7 +83,7 @@ class ApproximateNeighbours(Neighbours):
         probes: cells to visit; by default one in `CELLS_PER_PROBE`.
     """
 
-    def __init__(self, embeddings: np.ndarray, path: Path, probes: int | None = None):
+    def __init__(self, embeddings: Embeddings, path: Path, probes: int | None = None):
         faiss: Any = import_module("faiss")  # its type stubs are incomplete
         super().__init__(embeddings)
         # IFC, because FAISS's older way to map cells starts 32 read-ahead threads per search.

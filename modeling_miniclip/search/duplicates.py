@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UsageError
+from .embeddings_file import Embeddings
 from .index import ImageIndex
 
 BLOCK = 2_048  # rows and columns of similarities that are computed at a time
@@ -68,7 +69,7 @@ def default_threshold(index: ImageIndex) -> float:
     return threshold_of(index.embeddings, rows)
 
 
-def threshold_of(embeddings: np.ndarray, rows: np.ndarray) -> float:
+def threshold_of(embeddings: Embeddings, rows: np.ndarray) -> float:
     """[`default_threshold`] of `[images, dim]` embeddings and the rows of images that are not identical."""
     most = MANY_PAIRS * 2  # a pair counts for both of its images
     if len(rows) < most + 2:
@@ -130,7 +131,7 @@ def _first_rows(hashes: list[str]) -> dict[str, int]:
     return first
 
 
-def _highest_cosines(embeddings: np.ndarray, sample: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+def _highest_cosines(embeddings: Embeddings, sample: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
     """The highest `count` cosines between images of the sample and other images, falling."""
     highest = np.empty(0, dtype=np.float32)
     for top in range(0, len(sample), BLOCK):
@@ -145,7 +146,7 @@ def _highest_cosines(embeddings: np.ndarray, sample: np.ndarray, rows: np.ndarra
     return np.sort(highest)[::-1]
 
 
-def _near(embeddings: np.ndarray, rows: np.ndarray, threshold: float) -> Iterator[tuple[int, int, float]]:
+def _near(embeddings: Embeddings, rows: np.ndarray, threshold: float) -> Iterator[tuple[int, int, float]]:
     """Pairs of these rows, smaller row first, with their cosine if it is at least `threshold`."""
     # For rounding, so that a threshold of 1 finds equal embeddings.
     tolerance = 1e-6 if embeddings.dtype == np.float32 else 1e-3

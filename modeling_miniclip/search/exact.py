@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .embeddings_file import CodedEmbeddings, Embeddings
+
 HALF_MARGIN = 4e-3  # above the error of a cosine in half precision; closer candidates are computed again
 PROCESS = os.getpid()  # the process that imported this module; one forked from it has another id
 LEAST_SELECTED = 0.3  # fraction of the rows above which computing all is faster than gathering the selected ones
@@ -29,11 +31,14 @@ class Match:
 class Neighbours:
     """Exact nearest-neighbour search.
 
+    The query is never rounded: with int8 the scores are those of a float32 query and the stored embeddings, as if all
+    of them were compared again after a search with 8 bits.
+
     Args:
-        embeddings: `[rows, dim]` float32 or float16, unit norm; may be memory-mapped.
+        embeddings: `[rows, dim]` float32, float16 or int8, unit norm; may be memory-mapped.
     """
 
-    def __init__(self, embeddings: np.ndarray):
+    def __init__(self, embeddings: Embeddings):
         self.embeddings = embeddings
 
     def search(self, query: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -59,9 +64,11 @@ class Neighbours:
         return scores[best], best
 
     def _products(
-        self, embeddings: np.ndarray, query: np.ndarray, k: int, rows: np.ndarray | None = None
+        self, embeddings: Embeddings, query: np.ndarray, k: int, rows: np.ndarray | None = None
     ) -> np.ndarray:
         """`[n]` float32 inner products, exact wherever they may be among the `k` largest (of the given rows)."""
+        if isinstance(embeddings, CodedEmbeddings):
+            return embeddings.products(query)
         if embeddings.dtype == np.float32 or not len(embeddings):
             # One matrix product reads each number once, in the order of the file, on all cores.
             return embeddings @ query

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 # Keys of config.json that may change without changing an embedding.
-VOLATILE = ("transformers_version", "_name_or_path", "auto_map", "architectures", "dtype", "torch_dtype")
+VOLATILE = frozenset(
+    "transformers_version _name_or_path auto_map architectures dtype torch_dtype matryoshka_dimensions".split()
+)
 IMAGE_SETTINGS = ("processor_config.json", "preprocessor_config.json")
 
 

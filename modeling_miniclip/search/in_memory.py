@@ -22,22 +22,25 @@ def find_matches(
     n: int = 9,
     processor: MiniClipProcessor | None = None,
     draw: str | os.PathLike | None = None,
+    truncate_dim: int | None = None,
 ) -> list[Match]:
     """Find the images that match a query best.
 
     Args:
         model: the model that made the embeddings.
-        image_embeddings: `[images, projection_dim]` tensor or array of [`encode_images`].
+        image_embeddings: `[images, dim]` tensor or array of [`encode_images`], cut to `truncate_dim` or whole.
         query: a text, or an image: `PIL.Image`, array or `Path`.
         image_filenames: one name per embedding; a repeated name is returned once, with its best score.
         n: number of images to find.
         processor: processor of the model; by default the one saved with it.
         draw: PNG file to which the found images are drawn; the names must then be paths of images.
+        truncate_dim: number of dimensions to compare, the first ones, as in [`encode_images`]; by default all.
 
     Returns:
         At most `n` [`Match`]es, best first, one per name.
 
     Raises:
+        UsageError: `truncate_dim` is not from 1 to the dimensions of the model.
         ValueError: the number of names differs from that of embeddings, the embeddings are of another model, or there
             is no processor.
         DataError: the query, or an image to draw, cannot be read.
@@ -51,14 +54,13 @@ def find_matches(
         raise ValueError(f"image_embeddings of shape {tuple(embeddings.shape)} but {len(names)} image_filenames")
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
-    if isinstance(query, str):
-        embedding = encode_texts(model, [query], processor, progress=False)
-    else:
-        embedding = encode_images(model, [query], processor, progress=False)
+    encode = encode_texts if isinstance(query, str) else encode_images
+    embedding = encode(model, [query], processor, progress=False, truncate_dim=truncate_dim)
+    embeddings = embeddings[:, :truncate_dim]
     if embedding.shape[1] != embeddings.shape[1]:
         raise ValueError(
-            f"image_embeddings are {embeddings.shape[1]}-dimensional, the model's {embedding.shape[1]}: encode the "
-            "images with this model"
+            f"image_embeddings are {embeddings.shape[1]}-dimensional, the query's {embedding.shape[1]}-dimensional: "
+            "encode the images with this model, and short ones with the same truncate_dim"
         )
     scores = (torch.nn.functional.normalize(embeddings, dim=-1) @ embedding.T).squeeze(1)  # [images]
     matches: dict[str, Match] = {}

@@ -4,13 +4,14 @@
 |---|---|
 | `manifest.json` | the fields of [`Manifest`] with the checksums of the other files, and a checksum of itself |
 | `entries.parquet` | one row per image, see [`SCHEMA`]; a thumbnail if the image has no file |
-| `embeddings.safetensors` | `embeddings` `[images, dim]`, unit norm, float32 or float16, one row per entry |
+| `embeddings.safetensors` | `embeddings` `[images, dim]`, unit norm, one row per entry; for int8 `scales`, too |
 | `neighbours.faiss` | an approximate index of the embeddings, for large indexes (see `approximate.py`) |
 
 Checksums detect damage on the disk. They are compared before every update, when an index of up to `VERIFIED` bytes is
 opened, and on request. `FORMAT` goes up whenever an older version of this package could misread a folder.
 """
 
+import copy
 import json
 import os
 import shlex
@@ -31,7 +32,7 @@ from ..utils.checksums import file_checksum, value_checksum
 from ..utils.files import recover_folder, replace_text, replaced_folder
 from .approximate import FILE as NEIGHBOURS
 from .approximate import ApproximateNeighbours, build_neighbours, uses_approximate_search
-from .embeddings_file import BLOCK, map_embeddings, write_embeddings
+from .embeddings_file import BLOCK, Embeddings, map_embeddings, truncate_rows, write_embeddings
 from .exact import Match, Neighbours
 from .filters import EntryFilter
 
@@ -72,7 +73,7 @@ class Manifest:
         model: name or folder of the model.
         fingerprint: hash of the model's weights and settings. Embeddings are comparable only if it is equal.
         dim: numbers per embedding.
-        dtype: number format of the embeddings, `float32` or `float16`.
+        dtype: number format of the embeddings, `float32`, `float16` or `int8`.
         count: number of images.
         files: `[name, size, mtime in ns]` of the model's files when the fingerprint was computed.
         sources: indexed sources, as named by `resolve_source`.
@@ -115,7 +116,7 @@ class ImageIndex:
         self.manifest = manifest
         # All files are opened here, so that they belong together even if the folder is replaced later.
         self._entries_file: pa.Buffer = pa.memory_map(str(folder / ENTRIES)).read_buffer()
-        self.embeddings: np.ndarray = map_embeddings(folder / EMBEDDINGS)  # [images, dim], in the order of the entries
+        self.embeddings: Embeddings = map_embeddings(folder / EMBEDDINGS)  # [images, dim], in the order of the entries
         self.neighbours = _open_neighbours(folder, self.embeddings)
         self._row_groups: dict[int, pa.Table] = {}
 
@@ -259,6 +260,29 @@ class ImageIndex:
         names = (self._row_group(i // ROW_GROUP)["id"][i % ROW_GROUP].as_py() for i in found.tolist())
         return [Match(name, float(s), int(i)) for name, s, i in zip(names, scores, found, strict=True)]
 
+    def truncate(self, dim: int) -> "ImageIndex":
+        """The index with the first `dim` dimensions of its embeddings, normalised again; its folder does not change.
+
+        They are in memory, in float32, and are searched exactly.
+
+        Args:
+            dim: number of dimensions to keep.
+
+        Raises:
+            UsageError: the embeddings do not have as many.
+        """
+        if not 1 <= dim <= self.manifest.dim:
+            raise UsageError(
+                f"truncate_dim {dim}: expected a number from 1 to {self.manifest.dim}, the dimensions of {self.folder}"
+            )
+        short = np.empty((len(self), dim), np.float32)
+        for start in range(0, len(self), BLOCK):
+            short[start : start + BLOCK] = truncate_rows(self.embeddings[start : start + BLOCK], dim)
+        index = copy.copy(self)
+        index.manifest = replace(self.manifest, dim=dim, dtype="float32", neighbours="exact")
+        index.embeddings, index.neighbours = short, Neighbours(short)
+        return index
+
     def _checked_rows(self, rows: Any) -> np.ndarray | None:
         if rows is None:
             return None
@@ -276,12 +300,16 @@ class ImageIndex:
         if query.shape != (self.manifest.dim,) or not np.isfinite(query).all() or not query.any():
             raise UsageError(
                 f"expected a query of {self.manifest.dim} finite numbers, not all 0, embedded by {self.model}; got "
-                f"shape {query.shape}"
+                f"shape {query.shape}{self._hint(query)}"
             )
         return query / np.linalg.norm(query)
 
+    def _hint(self, query: np.ndarray) -> str:
+        is_longer = query.ndim == 1 and len(query) > self.manifest.dim
+        return f"; embed it with truncate_dim={self.manifest.dim}" if is_longer else ""
+
     def to_parquet(self, path: str | os.PathLike) -> Path:
-        """Write entries and embeddings to one Parquet file, for other engines.
+        """Write entries and embeddings to one Parquet file, for other engines; int8 as float32.
 
         Args:
             path: file to write, with the columns of `entries` and `embedding`.
@@ -291,7 +319,7 @@ class ImageIndex:
         """
         target = Path(path)
         fresh = target.with_name(f".{target.name}.new")
-        dtype = pa.from_numpy_dtype(self.embeddings.dtype)
+        dtype = pa.from_numpy_dtype(self.embeddings[:0].dtype)
         schema = self.entries.schema.append(pa.field("embedding", pa.list_(dtype, self.manifest.dim)))
         with pq.ParquetWriter(fresh, schema) as writer:
             for start in range(0, len(self), BLOCK):
@@ -330,7 +358,7 @@ def _verify_checksums(folder: Path, manifest: Manifest, verify: bool | None) -> 
                 raise ValueError(f"{name} does not match its checksum")
 
 
-def _open_neighbours(folder: Path, embeddings: np.ndarray) -> Neighbours:
+def _open_neighbours(folder: Path, embeddings: Embeddings) -> Neighbours:
     """Approximate search if the index has a file for it and FAISS is installed, otherwise exact search."""
     path = folder / NEIGHBOURS
     if path.is_file() and find_spec("faiss") is not None:
@@ -355,6 +383,28 @@ def folder_of_model(index: ImageIndex) -> Path:
     except ModelError as error:
         command = f"miniclip index NEW_PLACE -o {shlex.quote(str(index.folder))}"
         raise ModelError(f"{error}; if the model has moved, run (nothing is encoded again): {command}") from error
+
+
+def rebuild_command(
+    index: ImageIndex, model: str, width: int, dtype: str | None = None, truncate_dim: int | None = None
+) -> str:
+    """The command that builds an index again, in its format and length or in others.
+
+    Args:
+        index: the index.
+        model: model to build it with.
+        width: dimensions of the model.
+        dtype: another format, or None.
+        truncate_dim: another length, or None.
+    """
+    manifest = _read_manifest(index.folder)  # that of `index` may be cut short
+    words = ["miniclip", "index", model, *manifest.sources, "-o", str(index.folder), "--overwrite"]
+    kind, dim = dtype or manifest.dtype, truncate_dim or manifest.dim
+    if dtype is not None or kind != "float32":
+        words += ["--dtype", kind]
+    if truncate_dim is not None or dim < width:
+        words += ["--truncate_dim", str(dim)]
+    return shlex.join(words)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -1,7 +1,6 @@
 """Queries of text, an image or both, answered from an index. Only the towers that a query needs are loaded."""
 
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from ..errors import ModelError, UsageError
 from .exact import Match
 from .filters import EntryFilter
-from .index import ImageIndex, folder_of_model
+from .index import ImageIndex, folder_of_model, rebuild_command
 
 NEGATIVE_WEIGHT = 0.5  # weight of each text to avoid; what is wanted has weight 1
 
@@ -103,15 +102,15 @@ def load_checked(index: ImageIndex, side: Literal["image", "text"]) -> tuple[Any
     Raises:
         ModelError: the model is missing, or has changed since the index was built.
     """
+    from ..configuration_miniclip import MiniClipConfig
     from ..inference.loading import load_tower
     from .fingerprints import describe_files, fingerprint
 
     folder = folder_of_model(index)
     if describe_files(folder) != index.manifest.files and fingerprint(folder) != index.manifest.fingerprint:
-        words = ["miniclip", "index", index.model, *index.manifest.sources, "-o", str(index.folder), "--overwrite"]
-        raise ModelError(
-            f"{index.model} has changed since {index.folder} was built; rebuild the index: {shlex.join(words)}"
-        )
+        width = MiniClipConfig.from_pretrained(folder).projection_dim
+        rebuild = rebuild_command(index, index.model, width)
+        raise ModelError(f"{index.model} has changed since {index.folder} was built; rebuild the index: {rebuild}")
     return load_tower(folder, side)
 
 
@@ -127,7 +126,7 @@ def embed_queries(
         load: function that loads a tower; by default [`load_checked`], which reads the model's files each time.
 
     Returns:
-        `[queries, dim]`, unit norm.
+        `[queries, dim]`, unit norm, with the dimensions of the index.
 
     Raises:
         ModelError: the model is missing, or has changed since the index was built.
@@ -144,13 +143,16 @@ def embed_queries(
     text_tower = load(index, "text") if texts else None
     image_tower = load(index, "image") if images else None
     timing.load += time.perf_counter() - start
-    text_embeddings = iter(
-        encode_texts(text_tower[0], texts, text_tower[1], progress=False).numpy() if text_tower else ()
-    )
-    image_embeddings = iter(
-        encode_images(image_tower[0], images, image_tower[1], progress=False).numpy() if image_tower else ()
-    )
+    text_embeddings = _embedded(encode_texts, text_tower, texts, index.manifest.dim)
+    image_embeddings = _embedded(encode_images, image_tower, images, index.manifest.dim)
     return np.stack([_combined(query, text_embeddings, image_embeddings) for query in queries])
+
+
+def _embedded(encode: Callable[..., Any], tower: tuple[Any, Any] | None, items: list[Any], dim: int) -> Iterator[Any]:
+    """`[dim]` embeddings of texts or images by a tower and its processor; none without a tower."""
+    if tower is None:
+        return iter(())
+    return iter(encode(tower[0], items, tower[1], progress=False, truncate_dim=dim).numpy())
 
 
 def _combined(
@@ -175,6 +177,7 @@ def search_index(
     timing: Timing | None = None,
     exact: bool = False,
     verify: bool | None = None,
+    truncate_dim: int | None = None,
 ) -> tuple[ImageIndex, list[Match]]:
     """Open an index and answer a query.
 
@@ -186,6 +189,7 @@ def search_index(
         timing: object to which the seconds of each part are added.
         exact: whether to search exactly even if there is an approximate index.
         verify: whether to compare checksums, as in [`ImageIndex.open`].
+        truncate_dim: number of dimensions to search by, as in [`ImageIndex.truncate`]; by default all.
 
     Returns:
         The index and at most `k` matches, best first.
@@ -193,11 +197,14 @@ def search_index(
     Raises:
         DataError: there is no index, or it cannot be read.
         ModelError: the model is missing, or has changed since the index was built.
-        UsageError: no image passes the filter, or the parts of the query cancel out.
+        UsageError: no image passes the filter, the parts of the query cancel out, or the index has fewer than
+            `truncate_dim` dimensions.
     """
     timing = timing or Timing()
     start, before = time.perf_counter(), timing.imports + timing.load
     index = ImageIndex.open(folder, verify)
+    if truncate_dim is not None:
+        index = index.truncate(truncate_dim)
     rows = filter.rows(index.entries) if filter else None
     if rows is not None and not len(rows):
         raise UsageError(f"no image of {folder} passes the filter {filter}; choose a less strict one")

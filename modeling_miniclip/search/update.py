@@ -48,6 +48,7 @@ def update_index(
     columns: ColumnNames = DEFAULT_COLUMNS,
     dtype: str | None = None,
     neighbours: str | None = None,
+    truncate_dim: int | None = None,
     batch_size: int = 32,
     num_workers: int | None = None,
     progress: bool = True,
@@ -64,16 +65,17 @@ def update_index(
         overwrite: whether to rebuild the index from scratch, with any model; the old index stays until the new one is
             ready.
         columns: column names in caption files and datasets.
-        dtype: number format of the embeddings: `float32` (default), or `float16`, which takes half the space.
+        dtype: number format of the embeddings: `float32` (default), `float16` (half the space) or `int8` (a quarter).
         neighbours: kind of search: `exact`, `approximate`, or `auto` (default): approximate if there are many images
             and FAISS is installed.
+        truncate_dim: number of dimensions of the embeddings to keep, the first ones, normalised again; by default all.
         batch_size: images per forward pass.
         num_workers: threads that read images; by default one per core.
         progress: whether to show a progress bar.
 
     Raises:
         ModelError: there is no such model, or another one built the index.
-        UsageError: a model or a source is missing, or `dtype` is not that of the index.
+        UsageError: a model or a source is missing, or `dtype` or `truncate_dim` is not that of the index.
         DataError: a source cannot be read, or has no images. Single unreadable images are in `Report.skipped` instead.
 
     Example:
@@ -85,24 +87,37 @@ def update_index(
         processes = _processes()
         plan = make_plan(
             Path(folder).expanduser(), each_source(sources), model, each_source(remove), overwrite, dtype, neighbours,
-            verify=processes.is_main_process,
+            truncate_dim, verify=processes.is_main_process,
         )  # fmt: skip
         if plan.existing is not None and plan.missing:
             return _point_at_model(plan, plan.existing, processes)
         with _locked(plan, processes):
-            pool = plan.pool()
-            _on_main(processes, partial(list_new_images, plan, pool, columns, progress))
-            listing = Listing(plan.listed)
-            encoding = Encoding(plan.manifest, pool, plan.shards, batch_size, num_workers or default_workers())
-            _encode_share(encoding, plan, listing, processes, progress)
-            report, unreachable = gather_reports(encoding)
-            del encoding, pool  # the merge opens all finished embeddings
-            if processes.is_main_process:
-                _add_problems(plan, report, listing.problems)
-                merge(plan, listing, report, unreachable)
+            report = _carry_out(plan, processes, columns, batch_size, num_workers, progress)
         if processes.is_main_process:
             discard_folder(plan.shards)
     report.seconds = time.perf_counter() - start
+    return report
+
+
+def _carry_out(
+    plan: Plan,
+    processes: PartialState,
+    columns: ColumnNames,
+    batch_size: int,
+    num_workers: int | None,
+    progress: bool,
+) -> Report:
+    """Encode the images that have no embeddings yet, and write the index; arguments as in [`update_index`]."""
+    pool = plan.pool()
+    _on_main(processes, partial(list_new_images, plan, pool, columns, progress))
+    listing = Listing(plan.listed)
+    encoding = Encoding(plan.manifest, pool, plan.shards, batch_size, num_workers or default_workers())
+    _encode_share(encoding, plan, listing, processes, progress)
+    report, unreachable = gather_reports(encoding)
+    del encoding, pool  # the merge opens all finished embeddings
+    if processes.is_main_process:
+        _add_problems(plan, report, listing.problems)
+        merge(plan, listing, report, unreachable)
     return report
 
 

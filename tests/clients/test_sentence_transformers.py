@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images, encode_texts
+from modeling_miniclip.inference.encode import truncate_embeddings
 from tests.clients.cases import Case
 from tests.helpers.hubs import WITHOUT_PACKAGE, run
 from tests.helpers.runs import ROOT
@@ -36,6 +37,8 @@ found["one image"], found["one text"] = model.encode(images[0]), model.encode(te
 found["similarity"] = model.similarity(found["texts"], found["images"])
 model.save("saved")
 found["again"] = SentenceTransformer("saved", device="cpu", **trust).encode(texts)
+short = SentenceTransformer(os.environ["SOURCE"], device="cpu", truncate_dim=5, **trust)
+found |= {"short": short.encode(texts, normalize_embeddings=True), "short images": short.encode(images)}
 try:
     model.encode([images[0], texts[0]])
 except ValueError as error:
@@ -86,6 +89,8 @@ def test_embeddings_and_similarity_equal_encode_functions(
         wanted["texts"] = encode_texts(model, sentences(case), processor, progress=False)
     torch.testing.assert_close(wanted["texts"][:-1], case.text_embeds, atol=TOLERANCE, rtol=0)
     wanted["similarity"] = wanted["texts"] @ wanted["images"].T
+    wanted["short"] = truncate_embeddings(wanted["texts"], 5)
+    wanted["short images"] = wanted["images"][:, :5]  # not normalised without normalize_embeddings=True
     wanted |= {"one image": wanted["images"][0], "one text": wanted["texts"][0], "again": wanted["texts"]}
     differences = {key: (found[key] - value).abs().max().item() for key, value in wanted.items()}
     report = ", ".join(f"{key} {value:.1e}" for key, value in differences.items())

@@ -639,3 +639,18 @@ def test_long_texts_are_truncated_for_clip(models: Path) -> None:
     encoder = open_encoder(str(models / "clip"), "MODEL")
     embeds = encoder.encode_texts(["a dog " * 100, "a dog"], 2, False)
     assert embeds.shape == (2, 8) and embeds.norm(dim=1).tolist() == pytest.approx([1, 1])
+
+
+def test_first_dimensions_of_both_models_are_measured(tiny_export: Path, models: Path, captioned_folder: Path) -> None:
+    data, clip = load_eval_set(str(captioned_folder), "all"), str(models / "clip")
+    report = evaluate_model(str(tiny_export), data, baseline=clip, truncate_dim=3)
+    assert report["truncate_dim"] == 3
+    assert format_report(report).splitlines()[0].endswith(" texts, the first 3 dimensions")
+    for name, source in (("metrics", str(tiny_export)), ("baseline_metrics", clip)):
+        encoder = open_encoder(source, "MODEL")
+        images = encoder.encode_images([data.open(i) for i in range(4)], 4, False)
+        texts = encoder.encode_texts(data.texts, 16, False)
+        short = [normalize(rows[:, :3], dim=-1) for rows in (images, texts)]
+        assert report[name] == pytest.approx(retrieval_metrics(*short, data.text_group))
+    with pytest.raises(UsageError, match="--baseline .*clip: --truncate_dim 9: expected a number from 1 to 8"):
+        evaluate_model(str(tiny_export), data, baseline=clip, truncate_dim=9)

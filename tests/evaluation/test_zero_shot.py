@@ -326,3 +326,19 @@ def test_weights_and_labels_may_be_arrays_lists_or_tensors(
         assert classify(model, images, NAMES, weights=form, **given) == expected
         for same in (np.array(labels), torch.tensor(labels), list(torch.tensor(labels)), [NAMES[i] for i in labels]):
             assert zero_shot_accuracy(model, images, same, NAMES, weights=form, **given) == accuracy
+
+
+def test_classes_and_images_may_be_cut_short(
+    model: MiniClipModel, processor: MiniClipProcessor, images: list[Image.Image]
+) -> None:
+    given: dict[str, Any] = {"processor": processor, "progress": False, "truncate_dim": 5}
+    weights = zero_shot_weights(model, NAMES, "photo", **given)
+    texts = encode_texts(model, [f"a photo of a {name}." for name in NAMES], **given)
+    torch.testing.assert_close(weights, texts)
+    best = (encode_images(model, images, **given) @ weights.T).argmax(dim=1).tolist()
+    found = classify(model, images, NAMES, weights=weights, top_k=1, **given)
+    assert [row[0]["label"] for row in found] == [NAMES[i] for i in best]
+    assert classify(model, images, NAMES, "photo", top_k=1, **given) == found
+    assert zero_shot_accuracy(model, images, best, NAMES, weights=weights, **given)["top-1"] == 100
+    with pytest.raises(UsageError, match=r"\(7, 16\).*the same truncate_dim"):
+        classify(model, images, NAMES, weights=weights, processor=processor)

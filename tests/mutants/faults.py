@@ -28,7 +28,9 @@ BATCHES = "tests/data/test_batches.py"
 ENCODE = "tests/inference/test_encode.py"
 METRICS, ZERO_SHOT, EVALUATE = (f"tests/evaluation/test_{name}.py" for name in ("metrics", "zero_shot", "evaluate"))
 EXPORT, FUZZ_EXPORTS = "tests/hub/test_export.py", "tests/hub/test_fuzz_exports.py"
-NEAREST, QUERY, UPDATE = (f"tests/search/test_{name}.py" for name in ("nearest", "query", "update"))
+NEAREST, QUERY, UPDATE, SHORT = (
+    f"tests/search/test_{name}.py" for name in ("nearest", "query", "update", "short_embeddings")
+)
 HTML, MATCH_GRID, FILES, RESOURCES = (
     f"tests/utils/test_{name}.py" for name in ("html", "match_grid", "files", "resources")
 )
@@ -210,6 +212,13 @@ FAULTS = [
             "encoding leaves the model in evaluation mode",
             "module.training = training",
             "module.training = False",
+            ENCODE,
+        ),
+        (
+            "encode.py",
+            "a short embedding is not normalised again",
+            "normalize(embeddings[..., :dim].float(), dim=-1)",
+            "embeddings[..., :dim].float()",
             ENCODE,
         ),
         (
@@ -456,6 +465,8 @@ FAULTS = [
             "max(similarity, self.weakest.get(low, 1.0)",
             "tests/search",
         ),
+        ("embeddings_file.py", "8 bits are searched without scales", "found * self.scales", "found", SHORT),
+        ("embeddings_file.py", "the largest code is 126", "LARGEST = 127", "LARGEST = 126", SHORT),
         ("filters.py", "the last day is left out", "_bounds(self.until)[1]", "_bounds(self.until)[0]", QUERY),
         ("filters.py", "the next day is let in", 'pc.less(entries["date"]', 'pc.less_equal(entries["date"]', QUERY),
         ("query.py", "unwanted words attract", "(-NEGATIVE_WEIGHT,", "(NEGATIVE_WEIGHT,", QUERY),

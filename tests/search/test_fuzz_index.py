@@ -27,8 +27,8 @@ ROWS, DIM = 12, 8
 NAMES = [f"/photos/{i}.jpg" for i in range(ROWS)]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "photos.index"
     columns: dict[str, list[Any]] = {name: [None] * ROWS for name in SCHEMA.names}
     columns |= {"id": NAMES, "path": NAMES, "size": [1] * ROWS, "mtime": [1] * ROWS, "thumbnail": [b"jpeg"] * ROWS}
@@ -36,7 +36,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vectors = np.eye(ROWS, DIM, dtype=np.float32) + 0.01
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     neighbours = "approximate" if find_spec("faiss") else "exact"
-    write_index(folder, Manifest("model", "f" * 64, DIM, neighbours=neighbours), [entries], [vectors])
+    write_index(folder, Manifest("model", "f" * 64, DIM, request.param, neighbours=neighbours), [entries], [vectors])
     return folder
 
 

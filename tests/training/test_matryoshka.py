@@ -80,7 +80,7 @@ def test_wrong_lengths_are_rejected(dims: str, message: str) -> None:
 def test_lengths_above_the_model_are_found_early(tmp_path: Path, tiny_export: Path) -> None:
     assert DEFAULT_DIM == 256
     check_lengths(arguments_of("8,1024"))
-    check_lengths(arguments_of("8,2048", resume_from_checkpoint="auto"))  # of the checkpoint
+    check_lengths(arguments_of("8,2048", resume_from_checkpoint="latest"))  # of the checkpoint
     check_lengths(arguments_of("8,512", projection_dim=512))
     check_lengths(arguments_of("8,512", model_name_or_path=tmp_path / "nowhere"))  # another error, later
     for dims, values, width in (

@@ -1,7 +1,6 @@
 """What an update of an index will do, checked before the long work."""
 
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,13 +8,14 @@ from pathlib import Path
 from ...configuration_miniclip import MiniClipConfig
 from ...data.find_images import is_gone, resolve_source
 from ...errors import ModelError, UsageError
+from ...inference.encode import check_truncate_dim
 from ...inference.loading import model_folder
 from ...utils.files import recover_folder
 from ...utils.names import check_name, name_of
 from ..approximate import uses_approximate_search
 from ..embeddings_file import DTYPES
 from ..fingerprints import describe_files, fingerprint
-from ..index import ImageIndex, Manifest, folder_of_model
+from ..index import ImageIndex, Manifest, folder_of_model, rebuild_command
 from .pool import Pool, open_pool
 
 
@@ -64,13 +64,14 @@ def make_plan(
     overwrite: bool,
     dtype: str | None,
     neighbours: str | None,
+    truncate_dim: int | None,
     verify: bool,
 ) -> Plan:
     """Check the arguments of `update_index` and decide what to do.
 
     Args:
         target: folder of the index.
-        sources, model, remove, overwrite, dtype, neighbours: as in `update_index`.
+        sources, model, remove, overwrite, dtype, neighbours, truncate_dim: as in `update_index`.
         verify: whether to compare an existing index with its checksums.
 
     Raises:
@@ -80,10 +81,10 @@ def make_plan(
     recover_folder(target)
     existing = ImageIndex.open(target, verify) if target.exists() else None
     scan, kept = _choose_sources(existing, sources, remove)
-    manifest = _describe_index(target, existing, model, dtype, neighbours)
+    manifest = _describe_index(target, existing, model, dtype, neighbours, truncate_dim)
     if existing is not None and not overwrite:
-        _check_same_kind(target, existing, manifest, dtype)
-        manifest = replace(manifest, dtype=existing.manifest.dtype)
+        _check_same_kind(target, existing, manifest, dtype, truncate_dim)
+        manifest = replace(manifest, dtype=existing.manifest.dtype, dim=existing.manifest.dim)
         if not sources and not remove and manifest.model != existing.model:
             gone = [source for source in scan if is_gone(source)]
             if gone:
@@ -118,6 +119,7 @@ def _describe_index(
     model: str | os.PathLike | None,
     dtype: str | None,
     neighbours: str | None,
+    truncate_dim: int | None,
 ) -> Manifest:
     """Manifest of the new index, without the fields that depend on its images."""
     if model is None and existing is None:
@@ -137,19 +139,23 @@ def _describe_index(
     neighbours = neighbours or (existing.manifest.neighbours if existing else "auto")
     uses_approximate_search(neighbours, 0)  # raises its errors now instead of after the long work
     dim = MiniClipConfig.from_pretrained(folder).projection_dim
-    return Manifest(name, hash_of_model, dim, dtype or "float32", files=files, neighbours=neighbours)
+    check_truncate_dim(truncate_dim, dim)
+    return Manifest(name, hash_of_model, truncate_dim or dim, dtype or "float32", files=files, neighbours=neighbours)
 
 
-def _check_same_kind(target: Path, existing: ImageIndex, manifest: Manifest, dtype: str | None) -> None:
+def _check_same_kind(
+    target: Path, existing: ImageIndex, manifest: Manifest, dtype: str | None, truncate_dim: int | None
+) -> None:
     """Raise an error, with the command that rebuilds the index, if new embeddings do not fit the existing ones."""
-    sources = existing.manifest.sources
-    rebuild = shlex.join(["miniclip", "index", manifest.model, *sources, "-o", str(target), "--overwrite"])
+    rebuild = rebuild_command(existing, manifest.model, manifest.dim, dtype, truncate_dim)
     if existing.manifest.fingerprint != manifest.fingerprint:
         raise ModelError(
             f"{target} was built by {existing.model} with other weights than {manifest.model} has now, so their "
             f"embeddings are not comparable; rebuild the index: {rebuild}"
         )
     if dtype not in (None, existing.manifest.dtype):
+        raise UsageError(f"{target} holds {existing.manifest.dtype}, not {dtype}; rebuild the index: {rebuild}")
+    if truncate_dim not in (None, existing.manifest.dim):
         raise UsageError(
-            f"{target} holds {existing.manifest.dtype}, not {dtype}; rebuild the index: {rebuild} --dtype {dtype}"
+            f"{target} holds {existing.manifest.dim} dimensions, not {truncate_dim}; rebuild the index: {rebuild}"
         )

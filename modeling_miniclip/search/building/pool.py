@@ -104,7 +104,7 @@ class Pool:
 
 
 def open_pool(existing: ImageIndex | None, shards: Path, manifest: Manifest) -> Pool:
-    """Open the existing index and the finished shards, except those of another model or number format.
+    """Open the existing index and the finished shards, except those of another model, length or number format.
 
     Args:
         existing: the index before the update, if there is one.
@@ -114,8 +114,11 @@ def open_pool(existing: ImageIndex | None, shards: Path, manifest: Manifest) -> 
     folders = [path for path in shards.iterdir() if not path.name.startswith(".") and (path / MANIFEST).is_file()]
     folders.sort(key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
     parts = [*([existing] if existing else []), *(ImageIndex.open(path) for path in folders)]
-    same = (manifest.fingerprint, manifest.dtype)
-    return Pool([part for part in parts if (part.manifest.fingerprint, part.manifest.dtype) == same])
+    return Pool([part for part in parts if _kind(part.manifest) == _kind(manifest)])
+
+
+def _kind(manifest: Manifest) -> tuple[str, int, str]:
+    return manifest.fingerprint, manifest.dim, manifest.dtype
 
 
 def as_digests(digests: Iterable[bytes]) -> np.ndarray:

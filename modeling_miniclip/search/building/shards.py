@@ -29,6 +29,7 @@ from ...data.find_images import UNKNOWN
 from ...data.loading.collation import model_inputs
 from ...data.picture_formats import decode_picture
 from ...errors import MiniClipError, printable
+from ...inference.encode import truncate_embeddings
 from ...inference.loading import load_tower, model_folder
 from ...modeling_miniclip import MiniClipModel
 from ...pictures_miniclip import exif_orientation, to_rgb
@@ -189,7 +190,8 @@ class Encoding:
         model, processor = self.load()
         pixels = torch.from_numpy(np.stack([prepared.pixels for prepared in batch if prepared.pixels is not None]))
         inputs = model_inputs({"pixel_values": pixels}, processor, model.device)  # pixels [batch, 3, H, W]
-        embeddings = model(**inputs).image_embeds.float().cpu().numpy()  # [batch, dim]
+        embeds = model(**inputs).image_embeds.float()
+        embeddings = truncate_embeddings(embeds, self.manifest.dim).cpu().numpy()  # [batch, dim]
         if not np.isfinite(embeddings).all():
             raise MiniClipError(
                 f"{self.manifest.model} computes embeddings that are not numbers (NaN): train it again"
