@@ -73,7 +73,7 @@ def step_of_heads(images: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(heads, lr=1e-3)
     ids = torch.arange(images)
     batch = {
-        "vision_pooler_output": torch.randn(images, model.vision_model.pooled_size),
+        "vision_pooler_output": torch.randn(images, model.vision_width),
         "text_pooler_output": torch.randn(images * CAPTIONS, config.text_config.hidden_size),
         "image_id": ids,
         "text_image_id": ids.repeat_interleave(CAPTIONS),

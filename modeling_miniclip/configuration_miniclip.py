@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,19 +27,27 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-TEXT_POOLINGS = ("cls", "mean", "last")
+VISION_POOLINGS = ("pooler", "cls")
+TEXT_POOLINGS = ("cls", "mean", "last", "eos", "pooler")
 # sentence-transformers' names of the poolings, and those of `text_pooling`.
 DECLARED_POOLINGS = {"cls": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "last"}
 # The losses, each with the logarithm of its initial inverse temperature: CLIP's 1/0.07, SigLIP's 10.
 LOSS_TYPES = {"softmax_sum": math.log(1 / 0.07), "softmax_mean": math.log(1 / 0.07), "sigmoid": math.log(10)}
 NUMBERS = {
     "projection_dim": int,
-    "projection_depth": int,
     "projection_dropout": float,
     "logit_scale_init_value": float,
     "logit_bias_init_value": float,
     "logit_scale_max": float,
 }
+
+# Image towers whose feature is the class token, as they have no pooler or one that is often not trained.
+CLASS_TOKEN_TOWERS = frozenset("deit dpt flava_image_model git_vision_model vit vit_msn yolos".split())
+# Text towers with a layer for their pooled output that is always built, and would never learn with another pooling.
+POOLED_TEXTS = frozenset("altclip_text_model siglip_text_model siglip2_text_model".split())
+# Attributes of a configuration with the width of the pooled feature, in the order of preference.
+VISION_WIDTHS = ("hidden_size", "hidden_dim", "neck_hidden_sizes", "hidden_sizes")
+TEXT_WIDTHS = ("projection_size", "project_dim", "hidden_size")  # those of SigLIP and AltCLIP, and of any other tower
 
 # Causal text towers that have no language model in transformers, and language models that are not causal.
 CAUSAL_ENCODERS = frozenset(
@@ -62,14 +71,27 @@ class MiniClipConfig(PretrainedConfig):
     """Configuration of a [`MiniClipModel`]. The default is timm's ResNet-50 and DistilBERT in a 256-d space.
 
     Args:
-        vision_config: `TimmWrapperConfig` of any timm image model, or its dictionary.
+        vision_config: `TimmWrapperConfig` of any timm image model, or the configuration of an image encoder of
+            transformers with a pooled feature or a class token, such as `CLIPVisionConfig`; or its dictionary.
         text_config: configuration of any Hugging Face text encoder, or its dictionary.
+        vision_pooling: `"pooler"` takes the image tower's own pooled feature, `"cls"` the last hidden state of its
+            class token. None means `"cls"` for ViT, DeiT and the others in `CLASS_TOKEN_TOWERS`, whose pooler is
+            missing or often untrained, and `"pooler"` for any other.
         text_pooling: `"cls"` takes the last hidden state of the first token, `"last"` that of the last one, `"mean"`
-            averages over all; padding does not count. None means `"last"` for a causal tower such as GPT-2, whose
-            first token does not see the others, and `"cls"` for any other.
+            averages over all; padding does not count. `"eos"` takes the end token as CLIP does: the first
+            `text_config.eos_token_id`, or if that is 2, as in old files, the token with the largest number.
+            `"pooler"` takes the tower's own pooled output. None means `"pooler"` for the towers of SigLIP and AltCLIP,
+            `"last"` for a causal tower such as GPT-2, whose first token does not see the others, and `"cls"` for any
+            other.
+        text_length: number of tokens to which the model pads every text with `text_config.pad_token_id`; the padding
+            then counts as text, as SigLIP was trained. None means that padding does not count.
         projection_dim: number of dimensions of the shared space.
-        projection_depth: number of linear layers in each head. 1 is a linear projection without bias, as in CLIP; 2 is
-            linear, GELU, linear, dropout, residual, layer norm; more layers repeat the residual block.
+        projection_depth: number of linear layers in each head, or in a list, that of the image head and that of the
+            text head. 0 is no head, as in SigLIP; the tower must then have `projection_dim` features. 1 is a linear
+            projection, as in CLIP; 2 is linear, GELU, linear, dropout, residual, layer norm; more layers repeat the
+            residual block.
+        projection_bias: whether the first layer of a head has a bias; a list as for `projection_depth`. None means
+            that it has one if more layers follow.
         projection_dropout: dropout probability in the residual blocks of the heads, in [0, 1).
         loss_type: `"softmax_sum"` and `"softmax_mean"` are CLIP's cross-entropy over the batch; for an image with
             several captions they take the logarithm of the summed probability, or the mean of the log-probabilities.
@@ -83,7 +105,7 @@ class MiniClipConfig(PretrainedConfig):
             embedding, too (Kusupati et al. 2022). Others read it under this name, such as vLLM.
 
     Raises:
-        ValueError: a value has the wrong type or is out of range, or the image tower is not a timm model.
+        ValueError: a value has the wrong type or is out of range, or the image tower is no image encoder.
 
     Example:
         >>> from modeling_miniclip import MiniClipConfig
@@ -108,9 +130,12 @@ class MiniClipConfig(PretrainedConfig):
         self,
         text_config: Any = None,
         vision_config: Any = None,
+        vision_pooling: str | None = None,
         text_pooling: str | None = None,
+        text_length: int | None = None,
         projection_dim: int = 256,
-        projection_depth: int = 2,
+        projection_depth: int | list[int] = 2,
+        projection_bias: bool | list[bool] | None = None,
         projection_dropout: float = 0.1,
         loss_type: str = "softmax_sum",
         logit_scale_init_value: float | None = None,
@@ -123,14 +148,21 @@ class MiniClipConfig(PretrainedConfig):
             vision_config = {"architecture": "resnet50.a1_in1k"}
         self.text_config = _tower_config(text_config, "distilbert")
         self.vision_config = _tower_config(vision_config, "timm_wrapper")
+        if vision_pooling is None:
+            vision_pooling = "cls" if self.vision_config.model_type in CLASS_TOKEN_TOWERS else "pooler"
         causal = is_causal(self.text_config)
         if text_pooling is None:
             text_pooling = "last" if causal else "cls"
+            if self.text_config.model_type in POOLED_TEXTS:
+                text_pooling = "pooler"
         if causal:
             self.text_config.use_cache = False  # of keys and values, which only generation needs
+        self.vision_pooling = vision_pooling
         self.text_pooling = text_pooling
+        self.text_length = text_length
         self.projection_dim = projection_dim
         self.projection_depth = projection_depth
+        self.projection_bias = projection_bias
         self.projection_dropout = projection_dropout
         self.loss_type = loss_type
         if logit_scale_init_value is None:
@@ -159,14 +191,19 @@ class MiniClipConfig(PretrainedConfig):
                 values[name]["_name_or_path"] = tower.name_or_path
         return values
 
+    def heads(self) -> list[dict[str, Any]]:
+        """`depth` and `bias` of the image head and of the text head."""
+        depths, biases = (
+            value if isinstance(value, list) else [value, value]
+            for value in (self.projection_depth, self.projection_bias)
+        )
+        return [
+            {"depth": depth, "bias": depth > 1 if bias is None else bias}
+            for depth, bias in zip(depths, biases, strict=True)
+        ]
+
     def _check(self) -> None:
-        if self.text_pooling not in TEXT_POOLINGS:
-            raise ValueError(f"text_pooling must be one of {', '.join(TEXT_POOLINGS)}, not {self.text_pooling!r}")
-        if self.text_pooling == "cls" and is_causal(self.text_config):
-            raise ValueError(
-                f"text_pooling 'cls' takes the first token, which sees no other one in {self.text_config.model_type}; "
-                "choose last or mean"
-            )
+        self._check_towers()
         if self.loss_type not in tuple(LOSS_TYPES):
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, not {self.loss_type!r}")
         for name, kind in NUMBERS.items():
@@ -175,8 +212,13 @@ class MiniClipConfig(PretrainedConfig):
                 raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be at least 1, not {self.projection_dim}")
-        if self.projection_depth < 1:
-            raise ValueError(f"projection_depth must be at least 1 (a linear head), not {self.projection_depth}")
+        for name, kind, none in (("projection_depth", int, False), ("projection_bias", bool, True)):
+            value = getattr(self, name)
+            pair = value if isinstance(value, list) else [value, value]
+            right = [type(one) is kind or (none and one is None) for one in pair]
+            if len(pair) != 2 or not all(right) or (kind is int and min(pair) < 0):
+                least = "at least 0 (no head; 1: a linear head)" if kind is int else "true or false"
+                raise ValueError(f"{name} must be {least}, or a list for the image and the text head, not {value!r}")
         if not 0 <= self.projection_dropout < 1:
             raise ValueError(f"projection_dropout must be in [0, 1), not {self.projection_dropout}")
         if not self.logit_scale_max > 0:
@@ -193,11 +235,32 @@ class MiniClipConfig(PretrainedConfig):
                 f"matryoshka_dimensions must be ascending whole numbers that end with projection_dim "
                 f"({self.projection_dim}), not {dims!r}"
             )
-        if self.vision_config.model_type != "timm_wrapper":
+
+    def _check_towers(self) -> None:
+        vision, text = self.vision_config, self.text_config
+        for name, known in (("vision_pooling", VISION_POOLINGS), ("text_pooling", TEXT_POOLINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if vision.model_type == "timm_wrapper":
+            has_class_token = False
+        else:
+            has_class_token = vision.model_type in CLASS_TOKEN_TOWERS or has_pooler_switch(vision_tower_class(vision))
+        if self.vision_pooling == "cls" and not has_class_token:
+            raise ValueError(f"vision_pooling 'cls' is not possible with {tower_name(vision)}; leave it out")
+        if self.text_pooling == "cls" and is_causal(text):
             raise ValueError(
-                f"vision_config must describe a timm image model (model_type 'timm_wrapper'), "
-                f"not {self.vision_config.model_type!r}"
+                f"text_pooling 'cls' takes the first token, which sees no other one in {text.model_type}; "
+                "choose last or mean"
             )
+        if self.text_pooling != "pooler" and text.model_type in POOLED_TEXTS:
+            raise ValueError(f"text_pooling must be pooler for {text.model_type}, not {self.text_pooling!r}")
+        if self.text_length is not None and (type(self.text_length) is not int or self.text_length < 1):
+            raise ValueError(f"text_length must be a number of tokens, at least 1, not {self.text_length!r}")
+        used = {"text_pooling 'eos'": ("eos_token_id", self.text_pooling == "eos"),
+                "text_length": ("pad_token_id", self.text_length is not None)}  # fmt: skip
+        for field, (token, is_used) in used.items():
+            if is_used and not isinstance(getattr(text, token, None), int):
+                raise ValueError(f"{field} needs a number as text_config.{token}, not {getattr(text, token, None)!r}")
 
 
 def _ascends_to(dims: Any, last: int) -> bool:
@@ -259,16 +322,77 @@ def timm_config(name: str) -> TimmWrapperConfig:
     return config
 
 
+def vision_tower_config(name: str) -> Any:
+    """Configuration of a pretrained image tower, with `name_or_path` set to where its weights are.
+
+    Args:
+        name: as for [`timm_config`], or local folder or Hub repository of an image encoder of transformers.
+
+    Raises:
+        ValueError: there is no such model, or it is no image encoder. Code of the repository is never run.
+        OSError: the folder or repository cannot be read.
+    """
+    is_source = os.path.isdir(name) or "/" in name
+    if not is_source or "architecture" in (found := TimmWrapperConfig.get_config_dict(name)[0]):
+        return timm_config(name)
+    if "model_type" not in found:
+        raise ValueError(
+            f"{name} is neither a timm image model nor an image encoder of transformers: its config.json names no "
+            "architecture and no model_type"
+        )
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    vision_tower_class(config)
+    config.name_or_path = name
+    return config
+
+
+def tower_name(config: Any) -> str:
+    """The architecture of a timm model, the type of any other tower."""
+    return str(getattr(config, "architecture", None) or config.model_type)
+
+
+def _model_class(config: Any) -> Any:
+    # The class in the mapping, or named like the configuration, such as SiglipTextModel, which is in none.
+    found = MODEL_MAPPING.get(type(config), None)
+    if found is None:
+        return getattr(transformers, type(config).__name__.removesuffix("Config") + "Model", None)
+    return found[0] if isinstance(found, tuple) else found  # Funnel has a second class, for its decoder
+
+
+def vision_tower_class(vision_config: Any) -> Any:
+    """The class of transformers that encodes images for a configuration other than timm's.
+
+    Raises:
+        ValueError: transformers has no class for this configuration that takes an image and nothing else.
+    """
+    found, hint = _model_class(vision_config), ""
+    inputs = signature(found.forward).parameters.values() if found else ()
+    needed = [p.name for p in inputs if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    takes_video = "video" in getattr(found, "input_modalities", "")
+    is_encoder = found is not None and found.main_input_name == "pixel_values" and not vision_config.is_encoder_decoder
+    if takes_video or not is_encoder:
+        hint = "; choose one such as that of CLIP or SigLIP, ViT, DINOv2, BEiT, Swin or ConvNeXt, or a timm model"
+    elif needed not in ([], ["pixel_values"]):
+        hint = f": its {found.__name__} also needs {', '.join(set(needed) - {'pixel_values'})}"
+    elif hasattr(vision_config, "mask_ratio"):
+        hint = f": its {found.__name__} hides most of an image at random; open its weights as a ViT"
+    if hint:
+        raise ValueError(
+            f"vision_config: transformers has no image encoder for a {type(vision_config).__name__} (model_type "
+            f"{vision_config.model_type!r}){hint}"
+        )
+    return found
+
+
 def text_tower_class(text_config: Any) -> Any:
     """The class that encodes text for a configuration; for an encoder-decoder such as T5, that of the encoder alone.
 
     Raises:
         ValueError: transformers has no text encoder for this configuration.
     """
-    found = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(text_config), None)
-    if found is None and not text_config.is_encoder_decoder:
-        found = MODEL_MAPPING.get(type(text_config), None)
-    tower_class = found[0] if isinstance(found, tuple) else found  # Funnel has a second class, for its decoder
+    tower_class = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(text_config), None)
+    if tower_class is None and not text_config.is_encoder_decoder:
+        tower_class = _model_class(text_config)
     modalities = getattr(tower_class, "input_modalities", "text")  # transformers 4 does not say
     if tower_class is None or "text" not in modalities or "image" in modalities:
         raise ValueError(
@@ -278,13 +402,29 @@ def text_tower_class(text_config: Any) -> Any:
     return tower_class
 
 
-def without_pooler(tower_class: Any) -> dict[str, bool]:
-    """Keyword arguments that build a text tower without its pooler; empty if the class has none.
+def has_pooler_switch(tower_class: Any) -> bool:
+    """Whether a tower can be built without its pooler."""
+    return "add_pooling_layer" in signature(tower_class.__init__).parameters
 
-    The pooler of BERT would never get a gradient here, and DistributedDataParallel does not allow that.
+
+def pooler_switch(tower_class: Any, pooling: str) -> dict[str, bool]:
+    """Keyword arguments that build a tower with its pooler only if that is used; empty if the class has no choice.
+
+    An unused pooler, such as BERT's, would never get a gradient, and DistributedDataParallel does not allow that.
     """
-    has_pooler = "add_pooling_layer" in signature(tower_class.__init__).parameters
-    return {"add_pooling_layer": False} if has_pooler else {}
+    return {"add_pooling_layer": pooling == "pooler"} if has_pooler_switch(tower_class) else {}
+
+
+def width_of(config: Any, names: tuple[str, ...]) -> int:
+    """Width of a tower's pooled feature.
+
+    Raises:
+        ValueError: the configuration has none of the attributes.
+    """
+    found = next((value for name in names if (value := getattr(config, name, None))), None)
+    if found is None:
+        raise ValueError(f"cannot tell the width of the features of {config.model_type}; choose another tower")
+    return found if isinstance(found, int) else int(found[-1])
 
 
 def counts_positions(text_config: Any) -> bool:

@@ -1,11 +1,12 @@
-"""MiniCLIP: a timm image tower and a Hugging Face text tower, with projection heads into a shared space.
+"""MiniCLIP: an image tower and a text tower, with projection heads into a shared space.
 
 The functions are in the order in which data passes through them.
 """
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,18 @@ from transformers.utils import (
 
 from .configuration_miniclip import (
     FIELDS,
+    TEXT_WIDTHS,
+    VISION_WIDTHS,
     MiniClipConfig,
     Origin,
     counts_positions,
     declared_pooling,
+    pooler_switch,
     text_tower_class,
-    timm_config,
-    without_pooler,
+    tower_name,
+    vision_tower_class,
+    vision_tower_config,
+    width_of,
 )
 from .loss_miniclip import symmetric_contrastive_loss
 
@@ -55,36 +61,6 @@ class MiniClipVisionModel(TimmWrapperModel):
             tensor._is_hf_initialized = not tensor.is_meta
         super().post_init()
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
-        """Like `TimmWrapperModel.forward`, but also works with weights that accelerate has offloaded.
-
-        accelerate's hooks fetch the weights of a module when the module is called. timm computes features without
-        calling the whole model, and some of its layers read the weights of a submodule without calling it.
-        """
-        pixel_values = pixel_values.to(self.dtype)  # transformers 5.0 to 5.4 leave them in float32
-        if self.device.type != "meta":
-            return super().forward(pixel_values, **kwargs)
-        hooked = [module for module in self.timm_model.modules() if hasattr(module, "_hf_hook")]
-        for module in hooked:
-            module._hf_hook.pre_forward(module)
-        try:
-            return super().forward(pixel_values, **kwargs)
-        finally:
-            for module in hooked:
-                module._hf_hook.post_forward(module, None)
-
-    def train(self, mode: bool = True) -> "MiniClipVisionModel":
-        """Like `Module.train`, but a batch norm with frozen weights keeps its running statistics too.
-
-        Otherwise they would drift with every step, and an adapter of a frozen tower (PEFT) does not save them.
-        """
-        super().train(mode)
-        for module in self.timm_model.modules():
-            has_statistics = getattr(module, "running_mean", None) is not None
-            if has_statistics and module.weight is not None and not module.weight.requires_grad:
-                module.eval()
-        return self
-
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(enable)  # timm's own switch, unknown to transformers
         self.gradient_checkpointing = enable
@@ -95,14 +71,32 @@ class MiniClipVisionModel(TimmWrapperModel):
         return getattr(self.timm_model, "head_hidden_size", None) or self.timm_model.num_features
 
 
-def _load_pretrained_tower(tower_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+@contextmanager
+def with_all_weights(tower: Any) -> Iterator[None]:
+    """Within the block, a tower has all its weights, even those that accelerate has offloaded.
+
+    accelerate's hooks fetch the weights of a module when the module is called. timm computes features without calling
+    the whole model, and some layers read the weights of a submodule without calling it.
+    """
+    is_offloaded = tower.device.type == "meta"
+    hooked = [module for module in tower.modules() if hasattr(module, "_hf_hook")] if is_offloaded else []
+    for module in hooked:
+        module._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module in hooked:
+            module._hf_hook.post_forward(module, None)
+
+
+def _load_pretrained_tower(tower_class: type[PreTrainedModel], config: Any, pooling: str) -> PreTrainedModel:
     """Load the pretrained tower at `config.name_or_path`; heads in its checkpoint are silently dropped."""
-    source = config.name_or_path
+    source, switch = config.name_or_path, pooler_switch(tower_class, pooling)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         tower, info = tower_class.from_pretrained(
-            source, config=config, output_loading_info=True, use_safetensors=True, **without_pooler(tower_class)
+            source, config=config, output_loading_info=True, use_safetensors=True, **switch
         )
     finally:
         logging.set_verbosity(verbosity)
@@ -127,17 +121,44 @@ def _lacks_weights(source: object, names: Iterable[str]) -> str:
     return f"{source} lacks weights: {shown}"
 
 
-def pool_text(last_hidden_state: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
+def pool_image(outputs: Any, pooling: str) -> Tensor:
+    """The feature `[B, width]` in an image tower's output, see `vision_pooling` in [`MiniClipConfig`].
+
+    Raises:
+        ValueError: the tower has returned no such feature.
+    """
+    if pooling == "cls":
+        return outputs.last_hidden_state[:, 0]
+    if getattr(outputs, "pooler_output", None) is None:
+        raise ValueError("the image tower returns no pooled feature: choose another one")
+    return outputs.pooler_output.flatten(1)  # [B, width, 1, 1] of ResNet
+
+
+def end_tokens(input_ids: Tensor, eos_token_id: int) -> Tensor:
+    """Position `[N]` of the end token in token ids `[N, L]`, as CLIP's text tower finds it.
+
+    It is the first one; in files with the number 2, which was wrong for years, the token with the largest number.
+    """
+    ids = input_ids.int()  # an int64 argmax is no operation of ONNX
+    return ids.argmax(dim=1) if eos_token_id == 2 else (ids == eos_token_id).int().argmax(dim=1)
+
+
+def pool_text(
+    last_hidden_state: Tensor, attention_mask: Tensor | None, pooling: str, ends: Tensor | None = None
+) -> Tensor:
     """Pool the token states of each text into one vector.
 
     Args:
         last_hidden_state: `[N, L, width]` token states.
         attention_mask: `[N, L]`, 1 for tokens and 0 for padding; None means no padding.
         pooling: `"cls"` (state of the first token), `"last"` (of the last one) or `"mean"` (average), without padding.
+        ends: `[N]` positions of the tokens to take instead.
 
     Returns:
         `[N, width]`.
     """
+    if ends is not None:
+        return last_hidden_state[torch.arange(len(ends), device=ends.device), ends]
     if pooling == "cls":
         return last_hidden_state[:, 0]
     if attention_mask is None:
@@ -167,12 +188,17 @@ class ResidualBlock(nn.Module):
 class ProjectionHead(nn.Module):
     """Projection of a tower's pooled feature into the shared space: `[N, in_features] -> [N, dim]`.
 
-    A linear layer followed by `depth - 1` residual blocks; `depth=1` is CLIP's linear projection without bias.
+    A linear layer followed by `depth - 1` residual blocks; `depth=1` is CLIP's projection, `depth=0` none.
     """
 
-    def __init__(self, in_features: int, dim: int, depth: int, dropout: float):
+    def __init__(self, in_features: int, dim: int, depth: int, dropout: float, bias: bool):
         super().__init__()
-        self.linear = nn.Linear(in_features, dim, bias=depth > 1)
+        if depth == 0 and in_features != dim:
+            raise ValueError(
+                f"projection_depth 0 leaves a tower's {in_features} features as they are: set projection_dim "
+                f"{in_features} instead of {dim}, or projection_depth 1"
+            )
+        self.linear = nn.Linear(in_features, dim, bias=bias) if depth else nn.Identity()
         self.blocks = nn.ModuleList(ResidualBlock(dim, dropout) for _ in range(depth - 1))
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -180,6 +206,38 @@ class ProjectionHead(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return hidden
+
+
+def vision_class_of(vision_config: Any) -> Any:
+    """The class of an image tower.
+
+    Raises:
+        ValueError: the configuration is that of another model.
+    """
+    return MiniClipVisionModel if vision_config.model_type == "timm_wrapper" else vision_tower_class(vision_config)
+
+
+def _towers(config: MiniClipConfig) -> list[tuple[Any, Any, str]]:
+    """Class, configuration and pooling of the image tower and of the text tower."""
+    return [
+        (vision_class_of(config.vision_config), config.vision_config, config.vision_pooling),
+        (text_tower_class(config.text_config), config.text_config, config.text_pooling),
+    ]
+
+
+def _widths(config: MiniClipConfig, vision_model: Any) -> tuple[int, int]:
+    """Widths of the pooled features of both towers.
+
+    Raises:
+        ValueError: `vision_pooling` needs a class token, which the image tower lacks.
+    """
+    names = {name.rpartition(".")[2] for name, _ in vision_model.named_parameters()}
+    if config.vision_pooling == "cls" and not names & {"cls_token", "class_embedding"}:
+        raise ValueError(f"vision_pooling 'cls': {tower_name(config.vision_config)} has no class token")
+    of_texts = width_of(config.text_config, TEXT_WIDTHS if config.text_pooling == "pooler" else ("hidden_size",))
+    if isinstance(vision_model, MiniClipVisionModel):
+        return vision_model.pooled_size, of_texts
+    return width_of(config.vision_config, VISION_WIDTHS), of_texts
 
 
 @dataclass
@@ -245,14 +303,17 @@ class MiniClipModel(PreTrainedModel):
 
     def __init__(self, config: MiniClipConfig):
         super().__init__(config)
-        tower_class = text_tower_class(config.text_config)
         dtype = torch.get_default_dtype()  # as for the heads, whatever the dtype of the towers' checkpoints
-        self.vision_model = MiniClipVisionModel._from_config(config.vision_config, dtype=dtype)
+        self.vision_model, self.text_model = (
+            tower_class._from_config(tower_config, dtype=dtype, **pooler_switch(tower_class, pooling))
+            for tower_class, tower_config, pooling in _towers(config)
+        )
+        self.vision_width, self.text_width = _widths(config, self.vision_model)
         self.counts_positions = counts_positions(config.text_config)
-        self.text_model = tower_class._from_config(config.text_config, dtype=dtype, **without_pooler(tower_class))
-        head = (config.projection_dim, config.projection_depth, config.projection_dropout)
-        self.visual_projection = ProjectionHead(self.vision_model.pooled_size, *head)
-        self.text_projection = ProjectionHead(config.text_config.hidden_size, *head)
+        head = {"dim": config.projection_dim, "dropout": config.projection_dropout}
+        of_images, of_texts = config.heads()
+        self.visual_projection = ProjectionHead(self.vision_width, **head, **of_images)
+        self.text_projection = ProjectionHead(self.text_width, **head, **of_texts)
         self.logit_scale = nn.Parameter(torch.empty(1))  # shape [1]: FSDP rejects 0-d parameters
         self.logit_bias = nn.Parameter(torch.empty(1)) if config.loss_type == "sigmoid" else None
         self.post_init()
@@ -339,7 +400,8 @@ class MiniClipModel(PreTrainedModel):
         """A model made of two pretrained towers and new heads.
 
         Args:
-            vision: timm name, timm repository on the Hub, or local folder of an image model.
+            vision: timm name, or Hub repository or local folder of a timm model or of an image encoder of
+                transformers.
             text: Hub name or local folder of a Hugging Face text encoder.
             **config: fields of [`MiniClipConfig`] other than the towers, such as `projection_dim=512`. The default of
                 `text_pooling` is what the text tower's repository declares, see [`declared_pooling`].
@@ -358,21 +420,19 @@ class MiniClipModel(PreTrainedModel):
         unknown = sorted(set(config) - set(FIELDS))
         if unknown:
             raise ValueError(f"from_towers got unknown fields {', '.join(unknown)}; it takes {', '.join(FIELDS)}")
-        vision_config, text_config = timm_config(os.fspath(vision)), AutoConfig.from_pretrained(text)
-        text_class = text_tower_class(text_config)
+        vision_config, text_config = vision_tower_config(os.fspath(vision)), AutoConfig.from_pretrained(text)
+        text_tower_class(text_config)
         if config.get("text_pooling") is None:
             config["text_pooling"] = declared_pooling(text)
         model_config = MiniClipConfig(
             vision_config=vision_config.to_dict(), text_config=text_config.to_dict(), **config
         )
-        towers = {
-            "vision_model": _load_pretrained_tower(MiniClipVisionModel, vision_config),
-            "text_model": _load_pretrained_tower(text_class, text_config),
-        }
         # Built as from_pretrained builds it, so that a new model and its reload are the same in every respect.
-        model = cls(model_config)
-        for name, tower in towers.items():
-            getattr(model, name).load_state_dict(tower.state_dict())
+        towers, model = _towers(model_config), cls(model_config)
+        for part, config, (tower_class, _, pooling) in zip(
+            (model.vision_model, model.text_model), (vision_config, text_config), towers, strict=True
+        ):
+            part.load_state_dict(_load_pretrained_tower(tower_class, config, pooling).state_dict())
         return model.eval()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
@@ -386,7 +446,7 @@ class MiniClipModel(PreTrainedModel):
             ValueError: neither tower supports it.
         """
         towers = {
-            self.config.vision_config.architecture: self.vision_model,
+            tower_name(self.config.vision_config): self.vision_model,
             type(self.text_model).__name__: self.text_model,
         }
         able = {name: tower for name, tower in towers.items() if tower.supports_gradient_checkpointing}
@@ -397,6 +457,19 @@ class MiniClipModel(PreTrainedModel):
             raise ValueError(f"neither tower supports gradient checkpointing: {unable}")
         if enable and unable:
             logger.warning(f"{unable} does not support gradient checkpointing and keeps all its activations")
+
+    def train(self, mode: bool = True) -> "MiniClipModel":
+        """Like `Module.train`, but an image tower's batch norm with frozen weights keeps its running statistics too.
+
+        Otherwise they would drift with every step, and an adapter of a frozen tower (PEFT) does not save them.
+        """
+        super().train(mode)
+        for module in self.vision_model.modules():
+            has_statistics = getattr(module, "running_mean", None) is not None
+            weight = getattr(module, "weight", None)
+            if has_statistics and weight is not None and not weight.requires_grad:
+                module.eval()
+        return self
 
     def get_input_embeddings(self) -> nn.Module:
         """The text tower's token embeddings."""
@@ -419,14 +492,20 @@ class MiniClipModel(PreTrainedModel):
         Returns:
             Output with `pooler_output` `[B, vision width]`.
         """
-        if output_hidden_states is None or isinstance(output_hidden_states, bool):
-            outputs = self.vision_model(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
-            return BaseModelOutputWithPooling(**outputs)
-        outputs = self.vision_model(pixel_values, output_hidden_states=True, return_dict=True)
-        maps = outputs.hidden_states
-        kept = {output_hidden_states} if isinstance(output_hidden_states, int) else set(output_hidden_states)
-        outputs.hidden_states = tuple(m if {i, i - len(maps)} & kept else None for i, m in enumerate(maps))
-        return BaseModelOutputWithPooling(**outputs)
+        chosen = None if isinstance(output_hidden_states, bool | None) else output_hidden_states
+        wanted = output_hidden_states if chosen is None else True
+        pixel_values = pixel_values.to(self.vision_model.dtype)  # some towers leave them in float32
+        with with_all_weights(self.vision_model):
+            outputs = self.vision_model(pixel_values, output_hidden_states=wanted, return_dict=True)
+        maps = outputs.get("hidden_states")
+        if chosen is not None and maps is not None:
+            kept = {chosen} if isinstance(chosen, int) else set(chosen)
+            maps = tuple(m if {i, i - len(maps)} & kept else None for i, m in enumerate(maps))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=pool_image(outputs, self.config.vision_pooling),
+            hidden_states=maps,
+        )
 
     def pool_texts(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -441,12 +520,22 @@ class MiniClipModel(PreTrainedModel):
         Returns:
             Output with `pooler_output` `[N, text width]`.
         """
+        pooling, length, ends = self.config.text_pooling, self.config.text_length, None
+        if length is not None:  # padding is text, however the tokenizer has padded
+            padding = self.config.text_config.pad_token_id
+            if attention_mask is not None:
+                input_ids, attention_mask = input_ids.masked_fill(attention_mask == 0, padding), None
+            rest = input_ids.new_full((input_ids.shape[0], length), padding)
+            input_ids = torch.cat([input_ids, rest], dim=1)[:, :length]
+        if pooling == "eos":
+            ends = end_tokens(input_ids, self.config.text_config.eos_token_id)
         if self.counts_positions and attention_mask is not None and "position_ids" not in kwargs:
             kwargs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        states, pooled = outputs.last_hidden_state, outputs.get("pooler_output")
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=pool_text(outputs.last_hidden_state, attention_mask, self.config.text_pooling),
+            last_hidden_state=states,
+            pooler_output=pooled if pooling == "pooler" else pool_text(states, attention_mask, pooling, ends),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
@@ -459,7 +548,7 @@ class MiniClipModel(PreTrainedModel):
 
         Args:
             pixel_values: `[B, 3, H, W]`, normalised by the processor.
-            **kwargs: `output_hidden_states`; others have no effect, since a timm tower returns no attentions.
+            **kwargs: `output_hidden_states`; others have no effect, as not every image tower returns attentions.
 
         Returns:
             Output whose `pooler_output` is the projected feature `[B, projection_dim]`.

@@ -1,4 +1,4 @@
-"""Processor for images and texts: timm's evaluation transform of the image tower, tokenizer of the text tower."""
+"""Processor for images and texts: evaluation transform of the image tower, tokenizer of the text tower."""
 
 import base64
 import binascii
@@ -16,17 +16,18 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import resolve_data_config
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoTokenizer,
     BatchFeature,
     CLIPImageProcessor,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    TimmWrapperConfig,
 )
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ProcessingKwargs
 
-from .configuration_miniclip import timm_config
+from .configuration_miniclip import vision_tower_config
 from .pictures_miniclip import middle, open_picture, to_rgb
 
 # How to get the image processor that uses Pillow and NumPy alone in each release of transformers: 4 prefers it; 5.0 to
@@ -117,6 +118,60 @@ def image_processor_from_timm(vision_config: Any, image_size: int | None = None,
         image_mean=list(data["mean"]),
         image_std=list(data["std"]),
     )
+
+
+def stock_image_processor(own: Any, image_size: int | None = None, crop_pct: float | None = None) -> Any:
+    """CLIP's image processor with the settings of another one of transformers, so that all towers have the same class.
+
+    Args:
+        own: image processor of an image tower. One that needs torchvision may differ by 2/255 before normalisation.
+        image_size: pixels per side of the crop; None means that of `own`.
+        crop_pct: fraction of the resized image's shorter edge that the crop keeps; None means that of `own`.
+
+    Raises:
+        ValueError: `own` does something else than resize, crop the centre, rescale and normalise.
+    """
+    size, crop = dict(own.size), dict(getattr(own, "crop_size", None) or {})
+    edge, share = size.get("shortest_edge"), getattr(own, "crop_pct", None)
+    if edge is not None and share is not None:  # ConvNeXT's crops small images only
+        crop = {"height": edge, "width": edge}
+        size = {"shortest_edge": int(edge / share)} if edge < 384 else crop
+    elif not getattr(own, "do_center_crop", False):
+        crop = size
+    settings = {name: getattr(own, name) for name in ("resample", "rescale_factor", "image_mean", "image_std")}
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (301, 423, 3), dtype=np.uint8))
+    try:
+        found = PilImageProcessor(size=size, crop_size=crop, **settings)
+        pixels = [np.asarray(one(noise, return_tensors="np")["pixel_values"][0]) for one in (own, found)]
+        worst = np.abs((pixels[0] - pixels[1]) * np.reshape(own.image_std, (3, 1, 1))).max()
+    except (TypeError, ValueError, KeyError):
+        worst = math.inf
+    if not worst < 3 / 255:
+        raise ValueError(
+            f"{type(own).__name__} does something else than resize, crop the centre, rescale and normalise an image; "
+            "pass your own image_processor="
+        )
+    if image_size is not None or crop_pct is not None:
+        side = image_size or crop["height"]
+        edge = math.floor(side / (crop_pct or crop["height"] / min(size.values())))
+        found.size = type(found.size)(**dict.fromkeys(size, edge))
+        found.crop_size = type(found.crop_size)(height=side, width=side)
+    return found
+
+
+def image_processor_of(vision_config: Any, image_size: int | None = None, crop_pct: float | None = None) -> Any:
+    """A stock image processor for an image tower; arguments and errors as for [`image_processor_from_timm`].
+
+    For a tower of transformers it has the settings of the one in the tower's repository, or those of CLIP's for a
+    tower that comes from none.
+    """
+    if vision_config.model_type == "timm_wrapper":
+        return image_processor_from_timm(vision_config, image_size, crop_pct)
+    if vision_config.name_or_path:
+        own = AutoImageProcessor.from_pretrained(vision_config.name_or_path, trust_remote_code=False, **PIL_BACKEND)
+    else:
+        own, image_size = PilImageProcessor(), image_size or getattr(vision_config, "image_size", None)
+    return stock_image_processor(own, image_size, crop_pct)
 
 
 def max_text_length(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -260,9 +315,11 @@ class MiniClipProcessor(ProcessorMixin):
     """Turns images into `pixel_values`, and texts into `input_ids` and `attention_mask`.
 
     Texts are padded to the longest text of the call and truncated to the text tower's limit, the tokenizer's
-    `model_max_length`; a warning counts the truncated texts. `from_pretrained` selects the PIL backend, which gives
-    the same pixels as in training. `backend="torchvision"` is faster, but photographs differ by up to 2/255 before
-    normalisation. `AutoImageProcessor` and pipelines load the image processor alone and select torchvision.
+    `model_max_length`; a warning counts the truncated texts. With `padding="max_length"` they are padded to that limit
+    instead, as SigLIP was trained; see `text_length` in [`MiniClipConfig`]. `from_pretrained` selects the PIL backend,
+    which gives the same pixels as in training. `backend="torchvision"` is faster, but photographs differ by up to
+    2/255 before normalisation. `AutoImageProcessor` and pipelines load the image processor alone and select
+    torchvision.
 
     Example:
         >>> processor = MiniClipProcessor.from_pretrained("export")  # doctest: +SKIP
@@ -275,8 +332,11 @@ class MiniClipProcessor(ProcessorMixin):
     valid_processor_kwargs = MiniClipProcessorKwargs
     text_kwargs = TEXT_DEFAULTS
 
-    def __init__(self, image_processor: Any, tokenizer: Any):
+    def __init__(self, image_processor: Any, tokenizer: Any, padding: bool | str = True):
         super().__init__(image_processor, tokenizer)
+        if padding not in (True, "longest", "max_length"):
+            raise ValueError(f"padding must be 'longest' or 'max_length', not {padding!r}")
+        self.padding = padding
         # Pipelines pass every output of the tokenizer to the model, which takes no token types.
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved with the tokenizer
@@ -300,7 +360,7 @@ class MiniClipProcessor(ProcessorMixin):
         """Like `ProcessorMixin.to_dict`, but without an `auto_map` of the stock image processor, which has no code."""
         values = super().to_dict(*args, **kwargs)
         values.get("image_processor", {}).pop("auto_map", None)
-        return values
+        return {name: value for name, value in values.items() if (name, value) != ("padding", True)}
 
     @classmethod
     def from_pretrained(
@@ -312,7 +372,7 @@ class MiniClipProcessor(ProcessorMixin):
     @classmethod
     def from_towers(
         cls,
-        vision: str | os.PathLike | TimmWrapperConfig,
+        vision: str | os.PathLike | PretrainedConfig,
         text: str | os.PathLike,
         image_size: int | None = None,
         max_length: int | None = None,
@@ -330,15 +390,15 @@ class MiniClipProcessor(ProcessorMixin):
         Raises:
             ValueError: the image tower does not take `image_size`, or the text tower `max_length`.
         """
-        if not isinstance(vision, TimmWrapperConfig):
-            vision = timm_config(os.fspath(vision))
+        if not isinstance(vision, PretrainedConfig):
+            vision = vision_tower_config(os.fspath(vision))
         tokenizer = AutoTokenizer.from_pretrained(text)
         tokenizer.init_kwargs.pop("max_length", None)
         limit = max_text_length(AutoConfig.from_pretrained(text), tokenizer)
         if max_length is not None and not 0 < max_length <= limit:
             raise ValueError(f"max_length must be in 1..{limit}, the limit of {text}, not {max_length}")
         tokenizer.model_max_length = max_length or limit
-        return cls(image_processor_from_timm(vision, image_size, crop_pct), tokenizer)
+        return cls(image_processor_of(vision, image_size, crop_pct), tokenizer)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare images, texts or both.
@@ -360,6 +420,8 @@ class MiniClipProcessor(ProcessorMixin):
         """
         if images is not None:
             images, kwargs = self._prepared(images, kwargs)
+        if text is not None and self.padding == "max_length" and "padding" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("padding", self.padding)
         outputs = super().__call__(images=images, text=self.fill_empty(text), **kwargs)
         if text is not None and "attention_mask" in outputs:
             settings = self.tokenizer.init_kwargs | kwargs.get("text_kwargs", {}) | kwargs

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import BertConfig, DistilBertConfig, TimmWrapperConfig, ViTConfig
+from transformers import BertConfig, DistilBertConfig, TimmWrapperConfig
 
 from modeling_miniclip import MiniClipConfig, MiniClipModel
 from tests.helpers.towers import EVERY_PAIR, text_config, tiny_config, vision_config
@@ -88,14 +88,22 @@ def test_config_json_holds_no_label_names(tmp_path):
     [
         ("text_pooling", "max"),
         ("projection_dim", 0),
-        ("projection_depth", 0),
+        ("projection_depth", -1),
+        ("projection_depth", [1]),
+        ("projection_depth", [1, True]),
+        ("projection_bias", 1),
+        ("projection_bias", [None, "no"]),
+        ("vision_pooling", "mean"),
+        ("vision_pooling", "cls"),  # timm's own pooling decides
+        ("text_length", 0),
+        ("text_length", "64"),
         ("projection_dropout", 1.0),
         ("projection_dropout", -0.1),
         ("loss_type", "hinge"),
         ("logit_bias_init_value", "ten"),
         ("logit_scale_max", 0),
         ("logit_scale_init_value", 4.7),  # beyond ln(100) = 4.605
-        ("vision_config", ViTConfig()),
+        ("vision_config", BertConfig()),
         # wrong types
         ("projection_dim", "256"),
         ("projection_depth", 1.5),

@@ -14,9 +14,9 @@ TRAVELLING = {path.stem for path in PACKAGE.glob("*_miniclip.py")}
 NAMES = {
     "huggingface_hub": "get_session try_to_load_from_cache",
     "timm.data": "resolve_data_config",
-    "transformers": "AutoConfig AutoTokenizer BatchFeature CLIPImageProcessor MODEL_FOR_CAUSAL_LM_MAPPING "
-    "MODEL_FOR_MASKED_LM_MAPPING MODEL_FOR_TEXT_ENCODING_MAPPING MODEL_MAPPING PreTrainedModel "
-    "PreTrainedTokenizerBase PretrainedConfig ProcessorMixin TimmWrapperConfig TimmWrapperModel",
+    "transformers": "AutoConfig AutoImageProcessor AutoTokenizer BatchFeature CLIPImageProcessor "
+    "MODEL_FOR_CAUSAL_LM_MAPPING MODEL_FOR_MASKED_LM_MAPPING MODEL_FOR_TEXT_ENCODING_MAPPING MODEL_MAPPING "
+    "PreTrainedModel PreTrainedTokenizerBase PretrainedConfig ProcessorMixin TimmWrapperConfig TimmWrapperModel",
     "transformers.image_utils": "PILImageResampling SizeDict",
     "transformers.modeling_outputs": "BaseModelOutputWithPooling",
     "transformers.processing_utils": "ProcessingKwargs Unpack",

@@ -77,13 +77,44 @@ def export(
     if state_dict is not None:
         model = empty  # FSDP changes the model's class; the code saved with it would be torch's instead of ours
     with replaced_folder(target) as fresh:
-        model.save_pretrained(fresh, state_dict=state_dict)
+        model.save_pretrained(fresh, state_dict=with_names_of_older_releases(model, state_dict))
         if (weights := fresh / "model.safetensors").exists():  # more than 50 GB are split into several files
             seal_weights(weights)
         processor.save_pretrained(fresh)
         write_sentence_files(fresh)
         write_card(fresh / "README.md", model, card or {})
     return target
+
+
+def with_names_of_older_releases(
+    model: MiniClipModel, state_dict: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor] | None:
+    """The weights of the towers of CLIP, SigLIP and their relatives with the names that transformers 4 gave them.
+
+    These towers were a model within a model (`vision_model.vision_model.`); each later release reads these names too.
+
+    Args:
+        model: model that will be saved.
+        state_dict: full weights; None means those of the model.
+
+    Returns:
+        Renamed weights, or `state_dict` if there is nothing to rename.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    prefixes = {}
+    for part in ("vision_model", "text_model"):
+        for change in get_checkpoint_conversion_mapping(type(getattr(model, part)).__name__) or ():
+            if getattr(change, "prefix_to_remove", None):
+                prefixes[f"{part}."] = f"{part}.{change.prefix_to_remove}."
+    if not prefixes:
+        return state_dict
+    weights = model.state_dict() if state_dict is None else state_dict
+    renamed = {}
+    for name, tensor in weights.items():
+        found = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        renamed[prefixes.get(found, "") + name.removeprefix(found)] = tensor
+    return renamed
 
 
 def check_tensors(weights: Mapping[str, Tensor], model: MiniClipModel) -> None:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..configuration_miniclip import tower_name
 from ..errors import printable
 from ..evaluation.metrics import ZERO_SHOT_METRICS
 from ..modeling_miniclip import MiniClipModel
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 # Libraries whose versions matter for reproducing a result.
 REPORTED_LIBRARIES = ("torch", "transformers", "timm", "datasets", "accelerate", "albumentations")
+
+POOLINGS = {
+    "cls": "first token",
+    "mean": "mean over the tokens",
+    "last": "last token",
+    "eos": "end token",
+    "pooler": "pooled by the tower itself",
+}
 
 # Example of the inference widget on the Hub, with the picture that the cards of CLIP models use.
 WIDGET = {
@@ -56,13 +65,14 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
     by_length = values.get("by_length") or {}
     repository = values.get("name") or "miniclip"
     towers = (model.config.vision_config, model.config.text_config)
+    is_timm = towers[0].model_type == "timm_wrapper"
     base_models = [config.name_or_path for config in towers if is_hub_id(config.name_or_path)]
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         license=values.get("license") or "unknown",
         metrics=["recall"] if metrics else None,
-        tags=["miniclip", "clip", "image-text-retrieval", "timm"],
+        tags=["miniclip", "clip", "image-text-retrieval", *(["timm"] if is_timm else [])],
         base_model=base_models or None,
         datasets=data.get("hub_ids") or None,
         model_name=_short(repository) if metrics else None,
@@ -75,6 +85,9 @@ def write_card(path: Path, model: MiniClipModel, values: dict[str, Any]) -> None
         repository=json.dumps(printable(repository), ensure_ascii=False)[1:-1],
         config=model.config,
         vision_name=_vision_name(model),
+        is_timm=is_timm,
+        text_pooling=POOLINGS[model.config.text_pooling],
+        heads=" and ".join(dict.fromkeys(_describe_head(model.config, **head) for head in model.config.heads())),
         text_name=base_models[-1] if is_hub_id(towers[1].name_or_path) else towers[1].model_type,
         base_models=base_models,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -151,10 +164,16 @@ def _short(repository: str) -> str:
     return repository.rpartition("/")[2]
 
 
+def _describe_head(config: Any, depth: int, bias: bool) -> str:
+    if depth < 2:
+        return ("linear" + " with bias" * bias) if depth else "none"
+    return f"{depth} layers with GELU, dropout {config.projection_dropout}, residual and layer norm"
+
+
 def _vision_name(model: MiniClipModel) -> str:
     cfg = getattr(model.config.vision_config, "pretrained_cfg", None) or {}
     tag = cfg.get("tag")
-    return str(model.config.vision_config.architecture) + (f".{tag}" if tag else "")
+    return tower_name(model.config.vision_config) + (f".{tag}" if tag else "")
 
 
 def rename_card(text: str, repository: str) -> str:

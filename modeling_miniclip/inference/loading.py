@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging
 
-from ..configuration_miniclip import MiniClipConfig, Origin
+from ..configuration_miniclip import MiniClipConfig, Origin, pooler_switch
 from ..errors import ModelError, one_line
-from ..modeling_miniclip import MiniClipModel, without_pooler
+from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from ..utils.checksums import check_weights
 from .pickled import reject_pickled
@@ -166,7 +166,8 @@ def load_tower(folder: Path, side: Literal["image", "text"]) -> tuple[MiniClipMo
         for part in (part for parts in PARTS.values() for part in parts if part not in PARTS[side]):
             setattr(model, part, nn.Identity())
         empty = getattr(model, tower)
-        options: dict[str, Any] = without_pooler(type(empty)) if side == "text" else {}
+        pooling = config.text_pooling if side == "text" else config.vision_pooling
+        options: dict[str, Any] = pooler_switch(type(empty), pooling)
         setattr(model, tower, nn.Identity())
         own = {name.removeprefix(f"{tower}."): value for name, value in state.items() if name.startswith(f"{tower}.")}
         # from_pretrained, because transformers knows how to fill what a checkpoint lacks (tables of positions).

@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import DatasetDict
 
-from ..configuration_miniclip import MiniClipConfig, timm_config
+from ..configuration_miniclip import MiniClipConfig, vision_tower_config
 from ..data.tables.row_blocks import caption_counts
 from ..inference.loading import check_export_folder
-from ..modeling_miniclip import MiniClipVisionModel
-from ..processing_miniclip import MiniClipProcessor, image_processor_from_timm
+from ..modeling_miniclip import vision_class_of
+from ..processing_miniclip import MiniClipProcessor, image_processor_of
 from .command_line.arguments import DERIVED, TrainingArguments
 from .command_line.derived import LARGER, Facts, derive, multiple_of_stride
 from .reports.reporting import say
@@ -75,12 +75,14 @@ def _image_tower(arguments: TrainingArguments) -> tuple[int | None, bool, bool]:
             config = MiniClipConfig.from_pretrained(arguments.model_name_or_path).vision_config
             crop = MiniClipProcessor.from_pretrained(arguments.model_name_or_path).image_processor.crop_size
         else:
-            config = timm_config(str(arguments.vision_model))
-            crop = image_processor_from_timm(config).crop_size
-        cfg = config.pretrained_cfg or timm.get_pretrained_cfg(config.architecture).to_dict()
+            config = vision_tower_config(str(arguments.vision_model))
+            crop = image_processor_of(config).crop_size
+        cfg = {}
+        if config.model_type == "timm_wrapper":
+            cfg = config.pretrained_cfg or timm.get_pretrained_cfg(config.architecture).to_dict()
         size = crop["height"] if crop["height"] == crop["width"] else None
         with torch.random.fork_rng(devices=[]), torch.device("meta"):  # no weights are needed
-            tower = MiniClipVisionModel(config).eval()
+            tower = vision_class_of(config)(config).eval()
         takes_others = size is not None and not cfg.get("fixed_input_size") and _takes_others(tower, size)
         return size, takes_others, knows_layers(tower)
     except Exception:  # of many classes; what is wrong with a tower is said when the model is created
@@ -93,7 +95,7 @@ def _takes_others(tower: Any, size: int) -> bool:
     @torch.no_grad()
     def takes(side: int) -> bool:
         try:
-            tower.timm_model(torch.empty(1, 3, side, side, device="meta"))
+            getattr(tower, "timm_model", tower)(torch.empty(1, 3, side, side, device="meta"))
         except Exception:  # of many classes
             return False
         return True

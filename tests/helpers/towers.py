@@ -25,6 +25,26 @@ VISION: dict[str, dict[str, Any]] = {
     },
 }
 
+# Image encoders of transformers. Each name is a `model_type`.
+_ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+            "image_size": PIXELS, "patch_size": 8}  # fmt: skip
+ENCODERS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": _ENCODER,
+    "siglip_vision_model": _ENCODER,
+    "vit": _ENCODER,
+    "deit": _ENCODER,
+    "dinov2": _ENCODER,
+    "dinov3_vit": {**_ENCODER, "num_register_tokens": 2},
+    "beit": _ENCODER,
+    "swin": {"image_size": PIXELS, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4],
+             "window_size": 4},
+    "convnext": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2},
+    "resnet": {"hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16, "layer_type": "basic"},
+    "chinese_clip_vision_model": _ENCODER,
+    "aimv2_vision_model": _ENCODER,
+    "efficientnet": {"width_coefficient": 0.2, "depth_coefficient": 0.1, "hidden_dim": 256},
+}  # fmt: skip
+
 _SMALL = {"vocab_size": 200, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT: dict[str, dict[str, Any]] = {
     "distilbert": {"vocab_size": 200, "n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 64,
@@ -64,6 +84,11 @@ def vision_config(family: str = "resnet") -> TimmWrapperConfig:
     """Configuration of a tiny timm tower that takes images of `PIXELS` x `PIXELS`."""
     preprocessing = {"input_size": [3, PIXELS, PIXELS], "crop_pct": 1.0, "interpolation": "bicubic"}
     return TimmWrapperConfig(**VISION[family], pretrained_cfg=preprocessing)
+
+
+def encoder_config(family: str) -> Any:
+    """Configuration of a tiny image encoder of transformers."""
+    return AutoConfig.for_model(family, **ENCODERS[family])
 
 
 def text_config(family: str = "distilbert") -> Any:

@@ -480,7 +480,11 @@ def test_the_dropout_flag_reaches_every_module_from_each_source(
         ({"text_model": "no-such-text-tower"}, "--text_model no-such-text-tower: .*connect"),
         ({"max_length": 25}, r"max_length must be in 1\.\.24"),
         ({"projection_dim": 0}, "projection_dim must be at least 1, not 0"),
-        ({"projection_depth": 0}, "projection_depth must be at least 1"),
+        ({"projection_depth": -1}, "projection_depth must be at least 0"),
+        (
+            {"projection_depth": 0},
+            "leaves a tower's 96 features as they are: set projection_dim 96",
+        ),
     ],
 )
 def test_wrong_towers_and_sizes_are_rejected(towers: dict[str, str], flags: dict[str, Any], message: str) -> None:
@@ -490,7 +494,7 @@ def test_wrong_towers_and_sizes_are_rejected(towers: dict[str, str], flags: dict
 
 
 def test_tower_in_the_wrong_place_is_rejected(towers: dict[str, str]) -> None:
-    with pytest.raises(ModelError, match="text-distilbert is not a timm image model"):
+    with pytest.raises(ModelError, match="transformers has no image encoder for a DistilBertConfig"):
         build(vision_model=towers["text_model"], text_model=towers["text_model"])
     with pytest.raises(ModelError, match="cannot create a model from .*--text_model .*vision-resnet"):
         build(vision_model=towers["vision_model"], text_model=towers["vision_model"])

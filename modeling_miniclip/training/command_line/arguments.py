@@ -87,7 +87,9 @@ class TrainingArguments:
 
     # Model
     vision_model: str | None = _flag(
-        None, f"pretrained image tower: timm name, timm repository or folder ({DEFAULT_VISION_MODEL})"
+        None,
+        f"pretrained image tower: timm name, or repository or folder of a timm model or of an image encoder of "
+        f"transformers ({DEFAULT_VISION_MODEL})",
     )
     text_model: str | None = _flag(
         None, f"pretrained text tower: Hub name or folder of a text encoder ({DEFAULT_TEXT_MODEL})"
@@ -98,13 +100,16 @@ class TrainingArguments:
         "trains a WordPiece vocabulary on the captions",
     )
     model_name_or_path: str | None = _flag(None, "start from a trained MiniCLIP: export folder or Hub repository")
-    text_pooling: Literal["cls", "mean", "last"] | None = _flag(
+    text_pooling: Literal["cls", "mean", "last", "eos", "pooler"] | None = _flag(
         None,
-        "how the token states of a text become one vector: the first of them, their mean, or the last (what the text "
-        "tower's repository declares; otherwise last for a decoder such as GPT-2, and cls for any other tower)",
+        "how the token states of a text become one vector: the first of them, their mean, the last, that of the end "
+        "token, or the tower's own pooled output (what the text tower's repository declares; otherwise last for a "
+        "decoder such as GPT-2, pooler for SigLIP's tower, and cls for any other)",
     )
     projection_dim: int | None = _flag(None, "dimensions of the shared embedding space (derived)")
-    projection_depth: int | None = _flag(None, "linear layers in each projection head; 1 is a plain projection (2)")
+    projection_depth: int | None = _flag(
+        None, "linear layers in each projection head; 1 is a plain projection, 0 none (2)"
+    )
     loss_type: Literal["softmax_sum", "softmax_mean", "sigmoid"] | None = _flag(
         None,
         "softmax is CLIP's loss; it combines the captions of an image as the log of their summed probability (sum) or "
@@ -273,11 +278,11 @@ DERIVED = (
 LOWER_BOUNDS = {
     **dict.fromkeys(("batch_size", "captions_per_image", "num_train_epochs", "max_steps", "logging_steps"), 1),
     **dict.fromkeys(("max_train_images", "stream_first_rows", "num_views"), 1),
-    **dict.fromkeys(("image_size", "train_image_size", "max_length", "projection_dim", "projection_depth"), 1),
+    **dict.fromkeys(("image_size", "train_image_size", "max_length", "projection_dim"), 1),
     **dict.fromkeys(("save_total_limit", "early_stopping_patience", "eval_steps"), 1),
     "chunk_size": 2,
     **dict.fromkeys(("num_workers", "seed", "warmup_steps", "weight_decay"), 0),
-    **dict.fromkeys(("max_validation_images", "shard_cache_gb"), 0),
+    **dict.fromkeys(("max_validation_images", "shard_cache_gb", "projection_depth"), 0),
 }
 
 

@@ -28,7 +28,13 @@ from ...errors import DataError
 from ...modeling_miniclip import MiniClipModel
 from ...processing_miniclip import MiniClipProcessor
 from ...utils.files import shared_file
-from ..towers.feature_cache import digest, digest_of_tokenizer, digest_of_weights
+from ..towers.feature_cache import (
+    digest,
+    digest_of_tokenizer,
+    digest_of_weights,
+    image_tower_settings,
+    text_tower_settings,
+)
 
 FIRST, MOST = 64, 500  # images to look at: enough for most sets, and for those that the first do not settle
 PERMUTATIONS = 200
@@ -119,9 +125,8 @@ def _digest_of_evidence(
         "images": [part for _, part in image_parts(sample)],
         "captions": list(sample.select_columns(["captions"])["captions"]),
         "weights": [digest_of_weights(tower) for tower in (model.vision_model, model.text_model)],
-        "vision": [model.config.vision_config.architecture, model.config.vision_config.model_args],
-        "text": {k: v for k, v in model.config.text_config.to_dict().items() if k != "_name_or_path"},
-        "pooling": model.config.text_pooling,
+        "vision": image_tower_settings(model),
+        "text": text_tower_settings(model),
         "preprocessing": processor.image_processor.to_dict(),
         "tokenizer": digest_of_tokenizer(processor.tokenizer),
     }
@@ -210,7 +215,7 @@ def _describe_images(
     rows: CaptionRows, model: MiniClipModel, processor: MiniClipProcessor, device: torch.device
 ) -> tuple[list[Tensor], list[list[str]]]:
     """`[n, width]` features and `[n, 192]` pixels of the images that can be decoded, and their captions."""
-    features = torch.empty(len(rows), model.vision_model.pooled_size)
+    features = torch.empty(len(rows), model.vision_width)
     pixels, captions = torch.empty(len(rows), 3 * SIDE * SIDE), list[list[str]]()
     for start in range(0, len(rows), BLOCK):
         block = rows.__getitems__([(0, i) for i in range(start, min(start + BLOCK, len(rows)))])
@@ -228,7 +233,7 @@ def _describe_texts(
     captions: Sequence[Sequence[str]], model: MiniClipModel, processor: MiniClipProcessor, device: torch.device
 ) -> Tensor:
     """`[n, width]`, mean features of each image's captions."""
-    means = torch.empty(len(captions), model.config.text_config.hidden_size)
+    means = torch.empty(len(captions), model.text_width)
     for start in range(0, len(captions), BLOCK):
         block = captions[start : start + BLOCK]
         texts = [text for row in block for text in row]

@@ -13,6 +13,7 @@ from datasets import DatasetDict
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...configuration_miniclip import tower_name
 from ...data.load_rows import Splits
 from ...data.tables.row_blocks import caption_counts
 from ...errors import printable
@@ -57,7 +58,7 @@ def describe_model(model: MiniClipModel) -> str:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return (
-        f"{config.vision_config.architecture} + {config.text_config.model_type} ({config.text_pooling}), "
+        f"{tower_name(config.vision_config)} + {config.text_config.model_type} ({config.text_pooling}), "
         f"{config.projection_dim}-d, "
         f"{total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained)"
     )

@@ -15,7 +15,13 @@ from ...errors import ModelError, UsageError, did_you_mean, one_line
 from ...inference.loading import check_export_folder, load_export
 from ...inference.pickled import reject_pickled
 from ...modeling_miniclip import MiniClipModel
-from ...processing_miniclip import MiniClipProcessor, image_processor_from_timm, max_text_length
+from ...processing_miniclip import (
+    MiniClipProcessor,
+    image_processor_from_timm,
+    image_processor_of,
+    max_text_length,
+    stock_image_processor,
+)
 from ...utils.processes import process_rank
 from ...utils.resources import named_file
 from ..command_line.arguments import MODEL_SOURCES, TrainingArguments
@@ -55,7 +61,8 @@ def create_model(
             model, processor = _from_export(arguments, overrides)
         else:
             model, processor = _from_towers(arguments, overrides)
-        if arguments.train_image_size is not None:  # towers of a fixed size raise an error
+        if arguments.train_image_size is not None and hasattr(model.vision_model, "timm_model"):
+            # an error for a tower of another, fixed size
             image_processor_from_timm(model.config.vision_config, arguments.train_image_size)
         try_towers(model, processor, arguments)
     except Exception as error:  # the libraries raise errors of many classes for wrong values
@@ -95,7 +102,7 @@ def _from_preset(
     config.text_config.pad_token_id = tokenizer.pad_token_id
     limit = max_text_length(config.text_config, tokenizer)
     tokenizer.model_max_length = _text_length(arguments, limit)
-    images = image_processor_from_timm(config.vision_config, arguments.image_size, arguments.crop_pct)
+    images = image_processor_of(config.vision_config, arguments.image_size, arguments.crop_pct)
     processor = MiniClipProcessor(images, tokenizer)
     return MiniClipModel(config).eval(), processor
 
@@ -137,8 +144,11 @@ def _from_export(arguments: TrainingArguments, overrides: dict[str, Any]) -> tup
             raise UsageError(f"--{name} {value} cannot change a trained model: {source} has {own}")
     processor.tokenizer.model_max_length = _text_length(arguments, processor.tokenizer.model_max_length)
     if arguments.image_size is not None or arguments.crop_pct is not None:
-        size = arguments.image_size or processor.image_processor.crop_size["height"]
-        processor.image_processor = image_processor_from_timm(model.config.vision_config, size, arguments.crop_pct)
+        own, tower = processor.image_processor, model.config.vision_config
+        size = arguments.image_size or own.crop_size["height"]
+        is_timm = tower.model_type == "timm_wrapper"
+        make, of = (image_processor_from_timm, tower) if is_timm else (stock_image_processor, own)
+        processor.image_processor = make(of, size, arguments.crop_pct)
     return model, processor
 
 

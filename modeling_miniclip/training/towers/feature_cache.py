@@ -54,6 +54,24 @@ def digest_of_weights(module: nn.Module) -> str:
     )
 
 
+def image_tower_settings(model: Any) -> dict[str, Any]:
+    """What the features of a `MiniClipModel`'s image tower depend on, but for its weights."""
+    tower = model.config.vision_config
+    if tower.model_type == "timm_wrapper":
+        return {"architecture": tower.architecture, "model_args": tower.model_args}
+    return _settings_of(tower) | {"pooling": model.config.vision_pooling}
+
+
+def text_tower_settings(model: Any) -> dict[str, Any]:
+    """What the features of a `MiniClipModel`'s text tower depend on, but for its weights."""
+    settings = {"tower": _settings_of(model.config.text_config), "pooling": model.config.text_pooling}
+    return settings if model.config.text_length is None else settings | {"padded to": model.config.text_length}
+
+
+def _settings_of(tower_config: Any) -> dict[str, Any]:
+    return {name: value for name, value in tower_config.to_dict().items() if name != "_name_or_path"}
+
+
 def digest_of_texts(texts: pa.Array) -> str:
     """A hash of texts, in their order."""
     strings = (pc.binary_length(texts).to_numpy().tobytes(), "".join(texts.to_pylist()).encode())

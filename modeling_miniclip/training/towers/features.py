@@ -35,6 +35,8 @@ from .feature_cache import (
     digest_of_texts,
     digest_of_tokenizer,
     digest_of_weights,
+    image_tower_settings,
+    text_tower_settings,
 )
 from .fold_batch_norm import folded_batch_norms
 
@@ -159,9 +161,9 @@ def frozen_image_features(
         MiniClipError: the tower returns NaN or infinity for an image.
     """
     model.vision_model.eval()
-    vision, width = model.config.vision_config, model.vision_model.pooled_size
+    width = model.vision_width
     depends_on = {
-        "tower": {"architecture": vision.architecture, "model_args": vision.model_args},
+        "tower": image_tower_settings(model),
         "weights": digest_of_weights(model.vision_model),
         "preprocessing": rows.processor.image_processor.to_dict(),
     }
@@ -246,13 +248,11 @@ def frozen_text_features(
         Features of the captions of each image, memory-mapped.
     """
     model.text_model.eval()
-    depends_on = {
-        "tower": {k: v for k, v in model.config.text_config.to_dict().items() if k != "_name_or_path"},
+    depends_on = text_tower_settings(model) | {
         "weights": digest_of_weights(model.text_model),
-        "pooling": model.config.text_pooling,
         "tokenizer": digest_of_tokenizer(processor.tokenizer),
     }
-    width, parts = model.config.text_config.hidden_size, []
+    width, parts = model.text_width, []
     for batch in record_batches(rows, ["captions"], TEXT_IMAGES):
         captions = batch["captions"].flatten()
         if len(captions):

@@ -14,14 +14,17 @@ from ..command_line.arguments import TrainingArguments
 def vision_layers(vision_model: Any) -> list[list[nn.Parameter]]:
     """Parameters of each layer of an image tower, starting with the stem.
 
-    The layers are those of timm's layer-wise learning-rate decay for the architecture (`group_matcher`).
+    The layers of a timm model are those of its layer-wise learning-rate decay (`group_matcher`); those of a tower of
+    transformers are found as for a text tower, so a Swin or ResNet has one for each stage.
 
     Args:
-        vision_model: a `MiniClipVisionModel`.
+        vision_model: the tower of a `MiniClipModel`.
 
     Raises:
         UsageError: timm does not know the layers of this architecture.
     """
+    if not hasattr(vision_model, "timm_model"):
+        return text_layers(vision_model)
     tower = vision_model.timm_model
     try:
         layer_of = group_parameters(tower, tower.group_matcher(coarse=False), reverse=True)
@@ -37,7 +40,7 @@ def vision_layers(vision_model: Any) -> list[list[nn.Parameter]]:
 
 
 def knows_layers(vision_model: Any) -> bool:
-    """Whether timm knows the layers of an image tower, a `MiniClipVisionModel`."""
+    """Whether the layers of an image tower are known; timm does not know those of all its models."""
     try:
         vision_layers(vision_model)
     except UsageError:
@@ -65,11 +68,14 @@ def text_layers(text_model: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def freeze_layers(model: MiniClipModel, arguments: TrainingArguments) -> None:
-    """Freeze the weights of whole towers and of first layers, as the flags say.
+    """Freeze the weights of whole towers and of first layers, as the flags say, and weights that are never used.
 
     Raises:
         UsageError: timm does not know the layers of the image tower.
     """
+    for name, parameter in model.vision_model.named_parameters():
+        if name.endswith("mask_token"):  # of DINOv2 and others, for their pretraining; DDP would wait for its gradient
+            parameter.requires_grad_(False)
     for tower in frozen_towers(model, arguments.freeze):
         tower.requires_grad_(False)
     if arguments.frozen_vision_fraction:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...configuration_miniclip import tower_name
 from ...errors import ModelError, UsageError, one_line
 from ...modeling_miniclip import MiniClipModel
 from ...processing_miniclip import MiniClipProcessor
@@ -41,9 +42,9 @@ def try_towers(model: MiniClipModel, processor: MiniClipProcessor, arguments: Tr
 def _try_image(model: MiniClipModel, flag: str, size: tuple[int, int], arguments: TrainingArguments) -> None:
     if max(size) > LARGEST_SIDE or (problem := _image_problem(model, size)) is None:
         return
-    name = model.config.vision_config.architecture
+    name = tower_name(model.config.vision_config)
     near = {side for step in STEPS for side in (size[0] // step * step, -(-size[0] // step) * step) if side > 0}
-    own = (getattr(model.config.vision_config, "pretrained_cfg", None) or {}).get("input_size", (3, 224))[1]
+    own = own_size(model.config.vision_config)
     taken = [side for side in sorted({*near, own}) if _image_problem(model, (side, side)) is None]
     shape = f"{size[0]}x{size[1]}"
     if not taken:
@@ -56,13 +57,21 @@ def _try_image(model: MiniClipModel, flag: str, size: tuple[int, int], arguments
     )
 
 
+def own_size(vision_config: Any) -> int:
+    """Pixels per side of the images that an image tower was made for."""
+    size = (getattr(vision_config, "pretrained_cfg", None) or {}).get("input_size", (3, 224))[1]
+    if vision_config.model_type != "timm_wrapper":
+        size = getattr(vision_config, "image_size", None) or size
+    return int(size if isinstance(size, int) else size[0])
+
+
 def _image_problem(model: MiniClipModel, size: tuple[int, int]) -> str | None:
     pixels = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return _problem(lambda: model.pool_images(pixels).pooler_output, (1, model.vision_model.pooled_size))
+    return _problem(lambda: model.pool_images(pixels).pooler_output, (1, model.vision_width))
 
 
 def _try_texts(model: MiniClipModel, tokenizer: Any) -> None:
-    tower, width = f"text tower {model.config.text_config.model_type}", model.config.text_config.hidden_size
+    tower, width = f"text tower {model.config.text_config.model_type}", model.text_width
     limit = min(tokenizer.model_max_length, LONGEST_TEXT)
     ids, other = (
         tokenizer(text * limit, truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
