@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-long test-min test-versions test-clients conformance coverage mutants lint audit constraints format docs clean
+.PHONY: help demo test test-slow test-long test-min test-versions test-clients test-open-clip conformance coverage mutants lint audit constraints format docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -72,6 +72,13 @@ test-versions: $(VERSIONS:%=.venv-versions/%/.installed)  ## open exports under 
 
 test-clients: .venv-clients/.installed  ## compare the results of other libraries that load an export
 	.venv-clients/bin/python -m pytest tests/clients
+
+.venv-versions/open-clip/.installed: .ci/version_env.py | $(VENV)/.installed-dev
+	$(BIN)/python .ci/version_env.py $(@D) open-clip-torch
+	touch $@
+
+test-open-clip: .venv-versions/open-clip/.installed  ## convert models of open_clip and back, with its own classes
+	.venv-versions/open-clip/bin/python -m pytest -n 2 --dist worksteal tests/open_clip
 
 $(VENV)/.installed-conformance: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet 'parameterized>=0.9'

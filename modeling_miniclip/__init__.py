@@ -27,6 +27,7 @@ _MODULE_OF = {
     "zero_shot_accuracy": "evaluation.zero_shot",
     "classify": "evaluation.zero_shot",
     "export": "hub.export",
+    "from_clip": "clips.from_clip",
     "push": "hub.push",
     "ImageIndex": "search.index",
     "EntryFilter": "search.filters",
@@ -41,6 +42,7 @@ _MODULE_OF = {
 __all__ = [*_MODULE_OF, "__version__"]
 
 if TYPE_CHECKING:
+    from .clips.from_clip import from_clip as from_clip
     from .configuration_miniclip import MiniClipConfig as MiniClipConfig
     from .data.captions import load_captions as load_captions
     from .errors import DataError as DataError

@@ -159,6 +159,32 @@ def run_push(args: argparse.Namespace) -> None:
     print(f"pushed: {push(args.export, args.repo_id, private=args.private, revision=args.revision)}")
 
 
+def declare_convert(parser: argparse.ArgumentParser) -> None:
+    """Flags of `miniclip convert`."""
+    parser.add_argument(
+        "source", metavar="MODEL",
+        help="folder or Hub repository of a CLIP of transformers or open_clip, or of an export; or "
+        "open_clip:ARCHITECTURE/CHECKPOINT",
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="DIR", help="new folder to write the converted model to")
+    parser.add_argument(
+        "--to", choices=("transformers", "open_clip"), help="library that loads the result with its own code "
+        "(default: write an export)",
+    )  # fmt: skip
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Convert the model, and print how much the logits differ after it is loaded by the other library."""
+    from .clips.convert import convert
+
+    done = convert(args.source, args.folder, args.to)
+    print(f"written: {done.folder}")
+    if done.difference is not None:
+        print(f"largest difference of the logits under {args.to}: {done.difference:.1e} of the largest logit")
+    if done.rounds:
+        print(f"{args.to} rounds odd margins in another way: crops of some pictures are one pixel apart")
+
+
 def declare_export(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip export`."""
     parser.add_argument("export", metavar="EXPORT", help="folder of an exported model, or a repository on the Hub")
@@ -521,6 +547,7 @@ def run_space(args: argparse.Namespace) -> None:
 COMMANDS = {
     "app": Command("search an index in the browser, on this machine only", declare_app, run_app_command),
     "check": Command("find problems in captioned images", declare_check, run_check),
+    "convert": Command("convert a published CLIP, or a model into one", declare_convert, run_convert),
     "duplicates": Command("find identical and near-identical images in an index", declare_duplicates, run_duplicates),
     "eval": Command("evaluate a model, alone or against a baseline", declare_eval, run_eval),
     "export": Command("export a model to ONNX and check it, or copy it with new code", declare_export, run_export),

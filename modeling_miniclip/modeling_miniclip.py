@@ -297,6 +297,7 @@ class MiniClipModel(PreTrainedModel):
     accepts_loss_kwargs = False  # a batch's loss is not a sum over items, which Trainer could divide by their number
     loaded_revision: str | None = None  # commit of the Hub repository that the weights came from
     loaded_from: "Origin | None" = None  # None for a model built in memory
+    processor: Any = None  # of a model converted in memory
     _no_split_modules = ["MiniClipVisionModel", "ProjectionHead"]
     _supports_sdpa = True
     supports_gradient_checkpointing = True

@@ -39,8 +39,8 @@ PIL_BACKEND = {} if IS_VERSION_4 else PIL_BACKEND
 
 # Text encoders whose position table starts after the padding index (two of RoBERTa's 514 rows are never used).
 OFFSET_POSITIONS = frozenset(
-    "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
-    "xmod".split()
+    "altclip_text_model camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta "
+    "xlm-roberta-xl xmod".split()
 )
 # Encoders with relative positions only: their configuration may state a length, but no table ends there.
 RELATIVE_POSITIONS = frozenset("t5 mt5 umt5 t5gemma xlnet deberta-v2".split())
@@ -454,6 +454,10 @@ class MiniClipProcessor(ProcessorMixin):
         edges = dict(size) if isinstance(size, dict | SizeDict) else {}
         return edges.keys() == {"shortest_edge"} and all(getattr(processor, name, False) for name in RESIZING[:2])
 
+    def _rounds_margins(self) -> bool:
+        # Whether half a pixel of an odd margin is rounded to the nearest even number, as torchvision and open_clip do.
+        return bool(getattr(self.image_processor, "round_margins", False))
+
     def _plan(self, image: Image.Image) -> tuple[tuple[int, int], tuple[int, int, int, int]] | None:
         # Size and crop box that the image processor would use. Without its copies, this takes half the time.
         # None if the image processor does something else.
@@ -473,7 +477,8 @@ class MiniClipProcessor(ProcessorMixin):
             width, height = size["width"], size["height"]
         else:
             return None
-        left, top = (width - crop["width"]) // 2, (height - crop["height"]) // 2
+        margins = width - crop["width"], height - crop["height"]
+        left, top = (round(margin / 2) if self._rounds_margins() else margin // 2 for margin in margins)
         return (width, height), (left, top, left + crop["width"], top + crop["height"])
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -533,6 +538,9 @@ class MiniClipProcessor(ProcessorMixin):
             if "images_kwargs" in kwargs:
                 own = kwargs["images_kwargs"].items()
                 kwargs["images_kwargs"] = {name: value for name, value in own if name != "input_data_format"}
+        if self._rounds_margins() and not whole and all(isinstance(image, Image.Image) for image in prepared):
+            prepared = [Image.fromarray(self.crop(image).transpose(1, 2, 0)) for image in prepared]
+            kwargs = kwargs | {"do_resize": False, "do_center_crop": False}
         return prepared, kwargs
 
     def _warn_of_truncation(self, text: str | list[str], attention_mask: Any, limit: int) -> None:

@@ -10,7 +10,7 @@ from tests.helpers.runs import ROOT
 
 PACKAGE = "modeling_miniclip"
 # Each layer may import its own files and those of the layers before it.
-LAYERS = ("root", "utils", "data", "inference", "evaluation", "hub", "training", "search", "entry points")
+LAYERS = ("root", "utils", "data", "inference", "evaluation", "hub", "clips", "training", "search", "entry points")
 # At the root of the package, but on top of everything: they start the commands.
 ENTRY_POINTS = {f"{PACKAGE}.cli", f"{PACKAGE}.__main__", f"{PACKAGE}.retrieval_metric", "train_miniclip"}
 

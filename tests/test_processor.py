@@ -865,3 +865,21 @@ def test_processor_uses_nothing_deprecated(tmp_path):
             processor(images=[Image.new(mode, (40, 30))], text=["a dog"], return_tensors="pt")
         processor.save_pretrained(tmp_path / "saved")
         MiniClipProcessor.from_pretrained(tmp_path / "saved")
+
+
+def test_rounded_margins_crop_as_torchvision_does() -> None:
+    from torchvision import transforms
+
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.0] * 3, image_std=[1.0] * 3,
+        round_margins=True,
+    )  # fmt: skip
+    processor = MiniClipProcessor(images, tiny_processor().tokenizer)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps = [transforms.Resize(32, bicubic), transforms.CenterCrop(32), transforms.ToTensor()]
+    random = np.random.default_rng(0)
+    for height, width in ((32, 35), (32, 37), (61, 40), (45, 45)):  # margins of 1.5, 2.5, 8 and 0 pixels
+        image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        expected = transforms.Compose(steps)(image)
+        assert torch.allclose(processor(images=[image], return_tensors="pt")["pixel_values"][0], expected, atol=1e-6)
+        assert torch.equal(processor.normalize(torch.from_numpy(processor.crop(image))[None])[0], expected)

@@ -91,8 +91,8 @@ def processor_of(model: MiniClipModel, processor: MiniClipProcessor | None = Non
     """The given processor, or the one that was saved with the model.
 
     Args:
-        model: model loaded with `from_pretrained`; its processor is in the same folder or repository, at the same
-            revision and in the same subfolder.
+        model: model loaded with `from_pretrained`, whose processor is in the same folder or repository, at the same
+            revision and in the same subfolder; or made with `from_clip`.
         processor: processor to return; None to load it.
 
     Raises:
@@ -100,6 +100,8 @@ def processor_of(model: MiniClipModel, processor: MiniClipProcessor | None = Non
     """
     if processor is not None:
         return processor
+    if getattr(model, "processor", None) is not None:  # of a model that `from_clip` made
+        return model.processor
     origin = getattr(model, "loaded_from", None)
     if origin is None:
         raise ValueError("the model was not loaded with from_pretrained, so its processor is unknown: pass processor=")
@@ -171,7 +173,7 @@ def load_tower(folder: Path, side: Literal["image", "text"]) -> tuple[MiniClipMo
         setattr(model, tower, nn.Identity())
         own = {name.removeprefix(f"{tower}."): value for name, value in state.items() if name.startswith(f"{tower}.")}
         # from_pretrained, because transformers knows how to fill what a checkpoint lacks (tables of positions).
-        with _no_progress_bar():
+        with no_progress_bar():
             loaded, info = type(empty).from_pretrained(
                 None, config=empty.config, state_dict=own, output_loading_info=True, dtype=torch.float32, **options
             )
@@ -196,7 +198,8 @@ def _read_weights(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Te
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Hide the progress bars of transformers within a block."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -49,6 +49,7 @@ LAYERS, OPTIMIZER, EMA, GRAD_CACHE, DISTRIBUTED, CHECKPOINTS, DIAGNOSTICS, FOLD,
         "bad_images",
     )
 )
+FROM_CLIP, BACK = "tests/clips/test_from_transformers.py", "tests/clips/test_back.py"
 GLOBAL_LOSS = "tests/training/test_global_loss.py"
 LOSS, MODEL, PROCESSOR, UNTRUSTED = (f"tests/test_{name}.py" for name in ("loss", "model", "processor", "untrusted"))
 
@@ -282,6 +283,45 @@ FAULTS = [
             "data.image_of_query(direction), rank > 1)",
             "data.image_of_query(direction), rank >= 1)",
             "tests/evaluation/test_failure_page.py",
+        ),
+    ),
+    *faults_in(
+        f"{PACKAGE}/clips",
+        (
+            "families.py",
+            "CLIP's text is pooled as a mean",
+            'Family("CLIPModel", "eos")',
+            'Family("CLIPModel", "mean")',
+            FROM_CLIP,
+        ),
+        ("families.py", "SigLIP 2's patches are turned", "permute(0, 3, 1, 2)", "permute(0, 3, 2, 1)", FROM_CLIP),
+        (
+            "families.py",
+            "a dual encoder takes the class token",
+            '"VisionTextDualEncoderModel", "pooler"',
+            '"VisionTextDualEncoderModel", "cls"',
+            FROM_CLIP,
+        ),
+        (
+            "preprocessing.py",
+            "pictures are resized bilinearly",
+            "resample=PILImageResampling(other.resample),\n        rescale",
+            "resample=PILImageResampling.BILINEAR,\n        rescale",
+            FROM_CLIP,
+        ),
+        (
+            "preprocessing.py",
+            "what else an image processor does is not noticed",
+            "(64, 97), (517, 518))",
+            "(64, 97), (517, 518))[:0]",
+            FROM_CLIP,
+        ),
+        (
+            "to_transformers.py",
+            "two-layer heads are not noticed",
+            "if parts.keys() != (",
+            "if parts.keys() < (",
+            BACK,
         ),
     ),
     *faults_in(
@@ -579,8 +619,8 @@ FAULTS = [
         (
             "processing_miniclip.py",
             "the crop rounds its margin up",
-            '- crop["width"]) // 2,',
-            '- crop["width"] + 1) // 2,',
+            "else margin // 2",
+            "else (margin + 1) // 2",
             PROCESSOR,
         ),
         (
@@ -595,6 +635,13 @@ FAULTS = [
             "RoBERTa gets one position too many",
             "rows -= text_config.pad_token_id + 1",
             "rows -= text_config.pad_token_id",
+            PROCESSOR,
+        ),
+        (
+            "processing_miniclip.py",
+            "the margin of open_clip's crop is rounded down",
+            "round(margin / 2) if",
+            "margin // 2 if",
             PROCESSOR,
         ),
         ("pictures_miniclip.py", "16 bits are divided by 256", "values /= 257", "values /= 260", PROCESSOR),

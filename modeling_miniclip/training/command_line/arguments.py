@@ -99,7 +99,9 @@ class TrainingArguments:
         "train from random weights: JSON file of a MiniClipConfig, or the name of one in configuration/presets; also "
         "trains a WordPiece vocabulary on the captions",
     )
-    model_name_or_path: str | None = _flag(None, "start from a trained MiniCLIP: export folder or Hub repository")
+    model_name_or_path: str | None = _flag(
+        None, "start from a trained model: folder or Hub repository of an export, or of a CLIP of another library"
+    )
     text_pooling: Literal["cls", "mean", "last", "eos", "pooler"] | None = _flag(
         None,
         "how the token states of a text become one vector: the first of them, their mean, the last, that of the end "

@@ -10,9 +10,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...clips.from_clip import load_clip
 from ...configuration_miniclip import FIELDS, TOWERS, MiniClipConfig
 from ...errors import ModelError, UsageError, did_you_mean, one_line
-from ...inference.loading import check_export_folder, load_export
+from ...inference.loading import check_export_folder
 from ...inference.pickled import reject_pickled
 from ...modeling_miniclip import MiniClipModel
 from ...processing_miniclip import (
@@ -137,7 +138,7 @@ def read_preset(path: Path, overrides: dict[str, Any] | None = None) -> MiniClip
 
 def _from_export(arguments: TrainingArguments, overrides: dict[str, Any]) -> tuple[MiniClipModel, MiniClipProcessor]:
     source = str(arguments.model_name_or_path)
-    model, processor = load_export(source, "--model_name_or_path")
+    model, processor = load_clip(source, "--model_name_or_path")
     for name, value in overrides.items():
         own = getattr(model.config, name)
         if value != own:

@@ -1,0 +1,239 @@
+"""Models of open_clip as models of this package, and back, with open_clip's own classes, vocabulary and transforms."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modeling_miniclip import MiniClipModel, MiniClipProcessor, export, from_clip
+from modeling_miniclip.clips.convert import convert
+from modeling_miniclip.errors import MiniClipError, ModelError, UsageError
+from modeling_miniclip.evaluation.encoders import open_encoder
+from modeling_miniclip.evaluation.eval_sets import load_eval_set
+from modeling_miniclip.evaluation.evaluate import evaluate_model
+from tests.clips.comparison import differences, our_results
+from tests.helpers.clips import (
+    TEXTS,
+    clip_tokenizer,
+    load_in_this_process,
+    pictures,
+    randomise,
+    save_clip,
+    unigram_tokenizer,
+)
+from tests.helpers.runs import write_scene_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*truncated", "ignore:.*states no licence")
+
+VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 8}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+SIGLIP_TEXT = {
+    "context_length": 24, "width": 32, "heads": 2, "layers": 2, "no_causal_mask": True, "proj_bias": True,
+    "pool_type": "last", "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
+    "hf_tokenizer_name": "./", "tokenizer_kwargs": {"clean": "canonicalize"},
+}  # fmt: skip
+TIMM = {"timm_model_pretrained": False, "image_size": 160}
+MODELS: dict[str, dict[str, Any]] = {
+    "vit": {"vision_cfg": VISION, "text_cfg": TEXT},
+    "vit-quick-gelu": {"vision_cfg": VISION, "text_cfg": TEXT, "quick_gelu": True, "custom_text": True},
+    "vit-bias": {"vision_cfg": VISION, "text_cfg": TEXT, "init_logit_bias": -10},
+    "resnet": {"vision_cfg": {"image_size": 64, "layers": [3, 4, 6, 3], "width": 8}, "text_cfg": TEXT},
+    "siglip": {
+        "embed_dim": 64, "init_logit_bias": -10, "custom_text": True, "text_cfg": SIGLIP_TEXT,
+        "vision_cfg": TIMM | {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"},
+    },
+    "timm-linear": {
+        "vision_cfg": TIMM | {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear"},
+        "text_cfg": TEXT,
+    },
+    "timm-classifier": {
+        "vision_cfg": TIMM | {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": None},
+        "text_cfg": TEXT | {"pool_type": "eos", "eos_id": 49407, "proj_bias": True}, "custom_text": True,
+    },
+    "bert": {"vision_cfg": VISION, "text_cfg": {"hf_proj_type": "linear", "hf_pooler_type": "cls_pooler"}},
+    "roberta": {"vision_cfg": VISION, "text_cfg": {"hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}},
+}  # fmt: skip
+PREPROCESSING = {
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.2, 0.3, 0.25],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+BACK = ("vit", "vit-quick-gelu", "vit-bias", "resnet", "siglip", "timm-linear", "timm-classifier")
+
+
+def hugging_face_text(kind: str, folder: Path) -> dict[str, Any]:
+    """Save configuration and tokenizer of a text tower; what `text_cfg` says of it."""
+    from transformers import BertConfig, RobertaConfig
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config_class = BertConfig if kind == "bert" else RobertaConfig
+    config_class(**small, vocab_size=130, max_position_embeddings=40, pad_token_id=1).save_pretrained(folder / "text")
+    return {"hf_model_name": str(folder / "text"), "hf_tokenizer_name": "./", "context_length": 24,
+            "tokenizer_kwargs": {"clean": "whitespace"}}  # fmt: skip
+
+
+def save_open_clip(kind: str, folder: Path, **changes: Any) -> Path:
+    """Save a tiny model as open_clip lays it out on the Hub. Returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = {"embed_dim": 16, **copy.deepcopy(MODELS[kind]), **changes}
+    if kind in ("bert", "roberta"):
+        cfg["text_cfg"] |= hugging_face_text(kind, folder)
+    if "hf_tokenizer_name" in cfg["text_cfg"]:
+        tokenizer = unigram_tokenizer(start=kind != "siglip")
+        tokenizer.save_pretrained(folder)
+        if kind == "siglip":
+            cfg["text_cfg"]["vocab_size"] = len(tokenizer)
+    content = {"model_cfg": cfg, "preprocess_cfg": PREPROCESSING | (
+        {"resize_mode": "squash", "interpolation": "bilinear"} if kind == "siglip" else {})}  # fmt: skip
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+    weights = randomise(model, 4.8 if kind == "siglip" else None).state_dict()
+    save_file({name: value.clone() for name, value in weights.items()}, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def open_clip_results(name: str, **options: Any) -> dict[str, Tensor]:
+    """Pixels, features and logits of a model of open_clip, with its own transform and tokenizer."""
+    model, _, transform = open_clip.create_model_and_transforms(name, **options)
+    model.eval()
+    pixels = torch.stack([transform(image) for image in pictures()])
+    tokens = open_clip.get_tokenizer(name)(TEXTS)
+    with torch.no_grad():
+        results = {
+            "image features": model.encode_image(pixels),
+            "text features": model.encode_text(tokens),
+            "logits": model.get_logits(pixels, tokens)[0],
+            "temperature": model.logit_scale.exp().reshape(1),
+            "pixels": pixels,
+        }
+    return results | ({"bias": model.logit_bias.detach().reshape(1)} if model.logit_bias is not None else {})
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_converted_model_computes_the_same(kind: str, tmp_path: Path) -> None:
+    folder = save_open_clip(kind, tmp_path / "original")
+    theirs, model = open_clip_results(f"local-dir:{folder}"), from_clip(folder)
+    assert differences(our_results(model, model.processor), theirs) == {}
+    written = export(model, model.processor, tmp_path / "export")
+    again, processor = MiniClipModel.from_pretrained(written), MiniClipProcessor.from_pretrained(written)
+    assert differences(our_results(again, processor), theirs) == {}
+
+
+@pytest.mark.parametrize("kind", BACK)
+def test_model_goes_back_to_open_clip(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_in_this_process(monkeypatch)
+    folder = save_open_clip(kind, tmp_path / "original")
+    export(from_clip(folder), from_clip(folder).processor, tmp_path / "export")
+    done = convert(tmp_path / "export", tmp_path / "back", "open_clip")
+    assert done.difference is not None and done.difference < 1e-5 and not done.rounds
+    theirs, back = open_clip_results(f"local-dir:{folder}"), open_clip_results(f"local-dir:{tmp_path / 'back'}")
+    assert differences(back, theirs) == {}
+
+
+def test_clip_of_transformers_goes_to_open_clip(tmp_path: Path) -> None:
+    from transformers import CLIPImageProcessor
+
+    folder = save_clip("clip", tmp_path / "original")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    done = convert(folder, tmp_path / "back", "open_clip")
+    assert done.difference is not None and done.difference < 1e-5 and done.rounds
+
+
+def test_open_clip_goes_to_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_in_this_process(monkeypatch)
+    done = convert(save_open_clip("vit", tmp_path / "original"), tmp_path / "back", "transformers")
+    assert done.difference is not None and done.difference < 1e-5 and done.rounds
+
+
+CAPTIONS = [
+    "", " ", "It’s a “big” dog &amp; a ﬁsh…", "A  Photo\tof\na CAFÉ 123 cafe\u0301", "x " * 200,
+    "日本語 ½ ☃ 🎉 ＡＢＣ", "dogs' the_cat's 3,000 naïve don't &lt;b&gt;", "a\x00b\x1bc",
+    "the " * 74 + "end", "the " * 75 + "end", "the " * 76,
+]  # fmt: skip
+
+
+def test_tokens_with_the_real_vocabulary(tmp_path: Path) -> None:
+    processor = from_clip(save_open_clip("vit", tmp_path)).processor
+    tokens = open_clip.SimpleTokenizer()(CAPTIONS)
+    ours = processor(text=CAPTIONS, padding="max_length", return_tensors="pt")
+    assert torch.equal(ours["input_ids"] * ours["attention_mask"], tokens)
+
+
+@pytest.mark.parametrize("clean", ["whitespace", "lower", "canonicalize"])
+def test_tokens_of_a_hugging_face_tokenizer(clean: str, tmp_path: Path) -> None:
+    from modeling_miniclip.clips.open_clip_tokenizer import cleaning_first
+
+    tokenizer = unigram_tokenizer(start=False)
+    tokenizer.save_pretrained(tmp_path)
+    theirs = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=24, clean=clean)(CAPTIONS)
+    ours = cleaning_first(tokenizer, clean)(
+        CAPTIONS, padding="max_length", truncation=True, max_length=24, return_tensors="pt"
+    )
+    assert torch.equal(ours["input_ids"], theirs)
+
+
+def test_architecture_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_open_clip("vit", tmp_path / "original")
+    (tmp_path / "ViT-Tiny-Conversion.json").write_text(json.dumps({"embed_dim": 16, **MODELS["vit"]}))
+    open_clip.add_model_config(tmp_path)
+    weights = folder / "open_clip_model.safetensors"
+    theirs = open_clip_results("ViT-Tiny-Conversion", pretrained=str(weights))
+    model = from_clip(f"open_clip:ViT-Tiny-Conversion/{weights}")
+    assert differences(our_results(model, model.processor), theirs) == {}
+    torch.save(open_clip.create_model("ViT-Tiny-Conversion").state_dict(), tmp_path / "tiny.pt")
+    with pytest.raises(ModelError, match="pickled weights are not read"):
+        from_clip(f"open_clip:ViT-Tiny-Conversion/{tmp_path / 'tiny.pt'}")
+    with pytest.raises(UsageError, match="has no architecture 'ViT-Z'"):
+        from_clip("open_clip:ViT-Z/openai")
+    with pytest.raises(ModelError, match="neither a file nor one of the checkpoints"):
+        from_clip("open_clip:ViT-Tiny-Conversion/nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_cfg": VISION | {"pool_type": "avg"}}, "pool_type 'avg' of its image tower"),
+        ({"vision_cfg": VISION | {"no_ln_pre": True}}, "no_ln_pre True in its vision_cfg"),
+        ({"text_cfg": TEXT | {"embed_cls": True}}, "embed_cls True in its text_cfg"),
+        ({"text_cfg": TEXT | {"tokenizer_kwargs": {"reduction_mask": "simple"}}}, "reduction_mask"),
+        ({"vision_cfg": TIMM | {"timm_model_name": "test_convnext", "timm_proj": "mlp"}}, "two-layer projection"),
+    ],
+)
+def test_what_has_no_counterpart_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = save_open_clip("vit", tmp_path, **copy.deepcopy(changes))
+    with pytest.raises(ModelError, match=message):
+        from_clip(folder)
+
+
+def test_open_clip_is_named_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_open_clip("vit", tmp_path / "original")
+    with monkeypatch.context() as patch:
+        for part in ("open_clip_tokenizer", "from_open_clip", "to_open_clip"):
+            patch.setattr(f"modeling_miniclip.clips.{part}.find_spec", lambda name: None)
+        for call in (lambda: from_clip(folder), lambda: from_clip("open_clip:ViT-B-32/openai")):
+            with pytest.raises(MiniClipError, match="pip install open-clip-torch"):
+                call()
+        clip_tokenizer().save_pretrained(folder)  # with the vocabulary in the folder it is not needed
+        assert from_clip(folder).processor.tokenizer.model_max_length == 77
+
+
+def test_recall_of_a_clip_and_its_conversion_is_the_same(tmp_path: Path) -> None:
+    folder = save_open_clip("vit", tmp_path / "original")
+    (tmp_path / "ViT-Tiny-Recall.json").write_text(json.dumps({"embed_dim": 16, **MODELS["vit"]}))
+    open_clip.add_model_config(tmp_path)
+    model = from_clip(folder)
+    model.processor.image_processor.image_mean = list(open_clip.OPENAI_DATASET_MEAN)  # of a bare checkpoint
+    model.processor.image_processor.image_std = list(open_clip.OPENAI_DATASET_STD)
+    export(model, model.processor, tmp_path / "mine")
+    data = load_eval_set(str(write_scene_folder(tmp_path / "scenes", 12)), "train")
+    name = f"open_clip:ViT-Tiny-Recall/{folder / 'open_clip_model.safetensors'}"
+    assert open_encoder(name, "--baseline")
+    report = evaluate_model(str(tmp_path / "mine"), data, baseline=name)
+    assert report["baseline_metrics"] == report["metrics"]
