@@ -86,6 +86,7 @@ def measure(argv: list[str], model: str, seed: int) -> dict[str, Any]:
     """Train a model; return its figures at all lengths that it is shown at, by `dim dtype`."""
     with tempfile.TemporaryDirectory() as folder:
         values = {"recipe": "heads", **MODELS[model], "seed": seed, "output_dir": folder}
+        values |= {"checkpointing_steps": 10**6}  # none: a run takes minutes
         run = prepare(parse_arguments([*argv, *(f"--{name}={value}" for name, value in values.items())]))
         train(run)
         best = MiniClipModel.from_pretrained(run.export_dir).eval().to(run.accelerator.device)
