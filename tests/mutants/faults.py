@@ -71,6 +71,20 @@ FAULTS = [
             GLOBAL_LOSS,
         ),
         (
+            "source_kinds.py",
+            "a source alone is taken apart into its letters",
+            "([sources] if isinstance(sources, str | os.PathLike) else sources)",
+            "sources",
+            f"tests/data/test_same_rows.py {UPDATE}",
+        ),
+        (
+            "tables/table_cache.py",
+            "half-written tables stay",
+            "shutil.rmtree(fresh, ignore_errors=True)",
+            "pass",
+            "tests/data/test_table_cache.py",
+        ),
+        (
             "tables/assign_splits.py",
             "a small split may stay empty",
             "sizes, wanted)) + 1), units - 1)",
@@ -471,6 +485,20 @@ FAULTS = [
             "a hash ignores where parts end",
             'whole.update(len(part).to_bytes(8, "little"))',
             "pass",
+            FEATURES,
+        ),
+        (
+            "resuming/fingerprint_rows.py",
+            "an image of the same size and time is not read again",
+            "status.st_mtime_ns, status.st_ctime_ns, status.st_ino",
+            "status.st_mtime_ns, status.st_ino",
+            "tests/training/test_changes.py",
+        ),
+        (
+            "reports/caption_probe.py",
+            "evidence is not kept",
+            "with suppress(OSError), shared_file(kept) as fresh:",
+            "with suppress(OSError), shared_file(kept.with_name('other')) as fresh:",
             FEATURES,
         ),
         (
