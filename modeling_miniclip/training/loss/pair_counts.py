@@ -88,7 +88,8 @@ def counts_of_batch(batch: Mapping[str, Tensor], images: int, device: torch.devi
         device: device for the communication between processes.
     """
     names = ("image_keys", "text_keys", "is_negative")
-    further = [batch[name].to(device) if name in batch else None for name in names]
-    if all(tensor is None for tensor in further):
+    image_keys, text_keys, is_negative = (batch[name].to(device) if name in batch else None for name in names)
+    if image_keys is None and text_keys is None and is_negative is None:
         return plain_counts(images, images * len(batch["text_image_id"]) / len(batch["image_id"]))
-    return count_pairs(batch["image_id"].to(device), batch["text_image_id"].to(device), *further)
+    ids = batch["image_id"].to(device), batch["text_image_id"].to(device)
+    return count_pairs(*ids, image_keys, text_keys, is_negative)
