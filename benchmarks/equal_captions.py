@@ -20,6 +20,7 @@ from random import Random
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from ablation import difference, spread
 from datasets import DatasetDict
 
@@ -94,18 +95,19 @@ def measure_run(dataset: str, argv: list[str], variant: str, seed: int) -> dict[
             train(run)
         encoder = open_encoder(str(run.export_dir), "EXPORT")
         original = load_eval_set(dataset, "validation")
-        texts, embeds, readable = embed_set(encoder, original, "ensemble", 32, False)
-        assert not readable.unreadable
         changed = load_eval_set(str(version), "validation", image_dir=images)
-        row_of = {name: row for row, name in enumerate(original.image_ids)}
-        rows = [row_of[name] for name in changed.image_ids]
-        changed = changed.with_shared({i: readable.marks[row] for i, row in enumerate(rows)})
-        scores = score_model(encoder.encode_texts(changed.texts, 128, False), embeds[rows], changed)
+        assert changed.image_ids == original.image_ids
+        of_texts, embeds, readable = embed_set(encoder, original, "ensemble", 32, False)
+        assert not readable.unreadable
+        changed = changed.with_shared(readable.marks)
+        of_all = torch.cat([of_texts, encoder.encode_texts(list(PHRASES), 32, False)])
+        row_of = {text: row for row, text in enumerate([*original.texts, *PHRASES])}
+        scores = score_model(of_all[[row_of[text] for text in changed.texts]], embeds, changed)
         assert scores.shared is not None
         return {
             "variant": variant,
             "seed": seed,
-            "original": score_model(texts, embeds, original).metrics["rsum"],
+            "original": score_model(of_texts, embeds, original).metrics["rsum"],
             "usual": scores.metrics["rsum"],
             "shared": scores.shared.metrics["rsum"],
         }

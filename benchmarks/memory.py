@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -42,10 +43,9 @@ def peak_of(argv: list[str]) -> float:
         while process.poll() is None:
             total = 0
             for member in (process, *process.children(recursive=True)):
-                try:
-                    total += member.memory_full_info().pss
-                except psutil.Error:  # it has ended
-                    continue
+                with suppress(OSError, IndexError):  # it has ended
+                    rollup = Path(f"/proc/{member.pid}/smaps_rollup").read_text(encoding="utf-8")
+                    total += 1024 * int(rollup.split("\nPss:")[1].split()[0])
             peak = max(peak, total)
             time.sleep(INTERVAL)
         if process.returncode:

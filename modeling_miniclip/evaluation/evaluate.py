@@ -1,4 +1,21 @@
-"""`miniclip eval`: scores of one or two models on a split, the results of every query, and the worst failures."""
+"""`miniclip eval`: scores of one or two models on a split, the results of every query, and the worst failures.
+
+The report, which `metrics.json` holds, has `model`, `dataset`, `split`, `images`, `texts`, `metrics` (recalls in
+percent, median ranks, `rsum`) and their 95 % `intervals` from a bootstrap over images; for captions
+`by_caption_length`, see [`recall_by_length`][modeling_miniclip.evaluation.by_length.recall_by_length].
+
+If texts belong to several images (equal captions, a group, equal bytes), `shared` has their number as `texts`, and
+`metrics`, `intervals` and those of the comparison with these answers counted as right, too.
+
+With a baseline it also has `baseline`, `baseline_metrics`, `baseline_intervals`, the `difference` of the recalls
+(model minus baseline) and its `difference_intervals` from the paired bootstrap; what follows has its `baseline_...`
+too: with an order test `order_test`, see [`order_report`][modeling_miniclip.evaluation.order_test.order_report], and
+with a probe `linear_probe`, see [`linear_probe`][modeling_miniclip.evaluation.linear_probe.linear_probe]. With
+`truncate_dim` it has that number.
+
+If images could not be read, or folders not be listed, they are left out of everything else: `skipped` has their names
+and the reasons, and `warning` a sentence about them.
+"""
 
 import json
 import os
@@ -71,8 +88,8 @@ def evaluate_model(
         model: model as for [`open_encoder`][modeling_miniclip.evaluation.encoders.open_encoder].
         data: split from [`load_eval_set`][modeling_miniclip.evaluation.eval_sets.load_eval_set].
         baseline: second model to compare with, or None.
-        output_dir: folder for `metrics.json` (the return value), `queries.parquet` (every query, see [`query_rows`])
-            and `failures.html`. It appears only when it is complete.
+        output_dir: folder for `metrics.json` (the report), `queries.parquet` (see [`query_rows`]) and `failures.html`,
+            with an order test also `order_test.csv` (all pairs) and `order_test.html` (some); complete, or not there.
         templates: sentences for class names, as in `zero_shot_weights`.
         batch_size: images per forward pass.
         progress: whether to show progress bars.
@@ -85,61 +102,73 @@ def evaluate_model(
             too; by default all. Linear probes use features before the projection, which stay whole.
 
     Returns:
-        `model`, `dataset`, `split`, `images`, `texts`, `metrics` (recalls in percent, median ranks, `rsum`) and their
-        95 % `intervals` from a bootstrap over images; for captions `by_caption_length`, see
-        [`recall_by_length`][modeling_miniclip.evaluation.by_length.recall_by_length].
-
-        If texts belong to several images (equal captions, a group, equal bytes), `shared` has their number as `texts`,
-        and `metrics`, `intervals` and those of the comparison with these answers counted as right, too.
-
-        With a baseline also `baseline`, `baseline_metrics`, `baseline_intervals`, the `difference` of the recalls
-        (model minus baseline) and its `difference_intervals` from the paired bootstrap; what follows has its
-        `baseline_...` too. With `truncate_dim` that number. With an order test `order_test`, see
-        [`order_report`][modeling_miniclip.evaluation.order_test.order_report], and in the folder also `order_test.csv`
-        (all pairs with their scores) and `order_test.html` (some of them). With `probe` `linear_probe`, see
-        [`linear_probe`][modeling_miniclip.evaluation.linear_probe.linear_probe].
-
-        If images could not be read, or folders not be listed, they are left out of everything else: `skipped` has
-        their names and the reasons, and `warning` a sentence about them.
+        The report, see above.
 
     Raises:
         ModelError: a model does not load.
         UsageError: the output folder holds other files, or embeddings do not have `truncate_dim` dimensions.
         DataError: no image can be read.
     """
-    target = None if output_dir is None else Path(output_dir)
-    if target is not None:
-        check_new_folder(target, "--output_dir ", allowed=(*FILES, *ORDER_FILES))
+    if output_dir is not None:
+        check_new_folder(Path(output_dir), "--output_dir ", allowed=(*FILES, *ORDER_FILES))
     if probe is not None:
         check_probe()
     pairs = load_pairs(data, order_test, image_dir)
     named = [("MODEL", model)] + ([("--baseline", baseline)] if baseline is not None else [])
     encoders = [open_encoder(name, flag, truncate_dim) for flag, name in named]  # both before the long work
     scores, data = _score_models(encoders, data, templates, batch_size, progress)
-    report = _report_of_scores(model, baseline, scores, data)
-    if truncate_dim is not None:
-        report["truncate_dim"] = truncate_dim
-    order = []
+    report = _report_of_scores(model, baseline, truncate_dim, scores, data)
+    order: list[PairScores] = []
     if pairs is not None:
         if order_test is True:  # without the images that could not be read
             pairs = load_pairs(data, order_test, image_dir) or pairs
-        for encoder, each in zip(encoders, scores, strict=True):
-            embeds = each.images if pairs.images is data.images else None
-            order.append(score_pairs(encoder, pairs, embeds, batch_size, progress))
-        for name, found in zip(("order_test", "baseline_order_test"), order, strict=False):
-            report[name] = order_report(pairs, found)
+        order = _add_order_tests(report, encoders, scores, pairs, pairs.images is data.images, batch_size, progress)
     if probe is not None:
-        for name, encoder in zip(("linear_probe", "baseline_linear_probe"), encoders, strict=False):
-            report[name] = linear_probe(encoder, probe, templates, batch_size, progress)
-        if skipped := report["linear_probe"]["skipped"]:
-            images = sum(report["linear_probe"][f"{name}_images"] for name in ("train", "test"))
-            report.setdefault("warning", describe_skipped(skipped, images + len(skipped), {}))
-    if target is not None:
-        _write_results(target, report, data, scores, pairs, order)
+        _add_probes(report, encoders, probe, templates, batch_size, progress)
+    if output_dir is not None:
+        _write_results(Path(output_dir), report, data, scores, pairs, order)
     return report
 
 
-def _report_of_scores(model: str, baseline: str | None, scores: list[ModelScores], data: EvalSet) -> dict[str, Any]:
+def _add_order_tests(
+    report: dict[str, Any],
+    encoders: list[ClipEncoder],
+    scores: list[ModelScores],
+    pairs: OrderPairs,
+    is_same: bool,
+    batch_size: int,
+    progress: bool,
+) -> list[PairScores]:
+    """Add the order tests of the model and, if there is one, of the baseline to a report.
+
+    If the images of the pairs are those that were scored, `is_same`, they are not embedded again.
+    """
+    order = []
+    for name, encoder, each in zip(("order_test", "baseline_order_test"), encoders, scores, strict=False):
+        order.append(score_pairs(encoder, pairs, each.images if is_same else None, batch_size, progress))
+        report[name] = order_report(pairs, order[-1])
+    return order
+
+
+def _add_probes(
+    report: dict[str, Any],
+    encoders: list[ClipEncoder],
+    probe: Mapping[str, EvalSet],
+    templates: str | Sequence[str],
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Add the linear probes of the model and, if there is one, of the baseline to a report."""
+    for name, encoder in zip(("linear_probe", "baseline_linear_probe"), encoders, strict=False):
+        report[name] = linear_probe(encoder, probe, templates, batch_size, progress)
+    if skipped := report["linear_probe"]["skipped"]:
+        images = sum(report["linear_probe"][f"{name}_images"] for name in ("train", "test"))
+        report.setdefault("warning", describe_skipped(skipped, images + len(skipped), {}))
+
+
+def _report_of_scores(
+    model: str, baseline: str | None, truncate_dim: int | None, scores: list[ModelScores], data: EvalSet
+) -> dict[str, Any]:
     """The report of [`evaluate_model`] as far as it is about retrieval or classification."""
     report: dict[str, Any] = {
         "model": model,
@@ -151,6 +180,8 @@ def _report_of_scores(model: str, baseline: str | None, scores: list[ModelScores
     }
     if baseline is not None:
         report["baseline"] = baseline
+    if truncate_dim is not None:
+        report["truncate_dim"] = truncate_dim
     if data.shared is not None:
         with_shared = [each.shared for each in scores if each.shared is not None]
         report["shared"] = {"texts": data.shared.texts, **_figures(with_shared, data)}

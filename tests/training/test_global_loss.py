@@ -191,7 +191,6 @@ def test_loss_and_gradients_equal_a_loop_over_pairs(
     for small in (True, False):  # small tiles have fewer and larger operations
         if not small:
             monkeypatch.setattr("modeling_miniclip.data.loading.pairs.COMPARED", 0)
-            monkeypatch.setattr("modeling_miniclip.training.loss.objectives.SMALL", 0)
         for tile in (1, 2, 3, 100):
             found = loss_and_gradients(loss_of, b, loss_type, options, 0, 1, tile)
             assert_equal(found, expected, 1e-12, (loss_type, options, tile, small))

@@ -19,13 +19,14 @@ class Pairs:
 
     Args:
         text_keys: `[N, K]` int64 keys of the texts, or [`NO_KEY`].
-        image_keys: `[B, L]` int64 keys of the images, or [`NO_KEY`].
+        image_keys: `[B, L]` int64 keys of the images, or [`NO_KEY`], except for the first one of each image.
         columns: the parts that the images are divided into.
     """
 
     def __init__(self, text_keys: Tensor, image_keys: Tensor, columns: Sequence[slice]):
-        self.wanted = text_keys.masked_fill(text_keys == NO_KEY, NO_KEY - 1)  # no image has this one
-        self.image_keys = image_keys
+        if image_keys.shape[1] > 1:
+            text_keys = text_keys.masked_fill(text_keys == NO_KEY, NO_KEY - 1)  # no image has this one
+        self.wanted, self.image_keys = text_keys, image_keys
         self.may_repeat = text_keys.shape[1] > 1 or image_keys.shape[1] > 1
         self.compares = len(columns) == 1 and text_keys.numel() * image_keys.numel() <= COMPARED
         self.by_columns: dict[int, tuple[Tensor, Tensor]] = {}
@@ -33,13 +34,21 @@ class Pairs:
             keys, order = image_keys[part].flatten().sort()
             self.by_columns[part.start] = keys, order // image_keys.shape[1]
 
+    def compared(self, rows: slice, columns: slice) -> Tensor | None:
+        """`[texts, images]` booleans, which of a tile are pairs; None if all comparisons take too long."""
+        if not self.compares:
+            return None
+        wanted, keys = self.wanted[rows], self.image_keys[columns]
+        if not self.may_repeat:
+            return wanted == keys.t()
+        same = wanted[:, None, :, None] == keys[None, :, None, :]  # [texts, images, K, L]
+        return same.flatten(2).any(dim=2)
+
     def in_tile(self, rows: slice, columns: slice) -> Tensor:
         """`[P]` ascending places of the pairs in a tile `[texts, images]` that is flattened; each pair once."""
-        wanted = self.wanted[rows]
-        if self.compares:
-            same = wanted[:, None, :, None] == self.image_keys[None, :, None, :]  # [texts, images, K, L]
-            same = same.flatten(2).any(dim=2) if self.may_repeat else same
+        if (same := self.compared(rows, columns)) is not None:
             return same.flatten().nonzero().squeeze(1)
+        wanted = self.wanted[rows]
         keys, owner = self.by_columns[columns.start]
         bounds = torch.stack([wanted, wanted + 1], dim=-1)  # [texts, K, 2]
         first, stop = torch.searchsorted(keys, bounds).flatten(0, 1).unbind(1)

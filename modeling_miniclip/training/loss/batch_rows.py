@@ -61,8 +61,9 @@ def take(rows: Tensor, chosen: Tensor | None) -> Tensor:
 
 def _without_fillers(ids: Tensor) -> Tensor | None:
     """`[n]` places of the ids that are no fillers; None if none is a filler."""
-    is_filler = ids < 0
-    return (~is_filler).nonzero().squeeze(1) if is_filler.any() else None
+    if not len(ids) or int(ids.min()) >= 0:
+        return None
+    return (ids >= 0).nonzero().squeeze(1)
 
 
 def _image_keys(image_id: Tensor, keys: Tensor | None) -> Tensor:

@@ -1,4 +1,10 @@
-"""The training loss of a batch that is spread over processes, exact for any number of them."""
+"""The training loss of a batch that is spread over processes, exact for any number of them.
+
+An image and a text belong together if the image's id is that of the text, or if they share any other key. An
+additional negative is a candidate in the image-to-text direction for every image, as in NegCLIP (Yuksekgonul et al.
+2023, "When and Why Vision-Language Models Behave like Bags-of-Words"), but not for those with which it shares a key.
+It is never a query, whatever its `text_image_id`. Rows with a negative id are fillers and are ignored.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..processes.distributed import add_over_processes, gather_rows, process_count
-from .batch_rows import rows_of_batch, take
+from .batch_rows import BatchRows, rows_of_batch, take
 from .objectives import Distillation, Objective, Sigmoid, Sizes, Softmax
 from .tiles import TiledLoss
 
@@ -50,13 +56,7 @@ def global_contrastive_loss(
 
     The sum of the parts over the processes is the loss of one process with the whole batch, and the same holds for the
     gradients, if all processes multiply their part by the same number before `backward`. Each similarity is computed
-    by exactly one process, which compares its texts with all images in tiles. Rows with a negative id are fillers and
-    are ignored. Every process must pass the same optional arguments.
-
-    An image and a text belong together if the image's id is that of the text, or if they share any other key. An
-    additional negative is a candidate in the image-to-text direction for every image, as in NegCLIP (Yuksekgonul et
-    al. 2023, "When and Why Vision-Language Models Behave like Bags-of-Words"), but not for those with which it shares
-    a key. It is never a query, whatever its `text_image_id`.
+    by exactly one process, which compares its texts with all images in tiles. All pass the same optional arguments.
 
     Args:
         image_embeds: `[b, dim]`, unit norm, images of this process.
@@ -72,8 +72,7 @@ def global_contrastive_loss(
         is_negative: `[n]` bool, which texts are additional negatives.
         prefixes: for Matryoshka embeddings (Kusupati et al. 2022), the weight of each length: the loss is the weighted
             mean of those of the normalised first dimensions.
-        teacher: embeddings of a teacher. For each prefix, the student's softmax over all texts and over all images is
-            pulled towards the teacher's.
+        teacher: embeddings of a teacher; for each prefix, the student's softmax is pulled towards the teacher's.
         tile: side of a tile; by default, it depends on the device.
 
     Returns:
@@ -81,12 +80,7 @@ def global_contrastive_loss(
     """
     rows = rows_of_batch(image_id, text_image_id, image_keys, text_keys, is_negative, tile)
     images, texts = gather_rows(take(image_embeds, rows.images), True), take(text_embeds, rows.texts)
-
-    processes = process_count()
-    counted = rows.own_texts
-    if processes > 1:
-        counted = int(add_over_processes(torch.tensor([rows.own_texts], device=images.device)))
-    sizes = Sizes(rows.all_images, counted, rows.own_texts, processes)
+    sizes = _sizes(rows, images)
     if teacher is not None:
         of_texts = take(teacher.text_embeds, rows.texts) * teacher.scale
         taught = of_texts, gather_rows(take(teacher.image_embeds, rows.images))
@@ -101,6 +95,14 @@ def global_contrastive_loss(
         both = _first(images, dim), _first(texts, dim)
         losses.append(TiledLoss.apply(*both, logit_scale, bias, rows.tiles, objectives))
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def _sizes(rows: BatchRows, like: Tensor) -> Sizes:
+    """Sizes of the batch over all processes."""
+    processes, texts = process_count(), rows.own_texts
+    if processes > 1:
+        texts = int(add_over_processes(torch.tensor([texts], device=like.device)))
+    return Sizes(rows.all_images, texts, rows.own_texts, processes)
 
 
 def _objective(loss_type: str, sizes: Sizes, weight: float, like: Tensor) -> Objective:

@@ -6,14 +6,16 @@ these sums over the processes. `gradient` then gives the derivative of the loss 
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ...data.loading.pairs import Pairs
 from ..processes.distributed import add_over_processes, logsumexp_over_processes
 
 # From here on, softplus(x) = x in float64 as well. Torch's own threshold, 20, is only exact in float32.
@@ -27,15 +29,25 @@ class Tile:
     Args:
         rows: texts, those of this process.
         columns: images of all processes.
-        pairs: `[P]` places in the flattened tile where text and image belong together.
         is_negative: whether the texts are additional wrong captions: candidates for all images but those that they
             belong to, and never queries.
+        all_pairs: the pairs of the whole matrix.
     """
 
     rows: slice
     columns: slice
-    pairs: Tensor
     is_negative: bool
+    all_pairs: Pairs
+
+    @cached_property
+    def are_pairs(self) -> Tensor | None:
+        """`[r, c]` booleans, whether text and image belong together; None for a large tile, which has `pairs`."""
+        return self.all_pairs.compared(self.rows, self.columns)
+
+    @cached_property
+    def pairs(self) -> Tensor:
+        """`[P]` places in the flattened tile where text and image belong together."""
+        return self.all_pairs.in_tile(self.rows, self.columns)
 
 
 @dataclass
@@ -68,19 +80,15 @@ class Objective(Protocol):
         """`[r, c]`, the derivative of the whole loss by the logits of a tile, which stay as they are."""
 
 
-# --- softmax --------------------------------------------------------------------------------------------------------
-
-# Up to this many logits, a few operations on all of them take less time than many on the pairs.
-SMALL = 2**14
-
-
-class _LogSums:
-    """For each query, the logarithm of a sum of exponentials over all tiles.
+class _Sums:
+    """For each query, a sum over all tiles.
 
     Args:
         number: number of queries.
         like: tensor of the device and type to use.
     """
+
+    nothing = 0.0
 
     def __init__(self, number: int, like: Tensor):
         self.number, self.like = number, like
@@ -92,71 +100,111 @@ class _LogSums:
             self.values = found
         else:
             values = self.so_far()
-            values[part] = torch.logaddexp(values[part], found)
+            values[part] = self.plus(values[part], found)
 
     def so_far(self) -> Tensor:
-        """`[number]`, -inf before the first tile."""
+        """`[number]`."""
         if self.values is None:
-            self.values = self.like.new_full((self.number,), -torch.inf)
+            self.values = self.like.new_full((self.number,), self.nothing)
         return self.values
+
+    @staticmethod
+    def plus(first: Tensor, second: Tensor) -> Tensor:
+        """Elementwise sum."""
+        return first + second
+
+    def combine_processes(self) -> None:
+        """Complete the sums of queries whose terms are in several processes."""
+        self.values = add_over_processes(self.so_far())
+
+
+class _LogSums(_Sums):
+    """For each query, the logarithm of a sum of exponentials over all tiles."""
+
+    nothing = -math.inf
+
+    @staticmethod
+    def plus(first: Tensor, second: Tensor) -> Tensor:
+        """Logarithm of the sum of the exponentials."""
+        return torch.logaddexp(first, second)
 
     def combine_processes(self) -> None:
         """Complete the sums of queries whose terms are in several processes."""
         self.values = logsumexp_over_processes(self.so_far())
 
-    def probabilities(self, logits: Tensor, dim: int, part: slice) -> Tensor:
-        """`[r, c]`, the share of each logit of a tile in the sum of its query."""
-        return (logits - self.so_far()[part].unsqueeze(1 - dim)).exp_()
+
+# --- softmax --------------------------------------------------------------------------------------------------------
 
 
 class _Queries:
     """Cross-entropy of the rows or the columns over all tiles.
 
     Args:
+        dim: 0 if the rows of the tiles are queries, 1 if the columns are.
         number: number of queries.
         weight: weight of each query's loss, above 0.
         mean: whether several positives are combined by the mean of their log-probabilities.
         like: tensor of the device and type to use.
     """
 
-    def __init__(self, number: int, weight: float, mean: bool, like: Tensor):
-        self.weight, self.mean = weight, mean
+    def __init__(self, dim: int, number: int, weight: float, mean: bool, like: Tensor):
+        self.dim, self.weight, self.mean = dim, weight, mean
         self.total = _LogSums(number, like)  # of the logits of all candidates
-        self.positive = _LogSums(number, like)  # of those of the positives, without `mean`
-        if mean:
-            self.sum, self.count = like.new_zeros(2, number)  # of the positives: logits, and number
+        self.positive = _Sums(number, like) if mean else _LogSums(number, like)  # of those of the positives
+        self.count = _Sums(number, like)  # number of the positives, with `mean`
+
+    def add_compared(self, right: Tensor, are_pairs: Tensor, part: slice) -> None:
+        """Take the positives of a tile into account: the logits, what is nothing to the sum elsewhere, and which."""
+        if self.mean:
+            self.positive.add(right.sum(1 - self.dim), part)
+            self.count.add(are_pairs.sum(1 - self.dim, dtype=right.dtype), part)
+        else:
+            self.positive.add(right.logsumexp(1 - self.dim), part)
 
     def add_positives(self, logits: Tensor, query: Tensor, part: slice) -> None:
         """Take some positives into account: `[P]` logits, and their queries counted from the start of a part."""
+        nothing = logits.new_zeros(part.stop - part.start)
         if self.mean:
-            self.sum[part].index_add_(0, query, logits)
-            self.count[part].index_add_(0, query, torch.ones_like(logits))
+            self.positive.add(nothing.index_add(0, query, logits), part)
+            self.count.add(nothing.index_add_(0, query, torch.ones_like(logits)), part)
             return
-        largest = logits.new_full((part.stop - part.start,), -torch.inf).scatter_reduce_(0, query, logits, "amax")
-        sums = torch.zeros_like(largest).index_add_(0, query, (logits - largest[query]).exp_())
+        largest = torch.full_like(nothing, -torch.inf).scatter_reduce_(0, query, logits, "amax")
+        sums = nothing.index_add_(0, query, (logits - largest[query]).exp_())
         self.positive.add(sums.log_().add_(largest), part)
 
     def combine_processes(self) -> None:
         """Complete the sums of queries whose candidates are in several processes."""
         self.total.combine_processes()
+        self.positive.combine_processes()
         if self.mean:
-            self.sum, self.count = add_over_processes(torch.stack([self.sum, self.count]))
-        else:
-            self.positive.combine_processes()
+            self.count.combine_processes()
 
     def finish(self) -> Tensor:
         """The sum of the weighted losses; from then on, the shares in the total are weighted."""
-        total = self.total.so_far()
-        positive = self.sum / self.count if self.mean else self.positive.so_far()
-        loss = (total - positive).sum() * self.weight
+        total, positive = self.total.so_far(), self.positive.so_far()
+        loss = (total - (positive / self.count.so_far() if self.mean else positive)).sum() * self.weight
         total -= math.log(self.weight)
         return loss
 
-    def targets(self, logits: Tensor, query: Tensor, part: slice) -> Tensor:
-        """`[P]`, the weighted share of each positive among those of its query."""
+    def probabilities(self, logits: Tensor, part: slice) -> Tensor:
+        """`[r, c]`, the weighted share of each logit of a tile among all candidates of its query."""
+        return self._exp(logits, self.total, part)
+
+    def shares(self, logits: Tensor, part: slice) -> Tensor:
+        """`[r, c]` or of that form, the weighted share of each logit of a tile among the positives of its query."""
         if self.mean:
-            return self.weight / self.count[part][query]
+            return (self.weight / self.count.so_far()[part]).unsqueeze(1 - self.dim)
+        return self._exp(logits, self.positive, part).mul_(self.weight)
+
+    def shares_of(self, logits: Tensor, query: Tensor, part: slice) -> Tensor:
+        """`[P]`, the same for some positives, as in `add_positives`."""
+        if self.mean:
+            return self.weight / self.count.so_far()[part][query]
         return (logits - self.positive.so_far()[part][query]).exp_() * self.weight
+
+    def _exp(self, logits: Tensor, log_sums: _Sums, part: slice) -> Tensor:
+        """`[r, c]`, the exponentials of the logits of a tile, divided by the sum of their query."""
+        return (logits - log_sums.so_far()[part].unsqueeze(1 - self.dim)).exp_()
 
 
 class Softmax:
@@ -172,8 +220,8 @@ class Softmax:
 
     def __init__(self, sizes: Sizes, mean: bool, weight: float, like: Tensor):
         self.processes, self.mean = sizes.processes, mean
-        self.texts = _Queries(sizes.own_texts, weight / 2 / sizes.texts, mean, like)
-        self.images = _Queries(sizes.images, weight / 2 / sizes.images, mean, like)
+        self.texts = _Queries(0, sizes.own_texts, weight / 2 / sizes.texts, mean, like)
+        self.images = _Queries(1, sizes.images, weight / 2 / sizes.images, mean, like)
 
     def add(self, logits: Tensor, tile: Tile) -> None:
         if tile.is_negative:
@@ -182,10 +230,10 @@ class Softmax:
             return
         self.texts.total.add(logits.logsumexp(1), tile.rows)
         self.images.total.add(logits.logsumexp(0), tile.columns)
-        if not self.mean and logits.numel() <= SMALL:
-            right = _without_others(logits, tile.pairs)
-            self.texts.positive.add(right.logsumexp(1), tile.rows)
-            self.images.positive.add(right.logsumexp(0), tile.columns)
+        if tile.are_pairs is not None:
+            right = torch.where(tile.are_pairs, logits, self.images.positive.nothing)
+            self.texts.add_compared(right, tile.are_pairs, tile.rows)
+            self.images.add_compared(right, tile.are_pairs, tile.columns)
             return
         positives, width = logits.take(tile.pairs), logits.shape[1]
         self.texts.add_positives(positives, tile.pairs // width, tile.rows)
@@ -198,23 +246,16 @@ class Softmax:
     def gradient(self, logits: Tensor, tile: Tile) -> Tensor:
         if tile.is_negative:
             with _replaced(logits, tile.pairs, -torch.inf):
-                return self.images.total.probabilities(logits, 1, tile.columns)
-        gradient = self.images.total.probabilities(logits, 1, tile.columns)
-        gradient += self.texts.total.probabilities(logits, 0, tile.rows)
-        if not self.mean and logits.numel() <= SMALL:
-            right = _without_others(logits, tile.pairs)
-            for queries, dim, part in ((self.texts, 0, tile.rows), (self.images, 1, tile.columns)):
-                gradient.sub_(queries.positive.probabilities(right, dim, part), alpha=queries.weight)
-            return gradient
+                return self.images.probabilities(logits, tile.columns)
+        gradient = self.images.probabilities(logits, tile.columns)
+        gradient += self.texts.probabilities(logits, tile.rows)
+        if tile.are_pairs is not None:
+            shares = self.texts.shares(logits, tile.rows) + self.images.shares(logits, tile.columns)
+            return gradient.sub_(torch.where(tile.are_pairs, shares, 0.0))
         positives, width = logits.take(tile.pairs), logits.shape[1]
-        targets = self.texts.targets(positives, tile.pairs // width, tile.rows)
-        targets += self.images.targets(positives, tile.pairs % width, tile.columns)
-        return gradient.put_(tile.pairs, -targets, accumulate=True)
-
-
-def _without_others(logits: Tensor, places: Tensor) -> Tensor:
-    """The logits at some places, and -inf everywhere else."""
-    return torch.full_like(logits, -torch.inf).put_(places, logits.take(places))
+        shares = self.texts.shares_of(positives, tile.pairs // width, tile.rows)
+        shares += self.images.shares_of(positives, tile.pairs % width, tile.columns)
+        return gradient.put_(tile.pairs, -shares, accumulate=True)
 
 
 @contextmanager
@@ -241,25 +282,32 @@ class Sigmoid:
     """
 
     def __init__(self, sizes: Sizes, weight: float, like: Tensor):
-        self.weight = weight / sizes.texts
-        self.sums = like.new_zeros(sizes.images)
+        self.weight, self.like = weight / sizes.texts, like
+        self.sums: list[Tensor] = []  # of each tile: added one by one, thousands would lose digits
 
     def add(self, logits: Tensor, tile: Tile) -> None:
-        with self._wrong_answers(logits, tile):
-            self.sums[tile.columns] += softplus(logits, threshold=SOFTPLUS_IS_LINEAR).sum(0)
+        with self._wrong_answers(logits, tile) as wrong:
+            self.sums.append(softplus(wrong, threshold=SOFTPLUS_IS_LINEAR).sum())
 
     def finish(self) -> Tensor:
-        return self.sums.sum() * self.weight
+        return (torch.stack(self.sums).sum() if self.sums else self.like.new_zeros(())) * self.weight
 
     def gradient(self, logits: Tensor, tile: Tile) -> Tensor:
-        with self._wrong_answers(logits, tile):
-            gradient = logits.sigmoid().mul_(self.weight)
+        with self._wrong_answers(logits, tile) as wrong:
+            gradient = wrong.sigmoid().mul_(self.weight)
+        if tile.are_pairs is not None:
+            return torch.where(tile.are_pairs, -gradient, gradient)
         return gradient.put_(tile.pairs, -gradient.take(tile.pairs))
 
     @staticmethod
-    def _wrong_answers(logits: Tensor, tile: Tile) -> AbstractContextManager[Tensor]:
-        """Turn the logits into those of the wrong answer; a negative has none for an image that it belongs to."""
-        return _replaced(logits, tile.pairs, -torch.inf if tile.is_negative else None)
+    @contextmanager
+    def _wrong_answers(logits: Tensor, tile: Tile) -> Iterator[Tensor]:
+        """The logits of the wrong answer; a negative has none for an image that it belongs to."""
+        if tile.are_pairs is not None:
+            yield torch.where(tile.are_pairs, -torch.inf if tile.is_negative else -logits, logits)
+            return
+        with _replaced(logits, tile.pairs, -torch.inf if tile.is_negative else None):
+            yield logits
 
 
 # --- distillation ---------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Tiles:
         for rows in (*self.texts, *self.negatives):
             for columns in self.columns:
                 is_negative = rows.start >= self.negatives[0].start if self.negatives else False
-                yield Tile(rows, columns, self.pairs.in_tile(rows, columns), is_negative)
+                yield Tile(rows, columns, is_negative, self.pairs)
 
 
 def parts(start: int, stop: int, size: int) -> list[slice]:
@@ -81,12 +81,12 @@ class TiledLoss(torch.autograd.Function):
         """
         ctx.tiles, ctx.objectives = tiles, objectives
         ctx.save_for_backward(images, texts, scale, bias)
-        scaled = images * scale
+        scaled, is_single = images * scale, len(tiles) == 1
         for tile in tiles:
-            logits = _logits(texts, scaled, bias, tile)
+            logits = _logits(texts, scaled, bias, None if is_single else tile)
             for objective in objectives:
                 objective.add(logits, tile)
-        ctx.only = (tile, logits, scaled) if len(tiles) == 1 else None  # one tile is kept, not computed again
+        ctx.only = (tile, logits, scaled) if is_single else None  # one tile is kept, not computed again
         loss = objectives[0].finish()
         for objective in objectives[1:]:
             loss = loss + objective.finish()
@@ -126,6 +126,8 @@ def _gradient(objectives: Sequence[Objective], logits: Tensor, tile: Tile) -> Te
     return gradient
 
 
-def _logits(texts: Tensor, images: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
-    texts, images = texts[tile.rows], images[tile.columns].t()
-    return texts @ images if bias is None else torch.addmm(bias, texts, images)
+def _logits(texts: Tensor, images: Tensor, bias: Tensor | None, tile: Tile | None) -> Tensor:
+    """`[r, c]`, the logits of a tile, or of all."""
+    if tile is not None:
+        texts, images = texts[tile.rows], images[tile.columns]
+    return texts @ images.t() if bias is None else torch.addmm(bias, texts, images.t())
