@@ -88,6 +88,7 @@ def measure_run(dataset: str, argv: list[str], variant: str, seed: int) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         version, images = Path(folder) / "captions.csv", str(Path(dataset) / "Images")
         write_version(load_captions(dataset), version)
+        (Path(folder) / "run").mkdir()
         flags = {"recipe": "heads", "dataset": version, "image_dir": images, "seed": seed, "best_metric": "rsum",
                  "output_dir": Path(folder) / "run"}  # fmt: skip
         with equal_captions_as(variant):
