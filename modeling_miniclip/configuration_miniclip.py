@@ -155,7 +155,7 @@ class MiniClipConfig(PretrainedConfig):
             text_pooling = "last" if causal else "cls"
             if self.text_config.model_type in POOLED_TEXTS:
                 text_pooling = "pooler"
-        if causal:
+        if causal and hasattr(self.text_config, "use_cache"):
             self.text_config.use_cache = False  # of keys and values, which only generation needs
         self.vision_pooling = vision_pooling
         self.text_pooling = text_pooling
@@ -367,13 +367,14 @@ def vision_tower_class(vision_config: Any) -> Any:
     """
     found, hint = _model_class(vision_config), ""
     inputs = signature(found.forward).parameters.values() if found else ()
-    needed = [p.name for p in inputs if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    required = [p.name for p in inputs if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    needed = [name for name in required if name not in ("self", "pixel_values")]
     takes_video = "video" in getattr(found, "input_modalities", "")
     is_encoder = found is not None and found.main_input_name == "pixel_values" and not vision_config.is_encoder_decoder
     if takes_video or not is_encoder:
         hint = "; choose one such as that of CLIP or SigLIP, ViT, DINOv2, BEiT, Swin or ConvNeXt, or a timm model"
-    elif needed not in ([], ["pixel_values"]):
-        hint = f": its {found.__name__} also needs {', '.join(set(needed) - {'pixel_values'})}"
+    elif needed:
+        hint = f": its {found.__name__} also needs {', '.join(needed)}"
     elif hasattr(vision_config, "mask_ratio"):
         hint = f": its {found.__name__} hides most of an image at random; open its weights as a ViT"
     if hint:

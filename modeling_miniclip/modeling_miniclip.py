@@ -494,10 +494,12 @@ class MiniClipModel(PreTrainedModel):
             Output with `pooler_output` `[B, vision width]`.
         """
         chosen = None if isinstance(output_hidden_states, bool | None) else output_hidden_states
-        wanted = output_hidden_states if chosen is None else True
+        wanted = {"output_hidden_states": chosen is not None or output_hidden_states}
+        if output_hidden_states is None:  # the tower's configuration decides
+            wanted = {}
         pixel_values = pixel_values.to(self.vision_model.dtype)  # some towers leave them in float32
         with with_all_weights(self.vision_model):
-            outputs = self.vision_model(pixel_values, output_hidden_states=wanted, return_dict=True)
+            outputs = self.vision_model(pixel_values, return_dict=True, **wanted)
         maps = outputs.get("hidden_states")
         if chosen is not None and maps is not None:
             kept = {chosen} if isinstance(chosen, int) else set(chosen)

@@ -20,7 +20,7 @@ from transformers_tests.test_training_mixin import TrainingTesterMixin
 from modeling_miniclip import MiniClipConfig
 from modeling_miniclip.modeling_miniclip import MiniClipModel
 from tests.conformance.skips import FAILING, SWITCHED_OFF
-from tests.helpers.towers import PIXELS, tiny_config
+from tests.helpers.towers import CLIP, PIXELS, SIGLIP, tiny_config
 
 
 class TextTowerOutput(MiniClipModel):
@@ -128,6 +128,17 @@ class EfficientNetRobertaTest(MiniClipTests, unittest.TestCase):
 
 class SwinT5Test(MiniClipTests, unittest.TestCase):
     vision, text, image_stages = "swin", "t5", 2
+
+
+class ClipTest(MiniClipTests, unittest.TestCase):
+    (vision, text, fields), image_stages = CLIP, 3
+    skip_test_image_features_output_shape = False
+
+
+class SiglipTest(MiniClipTests, unittest.TestCase):
+    vision, text, image_stages = *SIGLIP[:2], 3
+    fields = SIGLIP[2] | {"text_length": TinyModels.seq_length}
+    skip_test_image_features_output_shape = False
 
 
 class OverfitTest(TrainingTesterMixin, unittest.TestCase):

@@ -60,6 +60,19 @@ TEXT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# The text towers of CLIP and SigLIP, which no mapping of transformers lists or which need another pooling.
+CLIP_TEXT: dict[str, dict[str, Any]] = {
+    "clip_text_model": {**_SMALL, "hidden_size": 32, "max_position_embeddings": 24, "pad_token_id": 0,
+                        "bos_token_id": 2, "eos_token_id": 3},
+    "siglip_text_model": {**_SMALL, "hidden_size": 32, "max_position_embeddings": 24, "projection_size": 32,
+                          "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3},
+}  # fmt: skip
+# Towers and fields as in a CLIP and a SigLIP.
+CLIP = ("clip_vision_model", "clip_text_model", {"text_pooling": "eos", "projection_depth": 1})
+SIGLIP = ("siglip_vision_model", "siglip_text_model",
+          {"projection_depth": 0, "projection_dim": 32, "text_length": 24, "loss_type": "sigmoid"})  # fmt: skip
+
+
 def with_slow(fast: Sequence[Any], slow: Sequence[Any]) -> list[Any]:
     """Parameters of a test: the fast suite takes those of the first list, the slow suite the others."""
     return [*fast, *(pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
@@ -80,8 +93,10 @@ CAPTIONS = [
 ]
 
 
-def vision_config(family: str = "resnet") -> TimmWrapperConfig:
-    """Configuration of a tiny timm tower that takes images of `PIXELS` x `PIXELS`."""
+def vision_config(family: str = "resnet") -> Any:
+    """Configuration of a tiny timm tower, or of CLIP's or SigLIP's, for images of `PIXELS` x `PIXELS`."""
+    if family not in VISION:
+        return encoder_config(family)
     preprocessing = {"input_size": [3, PIXELS, PIXELS], "crop_pct": 1.0, "interpolation": "bicubic"}
     return TimmWrapperConfig(**VISION[family], pretrained_cfg=preprocessing)
 
@@ -93,7 +108,7 @@ def encoder_config(family: str) -> Any:
 
 def text_config(family: str = "distilbert") -> Any:
     """Configuration of a tiny text tower."""
-    return AutoConfig.for_model(family, **TEXT[family])
+    return AutoConfig.for_model(family, **(TEXT | CLIP_TEXT)[family])
 
 
 def tiny_config(vision: str = "resnet", text: str = "distilbert", **fields: Any) -> MiniClipConfig:

@@ -17,7 +17,7 @@ from modeling_miniclip import export
 from modeling_miniclip.hub.renew_code import renew_code
 from tests.helpers.hubs import add_repository, local_hub
 from tests.helpers.runs import ROOT
-from tests.helpers.towers import tiny_model, tiny_processor
+from tests.helpers.towers import CLIP, SIGLIP, tiny_model, tiny_processor
 
 SCRIPT = ROOT / ".ci" / "open_export.py"
 VERSIONS = os.environ["VERSIONS"].split()
@@ -30,6 +30,8 @@ MODELS: list[tuple[str, str, dict[str, Any]]] = [
     ("convnext", "mpnet", {}),
     ("resnet", "modernbert", {}),
     ("vit", "gpt2", {}),
+    CLIP,
+    SIGLIP,
 ]
 
 
