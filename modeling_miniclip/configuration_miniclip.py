@@ -193,10 +193,8 @@ class MiniClipConfig(PretrainedConfig):
 
     def heads(self) -> list[dict[str, Any]]:
         """`depth` and `bias` of the image head and of the text head."""
-        depths, biases = (
-            value if isinstance(value, list) else [value, value]
-            for value in (self.projection_depth, self.projection_bias)
-        )
+        depths: list[int] = _pair(self.projection_depth)
+        biases: list[bool | None] = _pair(self.projection_bias)
         return [
             {"depth": depth, "bias": depth > 1 if bias is None else bias}
             for depth, bias in zip(depths, biases, strict=True)
@@ -214,7 +212,7 @@ class MiniClipConfig(PretrainedConfig):
             raise ValueError(f"projection_dim must be at least 1, not {self.projection_dim}")
         for name, kind, none in (("projection_depth", int, False), ("projection_bias", bool, True)):
             value = getattr(self, name)
-            pair = value if isinstance(value, list) else [value, value]
+            pair = _pair(value)
             right = [type(one) is kind or (none and one is None) for one in pair]
             if len(pair) != 2 or not all(right) or (kind is int and min(pair) < 0):
                 least = "at least 0 (no head; 1: a linear head)" if kind is int else "true or false"
@@ -261,6 +259,11 @@ class MiniClipConfig(PretrainedConfig):
         for field, (token, is_used) in used.items():
             if is_used and not isinstance(getattr(text, token, None), int):
                 raise ValueError(f"{field} needs a number as text_config.{token}, not {getattr(text, token, None)!r}")
+
+
+def _pair(value: Any) -> list[Any]:
+    """The values for the image head and for the text head."""
+    return value if isinstance(value, list) else [value, value]
 
 
 def _ascends_to(dims: Any, last: int) -> bool:

@@ -311,10 +311,11 @@ class MiniClipModel(PreTrainedModel):
         )
         self.vision_width, self.text_width = _widths(config, self.vision_model)
         self.counts_positions = counts_positions(config.text_config)
-        head = {"dim": config.projection_dim, "dropout": config.projection_dropout}
-        of_images, of_texts = config.heads()
-        self.visual_projection = ProjectionHead(self.vision_width, **head, **of_images)
-        self.text_projection = ProjectionHead(self.text_width, **head, **of_texts)
+        dim, dropout, heads = config.projection_dim, config.projection_dropout, config.heads()
+        self.visual_projection, self.text_projection = (
+            ProjectionHead(width, dim, head["depth"], dropout, head["bias"])
+            for width, head in zip((self.vision_width, self.text_width), heads, strict=True)
+        )
         self.logit_scale = nn.Parameter(torch.empty(1))  # shape [1]: FSDP rejects 0-d parameters
         self.logit_bias = nn.Parameter(torch.empty(1)) if config.loss_type == "sigmoid" else None
         self.post_init()

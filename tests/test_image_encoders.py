@@ -1,5 +1,7 @@
 """Image towers of transformers, and what CLIP's towers need: pooling of the end token, fixed lengths, other heads."""
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +30,26 @@ from transformers import (
 
 from modeling_miniclip import MiniClipConfig, MiniClipModel, MiniClipProcessor, export
 from modeling_miniclip.configuration_miniclip import text_tower_class, vision_tower_class
+from modeling_miniclip.errors import UsageError
+from modeling_miniclip.hub.onnx_export import export_onnx
 from modeling_miniclip.processing_miniclip import image_processor_of, stock_image_processor
+from modeling_miniclip.training.reports.reporting import describe_model
+from modeling_miniclip.training.towers.create_model import create_model
 from modeling_miniclip.training.towers.fold_batch_norm import folded_batch_norms
 from modeling_miniclip.training.towers.layers import freeze_layers, vision_layers
-from tests.helpers.towers import ENCODERS, PIXELS, encoder_config, save_towers, text_config, tiny_processor
+from tests.helpers.runs import plain_arguments, write_scene_folder
+from tests.helpers.towers import (
+    CAPTIONS,
+    ENCODERS,
+    PIXELS,
+    SIGLIP,
+    encoder_config,
+    save_towers,
+    text_config,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+)
 
 every_encoder = pytest.mark.parametrize("family", ENCODERS)
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -243,6 +261,58 @@ def test_batch_norms_of_an_encoder_fold_and_stay_frozen():
     torch.testing.assert_close(folded, plain, rtol=1e-4, atol=1e-4)
     model.vision_model.requires_grad_(False)
     assert not any(norm.training for norm in norms) and not any(n.training for n in norms if model.train())
+
+
+def test_offloaded_towers_give_the_same_logits(tmp_path):
+    vision, text, fields = SIGLIP  # its pooling reads weights of a part that it does not call
+    model, inputs = shaken(tiny_model(vision, text, **fields)), inputs_of()
+    export(model, tiny_processor(), tmp_path / "export")
+    options = {"device_map": "auto", "max_memory": {"cpu": 60_000}, "offload_folder": tmp_path / "disk"}
+    loaded = MiniClipModel.from_pretrained(tmp_path / "export", **options)
+    assert {parameter.device.type for parameter in loaded.vision_model.parameters()} == {"meta"}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("onnxscript") is None, reason="pip install onnx onnxscript onnxruntime")
+def test_onnx_files_equal_a_siglip_whatever_the_padding(tmp_path):
+    vision, text, fields = SIGLIP
+    config = tiny_config(vision, text, **fields)
+    config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers = 0, 1
+    processor = MiniClipProcessor(
+        image_processor_of(config.vision_config), tiny_processor().tokenizer, padding="max_length"
+    )
+    export(MiniClipModel(config).eval(), processor, tmp_path / "export")
+    csv = write_scene_folder(tmp_path / "scenes", 20)
+    report = export_onnx(str(tmp_path / "export"), tmp_path / "onnx", csv, 20, 1e-4)  # pads to the longest text
+    assert max(report["largest_difference"].values()) < 1e-5
+
+
+def save_tower(folder: Path, family: str, edge: int) -> str:
+    """A pretrained image encoder and its image processor, as on the Hub."""
+    AutoModel.from_config(encoder_config(family)).save_pretrained(folder)
+    processor = getattr(transformers, f"{PICTURES[family]}Pil")
+    processor(size={"shortest_edge": edge}, crop_size={"height": PIXELS, "width": PIXELS}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_encoder_is_chosen_with_the_training_flags(tmp_path):
+    towers = {"vision_model": save_tower(tmp_path / "dinov2", "dinov2", 36)}
+    towers["text_model"] = str(save_towers(tmp_path)[1])
+    model, processor = create_model(plain_arguments(dataset=["any"], **towers, projection_dim=8), CAPTIONS)
+    assert (model.vision_width, processor.image_processor.size["shortest_edge"]) == (32, 36)
+    folder = export(model, processor, tmp_path / "export")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| image tower | `dinov2` |" in card and "- timm" not in card
+    flags = {"model_name_or_path": str(folder), "image_size": 64}
+    larger, processor = create_model(plain_arguments(dataset=["any"], **flags), CAPTIONS)
+    sizes = processor.image_processor.crop_size["height"], processor.image_processor.size["shortest_edge"]
+    assert sizes == (64, 72)
+    assert describe_model(larger).startswith("dinov2 + distilbert (cls), 8-d")
+    towers["vision_model"] = save_tower(tmp_path / "clip", "clip_vision_model", 32)
+    with pytest.raises(UsageError, match="--image_size 48: clip_vision_model takes no images of 48x48 .* takes: 32"):
+        create_model(plain_arguments(dataset=["any"], **towers, image_size=48), CAPTIONS)
 
 
 # --- what CLIP's towers need ---

@@ -160,10 +160,13 @@ def test_the_cache_lies_beside_those_of_the_other_libraries() -> None:
 # --- images ---------------------------------------------------------------------------------------------------------
 
 
-def test_image_features_are_those_of_each_image_alone(tmp_path: Path, rows: CaptionRows, small_blocks: None) -> None:
-    model = model_of()
+@pytest.mark.parametrize("vision", ["resnet", "siglip_vision_model"])
+def test_image_features_are_those_of_each_image_alone(
+    tmp_path: Path, rows: CaptionRows, small_blocks: None, vision: str
+) -> None:
+    model = model_of(vision=vision)
     (found,) = image_features(model, rows, tmp_path / "cache")
-    assert len(found) == len(rows) and found[0].shape == (model.vision_model.pooled_size,)
+    assert len(found) == len(rows) and found[0].shape == (model.vision_width,)
     for i in range(len(rows)):
         pixels = rows.processor.normalize(torch.from_numpy(rows[0, i]["pixels"])[None])
         with torch.no_grad():
