@@ -66,6 +66,7 @@ from modeling_miniclip.training.reports.measure import (
     embed_validation_split,
     measure_embeddings,
     metric_intervals,
+    validate_start,
 )
 from modeling_miniclip.training.reports.overfit import check_overfitting
 from modeling_miniclip.training.reports.reload_check import load_checked_export
@@ -323,19 +324,6 @@ def validate(run: TrainingRun) -> bool:
     run.meter.leave_out(time.perf_counter() - start)
     run.pace.add_validation(time.perf_counter() - start)
     return improved
-
-
-def validate_start(run: TrainingRun) -> None:
-    """Measure the trained model that a run starts from; it is no candidate for the export."""
-    start = time.perf_counter()
-    embeddings = embed_validation_split(run)
-    metrics = measure_embeddings(run, embeddings) | classify_images(run)[0]
-    run.write_metrics("validation", metrics, seconds=time.perf_counter() - start)
-    run.say(describe_validation("before training", metrics))
-    report_datasets(run, embeddings)
-    report_lengths(run, embeddings)
-    run.progress.at_start, run.progress.validated_step = metrics, run.progress.step
-    run.pace.add_validation(time.perf_counter() - start)
 
 
 def validate_weights(run: TrainingRun) -> bool:

@@ -33,11 +33,13 @@ def derived(images: int, *argv: str, **facts: Any) -> TrainingArguments:
     ("images", "argv", "batch_size", "epochs", "warm_up"),
     [
         (500, [], 128, 20, 8),  # 4 steps per epoch: 80
-        (1500, [], 256, 14, 8),  # 6 steps per epoch: 84
-        (1999, [], 256, 12, 9),  # 8 steps per epoch: 96
+        (999, [], 128, 12, 9),  # 8 steps per epoch: 96
+        (1500, ["--freeze=both"], 256, 14, 8),  # 6 steps per epoch: 84
         (6000, ["--freeze=both"], 512, 12, 10),
         (60, [], 16, 20, 8),  # 4 steps per epoch; at most half of the images
-        (1500, ["--freeze=none"], 128, 14, 15),  # 12 steps per epoch, 168 in all
+        (500, ["--freeze=none"], 64, 12, 8),  # 8 steps per epoch, 96 in all
+        (1500, [], 128, 12, 12),  # 12 steps per epoch, 144 in all
+        (3000, [], 128, 12, 25),  # 24 steps per epoch, 288 in all
         (6000, [], 128, 12, 50),  # 47 steps per epoch, 564 in all
         (24000, [], 128, 6, 101),  # 188 steps per epoch, 1,128 in all
         (100_000, [], 128, 5, 351),  # 782 steps per epoch, 3,910 in all
@@ -73,7 +75,7 @@ def test_defaults_at_6000_images_are_the_recipes(recipe: str, argv: list[str], o
 
 
 def test_few_images_leave_the_towers_frozen() -> None:
-    assert [derived(images).freeze for images in (1999, 2000)] == ["both", "none"]
+    assert [derived(images).freeze for images in (999, 1000)] == ["both", "none"]
     assert derived(500, "--vision_learning_rate=1e-5").freeze == "none"
     assert derived(500, "--augmentation=[]").freeze == "none"
     assert derived(500, "--batch_size=64").freeze == "both"

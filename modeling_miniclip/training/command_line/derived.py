@@ -16,7 +16,7 @@ from typing import Any
 from .arguments import DERIVED, TrainingArguments
 
 # With fewer training images than this, two pretrained towers stay frozen.
-FEW_IMAGES = 2000
+FEW_IMAGES = 1000
 # Flags that matter only to towers that are trained: given one of them, a run trains its towers.
 OF_TRAINED_TOWERS = (
     "vision_learning_rate", "text_learning_rate", "layer_decay", "frozen_vision_fraction", "train_image_size",
@@ -88,9 +88,9 @@ def epochs_for_steps(steps: int, least: int, most: int) -> Rule:
     return lambda facts, values: max(least, min(most, math.ceil(steps / steps_per_epoch(facts, values))))
 
 
-def epochs_for_images(epochs: int, images: int, least: int, most: int) -> Rule:
-    """That many epochs for that many images; more for fewer of them, by the square root, within bounds."""
-    return lambda facts, values: max(least, min(most, round(epochs * math.sqrt(images / facts.images))))
+def epochs_up_to(epochs: int, images: int, least: int) -> Rule:
+    """That many epochs for up to that many images; fewer for more of them, by the square root."""
+    return lambda facts, values: max(least, min(epochs, round(epochs * math.sqrt(images / facts.images))))
 
 
 def share_of_steps(share: float, most: int) -> Rule:
@@ -222,13 +222,11 @@ KINDS: dict[str, tuple[str, Values]] = {
         COMMON
         | NEW_HEADS
         | TRAINED_TOWERS
-        | {"num_train_epochs": epochs_for_images(12, 6000, least=5, most=14), "head_learning_rate": 1e-3},
+        | {"num_train_epochs": epochs_up_to(12, 6000, least=5), "head_learning_rate": 1e-3},
     ),
     "continue": (
         "from a trained model",
-        COMMON
-        | TRAINED_TOWERS
-        | {"num_train_epochs": epochs_for_images(10, 6000, least=5, most=12), "head_learning_rate": 2e-4},
+        COMMON | TRAINED_TOWERS | {"num_train_epochs": epochs_up_to(10, 6000, least=5), "head_learning_rate": 2e-4},
     ),
     "scratch": (
         "from random weights",

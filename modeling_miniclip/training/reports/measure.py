@@ -1,6 +1,7 @@
 """The figures of a validation: embeddings of the whole split, retrieval metrics, zero-shot accuracy, intervals."""
 
 import math
+import time
 from functools import partial
 
 from torch import Tensor
@@ -12,6 +13,22 @@ from ..run import TrainingRun
 from ..towers.features import embed_split
 from ..zero_shot import measure_zero_shot, zero_shot_intervals
 from .diagnostics import not_finite
+from .reporting import describe_validation
+from .several_datasets import report_datasets
+from .short_embeddings import report_lengths
+
+
+def validate_start(run: TrainingRun) -> None:
+    """Measure the trained model that a run starts from; it is no candidate for the export."""
+    start = time.perf_counter()
+    embeddings = embed_validation_split(run)
+    metrics = measure_embeddings(run, embeddings) | classify_images(run)[0]
+    run.write_metrics("validation", metrics, seconds=time.perf_counter() - start)
+    run.say(describe_validation("before training", metrics))
+    report_datasets(run, embeddings)
+    report_lengths(run, embeddings)
+    run.progress.at_start, run.progress.validated_step = metrics, run.progress.step
+    run.pace.add_validation(time.perf_counter() - start)
 
 
 def embed_validation_split(run: TrainingRun) -> tuple[Tensor, Tensor, Tensor]:
