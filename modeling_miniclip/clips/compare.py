@@ -50,7 +50,7 @@ def check_copy(model: MiniClipModel, processor: MiniClipProcessor, folder: Path,
         ended = subprocess.run(command, capture_output=True, text=True)
         if ended.returncode:
             reason = (ended.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ModelError(f"not written: {library} cannot load the converted model: {reason}")
+            raise ModelError(f"not written: {library} cannot load the copy; {reason}")
         theirs = torch.from_numpy(np.load(inputs / "logits.npy"))
     prepared = [processor.normalize(torch.from_numpy(processor.crop(image))[None]) for image in images]
     with warnings.catch_warnings():
@@ -60,5 +60,8 @@ def check_copy(model: MiniClipModel, processor: MiniClipProcessor, folder: Path,
         ours = model(pixel_values=torch.cat(prepared), **tokens).logits_per_image
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     if not difference <= LARGEST_DIFFERENCE:
-        raise ModelError(f"not written: {library} computes other logits with the copy, {difference:.1e} apart")
+        raise ModelError(
+            f"not written: {library} computes other logits with the copy, {difference:.1e} apart; report it with the "
+            "model's config.json"
+        )
     return difference

@@ -7,11 +7,12 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import PILImageResampling
 
-from ..processing_miniclip import MiniClipProcessor, PilImageProcessor, max_text_length
+from ..processing_miniclip import MiniClipProcessor, PilImageProcessor, max_text_length, stock_image_processor
 from .families import FAMILIES, fixed_size_vision
 
 # Photographs lie, stand, are smaller than the crop or larger; an odd margin shows how a crop is rounded.
 TRIAL_SIZES = ((301, 233), (64, 97), (517, 518))
+LARGEST_DIFFERENCE = 1e-5  # of normalised pixels
 
 
 def processor_from(source: str, config: Any) -> MiniClipProcessor:
@@ -26,7 +27,7 @@ def processor_from(source: str, config: Any) -> MiniClipProcessor:
         OSError: the files of the processor cannot be read.
     """
     other = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
-    images = square_image_processor(other, config) if config.model_type == "siglip2" else stock_image_processor(other)
+    images = square_image_processor(other, config) if config.model_type == "siglip2" else equal_image_processor(other)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     is_sigmoid = FAMILIES[config.model_type].is_sigmoid
     if is_sigmoid and tokenizer.padding_side != "right":
@@ -36,34 +37,19 @@ def processor_from(source: str, config: Any) -> MiniClipProcessor:
     return MiniClipProcessor(images, tokenizer, padding="max_length" if is_sigmoid else True)
 
 
-def stock_image_processor(other: Any) -> Any:
+def equal_image_processor(other: Any) -> Any:
     """CLIP's image processor with the settings of another one.
 
     It is tried on pictures of several sizes, so that nothing that the other one does is left out.
 
     Raises:
-        ValueError: the results differ, or a setting is missing.
+        ValueError: the pixels differ.
     """
-    what = f"its image processor {type(other).__name__.removesuffix('Pil')}"
-    size = {key: value for key, value in dict(other.size or {}).items() if value is not None}
-    if size.keys() not in ({"shortest_edge"}, {"height", "width"}) or not other.do_resize:
-        raise ValueError(f"{what} resizes to {size or 'no size'}; expected one shortest edge, or height and width")
-    crop = dict(other.crop_size) if getattr(other, "do_center_crop", False) else size
-    if crop.keys() < {"height", "width"}:
-        raise ValueError(f"{what} keeps the shape of each picture; expected pixels of one size")
-    normalises = other.do_normalize
-    stock = PilImageProcessor(
-        size=size,
-        crop_size={side: crop[side] for side in ("height", "width")},
-        resample=PILImageResampling(other.resample),
-        rescale_factor=other.rescale_factor if other.do_rescale else 1.0,
-        image_mean=list(other.image_mean) if normalises else [0.0] * 3,
-        image_std=list(other.image_std) if normalises else [1.0] * 3,
-    )
+    stock = stock_image_processor(other)
     for picture in _trial_pictures():
         ours, theirs = (one(picture, return_tensors="np")["pixel_values"] for one in (stock, other))
-        if ours.shape != np.shape(theirs) or np.abs(ours - theirs).max() > 1e-5:
-            raise ValueError(f"{what} does more than resize, crop, rescale and normalise, which cannot be converted")
+        if ours.shape != np.shape(theirs) or np.abs(ours - theirs).max() > LARGEST_DIFFERENCE:
+            raise ValueError(f"{type(other).__name__} gives other pixels than the stock image processor can give")
     return stock
 
 

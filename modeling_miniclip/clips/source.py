@@ -65,8 +65,9 @@ def read_source(name: str, flag: str) -> Source:
     if layout is not None:
         return Source(name, flag, "open_clip", layout)
     if config is None:
-        place = "in this folder" if os.path.isdir(name) else "to be had from the Hub, or there is no such folder"
-        raise source.error(f"neither config.json nor {OPEN_CLIP_FILE} is {place}{export_hint(name)}")
+        if os.path.isdir(name):
+            raise source.error(f"this folder has no config.json{export_hint(name)}")
+        raise source.error("no such folder, and no such model on the Hub, as far as it can be reached")
     if kind != MiniClipConfig.model_type and kind not in FAMILIES:
         raise source.error(_why_not(config))
     return Source(name, flag, str(kind), config)

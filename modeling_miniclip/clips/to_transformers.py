@@ -56,7 +56,7 @@ def save_for_transformers(model: MiniClipModel, processor: MiniClipProcessor, fo
     wrong = original.load_state_dict(weights, strict=False)
     if wrong.missing_keys or wrong.unexpected_keys:
         names = ", ".join([*wrong.missing_keys, *wrong.unexpected_keys][:3])
-        raise ModelError(f"not converted: {type(original).__name__} has other weights: {names}")
+        raise ModelError(f"not converted: {type(original).__name__} expects other weights: {names}")
     original.save_pretrained(folder)
     _save_processor(processor, family, folder)
 

@@ -13,7 +13,7 @@ from transformers.image_utils import PILImageResampling
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images, encode_texts, export, from_clip
 from modeling_miniclip.errors import ModelError
 from tests.clips.comparison import differences, our_results, transformers_results
-from tests.helpers.clips import FAMILIES, TEXTS, pictures, save_clip
+from tests.helpers.clips import FAMILIES, MEAN, TEXTS, pictures, save_clip
 from tests.helpers.towers import with_slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*truncated")
@@ -157,7 +157,7 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         from_clip(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with warnings.catch_warnings(), pytest.raises(ModelError, match="neither config.json nor open_clip_config.json"):
+    with warnings.catch_warnings(), pytest.raises(ModelError, match="this folder has no config.json"):
         from_clip(tmp_path / "empty")
 
 
@@ -172,5 +172,18 @@ def test_image_processor_that_does_more_is_refused(saved: Callable[[str], Path],
     path = folder / "preprocessor_config.json"
     values = json.loads(path.read_text()) | {"do_pad": True, "pad_size": {"height": 48, "width": 48}}
     path.write_text(json.dumps(values))
-    with pytest.raises(ModelError, match="does more than resize, crop, rescale and normalise"):
+    with pytest.raises(ModelError, match="something else than resize, crop the centre, rescale"):
         from_clip(folder)
+
+
+def test_pixels_that_differ_a_little_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import CLIPImageProcessorPil
+
+    from modeling_miniclip.clips.preprocessing import equal_image_processor
+
+    other = CLIPImageProcessorPil(image_mean=MEAN)
+    assert list(equal_image_processor(other).image_mean) == MEAN
+    monkeypatch.setattr(other, "normalize", lambda image, mean, std: (image - mean[0] - 0.001) / std[0])
+    other.image_mean, other.image_std = [0.5] * 3, [0.25] * 3
+    with pytest.raises(ValueError, match="gives other pixels"):
+        equal_image_processor(other)

@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from modeling_miniclip import from_clip
 from modeling_miniclip.errors import UsageError
+from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.towers.create_model import create_model
 from tests.clips.comparison import differences, our_results, transformers_results
-from tests.helpers.clips import save_clip
+from tests.helpers.clips import TEXTS, save_clip
 from tests.helpers.runs import flags
+from tests.helpers.towers import with_slow
 from train_miniclip import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*truncated")
@@ -31,3 +35,23 @@ def test_size_that_a_clip_does_not_take(tmp_path: Path) -> None:
     original = save_clip("clip", tmp_path / "original")
     with pytest.raises(UsageError, match="--image_size 40: .* takes no images of 40x40 pixels .* it takes: 32"):
         main(flags(tmp_path, preset=None, model_name_or_path=original, image_size=40))
+
+
+@pytest.mark.parametrize("family", with_slow(["siglip"], ["clip", "dual-encoder"]))
+def test_flags_take_one_tower_out_of_a_clip(family: str, tmp_path: Path, tiny_towers: tuple[Path, Path]) -> None:
+    original = save_clip(family, tmp_path / "original")
+    theirs, clip = transformers_results(original), from_clip(original)
+    for flags_ in (
+        ["--vision_model", str(original), "--text_model", str(tiny_towers[1])],
+        ["--vision_model", str(tiny_towers[0]), "--text_model", str(original)],
+    ):
+        argv = ["--output_dir", str(tmp_path / "run"), "--projection_dim", "16", *flags_]
+        model, processor = create_model(parse_arguments(argv), [])
+        for side in ("vision", "text"):
+            if flags_[flags_.index(f"--{side}_model") + 1] == str(original):
+                theirs_, ours = (dict(getattr(one, f"{side}_model").named_parameters()) for one in (clip, model))
+                assert ours.keys() == theirs_.keys() and all(torch.equal(ours[name], theirs_[name]) for name in ours)
+                assert getattr(model.config, f"{side}_pooling") == getattr(clip.config, f"{side}_pooling")
+                assert getattr(model.config, f"{side}_config").name_or_path == str(original)
+        if flags_[-1] == str(original):
+            assert torch.equal(processor(text=TEXTS, return_tensors="pt")["input_ids"], theirs["tokens"])

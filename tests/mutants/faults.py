@@ -318,16 +318,9 @@ FAULTS = [
         ),
         (
             "preprocessing.py",
-            "pictures are resized bilinearly",
-            "resample=PILImageResampling(other.resample),\n        rescale",
-            "resample=PILImageResampling.BILINEAR,\n        rescale",
-            FROM_CLIP,
-        ),
-        (
-            "preprocessing.py",
-            "what else an image processor does is not noticed",
-            "(64, 97), (517, 518))",
-            "(64, 97), (517, 518))[:0]",
+            "pixels that differ a little are not noticed",
+            "LARGEST_DIFFERENCE = 1e-5",
+            "LARGEST_DIFFERENCE = 1e-1",
             FROM_CLIP,
         ),
         (

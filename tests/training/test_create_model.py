@@ -510,7 +510,7 @@ def test_a_tower_of_fixed_size_refuses_another_image_size(tmp_path: Path) -> Non
 
 
 def test_foreign_model_is_rejected_with_its_type(towers: dict[str, str]) -> None:
-    with pytest.raises(ModelError, match="a model of type 'distilbert', not one that MiniCLIP exported"):
+    with pytest.raises(ModelError, match="a model of type 'distilbert', which is a single tower or no CLIP at all"):
         build(model_name_or_path=towers["text_model"])
 
 

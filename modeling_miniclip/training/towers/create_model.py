@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -11,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...clips.from_clip import load_clip
+from ...clips.take_tower import take_tower
 from ...configuration_miniclip import FIELDS, TOWERS, MiniClipConfig
 from ...errors import ModelError, UsageError, did_you_mean, one_line
 from ...inference.loading import check_export_folder
@@ -85,13 +87,34 @@ def _from_towers(arguments: TrainingArguments, overrides: dict[str, Any]) -> tup
     vision, text = str(arguments.vision_model), str(arguments.text_model)
     for flag, source in (("--vision_model", vision), ("--text_model", text)):
         check_export_folder(flag, source)
+    names: list[str] = []
+    fields: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        for flag, source in (("--vision_model", vision), ("--text_model", text)):
+            taken = take_tower(source, flag, Path(folder, flag))
+            names.append(source if taken is None else str(taken.folder))
+            fields |= {} if taken is None else taken.fields
+        model, processor = _from_names(names, arguments, fields | overrides)
+    if names[0] != vision:
+        model.config.vision_config.name_or_path = vision
+    if names[1] != text:
+        model.config.text_config.name_or_path = text
+    return model, processor
+
+
+def _from_names(
+    names: list[str], arguments: TrainingArguments, fields: dict[str, Any]
+) -> tuple[MiniClipModel, MiniClipProcessor]:
     sizes = (arguments.image_size, arguments.max_length, arguments.crop_pct)
+    vision, text = names
     processor = MiniClipProcessor.from_towers(vision, text, *sizes)
+    if fields.get("text_length"):
+        processor = MiniClipProcessor(processor.image_processor, processor.tokenizer, padding="max_length")
     try:
-        return MiniClipModel.from_towers(vision, text, **overrides), processor
+        return MiniClipModel.from_towers(vision, text, **fields), processor
     except OSError:
-        reject_pickled("--vision_model", vision)
-        reject_pickled("--text_model", text)
+        for flag, name in zip(("--vision_model", "--text_model"), names, strict=True):
+            reject_pickled(flag, name)
         raise
 
 
