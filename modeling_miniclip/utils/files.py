@@ -159,10 +159,10 @@ def _remove_abandoned(folder: Path) -> None:
             if re.search(r"^\..*\.[0-9a-f]{32}\.new$", entry.name):
                 with suppress(OSError):
                     if time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED:
-                        remove(Path(entry.path))
+                        _remove(Path(entry.path))
 
 
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     """Delete a file or a folder, if it is there.
 
     Raises:
