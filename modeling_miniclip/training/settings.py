@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import DatasetDict
 
+from ..clips.source import read_source
 from ..configuration_miniclip import MiniClipConfig, vision_tower_config
 from ..data.tables.row_blocks import caption_counts
 from ..inference.loading import check_export_folder
@@ -52,25 +53,24 @@ def saved_settings(arguments: TrainingArguments, flags: dict[str, Any]) -> Train
 def facts_of(splits: DatasetDict, arguments: TrainingArguments, accelerator: Accelerator) -> Facts:
     """What the derived flags depend on."""
     train = splits["train"]
-    size, takes_others, layers_are_known = _image_tower(arguments)
     return Facts(
         images=len(train),
         captions=float(caption_counts(train).mean()),
-        tower_size=size,
-        takes_other_sizes=takes_others,
-        knows_layers=layers_are_known,
+        **_image_tower(arguments),
         spreads_weights=accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED),
     )
 
 
-def _image_tower(arguments: TrainingArguments) -> tuple[int | None, bool, bool]:
-    """Size of the tower's images, whether it takes others, and whether timm knows its layers."""
+def _image_tower(arguments: TrainingArguments) -> dict[str, Any]:
+    """What is known of the image tower before it is created: some of the arguments of [`Facts`]."""
     from .. import auto  # noqa: F401  (otherwise transformers asks whether to trust the code in an export)
 
     if arguments.preset is not None:  # no rule asks
-        return None, False, True
+        return {}
     try:
         if arguments.model_name_or_path is not None:
+            if read_source(arguments.model_name_or_path, "--model_name_or_path").kind != "miniclip":
+                return {"is_clip": True}
             check_export_folder("--model_name_or_path", arguments.model_name_or_path)
             config = MiniClipConfig.from_pretrained(arguments.model_name_or_path).vision_config
             crop = MiniClipProcessor.from_pretrained(arguments.model_name_or_path).image_processor.crop_size
@@ -84,9 +84,11 @@ def _image_tower(arguments: TrainingArguments) -> tuple[int | None, bool, bool]:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):  # no weights are needed
             tower = vision_class_of(config)(config).eval()
         takes_others = size is not None and not cfg.get("fixed_input_size") and _takes_others(tower, size)
-        return size, takes_others, knows_layers(tower)
+        is_clip = arguments.model_name_or_path is not None and config.model_type != "timm_wrapper"
+        known = {"tower_size": size, "takes_other_sizes": takes_others, "knows_layers": knows_layers(tower)}
+        return known | {"is_clip": is_clip}
     except Exception:  # of many classes; what is wrong with a tower is said when the model is created
-        return None, False, True
+        return {}
 
 
 def _takes_others(tower: Any, size: int) -> bool:

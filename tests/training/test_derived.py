@@ -82,6 +82,12 @@ def test_few_images_leave_the_towers_frozen() -> None:
     assert derived(500, "--model_name_or_path=any").freeze == derived(500, "--preset=any").freeze == "none"
 
 
+def test_a_clip_is_trained_at_low_rates() -> None:
+    found = derived(6000, "--model_name_or_path=any", is_clip=True, takes_other_sizes=False)
+    assert (found.head_learning_rate, found.vision_learning_rate, found.text_learning_rate) == (1e-5, 1e-5, 1e-5)
+    assert (found.num_train_epochs, found.layer_decay, found.frozen_vision_fraction) == (10, 1.0, 0.0)
+
+
 def test_sizes_of_images_depend_on_what_the_tower_takes() -> None:
     def sizes(*argv: str, **facts: Any) -> tuple[int | None, float | None, int | None]:
         found = derived(6000, *argv, **facts)
@@ -150,13 +156,17 @@ def test_only_derived_values_are_said() -> None:
 # --- facts and checkpoints -------------------------------------------------------------------------------------------
 
 
-def test_facts_are_those_of_data_and_tower(tiny_towers: tuple[Path, Path], tiny_export: Path) -> None:
+def test_facts_are_those_of_data_and_tower(tiny_towers: tuple[Path, Path], tiny_export: Path, tmp_path: Path) -> None:
     splits: Any = {"train": Dataset.from_dict({"captions": [["a"], ["b", "c"], ["d", "e", "f"]]})}
     towers = parse_arguments(["--dataset=a", f"--vision_model={tiny_towers[0]}", f"--text_model={tiny_towers[1]}"])
     expected = Facts(3, 2.0, PIXELS, takes_other_sizes=True, knows_layers=True, spreads_weights=False)
     assert facts_of(splits, towers, NOBODY) == expected
     export = parse_arguments(["--dataset=a", f"--model_name_or_path={tiny_export}"])
     assert facts_of(splits, export, NOBODY) == expected
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (clip / "config.json").write_text('{"model_type": "clip"}')
+    assert facts_of(splits, parse_arguments(["--dataset=a", f"--model_name_or_path={clip}"]), NOBODY).is_clip
     missing = parse_arguments(["--dataset=a", "--vision_model=./nowhere", "--text_model=./nowhere"])
     assert facts_of(splits, missing, NOBODY).tower_size is None, "create_model says what is wrong"
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .arguments import DERIVED, TrainingArguments
+from .arguments import DERIVED, PART_RATES, TrainingArguments
 
 # With fewer training images than this, two pretrained towers stay frozen.
 FEW_IMAGES = 1000
@@ -42,6 +42,7 @@ class Facts:
         takes_other_sizes: whether the image tower takes images of other sizes.
         knows_layers: whether timm knows the layers of the image tower.
         spreads_weights: whether FSDP or DeepSpeed spreads the weights over processes, so that they cannot be averaged.
+        is_clip: whether the model to start from is a published CLIP, or has an image tower of transformers as most do.
     """
 
     images: int
@@ -50,6 +51,7 @@ class Facts:
     takes_other_sizes: bool = False
     knows_layers: bool = True
     spreads_weights: bool = False
+    is_clip: bool = False
 
 
 Rule = Callable[[Facts, Values], Any]
@@ -228,6 +230,19 @@ KINDS: dict[str, tuple[str, Values]] = {
         "from a trained model",
         COMMON | TRAINED_TOWERS | {"num_train_epochs": epochs_up_to(10, 6000, least=5), "head_learning_rate": 2e-4},
     ),
+    # Rates and weight decay of FLYP (Goyal et al. 2023, "Finetune like you pretrain"): higher rates undo what a CLIP
+    # has learned from millions of images.
+    "clip": (
+        "from a CLIP",
+        COMMON
+        | TRAINED_TOWERS
+        | {
+            "num_train_epochs": epochs_up_to(10, 6000, least=5),
+            **dict.fromkeys(PART_RATES, 1e-5),
+            "layer_decay": 1.0,
+            "frozen_vision_fraction": 0.0,
+        },
+    ),
     "scratch": (
         "from random weights",
         COMMON
@@ -249,7 +264,7 @@ def kind_of_run(arguments: TrainingArguments, facts: Facts) -> str:
     if arguments.preset is not None:
         return "scratch"
     if arguments.model_name_or_path is not None:
-        return "continue"
+        return "clip" if facts.is_clip else "continue"
     if arguments.freeze is not None:
         return "frozen" if arguments.freeze == "both" else "full"
     trains_towers = any(getattr(arguments, name) is not None for name in OF_TRAINED_TOWERS)
