@@ -8,13 +8,14 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from ..errors import MiniClipError
+from ..evaluation.encoders import OPEN_CLIP
 from ..hub.export import export
 from ..hub.model_card import is_hub_id
 from ..processing_miniclip import MiniClipProcessor
 from ..utils.files import check_new_folder, replaced_folder
 from .compare import check_copy
 from .from_clip import load_clip
-from .source import OPEN_CLIP, Source, file_of
+from .source import Source, file_of
 from .to_open_clip import save_for_open_clip
 from .to_transformers import save_for_transformers
 

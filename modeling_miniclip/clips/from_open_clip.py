@@ -1,8 +1,7 @@
 """A model in open_clip's layout, or of open_clip itself, as a `MiniClipModel` with its processor."""
 
 import os
-from importlib import import_module
-from importlib.util import find_spec
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +11,14 @@ from transformers import AutoConfig
 from transformers.image_utils import PILImageResampling
 
 from ..configuration_miniclip import MiniClipConfig
-from ..errors import MiniClipError, UsageError
+from ..evaluation.encoders import OPEN_CLIP, find_open_clip
 from ..inference.pickled import reject_pickled
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor, PilImageProcessor, max_text_length
 from .families import largest_scale
 from .open_clip_tokenizer import tokenizer_of
 from .open_clip_towers import Tower, hugging_face_tower, image_tower, square, text_tower
-from .source import OPEN_CLIP, Source, file_of
+from .source import Source, file_of
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -128,31 +127,16 @@ def _from_files(source: Source) -> OpenClip:
 
 
 def _from_package(source: Source) -> OpenClip:
-    architecture, _, checkpoint = source.name.removeprefix(OPEN_CLIP).partition("/")
-    if not architecture or not checkpoint:
-        raise UsageError(
-            f"{source.flag} {source.name}: expected {OPEN_CLIP}ARCHITECTURE/CHECKPOINT, such as "
-            f"{OPEN_CLIP}ViT-B-32/laion2b_s34b_b79k or {OPEN_CLIP}ViT-B-32/my/epoch_30.safetensors"
-        )
-    if find_spec("open_clip") is None:
-        raise MiniClipError(f"{source.flag} {source.name}: open_clip is not installed: pip install open-clip-torch")
-    open_clip: Any = import_module("open_clip")  # optional: neither a dependency nor an extra
-    model_cfg = open_clip.get_model_config(architecture)
-    if model_cfg is None:
-        raise UsageError(
-            f"{source.flag} {source.name}: open_clip has no architecture {architecture!r}; see open_clip.list_models()"
-        )
+    open_clip, architecture, checkpoint = find_open_clip(source.name, source.flag)
     if os.path.isfile(checkpoint) and Path(checkpoint).suffix != ".safetensors":
         raise source.error(_pickled_checkpoint(checkpoint))
-    if not os.path.isfile(checkpoint) and checkpoint not in open_clip.list_pretrained_tags_by_model(architecture):
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
-        raise source.error(f"{checkpoint!r} is neither a file nor one of the checkpoints of {architecture}: {known}")
     model, _, _ = open_clip.create_model_and_transforms(architecture, pretrained=checkpoint)
+    model_cfg = open_clip.get_model_config(architecture)
     return OpenClip(model_cfg, open_clip.get_model_preprocess_cfg(model), model.state_dict())
 
 
 def _pickled_checkpoint(checkpoint: str) -> str:
-    safe = Path(checkpoint).with_suffix(".safetensors")
+    safe = str(Path(checkpoint).with_suffix(".safetensors"))
     code = (
         "import sys, torch; from safetensors.torch import save_file; "
         "state = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
@@ -161,7 +145,7 @@ def _pickled_checkpoint(checkpoint: str) -> str:
     )
     return (
         "pickled weights are not read, as a pickle can hold any program; convert them with "
-        f'python -c "{code}" {checkpoint} {safe} and name {safe}'
+        f'python -c "{code}" {shlex.quote(checkpoint)} {shlex.quote(safe)} and name {safe}'
     )
 
 

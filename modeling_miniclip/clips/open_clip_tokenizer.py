@@ -9,7 +9,8 @@ from tokenizers import Regex, normalizers
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
 from ..errors import MiniClipError
-from .source import OPEN_CLIP, Source, file_of
+from ..evaluation.encoders import OPEN_CLIP
+from .source import Source, file_of
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # of CLIP, a file of open_clip's package
 MERGES = 49152 - 256 - 2

@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..evaluation.encoders import OPEN_CLIP
 from .families import FAMILIES
 from .from_clip import load_clip
-from .source import OPEN_CLIP, Source, read_json
+from .source import Source, read_json
 
 
 class TakenTower(NamedTuple):

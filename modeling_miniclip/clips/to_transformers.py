@@ -56,7 +56,9 @@ def save_for_transformers(model: MiniClipModel, processor: MiniClipProcessor, fo
     wrong = original.load_state_dict(weights, strict=False)
     if wrong.missing_keys or wrong.unexpected_keys:
         names = ", ".join([*wrong.missing_keys, *wrong.unexpected_keys][:3])
-        raise ModelError(f"not converted: {type(original).__name__} expects other weights: {names}")
+        raise ModelError(
+            f"not converted: expected the weights of {type(original).__name__}, but these differ: {names}"
+        )
     original.save_pretrained(folder)
     _save_processor(processor, family, folder)
 

@@ -218,6 +218,27 @@ def _features(output: Any) -> Tensor:
 
 
 def _open_clip(source: str, flag: str, device: torch.device) -> ClipEncoder:
+    open_clip, architecture, checkpoint = find_open_clip(source, flag)
+    try:
+        model, transform = open_clip.create_model_from_pretrained(architecture, pretrained=checkpoint)
+        tokenizer = open_clip.get_tokenizer(architecture)
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{flag} {source}: open_clip cannot load it: {one_line(error)}") from error
+    return OpenClipEncoder(model.to(device).float().eval(), transform, tokenizer, device)
+
+
+def find_open_clip(source: str, flag: str) -> tuple[Any, str, str]:
+    """open_clip itself, and the architecture and checkpoint in `open_clip:ARCHITECTURE/CHECKPOINT`.
+
+    Args:
+        source: the name.
+        flag: flag or argument that named it, for error messages.
+
+    Raises:
+        UsageError: the names are missing, or the architecture is unknown.
+        MiniClipError: open_clip is not installed.
+        ModelError: the checkpoint is neither a file nor known.
+    """
     architecture, _, checkpoint = source.removeprefix(OPEN_CLIP).partition("/")
     if not architecture or not checkpoint:
         raise UsageError(
@@ -237,9 +258,4 @@ def _open_clip(source: str, flag: str, device: torch.device) -> ClipEncoder:
         raise ModelError(
             f"{flag} {source}: {checkpoint!r} is neither a file nor one of the checkpoints of {architecture}: {names}"
         )
-    try:
-        model, transform = open_clip.create_model_from_pretrained(architecture, pretrained=checkpoint)
-        tokenizer = open_clip.get_tokenizer(architecture)
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{flag} {source}: open_clip cannot load it: {one_line(error)}") from error
-    return OpenClipEncoder(model.to(device).float().eval(), transform, tokenizer, device)
+    return open_clip, architecture, checkpoint

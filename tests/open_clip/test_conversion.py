@@ -215,8 +215,8 @@ def test_what_has_no_counterpart_is_named(changes: dict[str, Any], message: str,
 def test_open_clip_is_named_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_open_clip("vit", tmp_path / "original")
     with monkeypatch.context() as patch:
-        for part in ("open_clip_tokenizer", "from_open_clip", "to_open_clip"):
-            patch.setattr(f"modeling_miniclip.clips.{part}.find_spec", lambda name: None)
+        for part in ("clips.open_clip_tokenizer", "clips.to_open_clip", "evaluation.encoders"):
+            patch.setattr(f"modeling_miniclip.{part}.find_spec", lambda name: None)
         for call in (lambda: from_clip(folder), lambda: from_clip("open_clip:ViT-B-32/openai")):
             with pytest.raises(MiniClipError, match="pip install open-clip-torch"):
                 call()
