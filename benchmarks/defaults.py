@@ -114,19 +114,21 @@ def with_start(line: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, A
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown table: a row for each number of images and variant, with means over seeds."""
-    rows = [["training images", "variant", "seeds", "rsum", "of the best recipe", "image encodings", "minutes"]]
-    rows.append(["---:", "---", *["---:"] * 5])
+    rows = [["images", "variant", "seeds", "rsum", "of the best recipe", "image encodings", "of its", "minutes"]]
+    rows.append(["---:", "---", *["---:"] * 6])
     for images in sorted({line["images"] for line in lines}):
         runs = {
             name: [with_start(line, lines) for line in lines if (line["variant"], line["images"]) == (name, images)]
             for name in VARIANTS
         }
         rsum = {name: mean([run["rsum"] for run in found]) for name, found in runs.items() if found}
-        best = max((value for name, value in rsum.items() if name not in OURS), default=None)
+        costs = {name: mean([run["encodings"] for run in runs[name]]) for name in rsum}
+        best = max((name for name in rsum if name not in OURS), key=lambda name: rsum[name], default=None)
         for name, value in rsum.items():
-            share = "" if best is None else f"{100 * value / best:.1f} %"
-            cost, minutes = (mean([run[key] for run in runs[name]]) for key in ("encodings", "minutes"))
-            figures = [f"{value:.1f}", share, f"{cost:,.0f}", f"{minutes:.1f}"]
+            share = "" if best is None else f"{100 * value / rsum[best]:.1f} %"
+            times = "" if not best or not costs[best] else f"{costs[name] / costs[best]:.2f}x"
+            minutes = mean([run["minutes"] for run in runs[name]])
+            figures = [f"{value:.1f}", share, f"{costs[name]:,.0f}", times, f"{minutes:.1f}"]
             rows.append([f"{images:,}", f"`{name}`", str(len(runs[name])), *figures])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
