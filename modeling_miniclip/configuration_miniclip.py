@@ -45,6 +45,13 @@ NUMBERS = {
 CLASS_TOKEN_TOWERS = frozenset("deit dpt flava_image_model git_vision_model vit vit_msn yolos".split())
 # Text towers with a layer for their pooled output that is always built, and would never learn with another pooling.
 POOLED_TEXTS = frozenset("altclip_text_model siglip_text_model siglip2_text_model".split())
+# Configurations that older releases have, but do not find by their type.
+UNLISTED = {
+    f"{family}_{tower}_model": f"{name}{tower.capitalize()}Config"
+    for family, name in {"altclip": "AltCLIP", "chinese_clip": "ChineseCLIP", "metaclip_2": "MetaClip2",
+                         "siglip": "Siglip", "siglip2": "Siglip2"}.items()
+    for tower in ("text", "vision")
+}  # fmt: skip
 # Attributes of a configuration with the width of the pooled feature, in the order of preference.
 VISION_WIDTHS = ("hidden_size", "hidden_dim", "neck_hidden_sizes", "hidden_sizes")
 TEXT_WIDTHS = ("projection_size", "project_dim", "hidden_size")  # those of SigLIP and AltCLIP, and of any other tower
@@ -288,9 +295,13 @@ FIELDS = tuple(name for name in list(signature(MiniClipConfig.__init__).paramete
 
 
 def _tower_config(config: Any, model_type: str) -> Any:
-    if config is None or isinstance(config, dict):
-        return AutoConfig.for_model(**({"model_type": model_type} | (config or {})))
-    return config
+    if config is not None and not isinstance(config, dict):
+        return config
+    values = {"model_type": model_type} | (config or {})
+    unlisted = UNLISTED.get(values["model_type"])
+    if unlisted is not None and values["model_type"] not in transformers.CONFIG_MAPPING:
+        return getattr(transformers, unlisted)(**{name: values[name] for name in values if name != "model_type"})
+    return AutoConfig.for_model(**values)
 
 
 def timm_config(name: str) -> TimmWrapperConfig:

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from modeling_miniclip import MiniClipConfig, MiniClipModel, MiniClipProcessor, export
-from modeling_miniclip.configuration_miniclip import text_tower_class, vision_tower_class
+from modeling_miniclip.configuration_miniclip import UNLISTED, text_tower_class, vision_tower_class
 from modeling_miniclip.errors import UsageError
 from modeling_miniclip.hub.onnx_export import export_onnx
 from modeling_miniclip.processing_miniclip import image_processor_of, stock_image_processor
@@ -318,13 +318,13 @@ def test_an_encoder_is_chosen_with_the_training_flags(tmp_path):
 # --- what CLIP's towers need ---
 
 
-@pytest.mark.parametrize("eos", [2, 199])
-def test_end_token_is_found_as_clip_finds_it(eos):
+@pytest.mark.parametrize(("eos", "end"), [(2, 199), (150, 150)])  # the largest token by an old rule, or the first
+def test_end_token_is_found_as_clip_finds_it(eos, end):
     config = CLIPTextConfig(**{**CLIP_TEXT, "eos_token_id": eos})
     model = MiniClipModel(MiniClipConfig(vision_config=encoder_config("vit"), text_config=config, text_pooling="eos"))
     own = CLIPTextModel(config).eval()
     own.load_state_dict(shaken(model).eval().text_model.state_dict())
-    ids = torch.tensor([[198, 7, 8, 199, 199, 199], [198, 9, 11, 13, 17, 199], [198, 5, 199, 0, 0, 0]])
+    ids = torch.tensor([[198, 7, 8, end, end, end], [198, 9, 11, 13, 17, end], [198, 5, end, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6, [1, 1, 1, 0, 0, 0]])
     with torch.no_grad():
         found = model.pool_texts(ids, mask).pooler_output
@@ -390,6 +390,16 @@ def test_text_towers_that_no_mapping_lists():
         MiniClipConfig(text_config=SiglipTextConfig(bos_token_id=1, eos_token_id=2), text_pooling="last")
     with pytest.raises(ValueError, match=r"text_pooling 'eos' needs a number as text_config.eos_token_id, not None"):
         MiniClipConfig(text_config={"model_type": "distilbert"}, text_pooling="eos")
+
+
+def test_configurations_that_older_releases_do_not_list(monkeypatch):
+    for model_type, name in UNLISTED.items():
+        assert getattr(transformers, name).model_type == model_type
+    values = {**SMALL, "model_type": "siglip_text_model", "bos_token_id": 1, "eos_token_id": 2}
+    listed = MiniClipConfig(text_config=values)
+    monkeypatch.setattr(transformers, "CONFIG_MAPPING", {})
+    assert MiniClipConfig(text_config=values).text_config.to_dict() == listed.text_config.to_dict()
+    assert type(listed.text_config) is SiglipTextConfig
 
 
 def test_own_pooled_text():

@@ -52,6 +52,7 @@ LAYERS, OPTIMIZER, EMA, GRAD_CACHE, DISTRIBUTED, CHECKPOINTS, DIAGNOSTICS, FOLD,
 FROM_CLIP, BACK = "tests/clips/test_from_transformers.py", "tests/clips/test_back.py"
 GLOBAL_LOSS = "tests/training/test_global_loss.py"
 LOSS, MODEL, PROCESSOR, UNTRUSTED = (f"tests/test_{name}.py" for name in ("loss", "model", "processor", "untrusted"))
+ENCODERS = "tests/test_image_encoders.py"
 
 
 def faults_in(folder: str, *faults: tuple[str, str, str, str, str]) -> list[Fault]:
@@ -608,6 +609,69 @@ FAULTS = [
             "text_loss / len(all_texts)",
             "text_loss / len(all_images)",
             LOSS,
+        ),
+        (
+            "modeling_miniclip.py",
+            "the end token is always the largest",
+            "if eos_token_id == 2 else (ids",
+            "if eos_token_id else (ids",
+            ENCODERS,
+        ),
+        (
+            "modeling_miniclip.py",
+            "the first token 2 ends a text of an old CLIP",
+            "if eos_token_id == 2 else (ids",
+            "if eos_token_id == 0 else (ids",
+            ENCODERS,
+        ),
+        (
+            "modeling_miniclip.py",
+            "another tokenizer's padding stays",
+            "input_ids.masked_fill(attention_mask == 0, padding), None",
+            "input_ids, None",
+            ENCODERS,
+        ),
+        (
+            "modeling_miniclip.py",
+            "padding to a fixed length is masked",
+            "masked_fill(attention_mask == 0, padding), None",
+            "masked_fill(attention_mask == 0, padding), attention_mask",
+            ENCODERS,
+        ),
+        (
+            "modeling_miniclip.py",
+            "the pooler replaces the class token",
+            'if pooling == "cls":\n        return outputs.last_hidden_state[:, 0]',
+            'if pooling == "cls":\n        return outputs.last_hidden_state[:, 1]',
+            ENCODERS,
+        ),
+        (
+            "configuration_miniclip.py",
+            "a head's own bias is ignored",
+            "depth > 1 if bias is None else bias",
+            "depth > 1",
+            ENCODERS,
+        ),
+        (
+            "configuration_miniclip.py",
+            "an unused pooler is built",
+            '{"add_pooling_layer": pooling == "pooler"}',
+            '{"add_pooling_layer": True}',
+            ENCODERS,
+        ),
+        (
+            "processing_miniclip.py",
+            "ConvNeXT's crop is ignored",
+            "int(edge / share)",
+            "edge",
+            ENCODERS,
+        ),
+        (
+            "processing_miniclip.py",
+            "another interpolation",
+            'for name in ("resample", "rescale_factor"',
+            'for name in ("rescale_factor"',
+            ENCODERS,
         ),
         (
             "modeling_miniclip.py",
