@@ -15,7 +15,7 @@ from .command_line.arguments import TrainingArguments
 from .processes.distributed import check_on_main
 from .reports.reporting import say
 
-SAMPLE = 1000  # images whose captions are looked at
+SAMPLE = 200  # images whose captions are looked at
 ENGLISH = 0.5  # share of captions that must be English
 REMEDY = f"it needs a column {NEGATIVES!r}, which `miniclip mine` writes (docs/train.md)"
 
