@@ -18,6 +18,7 @@ from ..errors import ModelError, one_line
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from ..utils.checksums import check_weights
+from ..utils.performance import hide_advice_for_gpus
 from .pickled import reject_pickled
 
 PARTS = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
@@ -40,6 +41,7 @@ def load_export(source: str, flag: str) -> tuple[MiniClipModel, MiniClipProcesso
     """
     from .. import auto  # noqa: F401  (otherwise transformers asks whether to trust the code in the folder)
 
+    hide_advice_for_gpus()
     check_export_folder(flag, source)
     weights = Path(source, "model.safetensors")
     if weights.is_file():
@@ -159,6 +161,7 @@ def load_tower(folder: Path, side: Literal["image", "text"]) -> tuple[MiniClipMo
     """
     from .. import auto  # noqa: F401  (otherwise transformers asks whether to trust the code in the folder)
 
+    hide_advice_for_gpus()
     tower, head = PARTS[side]
     try:
         config = MiniClipConfig.from_pretrained(folder)

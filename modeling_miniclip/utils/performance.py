@@ -1,6 +1,7 @@
 """Settings that save time or memory. Importing this module changes none of them."""
 
 import ctypes
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,16 @@ def best_mixed_precision(device: torch.device) -> str:
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "no"
+
+
+def hide_advice_for_gpus() -> None:
+    """Without a GPU, leave out transformers' advice to install `causal_conv1d`, which only runs on one."""
+    if not torch.cuda.is_available():
+        logging.getLogger("transformers.integrations.hub_kernels").addFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "falling back to its reference PyTorch implementation" not in record.getMessage()
 
 
 @contextmanager

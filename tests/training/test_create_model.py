@@ -584,6 +584,17 @@ def test_given_fields_override_the_preset(tmp_path: Path) -> None:
     assert config.vision_config.architecture == VISION["resnet"]["architecture"]
 
 
+def test_scenes_tiny_tells_the_order_of_words_and_ignores_padding() -> None:
+    torch.manual_seed(0)
+    model, processor = create_model(TrainingArguments(dataset=["scenes"], preset="scenes_tiny"), CAPTIONS)
+    texts = ["a red dog and a yellow ball", "a yellow dog and a red ball", "a boat"]
+    alone = [encode_texts(model, [text], processor, progress=False)[0] for text in texts]
+    torch.testing.assert_close(encode_texts(model, texts, processor, progress=False), torch.stack(alone))
+    processor.tokenizer.padding_side = "left"
+    torch.testing.assert_close(encode_texts(model, texts, processor, progress=False), torch.stack(alone))
+    assert (alone[0] - alone[1]).norm() > 0.01
+
+
 # --- vocabulary ------------------------------------------------------------------------------------------------------
 
 ODD_CAPTIONS = [

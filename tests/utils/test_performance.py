@@ -1,7 +1,10 @@
 """What makes a run faster changes no result."""
 
+import logging
+import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import train_miniclip
 from modeling_miniclip.training import setup
 from modeling_miniclip.training.command_line.parsing import parse_arguments
-from modeling_miniclip.utils.performance import allow_tf32, compile_towers, one_thread
+from modeling_miniclip.utils.performance import allow_tf32, compile_towers, hide_advice_for_gpus, one_thread
 from tests.helpers.runs import assert_same_log, flags, metrics_of
 from tests.helpers.towers import CAPTIONS, tiny_model
 
@@ -80,6 +83,20 @@ def test_tf32_is_for_gpus_alone() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_advice_for_gpus_is_hidden_without_one(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    logger = logging.getLogger("transformers.integrations.hub_kernels")
+    handler = logging.StreamHandler(sys.stdout)
+    logger.addHandler(handler)
+    try:
+        hide_advice_for_gpus()
+        logger.warning("`f` is falling back to its reference PyTorch implementation because `g` is not installed.")
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(handler)
+    assert capsys.readouterr().out == "something else\n"
 
 
 def test_one_thread_restores_the_number_of_threads() -> None:

@@ -25,6 +25,7 @@ from ...processing_miniclip import (
     max_text_length,
     stock_image_processor,
 )
+from ...utils.performance import hide_advice_for_gpus
 from ...utils.processes import process_rank
 from ...utils.resources import named_file
 from ..command_line.arguments import MODEL_SOURCES, TrainingArguments
@@ -57,6 +58,7 @@ def create_model(
         "loss_type": arguments.loss_type,
     }
     overrides = {name: value for name, value in asked.items() if value is not None}
+    hide_advice_for_gpus()
     try:
         if arguments.preset is not None:
             model, processor = _from_preset(arguments, overrides, captions)
