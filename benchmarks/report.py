@@ -31,7 +31,7 @@ class Recorded:
 
 RUNS = {
     "demo": Recorded(
-        "`make demo` (recipe `scenes`): built-in scenes, tiny ResNet and DistilBERT from random weights", "loss"
+        "`make demo` (recipe `scenes`): built-in scenes, tiny ResNet and LFM2 from random weights", "loss"
     ),
     "heads": Recorded("recipe `heads`: Flickr8k, EfficientNet-Lite0 and all-MiniLM-L6-v2 frozen, heads trained"),
     "lit": Recorded("recipe `lit`: continues from `heads`, text tower fine-tuned too", after="heads"),

@@ -100,7 +100,7 @@ def test_learning_rate_on_the_command_line_overrides_a_recipe(recipe: Any) -> No
 def test_built_in_recipe_is_the_default() -> None:
     arguments = parse_arguments(["--seed=1"])
     assert (arguments.recipe, arguments.dataset, arguments.preset) == ("scenes", ["scenes"], "scenes_tiny")
-    assert (arguments.batch_size, arguments.seed) == (128, 1)
+    assert (arguments.batch_size, arguments.seed) == (64, 1)
 
 
 def test_a_recipe_without_data_asks_for_a_dataset(recipe: Any) -> None:

@@ -32,19 +32,21 @@ def test_the_built_in_recipe_learns(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_true_captions_score_no_worse_than_swapped_ones(demo: Path) -> None:
-    """Prints the share of scenes whose true caption wins; `benchmarks/README.md` reports it as it is."""
+def test_true_captions_score_above_swapped_ones(demo: Path) -> None:
+    """The swaps are the scenes' own, which no training uses; prints the figures of `benchmarks/README.md`."""
     model = MiniClipModel.from_pretrained(demo / "export")
     processor = MiniClipProcessor.from_pretrained(demo / "export")
     images = encode_images(model, build_scenes(num_train=1)["validation"], processor, progress=False)
-    wins = []
+    both = []
     for i, scene in enumerate(validation_scenes()):
         true, swapped = describe_pair(scene, swap_attributes(scene, Random(i)), Random(i))
-        texts = encode_texts(model, [true[0], swapped[0]], processor, progress=False)
-        wins.append(bool(texts[0] @ images[i] > texts[1] @ images[i]))
-    share = sum(wins) / len(wins)
-    print(f"true captions preferred over swapped ones: {100 * share:.1f} % of {len(wins)}")
-    assert share > 0.45  # by chance 0.5, with a standard deviation of 0.016
+        both += [true[0], swapped[0]]
+    true, swapped = encode_texts(model, both, processor, progress=False).unflatten(0, (-1, 2)).unbind(1)
+    right, wrong = (
+        ((some * true).sum(1) > (some * swapped).sum(1)).float().mean().item() for some in (images, images.roll(1, 0))
+    )
+    print(f"true captions preferred over swapped ones: {100 * right:.1f} %, with another image {100 * wrong:.1f} %")
+    assert right > 0.75 and 0.45 < wrong < 0.55
 
 
 @pytest.mark.slow
