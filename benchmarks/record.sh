@@ -19,7 +19,7 @@ end=$(date +%s.%N)
 mkdir -p "$here/$name"
 cp "$run/metrics.jsonl" "$run/curves.png" "$here/$name/"
 # Paths of this machine are left out; the rest is compared with the recipe by the tests.
-grep -vE '^(dataset|vision_model|text_model|model_name_or_path|output_dir|feature_cache_dir):' \
+awk '/^[a-z]/ {path = /^(dataset|vision_model|text_model|model_name_or_path|output_dir|feature_cache_dir):/} !path' \
     "$run/arguments.yaml" > "$here/$name/arguments.yaml"
 if [ "$name" = demo ]; then cp "$run/retrieval.png" "$here/$name/"; fi
 echo "{\"seconds\": $(echo "$end - $start" | bc)}" > "$here/$name/time.json"
