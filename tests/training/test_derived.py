@@ -66,6 +66,8 @@ def test_batches_epochs_and_warm_up_follow_the_images(
 )
 def test_defaults_at_6000_images_are_the_recipes(recipe: str, argv: list[str], others: set[str]) -> None:
     own = read_recipe(ROOT / "configuration" / "recipes" / f"{recipe}.yaml")
+    sources = {"vision_model", "text_model", "text_pooling", "model_name_or_path", "output_dir"}
+    assert set(own) <= {*DERIVED, *sources}, "nothing else makes the recipe what it is"
     own = {name: value for name, value in own.items() if name in DERIVED and name not in others}
     found = asdict(derived(6000, *argv, tower_size=288 if "heads_then_full" in recipe else 224))
     for values in (own, found):
