@@ -441,8 +441,8 @@ class MiniClipModel(PreTrainedModel):
         """Switch gradient checkpointing on or off in each tower that supports it; warn about one that does not.
 
         timm's towers have nothing but a switch: `every_n_layers` and the arguments of `torch.utils.checkpoint` only
-        reach the text tower. As with any checkpointing, batch norm in training mode counts a batch twice in its
-        running statistics.
+        reach towers of transformers. As with any checkpointing, batch norm in training mode counts a batch twice in
+        its running statistics.
 
         Raises:
             ValueError: neither tower supports it.
