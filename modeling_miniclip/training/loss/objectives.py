@@ -284,12 +284,15 @@ class Sigmoid:
     def __init__(self, sizes: Sizes, weight: float, like: Tensor):
         self.weight, self.like = weight / sizes.texts, like
         self.sums: list[Tensor] = []  # of each tile: added one by one, thousands would lose digits
+        self.last: tuple[Tile | None, Tensor] = None, like  # a small tile, and the logits of its wrong answers
 
     def add(self, logits: Tensor, tile: Tile) -> None:
         with self._wrong_answers(logits, tile) as wrong:
             self.sums.append(softplus(wrong, threshold=SOFTPLUS_IS_LINEAR).sum())
 
     def finish(self) -> Tensor:
+        if len(self.sums) == 1:
+            return self.sums[0] * self.weight
         return (torch.stack(self.sums).sum() if self.sums else self.like.new_zeros(())) * self.weight
 
     def gradient(self, logits: Tensor, tile: Tile) -> Tensor:
@@ -299,12 +302,13 @@ class Sigmoid:
             return torch.where(tile.are_pairs, -gradient, gradient)
         return gradient.put_(tile.pairs, -gradient.take(tile.pairs))
 
-    @staticmethod
     @contextmanager
-    def _wrong_answers(logits: Tensor, tile: Tile) -> Iterator[Tensor]:
+    def _wrong_answers(self, logits: Tensor, tile: Tile) -> Iterator[Tensor]:
         """The logits of the wrong answer; a negative has none for an image that it belongs to."""
         if tile.are_pairs is not None:
-            yield torch.where(tile.are_pairs, -torch.inf if tile.is_negative else -logits, logits)
+            if self.last[0] is not tile:
+                self.last = tile, torch.where(tile.are_pairs, -torch.inf if tile.is_negative else -logits, logits)
+            yield self.last[1]
             return
         with _replaced(logits, tile.pairs, -torch.inf if tile.is_negative else None):
             yield logits
