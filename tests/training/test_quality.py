@@ -46,7 +46,7 @@ def test_true_captions_score_above_swapped_ones(demo: Path) -> None:
         ((some * true).sum(1) > (some * swapped).sum(1)).float().mean().item() for some in (images, images.roll(1, 0))
     )
     print(f"true captions preferred over swapped ones: {100 * right:.1f} %, with another image {100 * wrong:.1f} %")
-    assert right > 0.75 and 0.45 < wrong < 0.55
+    assert right > 0.8 and 0.45 < wrong < 0.55
 
 
 @pytest.mark.slow
