@@ -315,11 +315,12 @@ class MiniClipProcessor(ProcessorMixin):
     """Turns images into `pixel_values`, and texts into `input_ids` and `attention_mask`.
 
     Texts are padded to the longest text of the call and truncated to the text tower's limit, the tokenizer's
-    `model_max_length`; a warning counts the truncated texts. With `padding="max_length"` they are padded to that limit
-    instead, as SigLIP was trained; see `text_length` in [`MiniClipConfig`]. `from_pretrained` selects the PIL backend,
-    which gives the same pixels as in training. `backend="torchvision"` is faster, but photographs differ by up to
-    2/255 before normalisation. `AutoImageProcessor` and pipelines load the image processor alone and select
-    torchvision.
+    `model_max_length`; a warning counts the truncated texts. With `text_padding="max_length"` they are padded to that
+    limit instead, as SigLIP was trained; see `text_length` in [`MiniClipConfig`].
+
+    `from_pretrained` selects the PIL backend, which gives the same pixels as in training. `backend="torchvision"` is
+    faster, but photographs differ by up to 2/255 before normalisation. `AutoImageProcessor` and pipelines load the
+    image processor alone and select torchvision.
 
     Example:
         >>> processor = MiniClipProcessor.from_pretrained("export")  # doctest: +SKIP
@@ -332,11 +333,11 @@ class MiniClipProcessor(ProcessorMixin):
     valid_processor_kwargs = MiniClipProcessorKwargs
     text_kwargs = TEXT_DEFAULTS
 
-    def __init__(self, image_processor: Any, tokenizer: Any, padding: bool | str = True):
+    def __init__(self, image_processor: Any, tokenizer: Any, text_padding: bool | str = True):
         super().__init__(image_processor, tokenizer)
-        if padding not in (True, "longest", "max_length"):
-            raise ValueError(f"padding must be 'longest' or 'max_length', not {padding!r}")
-        self.padding = padding
+        if text_padding not in (True, "longest", "max_length"):
+            raise ValueError(f"text_padding must be 'longest' or 'max_length', not {text_padding!r}")
+        self.text_padding = text_padding
         # Pipelines pass every output of the tokenizer to the model, which takes no token types.
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved with the tokenizer
@@ -360,7 +361,7 @@ class MiniClipProcessor(ProcessorMixin):
         """Like `ProcessorMixin.to_dict`, but without an `auto_map` of the stock image processor, which has no code."""
         values = super().to_dict(*args, **kwargs)
         values.get("image_processor", {}).pop("auto_map", None)
-        return {name: value for name, value in values.items() if (name, value) != ("padding", True)}
+        return {name: value for name, value in values.items() if (name, value) != ("text_padding", True)}
 
     @classmethod
     def from_pretrained(
@@ -420,8 +421,8 @@ class MiniClipProcessor(ProcessorMixin):
         """
         if images is not None:
             images, kwargs = self._prepared(images, kwargs)
-        if text is not None and self.padding == "max_length" and "padding" not in kwargs.get("text_kwargs", {}):
-            kwargs.setdefault("padding", self.padding)
+        if text is not None and self.text_padding == "max_length" and "padding" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("padding", self.text_padding)
         outputs = super().__call__(images=images, text=self.fill_empty(text), **kwargs)
         if text is not None and "attention_mask" in outputs:
             settings = self.tokenizer.init_kwargs | kwargs.get("text_kwargs", {}) | kwargs

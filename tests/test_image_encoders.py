@@ -281,7 +281,7 @@ def test_onnx_files_equal_a_siglip_whatever_the_padding(tmp_path):
     config = tiny_config(vision, text, **fields)
     config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers = 0, 1
     processor = MiniClipProcessor(
-        image_processor_of(config.vision_config), tiny_processor().tokenizer, padding="max_length"
+        image_processor_of(config.vision_config), tiny_processor().tokenizer, text_padding="max_length"
     )
     export(MiniClipModel(config).eval(), processor, tmp_path / "export")
     csv = write_scene_folder(tmp_path / "scenes", 20)
@@ -446,13 +446,13 @@ def test_identity_needs_the_towers_width():
 
 def test_processor_pads_to_a_fixed_length(tmp_path):
     plain = tiny_processor()
-    processor = MiniClipProcessor(plain.image_processor, plain.tokenizer, padding="max_length")
+    processor = MiniClipProcessor(plain.image_processor, plain.tokenizer, text_padding="max_length")
     processor.save_pretrained(tmp_path)
     for each in (processor, MiniClipProcessor.from_pretrained(tmp_path)):
         inputs = each(text=["a dog", "two children play"], return_tensors="pt")
         assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (2, 24)
         assert each(text="a dog", padding=True, return_tensors="pt")["input_ids"].shape[1] < 8
     plain.save_pretrained(tmp_path / "plain")
-    assert "padding" not in (tmp_path / "plain" / "processor_config.json").read_text()
+    assert "text_padding" not in (tmp_path / "plain" / "processor_config.json").read_text()
     with pytest.raises(ValueError, match="padding must be 'longest' or 'max_length', not 'fixed'"):
-        MiniClipProcessor(plain.image_processor, plain.tokenizer, padding="fixed")
+        MiniClipProcessor(plain.image_processor, plain.tokenizer, text_padding="fixed")

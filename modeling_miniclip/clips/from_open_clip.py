@@ -62,7 +62,7 @@ def convert_open_clip(source: Source) -> tuple[MiniClipModel, MiniClipProcessor]
     tokenizer.model_max_length = limit
     model = build(source, original, image_tower(original.model_cfg, visual), tower)
     padding = "max_length" if tower.text_length else True
-    return model, MiniClipProcessor(images, tokenizer, padding=padding)
+    return model, MiniClipProcessor(images, tokenizer, text_padding=padding)
 
 
 def build(source: Source, original: OpenClip, image: Tower, text: Tower) -> MiniClipModel:

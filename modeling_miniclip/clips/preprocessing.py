@@ -34,7 +34,7 @@ def processor_from(source: str, config: Any) -> MiniClipProcessor:
         raise ValueError("its tokenizer pads texts on the left, where this package pads on the right")
     tokenizer.init_kwargs.pop("max_length", None)
     tokenizer.model_max_length = max_text_length(config.text_config, tokenizer)
-    return MiniClipProcessor(images, tokenizer, padding="max_length" if is_sigmoid else True)
+    return MiniClipProcessor(images, tokenizer, text_padding="max_length" if is_sigmoid else True)
 
 
 def equal_image_processor(other: Any) -> Any:

@@ -111,7 +111,7 @@ def _from_names(
     vision, text = names
     processor = MiniClipProcessor.from_towers(vision, text, *sizes)
     if fields.get("text_length"):
-        processor = MiniClipProcessor(processor.image_processor, processor.tokenizer, padding="max_length")
+        processor = MiniClipProcessor(processor.image_processor, processor.tokenizer, text_padding="max_length")
     try:
         return MiniClipModel.from_towers(vision, text, **fields), processor
     except OSError:
