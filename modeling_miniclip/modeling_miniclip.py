@@ -636,8 +636,7 @@ class MiniClipModel(PreTrainedModel):
             scale, bias = self.inverse_temperature(), self.logit_bias
             compared = {"logit_scale": scale, "logit_bias": bias}
             if return_logits or return_loss:
-                ids = (image_id, text_image_id)
-                compared |= self._compare(image_embeds, text_embeds, *ids, return_loss, scale, bias)
+                compared |= self._compare(image_embeds, text_embeds, image_id, text_image_id, return_loss, scale, bias)
         return MiniClipOutput(
             text_embeds=text_embeds,
             image_embeds=image_embeds,

@@ -82,20 +82,7 @@ def linear_probe(
     Raises:
         DataError: no image of a split can be read.
     """
-    data: dict[str, EvalSet] = {}
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    skipped: dict[str, str] = {}
-    for name, part in parts.items():
-        readable = ReadableImages(part)
-        try:
-            features = encoder.image_features(readable, batch_size, progress)
-        except ValueError as error:
-            if len(readable.unreadable) < len(readable):
-                raise
-            raise DataError(f"none of the {len(readable)} images of {name} can be read") from error
-        data[name] = part = part.without(readable.unreadable)
-        found[name] = features.numpy(), part.image_group.numpy()
-        skipped |= part.skipped | part.unlisted
+    data, found, skipped = _read_features(encoder, parts, batch_size, progress)
     sets, test = split_features(found, seed), data["test"]
     classes = ensemble_weights(
         lambda texts: encoder.encode_texts(texts, 4 * batch_size, progress), test.texts, templates
@@ -116,6 +103,27 @@ def linear_probe(
         "width": sets.test[0].shape[1],
         "rows": rows,
     }
+
+
+def _read_features(
+    encoder: ClipEncoder, parts: Mapping[str, EvalSet], batch_size: int, progress: bool
+) -> tuple[dict[str, EvalSet], dict[str, tuple[np.ndarray, np.ndarray]], dict[str, str]]:
+    """For each split, what can be read of it, and its features and classes; and what was skipped, with the reasons."""
+    data: dict[str, EvalSet] = {}
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    skipped: dict[str, str] = {}
+    for name, part in parts.items():
+        readable = ReadableImages(part)
+        try:
+            features = encoder.image_features(readable, batch_size, progress)
+        except ValueError as error:
+            if len(readable.unreadable) < len(readable):
+                raise
+            raise DataError(f"none of the {len(readable)} images of {name} can be read") from error
+        data[name] = part = part.without(readable.unreadable)
+        found[name] = features.numpy(), part.image_group.numpy()
+        skipped |= part.skipped | part.unlisted
+    return data, found, skipped
 
 
 def split_features(found: dict[str, tuple[np.ndarray, np.ndarray]], seed: int) -> ProbeSets:

@@ -23,7 +23,7 @@ PHASES = {
     "features": "modeling_miniclip.training.towers.features.model_inputs",
     "preparing": "modeling_miniclip.training.setup.build_run",
     "training": "train_miniclip.clamp_logit_scale",
-    "validation": "train_miniclip.validation_metrics",
+    "validation": "modeling_miniclip.training.reports.measure.validation_metrics",
     "export": "modeling_miniclip.training.publish.export",
     "saving": "accelerate.Accelerator.save_state",
     "figures": "train_miniclip.draw_curves",
