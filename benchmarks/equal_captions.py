@@ -48,7 +48,7 @@ COLUMNS = {
 VARIANTS = {"negatives": "equal captions are negatives", "pairs": "equal captions are pairs"}
 ABOUT = f"""# Equal captions
 
-Written by `benchmarks/equal_captions.py`: Flickr8k with {REPLACED:.0%} of all captions replaced by one of
+Written by `benchmarks/equal_captions.py`: Flickr8k with {100 * REPLACED:.0f} % of all captions replaced by one of
 {len(PHRASES)} phrases, such as "{PHRASES[0]}"; recipe `heads`, EfficientNet-Lite0 and all-MiniLM-L6-v2. Figures are
 the mean and standard deviation over seeds, on 1,000 validation images, of the epoch with the largest usual rsum on
 this version. The first column has the original captions of the same images. The last row has the mean difference with
