@@ -93,7 +93,7 @@ def license_of(name: str) -> str | None:
 
 
 def rounds_margins(processor: MiniClipProcessor, library: str) -> bool:
-    """Whether the library crops pictures with odd margins one pixel beside the processor's crop."""
+    """Whether the library crops pictures with odd margins one pixel away from the processor's crop."""
     images = processor.image_processor
     crops = dict(images.size).get("shortest_edge") is not None
     return crops and bool(getattr(images, "round_margins", False)) != (library == "open_clip")

@@ -57,7 +57,7 @@ def rank_keys(queries: Tensor, keys: Tensor, query_id: Tensor, key_id: Tensor, t
         queries: `[Q, dim]` embeddings.
         keys: `[K, dim]` embeddings.
         query_id: `[Q]` integers; or `[Q, L]` int64, several ids of each query, with `NO_KEY` in shorter rows.
-        key_id: `[K]`, or `[K, M]`, likewise; a key that has an id of the query is right.
+        key_id: `[K]`, or `[K, M]`, filled in the same way; a key that has an id of the query is right.
         top: number of first keys to return; all keys if there are fewer.
     """
     rows, top = len(queries), min(top, len(keys))

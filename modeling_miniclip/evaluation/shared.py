@@ -21,7 +21,7 @@ class SharedTexts:
 
     Args:
         image_keys: `[images, K]` int64, [`NO_KEY`] in shorter rows.
-        text_keys: `[texts, L]` int64, likewise.
+        text_keys: `[texts, L]` int64, filled in the same way.
         texts: number of texts that belong to another image than their own, too.
     """
 
