@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ if Path(sys.argv[0]).stem in ("train_miniclip", "train-miniclip"):
     exit_on_wrong_flags()  # after 1 s: --help and typing errors do not wait for the imports below, which take 6 s
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
@@ -51,6 +52,7 @@ from modeling_miniclip.training.hard_negatives import choose_hard_negatives
 from modeling_miniclip.training.loss.global_loss import global_contrastive_loss
 from modeling_miniclip.training.loss.pair_counts import counts_of_batch
 from modeling_miniclip.training.matryoshka import check_lengths, loss_prefixes
+from modeling_miniclip.training.memory.steps import Exchange, compute_step
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.processes.deepspeed import check_engine_state, describe_engine
 from modeling_miniclip.training.processes.distributed import (
@@ -234,7 +236,7 @@ def train_step(run: TrainingRun, batch: dict[str, Any], images: int) -> None:
         images: number of images in the global batch.
     """
     run.optimizer.zero_grad(set_to_none=True)
-    loss = compute_loss_and_gradients(run, batch)
+    loss = compute_step(run, batch, compute_loss_and_gradients)  # in chunks, if it does not fit into memory
     parameters = run.unwrapped_model.parameters()
     gradient_norm = full_tensor(run.accelerator.clip_grad_norm_(parameters, run.arguments.max_grad_norm))
     run.optimizer.step()
@@ -247,7 +249,9 @@ def train_step(run: TrainingRun, batch: dict[str, Any], images: int) -> None:
     run.meter.update(loss, gradient_norm, texts, chance_loss(counts, loss_type), floor_loss(counts, loss_type))
 
 
-def compute_loss_and_gradients(run: TrainingRun, batch: dict[str, Any]) -> Tensor:
+def compute_loss_and_gradients(
+    run: TrainingRun, batch: dict[str, Any], model: nn.Module | None = None, exchange: Exchange = nullcontext
+) -> Tensor:
     """Run the model forward and backward, in chunks with `--chunk_size`.
 
     Args:
@@ -257,11 +261,13 @@ def compute_loss_and_gradients(run: TrainingRun, batch: dict[str, Any]) -> Tenso
             `text_keys` and `is_negative` as in [`global_contrastive_loss`], if there are any. For frozen towers
             `vision_pooler_output` `[b, width]` and `text_pooler_output` `[n, width]` instead. In chunks, the pixels
             are taken out of it.
+        model: model to call; None is that of the run.
+        exchange: context for the block in which the processes exchange embeddings.
 
     Returns:
         This process's part of the loss; the loss is the sum over the processes.
     """
-    accelerator, chunk_size = run.accelerator, run.arguments.chunk_size
+    accelerator, chunk_size, model = run.accelerator, run.arguments.chunk_size, model or run.model
     chunks = [batch] if chunk_size is None else split_batch(batch, chunk_size, accelerator.device)
     image_id = torch.cat([chunk["image_id"] for chunk in chunks]).to(accelerator.device)  # [b]
     text_image_id = torch.cat([chunk["text_image_id"] for chunk in chunks]).to(accelerator.device)  # [n]
@@ -275,21 +281,22 @@ def compute_loss_and_gradients(run: TrainingRun, batch: dict[str, Any]) -> Tenso
         return {**model_inputs(chunk, run.processor, accelerator.device), "return_logits": False}
 
     def loss_of(output: MiniClipOutput) -> Tensor:
-        return global_contrastive_loss(
-            output["image_embeds"].float(),  # [b, dim]
-            output["text_embeds"].float(),  # [n, dim]
-            output["logit_scale"],
-            image_id,
-            text_image_id,
-            run.unwrapped_model.config.loss_type,
-            output.logit_bias,
-            prefixes=loss_prefixes(run.unwrapped_model.config),
-            **further,
-        )
+        with exchange():
+            return global_contrastive_loss(
+                output["image_embeds"].float(),  # [b, dim]
+                output["text_embeds"].float(),  # [n, dim]
+                output["logit_scale"],
+                image_id,
+                text_image_id,
+                run.unwrapped_model.config.loss_type,
+                output.logit_bias,
+                prefixes=loss_prefixes(run.unwrapped_model.config),
+                **further,
+            )
 
     if len(chunks) > 1:
-        return backward_in_chunks(accelerator, run.model, chunks, inputs_of, loss_of)
-    loss = loss_of(run.model(**inputs_of(chunks[0])))
+        return backward_in_chunks(accelerator, model, chunks, inputs_of, loss_of)
+    loss = loss_of(model(**inputs_of(chunks[0])))
     # DistributedDataParallel averages the gradients over the processes; the parts of the loss must be summed.
     accelerator.backward(loss * accelerator.num_processes)
     return loss

@@ -19,6 +19,7 @@ command_line/: flags, recipes and what the launcher was given
 loss/: the loss over the batches of all processes, in tiles
 resuming/: output folders, checkpoints, and what a resumed run may change
 towers/: the model of a run and its towers
+memory/: steps that fit into memory, in chunks if they must
 processes/: several processes and machines
 reports/: what a run says about itself, and how it notices that something is wrong
 """

@@ -76,7 +76,7 @@ def backward_in_chunks(
     embedded, states = [], []
     with torch.no_grad(), _running_statistics_kept(model):
         for chunk in chunks:
-            states.append(_random_state(accelerator.device))
+            states.append(random_state(accelerator.device))
             output = model(**inputs_of(chunk))
             # Without the towers' feature maps, which would fill the memory.
             embedded.append({name: output[name] for name in (*ROWS, *SCALARS) if output.get(name) is not None})
@@ -109,7 +109,7 @@ def backward_in_chunks(
 @contextmanager
 def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Within the block, batch norms in training mode do not update their running averages."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    norms = trained_norms(model)
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -119,9 +119,22 @@ def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def trained_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms that normalise with the statistics of a batch, and keep running averages of them."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """States of the random numbers of the CPU and, if it is another one, of the device."""
     on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
     return torch.get_rng_state(), on_device
+
+
+def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """Let random numbers continue from what [`random_state`] returned."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.get_device_module(device).set_rng_state(state[1])
 
 
 @contextmanager
@@ -129,7 +142,5 @@ def _replayed(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iter
     """Within the block, random numbers continue from `state`; afterwards the generators are as before the block."""
     devices = [] if device.type == "cpu" else [torch.get_device_module(device).current_device()]
     with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.get_device_module(device).set_rng_state(state[1])
+        set_random_state(state, device)
         yield

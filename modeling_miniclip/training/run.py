@@ -21,6 +21,7 @@ from .bad_images import BadImages
 from .command_line.arguments import TrainingArguments
 from .command_line.check_arguments import checkpoint_interval
 from .ema import AveragedWeights
+from .memory.sizes import StepSizes
 from .pace import Pace
 from .reports.diagnostics import Diagnosis
 from .reports.reporting import MetricsLog, StepMeter, say
@@ -63,6 +64,7 @@ class TrainingRun:
         ema: moving average of the weights; None without `--ema_decay`.
         fingerprint: what the run trains on and with, on rank 0; each checkpoint has it.
         pace: times of steps, validations and checkpoints.
+        sizes: which steps fit into memory.
         saved_position: `position` of the last checkpoint; at first the start of the run, which needs none.
     """
 
@@ -92,6 +94,7 @@ class TrainingRun:
     ema: AveragedWeights | None = None
     fingerprint: Fingerprint | None = None
     pace: Pace = field(default_factory=Pace)
+    sizes: StepSizes = field(default_factory=StepSizes)
     saved_position: tuple[int, int] = (0, 0)
     output_dir: Path = field(init=False)
     export_dir: Path = field(init=False)

@@ -38,13 +38,13 @@ def choose_settings(
 
 
 def saved_settings(arguments: TrainingArguments, flags: dict[str, Any]) -> TrainingArguments:
-    """Arguments in which derived flags that are not given have the values of a checkpoint.
+    """Arguments in which flags that a run chooses itself have the values of a checkpoint, unless they are given.
 
     Args:
         arguments: flags of this start of the run.
         flags: flags in the checkpoint. If a time limit has set the number of steps, it stays.
     """
-    names = [*DERIVED, "lr_scheduler_kwargs", "time_limit"]
+    names = [*DERIVED, "lr_scheduler_kwargs", "time_limit", "chunk_size"]
     if flags.get("time_limit") is not None and arguments.num_train_epochs is None:
         names.append("max_steps")
     return replace(arguments, **{name: flags[name] for name in names if getattr(arguments, name) is None})

@@ -47,6 +47,7 @@ from .ema import AveragedWeights
 from .hard_negatives import hard_negatives_of
 from .limit_splits import limit_splits
 from .matryoshka import choose_lengths, describe_lengths
+from .memory.sizes import StepSizes
 from .optimizer import apply_flags, build_scheduler, parameter_groups
 from .processes.deepspeed import before_joining, check_deepspeed, complete_config, is_deepspeed, prepare_engine
 from .processes.distributed import check_on_main, compute_on_main
@@ -509,6 +510,7 @@ def build_run(
         ema=AveragedWeights(model, arguments.ema_decay) if arguments.ema_decay else None,
         fingerprint=fingerprint,
         zero_shot=zero_shot,
+        sizes=StepSizes(is_given=arguments.chunk_size is not None),
     )
 
 

@@ -38,7 +38,7 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 # A resumed run keeps the value in the checkpoint unless the flag is given.
-KEPT = ("shuffle", *DERIVED, "lr_scheduler_kwargs", "time_limit")
+KEPT = ("shuffle", *DERIVED, "lr_scheduler_kwargs", "time_limit", "chunk_size")
 
 # Flags that name a place; what they select is compared, and a checkpoint does not mention the place.
 PLACES = (
