@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sized
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..errors import DataError, UsageError
 from ..modeling_miniclip import MiniClipModel
 from ..pictures_miniclip import to_rgb
 from ..processing_miniclip import MiniClipProcessor, is_between_0_and_1, load_rgb, rgb_of_array
+from .fit import Parts, device_of
 from .loading import processor_of
 
 UNDECODED = {"bytes", "path"}  # keys of an image in a column `datasets.Image(decode=False)`
@@ -49,7 +50,7 @@ def open_image(image: Any) -> Image.Image:
         if isinstance(image, str | os.PathLike):
             return to_rgb(decode_picture(image), name) if os.path.isfile(image) else load_rgb(image)
         return to_rgb(image if isinstance(image, Image.Image) else _image_of_array(image))
-    except DataError:
+    except (DataError, MemoryError):  # too little memory is not the image's fault
         raise
     except Exception as error:  # Pillow's decoders raise errors of many classes
         raise DataError(f"{name or type(image).__name__}: this image cannot be read: {error}; replace it") from error
@@ -102,7 +103,7 @@ def encode_images(
     check_truncate_dim(truncate_dim, model.config.projection_dim)
 
     def embed(batch: list[Any]) -> Tensor:
-        pixels = _pixel_values([open_image(image) for image in batch], processor, model.device)
+        pixels = _pixel_values(map(open_image, batch), processor, model.device)
         return truncate_embeddings(model(pixel_values=pixels).image_embeds, truncate_dim)
 
     return encode_batches(model, images, embed, batch_size, "images", progress)
@@ -114,17 +115,20 @@ def encode_features(
     """`[images, width]` outputs of the image tower, before the projection; arguments as in [`encode_images`]."""
 
     def pool(batch: list[Any]) -> Tensor:
-        pixels = _pixel_values([open_image(image) for image in batch], processor, model.device)
+        pixels = _pixel_values(map(open_image, batch), processor, model.device)
         return model.pool_images(pixels).pooler_output
 
     return encode_batches(model, images, pool, batch_size, "images", progress)
 
 
-def _pixel_values(images: list[Image.Image], processor: MiniClipProcessor, device: torch.device) -> Tensor:
-    """The processor's `pixel_values`, computed as in training, which is faster, if the result is the same."""
+def _pixel_values(images: Iterable[Image.Image], processor: MiniClipProcessor, device: torch.device) -> Tensor:
+    """The processor's `pixel_values`, computed as in training, which is faster, if the result is the same.
+
+    Then only one image at a time is in memory at its full size.
+    """
     settings = processor.image_processor
     if type(settings) is not CLIPImageProcessorPil or not (settings.do_rescale and settings.do_normalize):
-        return processor(images=images, return_tensors="pt")["pixel_values"].to(device)
+        return processor(images=list(images), return_tensors="pt")["pixel_values"].to(device)
     pixels = stack_pixels([processor.crop(image) for image in images])
     return model_inputs({"pixel_values": pixels}, processor, device)["pixel_values"]
 
@@ -148,15 +152,12 @@ def encode_texts(
     """
     processor = processor_of(model, processor)
     check_truncate_dim(truncate_dim, model.config.projection_dim)
-    numbers = count()
 
     def embed(batch: list[str]) -> Tensor:
-        for text in batch:
-            _check_text(text, next(numbers))
         embeds = model(**processor(text=batch, return_tensors="pt").to(model.device)).text_embeds
         return truncate_embeddings(embeds, truncate_dim)
 
-    return encode_batches(model, texts, embed, batch_size, "texts", progress)
+    return encode_batches(model, texts, embed, batch_size, "texts", progress, _check_text)
 
 
 def check_truncate_dim(dim: int | None, width: int) -> None:
@@ -207,8 +208,11 @@ def encode_batches(
     batch_size: int,
     what: str,
     progress: bool,
+    check: Callable[[Any, int], None] | None = None,
 ) -> Tensor:
     """Embed items batch by batch with a model in evaluation mode, then restore its former mode.
+
+    A batch that does not fit into memory is embedded in parts, see [`Parts`][modeling_miniclip.inference.fit.Parts].
 
     Args:
         model: model that `embed` uses.
@@ -217,11 +221,13 @@ def encode_batches(
         batch_size: number of items per call of `embed`.
         what: name of the items in the plural, such as `images`.
         progress: whether to show a progress bar.
+        check: function that is called with each item and its number, and raises an error if the item is unusable.
 
     Returns:
         `[len(items), dim]` float32 on the CPU.
 
     Raises:
+        MiniClipError: there is not enough memory for a single item.
         ValueError: there is no item, a single item is not in a list, or `batch_size` is below 1.
     """
     if isinstance(items, str | os.PathLike | Image.Image | dict):  # a text would be split into its letters
@@ -230,14 +236,18 @@ def encode_batches(
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     modes = [(module, module.training) for module in model.modules()]  # of each part, as some may be frozen
     model.eval()
-    parts = []
+    parts, fitting, done = [], Parts(what, device_of(model)), 0
     total = len(items) if isinstance(items, Sized) else None
     try:
         with tqdm(total=total, desc=f"encode {what}", unit=what[:-1], disable=not progress) as bar:
             for batch in _batches(items, batch_size):
-                parts.append(embed(batch).float())
+                for number, item in enumerate(batch, done):
+                    if check is not None:
+                        check(item, number)
+                parts.append(fitting.of(batch, embed).float())
                 if len(parts) > 1:  # not the last one: an accelerator computes it while the next batch is read
                     parts[-2] = parts[-2].cpu()
+                done += len(batch)
                 bar.update(len(batch))
     finally:
         for module, training in modes:

@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -15,8 +15,8 @@ from ..utils.memory import USABLE, NotEnoughMemory, free_memory, is_out_of_memor
 
 T = TypeVar("T")
 
-# On a CPU: memory that a forward pass takes at its peak, relative to the largest output of a module. It holds the input
-# and the output of a layer, what the layer works with, and the input of a residual connection.
+# On a CPU: memory that a forward pass takes at its peak, relative to the largest output of a module. It holds the
+# input and the output of a layer, what the layer works with, and the input of a residual connection.
 PER_OUTPUT = 4
 
 
@@ -38,11 +38,11 @@ class Parts:
         self.fitted = 0  # most rows that fitted
         self.reported: int | None = None
 
-    def of(self, rows: Sequence[Any] | Tensor, embed: Callable[[Any], Tensor]) -> Tensor:
+    def of(self, rows: Any, embed: Callable[[Any], Tensor]) -> Tensor:
         """Embed the rows of a batch.
 
         Args:
-            rows: rows of the batch.
+            rows: rows of the batch, as a list, an array or a tensor.
             embed: function from n rows to their `[n, dim]` embeddings.
 
         Returns:
@@ -72,22 +72,26 @@ class Parts:
             try:
                 with self._watched(largest):
                     found = [compute(part, parts) for part in range(parts)]
-            except Exception as error:
+            except Exception as error:  # of many classes
                 if not is_out_of_memory(error):
                     raise
                 if largest <= 1:
                     raise MiniClipError(
-                        f"not enough memory for one of the {self.what}: close other programs, or choose a smaller model"
+                        f"not enough memory for one of the {self.what}: close other programs, or choose a smaller "
+                        "model"
                     ) from error
             else:
                 self.fitted = max(self.fitted, largest)
-                if self.most != self.reported:
-                    self.report(f"not enough memory for a batch of {count} {self.what}: {self.most} at a time from now on")
-                    self.reported = self.most
+                self._report(count)
                 return found
             # Here the error is gone, and with its traceback what the forward pass held.
             release_memory(self.device)
             self.most = -(-largest // 2)
+
+    def _report(self, count: int) -> None:
+        if self.most != self.reported:
+            self.report(f"not enough memory for {count} {self.what} at a time: {self.most} from now on")
+            self.reported = self.most
 
     def _watched(self, rows: int) -> AbstractContextManager[None]:
         """On a CPU, the context in which a larger batch than all before is stopped if it does not fit.

@@ -22,6 +22,7 @@ import pyarrow as pa
 import torch
 from accelerate import PartialState
 from PIL import ExifTags, Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...data.all_images import Item, state_of
@@ -30,6 +31,7 @@ from ...data.loading.collation import model_inputs
 from ...data.picture_formats import decode_picture
 from ...errors import MiniClipError, printable
 from ...inference.encode import truncate_embeddings
+from ...inference.fit import Parts
 from ...inference.loading import load_tower, model_folder
 from ...modeling_miniclip import MiniClipModel
 from ...pictures_miniclip import exif_orientation, to_rgb
@@ -79,6 +81,7 @@ class Encoding:
         self.skipped: dict[str, str] = {}  # names of images that could not be read, with the reason
         self.unreachable: set[str] = set()  # those of them whose files exist, but a disk or its permissions failed
         self._tower: tuple[MiniClipModel, MiniClipProcessor] | None = None
+        self._fitting = Parts("images", PartialState().device)
         self._loading = Lock()
         self._next_shard: list[tuple[dict[str, Any], np.ndarray]] = []  # entries and embeddings
 
@@ -129,6 +132,10 @@ class Encoding:
                 item, future = waiting.popleft()
                 try:
                     prepared = future.result()
+                except MemoryError as error:  # not the image's fault
+                    raise MiniClipError(
+                        f"not enough memory to read {item.id}: lower --num_workers or --batch_size"
+                    ) from error
                 except Exception as error:  # Pillow's decoders raise errors of many classes
                     reason = " ".join(str(error).split())[:200] or type(error).__name__
                     self.skipped[item.id] = reason
@@ -188,10 +195,13 @@ class Encoding:
         if not batch:
             return
         model, processor = self.load()
-        pixels = torch.from_numpy(np.stack([prepared.pixels for prepared in batch if prepared.pixels is not None]))
-        inputs = model_inputs({"pixel_values": pixels}, processor, model.device)  # pixels [batch, 3, H, W]
-        embeds = model(**inputs).image_embeds.float()
-        embeddings = truncate_embeddings(embeds, self.manifest.dim).cpu().numpy()  # [batch, dim]
+        pixels = np.stack([prepared.pixels for prepared in batch if prepared.pixels is not None])
+
+        def embed(some: Tensor) -> Tensor:
+            inputs = model_inputs({"pixel_values": some}, processor, model.device)  # [n, 3, H, W]
+            return truncate_embeddings(model(**inputs).image_embeds.float(), self.manifest.dim).cpu()
+
+        embeddings = self._fitting.of(torch.from_numpy(pixels), embed).numpy()  # [batch, dim]
         if not np.isfinite(embeddings).all():
             raise MiniClipError(
                 f"{self.manifest.model} computes embeddings that are not numbers (NaN): train it again"

@@ -1,7 +1,7 @@
 """On a CPU nothing fails when memory is short: the kernel kills the process. So what a step keeps is counted.
 
-What autograd keeps for the backward pass is most of the memory of a step. It grows during the forward pass and is known
-exactly, so that a step that does not fit is stopped long before its end.
+What autograd keeps for the backward pass is most of the memory of a step. It grows during the forward pass and is
+known exactly, so that a step that does not fit is stopped long before its end.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ PER_KEPT = 2.0
 
 
 def bytes_to_come(model: nn.Module, has_moments: bool) -> int:
-    """Bytes that the trained parameters will take in addition: gradients, and AdamW's two moments if it has none yet."""
+    """Bytes that trained parameters will take in addition: gradients, and AdamW's two moments if it has none yet."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     return trained if has_moments else 3 * trained
 

@@ -44,7 +44,7 @@ class Agreement:
             # What the loss keeps is small. A count (activations.py) that stopped here would leave the others waiting.
             with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _itself):
                 yield
-        except Exception as error:
+        except Exception as error:  # of many classes
             if is_out_of_memory(error):
                 raise MiniClipError(
                     "not enough memory to compare the embeddings of all processes: lower --batch_size, or use more "

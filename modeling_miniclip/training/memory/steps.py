@@ -86,7 +86,7 @@ def _attempt(run: TrainingRun, batch: dict[str, Any], compute: Compute, is_new: 
     try:
         with watched:
             loss = compute(run, dict(batch), model, agreement.exchange)
-    except Exception as error:
+    except Exception as error:  # of many classes
         if not is_out_of_memory(error):
             raise
     # Here the error is gone, and with its traceback what the step held.
@@ -168,8 +168,8 @@ def describe_chunks(before: int, now: int, draws: bool, has_norms: bool) -> str:
     changes = [f"batch norms see {now} images at a time"] * has_norms + ["dropout draws other masks"] * draws
     effect = f"which changes the run: {' and '.join(changes)}" if changes else "with the gradients of the whole step"
     return (
-        f"not enough memory for {before} images at a time: {now} from now on (--chunk_size {now}), each computed twice, "
-        f"{effect}"
+        f"not enough memory for {before} images at a time: {now} from now on (--chunk_size {now}), each computed "
+        f"twice, {effect}"
     )
 
 
@@ -182,7 +182,7 @@ def _says_what_helps(run: TrainingRun) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of many classes
         if not is_out_of_memory(error):
             raise
         images = run.arguments.chunk_size or -(-run.arguments.batch_size // run.accelerator.num_processes)

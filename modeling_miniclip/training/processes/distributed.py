@@ -134,6 +134,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
 
 
+def spreads_weights(model: torch.nn.Module) -> bool:
+    """Whether FSDP or ZeRO-3 spread the weights of a model, so that its forward pass needs all processes."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters())
+
+
 def scale_and_bias(model: MiniClipModel) -> tuple[float, float | None]:
     """A model's inverse temperature and the bias of its logits, None if it has none; every process must call it."""
     with gathered(model.logit_scale, model.logit_bias):

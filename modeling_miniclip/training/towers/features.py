@@ -23,10 +23,11 @@ from ...data.loading.dataset import CaptionRows
 from ...data.loading.loader import BatchLoader
 from ...data.tables.image_places import image_parts
 from ...data.tables.row_blocks import caption_counts, record_batches
+from ...inference.fit import Parts
 from ...modeling_miniclip import MiniClipModel
 from ...processing_miniclip import MiniClipProcessor
 from ...utils.performance import release_freed_memory
-from ..processes.distributed import gather_rows
+from ..processes.distributed import gather_rows, spreads_weights
 from ..reports.diagnostics import not_finite
 from .feature_cache import (
     CaptionFeatures,
@@ -123,18 +124,36 @@ def embed_split(
     images = Collected(len(loader.rows), device)  # of all processes
     texts = Collected(int(caption_counts(loader.rows.texts).sum()), device)
     undecodable: list[tuple[int, str]] = []
+    fitting, can_repeat = Parts("images with their texts", device, tqdm.write), not spreads_weights(model)
     for number, batch in enumerate(tqdm(loader, desc=title, unit="batch", leave=False, disable=title is None)):
         if device.type == "cpu" and number % TRIM_EVERY == 0:  # texts of many lengths leave gaps that add up
             release_freed_memory()
         undecodable += batch.pop("undecodable", [])
-        output = model(**model_inputs(batch, processor, device))
-        images.add(output.image_embeds, batch["image_id"])
-        if output.text_embeds is not None:
-            texts.add(output.text_embeds, batch["text_image_id"])
+        embed = partial(_embed_part, model, batch, processor, device)
+        found = fitting.compute(len(batch["image_id"]), embed) if can_repeat else [embed(0, 1)]
+        images.add(torch.cat([embeds for embeds, _ in found]), batch["image_id"])
+        if embedded := [embeds for _, embeds in found if embeds is not None]:
+            texts.add(torch.cat(embedded), batch["text_image_id"])
     on_undecodable(undecodable)
     release_freed_memory()
     (image_embeds, image_id), (text_embeds, text_image_id) = images.in_order(), texts.in_order()
     return image_embeds, text_embeds, torch.searchsorted(image_id, text_image_id)
+
+
+def _embed_part(
+    model: MiniClipModel,
+    batch: dict[str, Tensor],
+    processor: MiniClipProcessor,
+    device: torch.device,
+    part: int,
+    parts: int,
+) -> tuple[Tensor, Tensor | None]:
+    """`[b, dim]` and `[n, dim]` embeddings of the images and of the texts, if any, in one of some parts of a batch."""
+    if parts > 1:
+        pieces = {name: rows.tensor_split(parts)[part] for name, rows in batch.items()}
+        batch = {name: piece for name, piece in pieces.items() if len(piece)}  # there may be fewer texts than parts
+    output = model(**model_inputs(batch, processor, device))
+    return output.image_embeds, output.text_embeds
 
 
 @torch.no_grad()
@@ -173,7 +192,7 @@ def frozen_image_features(
         loader = BatchLoader(rows, [[(view, i) for i in batch] for batch in batches], num_workers)
         for numbers, batch in zip(batches, loader, strict=True):
             pixels = model_inputs(batch, rows.processor, accelerator.device)["pixel_values"]
-            pooled = model.pool_images(pixels).pooler_output.float().cpu()
+            pooled = fitting.of(pixels, lambda some: model.pool_images(some).pooler_output.float().cpu())
             if not pooled.isfinite().all():
                 raise not_finite("image tower's features", math.nan, accelerator.mixed_precision)
             features = torch.full((len(numbers), width), math.nan)
@@ -182,6 +201,7 @@ def frozen_image_features(
             yield features
 
     found, crop = [], rows.processor.image_processor.crop_size
+    fitting = Parts("images", accelerator.device, tqdm.write)
     with folded_batch_norms(model.vision_model, (crop["height"], crop["width"])):
         for view in range(views):
             tables = []
@@ -252,7 +272,7 @@ def frozen_text_features(
         "weights": digest_of_weights(model.text_model),
         "tokenizer": digest_of_tokenizer(processor.tokenizer),
     }
-    width, parts = model.text_width, []
+    width, parts, fitting = model.text_width, [], Parts("captions", accelerator.device, tqdm.write)
     for batch in record_batches(rows, ["captions"], TEXT_IMAGES):
         captions = batch["captions"].flatten()
         if len(captions):
@@ -260,12 +280,15 @@ def frozen_text_features(
             parts.append((captions, FeatureTable(cache_dir, about, len(captions), width)))
 
     def compute(ids: list[np.ndarray], batches: list[np.ndarray]) -> Iterator[Tensor]:
-        for batch in batches:
-            texts = [torch.from_numpy(ids[i]) for i in batch]
+        def embed(some: np.ndarray) -> Tensor:
+            texts = [torch.from_numpy(ids[i]) for i in some]
             mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
             padded = pad_sequence(texts, batch_first=True, padding_value=processor.tokenizer.pad_token_id)
             inputs = {"input_ids": padded.to(accelerator.device), "attention_mask": mask.to(accelerator.device)}
-            yield model.pool_texts(**inputs).pooler_output.float()
+            return model.pool_texts(**inputs).pooler_output.float()
+
+        for batch in batches:
+            yield fitting.of(batch, embed)
 
     def fill(rank: int, world_size: int) -> None:
         missing = [(captions, table) for captions, table in parts if not table.done().all()]
