@@ -164,7 +164,7 @@ class TrainingArguments:
     chunk_size: int | None = _flag(
         None,
         "images that a process computes at a time, at least 2; a larger batch is computed in chunks, which gives the "
-        "same gradients with less memory but computes each chunk twice (the whole batch)",
+        "same gradients with less memory but computes each chunk twice (the whole batch, or what fits into memory)",
     )
     captions_per_image: int = _flag(None, "captions drawn for each image of a batch (derived)")
     hard_negatives: list[str] | None = _flag(
