@@ -42,7 +42,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release_memory(device: torch.device) -> None:
     """After a computation that failed: give back what it left, on a device and in this process."""
     gc.collect()  # an error's traceback, which refers to all that the computation held, may be part of a cycle
-    if device.type != "cpu":
+    if device.type not in ("cpu", "meta"):  # the latter of a model whose weights are elsewhere
         torch.get_device_module(device).empty_cache()
     release_freed_memory()
 

@@ -129,7 +129,13 @@ def _run(connection: Connection, call: bytes) -> None:
     connection.send(("result", function(*args)))
 
 
-def train_in_processes(argv: list[str], processes: int, log: Path, environment: dict[str, str] | None = None) -> str:
+def train_in_processes(
+    argv: list[str],
+    processes: int,
+    log: Path,
+    environment: dict[str, str] | None = None,
+    before: Callable[[int], object] | None = None,
+) -> str:
     """Run `train_miniclip.main` in several processes joined by gloo, as a launcher would.
 
     Args:
@@ -137,11 +143,12 @@ def train_in_processes(argv: list[str], processes: int, log: Path, environment: 
         processes: number of processes.
         log: file for the output of all processes.
         environment: more variables of their environment.
+        before: function of a module that each process calls first, with its rank.
 
     Returns:
         The output.
     """
-    ranks = start_in_processes(argv, processes, log, environment)
+    ranks = start_in_processes(argv, processes, log, environment, before)
     for process in ranks:
         process.join(120)
     output = log.read_text(encoding="utf-8", errors="replace")
@@ -150,15 +157,27 @@ def train_in_processes(argv: list[str], processes: int, log: Path, environment: 
 
 
 def start_in_processes(
-    argv: list[str], processes: int, log: Path, environment: dict[str, str] | None = None
+    argv: list[str],
+    processes: int,
+    log: Path,
+    environment: dict[str, str] | None = None,
+    before: Callable[[int], object] | None = None,
 ) -> list[Fork]:
     """Like `train_in_processes`, without waiting for the end; returns the processes."""
     port = free_port()
-    return [fork(_train_as_rank, argv, rank, processes, port, log, environment or {}) for rank in range(processes)]
+    return [
+        fork(_train_as_rank, argv, rank, processes, port, log, environment or {}, before) for rank in range(processes)
+    ]
 
 
 def _train_as_rank(
-    argv: list[str], rank: int, processes: int, port: int, log: Path, environment: dict[str, str]
+    argv: list[str],
+    rank: int,
+    processes: int,
+    port: int,
+    log: Path,
+    environment: dict[str, str],
+    before: Callable[[int], object] | None = None,
 ) -> None:
     from tests.helpers.runs import leave_out_figures
     from train_miniclip import main
@@ -169,6 +188,8 @@ def _train_as_rank(
     os.environ |= {name: str(value) for name, value in values.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     os.environ |= environment
+    if before is not None:
+        before(rank)
     main(argv)
 
 
