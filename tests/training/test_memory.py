@@ -269,26 +269,34 @@ def test_failed_allocation_halves_the_chunk() -> None:
 
 @contextmanager
 def control_group(limit: int) -> Iterator[Path]:
-    """A new control group with a limit in bytes, within that of this process; skips the test where none can be made."""
+    """A new control group with a limit in bytes, within that of this process; skips the test if none can be made."""
+    group = new_control_group(limit)
+    if group is None:
+        pytest.skip("no control group with a limit can be made here")
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def new_control_group(limit: int) -> Path | None:
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         number, controllers, path = line.split(":", 2)
         is_first = "memory" in controllers.split(",")  # version 1
+        group = Path("/sys/fs/cgroup", "memory" if is_first else "", path.strip("/"), f"miniclip-{os.getpid()}")
         if not is_first and number != "0":
             continue
-        group = Path("/sys/fs/cgroup", "memory" if is_first else "", path.strip("/"), f"miniclip-{os.getpid()}")
         try:
             group.mkdir()
         except OSError:
             continue
         try:
             (group / ("memory.limit_in_bytes" if is_first else "memory.max")).write_text(str(limit))
-            yield group
-            return
-        except PermissionError:  # the controller is not passed on to it
-            continue
-        finally:
+        except OSError:  # the controller is not passed on to it
             group.rmdir()
-    pytest.skip("no control group with a limit can be made here")
+            continue
+        return group
+    return None
 
 
 @pytest.mark.long
