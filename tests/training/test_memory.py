@@ -329,6 +329,19 @@ def test_processes_that_spread_weights_name_the_flag() -> None:
         compute_step(run, batch_of(32), compute)
 
 
+def test_step_without_moments_of_the_optimizer_is_not_known() -> None:
+    def compute(run: Any, batch: Any, model: Any, exchange: Any) -> Tensor:
+        return torch.zeros(())
+
+    run = plain_run([])
+    compute_step(run, batch_of(8), compute)
+    assert run.sizes.known == []
+    run.model(torch.ones(1, 1)).sum().backward()
+    run.optimizer.step()
+    compute_step(run, batch_of(8), compute)
+    assert run.sizes.known == [(8, 8, 0)]
+
+
 def test_sizes_within_one_that_fitted_fit() -> None:
     sizes = StepSizes()
     assert not sizes.fits((1, 1, 1))

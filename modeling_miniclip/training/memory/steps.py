@@ -40,7 +40,7 @@ Compute = Callable[[TrainingRun, dict[str, Any], nn.Module, Exchange], Tensor]
 def compute_step(run: TrainingRun, batch: dict[str, Any], compute: Compute) -> Tensor:
     """Loss and gradients of a step, in chunks, or in smaller ones, if memory is too short for it.
 
-    With several processes, the first step and each that is larger than all before are attempts, which all processes
+    With several processes, the first steps and each that is larger than all before are attempts, which all processes
     repeat in chunks of half as many images if one of them fails. If another step fails, the run ends. A single process
     repeats any step.
 
@@ -67,7 +67,8 @@ def compute_step(run: TrainingRun, batch: dict[str, Any], compute: Compute) -> T
     while (loss := _attempt(run, batch, compute, is_new, most)) is None:
         _halve(run, most)
     batch.pop("pixel_values", None)
-    run.sizes.add(size)
+    if run.optimizer.state:  # else its moments will take memory, too, from now on
+        run.sizes.add(size)
     if run.arguments.chunk_size != first:
         pairs = zip(before, random_state(device), strict=True)
         draws = any(old is not None and new is not None and not torch.equal(old, new) for old, new in pairs)
