@@ -34,9 +34,9 @@ def _pool_texts_by_length(
     positions = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
     lengths = (attention_mask * positions).amax(dim=1)  # [N], up to the last token; padding on the left is kept
     order = lengths.argsort()
-    pooled = []
-    for rows in order.chunk(groups):
-        length = int(lengths[rows[-1]])
+    parts, pooled = order.chunk(groups), []
+    longest = lengths[torch.stack([rows[-1] for rows in parts])].tolist()  # the only wait for the device
+    for rows, length in zip(parts, longest, strict=True):
         output = MiniClipModel.pool_texts(model, input_ids[rows, :length], attention_mask[rows, :length], **kwargs)
         pooled.append(output.pooler_output)
     return BaseModelOutputWithPooling(pooler_output=torch.cat(pooled)[order.argsort()])
