@@ -105,7 +105,8 @@ def _watched(run: TrainingRun, batch: dict[str, Any], most: int) -> AbstractCont
     """
     arguments, model = run.arguments, run.unwrapped_model
     images = min(arguments.chunk_size or most, most)
-    if run.accelerator.device.type != "cpu" or run.sizes.is_given or arguments.compile_towers or images <= FEWEST:
+    is_compiled = arguments.compile_towers or hasattr(run.model, "_orig_mod")  # what it keeps is not seen
+    if run.accelerator.device.type != "cpu" or run.sizes.is_given or is_compiled or images <= FEWEST:
         return nullcontext()
     release_freed_memory()  # else what an earlier computation has left would not count as free
     free = -all_reduce_max(-free_memory(), run.accelerator.device)
