@@ -36,7 +36,7 @@ def parts_of(setup: Setup) -> list[tuple[str, dict[str, Any]]]:
         for pair in setup.pairs
     ]
     plain = [("plain", {"pair": pair, "batch_size": setup.batches[0][0]}) for pair in setup.pairs]
-    first = [(name, {}) for name in ("agreement", "resume", "memory", "loss")]
+    first: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in ("agreement", "resume", "memory", "loss")]
     eager = len(training) // 2
     return [*first, *training[:eager], *plain, ("search", {}), *training[eager:]]
 
@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="PART", help="such as agreement, resume or train")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"time for all parts ({SECONDS:.0f})")
     args = parser.parse_args(argv)
-    end, failed = time.monotonic() + args.seconds, []
+    end = time.monotonic() + args.seconds
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         setup = write_files(SMALL if args.small else full_setup(args.shared), Path(folder))
         print(f"# On one device\n\nWritten by `benchmarks/gpu.py`: {describe_machine(setup)}.\n", flush=True)
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.only and name not in args.only:
                 continue
             left = end - time.monotonic()
-            rows = [{"what": f"{name} {arguments}", "found": "no time was left", "ok": False}]
+            rows: list[dict[str, Any]] = [{"what": f"{name} {arguments}", "found": "no time was left", "ok": False}]
             if left > 5:
                 rows = run_part(name, arguments, setup, left)
             for row in rows:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -274,8 +274,10 @@ def described(what: str, rates: dict[str, float]) -> Rows:
 def train(setup: Setup, pair: str, batch_size: int, chunk_size: int | None, compiled: bool) -> Rows:
     """Steps of `train_miniclip.py`."""
     values = {"batch_size": batch_size, "chunk_size": chunk_size, "compile_towers": str(compiled).lower()}
-    stance = "force_eager" if setup.on_cpu else "default"  # to compile for a CPU takes minutes
-    with tempfile.TemporaryDirectory() as folder, torch.compiler.set_stance(stance):
+    eager = (
+        torch.compiler.set_stance("force_eager") if setup.on_cpu else nullcontext()
+    )  # compiling takes minutes there
+    with tempfile.TemporaryDirectory() as folder, eager:
         run = prepare(setup, pair, folder, **values)
         rates = timed(setup, batches_of(run), lambda batch: take_step(run, batch), "image_id")
         run.close()
@@ -318,18 +320,18 @@ def loss(setup: Setup) -> Rows:
     (rows, dim), device = setup.loss, device_of(setup)
     generator = torch.Generator().manual_seed(0)
     images, noise = (torch.randn(rows, dim, generator=generator) for _ in range(2))
-    leaves = [normalize(each, dim=-1).to(device).requires_grad_() for each in (images, images + noise)]
+    left, right = (normalize(each, dim=-1).to(device).requires_grad_() for each in (images, images + noise))
     scale, ids = torch.tensor([20.0], device=device, requires_grad=True), torch.arange(rows, device=device)
     for _ in range(2):  # the first one warms up
         wait_for(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before, start = peak_gib(device), time.perf_counter()
-        found = global_contrastive_loss(*leaves, scale, ids, ids)
+        found = global_contrastive_loss(left, right, scale, ids, ids)
         found.backward()
         wait_for(device)
         seconds, peak = time.perf_counter() - start, peak_gib(device) - before
-    expected = by_blocks(*(leaf.detach() for leaf in leaves), 20.0)
+    expected = by_blocks(left.detach(), right.detach(), 20.0)
     apart = abs(found.item() - expected) / expected
     return [
         row(f"loss and gradients of {rows:,} rows in tiles", f"{seconds:.2f} s, {peak:.1f} GiB more"),

@@ -51,7 +51,9 @@ def test_towers_compute_in_bf16_and_the_loss_in_float32(tmp_path: Path, monkeypa
     (tmp_path / "run").mkdir()
     run = train_miniclip.prepare(parse_arguments(flags(tmp_path, mixed_precision="bf16")))
     set_training_mode(run.unwrapped_model, run.arguments.freeze, bool(run.arguments.freeze_batch_norm))
-    layers, embeddings, loss_of = set(), set(), train_miniclip.global_contrastive_loss
+    layers: set[torch.dtype] = set()
+    embeddings: set[torch.dtype] = set()
+    loss_of = train_miniclip.global_contrastive_loss
 
     def note_layer(module: nn.Module, _: Any, output: Tensor) -> None:
         layers.add(output.dtype)
