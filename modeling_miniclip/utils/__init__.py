@@ -1,6 +1,7 @@
 """Helpers that do not depend on models.
 
 files.py: files and folders that are written completely or not at all
+locks.py: a lock on a file that ends with its process
 names.py: names of files as text, whatever their bytes
 checksums.py: checksums of weights and indexes
 resources.py: paths of the data files in the package

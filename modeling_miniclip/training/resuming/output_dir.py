@@ -1,23 +1,17 @@
 """The output folder: lock it for one run, check it, empty it, and say what was saved when its disk is full."""
 
-import errno
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...errors import MiniClipError, UsageError, disk_error_message
 from ...utils.files import discard_folder, recover_folder
+from ...utils.locks import LockedError, lock_file, unlock_file
 from ...utils.processes import process_rank
 from ..command_line.arguments import TrainingArguments
 from .checkpoints import INTERRUPTED_EXPORT, list_checkpoints
 from .fingerprint import UNDECODABLE
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs may share a folder
-    fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
 RESULTS = (
@@ -43,7 +37,12 @@ def locked_output_dir(arguments: TrainingArguments) -> Iterator[None]:
     is_new = not output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(output_dir / LOCK_FILE)
+        descriptor = lock_file(output_dir / LOCK_FILE)
+    except LockedError as error:
+        raise MiniClipError(
+            f"--output_dir {output_dir} is used by another run, {error.holder or 'just started'}: wait until it ends, "
+            "stop it, or choose another --output_dir"
+        ) from error
     except OSError as error:
         raise MiniClipError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
     try:
@@ -56,41 +55,10 @@ def locked_output_dir(arguments: TrainingArguments) -> Iterator[None]:
             raise
         raise MiniClipError(f"{reason}; {_what_was_saved(output_dir)}") from error
     finally:
-        with suppress(OSError):
-            os.unlink(output_dir / LOCK_FILE)  # before it is closed, which releases the lock
-            if is_new:
+        unlock_file(output_dir / LOCK_FILE, descriptor)
+        if is_new:
+            with suppress(OSError):
                 output_dir.rmdir()  # succeeds only if the run failed before it wrote anything
-        os.close(descriptor)
-
-
-def _lock(path: Path) -> int:
-    """Open and lock a file that says who holds it.
-
-    It is a POSIX record lock: it ends with the process that holds it, even if that is killed. The loader processes,
-    which may live some seconds longer, do not inherit it. Some network file systems do not support it.
-    """
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if fcntl is not None:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace")
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                os.close(descriptor)
-                raise MiniClipError(
-                    f"--output_dir {path.parent} is used by another run, {holder or 'just started'}: wait until "
-                    "it ends, stop it, or choose another --output_dir"
-                ) from error
-            return descriptor  # a file system without locks
-        with suppress(OSError):
-            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:  # not a file that its holder has just deleted
-                break
-        os.close(descriptor)
-    with suppress(OSError):  # the lock holds on a full disk too
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return descriptor
 
 
 def _what_was_saved(output_dir: Path) -> str:
