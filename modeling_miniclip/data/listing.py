@@ -4,8 +4,10 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import Problem
+from ..utils.files import identity
 from ..utils.names import name_of
 from .picture_formats import is_picture_file, unreadable_format
 from .problems import OnProblem
@@ -50,17 +52,17 @@ def walk_folders(
     Raises:
         OSError: `root` cannot be listed.
     """
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[Any, ...]] = set()
     links: list[str] = []
     waiting, top = [os.fspath(root)], os.path.realpath(whole or root)
     while waiting or links:
         path = waiting.pop() if waiting else links.pop(0)
         try:
-            info = os.stat(path)
-            if (info.st_dev, info.st_ino) in seen:
+            found = identity(path)
+            if found in seen:
                 on_problem(Problem("link", "a link to a folder that is listed already; not followed", name_of(path)))
                 continue
-            seen.add((info.st_dev, info.st_ino))
+            seen.add(found)
             folder, folders, linked, dangling = _list_folder(path)
         except OSError as error:
             if path == os.fspath(root):

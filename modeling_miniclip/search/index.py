@@ -15,7 +15,7 @@ import copy
 import json
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from ..errors import DataError, MiniClipError, ModelError, UsageError
 from ..utils.arrays import as_array
 from ..utils.checksums import file_checksum, value_checksum
-from ..utils.files import recover_folder, replace_text, replaced_folder
+from ..utils.files import identity, recover_folder, replace_file, replace_text, replaced_folder
 from .approximate import FILE as NEIGHBOURS
 from .approximate import ApproximateNeighbours, build_neighbours, uses_approximate_search
 from .embeddings_file import BLOCK, Embeddings, map_embeddings, truncate_rows, write_embeddings
@@ -135,17 +135,23 @@ class ImageIndex:
         recover_folder(path)
         if not (path / MANIFEST).is_file():
             raise DataError(f"{folder}: no index here; make one with: miniclip index MODEL SOURCE -o {folder}")
-        inode = (path / MANIFEST).stat().st_ino
+        opened = identity(path / MANIFEST)
         try:
             manifest = _read_manifest(path)
             _verify_checksums(path, manifest, verify)
             index = cls(path, manifest)
             index._check_sizes()
         except Exception as error:  # the libraries raise errors of many classes for damaged files
-            if (path / MANIFEST).is_file() and (path / MANIFEST).stat().st_ino != inode:  # replaced in the meantime
+            if (path / MANIFEST).is_file() and identity(path / MANIFEST) != opened:  # replaced in the meantime
                 return cls.open(folder, verify)
             raise error if isinstance(error, DataError) else _damaged(path, error) from error
         return index
+
+    def close(self) -> None:
+        """Let go of the files, after which the index is of no more use: Windows replaces no file that is open."""
+        for name in ("_entries_file", "embeddings", "neighbours", "entries"):
+            vars(self).pop(name, None)
+        self._row_groups = {}
 
     def _check_sizes(self) -> None:
         manifest = self.manifest
@@ -327,7 +333,7 @@ class ImageIndex:
                 vectors = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), self.manifest.dim)
                 part = self.entries.slice(start, BLOCK).append_column(schema.field("embedding"), vectors)
                 writer.write_table(part)
-        fresh.replace(target)
+        replace_file(fresh, target)
         return target
 
 
@@ -415,7 +421,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_index(
-    folder: Path, manifest: Manifest, entries: Iterable[pa.Table], blocks: Iterable[np.ndarray]
+    folder: Path,
+    manifest: Manifest,
+    entries: Iterable[pa.Table],
+    blocks: Iterable[np.ndarray],
+    release: Callable[[], None] | None = None,
 ) -> ImageIndex:
     """Write or replace an index. The folder holds the old index until the new one is complete.
 
@@ -424,6 +434,7 @@ def write_index(
         manifest: manifest of the new index; `count` and `checksums` are filled in here.
         entries: tables with the columns of [`SCHEMA`], all but the last one of `ROW_GROUP` rows.
         blocks: `[n, dim]` arrays of embeddings, together in the order of the entries.
+        release: called when all has been read, before the folder is replaced; closes what is still open in it.
 
     Returns:
         The new index, opened.
@@ -444,6 +455,8 @@ def write_index(
                 build_neighbours(map_embeddings(fresh / EMBEDDINGS), fresh / NEIGHBOURS)
             manifest = replace(manifest, checksums={path.name: file_checksum(path) for path in fresh.iterdir()})
             write_manifest(fresh, manifest)
+            if release is not None:
+                release()
     except OSError as error:
         raise MiniClipError(
             f"{folder} cannot be written: {error.strerror or error}; free some space or choose another folder, then "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from .files import replace_file
 
 KEY = "miniclip_sha256"  # entry in the metadata of the safetensors file; other programs save without it
 BLANK = "0" * 64  # placeholder of the checksum, as long as a SHA-256 in hexadecimal
@@ -28,7 +29,7 @@ def seal_weights(path: Path) -> None:
             digest = hashlib.file_digest(fresh, "sha256").hexdigest()
             fresh.seek(place)
             fresh.write(digest.encode())
-    sealed.replace(path)
+    replace_file(sealed, path)
 
 
 def check_weights(path: Path) -> None:

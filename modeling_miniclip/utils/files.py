@@ -1,4 +1,8 @@
-"""Folders and files that are either complete or do not exist: written under another name, then renamed."""
+"""Folders and files that are either complete or do not exist: written under another name, then renamed.
+
+What differs between systems is here: how names change in one step, what Windows does with files that are open, how
+files reach the disk, and which two paths lead to the same file.
+"""
 
 import ctypes
 import os
@@ -7,10 +11,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from ..errors import DISK_ERRNOS, MiniClipError, UsageError
@@ -19,8 +24,14 @@ from .names import check_name
 PROBE = 2**20  # bytes that must fit on a disk that is not full
 ABANDONED = 3600.0  # seconds after which what a killed process left is removed
 
-# Linux's constants for renameat2(2) (fcntl.h, linux/fs.h).
+# Linux's constants for renameat2(2) (fcntl.h, linux/fs.h), and macOS's for renamex_np(2) (stdio.h).
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
+RENAME_SWAP = 2
+
+# Windows renames, replaces and deletes no file that a program has open, nor a folder with one. Virus scanners open new
+# files for moments.
+KEEPS_OPEN_FILES = os.name == "nt"
+PATIENCE = 10.0  # seconds for which a change is tried again there
 
 
 def check_new_folder(folder: Path, label: str = "", allowed: Collection[str] = ()) -> None:
@@ -71,7 +82,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 def commit_folder(fresh: Path, target: Path) -> None:
     """Flush a finished folder to disk and rename it to `target`; the former content of `target` is removed.
 
-    Linux exchanges the two names in one step. Other systems, and some file systems, need two renames. Between them
+    Linux and macOS exchange the two names in one step. Windows, and some file systems, need two renames. Between them
     `target` does not exist, and its former content is in `.<name>.old`, see [`recover_folder`].
 
     Args:
@@ -82,12 +93,12 @@ def commit_folder(fresh: Path, target: Path) -> None:
         _flush(path)
     former = fresh
     if not target.exists():
-        fresh.rename(target)
+        move_folder(fresh, target)
     elif not _exchange(fresh, target):
         former = _former(target)
         shutil.rmtree(former, ignore_errors=True)
-        target.rename(former)
-        fresh.rename(target)
+        move_folder(target, former)
+        move_folder(fresh, target)
     _flush(target.parent)
     shutil.rmtree(former, ignore_errors=True)
 
@@ -96,7 +107,7 @@ def recover_folder(target: Path) -> None:
     """Put the former folder back if a process died between the two renames of [`commit_folder`]."""
     former = _former(target)
     if former.exists() and not target.exists():
-        former.rename(target)
+        move_folder(former, target)
     shutil.rmtree(former, ignore_errors=True)
 
 
@@ -108,8 +119,53 @@ def discard_folder(path: Path) -> None:
     former = _former(path)
     shutil.rmtree(former, ignore_errors=True)
     if path.exists():
-        path.rename(former)
-        shutil.rmtree(former)
+        move_folder(path, former)
+        _patiently(lambda: shutil.rmtree(former))
+
+
+def move_folder(folder: Path, target: Path) -> None:
+    """Rename a folder, on the same disk, to a name that does not exist."""
+    _patiently(lambda: folder.rename(target))
+
+
+def replace_file(fresh: Path, target: Path) -> None:
+    """Rename a file, on the same disk; a file that has the name is replaced in the same step."""
+    _patiently(lambda: fresh.replace(target))
+
+
+def delete_file(path: Path) -> bool:
+    """Delete a file, if it is there; False if Windows keeps it because a program has it open."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        if not KEEPS_OPEN_FILES:
+            raise
+        return False
+    return True
+
+
+def _patiently(change: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            change()
+            return
+        except PermissionError:
+            if not KEEPS_OPEN_FILES or time.monotonic() > end:
+                raise
+        time.sleep(0.05)
+
+
+def identity(path: str | os.PathLike) -> tuple[Any, ...]:
+    """What tells a file or folder from all others, whichever name or link leads to it.
+
+    Raises:
+        OSError: there is none.
+    """
+    info = os.stat(path)
+    if info.st_ino == 0:  # a file system on Windows that does not number its files
+        return (os.path.normcase(os.path.realpath(path)),)
+    return info.st_dev, info.st_ino
 
 
 def link_folder(source: Path, target: Path) -> None:
@@ -135,7 +191,7 @@ def replaced_file(target: Path) -> Iterator[Path]:
     try:
         with disk_errors(target.parent):
             yield fresh
-            fresh.replace(target)
+            replace_file(fresh, target)
     except BaseException:
         with suppress(OSError):
             fresh.unlink(missing_ok=True)
@@ -184,7 +240,7 @@ def shared_file(target: Path) -> Iterator[Path]:
     fresh = name_to_write(target)
     try:
         yield fresh
-        fresh.replace(target)
+        replace_file(fresh, target)
     finally:
         fresh.unlink(missing_ok=True)
 
@@ -195,7 +251,7 @@ def replace_text(path: Path, text: str) -> None:
     Characters that are not Unicode, such as bytes of a file name, are escaped.
     """
     with replaced_file(path) as fresh:
-        fresh.write_text(text, encoding="utf-8", errors="backslashreplace")
+        fresh.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def replace_between_marks(path: Path, name: str, text: str) -> None:
@@ -246,18 +302,24 @@ def _former(target: Path) -> Path:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Swap the names of two folders in one step; False if the system or the file system cannot do that."""
-    if not sys.platform.startswith("linux"):
-        return False
+    one, other = os.fsencode(first), os.fsencode(second)
     try:
-        renameat2 = ctypes.CDLL(None).renameat2
+        if sys.platform.startswith("linux"):
+            done = ctypes.CDLL(None).renameat2(AT_FDCWD, one, AT_FDCWD, other, RENAME_EXCHANGE)
+        elif sys.platform == "darwin":
+            done = ctypes.CDLL(None).renamex_np(one, other, RENAME_SWAP)
+        else:
+            return False
     except AttributeError:  # glibc before 2.28, or another libc
         return False
-    done = renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
     return bool(done == 0)
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if KEEPS_OPEN_FILES and path.is_dir():  # Windows has nothing to flush for it
+        return
+    descriptor = os.open(path, os.O_RDWR if KEEPS_OPEN_FILES else os.O_RDONLY)  # Windows flushes what may be written
     try:
         os.fsync(descriptor)
     finally:

@@ -1,8 +1,8 @@
 """A lock that a run holds on a file, and that ends with its process, on every system.
 
 Linux and macOS have POSIX record locks: loader processes, which may live some seconds longer, do not inherit them.
-Windows locks a range of bytes, here one beyond the text, so that others can still read who holds the file. Some network
-file systems have no locks.
+Windows locks a range of bytes, here one beyond the text, so that others can still read who holds the file. Some
+network file systems have no locks.
 """
 
 import errno

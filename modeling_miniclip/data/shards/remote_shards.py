@@ -21,6 +21,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ...errors import DataError, MiniClipError, Problem, disk_error_message
+from ...utils.files import delete_file, replace_file
 from ...utils.processes import process_rank
 from .remote_files import UnreachableError, explained, file_system, is_url, unreachable
 
@@ -212,7 +213,7 @@ class ShardCache:
                 fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
                 try:
                     fresh.write_text(text, encoding="utf-8")
-                    fresh.replace(path)
+                    replace_file(fresh, path)
                 finally:
                     fresh.unlink(missing_ok=True)
 
@@ -230,7 +231,7 @@ class ShardCache:
             try:
                 with explained(shard), self._stored():
                     self._fetch_part(shard, part)
-                    part.replace(path)
+                    replace_file(part, path)
             finally:
                 part.unlink(missing_ok=True)  # the libraries do not go on with it, and a disk may be full
 
@@ -291,8 +292,8 @@ class ShardCache:
         for used, size_of_file, file in sorted(shards):
             if total + size <= self.limit_gb * GB or now - used < IN_USE:
                 return
-            file.unlink(missing_ok=True)
-            total -= size_of_file
+            if delete_file(file):
+                total -= size_of_file
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:

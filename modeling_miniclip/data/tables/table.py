@@ -17,6 +17,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from ...errors import Problem
+from ...utils.files import replace_file
 from ..columns import NEGATIVES
 from ..problems import OnProblem
 from ..rows import Row
@@ -229,7 +230,7 @@ def _join_runs(path: Path, firsts: np.ndarray, about: About, on_problem: OnProbl
             for batch in _joined(runs, heads).to_batches():
                 writer.write_batch(batch)
     del source, blocks
-    joined.replace(path)
+    replace_file(joined, path)
 
 
 def _take(blocks: list[pa.RecordBatch], rows: np.ndarray) -> pa.Table:

@@ -110,8 +110,13 @@ def merge(plan: Plan, listing: Listing, report: Report, unreachable: set[str]) -
         sources=[*plan.sources_kept, *plan.sources_to_scan],
         skipped=report.skipped | report.unlisted,
     )
+
+    def release() -> None:
+        for part in pool.parts if plan.existing is None else [*pool.parts, plan.existing]:
+            part.close()
+
     embeddings = gather_blocks([part.embeddings for part in pool.parts], part_of, row_of)
-    write_index(plan.target, manifest, _entries(pool, part_of, row_of, listing, new), embeddings)
+    write_index(plan.target, manifest, _entries(pool, part_of, row_of, listing, new), embeddings, release)
     report.images, report.reused = len(rows), len(new) - report.encoded
 
 

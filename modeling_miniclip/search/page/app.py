@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import DataError, MiniClipError
+from ...utils.files import replace_file
 from ...utils.performance import one_thread, release_freed_memory
 from ..building.shards import default_workers
 from ..filters import EntryFilter
@@ -156,7 +157,7 @@ class IndexPage:
             )
             fresh = path.with_suffix(f".{get_ident()}")
             picture.save(fresh, "JPEG", quality=82)
-            fresh.replace(path)
+            replace_file(fresh, path)
         return path
 
     def _embed(self, query: Query) -> np.ndarray:

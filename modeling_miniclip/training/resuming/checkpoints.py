@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ...modeling_miniclip import MiniClipModel
-from ...utils.files import commit_folder, discard_folder, disk_errors, link_folder, replaced_folder
+from ...utils.files import commit_folder, discard_folder, disk_errors, link_folder, move_folder, replaced_folder
 from ..processes.distributed import local_tensor
 from ..reports.diagnostics import not_finite
 from .fingerprint import Fingerprint
@@ -245,7 +245,7 @@ def rewind_folders(checkpoint: Path, export_dir: Path, within_epoch: bool = Fals
     kept = within_epoch and export_dir.exists() and not _same_weights(best, export_dir)
     if kept:
         discard_folder(export_dir.with_name(INTERRUPTED_EXPORT))
-        export_dir.rename(export_dir.with_name(INTERRUPTED_EXPORT))
+        move_folder(export_dir, export_dir.with_name(INTERRUPTED_EXPORT))
     if not best.exists():
         discard_folder(export_dir)
     elif not _same_weights(best, export_dir):

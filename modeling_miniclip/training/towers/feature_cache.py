@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MiniClipError
-from ...utils.files import name_to_write
+from ...utils.files import move_folder, name_to_write
 
 FORMAT = 2  # part of every hash: increase it when the values or their layout change
 
@@ -130,7 +130,7 @@ class FeatureTable:
             np.lib.format.open_memmap(fresh / "features.npy", "w+", np.float32, (rows, width))
             np.lib.format.open_memmap(fresh / "done.npy", "w+", np.uint8, (rows,))
             (fresh / "about.json").write_text(about + "\n", encoding="utf-8")
-            fresh.rename(self.folder)
+            move_folder(fresh, self.folder)
         except BaseException as error:
             shutil.rmtree(fresh, ignore_errors=True)
             if not (isinstance(error, OSError) and self.folder.exists()):  # another process was faster
