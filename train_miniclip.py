@@ -12,7 +12,6 @@ Flags: `configuration/README.md`. Building blocks: `modeling_miniclip/training/`
 """
 
 import os
-import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modeling_miniclip.utils.interrupts import STARTED, quit_at_interrupt
+from modeling_miniclip.utils.interrupts import STARTED, TERMINATED, quit_at_interrupt
 
 if Path(sys.argv[0]).stem in ("train_miniclip", "train-miniclip"):
     quit_at_interrupt()
@@ -117,7 +116,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> Path:
                 train(run)
             if run.signals.terminated:  # seconds are left: no figures, no push
                 run.close()
-                sys.exit(128 + signal.SIGTERM)
+                sys.exit(TERMINATED)
             return finish(run)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -13,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .utils.interrupts import quit_at_interrupt
+from .utils.interrupts import exit_when_terminated, quit_at_interrupt
 
 if Path(sys.argv[0]).stem == "miniclip":
     quit_at_interrupt()
@@ -265,7 +264,7 @@ def run_index(args: argparse.Namespace) -> None:
     from .search.update import update_index
     from .utils.performance import keep_freed_memory
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # like Ctrl-C: finished embeddings are kept
+    exit_when_terminated()  # finished embeddings are kept
     keep_freed_memory()
     columns = ColumnNames(args.image_column, args.caption_column, args.allow_outside_images)
     report = update_index(
@@ -516,7 +515,7 @@ def run_app_command(args: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
     from .search.page.app import run_app
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # like Ctrl-C: the temporary folder is deleted
+    exit_when_terminated()  # the temporary folder is deleted
     run_app(args.index, args.port, args.open)
 
 

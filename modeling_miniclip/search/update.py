@@ -29,10 +29,11 @@ from ..errors import MiniClipError, Problem, printable
 from ..training.command_line.launch import read_launch
 from ..training.processes.heartbeat import ends_with_lost_processes, join_processes
 from ..utils.files import discard_folder
+from ..utils.processes import usable_cpus
 from .building.merge import Report, merge
 from .building.plan import Plan, make_plan
 from .building.pool import Pool
-from .building.shards import Encoding, default_workers
+from .building.shards import Encoding
 from .index import ImageIndex, write_manifest
 
 NEW = "new.npy"  # rows of the listed images that are to be encoded
@@ -111,7 +112,7 @@ def _carry_out(
     pool = plan.pool()
     _on_main(processes, partial(list_new_images, plan, pool, columns, progress))
     listing = Listing(plan.listed)
-    encoding = Encoding(plan.manifest, pool, plan.shards, batch_size, num_workers or default_workers())
+    encoding = Encoding(plan.manifest, pool, plan.shards, batch_size, num_workers or usable_cpus())
     _encode_share(encoding, plan, listing, processes, progress)
     report, unreachable = gather_reports(encoding)
     del encoding, pool  # the merge opens all finished embeddings

@@ -1,4 +1,4 @@
-"""The processes of a run and those that it starts, for code that must not import torch."""
+"""The processes of a run and those that it starts, on every system, for code that must not import torch."""
 
 import multiprocessing
 import os
@@ -24,6 +24,29 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def usable_cpus() -> int:
+    """Number of processors that this process may use; only Linux knows which are kept from it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def forks_processes() -> bool:
+    """Whether `multiprocessing` forks this process, as by default on Linux with Python up to 3.13.
+
+    Otherwise a process that it starts imports everything again and gets what it needs as a pickle.
+    """
+    default = multiprocessing.get_all_start_methods()[0]
+    return (multiprocessing.get_start_method(allow_none=True) or default) == "fork"
+
+
+def is_child() -> bool:
+    """Whether `multiprocessing` started this process.
+
+    If it was not forked (start methods spawn and forkserver), it has the command line of its parent, and loads the file
+    of its parent's program once more before it does its work.
+    """
+    return multiprocessing.current_process().name != "MainProcess"
+
+
 def follow_parent() -> None:
     """In a process that `multiprocessing` has just started: leave Ctrl-C to the parent, and end when it has ended.
 
@@ -32,13 +55,18 @@ def follow_parent() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid is not None:
-        threading.Thread(target=_exit_after, args=(parent.pid,), daemon=True).start()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
-def _exit_after(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_CHECKS)
+def _exit_after(parent: BaseProcess) -> None:
+    if os.name == "nt" or os.getppid() != parent.pid:
+        # On Windows the number of a parent stays when it has ended, and a fork server is not the parent that counts.
+        # The other end of this pipe, or on Windows this handle, belongs to the parent alone.
+        parent.join()
+    else:  # forked processes keep the pipes of each other open
+        while os.getppid() == parent.pid:
+            time.sleep(SECONDS_BETWEEN_CHECKS)
     os._exit(1)
 
 

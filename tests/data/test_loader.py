@@ -23,12 +23,11 @@ from modeling_miniclip.data.loading.collation import BY_VALUE, Batch, Collator
 from modeling_miniclip.data.loading.dataset import FILLER, CaptionRows
 from modeling_miniclip.data.loading.loader import BatchLoader, readable_worker_errors
 from modeling_miniclip.data.loading.order import InOrder, Shuffled
-from modeling_miniclip.data.loading.pixel_memory import PixelMemory
 from modeling_miniclip.data.picture_formats import decode_row
 from modeling_miniclip.errors import Problem
 from modeling_miniclip.processing_miniclip import MiniClipProcessor
 from modeling_miniclip.utils import processes
-from modeling_miniclip.utils.processes import ended_children
+from modeling_miniclip.utils.processes import ended_children, forks_processes
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_processor
 
 SIZE = (PIXELS, PIXELS)
@@ -354,7 +353,7 @@ def test_a_batch_survives_pickling_with_tensors_of_any_size():
     assert set(as_tensors) == {"pixel_values", "undecodable"}
 
 
-@pytest.mark.skipif(not PixelMemory.is_possible(), reason="loader processes are not forked")
+@pytest.mark.skipif(not forks_processes(), reason="loader processes are not forked")
 def test_batches_keep_their_pixels_in_reused_memory(processor: MiniClipProcessor) -> None:
     rows = CaptionRows(noise_rows(6), processor)
     batches = [[(0, i)] for i in range(6)]  # more than the memory has slots

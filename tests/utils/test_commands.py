@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from modeling_miniclip.utils import interrupts, processes
 from modeling_miniclip.utils.commands import run_command
 from modeling_miniclip.utils.processes import ended_children
 from tests.helpers.runs import ROOT
@@ -19,6 +20,7 @@ from tests.helpers.runs import ROOT
 # Modules of the standard library and light ones of the package: such a process starts in a tenth of a second.
 PRELUDE = """
 import multiprocessing, os, signal, socket, sys, time
+from modeling_miniclip.utils import interrupts, processes
 from modeling_miniclip.utils.commands import run_command
 from modeling_miniclip.utils import interrupts
 from modeling_miniclip.utils.interrupts import quit_at_interrupt
@@ -194,3 +196,64 @@ def test_children_end_with_an_error_of_the_command(capsys: pytest.CaptureFixture
     with pytest.raises(RuntimeError, match="unexpected"):
         run_command(lambda: (pool.submit(ignore_sigterm_and_sleep), raise_error()), False)
     assert multiprocessing.active_children() == [] and capsys.readouterr().err == ""
+
+
+# --- other systems --------------------------------------------------------------------------------------------------
+
+
+class Ended(BaseException):
+    """In place of the end of a process."""
+
+
+def end_of(parent_alive: list[bool], monkeypatch: pytest.MonkeyPatch, parent_pid: int) -> int:
+    """How often a child asked for its parent's number until it ended, if it waits for the parent itself otherwise."""
+
+    class Parent:
+        pid = parent_pid
+
+        def join(self) -> None:
+            parent_alive.clear()
+
+    asked = 0
+
+    def getppid() -> int:
+        nonlocal asked
+        asked += 1
+        return 10 if parent_alive and parent_alive.pop() else 1
+
+    def leave(code: int) -> NoReturn:
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "getppid", getppid)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(processes, "SECONDS_BETWEEN_CHECKS", 0)
+    with pytest.raises(Ended):
+        processes._exit_after(Parent())  # type: ignore[arg-type]
+    return asked
+
+
+def test_a_forked_process_asks_for_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert end_of([True, True, True], monkeypatch, parent_pid=10) == 4
+
+
+def test_process_of_a_fork_server_waits_for_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert end_of([True, True, True], monkeypatch, parent_pid=11) == 1
+
+
+def test_a_child_leaves_ctrl_c_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[Any] = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: set_to.append((number, handler)))
+    monkeypatch.setattr(interrupts, "is_child", lambda: True)
+    interrupts.quit_at_interrupt()
+    assert set_to == [(signal.SIGINT, signal.SIG_IGN)]
+
+
+def test_ctrl_break_ends_a_command_like_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(interrupts, "TERMINATING", (signal.SIGTERM, 21))  # Windows' number
+    interrupts.exit_when_terminated()
+    for number in (signal.SIGTERM, 21):
+        with pytest.raises(SystemExit) as error:
+            handlers[number](number, None)
+        assert error.value.code == 143

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ...errors import MiniClipError
-from ...utils.processes import end_daemons_at_exit, follow_parent
+from ...utils.processes import end_daemons_at_exit, follow_parent, forks_processes
 from .batches import GlobalBatches
 from .collation import Batch, Collator, join_pieces
 from .dataset import CaptionRows
@@ -63,7 +63,7 @@ class BatchLoader(DataLoader[Any]):
         if num_workers:
             end_daemons_at_exit()
             most = min(piece_size or sys.maxsize, _largest(batches))
-            if (size := rows.bytes_per_image * most) and PixelMemory.is_possible():
+            if (size := rows.bytes_per_image * most) and forks_processes():
                 self.memory = PixelMemory(num_workers, prefetch_factor + 1, size)  # one is in use
         super().__init__(
             _CollatedBatches(rows, self.memory),

@@ -7,7 +7,6 @@ page, which takes a tenth of the time of decoding photographs; and a container m
 import itertools
 import math
 import mmap
-import multiprocessing
 import os
 import weakref
 from collections.abc import Sequence
@@ -58,12 +57,6 @@ class PixelMemory:
         self.slots, self.is_taken = memory[:-count].reshape(-1, slots, size), memory[-count:].reshape(-1, slots)
         self.number = next(NUMBERS)
         self.known[self.number] = self
-
-    @staticmethod
-    def is_possible() -> bool:
-        """Whether loader processes are forked, as by default on Linux with Python up to 3.13."""
-        default = multiprocessing.get_all_start_methods()[0]
-        return (multiprocessing.get_start_method(allow_none=True) or default) == "fork"
 
     def write(self, images: Sequence[np.ndarray]) -> Place | None:
         """Write images `[3, H, W]` uint8 of one size to a free slot.

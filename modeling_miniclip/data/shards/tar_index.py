@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from ...errors import DataError, MiniClipError, Problem, one_line
 from ...utils.files import shared_file
 from ...utils.names import name_of
-from ...utils.processes import follow_parent
+from ...utils.processes import follow_parent, usable_cpus
 from ..columns import NEGATIVES
 from ..listing import is_hidden_path
 from ..picture_formats import BY_SUFFIX
@@ -188,7 +188,7 @@ def build_indexes(
     missing = [path for path in paths if not _is_current(path, cache_dir, caption_column)]
     bar = tqdm(total=len(missing), desc="indexing shards", unit="shard", delay=2, leave=False)
     if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = usable_cpus()
         total = sum(os.path.getsize(path) for path in missing if os.path.isfile(path))
         num_workers = min(num_workers, len(missing)) if total > SMALL else 1
     with bar:

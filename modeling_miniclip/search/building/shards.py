@@ -5,7 +5,6 @@ Before an image is encoded, it is looked up in the existing index and in all fin
 
 import errno
 import hashlib
-import os
 import sys
 import uuid
 from collections import deque
@@ -235,8 +234,3 @@ def _date_of(image: Image.Image, mtime: int) -> datetime | None:
         except Exception:  # missing, all zeros because the camera's clock was never set, or damaged in any way
             continue
     return datetime.fromtimestamp(mtime // 10**9) if mtime != UNKNOWN else None
-
-
-def default_workers() -> int:
-    """Number of threads that read images by default: one per core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -23,7 +23,7 @@ from PIL import Image
 from ...errors import DataError, MiniClipError
 from ...utils.files import replace_file
 from ...utils.performance import one_thread, release_freed_memory
-from ..building.shards import default_workers
+from ...utils.processes import usable_cpus
 from ..filters import EntryFilter
 from ..index import ImageIndex
 from ..query import Query, embed_queries, load_checked
@@ -70,7 +70,7 @@ class IndexPage:
     def __init__(self, index: ImageIndex, pictures: Path):
         self.index = index
         self.pictures = pictures
-        self.threads = ThreadPoolExecutor(default_workers())
+        self.threads = ThreadPoolExecutor(usable_cpus())
         # One thread, because torch keeps working memory for each thread that ever computed.
         self.embedder = ThreadPoolExecutor(1)
         self.load: Callable[..., Any] = lru_cache(maxsize=2)(load_checked)  # keeps both towers

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...errors import UsageError, did_you_mean
 from ...utils.commands import run_command
+from ...utils.processes import is_child
 from ...utils.resources import named_file
 from .arguments import (
     DEFAULT_TEXT_MODEL,
@@ -112,7 +113,12 @@ def command_line() -> tuple[list[str], bool]:
 
 
 def exit_on_wrong_flags() -> None:
-    """Print `--help`, or the error in the flags of this process, and exit; return if the flags are right."""
+    """Print `--help`, or the error in the flags of this process, and exit; return if the flags are right.
+
+    They are if `multiprocessing` started this process, since its parent has checked them.
+    """
+    if is_child():
+        return
     argv, debug = command_line()
     code = run_command(lambda: parse_arguments(argv), debug)
     if code:

@@ -1,11 +1,12 @@
 """Connections from process 0 of a run to all others, over which the heartbeat sends its messages, lines of JSON."""
 
 import json
-import multiprocessing.connection
 import os
 import secrets
+import selectors
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -18,6 +19,7 @@ from ...errors import MiniClipError, one_line
 JOIN = 600.0  # s for all processes to start
 KEY = "miniclip/heartbeat"  # of the address of process 0 in the store that the processes share
 LONGEST = 2**16  # bytes of a message
+SELECTOR: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)  # Windows has only the latter
 
 Message = dict[str, Any]
 
@@ -63,6 +65,20 @@ class Connection:
         if len(self._received) > LONGEST:
             raise ValueError("not a message")
         return [json.loads(line) for line in lines]
+
+
+def wait_for(sockets: Sequence[socket.socket], seconds: float) -> list[socket.socket]:
+    """Sockets from which something can be received, or with a connection to accept, as soon as there is one.
+
+    (`multiprocessing.connection.wait` cannot wait for connections on Windows.)
+    """
+    if not sockets:  # an error on Windows
+        time.sleep(seconds)
+        return []
+    with SELECTOR() as selector:
+        for each in sockets:
+            selector.register(each, selectors.EVENT_READ, each)
+        return [key.data for key, _ in selector.select(seconds)]
 
 
 def shared_store() -> dist.Store:
@@ -128,7 +144,7 @@ def connect(store: dist.Store, me: Message) -> tuple[Connection, str]:
             with suppress(OSError):
                 connection = Connection(socket.create_connection((host, address["port"]), timeout=5))
                 connection.send({"hello": {**me, "token": address["token"]}})
-                multiprocessing.connection.wait([connection.socket], 5)
+                wait_for([connection.socket], 5)
                 for message in connection.receive():
                     connection.member = message["welcome"]
                     return connection, address["token"]

@@ -18,7 +18,6 @@ After the error of a process, which it prints itself, the others have some secon
 
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import socket
@@ -36,7 +35,7 @@ from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from ...errors import MiniClipError, one_line
-from .connections import JOIN, Connection, Message, connect, listen, shared_store
+from .connections import JOIN, Connection, Message, connect, listen, shared_store, wait_for
 
 BEAT, SILENCE = 5.0, 45.0  # s between two signs of life, and without any until a process counts as lost
 NOTICE = 3.0  # s in which a loss is noticed after an operation with the lost process has failed
@@ -170,7 +169,7 @@ class Heartbeat:
         """Wait for messages and connections, and handle what has arrived."""
         self._connections = [c for c in self._connections if not (c.closed and (c.finished or c.member is None))]
         sources = [connection.socket for connection in self._connections if not connection.closed]
-        ready = multiprocessing.connection.wait([*sources, *filter(None, [self._listener])], seconds)
+        ready = wait_for([*sources, *filter(None, [self._listener])], seconds)
         for connection in self._connections:
             if connection.socket in ready:
                 try:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ...utils.interrupts import TERMINATING
+
 # The line to print for each signal. SIGTERM, which leaves less time, comes first: it wins if processes got different
 # ones.
 MESSAGES = {
@@ -43,7 +45,8 @@ class SignalHandler:
         self.process = os.getpid()
         self.previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # the only one that receives signals
-            self.previous = {number: signal.signal(number, self._handle) for number in MESSAGES}
+            numbers = (*TERMINATING, signal.SIGINT)
+            self.previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -53,11 +56,12 @@ class SignalHandler:
     def _handle(self, number: int, _: object) -> None:
         if os.getpid() != self.process:  # a loader process that was just forked
             return
+        asked = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM  # or Ctrl-Break, on Windows
         # A launcher forwards what the terminal or the scheduler sent to all processes: that is not a second signal.
         if self.received is None:
-            self.received, self.since = signal.Signals(number), time.monotonic()
+            self.received, self.since = asked, time.monotonic()
             self.report(MESSAGES[self.received])
-        elif number == signal.SIGTERM:
+        elif asked == signal.SIGTERM:
             self.received = signal.SIGTERM
         elif time.monotonic() > self.since + 1:
             signal.signal(number, self.previous[number] or signal.SIG_DFL)
