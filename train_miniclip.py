@@ -28,6 +28,7 @@ if Path(sys.argv[0]).stem in ("train_miniclip", "train-miniclip"):
 # Set before the libraries are imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no network access at import
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader processes already run in parallel
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU lacks is computed on its CPU
 
 from modeling_miniclip.training.command_line.arguments import TrainingArguments
 from modeling_miniclip.training.command_line.parsing import command_line, exit_on_wrong_flags, parse_arguments

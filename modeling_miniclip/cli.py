@@ -1,6 +1,7 @@
 """The `miniclip` command: the flags of each subcommand, and a function that imports and runs its code."""
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 from .utils.interrupts import exit_when_terminated, quit_at_interrupt
 
 if Path(sys.argv[0]).stem == "miniclip":
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU lacks is computed on its CPU
     quit_at_interrupt()
 
 from .errors import EXIT_CODES, DataError, UsageError

@@ -195,9 +195,10 @@ def metrics_of_ranks(rank_of: Mapping[str, Tensor]) -> dict[str, float]:
     """[`retrieval_metrics`] from the ranks of the queries, by direction."""
     metrics: dict[str, float] = {}
     for direction, rank in rank_of.items():
+        rank = rank.cpu().double()  # some devices have no float64
         for k in RECALL_AT:
             metrics[f"{direction}_R@{k}"] = 100 * (rank <= k).double().mean().item()
-        metrics[f"{direction}_median_rank"] = rank.double().quantile(0.5).item()
+        metrics[f"{direction}_median_rank"] = rank.quantile(0.5).item()
     metrics["rsum"] = sum(value for name, value in metrics.items() if "R@" in name)
     return metrics
 
@@ -262,7 +263,7 @@ def resampled_recalls(
     hits, queries = [], []  # [images] tensors: what each image adds to numerator and denominator of a recall
     for direction, rank in rank_of.items():
         for k in at:
-            found = (rank <= k).double().cpu()
+            found = (rank.cpu() <= k).double()
             empty = found.new_zeros(images)
             hits.append(empty.index_add(0, image_of[direction].cpu(), found))
             queries.append(empty.index_add(0, image_of[direction].cpu(), torch.ones_like(found)))
@@ -353,7 +354,7 @@ def dataset_loss(
     total = 0.0
     for images, texts, ids, text_ids in zip(*(tensor.tensor_split(shares) for tensor in whole), strict=True):
         share = symmetric_contrastive_loss(images, texts, logit_scale, ids, text_ids, loss_type, logit_bias, whole)
-        total += share.double().item()
+        total += share.item()
     return total
 
 

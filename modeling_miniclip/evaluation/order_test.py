@@ -36,7 +36,7 @@ class PairScores:
 
     def wins(self) -> Tensor:
         """`[pairs, 2]` float64, for the right and the wrong image: 1 if the true caption wins, 0.5 for a tie."""
-        scores = torch.stack([self.right, self.wrong], dim=1).double()  # [pairs, 2, 2]
+        scores = torch.stack([self.right, self.wrong], dim=1).cpu().double()  # [pairs, 2, 2]
         true, false = scores.unbind(dim=2)
         return (true > false).double() + 0.5 * (true == false)
 

@@ -140,7 +140,8 @@ def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) 
 @contextmanager
 def _replayed(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
     """Within the block, random numbers continue from `state`; afterwards the generators are as before the block."""
-    devices = [] if device.type == "cpu" else [torch.get_device_module(device).current_device()]
+    current = torch.accelerator.current_device_index() if device.index is None else device.index
+    devices = [] if device.type == "cpu" else [current]
     with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
         set_random_state(state, device)
         yield

@@ -138,7 +138,11 @@ def runs_on_cpu(launch: Launch) -> bool:
 
 
 def build_accelerator(arguments: TrainingArguments, launch: Launch) -> Accelerator:
-    """Choose device, processes and precision, and set the seed."""
+    """Choose device, processes and precision, and set the seed.
+
+    Raises:
+        UsageError: the device does not have the precision, or FSDP does not go with another flag.
+    """
     keep_freed_memory()
     # Without cpu=True, Accelerate does not start gloo and every process would train alone.
     on_cpu = runs_on_cpu(launch)
@@ -149,6 +153,8 @@ def build_accelerator(arguments: TrainingArguments, launch: Launch) -> Accelerat
         backend, on_cpu = ("gloo" if on_cpu else None), False
     device = join_processes(on_cpu, backend).device
     precision = arguments.mixed_precision or launch.mixed_precision or best_mixed_precision(device)
+    if device.type == "mps" and precision != "no":
+        raise UsageError(f"--mixed_precision {precision}: a run on mps is in float32; set --mixed_precision no")
     AcceleratorState._reset_state()  # an earlier run of this process may have had other settings
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -296,7 +302,7 @@ def build_model(
     choose_lengths(model.config, arguments)
     freeze_layers(model, arguments)
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        to_channels_last(model.vision_model)  # these need contiguous parameters,
+        to_channels_last(model.vision_model, accelerator.device)  # these need contiguous parameters,
         group_texts_by_length(model)  # and all its processes must run a tower equally often
     if arguments.compile_towers:
         compile_towers(model.vision_model, model.text_model)

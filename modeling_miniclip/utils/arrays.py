@@ -26,7 +26,10 @@ def as_tensor(values: Any) -> "Tensor":
 
 
 def as_embeddings(*values: Any) -> "list[Tensor]":
-    """Embeddings as tensors that can be multiplied: of one floating-point type, on the device of the first one."""
+    """Embeddings as tensors that can be multiplied: of one floating-point type, on the device of the first one.
+
+    On `mps`, which has no float64, that is float32.
+    """
     import torch
 
     tensors = [as_tensor(value) for value in values]
@@ -34,4 +37,8 @@ def as_embeddings(*values: Any) -> "list[Tensor]":
     for tensor in tensors:
         kind = torch.promote_types(kind, tensor.dtype)
     kind = kind if kind.is_floating_point else torch.float32
-    return [tensor.to(tensors[0].device, kind) for tensor in tensors]
+    device = tensors[0].device
+    if device.type == "mps":
+        kind = torch.float32 if kind == torch.float64 else kind
+        return [tensor.to(kind).to(device) for tensor in tensors]
+    return [tensor.to(device).to(kind) for tensor in tensors]

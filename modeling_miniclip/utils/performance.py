@@ -44,9 +44,18 @@ def _glibc() -> Any:
     return glibc if hasattr(glibc, "mallopt") else None
 
 
-def to_channels_last(vision_model: nn.Module) -> None:
-    """Store the image tower's convolutions as NHWC, with the same values: faster on CPUs and tensor cores."""
-    vision_model.to(memory_format=torch.channels_last)
+def image_layout(device: torch.device) -> torch.memory_format:
+    """The order in which convolutions on a device take the numbers of images and weights.
+
+    NHWC is faster on CPUs and tensor cores. With it, gradients of batch norms are wrong on `mps`
+    (https://github.com/pytorch/pytorch/issues/175189).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def to_channels_last(vision_model: nn.Module, device: torch.device) -> None:
+    """Store the image tower's convolutions for a device as [`image_layout`] says, with the same values."""
+    vision_model.to(memory_format=image_layout(device))
 
 
 def allow_tf32(device: torch.device) -> None:

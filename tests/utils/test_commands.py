@@ -20,7 +20,6 @@ from tests.helpers.runs import ROOT
 # Modules of the standard library and light ones of the package: such a process starts in a tenth of a second.
 PRELUDE = """
 import multiprocessing, os, signal, socket, sys, time
-from modeling_miniclip.utils import interrupts, processes
 from modeling_miniclip.utils.commands import run_command
 from modeling_miniclip.utils import interrupts
 from modeling_miniclip.utils.interrupts import quit_at_interrupt

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from torch.utils.data import default_collate
 
 from ...processing_miniclip import MiniClipProcessor
+from ...utils.performance import image_layout
 from .pair_keys import NO_KEY, keys_tensor
 from .pixel_memory import PixelMemory
 
@@ -145,8 +146,10 @@ def stack_pixels(images: list[np.ndarray]) -> Tensor:
 def model_inputs(batch: dict[str, Tensor], processor: MiniClipProcessor, device: torch.device) -> dict[str, Tensor]:
     """Keyword arguments of the model for a collated batch: on the device, pixels normalised, ids left out."""
     names = ("pixel_values", "input_ids", "attention_mask", "vision_pooler_output", "text_pooler_output")
-    inputs = {name: batch[name].to(device, non_blocking=True) for name in names if name in batch}
+    # On mps, such a copy may read its source when that is gone (https://github.com/pytorch/pytorch/issues/189690).
+    at_once = device.type != "mps"
+    inputs = {name: batch[name].to(device, non_blocking=at_once) for name in names if name in batch}
     if "pixel_values" in inputs:
         pixels = processor.normalize(inputs["pixel_values"])
-        inputs["pixel_values"] = pixels.contiguous(memory_format=torch.channels_last)
+        inputs["pixel_values"] = pixels.contiguous(memory_format=image_layout(device))
     return inputs

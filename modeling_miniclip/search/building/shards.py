@@ -89,7 +89,7 @@ class Encoding:
         with self._loading:
             if self._tower is None:
                 model, processor = load_tower(model_folder(self.manifest.model), "image")
-                to_channels_last(model.vision_model)
+                to_channels_last(model.vision_model, PartialState().device)
                 self._tower = model.to(PartialState().device), processor
         return self._tower
 
