@@ -1,4 +1,4 @@
-"""Tensors that behave as those on a Mac's GPU (`mps`) in two respects: no float64, and no NumPy. They are on the CPU."""
+"""Tensors that behave as those on a Mac's GPU (`mps`) in two respects: no float64, no NumPy. They are on the CPU."""
 
 from typing import Any
 

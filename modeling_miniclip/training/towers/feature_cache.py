@@ -178,11 +178,21 @@ class FeatureRows:
 
     Args:
         parts: `[rows, width]` tensors, none of them empty.
+        tables: where they were read from, see [`of_tables`][FeatureRows.of_tables].
     """
 
-    def __init__(self, parts: Sequence[Tensor]):
-        self.parts = list(parts)
+    def __init__(self, parts: Sequence[Tensor], tables: Sequence[FeatureTable] = ()):
+        self.parts, self.tables = list(parts), list(tables)
         self.starts = [0, *accumulate(map(len, self.parts))]
+
+    @classmethod
+    def of_tables(cls, tables: Sequence[FeatureTable]) -> "FeatureRows":
+        """The rows of tables, memory-mapped."""
+        return cls([table.read() for table in tables], tables)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A loader process that is not forked maps the files itself: PyTorch would copy them to shared memory.
+        return (FeatureRows.of_tables, (self.tables,)) if self.tables else (FeatureRows, (self.parts,))
 
     def __len__(self) -> int:
         return self.starts[-1]

@@ -213,7 +213,7 @@ def frozen_image_features(
                 tables.append((part, FeatureTable(cache_dir, about, len(part), width)))
             title = "image features" if views == 1 else f"image features, view {view + 1} of {views}"
             _fill_with_images(tables, partial(compute, view), accelerator, title)
-            found.append(FeatureRows([table.read() for _, table in tables]))
+            found.append(FeatureRows.of_tables([table for _, table in tables]))
     return found
 
 
@@ -306,7 +306,7 @@ def frozen_text_features(
 
     _share(fill, accelerator)
     offsets = np.concatenate([[0], np.cumsum(caption_counts(rows))])
-    return CaptionFeatures(FeatureRows([table.read() for _, table in parts]), offsets)
+    return CaptionFeatures(FeatureRows.of_tables([table for _, table in parts]), offsets)
 
 
 def _token_ids(captions: pa.Array, processor: MiniClipProcessor) -> list[np.ndarray]:
