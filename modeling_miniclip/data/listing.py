@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import Problem
 from ..utils.files import identity
-from ..utils.names import name_of
+from ..utils.names import name_of, slashed
 from .picture_formats import is_picture_file, unreadable_format
 from .problems import OnProblem
 
@@ -75,7 +75,7 @@ def walk_folders(
             on_problem(Problem("dangling", "a link that leads nowhere", name_of(link)))
         for link in linked:
             real = os.path.realpath(link)
-            if _holds(top, real) and is_hidden_path(os.path.relpath(real, top)):
+            if _holds(top, real) and is_hidden_path(slashed(os.path.relpath(real, top))):
                 continue  # it leads to what is hidden
             if _holds(real, os.path.realpath(path)):
                 on_problem(Problem("link", "a link to a folder that holds it; not followed", name_of(link)))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UsageError
-from ..utils.names import name_of
+from ..utils.names import SEPARATORS, name_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class EntryFilter:
 def _in_folder(ids: pa.ChunkedArray, folder: str) -> np.ndarray:
     given = name_of(folder.rstrip("/\\"))
     whole = name_of(os.path.abspath(os.path.expanduser(folder)))
-    found = [_numpy(pc.starts_with(ids, prefix + sep)) for prefix in {given, whole} for sep in {"/", os.sep}]
+    found = [_numpy(pc.starts_with(ids, prefix + sep)) for prefix in {given, whole} for sep in SEPARATORS]
     return np.logical_or.reduce(found)
 
 

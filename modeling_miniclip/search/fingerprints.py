@@ -27,9 +27,8 @@ def fingerprint(folder: Path) -> str:
                 whole.update(chunk)
     for name in ("config.json", *IMAGE_SETTINGS):
         if (folder / name).is_file():
-            whole.update(
-                json.dumps(_without_volatile(json.loads((folder / name).read_text())), sort_keys=True).encode()
-            )
+            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+            whole.update(json.dumps(_without_volatile(settings), sort_keys=True).encode())
     return whole.hexdigest()
 
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -166,6 +167,23 @@ def identity(path: str | os.PathLike) -> tuple[Any, ...]:
     if info.st_ino == 0:  # a file system on Windows that does not number its files
         return (os.path.normcase(os.path.realpath(path)),)
     return info.st_dev, info.st_ino
+
+
+def is_same_file(one: str | os.PathLike, other: str | os.PathLike) -> bool:
+    """Whether two paths are equal, or differ only in case or Unicode form and lead to the same file or folder.
+
+    So they do on macOS and Windows by default, while Linux has two files of such names.
+    """
+    names = [os.fspath(one), os.fspath(other)]
+    if names[0] == names[1]:
+        return True
+    loose = [unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()) for name in names]
+    if loose[0] != loose[1]:
+        return False
+    try:
+        return identity(one) == identity(other)
+    except OSError:
+        return False
 
 
 def link_folder(source: Path, target: Path) -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_miniclip.errors import printable
-from modeling_miniclip.utils.names import name_of, path_of
+from modeling_miniclip.errors import UsageError, printable
+from modeling_miniclip.utils import names
+from modeling_miniclip.utils.names import check_name, is_portable, name_of, path_of, portable_name, slashed
 from tests.helpers.fuzzing import PATHS, cases, fuzz
 
 
@@ -38,3 +39,47 @@ def test_names_are_text_and_lead_back(record_property: Any, count: int) -> None:
         assert {os.fsencode(path_of(name)) for name in names} == paths
 
     check()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("photos.index", True),
+        ("auxiliary", True),
+        ("com10", True),
+        (".hidden", True),
+        ("aux", False),
+        ("AUX.index", False),
+        ("nul .txt", False),
+        ("com1.tar.gz", False),
+        ("lpt²", False),
+        ("a.", False),
+        ("a ", False),
+        ("a?b", False),
+        ("tab\there", False),
+    ],
+)
+def test_names_that_windows_reserves(name: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_portable(name) is expected
+    check_name(f"folder/{name}/run")  # this system stores them
+    monkeypatch.setattr(names, "RESERVES_NAMES", True)
+    if expected:
+        check_name(f"../folder/{name}/run")
+        check_name(f"/{name}")
+    else:
+        with pytest.raises(UsageError, match="--output_dir folder/.*: Windows stores no file or folder called"):
+            check_name(f"folder/{name}/run", "--output_dir ")
+
+
+def test_cached_files_have_names_for_every_system() -> None:
+    url_names = ("a b:c?.tar", "café.tar", "x" * 100 + ".tar", "ends.with.dot.")
+    found = [portable_name(name) for name in url_names]
+    assert found == ["a_b_c_.tar", "caf_.tar", "x" * 76 + ".tar", "ends.with.dot"]
+    assert all(map(is_portable, found))
+
+
+def test_windows_paths_get_slashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slashed(r"sub/a\b.jpg") == r"sub/a\b.jpg"
+    monkeypatch.setattr(os, "sep", "\\")
+    assert slashed(r"sub\a.jpg") == "sub/a.jpg"
+    assert name_of(r"C:\caf\xe9.jpg") == r"C:\caf\xe9.jpg" == path_of(r"C:\caf\xe9.jpg")

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from ...errors import DataError, Problem
-from ...utils.names import is_utf8
+from ...utils.names import is_utf8, slashed
 from ..picture_formats import unreadable_format
 from ..problems import OnProblem
 from ..rows import Row
@@ -197,7 +197,7 @@ class _Images:
     def __init__(self, folder: Path, bounds: Path, allow_outside: bool, on_problem: OnProblem):
         self.folder, self.bounds, self.allow_outside, self.on_problem = folder, bounds, allow_outside, on_problem
         self.start = os.path.join(folder, "") if folder != Path() else ""
-        relative = os.path.relpath(folder, bounds).replace(os.sep, "/")
+        relative = slashed(os.path.relpath(folder, bounds))
         self.prefix = "" if relative == "." else f"{relative}/"
         self.spellings = Spellings(folder)
         self.reported: set[str] = set()

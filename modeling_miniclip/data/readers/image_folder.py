@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError, Problem, one_line
-from ...utils.names import is_utf8, name_of
+from ...utils.names import is_utf8, name_of, slashed
 from ..columns import NEGATIVES
 from ..listing import ListedFolder, images_of_folder, walk_folders
 from ..picture_formats import is_picture_file
@@ -148,7 +148,7 @@ def _report_problems(layout: Layout, on_problem: OnProblem) -> None:
 
 
 def _relative(path: str, root: Path) -> str:
-    relative = os.path.relpath(path, root).replace(os.sep, "/")
+    relative = slashed(os.path.relpath(path, root))
     return "" if relative == "." else relative
 
 

@@ -7,7 +7,6 @@ Shards that are there are used as they are if their server cannot be reached.
 import hashlib
 import json
 import os
-import re
 import threading
 import time
 import warnings
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ...errors import DataError, MiniClipError, Problem, disk_error_message
 from ...utils.files import delete_file, replace_file
+from ...utils.names import portable_name
 from ...utils.processes import process_rank
 from .remote_files import UnreachableError, explained, file_system, is_url, unreachable
 
@@ -218,7 +218,7 @@ class ShardCache:
                     fresh.unlink(missing_ok=True)
 
     def _path_of(self, shard: str) -> Path:
-        base = re.sub(r"[^\w.-]", "_", shard.rpartition("/")[2])[-80:]
+        base = portable_name(shard.rpartition("/")[2])
         return self.folder / f"{hashlib.sha256(shard.encode()).hexdigest()[:16]}-{base}"
 
     def _fetch(self, shard: str, path: Path) -> None:

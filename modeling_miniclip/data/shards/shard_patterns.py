@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ...errors import DataError, Problem
-from ...utils.names import is_utf8, name_of
+from ...utils.names import is_utf8, name_of, slashed
 from ..listing import is_hidden
 from ..readers.recognise import TAR_ENDINGS
 from ..splits import SPLIT_ALIASES, SPLITS, split_of_name
@@ -27,7 +27,7 @@ def is_pattern(source: str) -> bool:
 
 def split_of_shard(path: str) -> str | None:
     """The split that a shard's name says (`train-00000.tar`, `coco_val.parquet`), or else its folder's name."""
-    *_, folder, name = ("", "", *path.replace(os.sep, "/").split("/"))
+    *_, folder, name = ("", "", *slashed(path).split("/"))
     word = folder.lower().rstrip("0123456789")
     return split_of_name(name) or (split_of_name(word) if SPLIT_ALIASES.get(word, word) in SPLITS else None)
 
@@ -96,6 +96,7 @@ def expand_shards(pattern: str, kind: str | None = None) -> list[str]:
         shards = [pattern]
     else:
         shards = _expand(pattern)
+    shards = [shard if is_url(shard) else slashed(shard) for shard in shards]
     if kind is not None and len(shards) > 1:
         shards = [shard for shard in shards if shard.lower().endswith(".parquet") == (kind == "parquet")]
     bad = next((shard for shard in shards if not is_utf8(shard) or "::" in shard), None)

@@ -10,8 +10,8 @@ from ...data.find_images import is_gone, resolve_source
 from ...errors import ModelError, UsageError
 from ...inference.encode import check_truncate_dim
 from ...inference.loading import model_folder
-from ...utils.files import recover_folder
-from ...utils.names import check_name, name_of
+from ...utils.files import is_same_file, recover_folder
+from ...utils.names import check_name, name_of, path_of
 from ..approximate import uses_approximate_search
 from ..embeddings_file import DTYPES
 from ..fingerprints import describe_files, fingerprint
@@ -97,15 +97,20 @@ def _choose_sources(
 ) -> tuple[list[str], list[str]]:
     """Sources to scan, and sources whose images stay in the index as they are."""
     known = existing.manifest.sources if existing else []
+
+    def known_name(source: str) -> str:
+        """The name that a source has in the index; its own if it is new."""
+        return next((name for name in known if is_same_file(path_of(name), path_of(source))), source)
+
     removed = []
     for name in [os.fspath(source) for source in remove]:
         whole = name_of(os.path.abspath(os.path.expanduser(name)))
-        found = next((source for source in (name, whole) if source in known), None)
+        found = next((source for source in (name, known_name(whole)) if source in known), None)
         if found is None:
             raise UsageError(f"--remove {name}: not a source of this index, which has: {', '.join(known) or 'none'}")
         removed.append(found)
     remaining = [name for name in known if name not in removed]
-    scan = list(dict.fromkeys(resolve_source(source) for source in sources))
+    scan = list(dict.fromkeys(known_name(resolve_source(source)) for source in sources))
     if not scan and not removed:
         scan = remaining
     if not scan and not remaining:

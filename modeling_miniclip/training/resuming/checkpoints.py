@@ -14,7 +14,15 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ...modeling_miniclip import MiniClipModel
-from ...utils.files import commit_folder, discard_folder, disk_errors, link_folder, move_folder, replaced_folder
+from ...utils.files import (
+    commit_folder,
+    discard_folder,
+    disk_errors,
+    is_same_file,
+    link_folder,
+    move_folder,
+    replaced_folder,
+)
 from ..processes.distributed import local_tensor
 from ..reports.diagnostics import not_finite
 from .fingerprint import Fingerprint
@@ -202,7 +210,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
             )
         return found[-1] if found else None
     for path in found:
-        if wanted == path.name or Path(wanted).resolve() == path.resolve():
+        if wanted == path.name or is_same_file(Path(wanted).resolve(), path.resolve()):
             return path
     names = ", ".join(path.name for path in found) or "none"
     raise UsageError(

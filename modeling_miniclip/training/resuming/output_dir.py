@@ -8,6 +8,7 @@ from pathlib import Path
 from ...errors import MiniClipError, UsageError, disk_error_message
 from ...utils.files import discard_folder, recover_folder
 from ...utils.locks import LockedError, lock_file, unlock_file
+from ...utils.names import check_name
 from ...utils.processes import process_rank
 from ..command_line.arguments import TrainingArguments
 from .checkpoints import INTERRUPTED_EXPORT, list_checkpoints
@@ -86,6 +87,7 @@ def check_output_dir(arguments: TrainingArguments) -> None:
             `--overwrite_output_dir` is given.
     """
     output_dir = Path(arguments.output_dir)
+    check_name(output_dir, "--output_dir ")
     may_exist = arguments.overwrite_output_dir or arguments.resume_from_checkpoint is not None
     if not may_exist and any((output_dir / name).exists() for name in RESULTS):
         raise UsageError(
