@@ -28,6 +28,14 @@ import pytest  # noqa: E402
 from tests.helpers.forks import clean_process  # noqa: E402, F401  (a fixture)
 from tests.helpers.session import shared_once  # noqa: E402
 
+# These fork, kill or limit processes as only POSIX does.
+POSIX = (
+    "test_full_disks.py", "data/test_killed_caches.py", "training/test_checkpoints.py", "training/test_endings.py",
+    "training/test_forks.py", "training/test_fuzz_resume.py", "training/test_heartbeat.py", "training/test_kills.py",
+    "training/test_machines.py", "training/test_output_dir.py", "utils/test_commands.py",
+)  # fmt: skip
+collect_ignore = [] if hasattr(os, "fork") else list(POSIX)
+
 
 def fsync_without_waiting(fd: Any) -> None:
     """Only check the file descriptor: no test cuts the power, so none has to wait for the disk."""

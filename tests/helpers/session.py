@@ -1,8 +1,8 @@
 """Folders that are made once for a whole test session, by whichever worker needs them first, and only read."""
 
-import fcntl
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +25,7 @@ def shared_once(request: pytest.FixtureRequest, name: str, build: Callable[[Path
         base = base.parent
     folder, done = base / "shared" / name, base / "shared" / f"{name}.done"
     folder.parent.mkdir(exist_ok=True)
-    with (base / "shared" / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_worker(base / "shared" / f"{name}.lock"):
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)  # left by a worker that failed
             folder.mkdir()
@@ -37,6 +36,23 @@ def shared_once(request: pytest.FixtureRequest, name: str, build: Callable[[Path
     yield folder
     changed = {path for path, _ in before.items() ^ snapshot(folder).items()}
     assert not changed, f"tests must not change the shared folder {name}, copy it first: {sorted(changed)}"
+
+
+@contextmanager
+def one_worker(path: Path) -> Iterator[None]:
+    """Within the block, no other worker is in a block with the same path."""
+    from modeling_miniclip.utils.locks import LockedError, lock_file, unlock_file  # after the warm process was forked
+
+    while True:
+        try:
+            descriptor = lock_file(path)
+            break
+        except LockedError:
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        unlock_file(path, descriptor)
 
 
 def snapshot(folder: Path) -> Snapshot:
