@@ -15,6 +15,9 @@ EXTRA = "pip install 'miniclip[formats]' reads it"
 START = 64  # bytes at the start of a file that show its format
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
+# How many times smaller a picture may be decoded, by its width and height.
+Reduction = Callable[[int, int], float]
+
 
 @dataclass(frozen=True)
 class PictureFormat:
@@ -145,13 +148,16 @@ def unreadable_format(path: str) -> PictureFormat | None:
 
 
 def decode_picture(
-    file: str | os.PathLike | bytes, prepare: Callable[[Image.Image], Any] | None = None
+    file: str | os.PathLike | bytes,
+    prepare: Callable[[Image.Image], Any] | None = None,
+    reduction: Reduction | None = None,
 ) -> Image.Image:
     """Decode a picture of any format of [`FORMATS`].
 
     Args:
         file: path, or the encoded picture.
         prepare: function to call with the opened image; if it returns False, the image is not decoded.
+        reduction: how many times smaller the picture may be; a JPEG then is, by 2, 4 or 8.
 
     Raises:
         UnreadableFormat: nothing that is installed reads its format.
@@ -161,25 +167,41 @@ def decode_picture(
     found = picture_format(data[:START])
     if found is not None and not found.is_readable:
         raise UnreadableFormat(found.reason)
+
+    def prepare_all(opened: Image.Image) -> Any:
+        is_decoded = prepare is None or prepare(opened)
+        if is_decoded is not False and reduction is not None:
+            _decode_smaller(opened, reduction(*opened.size))
+        return is_decoded
+
     # The names of Pillow's formats; several readers claim the files that start with a general `ftyp`.
     only = {HEIC: ["HEIF"], JXL: ["JXL"], AVIF: ["AVIF"]}.get(found) if found else None
-    image = open_picture(data, prepare, only)
+    image = open_picture(data, prepare_all, only)
     if found is JXL:
         image.info.pop("exif", None)  # its decoder has turned the image already
     return image
 
 
-def decode_row(image: Mapping[str, Any], name: str = "") -> Image.Image:
+def _decode_smaller(opened: Image.Image, times: float) -> None:
+    """Let Pillow decode an opened JPEG at most so many times smaller; it does nothing to other formats."""
+    factor = next((factor for factor in (8, 4, 2) if factor <= times), 1)
+    if factor > 1:
+        opened.draft(None, (opened.width // factor, opened.height // factor))
+
+
+def decode_row(image: Mapping[str, Any], name: str = "", reduction: Reduction | None = None) -> Image.Image:
     """The image of an undecoded row of a dataset, as RGB.
 
     Args:
         image: `{"bytes", "path"}`, as in a column `datasets.Image(decode=False)`.
         name: name of the image for warnings.
+        reduction: as in [`decode_picture`].
 
     Raises:
         DataError, OSError, UnreadableFormat: as in [`read_encoded`] and [`decode_picture`].
     """
-    return to_rgb(decode_picture(read_encoded(image)), name or str(image.get("path") or ""))
+    picture = decode_picture(read_encoded(image), reduction=reduction)
+    return to_rgb(picture, name or str(image.get("path") or ""))
 
 
 def read_encoded(image: Mapping[str, Any]) -> bytes:

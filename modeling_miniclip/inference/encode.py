@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPImageProcessorPil
 
 from ..data.loading.collation import model_inputs, stack_pixels
-from ..data.picture_formats import decode_picture, decode_row
+from ..data.loading.reduced_size import reduction_before_crop
+from ..data.picture_formats import Reduction, decode_picture, decode_row
 from ..errors import DataError, UsageError
 from ..modeling_miniclip import MiniClipModel
 from ..pictures_miniclip import to_rgb
@@ -25,13 +26,15 @@ from .loading import processor_of
 UNDECODED = {"bytes", "path"}  # keys of an image in a column `datasets.Image(decode=False)`
 
 
-def open_image(image: Any) -> Image.Image:
+def open_image(image: Any, reduction: Reduction | None = None) -> Image.Image:
     """Open an image as RGB.
 
     Args:
         image: path, URL, PIL image, array or tensor (values 0..255, see
             [`rgb_of_array`][modeling_miniclip.processing_miniclip.rgb_of_array]), an undecoded image of a dataset
             (`{"bytes", "path"}`), or a dictionary with one of these as `image`.
+        reduction: how many times smaller an encoded JPEG may be decoded, see
+            [`decode_picture`][modeling_miniclip.data.picture_formats.decode_picture].
 
     Raises:
         DataError: the file does not exist or is not an image, or the array has another shape, type or range.
@@ -46,9 +49,11 @@ def open_image(image: Any) -> Image.Image:
     try:
         if isinstance(image, dict):
             name = image["path"] or ""
-            return decode_row(image)
+            return decode_row(image, reduction=reduction)
         if isinstance(image, str | os.PathLike):
-            return to_rgb(decode_picture(image), name) if os.path.isfile(image) else load_rgb(image)
+            if not os.path.isfile(image):
+                return load_rgb(image)
+            return to_rgb(decode_picture(image, reduction=reduction), name)
         return to_rgb(image if isinstance(image, Image.Image) else _image_of_array(image))
     except (DataError, MemoryError):  # too little memory is not the image's fault
         raise
@@ -76,6 +81,7 @@ def encode_images(
     batch_size: int = 32,
     progress: bool = True,
     truncate_dim: int | None = None,
+    reduced: bool = False,
 ) -> Tensor:
     """Unit-norm embeddings of images.
 
@@ -87,6 +93,8 @@ def encode_images(
         progress: whether to show a progress bar.
         truncate_dim: number of dimensions to keep, the first ones, normalised again; by default all. Models trained
             with `--matryoshka_dims` lose little by it.
+        reduced: whether to decode JPEGs that are at least twice as large as needed at a half, a quarter or an eighth
+            of their size, which is faster. It changes their embeddings a little, see benchmarks/jpeg.py.
 
     Returns:
         `[len(images), dim]` float32 on the CPU.
@@ -101,9 +109,10 @@ def encode_images(
     """
     processor = processor_of(model, processor)
     check_truncate_dim(truncate_dim, model.config.projection_dim)
+    reduction = reduction_before_crop(processor) if reduced else None
 
     def embed(batch: list[Any]) -> Tensor:
-        pixels = _pixel_values(map(open_image, batch), processor, model.device)
+        pixels = _pixel_values((open_image(image, reduction) for image in batch), processor, model.device)
         return truncate_embeddings(model(pixel_values=pixels).image_embeds, truncate_dim)
 
     return encode_batches(model, images, embed, batch_size, "images", progress)

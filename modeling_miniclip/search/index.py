@@ -81,6 +81,7 @@ class Manifest:
         neighbours: kind of search: `exact`, `approximate`, or `auto`, which depends on the number of images.
         format: version of the folder's format.
         checksums: SHA-256 of the other files, by name.
+        reduced: whether large JPEGs were decoded at reduced size.
     """
 
     model: str
@@ -94,6 +95,7 @@ class Manifest:
     neighbours: str = "auto"
     format: int = FORMAT
     checksums: dict[str, str] = field(default_factory=dict)
+    reduced: bool = False
 
 
 class ImageIndex:
@@ -392,7 +394,12 @@ def folder_of_model(index: ImageIndex) -> Path:
 
 
 def rebuild_command(
-    index: ImageIndex, model: str, width: int, dtype: str | None = None, truncate_dim: int | None = None
+    index: ImageIndex,
+    model: str,
+    width: int,
+    dtype: str | None = None,
+    truncate_dim: int | None = None,
+    reduced: bool | None = None,
 ) -> str:
     """The command that builds an index again, in its format and length or in others.
 
@@ -402,6 +409,7 @@ def rebuild_command(
         width: dimensions of the model.
         dtype: another format, or None.
         truncate_dim: another length, or None.
+        reduced: whether to decode large JPEGs at reduced size; None keeps what it is.
     """
     manifest = _read_manifest(index.folder)  # that of `index` may be cut short
     words = ["miniclip", "index", model, *manifest.sources, "-o", str(index.folder), "--overwrite"]
@@ -410,6 +418,8 @@ def rebuild_command(
         words += ["--dtype", kind]
     if truncate_dim is not None or dim < width:
         words += ["--truncate_dim", str(dim)]
+    if manifest.reduced if reduced is None else reduced:
+        words.append("--reduced")
     return shlex.join(words)
 
 

@@ -50,6 +50,7 @@ def update_index(
     dtype: str | None = None,
     neighbours: str | None = None,
     truncate_dim: int | None = None,
+    reduced: bool | None = None,
     batch_size: int = 32,
     num_workers: int | None = None,
     progress: bool = True,
@@ -70,13 +71,14 @@ def update_index(
         neighbours: kind of search: `exact`, `approximate`, or `auto` (default): approximate if there are many images
             and FAISS is installed.
         truncate_dim: number of dimensions of the embeddings to keep, the first ones, normalised again; by default all.
+        reduced: whether to decode large JPEGs at reduced size, as `encode_images`; by default as the index is, or not.
         batch_size: images per forward pass.
         num_workers: threads that read images; by default one per core.
         progress: whether to show a progress bar.
 
     Raises:
         ModelError: there is no such model, or another one built the index.
-        UsageError: a model or a source is missing, or `dtype` or `truncate_dim` is not that of the index.
+        UsageError: a model or a source is missing, or `dtype`, `truncate_dim` or `reduced` is not that of the index.
         DataError: a source cannot be read, or has no images. Single unreadable images are in `Report.skipped` instead.
 
     Example:
@@ -88,7 +90,7 @@ def update_index(
         processes = _processes()
         plan = make_plan(
             Path(folder).expanduser(), each_source(sources), model, each_source(remove), overwrite, dtype, neighbours,
-            truncate_dim, verify=processes.is_main_process,
+            truncate_dim, reduced, verify=processes.is_main_process,
         )  # fmt: skip
         if plan.existing is not None and plan.missing:
             return _point_at_model(plan, plan.existing, processes)

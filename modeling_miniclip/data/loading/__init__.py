@@ -11,4 +11,5 @@ loader.py: loader processes
 pair_keys.py: what an image and a text share if they belong together
 pairs.py: which texts and images share such a key, in tiles
 pixel_memory.py: memory in which loader processes leave pixels for the trainer
+reduced_size.py: how many times smaller an image may be decoded
 """

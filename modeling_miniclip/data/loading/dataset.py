@@ -20,6 +20,7 @@ from ..picture_formats import decode_row, read_encoded
 from .augmentation import pixels_of
 from .hard_negatives import HardNegatives
 from .pair_keys import keys_of_row, mark_of
+from .reduced_size import reduction_before
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,6 +64,7 @@ class CaptionRows(TorchDataset):
         text_features: features `[captions, width]` of the frozen text tower for each image, used instead of the texts.
         hard_negatives: wrong captions to add to each row, as `negatives`; only without `text_features`.
         finds_pairs: whether to add to each row the `keys` that it shares with captions and images of other rows.
+        full_size: whether to decode images at full size, even if the augmentation would shrink them.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class CaptionRows(TorchDataset):
         text_features: Rows | None = None,
         hard_negatives: HardNegatives | None = None,
         finds_pairs: bool = False,
+        full_size: bool = False,
     ):
         from datasets import Image
 
@@ -83,6 +86,7 @@ class CaptionRows(TorchDataset):
         self.texts = split.select_columns(["captions"])
         self.processor = processor
         self.augmentation = augmentation
+        self.reduction = None if full_size else reduction_before(augmentation)
         self.captions_per_image = captions_per_image
         self.seed = seed
         self.vision_features = vision_features
@@ -239,7 +243,7 @@ class CaptionRows(TorchDataset):
         """The image of a row as RGB, or the reason why it cannot be decoded."""
         file = file or self.undecoded[index]
         try:
-            return decode_row(file["image"], file["image_id"])
+            return decode_row(file["image"], file["image_id"], self.reduction)
         except MemoryError:  # not the image's fault
             raise
         except Exception as error:  # Pillow's decoders raise errors of many classes

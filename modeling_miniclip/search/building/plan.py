@@ -65,13 +65,14 @@ def make_plan(
     dtype: str | None,
     neighbours: str | None,
     truncate_dim: int | None,
+    reduced: bool | None,
     verify: bool,
 ) -> Plan:
     """Check the arguments of `update_index` and decide what to do.
 
     Args:
         target: folder of the index.
-        sources, model, remove, overwrite, dtype, neighbours, truncate_dim: as in `update_index`.
+        sources, model, remove, overwrite, dtype, neighbours, truncate_dim, reduced: as in `update_index`.
         verify: whether to compare an existing index with its checksums.
 
     Raises:
@@ -81,10 +82,13 @@ def make_plan(
     recover_folder(target)
     existing = ImageIndex.open(target, verify) if target.exists() else None
     scan, kept = _choose_sources(existing, sources, remove)
-    manifest = _describe_index(target, existing, model, dtype, neighbours, truncate_dim)
+    manifest = replace(
+        _describe_index(target, existing, model, dtype, neighbours, truncate_dim), reduced=bool(reduced)
+    )
     if existing is not None and not overwrite:
-        _check_same_kind(target, existing, manifest, dtype, truncate_dim)
-        manifest = replace(manifest, dtype=existing.manifest.dtype, dim=existing.manifest.dim)
+        _check_same_kind(target, existing, manifest, dtype, truncate_dim, reduced)
+        old = existing.manifest
+        manifest = replace(manifest, dtype=old.dtype, dim=old.dim, reduced=old.reduced)
         if not sources and not remove and manifest.model != existing.model:
             gone = [source for source in scan if is_gone(source)]
             if gone:
@@ -149,10 +153,15 @@ def _describe_index(
 
 
 def _check_same_kind(
-    target: Path, existing: ImageIndex, manifest: Manifest, dtype: str | None, truncate_dim: int | None
+    target: Path,
+    existing: ImageIndex,
+    manifest: Manifest,
+    dtype: str | None,
+    truncate_dim: int | None,
+    reduced: bool | None,
 ) -> None:
     """Raise an error, with the command that rebuilds the index, if new embeddings do not fit the existing ones."""
-    rebuild = rebuild_command(existing, manifest.model, manifest.dim, dtype, truncate_dim)
+    rebuild = rebuild_command(existing, manifest.model, manifest.dim, dtype, truncate_dim, reduced)
     if existing.manifest.fingerprint != manifest.fingerprint:
         raise ModelError(
             f"{target} was built by {existing.model} with other weights than {manifest.model} has now, so their "
@@ -164,3 +173,6 @@ def _check_same_kind(
         raise UsageError(
             f"{target} holds {existing.manifest.dim} dimensions, not {truncate_dim}; rebuild the index: {rebuild}"
         )
+    if reduced not in (None, existing.manifest.reduced):
+        size = "reduced" if existing.manifest.reduced else "full"
+        raise UsageError(f"{target} was built from JPEGs at {size} size; rebuild the index: {rebuild}")

@@ -104,7 +104,7 @@ class Pool:
 
 
 def open_pool(existing: ImageIndex | None, shards: Path, manifest: Manifest) -> Pool:
-    """Open the existing index and the finished shards, except those of another model, length or number format.
+    """Open the existing index and the finished shards, except those of another model, length, format or decoding.
 
     Args:
         existing: the index before the update, if there is one.
@@ -117,8 +117,8 @@ def open_pool(existing: ImageIndex | None, shards: Path, manifest: Manifest) -> 
     return Pool([part for part in parts if _kind(part.manifest) == _kind(manifest)])
 
 
-def _kind(manifest: Manifest) -> tuple[str, int, str]:
-    return manifest.fingerprint, manifest.dim, manifest.dtype
+def _kind(manifest: Manifest) -> tuple[str, int, str, bool]:
+    return manifest.fingerprint, manifest.dim, manifest.dtype, manifest.reduced
 
 
 def as_digests(digests: Iterable[bytes]) -> np.ndarray:

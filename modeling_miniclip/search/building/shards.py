@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from ...data.all_images import Item, state_of
 from ...data.find_images import UNKNOWN
 from ...data.loading.collation import model_inputs
+from ...data.loading.reduced_size import reduction_before_crop
 from ...data.picture_formats import decode_picture
 from ...errors import MiniClipError, printable
 from ...inference.encode import truncate_embeddings
@@ -154,9 +155,19 @@ class Encoding:
         is_stored = self._is_stored(item, row)
         needs_thumbnail = item.path is None and is_stored
         needs_pixels = row == MISSING or needs_thumbnail
-        image = decode_picture(content, lambda opened: needs_pixels)
+        # A thumbnail may need more pixels than the model.
+        is_reduced = self.manifest.reduced and needs_pixels and not needs_thumbnail
+        reduction = reduction_before_crop(self.load()[1]) if is_reduced else None
+        stored: list[tuple[int, int]] = []
+
+        def prepare(opened: Image.Image) -> bool:
+            stored.append(opened.size)
+            return needs_pixels
+
+        image = decode_picture(content, prepare, reduction)
         orientation = exif_orientation(image)
-        width, height = image.size[::-1] if (orientation or 1) >= 5 else image.size
+        size = image.size if reduction is None else stored[-1]
+        width, height = size[::-1] if (orientation or 1) >= 5 else size
         entry: dict[str, Any] = {
             "id": item.id,
             "path": item.path,

@@ -208,7 +208,7 @@ def frozen_image_features(
             for part, images in parts:
                 about = depends_on | {"images": images}
                 if rows.augmentation is not None:
-                    draws = {"draws": 2, "seed": rows.seed, "view": view, "first_row": part.start}
+                    draws = {"draws": 3, "seed": rows.seed, "view": view, "first_row": part.start}
                     about["augmentation"] = draws | {"transforms": rows.augmentation.to_dict()}
                 tables.append((part, FeatureTable(cache_dir, about, len(part), width)))
             title = "image features" if views == 1 else f"image features, view {view + 1} of {views}"
