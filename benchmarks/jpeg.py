@@ -52,7 +52,7 @@ HEAD = """# JPEGs decoded at reduced size
 
 Written by `benchmarks/jpeg.py`, whose first lines explain the tables, with {cores} cores.
 """
-COLUMNS = """| decoder | size | scale | decoded / s | augmented / s | from full: mean (99 %) | from averaged: mean (99 %) |
+COLUMNS = """| decoder | size | scale | decoded/s | augmented/s | from full: mean (99 %) | from average: mean (99 %) |
 |---|---|---|---|---|---|---|"""
 
 Decode = Callable[[bytes, int], np.ndarray]  # from a file and a factor to pixels [H, W, 3]

@@ -41,8 +41,8 @@ def forks_processes() -> bool:
 def is_child() -> bool:
     """Whether `multiprocessing` started this process.
 
-    If it was not forked (start methods spawn and forkserver), it has the command line of its parent, and loads the file
-    of its parent's program once more before it does its work.
+    If it was not forked (start methods spawn and forkserver), it has its parent's command line, and loads the file of
+    its parent's program once more before it does its work.
     """
     return multiprocessing.current_process().name != "MainProcess"
 

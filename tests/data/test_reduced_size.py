@@ -63,6 +63,12 @@ def test_reduction_worked_by_hand() -> None:
     assert reduction(3000, 4000) == reduction(4000, 3000)  # EXIF may turn it
 
 
+def test_reduction_leaves_enough_of_a_long_image() -> None:
+    """No crop with a ratio of 1.5 to 2 fits into 300 x 4000 pixels: the whole width is taken, and 200 pixels of it."""
+    reduction = reduction_before(build_augmentation([CROP | {"ratio": [1.5, 2.0]}], (50, 50)))
+    assert reduction is not None and reduction(300, 4000) == pytest.approx(200 / 50)
+
+
 @pytest.mark.parametrize(
     "transforms",
     [

@@ -164,6 +164,13 @@ FAULTS = [
             f"{LOADER} {FEATURES}",
         ),
         (
+            "loading/reduced_size.py",
+            "a crop may be smaller than its result",
+            "crop.scale[0] * min(",
+            "crop.scale[1] * min(",
+            "tests/data/test_reduced_size.py",
+        ),
+        (
             "loading/order.py",
             "every epoch has the same order",
             "default_rng([self.seed, epoch, self.number])",
@@ -564,6 +571,20 @@ FAULTS = [
             "if former.exists() and not target.exists():",
             "if former.exists():",
             FILES,
+        ),
+        (
+            "names.py",
+            "a device with a suffix is a name",
+            'name.partition(".")[0].rstrip(" ")',
+            'name.rstrip(" ")',
+            "tests/utils/test_names.py",
+        ),
+        (
+            "processes.py",
+            "a process of a fork server follows the server",
+            'os.name == "nt" or os.getppid() != parent.pid',
+            'os.name == "nt"',
+            "tests/utils/test_commands.py",
         ),
         (
             "resources.py",

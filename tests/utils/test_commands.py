@@ -236,7 +236,9 @@ def test_a_forked_process_asks_for_its_parent(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_process_of_a_fork_server_waits_for_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert end_of([True, True, True], monkeypatch, parent_pid=11) == 1
+    alive = [True, True, True]
+    assert end_of(alive, monkeypatch, parent_pid=11) == 1
+    assert not alive
 
 
 def test_a_child_leaves_ctrl_c_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """How many times smaller an image may be decoded, because it is shrunk afterwards anyway.
 
-libjpeg decodes a JPEG at a half, a quarter or an eighth of its size in a fraction of the time: it leaves out the finest
-frequencies. The result is close to an average of the pixels, see benchmarks/jpeg.py for the difference.
+libjpeg decodes a JPEG at a half, a quarter or an eighth of its size in a fraction of the time, without the finest
+frequencies. The result is close to an average of the pixels; benchmarks/jpeg.py measures the difference.
 """
 
 import math
@@ -25,11 +25,12 @@ def reduction_before(augmentation: Any) -> Reduction | None:
     crop = next((transform for transform in transforms if type(transform).__name__ not in FLIPS), None)
     if type(crop).__name__ != "RandomResizedCrop" or crop.p < 1:
         return None
-    side, smallest = max(crop.size), crop.scale[0] * min(crop.ratio[0], 1 / crop.ratio[1])
+    side, (low, high) = max(crop.size), crop.ratio
+    smallest = crop.scale[0] * min(low, 1 / high)  # square of the shorter side of the smallest crop, for an area of 1
+    whole = min(1, 1 / low, high)  # shorter side of the crop of a very long image, as a part of its shorter side
 
     def reduction(width: int, height: int) -> float:
-        # The shorter side of the smallest crop. In long images it is the whole shorter side.
-        return min(math.sqrt(width * height * smallest), width, height) / side
+        return min(math.sqrt(width * height * smallest), min(width, height) * whole) / side
 
     return reduction
 
