@@ -16,7 +16,7 @@ from modeling_miniclip.training.resuming import signals
 from modeling_miniclip.training.resuming.signals import SignalHandler
 from modeling_miniclip.training.towers.feature_cache import FeatureTable
 from modeling_miniclip.utils import files
-from modeling_miniclip.utils.files import delete_file, identity, is_same_file, replaced_file
+from modeling_miniclip.utils.files import delete_file, identity, is_link, is_same_file, replaced_file
 from tests.helpers.hubs import run
 from tests.helpers.indexes import write_picture
 from tests.helpers.runs import ROOT, flags, metrics_of
@@ -241,6 +241,13 @@ def test_folders_without_numbers_differ_by_path(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "stat", lambda path, **options: SimpleNamespace(st_ino=0, st_dev=7))
     for found in (numbered, [identity(name) for name in names]):
         assert found[0] == found[1] != found[2]
+
+
+def test_junctions_of_windows_are_links() -> None:
+    for symlink, junction in ((True, False), (False, True), (False, False)):
+        entry = SimpleNamespace(is_symlink=lambda: symlink, is_junction=lambda: junction)  # noqa: B023
+        assert is_link(entry) == (symlink or junction)
+    assert not is_link(SimpleNamespace(is_symlink=lambda: False))  # Python 3.11
 
 
 # --- names that differ in case --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import Problem
-from ..utils.files import identity
+from ..utils.files import identity, is_link
 from ..utils.names import name_of, slashed
 from .picture_formats import is_picture_file, unreadable_format
 from .problems import OnProblem
@@ -94,9 +94,9 @@ def _list_folder(path: str) -> tuple[ListedFolder, list[str], list[str], list[st
                 continue
             if not _is_folder(entry):
                 files.append(entry.name)
-                if entry.is_symlink() and not is_picture_file(entry.name) and not os.path.exists(entry.path):
+                if is_link(entry) and not is_picture_file(entry.name) and not os.path.exists(entry.path):
                     dangling.append(entry.path)  # to a folder that was there before, perhaps
-            elif entry.is_symlink():
+            elif is_link(entry):
                 links.append(entry.path)
             else:
                 folders.append(entry.path)

@@ -169,6 +169,11 @@ def identity(path: str | os.PathLike) -> tuple[Any, ...]:
     return info.st_dev, info.st_ino
 
 
+def is_link(entry: os.DirEntry) -> bool:
+    """Whether an entry of a folder is a symbolic link or, on Windows, a junction, which Python knows from 3.12 on."""
+    return entry.is_symlink() or (hasattr(entry, "is_junction") and entry.is_junction())
+
+
 def is_same_file(one: str | os.PathLike, other: str | os.PathLike) -> bool:
     """Whether two paths are equal, or differ only in case or Unicode form and lead to the same file or folder.
 
