@@ -5,14 +5,32 @@ frequencies. The result is close to an average of the pixels; benchmarks/jpeg.py
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
-
-from ..picture_formats import Reduction
 
 FLIPS = frozenset(("HorizontalFlip", "VerticalFlip"))  # albumentations that do not depend on the size
 
 
-def reduction_before(augmentation: Any) -> Reduction | None:
+@dataclass(frozen=True)
+class CropReduction:
+    """How many times smaller an image may be, so that the shorter side of no crop gets below a number of pixels.
+
+    Args:
+        side: the number of pixels.
+        smallest: square of the shorter side of the smallest crop, as a part of the area of the image.
+        whole: shorter side of the crop of a very long image, as a part of the shorter side of the image.
+    """
+
+    side: float
+    smallest: float = math.inf
+    whole: float = 1.0
+
+    def __call__(self, width: int, height: int) -> float:
+        """The reduction for an image of this size in pixels; below 1, the image is too small already."""
+        return min(math.sqrt(width * height * self.smallest), min(width, height) * self.whole) / self.side
+
+
+def reduction_before(augmentation: Any) -> CropReduction | None:
     """How many times smaller images may be before an augmentation, so that no crop is smaller than its result.
 
     The random crop has the same place in the smaller image. None if the first transform is another one, which may
@@ -23,19 +41,13 @@ def reduction_before(augmentation: Any) -> Reduction | None:
     """
     transforms = () if augmentation is None else augmentation.transforms
     crop = next((transform for transform in transforms if type(transform).__name__ not in FLIPS), None)
-    if type(crop).__name__ != "RandomResizedCrop" or crop.p < 1:
+    if crop is None or type(crop).__name__ != "RandomResizedCrop" or crop.p < 1:
         return None
-    side, (low, high) = max(crop.size), crop.ratio
-    smallest = crop.scale[0] * min(low, 1 / high)  # square of the shorter side of the smallest crop, for an area of 1
-    whole = min(1, 1 / low, high)  # shorter side of the crop of a very long image, as a part of its shorter side
-
-    def reduction(width: int, height: int) -> float:
-        return min(math.sqrt(width * height * smallest), min(width, height) * whole) / side
-
-    return reduction
+    low, high = crop.ratio
+    return CropReduction(max(crop.size), crop.scale[0] * min(low, 1 / high), min(1.0, 1 / low, high))
 
 
-def reduction_before_crop(processor: Any) -> Reduction | None:
+def reduction_before_crop(processor: Any) -> CropReduction | None:
     """How many times smaller images may be before a processor resizes and crops them.
 
     None if the processor does not resize to a shortest edge or to a height and width.
@@ -47,5 +59,4 @@ def reduction_before_crop(processor: Any) -> Reduction | None:
     size = dict(getattr(settings, "size", None) or {})
     if not getattr(settings, "do_resize", False) or size.keys() not in ({"shortest_edge"}, {"height", "width"}):
         return None
-    side = max(size.values())
-    return lambda width, height: min(width, height) / side
+    return CropReduction(max(size.values()))
