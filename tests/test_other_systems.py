@@ -2,16 +2,20 @@
 
 import ast
 import os
+import selectors
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from modeling_miniclip import MiniClipError, update_index
 from modeling_miniclip.search.building import plan
 from modeling_miniclip.search.index import ImageIndex
+from modeling_miniclip.training.processes import connections
 from modeling_miniclip.training.resuming import signals
 from modeling_miniclip.training.resuming.signals import SignalHandler
 from modeling_miniclip.training.towers.feature_cache import FeatureTable
@@ -151,6 +155,16 @@ def test_ctrl_break_saves_like_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.raise_signal(signal.SIGUSR1)
         assert handler.received == signal.SIGTERM
     assert lines == ["SIGTERM: saving after this step"]
+
+
+@pytest.mark.parametrize("selector", [connections.SELECTOR, selectors.SelectSelector])  # the latter is Windows'
+def test_sockets_are_awaited_on_every_system(selector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "SELECTOR", selector)
+    assert connections.wait_for([], 0) == []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert connections.wait_for([server], 0) == []
+        with socket.create_connection(server.getsockname()):
+            assert connections.wait_for([server], 5) == [server]
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

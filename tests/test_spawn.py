@@ -100,8 +100,8 @@ def test_search_and_eval_start_no_process(
     monkeypatch.setattr(BaseProcess, "start", lambda process: pytest.fail(f"{process} was started"))
     update_index(tmp_path / "index", [tiny_index.parent / "photos"], tiny_export, progress=False)
     IndexPage(ImageIndex.open(tmp_path / "index"), tmp_path).search("a dog", None)
-    argv = ["eval", str(tiny_export), str(captioned_folder / "captions.csv"), "--validation_fraction=0.5"]
-    assert cli([*argv, "--output_dir", str(tmp_path / "eval")]) == 0
+    argv = ["eval", str(tiny_export), str(captioned_folder), "--split", "train"]
+    assert cli([*argv, f"--output_dir={tmp_path / 'eval'}"]) == 0
 
 
 @pytest.mark.slow
