@@ -28,7 +28,7 @@ from tests.helpers.windows_files import treat_files_like_windows
 from train_miniclip import main
 
 SOURCES = {
-    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (*sorted((ROOT / "modeling_miniclip").rglob("*.py")), ROOT / "train_miniclip.py")
 }
 POSIX_MODULES = set("crypt fcntl grp nis posix pty pwd readline resource spwd syslog termios tty".split())
