@@ -14,7 +14,7 @@ import pytest
 
 from modeling_miniclip.utils import interrupts, processes
 from modeling_miniclip.utils.commands import run_command
-from modeling_miniclip.utils.processes import ended_children
+from modeling_miniclip.utils.processes import ended_children, follow_parent
 from tests.helpers.runs import ROOT
 
 # Modules of the standard library and light ones of the package: such a process starts in a tenth of a second.
@@ -239,6 +239,12 @@ def test_process_of_a_fork_server_waits_for_its_parent(monkeypatch: pytest.Monke
     alive = [True, True, True]
     assert end_of(alive, monkeypatch, parent_pid=11) == 1
     assert not alive
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="no fork server here")
+def test_processes_of_a_fork_server_live_on() -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), initializer=follow_parent) as pool:
+        assert pool.submit(time.sleep, 0.3).result(60) is None
 
 
 def test_a_child_leaves_ctrl_c_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
