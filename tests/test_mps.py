@@ -38,7 +38,7 @@ def split() -> tuple[Tensor, Tensor, Tensor]:
 def test_simulated_device_has_no_float64() -> None:
     there = on_mps(torch.ones(3))
     assert isinstance(there + 1, MpsTensor) and type((there + 1).cpu()) is Tensor
-    for compute in (Tensor.double, lambda x: x.to(torch.float64), lambda x: x * torch.ones(3, dtype=torch.double)):
+    for compute in (Tensor.double, lambda x: x.to(torch.float64), lambda x: torch.mul(x, torch.ones(3).double())):
         with pytest.raises(TypeError, match="float64"):
             compute(there)
     with pytest.raises(TypeError, match="numpy"):

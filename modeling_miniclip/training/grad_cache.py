@@ -140,8 +140,9 @@ def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) 
 @contextmanager
 def _replayed(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
     """Within the block, random numbers continue from `state`; afterwards the generators are as before the block."""
-    current = torch.accelerator.current_device_index() if device.index is None else device.index
-    devices = [] if device.type == "cpu" else [current]
+    devices: list[int] = []
+    if device.type != "cpu":
+        devices = [torch.accelerator.current_device_index() if device.index is None else device.index]
     with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
         set_random_state(state, device)
         yield

@@ -23,10 +23,10 @@ CROP = {"name": "RandomResizedCrop", "scale": [0.6, 1.0], "ratio": [0.8, 1.25]}
 FLIP = {"name": "HorizontalFlip", "p": 0.5}
 
 
-def photograph(width: int, height: int, orientation: int = 1, **options: Any) -> bytes:
-    """A JPEG of soft noise, without details finer than about 40 pixels."""
+def photograph(width: int, height: int, orientation: int = 1, grain: int = 40, **options: Any) -> bytes:
+    """A JPEG of soft noise, without details finer than `grain` pixels."""
     rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (max(2, height // 40), max(2, width // 40), 3), dtype=np.uint8)
+    coarse = rng.integers(0, 256, (max(2, height // grain), max(2, width // grain), 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = io.BytesIO()
@@ -123,8 +123,8 @@ def test_reduced_picture_is_the_shrunk_one(options: dict[str, Any]) -> None:
 
 
 def test_augmented_images_are_those_of_full_decoding() -> None:
-    rows = split_of(photograph(800, 600), photograph(60, 50), photograph(600, 900, 6))
-    pixels = []
+    rows = split_of(photograph(800, 600, grain=160), photograph(60, 50), photograph(600, 900, 6, grain=160))
+    pixels, found = [], []
     for full_size in (True, False):
         augmentation = build_augmentation(DEFAULT_AUGMENTATION, (PIXELS, PIXELS))
         dataset = CaptionRows(rows, tiny_processor(), augmentation, full_size=full_size)
@@ -133,7 +133,8 @@ def test_augmented_images_are_those_of_full_decoding() -> None:
         if number % 3 == 1:  # too small to be reduced
             assert np.array_equal(whole, reduced)
         else:
-            assert 0 < difference(whole, reduced) < 8
+            found.append(difference(whole, reduced))
+    assert min(found) > 0 and np.median(found) < 3  # a crop that only just fits may be drawn again
 
 
 def test_images_without_augmentation_are_exact() -> None:

@@ -17,7 +17,7 @@ class MpsTensor(Tensor):
         kwargs = kwargs or {}
         if func in TO_NUMPY:
             raise TypeError("can't convert mps:0 device type tensor to numpy")
-        if func in TO_CPU or (func is Tensor.to and len(args) > 1 and str(args[1]) == "cpu"):
+        if func in TO_CPU or (func is Tensor.to and args[1:2] == ("cpu",)):
             plain = [arg.as_subclass(Tensor) if isinstance(arg, MpsTensor) else arg for arg in args]
             return func(*plain, **kwargs)
         found = super().__torch_function__(func, types, args, kwargs)

@@ -33,8 +33,9 @@ class CropReduction:
 def reduction_before(augmentation: Any) -> CropReduction | None:
     """How many times smaller images may be before an augmentation, so that no crop is smaller than its result.
 
-    The random crop has the same place in the smaller image. None if the first transform is another one, which may
-    depend on the size, or if there is no augmentation.
+    The random crop has the same place in the smaller image, to the nearest pixel; rarely, one that just fits into the
+    larger image does not fit into the smaller one, and another is drawn. None if the first transform is another one,
+    which may depend on the size, or if there is no augmentation.
 
     Args:
         augmentation: transforms of [`build_augmentation`][modeling_miniclip.data.loading.augmentation], or None.
