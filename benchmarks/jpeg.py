@@ -2,11 +2,11 @@
 
     python benchmarks/jpeg.py FLICKR8K --model EXPORT > benchmarks/jpeg.md
 
-The photographs of 12 megapixels are mosaics of 64 photographs of Flickr8k, so that their finest details are those of
-cameras. Each row of the first tables is one thread that decodes, converts to RGB and augments an image for a side of
-224 pixels, by the default augmentation; the decoders take turns, image by image. "Reduced" is the scale that
-`reduction_before` allows: the smallest of 1, 1/2, 1/4 and 1/8 at which no crop is smaller than 224 pixels; with a
-margin, no crop is smaller than that many times 224 pixels.
+The photographs of 12 megapixels are mosaics of 192 photographs of Flickr8k at about their own size, so that their
+finest details are those of cameras. Each row of the first tables is one thread that decodes, converts to RGB and
+augments an image for a side of 224 pixels, by the default augmentation; the decoders take turns, image by image.
+"Reduced" is the scale that `reduction_before` allows: the smallest of 1, 1/2, 1/4 and 1/8 at which no crop is smaller
+than 224 pixels; with a margin, no crop is smaller than that many times 224 pixels.
 
 Differences are between images after the augmentation, with the same random draws, on a scale of 255: from full
 decoding as it is, where OpenCV samples the crop at the pixels of the result and leaves out most others, and from full
@@ -44,7 +44,7 @@ from modeling_miniclip.data.picture_formats import decode_row
 from modeling_miniclip.inference.loading import load_tower
 
 SIDE = 224
-MOSAIC, TILE = 8, (500, 375)  # photographs in a row, and the size of each
+COLUMNS, ROWS, TILE = 16, 12, 250  # photographs of a mosaic, and the side of each in pixels
 FACTORS = (8, 4, 2, 1)
 OPENCV = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4,
           8: cv2.IMREAD_REDUCED_COLOR_8}  # fmt: skip
@@ -52,7 +52,7 @@ HEAD = """# JPEGs decoded at reduced size
 
 Written by `benchmarks/jpeg.py`, whose first lines explain the tables, with {cores} cores.
 """
-COLUMNS = """| decoder | size | scale | decoded/s | augmented/s | from full: mean (99 %) | from average: mean (99 %) |
+TABLE = """| decoder | size | scale | decoded/s | augmented/s | from full: mean (99 %) | from average: mean (99 %) |
 |---|---|---|---|---|---|---|"""
 
 Decode = Callable[[bytes, int], np.ndarray]  # from a file and a factor to pixels [H, W, 3]
@@ -66,11 +66,11 @@ def write_mosaics(photographs: Sequence[Path], folder: Path, count: int) -> list
     rng, contents = random.Random(0), []
     lines = ["image,caption"]
     for number in range(count):
-        whole = Image.new("RGB", (MOSAIC * TILE[0], MOSAIC * TILE[1]))
-        for place in range(MOSAIC**2):
+        whole = Image.new("RGB", (COLUMNS * TILE, ROWS * TILE))
+        for place in range(COLUMNS * ROWS):
             with Image.open(rng.choice(photographs)) as opened:
-                tile = ImageOps.fit(opened.convert("RGB"), TILE)
-            whole.paste(tile, (place % MOSAIC * TILE[0], place // MOSAIC * TILE[1]))
+                tile = ImageOps.fit(opened.convert("RGB"), (TILE, TILE))
+            whole.paste(tile, (place % COLUMNS * TILE, place // COLUMNS * TILE))
         content = io.BytesIO()
         whole.save(content, "JPEG", quality=90)
         contents.append(content.getvalue())
@@ -90,8 +90,9 @@ def pillow(content: bytes, factor: int) -> np.ndarray:
 
 def opencv(content: bytes, factor: int) -> np.ndarray:
     """OpenCV's own libjpeg-turbo; without EXIF, which would have to be read separately."""
-    flags = OPENCV[factor] | cv2.IMREAD_IGNORE_ORIENTATION
-    return cv2.cvtColor(cv2.imdecode(np.frombuffer(content, np.uint8), flags), cv2.COLOR_BGR2RGB)
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), OPENCV[factor] | cv2.IMREAD_IGNORE_ORIENTATION)
+    assert pixels is not None
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
 def torchvision_full(content: bytes, factor: int) -> np.ndarray:
@@ -157,8 +158,8 @@ def compare(contents: Sequence[bytes], rounds: int) -> list[str]:
     sides: dict[tuple[str, str], tuple[Decode, float | None]] = {}
     for name, (decode, can_reduce) in decoders().items():
         sides[name, "full"] = decode, None
-        for margin in (1.0, 1.5, 2.0) if can_reduce else ():
-            sides[name, "reduced" if margin == 1 else f"reduced, margin {margin:g}"] = decode, margin
+        for least in (1.0, 1.5, 2.0) if can_reduce else ():
+            sides[name, "reduced" if least == 1 else f"reduced, margin {least:g}"] = decode, least
     seconds: dict[tuple[str, str], list[list[float]]] = {side: [[], []] for side in sides}
     for _ in range(rounds):
         for number, content in enumerate(contents):
@@ -170,26 +171,43 @@ def compare(contents: Sequence[bytes], rounds: int) -> list[str]:
                 augmented(pixels, number, AUGMENTATION)
                 seconds[side][0].append(middle - start)
                 seconds[side][1].append(time.perf_counter() - start)
-    lines = []
+    lines, references = [], [as_in_full(content, number) for number, content in enumerate(contents)]
     for (name, kind), (decode, margin) in sides.items():
         decoding, whole = (1 / statistics.median(values) for values in seconds[name, kind])
-        plain, averaged = differences(contents, decode, margin)
+        plain, averaged = differences(contents, references, decode, margin)
         factors = sorted({1 if margin is None else factor_of(content, margin) for content in contents})
         lines.append(f"| {name} | {kind} | {', '.join(f'1/{factor}' for factor in factors)} | {decoding:.1f} | "
                      f"{whole:.1f} | {plain} | {averaged} |")  # fmt: skip
     return lines
 
 
-def differences(contents: Sequence[bytes], decode: Decode, margin: float | None) -> tuple[str, str]:
+def as_in_full(content: bytes, seed: int) -> list[np.ndarray]:
+    """The augmented image after full decoding, as it is and averaged."""
+    whole = pillow(content, 1)
+    return [augmented(whole, seed, augmentation) for augmentation in (AUGMENTATION, AVERAGED)]
+
+
+def differences(
+    contents: Sequence[bytes], references: Sequence[list[np.ndarray]], decode: Decode, margin: float | None
+) -> list[str]:
     """Mean and 99th percentile of the differences from full decoding, as it is and averaged."""
     found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for number, content in enumerate(contents):
+    for number, (content, both) in enumerate(zip(contents, references, strict=True)):
         mine = augmented(decode(content, 1 if margin is None else factor_of(content, margin)), number, AUGMENTATION)
-        whole = pillow(content, 1)
-        for values, augmentation in zip(found, (AUGMENTATION, AVERAGED), strict=True):
-            values.append(np.abs(mine.astype(int) - augmented(whole, number, augmentation)))
-    mean, largest = zip(*((np.mean(values), np.percentile(values, 99)) for values in found), strict=True)
-    return f"{mean[0]:.1f} ({largest[0]:.0f})", f"{mean[1]:.1f} ({largest[1]:.0f})"
+        for values, reference in zip(found, both, strict=True):
+            values.append(np.abs(mine.astype(int) - reference))
+    return [f"{np.mean(values):.1f} ({np.percentile(values, 99):.0f})" for values in found]
+
+
+def size_of(contents: Sequence[bytes]) -> str:
+    """Median sizes of images, for a title."""
+    sides = []
+    for content in contents:
+        with Image.open(io.BytesIO(content)) as opened:
+            sides.append(opened.size)
+    width, height = (int(statistics.median(side)) for side in zip(*sides, strict=True))
+    size = statistics.median(map(len, contents))
+    return f"{width:,} x {height:,} pixels, {size / 1e6:.2g} MB"
 
 
 def load(folder: Path, model: Path, rounds: int) -> dict[str, list[float]]:
@@ -226,11 +244,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         mosaics = write_mosaics(photographs, Path(place), args.count)
         small = [path.read_bytes() for path in random.Random(1).sample(photographs, args.count)]
-        for title, contents in (("4,000 x 3,000 pixels", mosaics), ("Flickr8k, about 500 x 375 pixels", small)):
-            print(f"## {title}\n\n{COLUMNS}")
+        for title, contents in (("Large photographs", mosaics), ("Flickr8k", small)):
+            print(f"## {title}, {size_of(contents)}\n\n{TABLE}")
             print("\n".join(compare(contents, args.rounds)), end="\n\n", flush=True)
         if args.model is not None:
-            print("## The loader, 4,000 x 3,000 pixels\n\n| size | images / s, median | range |\n|---|---|---|")
+            print("## The loader, large photographs\n\n| size | images / s, median | range |\n|---|---|---|")
             for name, rates in load(Path(place), args.model, args.rounds).items():
                 print(f"| {name} | {statistics.median(rates):.1f} | {min(rates):.1f} to {max(rates):.1f} |")
 

@@ -7,6 +7,7 @@ Shards that are there are used as they are if their server cannot be reached.
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 import warnings
