@@ -138,7 +138,7 @@ def test_random_numbers_are_replayed_on_mps(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "mps", module)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-    state = grad_cache._random_state(MPS)
+    state = grad_cache.random_state(MPS)
     module.state = torch.tensor([3, 4])
     with grad_cache._replayed(state, MPS):
         assert module.state.tolist() == [1, 2]

@@ -210,9 +210,7 @@ def test_a_file_that_a_scanner_has_open_is_replaced_later(tmp_path: Path, window
 
 
 @needs_proc
-def test_training_works_with_windows_files(
-    tmp_path: Path, windows: pytest.MonkeyPatch, without_finish: None
-) -> None:
+def test_training_works_with_windows_files(tmp_path: Path, windows: pytest.MonkeyPatch, without_finish: None) -> None:
     for _ in range(2):
         main(flags(tmp_path, freeze="text", overwrite_output_dir=True))
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()

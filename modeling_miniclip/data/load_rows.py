@@ -12,7 +12,6 @@ import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from ..errors import DataError, Problem
-from ..utils.garbage import only_new_garbage
 from .columns import NEGATIVES
 from .faults import check_damaged, leave_out_damaged, readable, unchanged
 from .problems import OnProblem, raise_problem
@@ -28,6 +27,7 @@ from .tables.assign_splits import (
     splits_of_files,
     splits_of_rows,
 )
+from .tables.garbage import only_new_garbage
 from .tables.table import OPTIONAL, About, open_table, write_table
 from .tables.table_cache import cached_table, default_cache_dir, digest_of
 

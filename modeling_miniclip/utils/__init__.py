@@ -11,7 +11,6 @@ interrupts.py: one line and exit code 130 at Ctrl-C
 commands.py: run a command; how it ends after an error, Ctrl-C or a closed pipe
 performance.py: memory allocator, precision, memory format, compilation, threads
 memory.py: how much memory is left, and which errors say that there was too little
-garbage.py: the garbage collector while many objects come and go
 arrays.py: tensors and arrays of each other, and of lists
 html.py: HTML pages without scripts
 thumbnails.py: small copies of images

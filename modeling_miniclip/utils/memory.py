@@ -2,7 +2,6 @@
 
 import gc
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -76,13 +75,15 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 def _left_in_group(folder: Path) -> int | None:
     """What is left in a control group, with the files that the kernel keeps in memory for it; None without a limit."""
-    for limit, usage, caches in GROUP_FILES:
+    for *files, caches in GROUP_FILES:
         try:
-            left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+            limit, usage = (int((folder / name).read_text(encoding="utf-8")) for name in files)
         except (OSError, ValueError):  # there is no such file, or its limit is "max"
             continue
+        left = limit - usage
         with suppress(OSError, ValueError):
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+            statistics = dict(line.split() for line in lines)
             left += sum(int(statistics.get(name, 0)) for name in caches)
         return left
     return None
@@ -90,12 +91,11 @@ def _left_in_group(folder: Path) -> int | None:
 
 def _left_of_own_limits() -> Iterator[int]:
     """What is left of the limits that `ulimit -v` and `ulimit -d` set."""
-    if not sys.platform.startswith("linux"):
+    process = psutil.Process()
+    if not hasattr(process, "rlimit"):  # only Linux has it
         return
-    import resource
-
-    used = psutil.Process().memory_info()
-    for kind, taken in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, used.data)):
-        limit, _ = resource.getrlimit(kind)
-        if limit != resource.RLIM_INFINITY:
+    used = process.memory_info()
+    for kind, taken in ((psutil.RLIMIT_AS, used.vms), (psutil.RLIMIT_DATA, used.data)):
+        limit, _ = process.rlimit(kind)
+        if limit != psutil.RLIM_INFINITY:
             yield limit - taken

@@ -8,4 +8,5 @@ arrow_tables.py: datasets of the library `datasets` as such tables
 same_images.py: which rows of a table show the same image
 row_blocks.py: columns of a split in blocks of rows, and samples of it
 image_places.py: where images are, and whether they changed, without opening them
+garbage.py: the garbage collector while many rows come and go
 """

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from modeling_miniclip.utils.garbage import only_new_garbage
+from modeling_miniclip.data.tables.garbage import only_new_garbage
 
 
 def test_older_objects_are_set_aside_within_the_block_only() -> None:
