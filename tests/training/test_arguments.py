@@ -3,10 +3,11 @@
 import ast
 import inspect
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -23,7 +24,7 @@ from modeling_miniclip.training.command_line.arguments import (
     write_flag_tables,
 )
 from modeling_miniclip.training.command_line.check_arguments import augmentation_list, limit_in_seconds
-from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.command_line.parsing import keyword_arguments, parse_arguments
 from modeling_miniclip.training.command_line.recipes import save_arguments
 from tests.helpers.runs import ROOT
 
@@ -402,3 +403,54 @@ def test_time_limit_replaces_the_schedule_of_a_recipe(recipe: Any) -> None:
     found = changed(parse_arguments([flag, "--time_limit=20m"]))
     assert found == {"time_limit": "20m", "batch_size": 7}
     assert parse_arguments([flag, "--time_limit=20m", "--warmup_steps=2"]).warmup_steps == 2
+
+
+# --- keyword arguments of Python ---
+
+
+@pytest.mark.parametrize(
+    ("keywords", "argv"),
+    [
+        ({"batch_size": 8, "ema_decay": 0.5, "overwrite_output_dir": True}, "--batch_size=8 --ema_decay=0.5 "
+         "--overwrite_output_dir=True"),
+        ({"batch_size": np.int64(8), "learning_rate": np.float64(1e-3)}, "--batch_size=8 --learning_rate=1e-3"),
+        ({"output_dir": Path("a/b"), "time_limit": "20m"}, "--output_dir=a/b --time_limit=20m"),
+        ({"matryoshka_dims": (64, 128), "hard_negatives": ["swap"]}, "--matryoshka_dims 64 128 --hard_negatives swap"),
+        ({"augmentation": [{"name": "HorizontalFlip", "p": 0.5}]}, "--augmentation=[{\"name\":\"HorizontalFlip\","
+         "\"p\":0.5}]"),
+        ({"recipe": "lit", "checkpointing_steps": 5}, "--recipe=lit --checkpointing_steps=5"),
+        ({"recipe": "lit", "seed": None, "batch_size": None}, "--recipe=lit"),
+    ],
+)  # fmt: skip
+def test_keywords_mean_what_flags_mean(keywords: dict[str, Any], argv: str) -> None:
+    expected = parse_arguments(["--dataset=a.csv", *argv.split()])
+    found = keyword_arguments({"dataset": ["a.csv"], **keywords})
+    if "augmentation" in keywords:
+        assert augmentation_list(found) == augmentation_list(expected)
+        found, expected = replace(found, augmentation=None), replace(expected, augmentation=None)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("keywords", "argv"),
+    [
+        ({"batchsize": 3}, "--batchsize"),
+        ({"batch_size": "many"}, "--batch_size=many"),
+        ({"batch_size": 1.5}, "--batch_size=1.5"),
+        ({"batch_size": 0}, "--batch_size=0"),
+        ({"freeze": "all"}, "--freeze=all"),
+        ({"best_metric": "accuracy"}, "--best_metric=accuracy"),
+        ({"preset": "scenes_tiny", "text_model": "t"}, "--preset=scenes_tiny --text_model=t"),
+    ],
+)
+def test_wrong_keywords_have_the_messages_of_flags(keywords: dict[str, Any], argv: str) -> None:
+    with pytest.raises(UsageError) as expected:
+        parse_arguments(["--dataset=a.csv", *argv.split()])
+    with pytest.raises(UsageError) as found:
+        keyword_arguments({"dataset": ["a.csv"], **keywords})
+    assert str(found.value) == str(expected.value)
+
+
+def test_a_keyword_of_another_type_is_named() -> None:
+    with pytest.raises(UsageError, match=r"^--batch_size: expected a whole number, found \[8\]$"):
+        keyword_arguments({"dataset": ["a.csv"], "batch_size": [8]})

@@ -2,10 +2,11 @@
 
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from ...errors import UsageError, did_you_mean
+from ...errors import UsageError
 from ...utils.commands import run_command
 from ...utils.processes import is_child
 from ...utils.resources import named_file
@@ -19,7 +20,7 @@ from .arguments import (
     build_parser,
 )
 from .check_arguments import check_arguments, matryoshka_dims
-from .recipes import read_recipe
+from .recipes import read_recipe, unknown_flag, values_of_keywords
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
@@ -40,7 +41,23 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
         UsageError: an unknown key or flag (the message suggests the nearest valid name), a value of the wrong type, or
             values that exclude each other.
     """
-    given = parse_flags(argv)
+    return _with_recipe(parse_flags(argv))
+
+
+def keyword_arguments(keywords: Mapping[str, Any]) -> TrainingArguments:
+    """Arguments of a run from Python values, under the rules and with the messages of [`parse_arguments`].
+
+    Args:
+        keywords: values by the name of their flag, each of its type or as a recipe may write it; None is left out.
+
+    Raises:
+        UsageError: as in [`parse_arguments`].
+    """
+    return _with_recipe(values_of_keywords(keywords))
+
+
+def _with_recipe(given: dict[str, Any]) -> TrainingArguments:
+    """The checked arguments of what was given, of its recipe and of the defaults."""
     recipe = given.get("recipe") or ("scenes" if given.get("dataset") is None else None)
     values: dict[str, Any] = {}
     if recipe is not None:
@@ -66,8 +83,7 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
     if rest and not rest[0].startswith("-"):
         raise UsageError(f"unexpected argument {rest[0]!r}{LIST_FLAGS}")
     if rest:
-        name = f"--{rest[0].lstrip('-').split('=')[0].replace('-', '_')}"
-        raise UsageError(f"unknown flag {rest[0]!r}{did_you_mean(name, [f'--{flag}' for flag in flags], LIST_FLAGS)}")
+        raise unknown_flag(rest[0])
     return {name: value for name, value in vars(namespace).items() if value is not missing}
 
 

@@ -1,9 +1,11 @@
-"""Read a recipe, which is a YAML file of flags, and write a run's arguments as one."""
+"""Read a recipe, which is a YAML file of flags, or flags from Python, and write a run's arguments as a recipe."""
 
 import json
+import os
 import reprlib
 from argparse import ArgumentParser
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -48,6 +50,52 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
+class _WrongType(UsageError):
+    """A value is of no type that its flag takes."""
+
+
+def values_of_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of flags that a Python program passes by name, each of its flag's type; None counts as not passed.
+
+    Args:
+        keywords: values of the type of their flag, or as a recipe writes them; also paths, tuples and numbers of NumPy.
+
+    Raises:
+        UsageError: a name is no flag, or a value has the wrong type; with the message of the command line.
+    """
+    hints = get_type_hints(TrainingArguments)
+    parser = build_parser()
+    values = {}
+    for key, value in keywords.items():
+        if key not in hints:
+            raise unknown_flag(f"--{key}")
+        if value is None:
+            continue
+        try:
+            values[key] = _value_of(parser, key, _plain(value), hints[key])
+        except _WrongType as error:
+            raise UsageError(f"--{key}: expected {_expected(key, hints[key])}, found {_shown(value)}") from error
+    return values
+
+
+def unknown_flag(word: str) -> UsageError:
+    """The error for a word on the command line that is no flag; it suggests the most similar one."""
+    name = f"--{word.lstrip('-').split('=')[0].replace('-', '_')}"
+    flags = [f"--{field.name}" for field in fields(TrainingArguments)]
+    return UsageError(f"unknown flag {word!r}{did_you_mean(name, flags, LIST_FLAGS)}")
+
+
+def _plain(value: Any) -> Any:
+    """A Python value as YAML would give it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    return value.item() if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0 else value
+
+
 def _value_of(parser: ArgumentParser, key: str, value: Any, hint: Any) -> Any:
     if value is None and type(None) in get_args(hint):
         return None
@@ -82,7 +130,7 @@ def _as_flag(key: str, value: Any, hint: Any) -> str:
         return str(value)
     elif isinstance(value, int) and key in ("checkpointing_steps", "matryoshka_dims"):
         return str(value)
-    raise UsageError(f"{_shown(value)} has the wrong type")
+    raise _WrongType(f"{_shown(value)} has the wrong type")
 
 
 def _shown(value: Any) -> str:
