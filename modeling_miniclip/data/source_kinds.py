@@ -15,6 +15,7 @@ from .readers.caption_file import inputs_caption_file, read_caption_file, split_
 from .readers.coco import inputs_coco, inputs_karpathy, read_coco, read_karpathy
 from .readers.hub import inputs_hub, read_hub
 from .readers.image_folder import Layout, inputs_image_folder, read_image_folder
+from .readers.memory import inputs_memory, is_memory, names_paths, read_memory
 from .readers.parquet import inputs_parquet, read_parquet
 from .readers.recognise import TAR_ENDINGS, recognise_source
 from .readers.saved import inputs_saved, read_saved
@@ -69,6 +70,7 @@ TAR = Kind("tar", read_tar, inputs_tar, one_split_is_train=True)
 PARQUET = Kind("parquet", read_parquet, inputs_parquet, one_split_is_train=True)
 SAVED = Kind("saved", read_saved, inputs_saved, one_split_is_train=True)
 HUB = Kind("hub", read_hub, inputs_hub, one_split_is_train=True, has_cheap_inputs=False)
+MEMORY = Kind("memory", read_memory, inputs_memory, one_split_is_train=True)
 BY_NAME = {kind.name: kind for kind in (IMAGE_FOLDER, COCO, KARPATHY, TAR, PARQUET, SAVED)} | {"text": CAPTION_FILE}
 
 
@@ -81,6 +83,8 @@ def kind_of(source: str) -> Kind | None:
     Raises:
         DataError: no such file exists, or it is none that can be read.
     """
+    if is_memory(source):
+        return replace(MEMORY, by_name=names_paths(source))  # as in a caption file with these paths
     if not os.path.exists(source):
         return BY_NAME.get(shard_kind(source) or "") if is_url(source) or is_pattern(source) else HUB
     if not os.path.isfile(source) and not os.path.isdir(source):
@@ -125,7 +129,9 @@ def hub_id(source: str) -> str | None:
     """
     if match := re.match(r"hf://datasets/([^/@]+/[^/@]+)", source):
         return match[1]
-    if source == "scenes" or is_url(source) or is_pattern(source) or local_path(source) is not None:
+    if source == "scenes" or is_memory(source) or is_url(source) or is_pattern(source):
+        return None
+    if local_path(source) is not None:
         return None
     return source.partition(":")[0]
 
@@ -137,7 +143,7 @@ def resolve(source: str | os.PathLike) -> str:
         DataError: as in [`local_path`].
     """
     name = os.fspath(source)
-    if name == "scenes" or is_url(name):
+    if name == "scenes" or is_memory(name) or is_url(name):
         return name
     if is_pattern(name):
         return os.path.abspath(os.path.expanduser(name))

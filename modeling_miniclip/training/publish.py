@@ -8,6 +8,7 @@ from typing import Any
 from accelerate.utils import DistributedType
 from datasets import DatasetDict
 
+from ..data.readers.memory import is_memory
 from ..data.shards.shard_patterns import is_pattern
 from ..data.source_kinds import hub_id
 from ..errors import MiniClipError
@@ -93,7 +94,7 @@ def data_for_card(arguments: TrainingArguments, splits: DatasetDict) -> dict[str
     """The dataset in the model card: its name, never a path on this machine, and the sizes of its splits."""
     names = arguments.dataset or ["scenes"]
     return {
-        "name": ", ".join(map(without_path, names)),
+        "name": ", ".join("data of a Python program" if is_memory(name) else without_path(name) for name in names),
         "splits": split_sizes(splits),
         "hub_ids": [name for name in map(hub_id, names) if name is not None],
     }

@@ -7,6 +7,7 @@ tars.py: tar archives (WebDataset, img2dataset)
 parquet.py: Parquet files
 saved.py: folders of `Dataset.save_to_disk`
 hub.py: datasets on the Hub
+memory.py: data that a Python program passes, held under a name
 layouts.py: where the captions of a folder are
 recognise.py: what a source file is, by its content
 text_files.py: lines of a text file as an editor counts them

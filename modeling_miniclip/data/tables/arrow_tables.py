@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -25,20 +26,45 @@ def files_of_dataset(rows: "Dataset", where: str, split: str | None) -> list[Tab
     """
     split = split_of_value(split)
     prefix = f"{split}-" if split else ""
-    paths = [each["filename"] for each in rows.cache_files]
-    tables = [pa.ipc.open_stream(pa.memory_map(path)).read_all() for path in paths]
-    if rows._indices is not None or sum(map(len, tables)) != len(rows) or not paths:
-        table = rows.flatten_indices().data.table if rows._indices is not None else rows.data.table
-        return [
-            TableFile(where, where, prefix, table.schema, len(table), partial(_read, table), split,
-                      image=partial(_image_in_memory, table))
-        ]  # fmt: skip
+    tables = files_in_place(rows)
+    if not tables:
+        return [file_in_memory(table_in_memory(rows), where, split)]
     files, start = [], 0
-    for path, table in zip(paths, tables, strict=True):
+    for path, table in tables:
         file = TableFile(path, where, prefix, table.schema, len(table), partial(_read, table), split, start)
         files.append(replace(file, version=version_of(path)))
         start += len(table)
     return files
+
+
+def files_in_place(rows: "Dataset") -> list[tuple[str, pa.Table]]:
+    """The Arrow files that hold a dataset as it is, each with its table; empty if it was changed or is in memory."""
+    if rows._indices is not None:
+        return []
+    schema = rows.data.schema
+    paths = [each["filename"] for each in rows.cache_files]
+    tables = [(path, pa.ipc.open_stream(pa.memory_map(path)).read_all()) for path in paths]
+    same = sum(len(table) for _, table in tables) == len(rows) and all(table.schema == schema for _, table in tables)
+    return tables if same else []
+
+
+def table_in_memory(rows: "Dataset") -> pa.Table:
+    """The rows of a dataset as one table."""
+    return rows.flatten_indices().data.table if rows._indices is not None else rows.data.table
+
+
+def file_in_memory(table: pa.Table, where: str, split: str | None, folder: str = "") -> TableFile:
+    """A table in memory in place of a file.
+
+    Args:
+        table: its rows.
+        where: table and split, for messages.
+        split: name of the split, None if there is none.
+        folder: folder that paths of images are relative to; "" for any path.
+    """
+    prefix = f"{split}-" if split else ""
+    return TableFile(where, where, prefix, table.schema, len(table), partial(_read, table), split, bounds=folder,
+                     image=partial(_image_in_memory, table, folder))  # fmt: skip
 
 
 def _read(table: pa.Table, columns: TableColumns, texts: list[str], with_images: bool) -> Iterator[Block]:
@@ -47,6 +73,10 @@ def _read(table: pa.Table, columns: TableColumns, texts: list[str], with_images:
         yield batch, held_images(batch.column(columns.image), columns.kind)
 
 
-def _image_in_memory(table: pa.Table, row: int, column: str) -> bytes:
+def _image_in_memory(table: pa.Table, folder: str, row: int, column: str) -> bytes:
     cell: Any = table[column][row].as_py()
-    return bytes(cell["bytes"] if isinstance(cell, dict) else cell)
+    content = cell["bytes"] if isinstance(cell, dict) else cell
+    if content and not isinstance(content, str):
+        return bytes(content)
+    path = cell["path"] if isinstance(cell, dict) else cell
+    return Path(folder, path).read_bytes()

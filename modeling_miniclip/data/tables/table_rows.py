@@ -129,7 +129,7 @@ def find_columns(schema: pa.Schema, where: str, options: ReadOptions) -> TableCo
 
 
 def _image_column(schema: pa.Schema, where: str, wanted: str) -> tuple[str, str]:
-    kinds = {field.name: kind for field in schema if (kind := _kind_of(field.type)) is not None}
+    kinds = {field.name: kind for field in schema if (kind := kind_of_column(field.type)) is not None}
     if wanted in kinds:
         return wanted, kinds[wanted]
     for kind, usual in (("struct", ()), ("bytes", BYTES_COLUMNS), ("path", IMAGE_COLUMNS)):
@@ -148,7 +148,8 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_LISTED]) + (", ..." if len(names) > MOST_LISTED else "")
 
 
-def _kind_of(column: pa.DataType) -> str | None:
+def kind_of_column(column: pa.DataType) -> str | None:
+    """What images a column of this type can hold: a kind of [`TableColumns`], or None."""
     if pa.types.is_struct(column):
         return "struct" if {"bytes", "path"} <= {field.name for field in column} else None
     if pa.types.is_binary(column) or pa.types.is_large_binary(column) or pa.types.is_binary_view(column):

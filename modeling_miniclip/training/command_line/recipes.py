@@ -58,7 +58,7 @@ def values_of_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Values of flags that a Python program passes by name, each of its flag's type; None counts as not passed.
 
     Args:
-        keywords: values of the type of their flag, or as a recipe writes them; also paths, tuples and numbers of NumPy.
+        keywords: values of the type of their flag, or as a recipe has them; also paths, tuples and numbers of NumPy.
 
     Raises:
         UsageError: a name is no flag, or a value has the wrong type; with the message of the command line.
