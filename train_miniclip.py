@@ -55,12 +55,10 @@ from modeling_miniclip.training.matryoshka import check_lengths, loss_prefixes
 from modeling_miniclip.training.memory.steps import Exchange, compute_step
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.processes.deepspeed import check_engine_state, describe_engine
-from modeling_miniclip.training.processes.distributed import (
-    full_tensor,
-    scale_and_bias,
-)
+from modeling_miniclip.training.processes.distributed import full_tensor, scale_and_bias
 from modeling_miniclip.training.processes.heartbeat import ends_with_lost_processes
 from modeling_miniclip.training.publish import export_best, push_export
+from modeling_miniclip.training.reports.callbacks import Callbacks
 from modeling_miniclip.training.reports.diagnostics import chance_loss, floor_loss
 from modeling_miniclip.training.reports.figures import draw_curves, draw_retrieval, read_metrics
 from modeling_miniclip.training.reports.measure import (
@@ -89,11 +87,10 @@ from modeling_miniclip.utils.processes import ended_children
 
 
 def main(argv: list[str] | None = None, started: float | None = None) -> Path:
-    """Train a model as the flags say.
+    """Train a model as the flags say; [`train`][modeling_miniclip.api.train.train] does the same from Python.
 
     Args:
-        argv: flags, as on the command line; None takes those of this process. In a notebook:
-            `notebook_launcher(main, ([...],), num_processes=2)`.
+        argv: flags, as on the command line; None takes those of this process.
         started: `time.perf_counter()` at the start of the command, for `--time_limit`; None is now.
 
     Returns:
@@ -105,14 +102,18 @@ def main(argv: list[str] | None = None, started: float | None = None) -> Path:
         SystemExit: after SIGTERM, with code 143; a checkpoint was saved.
     """
     started = started or time.perf_counter()
-    arguments = parse_arguments(argv)
+    return run_training(parse_arguments(argv), started)
+
+
+def run_training(arguments: TrainingArguments, started: float, callbacks: Callbacks | None = None) -> Path:
+    """Train a model from its arguments to its export; results and errors as in [`main`]."""
     advice = partial(how_to_resume, arguments.output_dir)
     with ends_with_lost_processes(advice), readable_worker_errors(), ended_children():
         if arguments.overfit_batch:
             return check_overfitting(arguments, train_step)
         with locked_output_dir(arguments):
             run = prepare(arguments)
-            run.pace.started = started
+            run.pace.started, run.callbacks = started, callbacks or Callbacks()
             with run.signals:  # Ctrl-C and SIGTERM wait for the end of a step
                 train(run)
             if run.signals.terminated:  # seconds are left: no figures, no push
@@ -195,7 +196,7 @@ def train_one_epoch(run: TrainingRun) -> None:
     progress, arguments = run.progress, run.arguments
     if run.validation_is_due:  # a signal came before it
         validate(run)
-        if run.out_of_patience:
+        if run.out_of_patience or run.signals.received_by_any_process(run.accelerator):
             return
     set_training_mode(run.unwrapped_model, arguments.freeze, bool(arguments.freeze_batch_norm))
     run.train_batches.epoch, run.train_batches.first_batch = progress.epoch, progress.step_in_epoch
@@ -216,10 +217,12 @@ def train_one_epoch(run: TrainingRun) -> None:
             run.scheduler.step()
         bar.update()
         keep_time(run)
+        run.after_step()
         ends = run.signals.received_by_any_process(run.accelerator) or progress.step == run.last_step
         if run.validation_is_due and not ends:
             validate(run)
             set_training_mode(run.unwrapped_model, arguments.freeze, bool(arguments.freeze_batch_norm))
+            ends = run.signals.received_by_any_process(run.accelerator)
         if run.checkpoint_is_due:
             run.save_checkpoint()
         if ends or run.out_of_patience:
@@ -330,6 +333,7 @@ def validate(run: TrainingRun) -> bool:
     run.progress.count_validation(improved)
     run.meter.leave_out(time.perf_counter() - start)
     run.pace.add_validation(time.perf_counter() - start)
+    run.after_validation()
     return improved
 
 

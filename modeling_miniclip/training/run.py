@@ -23,6 +23,7 @@ from .command_line.check_arguments import checkpoint_interval
 from .ema import AveragedWeights
 from .memory.sizes import StepSizes
 from .pace import Pace
+from .reports.callbacks import Callback, Callbacks, asks_to_stop
 from .reports.diagnostics import Diagnosis
 from .reports.reporting import MetricsLog, StepMeter, say
 from .resuming.checkpoints import ExportedEmbeddings, Progress, check_finite_weights, save_checkpoint
@@ -66,6 +67,8 @@ class TrainingRun:
         pace: times of steps, validations and checkpoints.
         sizes: which steps fit into memory.
         saved_position: `position` of the last checkpoint; at first the start of the run, which needs none.
+        callbacks: functions of the program that started the run.
+        latest: metrics that were written last, by split: `train` or `validation`.
     """
 
     arguments: TrainingArguments
@@ -96,6 +99,8 @@ class TrainingRun:
     pace: Pace = field(default_factory=Pace)
     sizes: StepSizes = field(default_factory=StepSizes)
     saved_position: tuple[int, int] = (0, 0)
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    latest: dict[str, dict[str, float]] = field(default_factory=dict)
     output_dir: Path = field(init=False)
     export_dir: Path = field(init=False)
 
@@ -181,8 +186,22 @@ class TrainingRun:
             values: metrics by name.
             **only_in_file: values for `metrics.jsonl` only.
         """
+        self.latest[split] = values
         self.log.write(self.progress.step, self.epoch, split, values | only_in_file)
         self.accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=self.progress.step)
+
+    def after_step(self) -> None:
+        """Call `on_step` of the program; the run ends cleanly if it returns False."""
+        self._call(self.callbacks.on_step, "train")
+
+    def after_validation(self) -> None:
+        """Call `on_validation` of the program; the run ends cleanly if it returns False."""
+        self._call(self.callbacks.on_validation, "validation")
+
+    def _call(self, callback: Callback | None, split: str) -> None:
+        is_main = self.accelerator.is_main_process
+        if is_main and asks_to_stop(callback, self.progress.step, self.latest.get(split, {})):
+            self.signals.stop()
 
     def validation_image_features(self) -> FeatureRows | None:
         """`[rows, width]` features of a frozen image tower for the validation images, else None."""

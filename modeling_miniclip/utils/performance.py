@@ -10,21 +10,48 @@ from typing import Any
 import torch
 from torch import nn
 
-# glibc's constants for two parameters of mallopt (malloc.h).
+# glibc's constants for two parameters of mallopt (malloc.h), and the values that a process starts with.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+DEFAULT_TRIM_THRESHOLD, DEFAULT_MMAP_MAX = 128 * 1024, 65536
+
+_keeps_freed_memory = False
 
 
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next tensor instead of returning it to the kernel each time.
 
     Otherwise large tensors are mapped, page-faulted and unmapped at every step. Call this before creating the first
-    large tensor. A training process then holds its peak memory until it ends.
+    large tensor. A process then holds its peak memory until it ends, or until [`return_freed_memory`].
 
     Returns:
         Whether it took effect (on Linux with glibc only).
     """
+    global _keeps_freed_memory
     glibc = _glibc()
-    return glibc is not None and bool(glibc.mallopt(M_MMAP_MAX, 0)) and bool(glibc.mallopt(M_TRIM_THRESHOLD, -1))
+    _keeps_freed_memory = (
+        glibc is not None and bool(glibc.mallopt(M_MMAP_MAX, 0)) and bool(glibc.mallopt(M_TRIM_THRESHOLD, -1))
+    )
+    return _keeps_freed_memory
+
+
+def keeps_freed_memory() -> bool:
+    """Whether [`keep_freed_memory`] has taken effect in this process."""
+    return _keeps_freed_memory
+
+
+def return_freed_memory() -> None:
+    """Give glibc's allocator its initial thresholds again, and return freed memory to the kernel.
+
+    From now on they stay as they are: what glibc adapts by itself in a new process, it does not adapt any more once
+    they have been set.
+    """
+    global _keeps_freed_memory
+    glibc = _glibc()
+    if glibc is not None:
+        glibc.mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
+        glibc.mallopt(M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD)
+    _keeps_freed_memory = False
+    release_freed_memory()
 
 
 def release_freed_memory() -> None:

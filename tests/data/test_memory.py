@@ -191,7 +191,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "number": (5, "int: expected a DataFrame, a Dataset, a DatasetDict or a list of dictionaries"),
     "iterable": (IterableDataset.from_generator(lambda: iter([])), "IterableDataset: expected a DataFrame"),
     "no caption": ([{"image": "10.png", "title": "a"}], "no captions: expected a column 'caption'"),
-    "missing file": ([{"image": "n.png", "caption": "a"}], "list, row 0, column 'image': image file 'n.png' is not in"),
+    "missing file": ([{"image": "n.png", "caption": "a"}], "list, row 0, column 'image': image file 'n.png' is not"),
     "not an image": (
         [{"image": picture(1), "caption": "a"}, {"image": [1], "caption": "b"}],
         "list, row 1, column 'image': expected an image .a path, PIL image, bytes or an array., found list",

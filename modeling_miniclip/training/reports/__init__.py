@@ -2,6 +2,7 @@
 
 reporting.py: log lines, metrics.jsonl, throughput
 measure.py: the figures of a validation
+callbacks.py: functions of a Python program that a run calls
 word_order.py: word order in the card of a run with hard negatives
 shared_captions.py: recall with captions that several images share
 several_datasets.py: metrics and uses of each of several datasets

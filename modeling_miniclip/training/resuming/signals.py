@@ -1,4 +1,4 @@
-"""Let Ctrl-C and SIGTERM end a run only after the current step, with a checkpoint."""
+"""Let Ctrl-C, SIGTERM and the program itself end a run only after the current step, with a checkpoint."""
 
 import os
 import signal
@@ -33,6 +33,7 @@ class SignalHandler:
     def __init__(self, report: Callable[[str], None]):
         self.report = report
         self.received: signal.Signals | None = None
+        self.stopped = False  # by the program itself
         self.agreed: signal.Signals | None = None  # the last result of `received_by_any_process`
         self.since = 0.0
 
@@ -40,6 +41,15 @@ class SignalHandler:
     def terminated(self) -> bool:
         """Whether the processes agreed on SIGTERM: only seconds are left."""
         return self.agreed == signal.SIGTERM
+
+    @property
+    def wanted(self) -> signal.Signals | None:
+        """How this process wants the run to end; None while it does not."""
+        return self.received or (signal.SIGINT if self.stopped else None)
+
+    def stop(self) -> None:
+        """End the run after the current step, as Ctrl-C does."""
+        self.stopped = True
 
     def __enter__(self) -> "SignalHandler":
         self.process = os.getpid()
@@ -68,11 +78,11 @@ class SignalHandler:
             signal.raise_signal(number)
 
     def received_by_any_process(self, accelerator: Accelerator) -> bool:
-        """Whether any process got a signal; every process must ask at the same step, and gets the same answer."""
+        """Whether any process got a signal or was stopped; every process must ask at the same step, and all agree."""
         if accelerator.num_processes == 1:
-            self.agreed = self.received
+            self.agreed = self.wanted
         else:
-            flags = torch.tensor([self.received == number for number in MESSAGES], device=accelerator.device).int()
+            flags = torch.tensor([self.wanted == number for number in MESSAGES], device=accelerator.device).int()
             flags = accelerator.reduce(flags, "sum")
             self.agreed = next((number for number, count in zip(MESSAGES, flags, strict=True) if count), None)
         return self.agreed is not None
