@@ -108,8 +108,9 @@ format: $(VENV)/.installed-dev  ## format the code and sort the imports with ruf
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed-dev  ## write the generated parts of the Markdown files
+docs: $(VENV)/.installed-dev  ## write the generated parts of the Markdown files, and the keyword arguments of `train`
 	$(BIN)/python -m modeling_miniclip.training.command_line.arguments
+	$(BIN)/python -m modeling_miniclip.api.describe_keywords
 	$(BIN)/python benchmarks/report.py --write
 	$(BIN)/python benchmarks/reliability.py --write
 

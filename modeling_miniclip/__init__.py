@@ -28,6 +28,11 @@ _MODULE_OF = {
     "classify": "evaluation.zero_shot",
     "export": "hub.export",
     "from_clip": "clips.from_clip",
+    "train": "api.train",
+    "TrainResult": "api.result",
+    "PairCollator": "api.trainer",
+    "gathered_loss": "api.trainer",
+    "recall_of_prediction": "api.trainer",
     "push": "hub.push",
     "ImageIndex": "search.index",
     "EntryFilter": "search.filters",
@@ -42,6 +47,11 @@ _MODULE_OF = {
 __all__ = [*_MODULE_OF, "__version__"]
 
 if TYPE_CHECKING:
+    from .api.result import TrainResult as TrainResult
+    from .api.train import train as train
+    from .api.trainer import PairCollator as PairCollator
+    from .api.trainer import gathered_loss as gathered_loss
+    from .api.trainer import recall_of_prediction as recall_of_prediction
     from .clips.from_clip import from_clip as from_clip
     from .configuration_miniclip import MiniClipConfig as MiniClipConfig
     from .data.captions import load_captions as load_captions

@@ -5,7 +5,7 @@ The functions are in the order in which data passes through them.
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -579,6 +579,19 @@ class MiniClipModel(PreTrainedModel):
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         return outputs
 
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """The loss for `return_loss=True`: [`symmetric_contrastive_loss`], or an assigned function that takes the same.
+
+        Its arguments are `image_embeds`, `text_embeds`, `logit_scale`, `image_id`, `text_image_id`, `loss_type` and
+        `logit_bias`, by position.
+        """
+        return getattr(self, "_assigned_loss", symmetric_contrastive_loss)
+
+    @loss_function.setter
+    def loss_function(self, loss: Callable[..., Tensor]) -> None:
+        self._assigned_loss = loss
+
     def inverse_temperature(self) -> Tensor:
         """`[1]` factor of the cosine similarities, at most `config.logit_scale_max`."""
         return self.logit_scale.clamp(max=math.log(self.config.logit_scale_max)).exp()
@@ -603,7 +616,8 @@ class MiniClipModel(PreTrainedModel):
             input_ids: `[N, L]` token ids.
             pixel_values: `[B, 3, H, W]`, normalised by the processor.
             attention_mask: `[N, L]`, 1 for tokens and 0 for padding.
-            return_loss: whether to compute the loss of this batch, see [`symmetric_contrastive_loss`].
+            return_loss: whether to compute the loss of this batch by `loss_function`, see
+                [`symmetric_contrastive_loss`].
             image_id: `[B]` integer ids of the images. With `text_image_id`, any number of texts may describe an
                 image. Without them, text i describes image i and B must equal N.
             text_image_id: `[N]` ids of the images that the texts describe.
@@ -662,9 +676,7 @@ class MiniClipModel(PreTrainedModel):
             logits_per_image = logits_per_image + logit_bias
         if return_loss:
             ids = _ids_of_pairs(image_embeds, text_embeds, image_id, text_image_id)
-            loss = symmetric_contrastive_loss(
-                image_embeds, text_embeds, logit_scale, *ids, self.config.loss_type, logit_bias
-            )
+            loss = self.loss_function(image_embeds, text_embeds, logit_scale, *ids, self.config.loss_type, logit_bias)
         return {"loss": loss, "logits_per_image": logits_per_image, "logits_per_text": logits_per_image.t()}
 
 

@@ -10,9 +10,12 @@ from tests.helpers.runs import ROOT
 
 PACKAGE = "modeling_miniclip"
 # Each layer may import its own files and those of the layers before it.
-LAYERS = ("root", "utils", "data", "inference", "evaluation", "hub", "clips", "training", "search", "entry points")
-# At the root of the package, but on top of everything: they start the commands.
-ENTRY_POINTS = {f"{PACKAGE}.cli", f"{PACKAGE}.__main__", f"{PACKAGE}.retrieval_metric", "train_miniclip"}
+LAYERS = (
+    "root", "utils", "data", "inference", "evaluation", "hub", "clips", "training", "search", "api", "entry points",
+)  # fmt: skip
+# On top of everything: they start the commands, or run one.
+ENTRY_POINTS = {f"{PACKAGE}.cli", f"{PACKAGE}.__main__", f"{PACKAGE}.retrieval_metric", f"{PACKAGE}.api.train"}
+ENTRY_POINTS |= {"train_miniclip"}
 
 
 def module_name(path: Path) -> str:
