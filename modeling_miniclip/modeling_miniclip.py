@@ -581,7 +581,7 @@ class MiniClipModel(PreTrainedModel):
 
     @property
     def loss_function(self) -> Callable[..., Tensor]:
-        """The loss for `return_loss=True`: [`symmetric_contrastive_loss`], or an assigned function that takes the same.
+        """The loss for `return_loss=True`: [`symmetric_contrastive_loss`], or the function that was assigned.
 
         Its arguments are `image_embeds`, `text_embeds`, `logit_scale`, `image_id`, `text_image_id`, `loss_type` and
         `logit_bias`, by position.

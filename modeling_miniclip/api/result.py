@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -44,7 +45,7 @@ class TrainResult:
     best_metric: str = "loss"
 
     @classmethod
-    def load(cls, output_dir: str | Path) -> "TrainResult":
+    def load(cls, output_dir: str | os.PathLike[str]) -> "TrainResult":
         """The result of a run from its folder, for instance of one that several processes have trained.
 
         Raises:

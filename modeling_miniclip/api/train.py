@@ -3,6 +3,7 @@
 import os
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Unpack
 
 from ..training.command_line.parsing import keyword_arguments
@@ -66,8 +67,10 @@ def train(
                 if weights is not None:
                     given["dataset_weights"] = weights
         arguments = keyword_arguments(given)
-        folder = run_training(arguments, started, Callbacks(on_step, on_validation))
-    return TrainResult(folder) if arguments.overfit_batch else TrainResult.load(arguments.output_dir)
+        run_training(arguments, started, Callbacks(on_step, on_validation))
+    folder = Path(arguments.output_dir)
+    is_logged = (folder / "metrics.jsonl").is_file() and not arguments.overfit_batch  # not on another machine
+    return TrainResult.load(folder) if is_logged else TrainResult(folder)
 
 
 show_keywords(train, TrainingKeywords)
