@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 import modeling_miniclip
-import train_miniclip
 from modeling_miniclip.training.command_line.arguments import TrainingArguments
-from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.command_line.parsing import keyword_arguments
 from tests.helpers.runs import ROOT
 
 NOTEBOOK = ROOT / "docs" / "miniclip.ipynb"
@@ -49,20 +48,19 @@ def test_names_are_defined_before_they_are_used() -> None:
         assert {node.id for node in names} <= known
 
 
-def test_flags_of_both_datasets_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keywords_of_both_datasets_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[TrainingArguments] = []
 
-    def main(argv: list[str]) -> Path:
-        started.append(parse_arguments(argv))
-        return ROOT / "docs"  # in place of the export
+    def train(dataset: str, output_dir: str, **keywords: Any) -> None:
+        started.append(keyword_arguments({"dataset": dataset, "output_dir": output_dir, **keywords}))
 
-    monkeypatch.setattr(train_miniclip, "main", main)
-    (choice,) = [source for source in sources() if "FLAGS =" in source]
-    (training,) = [source for source in sources() if "train_miniclip.main" in source]
+    monkeypatch.setattr(modeling_miniclip, "train", train)
+    (choice,) = [source for source in sources() if "OPTIONS =" in source]
+    (training,) = [source for source in sources() if "train(DATASET" in source]
     for cell in (choice, choice.replace("\n# ", "\n")):  # as it is, and as a reader edits it to use their own images
         exec(f"{cell}\n{training}", {})
     assert [run.dataset for run in started] == [["scenes"], ["captions.csv"]]
-    assert [run.freeze for run in started] == ["none", "both"]
+    assert [run.time_limit for run in started] == [None, "20m"]
 
 
 @pytest.mark.slow
@@ -73,7 +71,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:  # 2 steps per epoch instead of 24: every cell runs, in seconds instead of minutes
-        cell.source = cell.source.replace('"3000"', '"256"')
+        cell.source = cell.source.replace("3000", "256")
     NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "notebook-found.png").is_file()
     assert (tmp_path / "notebook-run" / "export" / "model.safetensors").is_file()
