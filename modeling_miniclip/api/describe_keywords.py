@@ -84,7 +84,7 @@ def show_keywords(function: Callable[..., Any], keywords: type) -> None:
     own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     defaults = {flag.name: flag.default for flag in fields(TrainingArguments)}
     further = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=kind)
         for name, kind in get_type_hints(keywords).items()
     ]
     function.__signature__ = signature.replace(parameters=[*own, *further])  # type: ignore[attr-defined]
