@@ -32,7 +32,7 @@ def clean_process() -> Iterator[None]:
         UsageError: another thread is in such a block.
     """
     if not _running.acquire(blocking=False):
-        raise UsageError("train() is running in another thread of this process: wait until it ends, or use processes")
+        raise UsageError("`train` is running in another thread of this process; wait until it ends, or use processes")
     try:
         with ExitStack() as stack:
             for kept in (_memory, _environment, _random_state, _torch_settings, _signal_handlers, _accelerate_state):

@@ -119,7 +119,7 @@ def test_an_interrupt_returns_the_best_model(tmp_path: Path, without_finish: Non
 
 
 def test_a_second_run_at_the_same_time_is_an_error() -> None:
-    with clean_process(), pytest.raises(UsageError, match="train.. is running in another thread of this process"):
+    with clean_process(), pytest.raises(UsageError, match="is running in another thread of this process; wait"):
         train()
 
 

@@ -53,6 +53,7 @@ FROM_CLIP, BACK = "tests/clips/test_from_transformers.py", "tests/clips/test_bac
 GLOBAL_LOSS = "tests/training/test_global_loss.py"
 LOSS, MODEL, PROCESSOR, UNTRUSTED = (f"tests/test_{name}.py" for name in ("loss", "model", "processor", "untrusted"))
 ENCODERS = "tests/test_image_encoders.py"
+TRAINER, CLEAN_PROCESS, RESULT = (f"tests/api/test_{name}.py" for name in ("trainer", "clean_process", "result"))
 
 
 def faults_in(folder: str, *faults: tuple[str, str, str, str, str]) -> list[Fault]:
@@ -751,5 +752,25 @@ FAULTS = [
             PROCESSOR,
         ),
         ("pictures_miniclip.py", "16 bits are divided by 256", "values /= 257", "values /= 260", PROCESSOR),
+    ),
+    *faults_in(
+        "api",
+        ("trainer.py", "each process takes the mean of its part", "return part * processes", "return part", TRAINER),
+        (
+            "trainer.py",
+            "images of two processes have the same numbers",
+            "PROCESS * (dist.get_rank() + 1)",
+            "PROCESS",
+            TRAINER,
+        ),
+        ("clean_process.py", "the variables of a run stay", "del os.environ[name]", "pass", CLEAN_PROCESS),
+        ("clean_process.py", "the program's setting is lost", "if not keeps:", "if True:", CLEAN_PROCESS),
+        (
+            "result.py",
+            "the last validation is the best",
+            "is_better(self.best_metric, line[self.best_metric], best[self.best_metric])",
+            "True",
+            RESULT,
+        ),
     ),
 ]
