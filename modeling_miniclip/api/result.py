@@ -24,7 +24,7 @@ PICTURE_WIDTH = 800  # pixels
 COLOURS = 64  # of the curves
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainResult:
     """A finished run. In a notebook it shows its metrics, curves and retrieved pictures.
 
@@ -41,7 +41,7 @@ class TrainResult:
     """
 
     output_dir: Path
-    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    history: list[dict[str, Any]] = field(default_factory=list)
     best_metric: str = "loss"
 
     @classmethod
@@ -104,7 +104,7 @@ class TrainResult:
         """For another process, which loads the model itself."""
         return {name: value for name, value in vars(self).items() if name != "_loaded"}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join([f"{self.export}{self._when()}", *(": ".join(row) for row in self._rows())])
 
     def _repr_html_(self) -> str:
