@@ -66,7 +66,7 @@ def step_of_trainer(rank: int, processes: int, port: int, folder: Path) -> tuple
     trainer = trainer_of(fresh_model(), folder, batch_size=8 // processes)
     trainer.train()
     (loss,) = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    weights = trainer.model.state_dict()
     return loss, {name: value.numpy() for name, value in weights.items()}
 
 
