@@ -87,3 +87,14 @@ def test_plain_datasets_decodes_the_images_of_a_table(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         write_table([Row("a", str(tmp_path / "a.png"), ["x"])], tmp_path, _raise)
         assert open_table(tmp_path)[0]["image"].size == (7, 5)
+
+
+def test_large_images_are_written_in_smaller_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "LARGEST_BLOCK", 10)
+    rows = [Row(f"{i}.png", bytes(4), [f"a{i}"], key=str(i % 5)) for i in range(7)]
+    for name in ("joined", "unique"):
+        (tmp_path / name).mkdir()
+    found = written(tmp_path / "joined", rows)
+    assert [one["captions"] for one in found] == [["a0", "a5"], ["a1", "a6"], ["a2"], ["a3"], ["a4"]]
+    written(tmp_path / "unique", rows[:5])
+    assert [len(batch) for batch in open_table(tmp_path / "unique").data.table.to_batches()] == [3, 2]

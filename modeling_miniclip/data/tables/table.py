@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 ROWS, ABOUT = "rows.arrow", "about.json"
-BLOCK = 4_096  # rows that are written at a time
+BLOCK = 4_096  # rows that are written at a time,
+LARGEST_BLOCK = 2**29  # or fewer, if they hold more bytes of images: Arrow's offsets end at 2 GB
 NO_ROW = -1  # number of a row that is a whole file
 JOINED_TOGETHER = 1_000_000  # keys that are sorted at a time
 
@@ -121,6 +122,7 @@ def _write_runs(rows: Iterable[Row], path: Path, about: About, on_problem: OnPro
     files: dict[tuple[str, str | None], int] = {}
     block: list[Row] = []
     numbers: list[list[int]] = []  # of the rows that were joined, one per caption
+    size = 0  # bytes of the images in the block
 
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
 
@@ -143,10 +145,12 @@ def _write_runs(rows: Iterable[Row], path: Path, about: About, on_problem: OnPro
                 last.negatives += row.negatives
                 numbers[-1] += here
                 continue
-            if len(block) == BLOCK:
+            if len(block) == BLOCK or size >= LARGEST_BLOCK:
                 flush()
+                size = 0
             keys.append(hash(row.key if row.key is not None else (len(keys), "a row of its own")))
             block.append(row)
+            size += len(row.image) if isinstance(row.image, bytes) else 0
             numbers.append(here)
         if block:
             flush()
@@ -220,11 +224,12 @@ def _join_runs(path: Path, firsts: np.ndarray, about: About, on_problem: OnProbl
     joined = path.with_suffix(".joined")
     source = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     blocks = source.to_batches()
+    starts = np.cumsum([0, *map(len, blocks)])
     with pa.OSFile(str(joined), "wb") as file, pa.ipc.new_stream(file, source.schema) as writer:
         edges = np.flatnonzero(is_first)
         for start in tqdm(range(0, len(edges), BLOCK), f"{title}: join", unit="block", delay=2, leave=False):
             stop = edges[start + BLOCK] if start + BLOCK < len(edges) else len(order)
-            runs = _take(blocks, order[edges[start] : stop])
+            runs = _take(blocks, starts, order[edges[start] : stop])
             heads = np.flatnonzero(is_first[edges[start] : stop])
             _check_runs(runs, heads, about, on_problem)
             for batch in _joined(runs, heads).to_batches():
@@ -233,11 +238,12 @@ def _join_runs(path: Path, firsts: np.ndarray, about: About, on_problem: OnProbl
     replace_file(joined, path)
 
 
-def _take(blocks: list[pa.RecordBatch], rows: np.ndarray) -> pa.Table:
-    """Rows of a table of blocks of [`BLOCK`] rows. (`Table.take` would first copy the whole table.)"""
+def _take(blocks: list[pa.RecordBatch], starts: np.ndarray, rows: np.ndarray) -> pa.Table:
+    """Rows of a table, whose blocks start at `starts`. (`Table.take` would first copy the whole table.)"""
     by_block = np.argsort(rows, kind="stable")
-    numbers, starts = np.unique(rows[by_block] // BLOCK, return_index=True)
-    parts = np.split(rows[by_block] % BLOCK, starts[1:])
+    block_of = starts.searchsorted(rows[by_block], "right") - 1
+    numbers, firsts = np.unique(block_of, return_index=True)
+    parts = np.split(rows[by_block] - starts[block_of], firsts[1:])
     taken = [blocks[number].take(pa.array(part)) for number, part in zip(numbers, parts, strict=True)]
     back = np.empty_like(by_block)
     back[by_block] = np.arange(len(rows))
