@@ -24,7 +24,7 @@ class PairCollator:
     Args:
         processor: processor of the model.
         captions_per_image: most captions of an image in a batch.
-        random_captions: whether to draw them anew each time; False takes the first ones.
+        random_captions: whether to draw them each time; False takes the first ones.
 
     Returns from a call:
         `pixel_values` `[B, 3, H, W]`, `input_ids` and `attention_mask` `[N, L]`, `image_id` `[B]` and `text_image_id`
@@ -70,7 +70,7 @@ def _captions(row: Mapping[str, Any]) -> list[str]:
 def _number(image_id: Any) -> int:
     """A number that stands for an image in every process; never one of the first numbers."""
     digest = blake2b(str(image_id).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1 | PROCESS
+    return int.from_bytes(digest) >> 2 | PROCESS
 
 
 def gathered_loss(

@@ -96,7 +96,7 @@ def mapped_blocks() -> int:
 
 
 def is_mapped() -> bool:
-    """Whether glibc maps a block of its own for a tensor of 1 GB, which is not touched, as it does by default."""
+    """Whether glibc maps a tensor of 1 GB, which is not touched, as it does by default."""
     before = mapped_blocks()
     tensor = torch.empty(2**30, dtype=torch.uint8)
     return mapped_blocks() - before == 1 and len(tensor) > 0
