@@ -55,7 +55,7 @@ from modeling_miniclip.training.matryoshka import check_lengths, loss_prefixes
 from modeling_miniclip.training.memory.steps import Exchange, compute_step
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.processes.deepspeed import check_engine_state, describe_engine
-from modeling_miniclip.training.processes.distributed import full_tensor, scale_and_bias
+from modeling_miniclip.training.processes.distributed import full_tensor
 from modeling_miniclip.training.processes.heartbeat import ends_with_lost_processes
 from modeling_miniclip.training.publish import export_best, push_export
 from modeling_miniclip.training.reports.callbacks import Callbacks
@@ -64,6 +64,7 @@ from modeling_miniclip.training.reports.figures import draw_curves, draw_retriev
 from modeling_miniclip.training.reports.measure import (
     classify_images,
     embed_validation_split,
+    log_steps,
     measure_embeddings,
     metric_intervals,
     validate_start,
@@ -303,16 +304,6 @@ def compute_loss_and_gradients(
     # DistributedDataParallel averages the gradients over the processes; the parts of the loss must be summed.
     accelerator.backward(loss * accelerator.num_processes)
     return loss
-
-
-def log_steps(run: TrainingRun, bar: tqdm) -> None:
-    """Log the means of the steps since the last line, warn if nothing is learned, and update the progress bar."""
-    values = run.meter.read()
-    values["logit_scale"], _ = scale_and_bias(run.unwrapped_model)
-    run.write_metrics("train", values)
-    run.diagnosis.after_steps(run.progress.step, values, run.meter.steps, run.meter.chance, run.meter.floor)
-    rate = run.optimizer.param_groups[-1]["lr"]
-    bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{rate:.1e}", pairs_s=f"{values['pairs_per_second']:.0f}")
 
 
 # --- validate -------------------------------------------------------------------------------------------------------

@@ -45,11 +45,12 @@ def fresh_model() -> MiniClipModel:
 
 
 def trainer_of(model: MiniClipModel, folder: Path, batch_size: int, **options: Any) -> Trainer:
+    is_distributed = "WORLD_SIZE" in os.environ  # a backend without several processes is an error of accelerate
     arguments = TrainingArguments(
         str(folder), remove_unused_columns=False, per_device_train_batch_size=batch_size, max_steps=1, optim="sgd",
         learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, logging_steps=1,
-        save_strategy="no", use_cpu=True, ddp_backend="gloo", report_to=[], disable_tqdm=True,
-        per_device_eval_batch_size=3,
+        save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True,
+        per_device_eval_batch_size=3, ddp_backend="gloo" if is_distributed else None,
     )  # fmt: skip
     model.loss_function = gathered_loss
     collator = PairCollator(tiny_processor())

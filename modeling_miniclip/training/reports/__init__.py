@@ -1,7 +1,7 @@
 """What a run says about itself, and how it notices that something is wrong.
 
 reporting.py: log lines, metrics.jsonl, throughput
-measure.py: the figures of a validation
+measure.py: the figures of the steps and of a validation
 callbacks.py: functions of a Python program that a run calls
 word_order.py: word order in the card of a run with hard negatives
 shared_captions.py: recall with captions that several images share

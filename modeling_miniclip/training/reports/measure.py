@@ -1,10 +1,11 @@
-"""The figures of a validation: embeddings of the whole split, retrieval metrics, zero-shot accuracy, intervals."""
+"""The figures of the steps and of a validation: embeddings of the whole split, retrieval metrics, intervals."""
 
 import math
 import time
 from functools import partial
 
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ...evaluation.metrics import recall_intervals, validation_metrics
 from ...utils.performance import release_freed_memory
@@ -16,6 +17,16 @@ from .diagnostics import not_finite
 from .reporting import describe_validation
 from .several_datasets import report_datasets
 from .short_embeddings import report_lengths
+
+
+def log_steps(run: TrainingRun, bar: tqdm) -> None:
+    """Log the means of the steps since the last line, warn if nothing is learned, and update the progress bar."""
+    values = run.meter.read()
+    values["logit_scale"], _ = scale_and_bias(run.unwrapped_model)
+    run.write_metrics("train", values)
+    run.diagnosis.after_steps(run.progress.step, values, run.meter.steps, run.meter.chance, run.meter.floor)
+    rate = run.optimizer.param_groups[-1]["lr"]
+    bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{rate:.1e}", pairs_s=f"{values['pairs_per_second']:.0f}")
 
 
 def validate_start(run: TrainingRun) -> None:
