@@ -143,7 +143,7 @@ class TrainingKeywords(TypedDict, total=False):
 
     chunk_size: int | None
     """images that a process computes at a time, at least 2; a larger batch is computed in chunks, which gives the same
-    gradients with less memory but computes each chunk twice (the whole batch)"""
+    gradients with less memory but computes each chunk twice (the whole batch, or what fits into memory)"""
 
     captions_per_image: int | None
     """captions drawn for each image of a batch (derived)"""
