@@ -202,6 +202,11 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=float, default=1e-4, metavar="X",
         help="largest allowed difference in any component of an embedding (0.0001)",
     )  # fmt: skip
+    parser.add_argument("--quantize", choices=("int8",), help="numbers of the ONNX files (default: float32)")
+    parser.add_argument(
+        "--tolerance_rsum", type=float, default=1.0, metavar="PERCENT",
+        help="how far --quantize may lower rsum on --dataset (1)",
+    )  # fmt: skip
     declare_dataset(parser)
     declare_cache(parser)
     parser.add_argument("--revision", help=TRAINING_HELP["dataset_revision"])
@@ -215,12 +220,16 @@ def run_export(args: argparse.Namespace) -> None:
         print(f"written: {renew_code(args.export, args.code)}")
         return
     from .hub.onnx_export import export_onnx, format_onnx_report
+    from .hub.onnx_quantize import format_quantization
     from .utils.performance import keep_freed_memory
 
     keep_freed_memory()
-    options = {**dataset_options(args), "revision": args.revision}
-    report = export_onnx(args.export, args.onnx, args.dataset, args.images, args.tolerance, **options)
+    options = {**dataset_options(args), "revision": args.revision, "tolerance_rsum": args.tolerance_rsum}
+    quantize = args.quantize is not None
+    report = export_onnx(args.export, args.onnx, args.dataset, args.images, args.tolerance, quantize, **options)
     print(format_onnx_report(report))
+    if quantize:
+        print(format_quantization(report["quantization"]))
     for path in sorted(Path(args.onnx).iterdir()):
         print(f"{path.stat().st_size / 1e6:10.3f} MB  {path}")
 

@@ -27,6 +27,7 @@ from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from ..utils.files import check_new_folder, replaced_folder
 from ..utils.resources import PACKAGE
+from .onnx_quantize import quantize_folder
 
 Inputs = dict[str, np.ndarray]  # inputs of an encoder by name
 
@@ -80,11 +81,14 @@ def export_onnx(
     dataset: str | os.PathLike,
     num_images: int,
     tolerance: float,
+    quantize: bool = False,
+    tolerance_rsum: float = 1.0,
     **options: Any,
 ) -> dict[str, Any]:
     """Write a model for onnxruntime: one ONNX file per tower, the files that prepare their inputs, and an example.
 
-    The folder appears complete or not at all, and only if both encoders agree with PyTorch.
+    The folder appears complete or not at all, and only if both encoders agree with PyTorch. If asked to, they are
+    quantised to int8 then.
 
     Args:
         source: folder of an exported model, or its repository on the Hub.
@@ -92,17 +96,22 @@ def export_onnx(
         dataset: captioned images for the comparison, as in `load_captions`; the validation split is used, if there
             is one.
         num_images: maximum number of images to compare, each with all its captions.
-        tolerance: largest accepted difference in a component of an embedding.
+        tolerance: largest accepted difference in a component of an embedding, before quantisation.
+        quantize: whether to quantise both encoders to int8, see [`quantize_folder`]. The ranges of the image encoder
+            come from the training split, or from the compared images if there is none.
+        tolerance_rsum: how far rsum may fall by that, in percent.
         **options: further arguments of `load_captions`.
 
     Returns:
-        The contents of `equality.json`, see [`compare`].
+        The contents of `equality.json`, see [`compare`]; those of `quantization.json`, see [`quantize_folder`], under
+        `quantization`.
 
     Raises:
-        ModelError: there is no such model, a tower cannot be exported, or the encoders differ from PyTorch.
+        ModelError: there is no such model, a tower cannot be exported or quantised, the encoders differ from PyTorch,
+            or int8 costs too much recall.
         DataError: the dataset cannot be read.
         MiniClipError: a library is missing.
-        UsageError: the folder is not empty, or `num_images` is below 1.
+        UsageError: the folder is not empty, `num_images` is below 1, or `tolerance_rsum` is no percentage.
     """
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
@@ -111,6 +120,8 @@ def export_onnx(
     check_new_folder(target, "--onnx ")
     if num_images < 1:
         raise UsageError(f"--images must be at least 1, not {num_images}")
+    if not 0 <= tolerance_rsum <= 100:
+        raise UsageError(f"--tolerance_rsum must be a percentage from 0 to 100, not {tolerance_rsum:g}")
     model, processor = _load_exportable(source)
     splits = load_captions(dataset, **options)
     split = next(splits[name] for name in ("validation", "test", "train") if name in splits)
@@ -127,6 +138,10 @@ def export_onnx(
                 f"more than --tolerance {tolerance:.1e}; nothing was written to {target}"
             )
         (fresh / "equality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if quantize:
+            report["quantization"] = quantize_folder(fresh, runtime, rows, splits.get("train", rows), tolerance_rsum)
+            text = json.dumps(report["quantization"], indent=2) + "\n"
+            (fresh / "quantization.json").write_text(text, encoding="utf-8")
         del runtime  # it keeps the files open
     return report
 

@@ -26,7 +26,9 @@ from modeling_miniclip.data.scenes import describe_scene, sample_scenes
 from modeling_miniclip.errors import MiniClipError, ModelError, UsageError
 from modeling_miniclip.evaluation.metrics import retrieval_metrics
 from modeling_miniclip.hub import onnx_export as module
+from modeling_miniclip.hub import onnx_quantize
 from modeling_miniclip.hub.onnx_export import ENCODERS, LIBRARIES, export_onnx, write_encoders
+from modeling_miniclip.hub.onnx_quantize import format_quantization, quantize_folder
 from modeling_miniclip.inference.encode import open_image
 from modeling_miniclip.processing_miniclip import image_processor_from_timm
 from modeling_miniclip.training.towers.create_model import train_tokenizer
@@ -281,6 +283,119 @@ def test_tower_that_cannot_be_exported_is_named(tmp_path: Path, monkeypatch: pyt
     rows = [{"image": Image.new("RGB", (40, 40)), "captions": CAPTIONS[0]}]
     with pytest.raises(ModelError, match="torch.onnx cannot export the image encoder: no such operation$"):
         write_encoders(tmp_path, tiny_model(), tiny_processor(), rows)
+
+
+def load_runtime(folder: Path) -> Any:
+    return runpy.run_path(str(folder / "example.py"))["MiniClip"](folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@needs_onnx
+def test_int8_files_are_smaller_and_have_the_reported_recall(exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "onnx"
+    shutil.copytree(exported / "onnx", folder)
+    splits = load_captions(exported / "scenes" / "captions.csv")
+    rows, before = splits["validation"], contents(folder)
+    report = quantize_folder(folder, load_runtime(folder), rows, splits["train"], 100.0)
+    after = contents(folder)
+    assert after.keys() == before.keys()
+    assert {name for name in before if before[name] != after[name]} == {f"{name}.onnx" for name in ENCODERS}
+    for name in ENCODERS:
+        assert report["int8"][f"{name}_megabytes"] == len(after[f"{name}.onnx"]) / 1e6
+        assert report["float32"][f"{name}_megabytes"] == len(before[f"{name}.onnx"]) / 1e6
+    texts = [caption for captions in rows["captions"] for caption in captions]
+    image_of_text = [index for index, captions in enumerate(rows["captions"]) for _ in captions]
+    floats, ints = load_runtime(exported / "onnx"), load_runtime(folder)
+    pictures = [row["image"] for row in rows]
+    for side, runtime in (("float32", floats), ("int8", ints)):
+        texts_in_batches = np.concatenate([runtime.encode_texts(texts[i : i + 32]) for i in range(0, len(texts), 32)])
+        embeds = torch.from_numpy(runtime.encode_images(pictures)), torch.from_numpy(texts_in_batches)
+        expected = retrieval_metrics(*embeds, image_of_text)
+        assert {name: report[side][name] for name in expected} == pytest.approx(expected)
+    assert report["calibration_images"] == len(splits["train"])
+    for encode, items in (("encode_images", pictures), ("encode_texts", texts[:7])):
+        int8, float32 = getattr(ints, encode)(items), getattr(floats, encode)(items)
+        assert 0.9 < (int8 * float32).sum(axis=1).min() < 0.9999999  # close, and not the same numbers
+
+
+@needs_onnx
+def test_the_image_encoder_is_calibrated_on_the_images_it_gets(
+    exported: Path,
+    tmp_path: Path,
+) -> None:
+    splits = load_captions(exported / "scenes" / "captions.csv")
+    black = splits["train"].map(lambda row: {"image": row["image"].point(lambda value: 0)})
+    cosines = []
+    for name, calibration in (("right", splits["train"]), ("wrong", black)):
+        shutil.copytree(exported / "onnx", tmp_path / name)
+        quantize_folder(tmp_path / name, load_runtime(tmp_path / name), splits["validation"], calibration, 100.0)
+        pictures = [row["image"] for row in splits["validation"]]
+        pairs = (load_runtime(folder).encode_images(pictures) for folder in (exported / "onnx", tmp_path / name))
+        cosines.append(float((next(pairs) * next(pairs)).sum(axis=1).mean()))
+    assert cosines[0] > cosines[1] + 0.01
+
+
+@pytest.mark.parametrize("after", [98.9, float("nan")])
+def test_lost_recall_is_an_error(after: float) -> None:
+    with pytest.raises(ModelError, match=r"rsum falls from 100.0 to .* more than --tolerance_rsum 1; nothing was"):
+        onnx_quantize._check(100.0, after, 1.0)
+
+
+def test_recall_within_the_tolerance_is_accepted() -> None:
+    onnx_quantize._check(100.0, 99.0, 1.0)
+    onnx_quantize._check(100.0, 105.0, 0.0)
+
+
+@needs_onnx
+def test_nothing_is_written_where_recall_is_lost(
+    exported: Path,
+    tmp_path: Path,
+    ready_encoders: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    metrics = iter([{"rsum": 200.0}, {"rsum": 190.0}])
+    monkeypatch.setattr(onnx_quantize, "retrieval_metrics", lambda *_: next(metrics))
+    argv = ["export", str(exported / "export"), "--onnx", str(tmp_path / "onnx"), "--quantize", "int8"]
+    with pytest.raises(ModelError, match="from 200.0 to 190.0, by 5.0 %, .*--tolerance_rsum 5"):
+        export_onnx(argv[1], tmp_path / "onnx", exported / "scenes" / "captions.csv", 3, 1e-4, quantize=True)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_onnx
+def test_the_command_prints_one_table(
+    exported: Path,
+    tmp_path: Path,
+    ready_encoders: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["export", str(exported / "export"), "--onnx", str(tmp_path / "onnx"), "--images", "12"]
+    more = ["--dataset", str(exported / "scenes" / "captions.csv"), "--quantize", "int8", "--tolerance_rsum", "100"]
+    assert cli([*argv, *more]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "onnx" / "quantization.json").read_text())
+    assert format_quantization(report) in printed
+    rows = {words[0]: words[1:] for line in printed.splitlines() if (words := line.split()) and len(words) == 4}
+    for name in ("image_encoder_megabytes", "images_per_second", "texts_per_second"):
+        before, after = report["float32"][name], report["int8"][name]
+        assert rows[name] == [f"{before:.2f}", f"{after:.2f}", f"{after / before:.2f}x"]
+    assert rows["image_to_text_R@1"][1] == f"{report['int8']['image_to_text_R@1']:.2f}"
+
+
+@pytest.mark.parametrize("value", [-1.0, 101.0, float("nan")])
+def test_a_tolerance_that_is_no_percentage_comes_before_any_work(tmp_path: Path, value: float) -> None:
+    with pytest.raises(UsageError, match="--tolerance_rsum must be a percentage from 0 to 100, not"):
+        export_onnx("export", tmp_path / "new", "scenes", 200, 1e-4, True, value)
+
+
+@needs_onnx
+def test_an_encoder_that_cannot_be_quantised_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text_encoder.onnx").write_bytes(b"no model")
+    with pytest.raises(ModelError, match="cannot quantise the text encoder: "):
+        onnx_quantize._quantize(tmp_path / "text_encoder.onnx", tmp_path / "int8.onnx", onnx_quantize._dynamic)
+    assert [path.name for path in tmp_path.iterdir()] == ["text_encoder.onnx"]
 
 
 @pytest.mark.slow
