@@ -33,8 +33,8 @@ def test_run_starts_from_a_clip(family: str, tmp_path: Path, without_figures: No
 
 def test_size_that_a_clip_does_not_take(tmp_path: Path) -> None:
     original = save_clip("clip", tmp_path / "original")
-    with pytest.raises(UsageError, match="--image_size 40: .* takes no images of 40x40 pixels .* it takes: 32"):
-        main(flags(tmp_path, preset=None, model_name_or_path=original, image_size=40))
+    with pytest.raises(UsageError, match="--image_size 4: .* takes no images of 4x4 pixels .* it takes: 32"):
+        main(flags(tmp_path, preset=None, model_name_or_path=original, image_size=4))
 
 
 @pytest.mark.parametrize("family", with_slow(["siglip"], ["clip", "dual-encoder"]))

@@ -29,7 +29,8 @@ from ...utils.performance import hide_advice_for_gpus
 from ...utils.processes import process_rank
 from ...utils.resources import named_file
 from ..command_line.arguments import MODEL_SOURCES, TrainingArguments
-from .try_towers import try_towers
+from .image_size import with_image_size
+from .try_towers import LARGEST_SIDE, image_problem, try_towers
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -169,13 +170,40 @@ def _from_export(arguments: TrainingArguments, overrides: dict[str, Any]) -> tup
         if value != own:
             raise UsageError(f"--{name} {value} cannot change a trained model: {source} has {own}")
     processor.tokenizer.model_max_length = _text_length(arguments, processor.tokenizer.model_max_length)
+    if arguments.image_size is not None:
+        model = _for_size(model, arguments.image_size)
     if arguments.image_size is not None or arguments.crop_pct is not None:
-        own, tower = processor.image_processor, model.config.vision_config
+        own = processor.image_processor
         size = arguments.image_size or own.crop_size["height"]
-        is_timm = tower.model_type == "timm_wrapper"
-        make, of = (image_processor_from_timm, tower) if is_timm else (stock_image_processor, own)
-        processor.image_processor = make(of, size, arguments.crop_pct)
+        processor.image_processor = _other_size(own, model.config.vision_config, size, arguments.crop_pct)
     return model, processor
+
+
+def _for_size(model: MiniClipModel, size: int) -> MiniClipModel:
+    """The model, or one with resized position embeddings if its tower takes images of its own size only."""
+    if size > LARGEST_SIDE:
+        return model
+    if image_problem(model, (size, size)) is None:
+        tower = model.config.vision_config
+        known = getattr(tower, "pretrained_cfg", None) or {}
+        if known.get("fixed_input_size"):  # as a converted open_clip says of each timm tower
+            tower.pretrained_cfg = known | {"input_size": [3, size, size]}
+        return model
+    try:
+        resized = with_image_size(model, size)
+    except Exception:  # of many classes; `try_towers` says which sizes the tower takes
+        return model
+    return resized if image_problem(resized, (size, size)) is None else model
+
+
+def _other_size(own: Any, tower: Any, size: int, crop_pct: float | None) -> Any:
+    """An image processor like that of a trained model, for images of another size or with another crop."""
+    if tower.model_type == "timm_wrapper":
+        made = image_processor_from_timm(tower, size, crop_pct)
+        settings = [[*one.image_mean, *one.image_std, one.resample, *dict(one.size)] for one in (own, made)]
+        if settings[0] == settings[1]:
+            return made
+    return stock_image_processor(own, size, crop_pct)  # a CLIP may prepare images in another way than timm
 
 
 def _text_length(arguments: TrainingArguments, limit: int) -> int:

@@ -40,12 +40,12 @@ def try_towers(model: MiniClipModel, processor: MiniClipProcessor, arguments: Tr
 
 
 def _try_image(model: MiniClipModel, flag: str, size: tuple[int, int], arguments: TrainingArguments) -> None:
-    if max(size) > LARGEST_SIDE or (problem := _image_problem(model, size)) is None:
+    if max(size) > LARGEST_SIDE or (problem := image_problem(model, size)) is None:
         return
     name = tower_name(model.config.vision_config)
     near = {side for step in STEPS for side in (size[0] // step * step, -(-size[0] // step) * step) if side > 0}
     own = own_size(model.config.vision_config)
-    taken = [side for side in sorted({*near, own}) if _image_problem(model, (side, side)) is None]
+    taken = [side for side in sorted({*near, own}) if image_problem(model, (side, side)) is None]
     shape = f"{size[0]}x{size[1]}"
     if not taken:
         raise ModelError(f"{name} cannot embed an image of {shape} pixels: {problem}; choose another image tower")
@@ -65,7 +65,8 @@ def own_size(vision_config: Any) -> int:
     return int(size if isinstance(size, int) else size[0])
 
 
-def _image_problem(model: MiniClipModel, size: tuple[int, int]) -> str | None:
+def image_problem(model: MiniClipModel, size: tuple[int, int]) -> str | None:
+    """Why the image tower does not take images of a size `(height, width)`, or None if it does."""
     pixels = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return _problem(lambda: model.pool_images(pixels).pooler_output, (1, model.vision_width))
 
