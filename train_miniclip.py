@@ -47,6 +47,8 @@ from modeling_miniclip.data.loading.loader import readable_worker_errors
 from modeling_miniclip.evaluation.metrics import is_better
 from modeling_miniclip.modeling_miniclip import MiniClipOutput
 from modeling_miniclip.training import setup
+from modeling_miniclip.training.finetune.blend import blend_with_start
+from modeling_miniclip.training.finetune.retention import build_retention, load_retention
 from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
 from modeling_miniclip.training.hard_negatives import choose_hard_negatives
 from modeling_miniclip.training.loss.global_loss import global_contrastive_loss
@@ -67,6 +69,7 @@ from modeling_miniclip.training.reports.measure import (
     log_steps,
     measure_embeddings,
     metric_intervals,
+    report_retention,
     validate_start,
 )
 from modeling_miniclip.training.reports.overfit import check_overfitting
@@ -120,6 +123,7 @@ def run_training(arguments: TrainingArguments, started: float, callbacks: Callba
             if run.signals.terminated:  # seconds are left: no figures, no push
                 run.close()
                 sys.exit(TERMINATED)
+            blend_with_start(run)
             return finish(run)
 
 
@@ -142,18 +146,18 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
     shared = setup.find_shared(splits, arguments, accelerator)
     arguments = choose_shuffle(splits, checkpoint, arguments, accelerator)
     arguments = choose_hard_negatives(splits, arguments, accelerator)
-    classified = load_zero_shot(arguments, accelerator)
-    fingerprint = setup.fingerprint_data(splits, checkpoint, arguments, accelerator, classified)
+    classified, retained = load_zero_shot(arguments, accelerator), load_retention(arguments, accelerator)
+    fingerprint = setup.fingerprint_data(splits, checkpoint, arguments, accelerator, classified, retained)
     model, processor = setup.build_model(splits, arguments, accelerator)
     setup.fingerprint_model(fingerprint, model, processor, checkpoint, arguments, accelerator)
     evidence = setup.probe_captions(splits, model, processor, arguments, accelerator)
     features = setup.compute_frozen_features(model, processor, splits, arguments, accelerator)  # may take minutes
     loaders = setup.build_loaders(splits, features, processor, arguments, accelerator, shared)
     zero_shot = build_zero_shot(classified, model, processor, arguments, accelerator)
+    retention = build_retention(retained, model, processor, arguments, accelerator)
 
-    run = setup.build_run(
-        model, processor, splits, features, loaders, arguments, accelerator, fingerprint, evidence, shared, zero_shot
-    )
+    further = evidence, shared, zero_shot, retention
+    run = setup.build_run(model, processor, splits, features, loaders, arguments, accelerator, fingerprint, *further)
     setup.start_or_resume(run, checkpoint)
     return run
 
@@ -342,14 +346,14 @@ def validate_weights(run: TrainingRun) -> bool:
     improved = is_better(arguments.best_metric, value, progress.best_value)
     run.say(describe_validation(f"epoch {run.epoch:.4g}", metrics, improved))
     report_datasets(run, embeddings)
-    by_length = report_lengths(run, embeddings)
+    by_length, retained = report_lengths(run, embeddings), report_retention(run)
     if is_main:
         run.diagnosis.after_validation(progress.step, *embeddings)
     if improved:
         progress.best_value, progress.best_step = value, progress.step
         intervals = metric_intervals(run, embeddings, class_ranks) if is_main else {}
         with_shared = recall_with_shared(run, embeddings) if is_main else None
-        export_best(run, metrics, intervals, with_shared, by_length)
+        export_best(run, metrics, intervals, with_shared, by_length, retained)
         run.exported.record(*embeddings)
     return improved
 

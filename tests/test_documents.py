@@ -190,8 +190,11 @@ def test_miniclip_commands_run(reader: Path, capsys: pytest.CaptureFixture[str])
 def run_training(words: list[str]) -> None:
     """Run a training command with tiny towers for one step, or seconds; `accelerate launch` in its own processes."""
     words = [word.replace("openai/clip-vit-base-patch32", "my-clip/export") for word in words]  # needs no download
-    towers = ["--vision_model", "towers/vision-resnet", "--text_model", "towers/text-distilbert", "--image_size", "32"]
-    small = [] if "--model_name_or_path" in words else towers
+    if "--model_name_or_path" in words or "finetune" in words:
+        small = ["--model_name_or_path", "my-clip/export", "--image_size", "32"]
+    else:
+        small = ["--vision_model", "towers/vision-resnet", "--text_model", "towers/text-distilbert"]
+        small += ["--image_size", "32"]
     small += ["--batch_size", "32", "--num_workers", "0"]
     if "--time_limit" in words:
         words = [{"20m": "5s"}.get(word, word) for word in words]

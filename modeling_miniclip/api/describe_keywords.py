@@ -13,13 +13,15 @@ from ..utils.resources import PACKAGE
 OWN = ("dataset", "validation_dataset", "output_dir")  # parameters of `train` itself
 # Flags that take a path.
 PATHS = frozenset(
-    "recipe zero_shot_dataset image_dir dataset_cache_dir vision_model text_model preset model_name_or_path "
-    "feature_cache_dir resume_from_checkpoint".split()
+    "recipe zero_shot_dataset retention_dataset image_dir dataset_cache_dir vision_model text_model preset "
+    "model_name_or_path feature_cache_dir resume_from_checkpoint".split()
 )
 # What a flag takes from Python, as from a recipe, besides its text on the command line.
 WIDER = {
     "augmentation": "list[dict[str, Any]]",
     "lr_scheduler_kwargs": "dict[str, Any]",
+    "lora_kwargs": "dict[str, Any]",
+    "blend": "float",
     "matryoshka_dims": "list[int]",
     "checkpointing_steps": "int",
 }

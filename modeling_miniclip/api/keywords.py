@@ -19,6 +19,10 @@ class TrainingKeywords(TypedDict, total=False):
     zero_shot_dataset: str | PathLike[str] | None
     """folder of class folders that each validation classifies by their names: zero_shot_top-1 and -5"""
 
+    retention_dataset: str | PathLike[str] | None
+    """with model_name_or_path: a dataset that must not be forgotten; each validation also measures recall on its
+    validation split"""
+
     image_dir: str | PathLike[str] | None
     """folder of the images that a CSV file names (next to the CSV file, or its subfolder Images)"""
 
@@ -129,6 +133,15 @@ class TrainingKeywords(TypedDict, total=False):
     feature_cache_dir: str | PathLike[str] | None
     """folder of cached features of frozen towers, shared between runs (HF_HOME/miniclip/features)"""
 
+    lora_rank: int | None
+    """train adapters of this rank in the towers instead of their weights (LoRA, needs PEFT); the export is a plain
+    model; --freeze vision or text leaves a tower without adapters (off)"""
+
+    lora_kwargs: str | dict[str, Any] | None
+    """details of the adapters as JSON or YAML: {alpha: 16, dropout: 0, targets: [q_proj, v_proj]}: what they add is
+    multiplied by alpha / rank (2); their dropout (0); the ends of the names of the layers that get one (all linear
+    layers of a tower, or its convolutions if these have more weights)"""
+
     freeze_batch_norm: bool | None
     """freeze the image tower's batch-norm statistics (true for pretrained towers, false for a preset)"""
 
@@ -214,6 +227,10 @@ class TrainingKeywords(TypedDict, total=False):
     compile_towers: bool | None
     """compile the towers with torch.compile: takes minutes at the start, then steps are faster on a GPU; rarely pays
     off on a CPU (False)"""
+
+    blend: str | float | None
+    """at the end, move the weights of the best model back towards those of model_name_or_path: the share of the best
+    model that is kept, such as 0.5, or auto, which validates 0, 0.1, ... 1 and takes the best (off)"""
 
     seed: int | None
     """random seed for weights, batches, captions, augmentation and dropout (0)"""

@@ -19,7 +19,7 @@ from ..processing_miniclip import MiniClipProcessor
 from ..training.reports.figures import read_metrics
 from ..utils.plain_yaml import load_yaml
 
-PLACE = ("step", "epoch", "split", "seconds")  # of a line of metrics.jsonl, besides its metrics
+PLACE = ("step", "epoch", "split", "seconds", "share")  # of a line of metrics.jsonl, besides its metrics
 PICTURE_WIDTH = 800  # pixels
 COLOURS = 64  # of the curves
 
@@ -71,8 +71,22 @@ class TrainResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Validation metrics of the exported model: `loss`, `text_to_image_R@1`, ..., `rsum`."""
-        return {name: value for name, value in (self._best() or {}).items() if name not in PLACE}
+        """Validation metrics of the exported model: `loss`, `text_to_image_R@1`, ..., `rsum`.
+
+        Those of a blend also have the metrics on `retention_dataset`, as `retained_loss` and so on.
+        """
+        line = self._blend() or self._best() or {}
+        return {name: value for name, value in line.items() if name not in PLACE}
+
+    def _blend(self) -> dict[str, Any] | None:
+        """The measured blend that was exported; None without `blend`."""
+        share = None
+        for line in reversed(self.history):
+            if line["split"] == "chosen blend":
+                share = line["share"]
+            elif line["split"] == "blend" and line["share"] == share:
+                return line
+        return None
 
     def _best(self) -> dict[str, Any] | None:
         best = None

@@ -56,9 +56,11 @@ def export(
             the repository, or any other), `metrics` on validation (`loss` and those of `retrieval_metrics`) and their
             `intervals` (from `recall_intervals`), the metrics `at_start` of the model that the run started from,
             `with_shared` (`metrics` with captions that belong to several images counted as right for these, and the
-            number of these `texts`), the metrics of short embeddings `by_length` (by their dimensions), `arguments` of
-            the run and the `command` that repeats it, `license` (an identifier of the Hub), `data` (`name`, `hub_ids`
-            of those on the Hub, and `splits` with the numbers of `images` and `captions`).
+            number of these `texts`), the metrics of short embeddings `by_length` (by their dimensions), those on a
+            second dataset, `retained` and `retained_at_start`, how the weights were `blended` with those before
+            training (`share`, `is_auto`, and `rows` of `share`, `metrics` and `retained`), `arguments` of the run and
+            the `command` that repeats it, `license` (an identifier of the Hub), `data` (`name`, `hub_ids` of those on
+            the Hub, and `splits` with the numbers of `images` and `captions`).
         state_dict: full weights, if the model itself holds only a shard of them (FSDP).
 
     Returns:

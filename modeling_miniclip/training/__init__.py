@@ -18,6 +18,7 @@ publish.py: export and push the best model
 command_line/: flags, recipes and what the launcher was given
 loss/: the loss over the batches of all processes, in tiles
 resuming/: output folders, checkpoints, and what a resumed run may change
+finetune/: fine-tuning that keeps what a model knew
 towers/: the model of a run and its towers
 memory/: steps that fit into memory, in chunks if they must
 processes/: several processes and machines

@@ -15,6 +15,7 @@ from ..errors import MiniClipError
 from ..hub.export import export
 from ..hub.push import push
 from .command_line.arguments import TrainingArguments
+from .finetune.lora import merged_weights
 from .reports.reporting import split_sizes
 from .run import TrainingRun
 
@@ -27,7 +28,8 @@ LOCAL_ARGUMENTS = frozenset(
 
 # Arguments that may be a path.
 PATH_ARGUMENTS = frozenset(
-    "dataset validation_dataset zero_shot_dataset image_dir vision_model text_model preset model_name_or_path".split()
+    "dataset validation_dataset zero_shot_dataset retention_dataset image_dir vision_model text_model preset "
+    "model_name_or_path".split()
 )
 
 
@@ -37,6 +39,8 @@ def export_best(
     intervals: dict[str, tuple[float, float]],
     with_shared: dict[str, Any] | None = None,
     by_length: dict[int, dict[str, float]] | None = None,
+    retained: dict[str, float] | None = None,
+    blended: dict[str, Any] | None = None,
 ) -> None:
     """Replace `export/` by the current model with its measured card; with `--hub_strategy every_save`, upload it.
 
@@ -46,6 +50,8 @@ def export_best(
         intervals: confidence intervals of the recalls, on the main process.
         with_shared: what `recall_with_shared` found, on the main process.
         by_length: validation metrics of short embeddings, on the main process.
+        retained: metrics on `--retention_dataset`.
+        blended: what `--blend` has chosen, for the card: the `share`, whether it `is_auto`, and the `rows` measured.
     """
     arguments = run.arguments
     state_dict = full_state_dict(run)  # by all processes: with FSDP each has only a part
@@ -57,12 +63,16 @@ def export_best(
             "by_length": by_length,
             "at_start": run.progress.at_start,
             "with_shared": with_shared,
+            "retained": retained,
+            "retained_at_start": run.progress.retained_at_start,
+            "blended": blended,
             "arguments": arguments_for_card(arguments),
             "command": command_for_card(arguments),
             "license": arguments.hub_license,
             "data": {**run.card_data, "left_out": run.bad_images.describe()},
         }
-        export(run.unwrapped_model, run.processor, run.export_dir, card, state_dict)
+        weights = merged_weights(state_dict, run.unwrapped_model)  # without adapters
+        export(run.unwrapped_model, run.processor, run.export_dir, card, weights)
         if arguments.push_to_hub and arguments.hub_strategy == "every_save":
             try:
                 push_export(run)

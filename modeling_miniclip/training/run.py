@@ -10,7 +10,7 @@ from typing import Any, cast
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..data.loading.batches import GlobalBatches
@@ -21,6 +21,7 @@ from .bad_images import BadImages
 from .command_line.arguments import TrainingArguments
 from .command_line.check_arguments import checkpoint_interval
 from .ema import AveragedWeights
+from .finetune.retention import RetentionSet
 from .memory.sizes import StepSizes
 from .pace import Pace
 from .reports.callbacks import Callback, Callbacks, asks_to_stop
@@ -51,6 +52,8 @@ class TrainingRun:
         validation_split: validation images with their captions, for the pictures.
         validation_features: features of the validation split from frozen towers.
         zero_shot: images to classify at each validation; None without `--zero_shot_dataset`.
+        retention: images that must still be found; None without `--retention_dataset`.
+        before_training: weights before the first step that training may change, on rank 0; empty without `--blend`.
         validation_parts: rows of the validation split by dataset; empty unless several datasets have some.
         card_data: name and sizes of the dataset, for the model card.
         log: writer of `metrics.jsonl`.
@@ -93,6 +96,8 @@ class TrainingRun:
     steps_per_epoch: int
     last_step: int
     zero_shot: ZeroShotSet | None = None
+    retention: RetentionSet | None = None
+    before_training: dict[str, Tensor] = field(default_factory=dict)
     exported: ExportedEmbeddings = field(default_factory=ExportedEmbeddings)
     ema: AveragedWeights | None = None
     fingerprint: Fingerprint | None = None
@@ -174,7 +179,9 @@ class TrainingRun:
         start = time.perf_counter()
         check_finite_weights(self.unwrapped_model, self.accelerator)
         folder, keep = self.output_dir / "checkpoints", self.arguments.save_total_limit
-        save_checkpoint(self.accelerator, folder, self.progress, self.fingerprint, keep, self.export_dir)
+        save_checkpoint(
+            self.accelerator, self.unwrapped_model, folder, self.progress, self.fingerprint, keep, self.export_dir
+        )
         self.saved_position = self.position
         self.pace.add_checkpoint(time.perf_counter() - start)
 
@@ -210,5 +217,5 @@ class TrainingRun:
     def close(self) -> None:
         """End the loader processes, which would otherwise take 5 s each at exit, and the trackers."""
         del self.train_loader, self.validation_loader
-        self.zero_shot = None
+        self.zero_shot = self.retention = None
         self.accelerator.end_training()

@@ -44,6 +44,10 @@ from .command_line.check_arguments import augmentation_list
 from .command_line.launch import Launch, read_launch
 from .command_line.recipes import save_arguments
 from .ema import AveragedWeights
+from .finetune.blend import weights_to_change
+from .finetune.lora import add_adapters, only_trained_weights
+from .finetune.retention import SPLIT as RETENTION_SPLIT
+from .finetune.retention import RetentionSet, retention_about, retention_checksum
 from .hard_negatives import hard_negatives_of
 from .limit_splits import limit_splits
 from .matryoshka import choose_lengths, describe_lengths
@@ -240,6 +244,7 @@ def fingerprint_data(
     arguments: TrainingArguments,
     accelerator: Accelerator,
     classified: EvalSet | None = None,
+    retained: Dataset | None = None,
 ) -> Fingerprint | None:
     """Fingerprint of the data, on rank 0; when a run is resumed, it must be that of the checkpoint.
 
@@ -249,6 +254,7 @@ def fingerprint_data(
         arguments: flags of the run.
         accelerator: processes of the run.
         classified: class folders of `--zero_shot_dataset`.
+        retained: rows of `--retention_dataset`.
 
     Raises:
         DataError: images, captions or splits changed.
@@ -259,6 +265,7 @@ def fingerprint_data(
         saved = None if checkpoint is None else Fingerprint.load(checkpoint)
         found.append(fingerprint_of_data(splits, arguments, None if saved is None else saved.by_content))
         found[0].order, found[0].zero_shot = order_checksum(splits, arguments), zero_shot_checksum(classified)
+        found[0].retention = retention_checksum(retained)
         if saved is not None:
             saved.add_undecodable(Path(arguments.output_dir))
             check_data(saved, found[0], splits, arguments)
@@ -301,6 +308,8 @@ def build_model(
     model, processor = create_model(arguments, Captions(learned_from))
     choose_lengths(model.config, arguments)
     freeze_layers(model, arguments)
+    if arguments.lora_rank is not None:
+        say(accelerator, add_adapters(model, processor, arguments))
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         to_channels_last(model.vision_model, accelerator.device)  # these need contiguous parameters,
         group_texts_by_length(model)  # and all its processes must run a tower equally often
@@ -476,9 +485,12 @@ def build_run(
     evidence: CaptionEvidence = NO_EVIDENCE,
     shared: SharedCaptions | None = None,
     zero_shot: ZeroShotSet | None = None,
+    retention: RetentionSet | None = None,
 ) -> TrainingRun:
     """Build optimizer and schedule, and the state of a run at its start."""
     classified = None if zero_shot is None else zero_shot.data
+    retained = None if retention is None else retention.rows
+    before_training = weights_to_change(model) if arguments.blend and accelerator.is_main_process else {}
     prepared, optimizer, adamw = prepare_optimizer(model, arguments, accelerator)
     train_loader, validation_loader = loaders
     steps_per_epoch = len(train_loader)
@@ -498,7 +510,8 @@ def build_run(
         validation_parts=validation_parts(splits, arguments),
         card_data=data_for_card(arguments, splits)
         | {"shared": describe_shared(shared, arguments)}
-        | zero_shot_about(classified),
+        | zero_shot_about(classified)
+        | retention_about(retained, arguments),
         log=MetricsLog(Path(arguments.output_dir) / "metrics.jsonl", accelerator.is_main_process),
         meter=StepMeter(accelerator, optimizer),
         progress=Progress(),
@@ -510,12 +523,14 @@ def build_run(
             has_softmax=model.config.loss_type != "sigmoid",
             evidence=evidence,
         ),
-        bad_images=watch_images(splits, classified, arguments, accelerator, fingerprint),
+        bad_images=watch_images(splits, classified, retained, arguments, accelerator, fingerprint),
         steps_per_epoch=steps_per_epoch,
         last_step=last_step,
         ema=AveragedWeights(model, arguments.ema_decay) if arguments.ema_decay else None,
         fingerprint=fingerprint,
         zero_shot=zero_shot,
+        retention=retention,
+        before_training=before_training,
         sizes=StepSizes(is_given=arguments.chunk_size is not None),
     )
 
@@ -528,11 +543,12 @@ def warn(accelerator: Accelerator, line: str) -> None:
 def watch_images(
     splits: DatasetDict,
     classified: EvalSet | None,
+    retained: Dataset | None,
     arguments: TrainingArguments,
     accelerator: Accelerator,
     fingerprint: Fingerprint | None,
 ) -> BadImages:
-    """Counts of images that cannot be decoded in the splits and in `--zero_shot_dataset`, kept in the fingerprint."""
+    """Counts of images that cannot be decoded in the splits and other datasets, kept in the fingerprint."""
 
     def remember(bad_rows: dict[str, list[int]]) -> None:
         if fingerprint is not None:
@@ -541,6 +557,8 @@ def watch_images(
     sizes = split_sizes(splits)
     if classified is not None:
         sizes[ZERO_SHOT_SPLIT] = {"images": len(classified.image_ids)}
+    if retained is not None:
+        sizes[RETENTION_SPLIT] = {"images": len(retained)}
     report = partial(warn, accelerator)
     return BadImages(sizes, arguments.max_bad_image_fraction, report, accelerator.device, remember)
 
@@ -573,7 +591,8 @@ def resume(run: TrainingRun, checkpoint: Path) -> None:
             "in another precision; resume with --mixed_precision bf16 or no, or from another checkpoint"
         )
     try:
-        run.accelerator.load_state(str(checkpoint))
+        with only_trained_weights(run.unwrapped_model):
+            run.accelerator.load_state(str(checkpoint))
     except Exception as error:  # of many classes, for a damaged file or different parameters
         raise ModelError(
             f"--resume_from_checkpoint: {checkpoint} is damaged or of another model: {one_line(error)}; resume with "

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from .command_line.arguments import TrainingArguments
-from .command_line.check_arguments import checkpoint_interval, limit_in_seconds
+from .command_line.check_arguments import blends, checkpoint_interval, limit_in_seconds
 from .command_line.recipes import save_arguments
 from .hard_negatives import hard_negatives_of
 from .optimizer import set_length
@@ -91,6 +91,8 @@ def rest_of(run: TrainingRun) -> Rest:
     validation = _mean(pace.validations) or estimated_validation(run, step)
     checkpoint = _mean(pace.checkpoints) or written(run, 3)  # the weights, and the two moments of AdamW
     further = validation if hard_negatives_of(run.arguments) is not None else 0.0  # the test of word order
+    if shares := blends(run.arguments):
+        further += (len(shares) + 1) * validation
     return Rest(
         done=run.progress.step,
         steps_per_epoch=run.steps_per_epoch,

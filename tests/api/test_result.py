@@ -47,6 +47,15 @@ def test_the_model_that_a_run_starts_from_is_no_candidate() -> None:
     assert TrainResult(Path("x"), by_recall, "rsum").best_step == 9
 
 
+def test_metrics_are_those_of_the_chosen_blend() -> None:
+    history = [{"step": 9, "split": "validation", "rsum": 300.0}]
+    for share, rsum in ((0.0, 200.0), (0.5, 310.0), (1.0, 300.0)):
+        history.append({"step": 9, "split": "blend", "share": share, "rsum": rsum, "retained_rsum": 400 - rsum})
+    result = TrainResult(Path("x"), [*history, {"step": 9, "split": "chosen blend", "share": 0.5}], "rsum")
+    assert result.metrics == {"rsum": 310.0, "retained_rsum": 90.0} and result.best_step == 9
+    assert TrainResult(Path("x"), history, "rsum").metrics == {"rsum": 300.0}, "interrupted before the choice"
+
+
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run of MiniCLIP; name the output_dir of one"):
         TrainResult.load(tmp_path)

@@ -51,6 +51,7 @@ LAYERS, OPTIMIZER, EMA, GRAD_CACHE, DISTRIBUTED, CHECKPOINTS, DIAGNOSTICS, FOLD,
 )
 FROM_CLIP, BACK = "tests/clips/test_from_transformers.py", "tests/clips/test_back.py"
 GLOBAL_LOSS = "tests/training/test_global_loss.py"
+LORA, BLEND, IMAGE_SIZE = (f"tests/training/test_{name}.py" for name in ("lora", "blend", "image_size"))
 LOSS, MODEL, PROCESSOR, UNTRUSTED = (f"tests/test_{name}.py" for name in ("loss", "model", "processor", "untrusted"))
 ENCODERS = "tests/test_image_encoders.py"
 TRAINER, CLEAN_PROCESS, RESULT = (f"tests/api/test_{name}.py" for name in ("trainer", "clean_process", "result"))
@@ -360,6 +361,41 @@ FAULTS = [
     ),
     *faults_in(
         f"{PACKAGE}/training",
+        (
+            "finetune/lora.py",
+            "the scale of adapters is not merged",
+            "change = layer.scaling[ADAPTER] * (up @ down)",
+            "change = up @ down",
+            LORA,
+        ),
+        (
+            "finetune/lora.py",
+            "layers that are not called get adapters",
+            "if name in called}",
+            "if name in layers}",
+            LORA,
+        ),
+        (
+            "finetune/blend.py",
+            "a share is that of the model before training",
+            "torch.lerp(before[name], tensor, share)",
+            "torch.lerp(tensor, before[name], share)",
+            BLEND,
+        ),
+        (
+            "finetune/blend.py",
+            "the largest loss is the best one",
+            "best / value if smaller_is_better else value / best",
+            "value / best",
+            BLEND,
+        ),
+        (
+            "towers/image_size.py",
+            "the positions of other tokens are those of patches",
+            "others = positions - old**2",
+            "others = 0",
+            IMAGE_SIZE,
+        ),
         ("towers/layers.py", "all layers may be frozen", "len(layers) - 1)]:", "len(layers))]:", LAYERS),
         (
             "towers/layers.py",

@@ -80,6 +80,7 @@ def test_unused_settings_of_deepspeed_are_an_error(words: str, message: str) -> 
         ({"words": "--dynamo_backend inductor"}, "--dynamo_backend inductor does not work with DeepSpeed"),
         ({"words": "--mixed_precision fp16"}, "--mixed_precision fp16 does not work with DeepSpeed"),
         ({"ema_decay": 0.99}, "--ema_decay does not work with DeepSpeed"),
+        ({"lora_rank": 4}, "--lora_rank does not work with DeepSpeed"),
         ({"compile_towers": True}, "--compile_towers does not work with DeepSpeed"),
         ({"words": "--cpu"}, "use_cpu.*|--cpu: Accelerate would train without DeepSpeed"),
         ({"without": "LOCAL_RANK"}, "DeepSpeed needs a launcher"),

@@ -79,3 +79,18 @@ def test_queries_are_spread_over_the_split():
     split = Dataset.from_dict({"captions": [[f"first {i}", "second"] for i in range(10)]})
     assert example_queries(split, 5) == [(i, f"first {i}") for i in (0, 2, 4, 6, 8)]
     assert example_queries(split.select([0, 1]), 5) == [(0, "first 0"), (1, "first 1")]
+
+
+def test_second_dataset_and_blends_have_panels_of_their_own(tmp_path):
+    retention = [{**validation(step), "split": "retention"} for step in (0, 5)]
+    blends = [{"step": 5, "split": "blend", "share": share, "rsum": 300 + share, "retained_rsum": 200 - share}
+              for share in (0.0, 0.5, 1.0)]  # fmt: skip
+    chosen = [{"step": 5, "split": "chosen blend", "share": 0.5}]
+    right = {}
+    for name, lines in (("retention", retention), ("blends", blends), ("both", [*retention, *blends, *chosen])):
+        draw_curves([training(5), validation(5), *lines], tmp_path / "curves.png", best_step=5)
+        pixels = picture(tmp_path / "curves.png")
+        assert pixels.shape == (770, 1980, 3)
+        upper, lower = pixels[:385, 1450:], pixels[385:, 1450:]  # of the third column
+        right[name] = [bool((half < 200).any()) for half in (upper, lower)]
+    assert right == {"retention": [True, False], "blends": [False, True], "both": [True, True]}

@@ -3,10 +3,12 @@
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from modeling_miniclip import MiniClipModel
 from tests.helpers.runs import ROOT, assert_same_log, command, environment, flags
@@ -54,3 +56,25 @@ def test_sharded_training_in_chunks_can_be_resumed(tmp_path: Path) -> None:
     train_sharded(flags(tmp_path, "sharded", max_steps=3, chunk_size=2, **SAME))
     train_sharded(flags(tmp_path, "sharded", resume_from_checkpoint="latest", chunk_size=2, **SAME))
     assert_same_log(tmp_path / "one", tmp_path / "sharded")
+
+
+@pytest.mark.slow
+def test_sharded_adapters_are_saved_resumed_and_blended(tiny_run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="PEFT comes with the extra lora")
+    start = tiny_run / "export"
+    same: dict[str, Any] = {"preset": None, "model_name_or_path": start, "lora_rank": 2, "blend": "auto", "dropout": 0}
+    same["retention_dataset"] = tiny_run.parent / "scenes" / "captions.csv"
+    main(flags(tmp_path, "one", **same))
+    sharded = flags(tmp_path, "sharded", **same)
+    train_sharded([*sharded, "--max_steps=4"])
+    folder = tmp_path / "sharded" / "checkpoints" / "step-00000004" / "pytorch_model_fsdp_0"
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    towers = {name for name in saved if name.startswith(("model.vision_model.", "model.text_model."))}
+    assert len(saved) > len(towers) > 0 and all(".lora_" in name for name in towers), "what is trained"
+    train_sharded([*sharded, "--resume_from_checkpoint=latest"])
+    assert_same_log(tmp_path / "one", tmp_path / "sharded")
+    expected_weights = load_file(tmp_path / "one" / "export" / "model.safetensors")
+    weights = load_file(tmp_path / "sharded" / "export" / "model.safetensors")
+    assert weights.keys() == expected_weights.keys() == load_file(start / "model.safetensors").keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected_weights[name], rtol=1e-3, atol=4e-3, msg=name)

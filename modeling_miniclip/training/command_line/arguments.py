@@ -48,6 +48,11 @@ class TrainingArguments:
     zero_shot_dataset: str | None = _flag(
         None, "folder of class folders that each validation classifies by their names: zero_shot_top-1 and -5"
     )
+    retention_dataset: str | None = _flag(
+        None,
+        "with model_name_or_path: a dataset that must not be forgotten; each validation also measures recall on its "
+        "validation split",
+    )
     image_dir: str | None = _flag(
         None, "folder of the images that a CSV file names (next to the CSV file, or its subfolder Images)"
     )
@@ -146,6 +151,17 @@ class TrainingArguments:
     feature_cache_dir: str | None = _flag(
         None, "folder of cached features of frozen towers, shared between runs (HF_HOME/miniclip/features)"
     )
+    lora_rank: int | None = _flag(
+        None,
+        "train adapters of this rank in the towers instead of their weights (LoRA, needs PEFT); the export is a plain "
+        "model; --freeze vision or text leaves a tower without adapters (off)",
+    )
+    lora_kwargs: str | None = _flag(
+        None,
+        "details of the adapters as JSON or YAML: {alpha: 16, dropout: 0, targets: [q_proj, v_proj]}: what they add "
+        "is multiplied by alpha / rank (2); their dropout (0); the ends of the names of the layers that get one (all "
+        "linear layers of a tower, or its convolutions if these have more weights)",
+    )
     freeze_batch_norm: bool | None = _flag(
         None,
         "freeze the image tower's batch-norm statistics (true for pretrained towers, false for a preset)",
@@ -228,6 +244,11 @@ class TrainingArguments:
         "compile the towers with torch.compile: takes minutes at the start, then steps are faster on a GPU; rarely "
         "pays off on a CPU",
     )
+    blend: str | None = _flag(
+        None,
+        "at the end, move the weights of the best model back towards those of model_name_or_path: the share of the "
+        "best model that is kept, such as 0.5, or auto, which validates 0, 0.1, ... 1 and takes the best (off)",
+    )
     seed: int = _flag(0, "random seed for weights, batches, captions, augmentation and dropout")
     overfit_batch: bool = _flag(
         False,
@@ -283,6 +304,7 @@ LOWER_BOUNDS = {
     **dict.fromkeys(("image_size", "train_image_size", "max_length", "projection_dim"), 1),
     **dict.fromkeys(("save_total_limit", "early_stopping_patience", "eval_steps"), 1),
     "chunk_size": 2,
+    "lora_rank": 1,
     **dict.fromkeys(("num_workers", "seed", "warmup_steps", "weight_decay"), 0),
     **dict.fromkeys(("max_validation_images", "shard_cache_gb", "projection_depth"), 0),
 }

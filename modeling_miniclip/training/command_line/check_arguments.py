@@ -14,6 +14,9 @@ from .arguments import LOWER_BOUNDS, MODEL_SOURCES, PART_RATES, TrainingArgument
 
 # Keys of --lr_scheduler_kwargs for each schedule, with their defaults.
 SCHEDULE_DETAILS: dict[str, dict[str, Any]] = {"plateau": {"patience": 1, "factor": 0.8}, "cosine": {"hold_steps": 0}}
+# Keys of --lora_kwargs with their defaults; those of alpha and targets depend on other flags and on the model.
+LORA_DETAILS: dict[str, Any] = {"alpha": None, "dropout": 0.0, "targets": None}
+BLENDS = tuple(tenth / 10 for tenth in range(11))  # that --blend auto tries
 LONGEST_NUMBER = 9  # digits of a number of dimensions
 
 
@@ -33,6 +36,7 @@ def check_arguments(arguments: TrainingArguments) -> None:
     checkpoint_interval(arguments)
     limit_in_seconds(arguments)
     schedule_details(arguments)
+    _check_finetuning(arguments)
     augmentation_list(arguments)
     tracker = arguments.report_to
     if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
@@ -168,12 +172,7 @@ def schedule_details(arguments: TrainingArguments) -> dict[str, Any]:
     flag, chosen = "--lr_scheduler_kwargs", arguments.lr_scheduler_type
     known = {name: value for kind, details in SCHEDULE_DETAILS.items() if chosen in (None, kind)
              for name, value in details.items()}  # fmt: skip
-    try:
-        given: Any = load_yaml(arguments.lr_scheduler_kwargs or "{}")
-    except ValueError as error:
-        raise UsageError(f"{flag} is neither JSON nor YAML: {error}") from error
-    if not isinstance(given, dict):
-        raise UsageError(f"{flag} must be a mapping such as {{hold_steps: 10}}, not {arguments.lr_scheduler_kwargs}")
+    given = _mapping(flag, arguments.lr_scheduler_kwargs, "{hold_steps: 10}")
     if unknown := next((name for name in given if name not in known), None):
         raise UsageError(f"{flag}: unknown key {unknown!r}; {chosen or 'a schedule'} takes {', '.join(known)}")
     for name, value in given.items():
@@ -183,6 +182,92 @@ def schedule_details(arguments: TrainingArguments) -> dict[str, Any]:
         elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise UsageError(f"{flag}: {name} must be a whole number of at least 0, not {value}")
     return known | given
+
+
+def _mapping(flag: str, text: str | None, example: str) -> dict[Any, Any]:
+    """The mapping in a flag, empty if the flag is not given."""
+    try:
+        given: Any = load_yaml(text or "{}")
+    except ValueError as error:
+        raise UsageError(f"{flag} is neither JSON nor YAML: {error}") from error
+    if not isinstance(given, dict):
+        raise UsageError(f"{flag} must be a mapping such as {example}, not {text}")
+    return given
+
+
+def lora_details(arguments: TrainingArguments) -> dict[str, Any]:
+    """Details of the adapters: those in `--lora_kwargs`, and [`LORA_DETAILS`] for the others; alpha is 2 ranks.
+
+    Raises:
+        UsageError: no mapping, an unknown key, or a value of the wrong type or out of range.
+    """
+    flag = "--lora_kwargs"
+    given = _mapping(flag, arguments.lora_kwargs, "{alpha: 16}")
+    if unknown := next((name for name in given if name not in LORA_DETAILS), None):
+        raise UsageError(f"{flag}: unknown key {unknown!r}; adapters take {', '.join(LORA_DETAILS)}")
+    details = LORA_DETAILS | {"alpha": 2 * (arguments.lora_rank or 1)} | given
+    for name, is_right, what in (
+        ("alpha", lambda value: 0 < value < math.inf, "a positive number"),
+        ("dropout", lambda value: 0 <= value < 1, "a number in [0, 1)"),
+    ):
+        value = details[name]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not is_right(value):
+            raise UsageError(f"{flag}: {name} must be {what}, not {value}")
+    targets = details["targets"]
+    are_names = isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets)
+    if targets is not None and not are_names:
+        raise UsageError(f"{flag}: targets must be a list of names such as [q_proj, v_proj], not {targets}")
+    return details
+
+
+def blends(arguments: TrainingArguments) -> tuple[float, ...]:
+    """Shares of the best model that `--blend` measures, ascending, with those of both ends; none without the flag.
+
+    Raises:
+        UsageError: the flag is neither `auto` nor a number in [0, 1].
+    """
+    share = chosen_blend(arguments)
+    if arguments.blend is None:
+        return ()
+    return BLENDS if share is None else tuple(sorted({0.0, share, 1.0}))
+
+
+def chosen_blend(arguments: TrainingArguments) -> float | None:
+    """The number in `--blend`; None for `auto`, and without the flag.
+
+    Raises:
+        UsageError: as in [`blends`].
+    """
+    if arguments.blend in (None, "auto"):
+        return None
+    try:
+        share = float(str(arguments.blend))
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise UsageError(f"--blend must be auto or a number in [0, 1], not {arguments.blend}")
+    return share
+
+
+def _check_finetuning(arguments: TrainingArguments) -> None:
+    for name, why in (
+        ("blend", "the weights before training, to which it goes back"),
+        ("retention_dataset", "a trained model, which may forget something"),
+    ):
+        if getattr(arguments, name) is not None and arguments.model_name_or_path is None:
+            raise UsageError(f"--{name} needs --model_name_or_path: {why}")
+    blends(arguments)
+    lora_details(arguments)
+    if arguments.lora_rank is None:
+        if arguments.lora_kwargs is not None:
+            raise UsageError("--lora_kwargs needs --lora_rank, the rank of the adapters")
+        return
+    if arguments.preset is not None:
+        raise UsageError("--lora_rank needs trained weights, and those of a --preset are random: leave it out")
+    if arguments.freeze == "both":
+        raise UsageError("--lora_rank and --freeze both: no tower is left for adapters; leave out one of them")
+    if importlib.util.find_spec("peft") is None:
+        raise MiniClipError("--lora_rank: PEFT is not installed; pip install peft")
 
 
 def matryoshka_dims(arguments: TrainingArguments) -> list[int]:

@@ -20,7 +20,7 @@ FEW_IMAGES = 1000
 # Flags that matter only to towers that are trained: given one of them, a run trains its towers.
 OF_TRAINED_TOWERS = (
     "vision_learning_rate", "text_learning_rate", "layer_decay", "frozen_vision_fraction", "train_image_size",
-    "augmentation",
+    "augmentation", "lora_rank",
 )  # fmt: skip
 # Whole images have 9/7 of the pixels per side that the tower was trained with, such as 288 for 224.
 LARGER = 9 / 7
@@ -258,6 +258,15 @@ KINDS: dict[str, tuple[str, Values]] = {
     ),
 }
 
+# Rates of adapters, as published for CLIP (CLIP-LoRA, Zanella & Ben Ayed 2024), instead of those of the towers. The
+# layers of the towers stay as they are, so none has to be protected.
+ADAPTERS: Values = {
+    "vision_learning_rate": 2e-4,
+    "text_learning_rate": 2e-4,
+    "layer_decay": 1.0,
+    "frozen_vision_fraction": 0.0,
+}
+
 
 def kind_of_run(arguments: TrainingArguments, facts: Facts) -> str:
     """The key in `KINDS`."""
@@ -281,6 +290,8 @@ def derive(arguments: TrainingArguments, facts: Facts) -> tuple[TrainingArgument
         facts: what the rules depend on.
     """
     what, rules = KINDS[kind_of_run(arguments, facts)]
+    if arguments.lora_rank is not None:
+        what, rules = f"{what}, with adapters", rules | ADAPTERS
     values: Values = dict(vars(arguments))
     derived: Values = {}
     for name in DERIVED:

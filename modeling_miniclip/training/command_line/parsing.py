@@ -27,8 +27,9 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     """Arguments of a run. Flags override the recipe, and the recipe overrides the defaults.
 
     A flag that says where the model comes from drops the recipe's other sources: with `--preset` a recipe's
-    `vision_model` and `text_model` are ignored. In the same way `--learning_rate` overrides all rates of a recipe, and
-    `--time_limit` its epochs, steps and warm-up.
+    `vision_model` and `text_model` are ignored. In the same way `--learning_rate` overrides all rates of a recipe,
+    `--time_limit` its epochs, steps and warm-up, and `--lora_rank` the rates of the towers, unless they are those of
+    adapters.
 
     Args:
         argv: flags; None takes the command line of this process.
@@ -62,7 +63,7 @@ def _with_recipe(given: dict[str, Any]) -> TrainingArguments:
     values: dict[str, Any] = {}
     if recipe is not None:
         values = spread_learning_rate(read_recipe(named_file(recipe, "recipes", ".yaml"))) | {"recipe": recipe}
-        for name in (*_replaced_sources(given), *_replaced_schedule(given)):
+        for name in (*_replaced_sources(given), *_replaced_schedule(given), *_replaced_rates(given, values)):
             values.pop(name, None)
     arguments = TrainingArguments(**(values | spread_learning_rate(given)))
     if arguments.dataset is None:
@@ -102,6 +103,12 @@ def _replaced_sources(given: dict[str, Any]) -> list[str]:
 def _replaced_schedule(given: dict[str, Any]) -> tuple[str, ...]:
     """Fields of a recipe that a given time limit decides."""
     return ("num_train_epochs", "max_steps", "warmup_steps") if given.get("time_limit") else ()
+
+
+def _replaced_rates(given: dict[str, Any], recipe: dict[str, Any]) -> tuple[str, ...]:
+    """Fields of a recipe for weights, not for adapters, which need higher rates."""
+    are_adapted = given.get("lora_rank") is not None and recipe.get("lora_rank") is None
+    return ("vision_learning_rate", "text_learning_rate") if are_adapted else ()
 
 
 def fill_in_defaults(arguments: TrainingArguments) -> TrainingArguments:

@@ -17,6 +17,8 @@ from ...utils.plain_yaml import load_yaml
 from .arguments import DERIVED, LIST_FLAGS, TrainingArguments, build_parser, choices_of, element_of
 from .check_arguments import augmentation_list
 
+MAPPINGS = ("lr_scheduler_kwargs", "lora_kwargs")  # flags that are mappings in a recipe
+
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a recipe with their values, each of its flag's type.
@@ -121,14 +123,16 @@ def _as_flag(key: str, value: Any, hint: Any) -> str:
             return str(value)
         if not value and "no" in choices_of(hint):  # YAML reads an unquoted no as false
             return "no"
-    elif (key, type(value)) in (("augmentation", list), ("lr_scheduler_kwargs", dict)):
+    elif (key, type(value)) in (("augmentation", list), *((name, dict) for name in MAPPINGS)):
         try:
             return json.dumps(value)
         except TypeError:  # YAML also has dates and sets
             pass
     elif isinstance(value, str) or (isinstance(value, int | float) and (int in kinds or float in kinds)):
         return str(value)
-    elif isinstance(value, int) and key in ("checkpointing_steps", "matryoshka_dims"):
+    elif isinstance(value, int) and key in ("checkpointing_steps", "matryoshka_dims", "blend"):
+        return str(value)
+    elif isinstance(value, float) and key == "blend":
         return str(value)
     raise _WrongType(f"{_shown(value)} has the wrong type")
 
@@ -144,8 +148,10 @@ def _expected(key: str, hint: Any) -> str:
     """A type in words for the user."""
     if key == "augmentation":
         return "a list of mappings with a name each"
-    if key == "lr_scheduler_kwargs":
+    if key in MAPPINGS:
         return "a mapping"
+    if key == "blend":
+        return "auto, or a number from 0 to 1"
     if key == "matryoshka_dims":
         return "whole numbers, as in 64,128,256 or [64, 128, 256]"
     if choices_of(hint):
@@ -173,6 +179,7 @@ def save_arguments(arguments: TrainingArguments, path: Path) -> None:
             values.pop(name)
     if "augmentation" in values:
         values["augmentation"] = augmentation_list(arguments)
-    if arguments.lr_scheduler_kwargs is not None:
-        values["lr_scheduler_kwargs"] = load_yaml(arguments.lr_scheduler_kwargs)
+    for name in MAPPINGS:
+        if values[name] is not None:
+            values[name] = load_yaml(values[name])
     replace_text(path, yaml.safe_dump(values, sort_keys=False))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, convert_outputs_to_fp32
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ...errors import UsageError
@@ -112,6 +112,8 @@ def _check_flags(launch: Launch, arguments: TrainingArguments, place: str) -> No
     precision = arguments.mixed_precision or launch.mixed_precision
     if arguments.ema_decay:
         raise UsageError(f"--ema_decay does not work with DeepSpeed, which spreads the weights; set it to 0 ({place})")
+    if arguments.lora_rank is not None:
+        raise UsageError(f"--lora_rank does not work with DeepSpeed; leave one of them out, or use FSDP ({place})")
     if arguments.compile_towers or "dynamo_backend" in launch.settings:
         flag = "--compile_towers" if arguments.compile_towers else launch.settings["dynamo_backend"].place
         raise UsageError(
@@ -292,6 +294,21 @@ def gathered(*parameters: Parameter | None) -> Iterator[None]:
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(spread):
+        yield
+
+
+@contextmanager
+def changed_on_main(parameter: Tensor) -> Iterator[None]:
+    """Within the block, a parameter that ZeRO-3 has spread is whole, and gets the values that rank 0 gives it.
+
+    Every process must enter it.
+    """
+    if not hasattr(parameter, "ds_tensor"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         yield
 
 

@@ -25,6 +25,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def draw_curves(metrics: list[dict[str, Any]], target: Path, best_step: int | None = None) -> None:
     """Loss, recall, learning rates and temperature over the steps of a run, as a PNG.
 
+    With `--retention_dataset`, also recall on it, and with `--blend` what was measured of each blend.
+
     Args:
         metrics: lines of `metrics.jsonl`.
         target: file to write.
@@ -36,7 +38,11 @@ def draw_curves(metrics: list[dict[str, Any]], target: Path, best_step: int | No
     train = [line for line in metrics if line["split"] == "train"]
     validation = [line for line in metrics if line["split"] == "validation"]
     figure = Figure(figsize=(12, 7), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-    panels = loss, recall, rate, scale = tuple(figure.subplots(2, 2).flat)
+    further = [name for name in ("retention", "blend") if any(line["split"] == name for line in metrics)]
+    if further:
+        figure.set_size_inches(18, 7)
+    grid = figure.subplots(2, 3 if further else 2)
+    panels = loss, recall, rate, scale = tuple(grid[:, :2].flat)
     _draw_loss(loss, train, validation)
     _draw_recall(recall, validation)
     _draw_rates(rate, train)
@@ -44,6 +50,8 @@ def draw_curves(metrics: list[dict[str, Any]], target: Path, best_step: int | No
     _line(scale, train, "logit_scale", PURPLE)
     for axes in panels:
         _finish(axes, best_step, "exported model" if axes in panels[:2] else "")
+    if further:
+        _draw_further(grid[:, 2], metrics, best_step)
     with replaced_file(target) as fresh:
         figure.savefig(fresh, dpi=110, format="png")
 
@@ -55,10 +63,10 @@ def _draw_loss(axes: Any, train: list[dict[str, Any]], validation: list[dict[str
     _line(axes, validation, "loss", ORANGE, "validation, among the whole split", marker="o")
 
 
-def _draw_recall(axes: Any, validation: list[dict[str, Any]]) -> None:
+def _draw_recall(axes: Any, validation: list[dict[str, Any]], what: str = "Validation recall") -> None:
     """One colour per direction and one line style per K, which is named at the right end of its lines."""
     classified = any(name in line for line in validation for name in ZERO_SHOT_METRICS)
-    axes.set_title("Validation recall and zero-shot accuracy (%)" if classified else "Validation recall (%)")
+    axes.set_title(f"{what} and zero-shot accuracy (%)" if classified else f"{what} (%)")
     for name, color in (("text_to_image", BLUE), ("image_to_text", ORANGE)):
         for k, style in zip(RECALL_AT, ("-", "--", ":"), strict=True):
             label = name.replace("_", " ") if style == "-" else ""
@@ -78,6 +86,24 @@ def _draw_recall(axes: Any, validation: list[dict[str, Any]]) -> None:
         axes.annotate(f"R@{k}", at, xycoords=axes.get_yaxis_transform(), va="center", fontsize=9, color=GREY)
 
 
+def _draw_further(panels: Any, metrics: list[dict[str, Any]], best_step: int | None) -> None:
+    """Recall on the dataset that must not be forgotten, and on blends with the model before training."""
+    retained, blends = ([line for line in metrics if line["split"] == name] for name in ("retention", "blend"))
+    if retained:
+        _draw_recall(panels[0], retained, "Recall on the retention dataset")
+        _finish(panels[0], best_step, "exported model")
+    else:
+        panels[0].set_axis_off()
+    if not blends:
+        panels[1].set_axis_off()
+        return
+    axes, chosen = panels[1], [line["share"] for line in metrics if line["split"] == "chosen blend"]
+    axes.set_title("Blends: share of the best model")
+    for key, color, label in (("rsum", BLUE, "validation, rsum"), ("retained_rsum", ORANGE, "retention, rsum")):
+        _line(axes, blends, key, color, label, x="share", marker="o")
+    _finish(axes, chosen[-1] if chosen else None, "exported model", "share; the rest is the model before training")
+
+
 def _draw_rates(axes: Any, train: list[dict[str, Any]]) -> None:
     axes.set_title("Learning rate")
     names_of: dict[tuple[float, ...], list[str]] = {}  # equal rates are one line with several names
@@ -94,14 +120,16 @@ def _draw_rates(axes: Any, train: list[dict[str, Any]]) -> None:
         axes.set_ylim(max(min(rates), max(rates) / 1000) / 2, max(rates) * 2)
 
 
-def _line(axes: Any, lines: list[dict[str, Any]], key: str, color: str, label: str = "", **style: Any) -> None:
-    points = [(line["step"], line[key]) for line in lines if key in line]
+def _line(
+    axes: Any, lines: list[dict[str, Any]], key: str, color: str, label: str = "", x: str = "step", **style: Any
+) -> None:
+    points = [(line[x], line[key]) for line in lines if key in line]
     if points:
         style.setdefault("marker", "o" if len(points) < 5 else None)  # a line of one point is invisible
         axes.plot(*zip(*points, strict=True), label=label, color=color, markersize=3.5, linewidth=1.6, **style)
 
 
-def _finish(axes: Any, best_step: int | None, best_label: str) -> None:
+def _finish(axes: Any, best_step: float | None, best_label: str, x_label: str = "optimizer step") -> None:
     axes.set_title(axes.get_title(), loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
     axes.set_title("")
     axes.tick_params(colors=GREY, labelsize=9, length=0, which="both")
@@ -114,8 +142,9 @@ def _finish(axes: Any, best_step: int | None, best_label: str) -> None:
         axes.set(xticks=[], yticks=[])
         return
     axes.set_xlim(left=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("optimizer step", fontsize=9, color=GREY)
+    if x_label == "optimizer step":
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(x_label, fontsize=9, color=GREY)
     if best_step is not None:
         axes.axvline(best_step, color=GREEN, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1.5, label=best_label)
     if axes.get_legend_handles_labels()[0]:

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ...evaluation.metrics import recall_intervals, validation_metrics
 from ...utils.performance import release_freed_memory
+from ..finetune.retention import SPLIT as RETENTION_SPLIT
 from ..processes.distributed import broadcast_buffers, compute_on_main, scale_and_bias
 from ..run import TrainingRun
 from ..towers.features import embed_split
@@ -39,6 +40,7 @@ def validate_start(run: TrainingRun) -> None:
     report_datasets(run, embeddings)
     report_lengths(run, embeddings)
     run.progress.at_start, run.progress.validated_step = metrics, run.progress.step
+    run.progress.retained_at_start = report_retention(run)
     run.pace.add_validation(time.perf_counter() - start)
 
 
@@ -72,6 +74,31 @@ def measure_embeddings(run: TrainingRun, embeddings: tuple[Tensor, Tensor, Tenso
 def classify_images(run: TrainingRun) -> tuple[dict[str, float], Tensor | None]:
     """Accuracy on `--zero_shot_dataset`, and the rank of the right class of each image; nothing without it."""
     return measure_zero_shot(run.zero_shot, run.unwrapped_model, run.processor, run.accelerator, run.bad_images)
+
+
+def measure_retention(run: TrainingRun) -> dict[str, float] | None:
+    """Loss and retrieval metrics on `--retention_dataset`, the same in every process; None without it."""
+    if run.retention is None:
+        return None
+    release_freed_memory()
+    embeddings = embed_split(
+        run.unwrapped_model,
+        run.retention.loader,
+        run.processor,
+        run.accelerator.device,
+        "retention" if run.accelerator.is_main_process else None,
+        partial(run.bad_images.record_undecodable, RETENTION_SPLIT),
+    )
+    return measure_embeddings(run, embeddings)
+
+
+def report_retention(run: TrainingRun) -> dict[str, float] | None:
+    """Like [`measure_retention`]; writes the metrics to the log and metrics.jsonl. Every process must call it."""
+    metrics = measure_retention(run)
+    if run.retention is not None and metrics is not None:
+        run.write_metrics("retention", metrics)
+        run.say(describe_validation(f"  retained, {run.retention.name}", metrics))
+    return metrics
 
 
 def metric_intervals(

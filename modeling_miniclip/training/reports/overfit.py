@@ -1,6 +1,7 @@
 """`--overfit_batch`: check that the model can learn one batch, as it must before it can learn anything else."""
 
 import hashlib
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -17,6 +18,7 @@ from ...data.loading.batches import GlobalBatches
 from ...errors import DataError, MiniClipError
 from .. import setup
 from ..command_line.arguments import TrainingArguments
+from ..command_line.check_arguments import lora_details
 from ..loss.pair_counts import plain_counts
 from ..processes.distributed import gather_rows
 from ..row_order import training_order
@@ -72,6 +74,7 @@ def without_randomness(arguments: TrainingArguments) -> TrainingArguments:
         hard_negatives=["none"],
         dropout=0.0,
         projection_dropout=None,
+        lora_kwargs=json.dumps(lora_details(arguments) | {"dropout": 0.0}) if arguments.lora_rank else None,
         ema_decay=0.0,
         lr_scheduler_type="plateau",
         num_workers=0,

@@ -45,6 +45,8 @@ def check_data(saved: Fingerprint, now: Fingerprint, splits: DatasetDict, argume
         differences = ["its shards or datasets have other sizes, on which the order of the images depends"]
     if saved.zero_shot != now.zero_shot:
         differences.append("--zero_shot_dataset has other images or classes")
+    if saved.retention != now.retention:
+        differences.append("--retention_dataset has other images or captions")
     if differences:
         raise DataError(f"--resume_from_checkpoint: the data {_changed(differences, saved, arguments)}")
 

@@ -23,6 +23,7 @@ from ...utils.files import (
     move_folder,
     replaced_folder,
 )
+from ..finetune.lora import only_trained_weights
 from ..processes.distributed import local_tensor
 from ..reports.diagnostics import not_finite
 from .fingerprint import Fingerprint
@@ -43,6 +44,7 @@ class Progress:
         validated_step: step of the last validation; -1 before the first one.
         validations_without_improvement: number of validations since the best value.
         at_start: metrics of the validation before the first step; None if there was none.
+        retained_at_start: those on `--retention_dataset`; None without it.
     """
 
     epoch: int = 0
@@ -53,6 +55,7 @@ class Progress:
     validated_step: int = -1
     validations_without_improvement: int = 0
     at_start: dict[str, float] | None = None
+    retained_at_start: dict[str, float] | None = None
 
     def count_validation(self, improved: bool) -> None:
         """Count a validation of the model that is trained."""
@@ -113,6 +116,7 @@ def check_finite_weights(model: MiniClipModel, accelerator: Accelerator) -> None
 
 def save_checkpoint(
     accelerator: Accelerator,
+    model: MiniClipModel,
     folder: Path,
     progress: Progress,
     fingerprint: Fingerprint | None,
@@ -126,6 +130,7 @@ def save_checkpoint(
 
     Args:
         accelerator: processes and registered state of the run.
+        model: the model, without what wraps it; of one with adapters, only what is trained is saved.
         folder: folder of all checkpoints.
         progress: position and best value of the run.
         fingerprint: what the run trains on and with; only rank 0 needs it.
@@ -142,7 +147,7 @@ def save_checkpoint(
         fresh.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
-        with disk_errors(fresh):
+        with disk_errors(fresh), only_trained_weights(model):
             accelerator.save_state(str(fresh))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

@@ -51,6 +51,7 @@ class Fingerprint:
         undecodable: `image_id` of the images that could not be decoded, by split: their files may be repaired.
         order: checksum of what the order of the training images depends on besides flags, see `row_order.py`.
         zero_shot: checksum of the images and classes of `--zero_shot_dataset`, see `zero_shot.py`; 0 without it.
+        retention: checksum of the images and captions of `--retention_dataset`, see `retention.py`; 0 without it.
     """
 
     flags: dict[str, Any]
@@ -61,6 +62,7 @@ class Fingerprint:
     undecodable: dict[str, list[str]] = field(default_factory=dict)
     order: int = 0
     zero_shot: int = 0
+    retention: int = 0
 
     def save(self, folder: Path) -> None:
         """Write both files to a folder."""
@@ -124,7 +126,7 @@ def add_model(
     """Add the model's settings, the vocabulary, preprocessing and augmentation, and the weights of frozen towers.
 
     Trained weights are in the checkpoint itself. Those of a frozen tower are too, but its features were computed with
-    the weights that the flags name.
+    the weights that the flags name. Those below adapters are not, nor is the model that `--blend` goes back to.
     """
     tokenizer = processor.tokenizer
     numbers = tokenizer.get_vocab()
@@ -137,8 +139,10 @@ def add_model(
         "augmentation": augmentation,
     }
     for tower, module in (("vision", model.vision_model), ("text", model.text_model)):
-        if arguments.freeze in (tower, "both"):
-            parts[f"frozen {tower} tower"] = {"weights": digest_of_weights(module)}
+        if arguments.freeze in (tower, "both") or arguments.lora_rank is not None:
+            parts[f"frozen {tower} tower"] = {"weights": digest_of_weights(module, without_adapters=True)}
+    if arguments.blend is not None:
+        parts["model before training"] = {"weights": digest_of_weights(model, without_adapters=True)}
     # As JSON reads them back: a tuple is a list, a key is a string.
     fingerprint.settings = flat_settings(json.loads(json.dumps(parts, default=str)))
 

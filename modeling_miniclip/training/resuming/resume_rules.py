@@ -11,15 +11,15 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
     "fixed": (
         "seed", "batch_size", "shuffle", "dataset_weights", "freeze", "frozen_vision_fraction", "frozen_text_fraction",
         "num_views", "layer_decay", "lr_scheduler_type", "ema_decay", "best_metric", "matryoshka_dims",
-        "time_limit",
+        "time_limit", "lora_rank", "lora_kwargs", "blend",
     ),
     # What they select is compared instead: rows, model, vocabulary, preprocessing and augmentation.
     "compared": (
-        "dataset", "validation_dataset", "zero_shot_dataset", "image_dir", "allow_outside_images", "image_column",
-        "caption_column", "caption_template", "dataset_revision", "stream_first_rows", "validation_fraction",
-        "max_train_images", "max_validation_images", "vision_model", "text_model", "preset", "model_name_or_path",
-        "text_pooling", "projection_dim", "projection_depth", "loss_type", "image_size", "train_image_size",
-        "crop_pct", "max_length", "augmentation",
+        "dataset", "validation_dataset", "zero_shot_dataset", "retention_dataset", "image_dir", "allow_outside_images",
+        "image_column", "caption_column", "caption_template", "dataset_revision", "stream_first_rows",
+        "validation_fraction", "max_train_images", "max_validation_images", "vision_model", "text_model", "preset",
+        "model_name_or_path", "text_pooling", "projection_dim", "projection_depth", "loss_type", "image_size",
+        "train_image_size", "crop_pct", "max_length", "augmentation",
     ),
     # The new value holds from the next step on, and the log says so.
     "applied": (
@@ -42,8 +42,8 @@ KEPT = ("shuffle", *DERIVED, "lr_scheduler_kwargs", "time_limit", "chunk_size")
 
 # Flags that name a place; what they select is compared, and a checkpoint does not mention the place.
 PLACES = (
-    "dataset", "validation_dataset", "zero_shot_dataset", "image_dir", "vision_model", "text_model", "preset",
-    "model_name_or_path",
+    "dataset", "validation_dataset", "zero_shot_dataset", "retention_dataset", "image_dir", "vision_model",
+    "text_model", "preset", "model_name_or_path",
 )  # fmt: skip
 
 

@@ -44,9 +44,10 @@ def digest(parts: Iterable[bytes]) -> str:
     return whole.hexdigest()
 
 
-def digest_of_weights(module: nn.Module) -> str:
-    """A hash of all parameters and buffers with their names."""
-    tensors = sorted(module.state_dict().items())
+def digest_of_weights(module: nn.Module, without_adapters: bool = False) -> str:
+    """A hash of all parameters and buffers with their names; of a module with adapters, perhaps without these."""
+    state = module.state_dict().items()
+    tensors = sorted((name, tensor) for name, tensor in state if not (without_adapters and ".lora_" in name))
     return digest(
         part
         for name, tensor in tensors
