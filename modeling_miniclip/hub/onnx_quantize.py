@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..evaluation.metrics import retrieval_metrics
 from ..inference.encode import open_image
+from ..utils.files import replace_file
 
 Inputs = dict[str, np.ndarray]  # inputs of an encoder by name
 
@@ -66,7 +67,7 @@ def quantize_folder(folder: Path, runtime: Any, rows: Any, calibration: Any, tol
         for path in folder.glob("*_encoder.onnx*"):
             path.unlink()
         for path in small.iterdir():
-            path.replace(folder / path.name)
+            replace_file(path, folder / path.name)
     counts = {"images": len(rows), "captions": sum(map(len, rows["captions"])), "calibration_images": len(chosen)}
     return counts | report | {"versions": {library: version(library) for library in ("onnx", "onnxruntime")}}
 
