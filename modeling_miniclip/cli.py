@@ -35,6 +35,9 @@ class Command:
 
 
 TRAINING_HELP: dict[str, str] = {field.name: field.metadata["help"] for field in fields(TrainingArguments)}
+ANY_CLIP = (
+    "an export, or any CLIP of transformers or open_clip: folder, Hub repository or open_clip:ARCHITECTURE/CHECKPOINT"
+)
 DATASET_FLAGS = (
     "image_dir", "image_column", "caption_column", "allow_outside_images", "validation_fraction", "seed",
     "caption_template",
@@ -145,7 +148,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 def declare_push(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip push`."""
-    parser.add_argument("export", metavar="EXPORT", help="folder of an exported model")
+    parser.add_argument("export", metavar="MODEL", help=ANY_CLIP)
     parser.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub, created if missing")
     parser.add_argument(
         "--private", action="store_true", help="create a private repository; fail if it exists and is public"
@@ -154,19 +157,17 @@ def declare_push(parser: argparse.ArgumentParser) -> None:
 
 
 def run_push(args: argparse.Namespace) -> None:
-    """Upload an export and print the address of the commit."""
+    """Upload an export, or the conversion of another CLIP, and print the address of the commit."""
+    from .clips.exported import as_export
     from .hub.push import push
 
-    print(f"pushed: {push(args.export, args.repo_id, private=args.private, revision=args.revision)}")
+    folder = as_export(args.export, "MODEL")
+    print(f"pushed: {push(folder, args.repo_id, private=args.private, revision=args.revision)}")
 
 
 def declare_convert(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip convert`."""
-    parser.add_argument(
-        "source", metavar="MODEL",
-        help="folder or Hub repository of a CLIP of transformers or open_clip, or of an export; or "
-        "open_clip:ARCHITECTURE/CHECKPOINT",
-    )  # fmt: skip
+    parser.add_argument("source", metavar="MODEL", help=ANY_CLIP)
     parser.add_argument("folder", metavar="DIR", help="new folder to write the converted model to")
     parser.add_argument(
         "--to", choices=("transformers", "open_clip"), help="library that loads the result with its own code "
@@ -188,7 +189,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def declare_export(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip export`."""
-    parser.add_argument("export", metavar="EXPORT", help="folder of an exported model, or a repository on the Hub")
+    parser.add_argument("export", metavar="MODEL", help=f"{ANY_CLIP}; an export for --code")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--onnx", metavar="DIR", help="new folder for the ONNX files and an example")
     kind.add_argument(
@@ -219,6 +220,7 @@ def run_export(args: argparse.Namespace) -> None:
 
         print(f"written: {renew_code(args.export, args.code)}")
         return
+    from .clips.exported import as_export
     from .hub.onnx_export import export_onnx, format_onnx_report
     from .hub.onnx_quantize import format_quantization
     from .utils.performance import keep_freed_memory
@@ -226,7 +228,8 @@ def run_export(args: argparse.Namespace) -> None:
     keep_freed_memory()
     options = {**dataset_options(args), "revision": args.revision, "tolerance_rsum": args.tolerance_rsum}
     quantize = args.quantize is not None
-    report = export_onnx(args.export, args.onnx, args.dataset, args.images, args.tolerance, quantize, **options)
+    source = as_export(args.export, "MODEL")
+    report = export_onnx(source, args.onnx, args.dataset, args.images, args.tolerance, quantize, **options)
     print(format_onnx_report(report))
     if quantize:
         print(format_quantization(report["quantization"]))
@@ -236,7 +239,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 def declare_index(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip index`."""
-    parser.add_argument("model", metavar="MODEL", help="folder of an exported model, or a repository on the Hub")
+    parser.add_argument("model", metavar="MODEL", help=ANY_CLIP)
     parser.add_argument(
         "sources", metavar="SOURCE", nargs="*",
         help="folder of images, caption file, shards, or local or Hub dataset; several are allowed "
@@ -398,8 +401,7 @@ def run_duplicates(args: argparse.Namespace) -> None:
 
 def declare_eval(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip eval`."""
-    model = "an export, any CLIP model of transformers, or open_clip:ARCHITECTURE/CHECKPOINT"
-    parser.add_argument("model", metavar="MODEL", help=model)
+    parser.add_argument("model", metavar="MODEL", help=ANY_CLIP)
     parser.add_argument(
         "dataset", metavar="DATASET", nargs="?",
         help="captioned images, or a folder with one subfolder per class (the folder of --linear_probe)",
@@ -483,7 +485,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
 def declare_mine(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip mine`."""
-    parser.add_argument("model", metavar="MODEL", help="an export, any CLIP of transformers, or open_clip:...")
+    parser.add_argument("model", metavar="MODEL", help=ANY_CLIP)
     parser.add_argument("dataset", metavar="DATASET", help="captioned images, as for training")
     parser.add_argument(
         "--output", metavar="FILE", required=True, help="new .csv with the names of the images, or .parquet with them"
@@ -537,7 +539,7 @@ def run_app_command(args: argparse.Namespace) -> None:
 
 def declare_space(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip space`."""
-    parser.add_argument("export", metavar="EXPORT", help="folder of an exported model, or a repository on the Hub")
+    parser.add_argument("export", metavar="MODEL", help=ANY_CLIP)
     parser.add_argument("folder", metavar="DIR", help="new folder to write the Space to")
     parser.add_argument(
         "--images", metavar="SOURCE", nargs="+", required=True, help="sources of images, as for `miniclip index`"

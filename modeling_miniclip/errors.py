@@ -136,7 +136,7 @@ def one_line(error: BaseException | str) -> str:
         text += f" ({type(link).__name__}: {link})"
     if isinstance(link, HfHubHTTPError) and not isinstance(link, RepositoryNotFoundError):
         meaning = HUB_STATUS_MESSAGES.get(link.response.status_code)
-        text = f"{meaning}: {text}" if meaning else text
+        text = f"{meaning}: {text}" if meaning and meaning not in text else text
     for pattern, replacement in (
         (r"\s+", " "),
         (r"Bearer [^'\"]*", "Bearer ***"),

@@ -36,6 +36,7 @@ OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", ROOT / "c
 DOCUMENTS = [README, *GUIDES]
 LINKED = [ROOT / "CHANGELOG.md", ROOT / ".github" / "SECURITY.md"]
 LINKED += [path for path in sorted((ROOT / "benchmarks").glob("*.md")) if path not in OTHERS]
+PUBLIC_CLIP = "openai/clip-vit-base-patch32"  # an export stands for it, which needs no download
 # Code that needs a Hub, Optuna or several processes: tests/hub/test_push.py and tests/api/test_train.py run it.
 TESTED_ELSEWHERE = ("push(", "import optuna", "notebook_launcher")
 # In place of a time limit of training code: one step with the towers of the tests.
@@ -160,7 +161,7 @@ def test_python_blocks_run_in_order(path: Path, reader: Path) -> None:
     for block in code_blocks(path, "python"):
         if not any(name in block for name in TESTED_ELSEWHERE):
             block = block.replace('time_limit="20m"', ONE_STEP)
-            exec(block.replace("openai/clip-vit-base-patch32", "my-clip/export"), namespace)  # needs no download
+            exec(block.replace(PUBLIC_CLIP, "my-clip/export"), namespace)
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if code_blocks(path, "csv")], ids=name_of)
@@ -174,14 +175,12 @@ def test_csv_blocks_load(path: Path, reader: Path, tmp_path: Path) -> None:
 def test_miniclip_commands_run(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = set()
     for words in [words for path in DOCUMENTS for words in commands(path) if words[0] == "miniclip"]:
-        argv = [os.path.expanduser(word) for word in words[1:]]
+        argv = [os.path.expanduser(word).replace(PUBLIC_CLIP, "my-clip/export") for word in words[1:]]
         if argv[0] in NOT_RUN_HERE or tuple(argv) in done:
             continue
         if "--linear_probe" in argv and find_spec("sklearn") is None:
             continue
         done.add(tuple(argv))
-        if "--baseline" in argv:  # a model that needs no download
-            argv[argv.index("--baseline") + 1] = "my-clip/export"
         assert cli(argv) == 0, (words, capsys.readouterr().err)
     assert len(done) > 12
     assert all((reader / name).exists() for name in ("clean.csv", "found.html", "eval/failures.html"))
@@ -189,7 +188,7 @@ def test_miniclip_commands_run(reader: Path, capsys: pytest.CaptureFixture[str])
 
 def run_training(words: list[str]) -> None:
     """Run a training command with tiny towers for one step, or seconds; `accelerate launch` in its own processes."""
-    words = [word.replace("openai/clip-vit-base-patch32", "my-clip/export") for word in words]  # needs no download
+    words = [word.replace(PUBLIC_CLIP, "my-clip/export") for word in words]  # needs no download
     if "--model_name_or_path" in words or "finetune" in words:
         small = ["--model_name_or_path", "my-clip/export", "--image_size", "32"]
     else:

@@ -13,4 +13,5 @@ to_open_clip.py: a model in open_clip's layout
 compare.py: compare a model with its converted copy
 run_original.py: the program of the other process, which loads the copy
 convert.py: `miniclip convert`
+exported.py: any CLIP as the folder of an export, converted once
 """

@@ -66,7 +66,7 @@ def convert(source: str | os.PathLike, folder: str | os.PathLike, library: str |
     model, processor = load_clip(name, "convert")
     license_name = license_of(name)
     if license_name is None and model.loaded_from is None:  # an export may be your own
-        warnings.warn(f"{name} states no licence: ask its authors before you share what you make of it", stacklevel=2)
+        warn_without_licence(name)
     if library is None:
         card = {"name": target.name} | ({"license": license_name} if license_name else {})
         return Converted(export(model, processor, target, card=card))
@@ -90,6 +90,11 @@ def license_of(name: str) -> str | None:
     except (MiniClipError, OSError, ValueError):
         return None
     return str(stated) if stated and stated != "unknown" else None
+
+
+def warn_without_licence(name: str) -> None:
+    """Warn that a model states no licence."""
+    warnings.warn(f"{name} states no licence: ask its authors before you share what you make of it", stacklevel=3)
 
 
 def rounds_margins(processor: MiniClipProcessor, library: str) -> bool:

@@ -5,7 +5,7 @@ import os
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from transformers.utils import logging
 
-from ..errors import MiniClipError, one_line
+from ..errors import MiniClipError, ModelError, one_line
 from ..inference.loading import load_export, no_progress_bar
 from ..inference.pickled import reject_pickled
 from ..modeling_miniclip import MiniClipModel
@@ -49,10 +49,18 @@ def load_clip(name: str, flag: str) -> tuple[MiniClipModel, MiniClipProcessor]:
     Args:
         name: as `source` of [`from_clip`].
         flag: flag or argument that named it, for error messages.
+
+    Raises:
+        ModelError: as [`from_clip`].
     """
     source = read_source(name, flag)
     if source.kind == "miniclip":
-        return load_export(name, flag)
+        try:
+            return load_export(name, flag)
+        except MiniClipError:
+            raise
+        except (HTTPError, OSError, ValueError, StrictDataclassError) as error:
+            raise ModelError(f"{one_line(error)}") from error
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -12,11 +12,10 @@ from transformers.utils import cached_file
 
 from ..configuration_miniclip import MiniClipConfig
 from ..errors import ModelError, one_line
-from ..evaluation.encoders import OPEN_CLIP
+from ..evaluation.encoders import OPEN_CLIP, OPEN_CLIP_FILE
 from ..inference.loading import export_hint
 from .families import FAMILIES
 
-OPEN_CLIP_FILE = "open_clip_config.json"
 QUIET = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_gated_repo"), False)
 
 

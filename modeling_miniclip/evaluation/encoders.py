@@ -26,9 +26,10 @@ from ..inference.encode import (
 )
 from ..inference.loading import export_hint, load_export
 from ..modeling_miniclip import MiniClipModel
-from ..processing_miniclip import MiniClipProcessor
+from ..processing_miniclip import PIL_BACKEND, MiniClipProcessor
 
 OPEN_CLIP = "open_clip:"
+OPEN_CLIP_FILE = "open_clip_config.json"  # in open_clip's layout
 # Models trained with all texts padded to one length, which need the same here (see SigLIP in transformers' docs).
 PADDED_TO_FULL = frozenset({"siglip", "siglip2"})
 LONGEST_TEXT = 512  # tokens, if the model does not name a limit
@@ -102,8 +103,10 @@ class TransformersEncoder:
         }
 
         def embed(batch: list[str]) -> Tensor:
-            inputs = self.processor(text=batch, return_tensors="pt", **rules)
-            return _features(self.model.get_text_features(**inputs.to(self.model.device)))
+            inputs = self.processor(text=batch, return_tensors="pt", **rules).to(self.model.device)
+            if rules["padding"] == "max_length":  # the text tower sees the padding
+                inputs = {"input_ids": inputs["input_ids"]}
+            return _features(self.model.get_text_features(**inputs))
 
         return encode_batches(self.model, texts, embed, batch_size, "texts", progress)
 
@@ -157,7 +160,8 @@ def open_encoder(source: str, flag: str, truncate_dim: int | None = None) -> Cli
 
     Args:
         source: folder of a MiniCLIP export; folder or Hub repository of any CLIP model of transformers (CLIP, SigLIP,
-            ...); or `open_clip:ARCHITECTURE/CHECKPOINT`, where the checkpoint is a file or a name known to open_clip.
+            ...) or in open_clip's layout; or `open_clip:ARCHITECTURE/CHECKPOINT`, where the checkpoint is a file or a
+            name known to open_clip.
         flag: flag or argument that named the source, for error messages.
         truncate_dim: number of dimensions to keep, the first ones, normalised again; by default all.
 
@@ -187,6 +191,8 @@ def _load_encoder(source: str, flag: str) -> ClipEncoder:
     except MiniClipError:
         raise
     except (HTTPError, OSError, ValueError, KeyError, StrictDataclassError) as error:
+        if _has_open_clip_layout(source):
+            return _open_clip(source, flag, device)
         raise ModelError(f"{flag} {source}: cannot load a model: {one_line(error)}") from error
 
 
@@ -195,7 +201,8 @@ def _open_transformers(source: str, flag: str, device: torch.device) -> ClipEnco
 
     from .. import auto  # noqa: F401  (so that an export loads without the code in its folder)
 
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+    is_complete = any((Path(source) / name).is_file() for name in ("config.json", OPEN_CLIP_FILE))
+    if Path(source).is_dir() and not is_complete:
         raise ModelError(f"{flag} {source}: this folder has no config.json{export_hint(source)}")
     if AutoConfig.from_pretrained(source).model_type == MiniClipConfig.model_type:
         model, processor = load_export(source, flag)
@@ -209,7 +216,9 @@ def _open_transformers(source: str, flag: str, device: torch.device) -> ClipEnco
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"]))
         raise ModelError(f"{flag} {source} lacks weights: {missing}; choose a complete model")
-    return TransformersEncoder(other.to(device).eval(), AutoProcessor.from_pretrained(source))
+    # Pictures as the model was trained with: torchvision's differ by up to 2/255.
+    processor = AutoProcessor.from_pretrained(source, **PIL_BACKEND)
+    return TransformersEncoder(other.to(device).eval(), processor)
 
 
 def _features(output: Any) -> Tensor:
@@ -217,11 +226,27 @@ def _features(output: Any) -> Tensor:
     return normalize(output if isinstance(output, Tensor) else output.pooler_output, dim=-1)
 
 
-def _open_clip(source: str, flag: str, device: torch.device) -> ClipEncoder:
-    open_clip, architecture, checkpoint = find_open_clip(source, flag)
+def _has_open_clip_layout(source: str) -> bool:
+    """Whether a folder or a repository on the Hub holds a model in open_clip's layout."""
+    from transformers.utils import cached_file
+
+    quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_gated_repo"), False)
     try:
-        model, transform = open_clip.create_model_from_pretrained(architecture, pretrained=checkpoint)
-        tokenizer = open_clip.get_tokenizer(architecture)
+        return cached_file(source, OPEN_CLIP_FILE, **quiet) is not None
+    except (HTTPError, OSError, ValueError):
+        return False
+
+
+def _open_clip(source: str, flag: str, device: torch.device) -> ClipEncoder:
+    if source.startswith(OPEN_CLIP):
+        open_clip, name, checkpoint = find_open_clip(source, flag)
+        options = {"pretrained": checkpoint}
+    else:
+        open_clip, options = _installed_open_clip(source, flag), {}
+        name = f"{'local-dir' if Path(source).is_dir() else 'hf-hub'}:{source}"
+    try:
+        model, transform = open_clip.create_model_from_pretrained(name, **options)
+        tokenizer = open_clip.get_tokenizer(name)
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{flag} {source}: open_clip cannot load it: {one_line(error)}") from error
     return OpenClipEncoder(model.to(device).float().eval(), transform, tokenizer, device)
@@ -245,9 +270,7 @@ def find_open_clip(source: str, flag: str) -> tuple[Any, str, str]:
             f"{flag} {source}: expected {OPEN_CLIP}ARCHITECTURE/CHECKPOINT, such as "
             f"{OPEN_CLIP}ViT-B-32/laion2b_s34b_b79k or {OPEN_CLIP}ViT-B-32/my/epoch_30.pt"
         )
-    if find_spec("open_clip") is None:
-        raise MiniClipError(f"{flag} {source}: open_clip is not installed: pip install open-clip-torch")
-    open_clip = import_module("open_clip")  # optional: neither a dependency nor an extra
+    open_clip = _installed_open_clip(source, flag)
     if architecture not in open_clip.list_models():
         raise UsageError(
             f"{flag} {source}: open_clip has no architecture {architecture!r}; see open_clip.list_models()"
@@ -259,3 +282,10 @@ def find_open_clip(source: str, flag: str) -> tuple[Any, str, str]:
             f"{flag} {source}: {checkpoint!r} is neither a file nor one of the checkpoints of {architecture}: {names}"
         )
     return open_clip, architecture, checkpoint
+
+
+def _installed_open_clip(source: str, flag: str) -> Any:
+    if find_spec("open_clip") is None:
+        hint = "" if source.startswith(OPEN_CLIP) else f", or convert it once: miniclip convert {source} DIR"
+        raise MiniClipError(f"{flag} {source}: open_clip is not installed: pip install open-clip-torch{hint}")
+    return import_module("open_clip")  # optional: neither a dependency nor an extra

@@ -40,7 +40,9 @@ class MiniClip:
         else:
             width, height = size["width"], size["height"]
         image = image.resize((width, height), self.settings["resample"])
-        left, top = (width - crop["width"]) // 2, (height - crop["height"]) // 2
+        margins = width - crop["width"], height - crop["height"]
+        rounds = self.settings.get("round_margins")  # as open_clip does
+        left, top = (round(margin / 2) if rounds else margin // 2 for margin in margins)
         image = image.crop((left, top, left + crop["width"], top + crop["height"]))
         pixels = (np.asarray(image, np.float64) * self.settings["rescale_factor"]).astype(np.float32)
         mean, std = (np.float32(self.settings[name]) for name in ("image_mean", "image_std"))

@@ -379,15 +379,15 @@ def _damaged(folder: Path, error: Exception) -> DataError:
 
 
 def folder_of_model(index: ImageIndex) -> Path:
-    """The folder of the model that built an index, see `inference.loading.model_folder`.
+    """The folder of the model that built an index, see `clips.exported.export_folder`.
 
     Raises:
         ModelError: it is gone; the message has the command that names its new place.
     """
-    from ..inference.loading import model_folder  # loads torch
+    from ..clips.exported import export_folder  # loads torch
 
     try:
-        return model_folder(index.model)
+        return export_folder(index.model)
     except ModelError as error:
         command = f"miniclip index NEW_PLACE -o {shlex.quote(str(index.folder))}"
         raise ModelError(f"{error}; if the model has moved, run (nothing is encoded again): {command}") from error

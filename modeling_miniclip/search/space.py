@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..clips.exported import export_folder
 from ..data.source_kinds import Sources
 from ..errors import DataError, MiniClipError, UsageError
-from ..inference.loading import model_folder
 from ..utils.files import check_new_folder, replaced_folder
 from ..utils.resources import PACKAGE
 from ..utils.thumbnails import encode_thumbnail
@@ -64,7 +64,7 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sources, title:
     """Write a Space. The folder appears only when it is complete.
 
     Args:
-        export: folder of an exported model, or its name on the Hub.
+        export: folder of an exported model, or its name on the Hub; or any CLIP that `from_clip` takes.
         folder: folder to write, new or empty.
         sources: one or several sources of images, as for `update_index`.
         title: title of the page.
@@ -87,7 +87,7 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sources, title:
     if not title.strip():
         raise UsageError("--title is empty: give the page a title")
     title = " ".join(title.split())
-    model = model_folder(export)
+    model = export_folder(export)
     with replaced_folder(target) as fresh, tempfile.TemporaryDirectory() as scratch:
         report = update_index(Path(scratch) / "index", sources, model)
         shutil.copytree(model, fresh / "model", ignore=shutil.ignore_patterns(".*", "__pycache__"))

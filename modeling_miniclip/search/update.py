@@ -61,8 +61,9 @@ def update_index(
         folder: folder of the index.
         sources: folder, caption file, shards or dataset, see `list_images`, or several. Images of other sources stay
             in the index. By default all sources of the index are scanned again.
-        model: folder or Hub name of the model; by default the one that built the index. If that has moved, its new
-            place. If the images have moved, too, nothing but the model's place is updated.
+        model: folder or Hub name of an export, or any CLIP that `from_clip` takes, which is converted once and kept;
+            by default the one that built the index. If that has moved, its new place. If the images have moved, too,
+            nothing but the model's place is updated.
         remove: one or several sources whose images are dropped from the index.
         overwrite: whether to rebuild the index from scratch, with any model; the old index stays until the new one is
             ready.

@@ -23,6 +23,7 @@ from modeling_miniclip.evaluation.eval_sets import EvalSet, load_eval_set
 from modeling_miniclip.evaluation.evaluate import FILES, evaluate_model, format_report, score_model
 from modeling_miniclip.evaluation.metrics import DIRECTIONS, named_intervals, rank_keys, resampled_recalls
 from modeling_miniclip.evaluation.zero_shot import zero_shot_accuracy
+from modeling_miniclip.processing_miniclip import PIL_BACKEND
 from tests.helpers.listing import unlistable
 from tests.helpers.shards import write_tar
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_model, tiny_processor
@@ -426,7 +427,7 @@ def test_transformers_clip_as_baseline(
     assert cli(["eval", *argv]) == 0
     report = json.loads(capsys.readouterr().out)
     data = load_eval_set(str(captioned_folder), "train")
-    other, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
+    other, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip, **PIL_BACKEND)
     with torch.no_grad():
         pixels = processor(images=[data.open(i) for i in range(len(data.images))], return_tensors="pt")
         images = normalize(other.get_image_features(**pixels).pooler_output, dim=-1)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ...clips.exported import export_folder
 from ...configuration_miniclip import MiniClipConfig
 from ...data.find_images import is_gone, resolve_source
 from ...errors import ModelError, UsageError
 from ...inference.encode import check_truncate_dim
-from ...inference.loading import model_folder
 from ...utils.files import is_same_file, recover_folder
 from ...utils.names import check_name, name_of, path_of
 from ..approximate import uses_approximate_search
@@ -138,10 +138,10 @@ def _describe_index(
     name = os.fspath(model) if model is not None else existing.model if existing else ""
     if os.path.isdir(os.path.expanduser(name)):
         name = os.path.abspath(os.path.expanduser(name))
-    folder = model_folder(name) if model is not None or existing is None else folder_of_model(existing)
+    folder = export_folder(name) if model is not None or existing is None else folder_of_model(existing)
     values = MiniClipConfig.get_config_dict(folder)[0]
     if values.get("model_type") != MiniClipConfig.model_type:
-        raise ModelError(f"{name}: a model of type {values.get('model_type')!r}, not one that MiniCLIP exported")
+        raise ModelError(f"{name}: a model of type {values.get('model_type')!r}; expected an export, or another CLIP")
     files = describe_files(folder)
     unchanged = existing is not None and (existing.model, existing.manifest.files) == (name, files)
     hash_of_model = existing.manifest.fingerprint if existing and unchanged else fingerprint(folder)

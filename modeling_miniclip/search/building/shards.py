@@ -24,6 +24,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...clips.exported import export_folder
 from ...data.all_images import Item, state_of
 from ...data.find_images import UNKNOWN
 from ...data.loading.collation import model_inputs
@@ -32,7 +33,7 @@ from ...data.picture_formats import decode_picture
 from ...errors import MiniClipError, printable
 from ...inference.encode import truncate_embeddings
 from ...inference.fit import Parts
-from ...inference.loading import load_tower, model_folder
+from ...inference.loading import load_tower
 from ...modeling_miniclip import MiniClipModel
 from ...pictures_miniclip import exif_orientation, to_rgb
 from ...processing_miniclip import MiniClipProcessor
@@ -89,7 +90,7 @@ class Encoding:
         """Image tower of the model and its processor; any thread may call it, and the first call loads them."""
         with self._loading:
             if self._tower is None:
-                model, processor = load_tower(model_folder(self.manifest.model), "image")
+                model, processor = load_tower(export_folder(self.manifest.model), "image")
                 to_channels_last(model.vision_model, PartialState().device)
                 self._tower = model.to(PartialState().device), processor
         return self._tower
