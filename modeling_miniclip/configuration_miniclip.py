@@ -110,6 +110,9 @@ class MiniClipConfig(PretrainedConfig):
         matryoshka_dimensions: for a model trained with a loss over several lengths of its embeddings: these lengths,
             ascending, the last one `projection_dim`. The first dimensions of an embedding, normalised again, are an
             embedding, too (Kusupati et al. 2022). Others read it under this name, such as vLLM.
+        projection_hidden: units of a hidden layer with GELU before the first layer of a head, as in open_clip's
+            two-layer heads; a list as for `projection_depth`. None is no such layer.
+        projection_hidden_bias: whether that layer has a bias; a list as for `projection_depth`. None means yes.
 
     Raises:
         ValueError: a value has the wrong type or is out of range, or the image tower is no image encoder.
@@ -149,6 +152,8 @@ class MiniClipConfig(PretrainedConfig):
         logit_bias_init_value: float = -10.0,
         logit_scale_max: float = 100.0,
         matryoshka_dimensions: list[int] | None = None,
+        projection_hidden: int | list[int | None] | None = None,
+        projection_hidden_bias: bool | list[bool | None] | None = None,
         **kwargs: Any,
     ):
         if vision_config is None:
@@ -178,6 +183,8 @@ class MiniClipConfig(PretrainedConfig):
         self.logit_bias_init_value = logit_bias_init_value
         self.logit_scale_max = logit_scale_max
         self.matryoshka_dimensions = matryoshka_dimensions
+        self.projection_hidden = projection_hidden
+        self.projection_hidden_bias = projection_hidden_bias
         # The towers have no classifier, so leave the thousand ImageNet labels out of config.json.
         if self.vision_config.id2label:
             self.vision_config.num_labels = 0
@@ -199,12 +206,16 @@ class MiniClipConfig(PretrainedConfig):
         return values
 
     def heads(self) -> list[dict[str, Any]]:
-        """`depth` and `bias` of the image head and of the text head."""
-        depths: list[int] = _pair(self.projection_depth)
-        biases: list[bool | None] = _pair(self.projection_bias)
+        """Arguments of the image head and of the text head: `depth`, `bias`, `hidden` and `hidden_bias`."""
+        values = (self.projection_depth, self.projection_bias, self.projection_hidden, self.projection_hidden_bias)
         return [
-            {"depth": depth, "bias": depth > 1 if bias is None else bias}
-            for depth, bias in zip(depths, biases, strict=True)
+            {
+                "depth": depth,
+                "bias": depth > 1 if bias is None else bias,
+                "hidden": hidden,
+                "hidden_bias": True if hidden_bias is None else hidden_bias,
+            }
+            for depth, bias, hidden, hidden_bias in zip(*map(_pair, values), strict=True)
         ]
 
     def _check(self) -> None:
@@ -217,13 +228,7 @@ class MiniClipConfig(PretrainedConfig):
                 raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be at least 1, not {self.projection_dim}")
-        for name, kind, none in (("projection_depth", int, False), ("projection_bias", bool, True)):
-            value = getattr(self, name)
-            pair = _pair(value)
-            right = [type(one) is kind or (none and one is None) for one in pair]
-            if len(pair) != 2 or not all(right) or (kind is int and min(pair) < 0):
-                least = "at least 0 (no head; 1: a linear head)" if kind is int else "true or false"
-                raise ValueError(f"{name} must be {least}, or a list for the image and the text head, not {value!r}")
+        self._check_heads()
         if not 0 <= self.projection_dropout < 1:
             raise ValueError(f"projection_dropout must be in [0, 1), not {self.projection_dropout}")
         if not self.logit_scale_max > 0:
@@ -240,6 +245,22 @@ class MiniClipConfig(PretrainedConfig):
                 f"matryoshka_dimensions must be ascending whole numbers that end with projection_dim "
                 f"({self.projection_dim}), not {dims!r}"
             )
+
+    def _check_heads(self) -> None:
+        for name, least, is_optional in (
+            ("projection_depth", 0, False),
+            ("projection_bias", None, True),
+            ("projection_hidden", 1, True),
+            ("projection_hidden_bias", None, True),
+        ):
+            value = getattr(self, name)
+            pair, kind = _pair(value), bool if least is None else int
+            given = [one for one in pair if one is not None or not is_optional]
+            if len(pair) != 2 or any(type(one) is not kind or (least is not None and one < least) for one in given):
+                known = {None: "true or false", 0: "at least 0 (no head; 1: a linear head)", 1: "at least 1"}[least]
+                raise ValueError(f"{name} must be {known}, or a list for the image and the text head, not {value!r}")
+        if any(head["hidden"] and not head["depth"] for head in self.heads()):
+            raise ValueError("projection_hidden needs a head: set projection_depth to 1")
 
     def _check_towers(self) -> None:
         vision, text = self.vision_config, self.text_config

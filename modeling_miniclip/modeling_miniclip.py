@@ -188,20 +188,33 @@ class ResidualBlock(nn.Module):
 class ProjectionHead(nn.Module):
     """Projection of a tower's pooled feature into the shared space: `[N, in_features] -> [N, dim]`.
 
-    A linear layer followed by `depth - 1` residual blocks; `depth=1` is CLIP's projection, `depth=0` none.
+    A linear layer followed by `depth - 1` residual blocks; `depth=1` is CLIP's projection, `depth=0` none. With
+    `hidden` units, a hidden layer with GELU comes first.
     """
 
-    def __init__(self, in_features: int, dim: int, depth: int, dropout: float, bias: bool):
+    def __init__(
+        self,
+        in_features: int,
+        dim: int,
+        depth: int,
+        dropout: float,
+        bias: bool,
+        hidden: int | None = None,
+        hidden_bias: bool = True,
+    ):
         super().__init__()
         if depth == 0 and in_features != dim:
             raise ValueError(
                 f"projection_depth 0 leaves a tower's {in_features} features as they are: set projection_dim "
                 f"{in_features} instead of {dim}, or projection_depth 1"
             )
-        self.linear = nn.Linear(in_features, dim, bias=bias) if depth else nn.Identity()
+        self.hidden = nn.Linear(in_features, hidden, bias=hidden_bias) if hidden else None
+        self.linear = nn.Linear(hidden or in_features, dim, bias=bias) if depth else nn.Identity()
         self.blocks = nn.ModuleList(ResidualBlock(dim, dropout) for _ in range(depth - 1))
 
     def forward(self, pooled: Tensor) -> Tensor:
+        if self.hidden is not None:
+            pooled = nn.functional.gelu(self.hidden(pooled))
         hidden = self.linear(pooled)
         for block in self.blocks:
             hidden = block(hidden)
@@ -313,7 +326,7 @@ class MiniClipModel(PreTrainedModel):
         self.counts_positions = counts_positions(config.text_config)
         dim, dropout, heads = config.projection_dim, config.projection_dropout, config.heads()
         self.visual_projection, self.text_projection = (
-            ProjectionHead(width, dim, head["depth"], dropout, head["bias"])
+            ProjectionHead(width, dim, head["depth"], dropout, head["bias"], head["hidden"], head["hidden_bias"])
             for width, head in zip((self.vision_width, self.text_width), heads, strict=True)
         )
         self.logit_scale = nn.Parameter(torch.empty(1))  # shape [1]: FSDP rejects 0-d parameters

@@ -93,6 +93,10 @@ def test_config_json_holds_no_label_names(tmp_path):
         ("projection_depth", [1, True]),
         ("projection_bias", 1),
         ("projection_bias", [None, "no"]),
+        ("projection_hidden", 0),
+        ("projection_hidden", [8]),
+        ("projection_hidden", [None, 8.0]),
+        ("projection_hidden_bias", 1),
         ("vision_pooling", "mean"),
         ("vision_pooling", "cls"),  # timm's own pooling decides
         ("text_length", 0),

@@ -437,6 +437,23 @@ def test_heads_differ_in_depth_and_bias(depth, bias, names, tmp_path):
         torch.testing.assert_close(heads[0](feature), expected)
 
 
+def test_hidden_layer_of_a_head(tmp_path):
+    model = build(projection_depth=1, projection_hidden=[None, 12], projection_hidden_bias=[None, False])
+    heads = model.visual_projection, model.text_projection
+    names = [[name for name, _ in head.named_parameters()] for head in heads]
+    assert names == [["linear.weight"], ["hidden.weight", "linear.weight"]]
+    model.save_pretrained(tmp_path)
+    loaded = MiniClipModel.from_pretrained(tmp_path)
+    assert (loaded.config.projection_hidden, loaded.config.projection_hidden_bias) == ([None, 12], [None, False])
+    feature = torch.randn(2, model.text_width)
+    expected = nn.functional.gelu(feature @ heads[1].hidden.weight.T) @ heads[1].linear.weight.T
+    torch.testing.assert_close(loaded.text_projection(feature), expected)
+    with_bias = build(projection_depth=1, projection_hidden=12).visual_projection
+    assert [name for name, _ in with_bias.named_parameters()] == ["hidden.weight", "hidden.bias", "linear.weight"]
+    with pytest.raises(ValueError, match="projection_hidden needs a head: set projection_depth to 1"):
+        build(projection_depth=0, projection_dim=32, projection_hidden=12)
+
+
 def test_identity_needs_the_towers_width():
     with pytest.raises(
         ValueError, match="projection_depth 0 leaves a tower's 32 features .* projection_dim 32 instead"

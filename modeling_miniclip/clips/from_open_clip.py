@@ -75,6 +75,8 @@ def build(source: Source, original: OpenClip, image: Tower, text: Tower) -> Mini
     if logit_scale is None:
         raise source.error("lacks weights: logit_scale; choose a complete model")
     is_sigmoid = logit_bias is not None
+    hidden = [len(tower.head["hidden.weight"]) if "hidden.weight" in tower.head else None for tower in (image, text)]
+    hidden_bias = _pair(*("hidden.bias" in tower.head for tower in (image, text)))
     config = MiniClipConfig(
         vision_config=image.config,
         text_config=text.config,
@@ -83,7 +85,9 @@ def build(source: Source, original: OpenClip, image: Tower, text: Tower) -> Mini
         text_length=text.text_length,
         projection_dim=original.model_cfg["embed_dim"],
         projection_depth=_pair(*(int(bool(tower.head)) for tower in (image, text))),
-        projection_bias=_pair(*("bias" in tower.head for tower in (image, text))),
+        projection_bias=_pair(*("linear.bias" in tower.head for tower in (image, text))),
+        projection_hidden=_pair(*hidden),
+        projection_hidden_bias=hidden_bias if any(hidden) else None,
         loss_type="sigmoid" if is_sigmoid else "softmax_sum",
         logit_scale_max=largest_scale(logit_scale, is_sigmoid),
     )
@@ -95,7 +99,7 @@ def build(source: Source, original: OpenClip, image: Tower, text: Tower) -> Mini
     weights |= {f"vision_model.{prefix}{name}": value for name, value in image.weights.items()}
     weights |= {f"text_model.{name}": value for name, value in text.weights.items()}
     for head, tower in (("visual_projection", image), ("text_projection", text)):
-        weights |= {f"{head}.linear.{name}": value for name, value in tower.head.items()}
+        weights |= {f"{head}.{name}": value for name, value in tower.head.items()}
     wrong = model.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
     missing = [name for name in wrong.missing_keys if not name.endswith("num_batches_tracked")]
     for what, names in (("lacks weights", missing), ("weights of no known part", wrong.unexpected_keys)):

@@ -17,7 +17,7 @@ class Tower(NamedTuple):
         config: `vision_config` or `text_config` of the `MiniClipConfig`.
         pooling: value of `vision_pooling` or `text_pooling`.
         weights: weights of the tower by the names of the `MiniClipModel`'s tower.
-        head: `weight` and perhaps `bias` of the linear head; empty if there is no head.
+        head: weights of the head by the names of a `ProjectionHead`; empty if there is no head.
         text_length: tokens to which all texts are padded, if the tower sees the padding.
     """
 
@@ -91,7 +91,7 @@ def image_tower(model_cfg: dict[str, Any], weights: Weights) -> Tower:
         "image_size": square(cfg.get("image_size", 224)),
         **_activation(model_cfg, cfg),
     }
-    moved, head = transformer_weights(weights, VISION_PARTS), {"weight": weights["proj"].t().contiguous()}
+    moved, head = transformer_weights(weights, VISION_PARTS), {"linear.weight": weights["proj"].t().contiguous()}
     return Tower(config, "pooler", moved, head)
 
 
@@ -154,9 +154,7 @@ def hugging_face_tower(model_cfg: dict[str, Any], text_config: Any, weights: Wei
         raise ValueError(f"hf_pooler_type {pooler!r} has no counterpart; expected one of {', '.join(HF_POOLINGS)}")
     moved = {name.removeprefix("transformer."): value for name, value in weights.items() if "transformer." in name}
     moved = {name: value for name, value in moved.items() if not name.endswith("position_ids")}
-    heads = {name.removeprefix("proj."): value for name, value in weights.items() if name.startswith("proj.")}
-    if heads.keys() - {"weight"}:
-        raise ValueError("the two-layer projection of its text tower (hf_proj_type 'mlp') has no counterpart")
+    heads = _head(weights, {"proj.": "linear.", "proj.0.": "hidden.", "proj.2.": "linear."})
     has_pooler = any(name.startswith("pooler.") for name in moved)
     pooling = "cls" if pooler == "cls_pooler" and not has_pooler else HF_POOLINGS[pooler]
     return Tower(text_config.to_dict(), pooling, moved, heads)
@@ -207,23 +205,21 @@ def _resnet(cfg: dict[str, Any], weights: Weights) -> Tower:
             moved[name] = value
     factor = width / 64
     config = _timm_config(RESNETS[layers], size, {"img_size": size, "width_factor": factor})
-    return Tower(config, "pooler", moved, _under("attnpool.c_proj.", weights))
+    return Tower(config, "pooler", moved, _head(weights, {"attnpool.c_proj.": "linear."}))
 
 
 def _timm_tower(cfg: dict[str, Any], weights: Weights) -> Tower:
     name, pool, projection = cfg["timm_model_name"], cfg.get("timm_pool", "avg"), cfg.get("timm_proj", "linear")
     if pool in ("abs_attn", "rot_attn"):
         raise ValueError(f"timm_pool {pool!r} of its image tower has no counterpart; expected timm's own pooling")
-    if projection == "mlp":
-        raise ValueError("the two-layer projection of its image tower (timm_proj 'mlp') has no counterpart")
     trunk = _under("trunk.", weights)
-    if projection == "linear":
-        head = _under("head.proj.", weights)
+    if projection in ("linear", "mlp"):
+        head = _head(weights, {"head.proj.": "linear.", "head.mlp.fc1.": "hidden.", "head.mlp.fc2.": "linear."})
     elif projection == "none":
         head = {}
     else:  # timm's classifier is the projection
         classifier = timm.get_pretrained_cfg(name).classifier
-        head = _under(f"{classifier}.", trunk)
+        head = _head(trunk, {f"{classifier}.": "linear."})
         trunk = {key: value for key, value in trunk.items() if not key.startswith(f"{classifier}.")}
     size = square(cfg.get("image_size", 224))
     return Tower(_timm_config(name, size, {"global_pool": pool} if pool else {}), "pooler", trunk, head)
@@ -246,10 +242,18 @@ def _under(prefix: str, weights: Weights) -> Weights:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
+def _head(weights: Weights, parts: dict[str, str]) -> Weights:
+    """Weights of a head by the names of a `ProjectionHead`: a weight and perhaps a bias of each of its layers."""
+    return {
+        new + name: weights[old + name] for old, new in parts.items() for name in ("weight", "bias")
+        if old + name in weights
+    }  # fmt: skip
+
+
 def _text_head(weights: Weights) -> Weights:
     if isinstance(weights.get("text_projection"), torch.Tensor):  # a matrix, which multiplies from the right
-        return {"weight": weights["text_projection"].t().contiguous()}
-    return _under("text_projection.", weights)
+        return {"linear.weight": weights["text_projection"].t().contiguous()}
+    return _head(weights, {"text_projection.": "linear."})
 
 
 def _activation(model_cfg: dict[str, Any], cfg: dict[str, Any]) -> dict[str, Any]:

@@ -12,16 +12,18 @@ from torch import Tensor
 from transformers.image_utils import PILImageResampling
 
 from ..errors import MiniClipError, ModelError
+from ..evaluation.encoders import OPEN_CLIP_FILE
 from ..modeling_miniclip import MiniClipModel
 from ..processing_miniclip import MiniClipProcessor
 from .from_open_clip import WEIGHTS, split_weights
-from .open_clip_towers import RESNETS, image_tower, text_tower
-from .source import OPEN_CLIP_FILE
+from .open_clip_towers import HF_POOLINGS, RESNETS, hugging_face_tower, image_tower, text_tower
 from .to_transformers import bounded_weights
 
 ACTIVATIONS: dict[str, dict[str, Any]] = {"gelu": {}, "quick_gelu": {}, "gelu_pytorch_tanh": {"approximate": "tanh"}}
 WIDTHS = {"resnet50x4_clip": 1.25, "resnet50x16_clip": 1.5, "resnet50x64_clip": 2.0}  # relative to ResNet-50
 CLIP_VOCABULARY = 49408
+OWN_TOWERS = ("clip_vision_model", "clip_text_model", "siglip_text_model")  # as open_clip builds them itself
+HF_TOWERS = ("bert", "roberta", "xlm-roberta")  # as open_clip builds them from their name on the Hub
 
 
 def save_for_open_clip(model: MiniClipModel, processor: MiniClipProcessor, folder: Path) -> None:
@@ -70,12 +72,16 @@ def open_clip_weights(model: MiniClipModel, cfg: dict[str, Any], like: dict[str,
     places: dict[str, Tensor] = {
         name: numbers[name].reshape(1) for name in ("logit_scale", "logit_bias") if name in numbers
     }
+    if cfg["text_cfg"].get("hf_model_name"):
+        text_side = hugging_face_tower(cfg, model.config.text_config, text)
+    else:
+        text_side = text_tower(cfg, text, 0, None)
     for side, head, tower in (
         (f"vision_model.{prefix}", "visual_projection", image_tower(cfg, visual)),
-        ("text_model.", "text_projection", text_tower(cfg, text, 0, None)),
+        ("text_model.", "text_projection", text_side),
     ):
         places |= {f"{side}{name}": value for name, value in tower.weights.items()}
-        places |= {f"{head}.linear.{name}": value for name, value in tower.head.items()}
+        places |= {f"{head}.{name}": value for name, value in tower.head.items()}
     weights = bounded_weights(model)
     wrong = [name for name in {*places, *weights} if getattr(places.get(name), "shape", None) != getattr(
         weights.get(name), "shape", None)]  # fmt: skip
@@ -100,7 +106,7 @@ def model_cfg(model: MiniClipModel, processor: MiniClipProcessor) -> dict[str, A
     cfg: dict[str, Any] = {"embed_dim": config.projection_dim}
     if model.logit_bias is not None:
         cfg["init_logit_bias"] = config.logit_bias_init_value
-    towers = [tower for tower in (config.vision_config, config.text_config) if hasattr(tower, "hidden_act")]
+    towers = [tower for tower in (config.vision_config, config.text_config) if tower.model_type in OWN_TOWERS]
     quick = {tower.hidden_act == "quick_gelu" for tower in towers}
     if len(quick) > 1:
         raise no_counterpart("one tower has the activation quick_gelu and the other one has not")
@@ -140,8 +146,6 @@ def no_counterpart(reason: str) -> ModelError:
 
 def _vision_cfg(model: MiniClipModel) -> dict[str, Any]:
     tower, head = model.config.vision_config, dict(model.visual_projection.named_parameters())
-    if head.keys() - {"linear.weight", "linear.bias"}:
-        raise no_counterpart("its image head has more than one layer")
     if tower.model_type == "timm_wrapper":
         return _timm_cfg(model, head)
     if tower.model_type != "clip_vision_model" or model.config.vision_pooling not in (None, "pooler"):
@@ -160,17 +164,23 @@ def _timm_cfg(model: MiniClipModel, head: dict[str, Any]) -> dict[str, Any]:
     tower = model.config.vision_config
     size, args = tower.pretrained_cfg["input_size"][-1], dict(tower.model_args or {})
     layers = next((layers for layers, name in RESNETS.items() if name == tower.architecture), None)
-    if layers is not None and "linear.bias" in head:
+    if layers is not None and head.keys() == {"linear.weight", "linear.bias"}:
         width = round(64 * args.get("width_factor", WIDTHS.get(tower.architecture, 1.0)))
         return {"image_size": size, "layers": list(layers), "width": width, "head_width": 64}
     if args.keys() - {"global_pool"}:
         raise no_counterpart(f"it builds image towers of timm by their name alone, without {', '.join(args)}")
+    hidden = {"hidden.weight", "hidden.bias"} if "hidden.weight" in head else set()
+    units = 2 * model.config.projection_dim
+    if head.keys() - hidden - {"linear.weight", "linear.bias"} or (hidden and len(head["hidden.weight"]) != units):
+        raise no_counterpart(f"its image heads are linear, or have a hidden layer of {units} units with bias")
+    if hidden and not hidden <= head.keys():
+        raise no_counterpart("the hidden layer of its image heads has a bias")
     return {
         "image_size": size,
         "timm_model_name": tower.architecture,
         "timm_model_pretrained": False,
         "timm_pool": args.get("global_pool", ""),
-        "timm_proj": "linear" if head else "none",
+        "timm_proj": "mlp" if hidden else "linear" if head else "none",
         "timm_proj_bias": "linear.bias" in head,
     }
 
@@ -178,6 +188,8 @@ def _timm_cfg(model: MiniClipModel, head: dict[str, Any]) -> dict[str, Any]:
 def _text_cfg(model: MiniClipModel, processor: MiniClipProcessor) -> dict[str, Any]:
     config, tower = model.config, model.config.text_config
     head = dict(model.text_projection.named_parameters())
+    if tower.model_type not in OWN_TOWERS:
+        return _hugging_face_cfg(model, processor, head)
     cfg = {"context_length": tower.max_position_embeddings, "vocab_size": tower.vocab_size}
     if tower.vocab_size != CLIP_VOCABULARY or type(processor.tokenizer).__name__ != "CLIPTokenizer":
         cfg["hf_tokenizer_name"] = "./"  # open_clip takes the files in the model's folder
@@ -191,10 +203,37 @@ def _text_cfg(model: MiniClipModel, processor: MiniClipProcessor) -> dict[str, A
         rest |= {"proj_bias": True} if "linear.bias" in head else {}
     else:
         raise no_counterpart(
-            f"only the text towers of CLIP and SigLIP, with their own pooling, can be written, not {tower.model_type} "
-            f"with text_pooling {config.text_pooling!r}"
+            f"the text towers of CLIP and SigLIP can be written with their own pooling, not {tower.model_type} with "
+            f"text_pooling {config.text_pooling!r}"
         )
     return cfg | _transformer_cfg(tower) | {"heads": tower.num_attention_heads} | rest
+
+
+def _hugging_face_cfg(model: MiniClipModel, processor: MiniClipProcessor, head: dict[str, Any]) -> dict[str, Any]:
+    tower, pooling = model.config.text_config, model.config.text_pooling
+    poolers = {value: name for name, value in HF_POOLINGS.items()}
+    if tower.model_type not in HF_TOWERS:
+        raise no_counterpart(
+            f"it has no text tower of type {tower.model_type}; expected {', '.join((*OWN_TOWERS[1:], *HF_TOWERS))}"
+        )
+    if not tower.name_or_path:
+        raise no_counterpart(
+            f"it builds a text tower such as {tower.model_type} by its name on the Hub, which this model does not have"
+        )
+    if pooling not in poolers or model.config.text_length is not None:
+        raise no_counterpart(f"it pools the texts of {tower.model_type} by {', '.join(poolers)}, not by {pooling!r}")
+    units = (model.text_width + model.config.projection_dim) // 2
+    kinds = {(): None, ("linear.weight",): "linear", ("hidden.weight", "linear.weight"): "mlp"}
+    names = tuple(sorted(head))
+    if names not in kinds or ("hidden.weight" in head and len(head["hidden.weight"]) != units):
+        raise no_counterpart(f"its text heads have no biases, and are linear or have a hidden layer of {units} units")
+    return {
+        "hf_model_name": tower.name_or_path,
+        "hf_tokenizer_name": "./",
+        "hf_proj_type": kinds[names],
+        "hf_pooler_type": poolers[pooling],
+        "context_length": processor.tokenizer.model_max_length,
+    }
 
 
 def _transformer_cfg(tower: Any) -> dict[str, Any]:

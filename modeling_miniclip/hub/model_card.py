@@ -167,10 +167,11 @@ def _short(repository: str) -> str:
     return repository.rpartition("/")[2]
 
 
-def _describe_head(config: Any, depth: int, bias: bool) -> str:
+def _describe_head(config: Any, depth: int, bias: bool, hidden: int | None, hidden_bias: bool) -> str:
+    first = f"hidden layer of {hidden} units with GELU, " if hidden else ""
     if depth < 2:
-        return ("linear" + " with bias" * bias) if depth else "none"
-    return f"{depth} layers with GELU, dropout {config.projection_dropout}, residual and layer norm"
+        return first + ("linear" + " with bias" * bias) if depth else "none"
+    return f"{first}{depth} layers with GELU, dropout {config.projection_dropout}, residual and layer norm"
 
 
 def _vision_name(model: MiniClipModel) -> str:
