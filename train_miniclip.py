@@ -52,7 +52,6 @@ from modeling_miniclip.training.finetune.retention import build_retention, load_
 from modeling_miniclip.training.grad_cache import backward_in_chunks, split_batch
 from modeling_miniclip.training.hard_negatives import choose_hard_negatives
 from modeling_miniclip.training.loss.global_loss import global_contrastive_loss
-from modeling_miniclip.training.loss.pair_counts import counts_of_batch
 from modeling_miniclip.training.matryoshka import check_lengths, loss_prefixes
 from modeling_miniclip.training.memory.steps import Exchange, compute_step
 from modeling_miniclip.training.optimizer import clamp_logit_scale
@@ -61,7 +60,6 @@ from modeling_miniclip.training.processes.distributed import full_tensor
 from modeling_miniclip.training.processes.heartbeat import ends_with_lost_processes
 from modeling_miniclip.training.publish import export_best, push_export
 from modeling_miniclip.training.reports.callbacks import Callbacks
-from modeling_miniclip.training.reports.diagnostics import chance_loss, floor_loss
 from modeling_miniclip.training.reports.figures import draw_curves, draw_retrieval, read_metrics
 from modeling_miniclip.training.reports.measure import (
     classify_images,
@@ -86,6 +84,7 @@ from modeling_miniclip.training.run import TrainingRun
 from modeling_miniclip.training.settings import choose_settings
 from modeling_miniclip.training.time_limit import NO_END, keep_time
 from modeling_miniclip.training.towers.layers import set_training_mode
+from modeling_miniclip.training.towers.teacher import check_teacher, load_teacher
 from modeling_miniclip.training.zero_shot import build_zero_shot, load_zero_shot
 from modeling_miniclip.utils.processes import ended_children
 
@@ -134,6 +133,7 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
     """Check the output folder, build data, model, loaders, optimizer and schedule, and load a checkpoint to resume."""
     launch = setup.check_launch(arguments)
     check_lengths(arguments)
+    check_teacher(arguments)
     checkpoint = setup.prepare_output_dir(arguments)
     hub_model_id = setup.prepare_hub_repo(arguments)
     accelerator = setup.build_accelerator(arguments, launch)  # joins the processes and sets the seed
@@ -149,14 +149,15 @@ def prepare(arguments: TrainingArguments) -> TrainingRun:
     classified, retained = load_zero_shot(arguments, accelerator), load_retention(arguments, accelerator)
     fingerprint = setup.fingerprint_data(splits, checkpoint, arguments, accelerator, classified, retained)
     model, processor = setup.build_model(splits, arguments, accelerator)
-    setup.fingerprint_model(fingerprint, model, processor, checkpoint, arguments, accelerator)
+    teacher = load_teacher(arguments, accelerator)
+    setup.fingerprint_model(fingerprint, model, processor, checkpoint, arguments, accelerator, teacher)
     evidence = setup.probe_captions(splits, model, processor, arguments, accelerator)
-    features = setup.compute_frozen_features(model, processor, splits, arguments, accelerator)  # may take minutes
+    features = setup.compute_frozen_features(model, processor, splits, arguments, accelerator, teacher)  # minutes
     loaders = setup.build_loaders(splits, features, processor, arguments, accelerator, shared)
     zero_shot = build_zero_shot(classified, model, processor, arguments, accelerator)
     retention = build_retention(retained, model, processor, arguments, accelerator)
 
-    further = evidence, shared, zero_shot, retention
+    further = evidence, shared, zero_shot, retention, teacher
     run = setup.build_run(model, processor, splits, features, loaders, arguments, accelerator, fingerprint, *further)
     setup.start_or_resume(run, checkpoint)
     return run
@@ -251,10 +252,7 @@ def train_step(run: TrainingRun, batch: dict[str, Any], images: int) -> None:
     clamp_logit_scale(run.unwrapped_model)
     if run.ema is not None:
         run.ema.update()
-    negatives = int(batch["is_negative"].sum()) if "is_negative" in batch else 0
-    texts = len(batch["text_image_id"]) - negatives
-    counts, loss_type = counts_of_batch(batch, images, run.accelerator.device), run.unwrapped_model.config.loss_type
-    run.meter.update(loss, gradient_norm, texts, chance_loss(counts, loss_type), floor_loss(counts, loss_type))
+    run.count_step(batch, images, loss, gradient_norm)
 
 
 def compute_loss_and_gradients(
@@ -267,8 +265,8 @@ def compute_loss_and_gradients(
         batch: this process's share of the global batch, b images and n texts: `pixel_values` `[b, 3, H, W]` uint8,
             `input_ids` and `attention_mask` `[n, L]`, `image_id` `[b]` and `text_image_id` `[n]`, and `image_keys`,
             `text_keys` and `is_negative` as in [`global_contrastive_loss`], if there are any. For frozen towers
-            `vision_pooler_output` `[b, width]` and `text_pooler_output` `[n, width]` instead. In chunks, the pixels
-            are taken out of it.
+            `vision_pooler_output` `[b, width]` and `text_pooler_output` `[n, width]` instead. With a teacher,
+            `taught_image` `[b, width]` and `taught_text` `[n, width]`. In chunks, the pixels are taken out of it.
         model: model to call; None is that of the run.
         exchange: context for the block in which the processes exchange embeddings.
 
@@ -284,6 +282,8 @@ def compute_loss_and_gradients(
         for name in ("image_keys", "text_keys", "is_negative")
         if name in batch
     }
+    if run.teacher is not None:
+        further["teacher"] = run.teacher.embed(chunks)
 
     def inputs_of(chunk: dict[str, Any]) -> dict[str, Any]:
         return {**model_inputs(chunk, run.processor, accelerator.device), "return_logits": False}

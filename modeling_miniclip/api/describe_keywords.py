@@ -14,7 +14,7 @@ OWN = ("dataset", "validation_dataset", "output_dir")  # parameters of `train` i
 # Flags that take a path.
 PATHS = frozenset(
     "recipe zero_shot_dataset retention_dataset image_dir dataset_cache_dir vision_model text_model preset "
-    "model_name_or_path feature_cache_dir resume_from_checkpoint".split()
+    "model_name_or_path teacher feature_cache_dir resume_from_checkpoint".split()
 )
 # What a flag takes from Python, as from a recipe, besides its text on the command line.
 WIDER = {
@@ -23,6 +23,7 @@ WIDER = {
     "lora_kwargs": "dict[str, Any]",
     "blend": "float",
     "matryoshka_dims": "list[int]",
+    "teacher_kwargs": "dict[str, Any]",
     "checkpointing_steps": "int",
 }
 WIDTH = 119

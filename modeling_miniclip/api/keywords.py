@@ -170,6 +170,14 @@ class TrainingKeywords(TypedDict, total=False):
     """lengths, such as 64,128,256, of short embeddings that are trained, too: the first dimensions of an embedding,
     normalised again; the full length is always one of them (those of model_name_or_path, otherwise off)"""
 
+    teacher: str | PathLike[str] | None
+    """learn another CLIP's similarities of the images and captions of a batch, too: folder or Hub repository of an
+    export, or of a CLIP of another library; its towers run once over the training images (none)"""
+
+    teacher_kwargs: str | dict[str, Any] | None
+    """details of the teacher as JSON or YAML: {weight: 1, temperature: 0.01}; weight of this loss, that of the
+    contrastive one being 1, and the temperature of the teacher's similarities (its own)"""
+
     num_train_epochs: int | None
     """passes over the training images (derived)"""
 

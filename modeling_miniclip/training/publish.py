@@ -29,7 +29,7 @@ LOCAL_ARGUMENTS = frozenset(
 # Arguments that may be a path.
 PATH_ARGUMENTS = frozenset(
     "dataset validation_dataset zero_shot_dataset retention_dataset image_dir vision_model text_model preset "
-    "model_name_or_path".split()
+    "model_name_or_path teacher".split()
 )
 
 

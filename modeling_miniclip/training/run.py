@@ -22,16 +22,18 @@ from .command_line.arguments import TrainingArguments
 from .command_line.check_arguments import checkpoint_interval
 from .ema import AveragedWeights
 from .finetune.retention import RetentionSet
+from .loss.pair_counts import counts_of_batch
 from .memory.sizes import StepSizes
 from .pace import Pace
 from .reports.callbacks import Callback, Callbacks, asks_to_stop
-from .reports.diagnostics import Diagnosis
+from .reports.diagnostics import Diagnosis, chance_loss, floor_loss
 from .reports.reporting import MetricsLog, StepMeter, say
 from .resuming.checkpoints import ExportedEmbeddings, Progress, check_finite_weights, save_checkpoint
 from .resuming.fingerprint import Fingerprint
 from .resuming.signals import SignalHandler
 from .towers.feature_cache import FeatureRows
 from .towers.features import FrozenFeatures
+from .towers.teacher import RunTeacher
 from .zero_shot import ZeroShotSet
 
 
@@ -66,6 +68,7 @@ class TrainingRun:
         last_step: number of the step after which training ends; with a time limit, not known at first.
         exported: what the exported model embeds, to check the export at the end.
         ema: moving average of the weights; None without `--ema_decay`.
+        teacher: CLIP whose similarities the model learns; None without `--teacher`.
         fingerprint: what the run trains on and with, on rank 0; each checkpoint has it.
         pace: times of steps, validations and checkpoints.
         sizes: which steps fit into memory.
@@ -100,6 +103,7 @@ class TrainingRun:
     before_training: dict[str, Tensor] = field(default_factory=dict)
     exported: ExportedEmbeddings = field(default_factory=ExportedEmbeddings)
     ema: AveragedWeights | None = None
+    teacher: RunTeacher | None = None
     fingerprint: Fingerprint | None = None
     pace: Pace = field(default_factory=Pace)
     sizes: StepSizes = field(default_factory=StepSizes)
@@ -184,6 +188,23 @@ class TrainingRun:
         )
         self.saved_position = self.position
         self.pace.add_checkpoint(time.perf_counter() - start)
+
+    def count_step(self, batch: dict[str, Any], images: int, loss: Tensor, norm: Any) -> None:
+        """Count a step for the next line of the log.
+
+        Args:
+            batch: this process's share of the global batch.
+            images: number of images in the global batch.
+            loss: this process's part of the loss.
+            norm: norm of the gradient.
+        """
+        negatives = int(batch["is_negative"].sum()) if "is_negative" in batch else 0
+        texts = len(batch["text_image_id"]) - negatives
+        loss_type = self.unwrapped_model.config.loss_type
+        counts = counts_of_batch(batch, images, self.accelerator.device)
+        bounds = chance_loss(counts, loss_type), floor_loss(counts, loss_type)
+        loss, divergence = (loss, None) if self.teacher is None else self.teacher.taken_out(loss)
+        self.meter.update(loss, norm, texts, *bounds, divergence)
 
     def write_metrics(self, split: str, values: dict[str, float], **only_in_file: float) -> None:
         """Write values to `metrics.jsonl` and the trackers.

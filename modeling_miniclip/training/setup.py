@@ -82,6 +82,7 @@ from .towers.create_model import create_model
 from .towers.feature_cache import default_cache_dir
 from .towers.features import EVALUATION_BATCH, FrozenFeatures, frozen_image_features, frozen_text_features
 from .towers.layers import freeze_layers
+from .towers.teacher import RunTeacher, compute_taught
 from .towers.text_groups import group_texts_by_length
 from .zero_shot import SPLIT as ZERO_SHOT_SPLIT
 from .zero_shot import ZeroShotSet, zero_shot_about, zero_shot_checksum
@@ -281,8 +282,9 @@ def fingerprint_model(
     checkpoint: Path | None,
     arguments: TrainingArguments,
     accelerator: Accelerator,
+    teacher: RunTeacher | None = None,
 ) -> None:
-    """Complete the fingerprint; model, vocabulary and preprocessing of a resumed run must be those of the checkpoint.
+    """Complete the fingerprint; model, preprocessing and teacher of a resumed run must be those of the checkpoint.
 
     Raises:
         ModelError: one of them changed.
@@ -290,7 +292,7 @@ def fingerprint_model(
 
     def compute() -> None:
         assert fingerprint is not None, "rank 0 has it"
-        add_model(fingerprint, model, processor, arguments)
+        add_model(fingerprint, model, processor, arguments, None if teacher is None else teacher.settings())
         if checkpoint is not None:
             check_model(Fingerprint.load(checkpoint), fingerprint, arguments)
 
@@ -351,14 +353,18 @@ def compute_frozen_features(
     splits: DatasetDict,
     arguments: TrainingArguments,
     accelerator: Accelerator,
+    teacher: RunTeacher | None = None,
 ) -> dict[str, FrozenFeatures]:
-    """Run the frozen towers over both splits, which takes minutes; results are cached on disk.
+    """Run the frozen towers over both splits, and a teacher over the training split, which takes minutes.
+
+    Results are cached on disk.
 
     Returns:
         Features of `train` and `validation`; None for a tower that is trained or whose images are augmented in every
         epoch.
     """
-    found = {"train": FrozenFeatures(), "validation": FrozenFeatures()}
+    taught = compute_taught(teacher, splits, arguments, accelerator)
+    found = {"train": FrozenFeatures(taught=taught), "validation": FrozenFeatures()}
     if arguments.freeze == "none":
         return found
     cache_dir = Path(arguments.feature_cache_dir or default_cache_dir())
@@ -387,7 +393,7 @@ def caption_rows(
     Args:
         splits: all splits.
         split: name of the split, `train` or `validation`.
-        features: features to use instead of running a frozen tower.
+        features: features to use instead of running a frozen tower, and those of a teacher.
         processor: preprocessing of the images.
         arguments: flags of the run.
         captions_per_image: number of captions to draw for each image; None takes all.
@@ -401,6 +407,7 @@ def caption_rows(
     return CaptionRows(
         splits[split], processor, augmentation, captions_per_image, arguments.seed, features.vision, features.text,
         finds_pairs=finds_pairs, hard_negatives=hard_negatives_of(arguments) if split == "train" else None,
+        taught=features.taught,
     )  # fmt: skip
 
 
@@ -486,6 +493,7 @@ def build_run(
     shared: SharedCaptions | None = None,
     zero_shot: ZeroShotSet | None = None,
     retention: RetentionSet | None = None,
+    teacher: RunTeacher | None = None,
 ) -> TrainingRun:
     """Build optimizer and schedule, and the state of a run at its start."""
     classified = None if zero_shot is None else zero_shot.data
@@ -531,6 +539,7 @@ def build_run(
         zero_shot=zero_shot,
         retention=retention,
         before_training=before_training,
+        teacher=teacher,
         sizes=StepSizes(is_given=arguments.chunk_size is not None),
     )
 

@@ -49,8 +49,8 @@ LAYERS, OPTIMIZER, EMA, GRAD_CACHE, DISTRIBUTED, CHECKPOINTS, DIAGNOSTICS, FOLD,
         "bad_images",
     )
 )
-FROM_CLIP, BACK = "tests/clips/test_from_transformers.py", "tests/clips/test_back.py"
-GLOBAL_LOSS = "tests/training/test_global_loss.py"
+FROM_CLIP, BACK, CLIP_COMMANDS = (f"tests/clips/test_{name}.py" for name in ("from_transformers", "back", "commands"))
+GLOBAL_LOSS, TEACHER = "tests/training/test_global_loss.py", "tests/training/test_teacher.py"
 LORA, BLEND, IMAGE_SIZE = (f"tests/training/test_{name}.py" for name in ("lora", "blend", "image_size"))
 LOSS, MODEL, PROCESSOR, UNTRUSTED = (f"tests/test_{name}.py" for name in ("loss", "model", "processor", "untrusted"))
 ENCODERS = "tests/test_image_encoders.py"
@@ -171,6 +171,13 @@ FAULTS = [
             "crop.scale[0] * min(",
             "crop.scale[1] * min(",
             "tests/data/test_reduced_size.py",
+        ),
+        (
+            "loading/dataset.py",
+            "a teacher embeds other captions than those drawn",
+            "self.taught.texts[index][torch.from_numpy(chosen)]",
+            "self.taught.texts[index][: len(chosen)]",
+            TEACHER,
         ),
         (
             "loading/order.py",
@@ -340,6 +347,13 @@ FAULTS = [
             "if parts.keys() < (",
             BACK,
         ),
+        (
+            "exported.py",
+            "a changed CLIP keeps its conversion",
+            "files = _states(sorted(Path(source.name).iterdir()))",
+            "files = []",
+            CLIP_COMMANDS,
+        ),
     ),
     *faults_in(
         f"{PACKAGE}/hub",
@@ -475,6 +489,13 @@ FAULTS = [
             "whole = logsumexp_over_processes(self.teacher)",
             "whole = self.teacher",
             GLOBAL_LOSS,
+        ),
+        (
+            "towers/teacher.py",
+            "a teacher's temperature is taken for its inverse",
+            "processor, 1 / temperature, details",
+            "processor, temperature, details",
+            TEACHER,
         ),
         (
             "loss/tiles.py",

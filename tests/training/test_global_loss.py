@@ -292,3 +292,14 @@ def test_a_negative_is_a_candidate_for_every_image_and_no_query() -> None:
     loss = global_contrastive_loss(*arguments, is_negative=is_negative, **keys)
     by_image = (torch.tensor(5.0).log() + torch.tensor(4.0).log()) / 2
     assert loss.item() == pytest.approx((by_image + torch.tensor(2.0).log()).item() / 2)
+
+
+def test_teacher_is_given_the_divergence_that_it_adds() -> None:
+    b = batch()
+    teacher = Teacher(b["teacher_images"], b["teacher_texts"], 5.0, 0.7)
+    rows = (b["images"], b["texts"], b["scale"], b["image_id"], b["text_image_id"])
+    options = {"is_negative": b["is_negative"], "prefixes": b["prefixes"]}
+    plain = global_contrastive_loss(*rows, **options).item()
+    both = global_contrastive_loss(*rows, **options, teacher=teacher).item()
+    assert teacher.divergence is not None and teacher.divergence > 0.01
+    assert 0.7 * teacher.divergence.item() == pytest.approx(both - plain, rel=1e-9)

@@ -220,6 +220,7 @@ def test_keys_and_negatives_of_a_batch_reach_the_loss(chunk_size: int | None) ->
     run = SimpleNamespace(
         accelerator=build_accelerator("no"), model=model, unwrapped_model=model,
         processor=SimpleNamespace(normalize=lambda pixels: pixels), arguments=SimpleNamespace(chunk_size=chunk_size),
+        teacher=None,
     )  # fmt: skip
     found = [train_miniclip.compute_loss_and_gradients(run, batch | more).item() for more in ({}, keys)]
     output, ids = model(**inputs_of(batch)), (batch["image_id"], batch["text_image_id"])
@@ -236,6 +237,7 @@ def test_loss_is_the_mean_of_those_of_all_lengths(chunk_size: int | None) -> Non
     run = SimpleNamespace(
         accelerator=build_accelerator("no"), model=model, unwrapped_model=model,
         processor=SimpleNamespace(normalize=lambda pixels: pixels), arguments=SimpleNamespace(chunk_size=chunk_size),
+        teacher=None,
     )  # fmt: skip
     found = train_miniclip.compute_loss_and_gradients(run, batch).item()
     output = model(**inputs)

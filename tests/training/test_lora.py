@@ -207,7 +207,7 @@ def test_state_within_the_block_is_what_is_trained() -> None:
         (["--lora_rank=2", "--freeze=both"], "--lora_rank and --freeze both: no tower is left"),
         (["--lora_rank=2", "--preset=scenes_tiny"], "those of a --preset are random"),
         (["--lora_rank=2", "--lora_kwargs=[1]"], "must be a mapping such as {alpha: 16}"),
-        (["--lora_rank=2", "--lora_kwargs={rank: 1}"], "unknown key 'rank'; adapters take alpha, dropout, targets"),
+        (["--lora_rank=2", "--lora_kwargs={rank: 1}"], "unknown key 'rank'; an adapter takes alpha, dropout, targets"),
         (["--lora_rank=2", "--lora_kwargs={alpha: 0}"], "alpha must be a positive number, not 0"),
         (["--lora_rank=2", "--lora_kwargs={alpha: true}"], "alpha must be a positive number, not True"),
         (["--lora_rank=2", "--lora_kwargs={dropout: 1}"], r"dropout must be a number in \[0, 1\), not 1"),

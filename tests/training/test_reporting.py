@@ -92,15 +92,31 @@ def test_meter_keeps_unread_values_within_an_epoch() -> None:
     meter.update(torch.tensor(1.0), 1.0, 10, 4.0)
     meter.update(torch.tensor(2.0), 1.0, 10, 6.0, 0.5)
     state = meter.state_dict()
-    assert state == {"losses": [3.0, 5.0], "chances": [4.0, 6.0], "floors": [0.0, 0.5]}
+    assert state == {"losses": [3.0, 5.0], "divergences": [], "chances": [4.0, 6.0], "floors": [0.0, 0.5]}
     resumed = StepMeter(Processes(), OPTIMIZER)
     resumed.load_state_dict(state)
     resumed.start_epoch(step_in_epoch=2)
     resumed.update(torch.tensor(7.0), 1.0, 10, 8.0, 1.0)
     assert (resumed.read()["loss"], resumed.steps, resumed.chance, resumed.floor) == (5.0, 3, 6.0, 0.5)
     meter.start_epoch(step_in_epoch=0)
-    assert StepMeter(Processes(), OPTIMIZER).state_dict() == {"losses": [], "chances": [], "floors": []}
+    empty = dict.fromkeys(("losses", "divergences", "chances", "floors"), [])
+    assert StepMeter(Processes(), OPTIMIZER).state_dict() == empty
     assert meter.losses == []
+
+
+def test_meter_keeps_the_divergence_from_a_teacher_apart() -> None:
+    meter = StepMeter(Processes([0.5, 0.0, 0.25]), OPTIMIZER)
+    for loss, divergence in ((1.0, 0.5), (2.0, 1.0)):
+        meter.update(torch.tensor(loss), 1.0, 10, 4.0, 0.0, torch.tensor(divergence))
+    values = meter.read()
+    assert (values["loss"], values["teacher_divergence"]) == (2.0, 1.0)  # 1.5 + 0.5 and 0.75 + 0.25
+    meter.accelerator = Processes([0.5])
+    meter.update(torch.tensor(1.0), 1.0, 10, 4.0, 0.0, torch.tensor(0.5))
+    state = meter.state_dict()
+    assert (state["losses"], state["divergences"]) == ([1.5], [1.0])
+    resumed = StepMeter(Processes(), OPTIMIZER)
+    resumed.load_state_dict(state)
+    assert resumed.read()["teacher_divergence"] == 1.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -50,6 +50,7 @@ class Collator:
         batch, or `text_pooler_output` `[N, width]`; `image_id` `[B]`, the indices of the rows; `text_image_id` `[N]`.
         With hard negatives, the texts of an image end with its wrong captions, and `is_negative` `[N]` marks these.
         With keys, `image_keys` `[B, K]` and `text_keys` `[N, L]`, of which a pair shares at least one.
+        With those of a teacher, `taught_image` `[B, width]` and `taught_text` `[N, width]`, zero for wrong captions.
         If images cannot be decoded, also `undecodable`: a list of their indices and the reasons; they are in none of
         the tensors.
     """
@@ -72,6 +73,10 @@ class Collator:
         if "keys" in rows[0]:
             batch["image_keys"] = keys_tensor([row["keys"].image for row in rows])
             batch["text_keys"] = keys_tensor([keys for row in rows for keys in row["keys"].texts])
+        if "taught_image" in rows[0]:
+            batch["taught_image"] = torch.stack([row["taught_image"] for row in rows])
+            taught = ((row["taught_texts"], len(row[texts])) for row in rows)
+            batch["taught_text"] = torch.cat([pad(found, (0, 0, 0, count - len(found))) for found, count in taught])
         if "vision_features" in rows[0]:
             batch["vision_pooler_output"] = torch.stack([row["vision_features"] for row in rows])
         else:

@@ -6,7 +6,7 @@ All draws depend only on the seed, the epoch and the row, never on the process, 
 import math
 import random
 from collections.abc import Iterator, Sequence, Sized
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +43,18 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
 
+class TaughtRows(NamedTuple):
+    """What a teacher's towers return for the rows of a split.
+
+    Args:
+        images: `[width]` of each image; NaN for one that could not be decoded.
+        texts: `[captions, width]` of the captions of each image.
+    """
+
+    images: Rows
+    texts: Rows
+
+
 def _index_of(image_id: int) -> int:
     return image_id if image_id >= 0 else FILLER - image_id
 
@@ -65,6 +77,7 @@ class CaptionRows(TorchDataset):
         hard_negatives: wrong captions to add to each row, as `negatives`; only without `text_features`.
         finds_pairs: whether to add to each row the `keys` that it shares with captions and images of other rows.
         full_size: whether to decode images at full size, even if the augmentation would shrink them.
+        taught: features of a teacher, to add to each row as `taught_image` and `taught_texts`.
     """
 
     def __init__(
@@ -79,6 +92,7 @@ class CaptionRows(TorchDataset):
         hard_negatives: HardNegatives | None = None,
         finds_pairs: bool = False,
         full_size: bool = False,
+        taught: TaughtRows | None = None,
     ):
         from datasets import Image
 
@@ -93,6 +107,7 @@ class CaptionRows(TorchDataset):
         self.text_features = text_features
         self.hard_negatives = hard_negatives
         self.finds_pairs = finds_pairs
+        self.taught = taught
         self.groups = split.select_columns(["group"]) if finds_pairs and "group" in split.column_names else None
         has_negatives = hard_negatives is not None and hard_negatives.from_column
         self.negatives = split.select_columns([NEGATIVES]) if has_negatives else None
@@ -204,24 +219,23 @@ class CaptionRows(TorchDataset):
         chosen, rng, augmentation_rng = draw
         row: dict[str, Any] = {"image_id": image_id}
         if self.vision_features is not None:
-            features = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
-            image = self._image(index, file) if math.isnan(features[0]) else None
-            if image is not None and not isinstance(image, str):
-                image = (
-                    f"image {self.name(index)!r} has no features, as it could not be decoded when they were computed; "
-                    "it can be now: name another --feature_cache_dir"
-                )
-            row["vision_features"] = features
+            row["vision_features"] = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
+            undecodable = self._why_missing(row["vision_features"], index, file)
         else:
             if self.finds_pairs:
                 file = self._with_content(index, file)
                 content = file["image"]["bytes"]
                 row["content"] = None if content is None else mark_of(content)
             image = self._image(index, file)
+            undecodable = image if isinstance(image, str) else None
             if not isinstance(image, str):
                 row["pixels"] = self._pixels(image, index, rng, augmentation_rng)  # [3, H, W] uint8
-        if isinstance(image, str):
-            return {"image_id": image_id, "undecodable": image}
+        if self.taught is not None and undecodable is None:
+            row["taught_image"] = self.taught.images[index]  # [width]
+            row["taught_texts"] = self.taught.texts[index][torch.from_numpy(chosen)]  # [K, width]
+            undecodable = self._why_missing(row["taught_image"], index, file)
+        if undecodable is not None:
+            return {"image_id": image_id, "undecodable": undecodable}
         if self.text_features is not None:
             row["text_features"] = captions[torch.from_numpy(chosen)]  # [K, width]
         else:
@@ -230,6 +244,18 @@ class CaptionRows(TorchDataset):
                 negatives = self.negatives[index][NEGATIVES] if self.negatives is not None else []
                 row["negatives"] = self.hard_negatives.draw(captions, negatives, chosen.tolist(), epoch, index)
         return row
+
+    def _why_missing(self, features: Tensor, index: int, file: dict[str, Any] | None) -> str | None:
+        """Why stored features `[width]` of an image are missing; None if they are there."""
+        if not math.isnan(features[0]):
+            return None
+        image = self._image(index, file)
+        if isinstance(image, str):
+            return image
+        return (
+            f"image {self.name(index)!r} has no features, as it could not be decoded when they were computed; it can "
+            "be now: name another --feature_cache_dir"
+        )
 
     def _with_content(self, index: int, file: dict[str, Any] | None) -> dict[str, Any]:
         """The file of a row with its bytes; as it is if they cannot be read, which [`_image`] reports."""

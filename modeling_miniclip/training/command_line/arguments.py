@@ -195,6 +195,16 @@ class TrainingArguments:
         "embedding, normalised again; the full length is always one of them (those of model_name_or_path, otherwise "
         "off)",
     )
+    teacher: str | None = _flag(
+        None,
+        "learn another CLIP's similarities of the images and captions of a batch, too: folder or Hub repository of an "
+        "export, or of a CLIP of another library; its towers run once over the training images (none)",
+    )
+    teacher_kwargs: str | None = _flag(
+        None,
+        "details of the teacher as JSON or YAML: {weight: 1, temperature: 0.01}; weight of this loss, that of the "
+        "contrastive one being 1, and the temperature of the teacher's similarities (its own)",
+    )
     num_train_epochs: int = _flag(None, "passes over the training images (derived)")
     max_steps: int | None = _flag(None, "stop after N optimizer steps")
     time_limit: str | None = _flag(

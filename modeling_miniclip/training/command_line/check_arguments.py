@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import re
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +18,8 @@ SCHEDULE_DETAILS: dict[str, dict[str, Any]] = {"plateau": {"patience": 1, "facto
 # Keys of --lora_kwargs with their defaults; those of alpha and targets depend on other flags and on the model.
 LORA_DETAILS: dict[str, Any] = {"alpha": None, "dropout": 0.0, "targets": None}
 BLENDS = tuple(tenth / 10 for tenth in range(11))  # that --blend auto tries
+# Keys of --teacher_kwargs, with their defaults; without a temperature, it is the teacher's own.
+TEACHER_DETAILS: dict[str, float | None] = {"weight": 1.0, "temperature": None}
 LONGEST_NUMBER = 9  # digits of a number of dimensions
 
 
@@ -37,6 +40,7 @@ def check_arguments(arguments: TrainingArguments) -> None:
     limit_in_seconds(arguments)
     schedule_details(arguments)
     _check_finetuning(arguments)
+    teacher_details(arguments)
     augmentation_list(arguments)
     tracker = arguments.report_to
     if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
@@ -172,9 +176,7 @@ def schedule_details(arguments: TrainingArguments) -> dict[str, Any]:
     flag, chosen = "--lr_scheduler_kwargs", arguments.lr_scheduler_type
     known = {name: value for kind, details in SCHEDULE_DETAILS.items() if chosen in (None, kind)
              for name, value in details.items()}  # fmt: skip
-    given = _mapping(flag, arguments.lr_scheduler_kwargs, "{hold_steps: 10}")
-    if unknown := next((name for name in given if name not in known), None):
-        raise UsageError(f"{flag}: unknown key {unknown!r}; {chosen or 'a schedule'} takes {', '.join(known)}")
+    given = mapping_in(flag, arguments.lr_scheduler_kwargs, known, "{hold_steps: 10}", chosen or "a schedule")
     for name, value in given.items():
         if name == "factor":
             if not isinstance(value, float) or not 0 < value < 1:
@@ -184,15 +186,56 @@ def schedule_details(arguments: TrainingArguments) -> dict[str, Any]:
     return known | given
 
 
-def _mapping(flag: str, text: str | None, example: str) -> dict[Any, Any]:
-    """The mapping in a flag, empty if the flag is not given."""
+def teacher_details(arguments: TrainingArguments) -> dict[str, float | None]:
+    """Weight and temperature of the distillation: those in `--teacher_kwargs`, and [`TEACHER_DETAILS`] for the others.
+
+    Raises:
+        UsageError: no mapping, an unknown key, no positive number, or no `--teacher`.
+    """
+    flag = "--teacher_kwargs"
+    given = mapping_in(flag, arguments.teacher_kwargs, TEACHER_DETAILS, "{weight: 2}", "a teacher")
+    if given and arguments.teacher is None:
+        raise UsageError(f"{flag} needs --teacher, a CLIP to learn from")
+    for name, value in given.items():
+        given[name] = _number(value)
+        if not 0 < given[name] < math.inf:
+            raise UsageError(f"{flag}: {name} must be a positive number, not {value}")
+    return TEACHER_DETAILS | given
+
+
+def mapping_in(flag: str, text: str | None, known: Collection[str], example: str, owner: str) -> dict[str, Any]:
+    """The mapping that a flag holds as JSON or YAML; empty without the flag.
+
+    Args:
+        flag: name of the flag.
+        text: its value, or None.
+        known: keys that it may have.
+        example: a right value, for error messages.
+        owner: what takes these keys, for error messages.
+
+    Raises:
+        UsageError: it is no mapping, or has another key.
+    """
     try:
         given: Any = load_yaml(text or "{}")
     except ValueError as error:
         raise UsageError(f"{flag} is neither JSON nor YAML: {error}") from error
     if not isinstance(given, dict):
         raise UsageError(f"{flag} must be a mapping such as {example}, not {text}")
+    for name in given:
+        if name not in known:
+            raise UsageError(f"{flag}: unknown key {name!r}; {owner} takes {', '.join(known)}")
     return given
+
+
+def _number(value: Any) -> float:
+    """A number of a YAML file, to which 1e-2 is a text; NaN if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def lora_details(arguments: TrainingArguments) -> dict[str, Any]:
@@ -202,9 +245,7 @@ def lora_details(arguments: TrainingArguments) -> dict[str, Any]:
         UsageError: no mapping, an unknown key, or a value of the wrong type or out of range.
     """
     flag = "--lora_kwargs"
-    given = _mapping(flag, arguments.lora_kwargs, "{alpha: 16}")
-    if unknown := next((name for name in given if name not in LORA_DETAILS), None):
-        raise UsageError(f"{flag}: unknown key {unknown!r}; adapters take {', '.join(LORA_DETAILS)}")
+    given = mapping_in(flag, arguments.lora_kwargs, LORA_DETAILS, "{alpha: 16}", "an adapter")
     details = LORA_DETAILS | {"alpha": 2 * (arguments.lora_rank or 1)} | given
     for name, is_right, what in (
         ("alpha", lambda value: 0 < value < math.inf, "a positive number"),

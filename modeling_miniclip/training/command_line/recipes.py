@@ -17,7 +17,7 @@ from ...utils.plain_yaml import load_yaml
 from .arguments import DERIVED, LIST_FLAGS, TrainingArguments, build_parser, choices_of, element_of
 from .check_arguments import augmentation_list
 
-MAPPINGS = ("lr_scheduler_kwargs", "lora_kwargs")  # flags that are mappings in a recipe
+MAPPINGS = ("lr_scheduler_kwargs", "lora_kwargs", "teacher_kwargs")  # flags that are mappings in a recipe
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ It is never a query, whatever its `text_image_id`. Rows with a negative id are f
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,13 +27,18 @@ class Teacher:
         image_embeds: `[b, width]`, unit norm, of the images of this process.
         text_embeds: `[n, width]`, unit norm, of the texts of this process; those of negatives do not matter.
         scale: inverse temperature of the teacher's similarities.
-        weight: weight of the distillation; that of the contrastive loss is 1.
+        weight: weight of the distillation, above 0; that of the contrastive loss is 1.
+
+    Attributes:
+        divergence: this process's part of what the loss adds to the contrastive one, without the weight: the mean
+            divergence of the student's distributions from the teacher's, in nats. Set by the loss.
     """
 
     image_embeds: Tensor
     text_embeds: Tensor
     scale: float
     weight: float
+    divergence: Tensor | None = field(default=None, init=False)
 
 
 def global_contrastive_loss(
@@ -81,20 +86,27 @@ def global_contrastive_loss(
     rows = rows_of_batch(image_id, text_image_id, image_keys, text_keys, is_negative, tile)
     images, texts = gather_rows(take(image_embeds, rows.images), True), take(text_embeds, rows.texts)
     sizes = _sizes(rows, images)
-    if teacher is not None:
-        of_texts = take(teacher.text_embeds, rows.texts) * teacher.scale
-        taught = of_texts, gather_rows(take(teacher.image_embeds, rows.images))
+    taught = None if teacher is None else _taught(teacher, rows)
     bias = logit_bias if loss_type == "sigmoid" else None
     prefixes = prefixes or {images.shape[1]: 1.0}
-    losses = []
+    losses: list[Tensor] = []
+    distillations: list[Distillation] = []
     for dim, weight in prefixes.items():
         share = weight / sum(prefixes.values())
-        objectives = [_objective(loss_type, sizes, share, images)]
-        if teacher is not None:
-            objectives.append(Distillation(sizes, share * teacher.weight, *taught, images))
+        if teacher is not None and taught is not None:
+            distillations.append(Distillation(sizes, share * teacher.weight, *taught, images))
+        objectives = [_objective(loss_type, sizes, share, images), *distillations[-1:]]
         both = _first(images, dim), _first(texts, dim)
         losses.append(TiledLoss.apply(*both, logit_scale, bias, rows.tiles, objectives))
+    if teacher is not None:
+        teacher.divergence = torch.stack([each.found for each in distillations]).sum() / teacher.weight
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def _taught(teacher: Teacher, rows: BatchRows) -> tuple[Tensor, Tensor]:
+    """The teacher's embeddings of this process's texts, times its inverse temperature, and of all images."""
+    of_texts = take(teacher.text_embeds, rows.texts) * teacher.scale
+    return of_texts, gather_rows(take(teacher.image_embeds, rows.images))
 
 
 def _sizes(rows: BatchRows, like: Tensor) -> Sizes:

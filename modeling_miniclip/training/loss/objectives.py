@@ -360,6 +360,9 @@ class Distillation:
         text_embeds: `[n, width]`, the teacher's embeddings of this process's texts, times its inverse temperature.
         image_embeds: `[B, width]`, the teacher's embeddings of all images.
         like: tensor of the device and type to use.
+
+    Attributes:
+        found: this process's part of the loss, once it is finished.
     """
 
     def __init__(self, sizes: Sizes, weight: float, text_embeds: Tensor, image_embeds: Tensor, like: Tensor):
@@ -367,6 +370,7 @@ class Distillation:
         self.text_embeds, self.image_embeds = text_embeds.to(like.dtype), image_embeds.to(like.dtype)
         self.texts = _Students(sizes.own_texts, weight / 2 / sizes.texts, like)
         self.images = _Students(sizes.images, weight / 2 / sizes.images, like)
+        self.found = like.new_zeros(())
 
     def add(self, logits: Tensor, tile: Tile) -> None:
         if not tile.is_negative:
@@ -376,7 +380,8 @@ class Distillation:
 
     def finish(self) -> Tensor:
         self.images.combine_processes()
-        return self.texts.finish() + self.images.finish() / self.processes
+        self.found = self.texts.finish() + self.images.finish() / self.processes
+        return self.found
 
     def gradient(self, logits: Tensor, tile: Tile) -> Tensor:
         if tile.is_negative:

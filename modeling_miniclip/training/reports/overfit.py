@@ -66,12 +66,14 @@ def check_overfitting(
 
 
 def without_randomness(arguments: TrainingArguments) -> TrainingArguments:
-    """Arguments with which every step is the same: no augmentation, no dropout, constant rates, nothing written."""
+    """Arguments with which every step is the same and has the contrastive loss alone, and nothing is written."""
     return replace(
         arguments,
         augmentation="[]",
         num_views=None,
         hard_negatives=["none"],
+        teacher=None,
+        teacher_kwargs=None,
         dropout=0.0,
         projection_dropout=None,
         lora_kwargs=json.dumps(lora_details(arguments) | {"dropout": 0.0}) if arguments.lora_rank else None,

@@ -116,22 +116,34 @@ class StepMeter:
             self.losses: list[Tensor] = []
             self.chances: list[float] = []
             self.floors: list[float] = []
+            self.divergences: list[Tensor] = []
 
     def leave_out(self, seconds: float) -> None:
         """Leave the time of a validation out of the throughput."""
         self.start += seconds
 
-    def update(self, loss: Tensor, norm: Any, pairs: int, chance: float, floor: float = 0.0) -> None:
+    def update(
+        self,
+        loss: Tensor,
+        norm: Any,
+        pairs: int,
+        chance: float,
+        floor: float = 0.0,
+        divergence: Tensor | None = None,
+    ) -> None:
         """Add a step of this process without waiting for the device.
 
         Args:
-            loss: this process's part of the loss.
+            loss: this process's part of the contrastive loss.
             norm: norm of the gradient.
             pairs: number of texts of this process.
             chance: loss of a model that cannot distinguish the pairs of this step.
             floor: what the loss of this step cannot be below.
+            divergence: this process's part of the divergence from a teacher, in all steps or in none.
         """
         self.losses.append(loss.detach())
+        if divergence is not None:
+            self.divergences.append(divergence.detach())
         self.chances.append(chance)
         self.floors.append(floor)
         self.norm = norm
@@ -143,13 +155,15 @@ class StepMeter:
         Raises:
             MiniClipError: the loss is not finite.
         """
-        own = torch.stack([torch.stack(self.losses).mean(), self.losses[-1].new_tensor(self.pairs)])
-        loss, pairs = self.accelerator.reduce(own, "sum").tolist()
+        own = [torch.stack(self.losses).mean(), self.losses[-1].new_tensor(self.pairs)]
+        own += [torch.stack(self.divergences).mean()] if self.divergences else []
+        loss, pairs, *divergence = self.accelerator.reduce(torch.stack(own), "sum").tolist()
         if not math.isfinite(loss):
             raise not_finite("training loss", loss, self.accelerator.mixed_precision)
         groups = [group for group in self.optimizer.param_groups if group["name"] in RATES]
         values = {
             "loss": loss,
+            **({"teacher_divergence": divergence[0]} if divergence else {}),
             **{f"{group['name']}_learning_rate": group["lr"] for group in groups},
             "gradient_norm": float(self.norm),
             "pairs_per_second": pairs / (time.perf_counter() - self.start),
@@ -161,13 +175,17 @@ class StepMeter:
 
     def state_dict(self) -> dict[str, list[float]]:
         """State for `accelerator.register_for_checkpointing`; every process must call it."""
-        losses = self.accelerator.reduce(torch.stack(self.losses), "sum").tolist() if self.losses else []
-        return {"losses": losses, "chances": list(self.chances), "floors": list(self.floors)}
+        sums = {
+            name: self.accelerator.reduce(torch.stack(parts), "sum").tolist() if parts else []
+            for name, parts in (("losses", self.losses), ("divergences", self.divergences))
+        }
+        return sums | {"chances": list(self.chances), "floors": list(self.floors)}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         """Restore what [`state_dict`][StepMeter.state_dict] returned: rank 0 gets the losses, the others zeros."""
-        losses = torch.tensor(state["losses"], device=self.accelerator.device)
-        self.losses = list(losses if self.accelerator.is_main_process else torch.zeros_like(losses))
+        saved = (torch.tensor(state[name], device=self.accelerator.device) for name in ("losses", "divergences"))
+        is_main = self.accelerator.is_main_process
+        self.losses, self.divergences = (list(one if is_main else torch.zeros_like(one)) for one in saved)
         self.chances, self.floors = list(state["chances"]), list(state["floors"])
 
 

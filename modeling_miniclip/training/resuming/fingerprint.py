@@ -121,12 +121,21 @@ def fingerprint_of_data(
 
 
 def add_model(
-    fingerprint: Fingerprint, model: MiniClipModel, processor: MiniClipProcessor, arguments: TrainingArguments
+    fingerprint: Fingerprint,
+    model: MiniClipModel,
+    processor: MiniClipProcessor,
+    arguments: TrainingArguments,
+    teacher: dict[str, Any] | None = None,
 ) -> None:
-    """Add the model's settings, the vocabulary, preprocessing and augmentation, and the weights of frozen towers.
+    """Add the model's settings, the vocabulary, preprocessing and augmentation, weights of frozen towers, the teacher.
 
     Trained weights are in the checkpoint itself. Those of a frozen tower are too, but its features were computed with
     the weights that the flags name. Those below adapters are not, nor is the model that `--blend` goes back to.
+
+    Args:
+        fingerprint: fingerprint of the data.
+        model, processor, arguments: those of the run.
+        teacher: `settings` of the `RunTeacher`, if there is one.
     """
     tokenizer = processor.tokenizer
     numbers = tokenizer.get_vocab()
@@ -143,6 +152,8 @@ def add_model(
             parts[f"frozen {tower} tower"] = {"weights": digest_of_weights(module, without_adapters=True)}
     if arguments.blend is not None:
         parts["model before training"] = {"weights": digest_of_weights(model, without_adapters=True)}
+    if teacher is not None:
+        parts["teacher"] = teacher
     # As JSON reads them back: a tuple is a list, a key is a string.
     fingerprint.settings = flat_settings(json.loads(json.dumps(parts, default=str)))
 

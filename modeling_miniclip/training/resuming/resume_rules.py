@@ -19,13 +19,13 @@ RESUME_RULES: dict[str, tuple[str, ...]] = {
         "image_column", "caption_column", "caption_template", "dataset_revision", "stream_first_rows",
         "validation_fraction", "max_train_images", "max_validation_images", "vision_model", "text_model", "preset",
         "model_name_or_path", "text_pooling", "projection_dim", "projection_depth", "loss_type", "image_size",
-        "train_image_size", "crop_pct", "max_length", "augmentation",
+        "train_image_size", "crop_pct", "max_length", "augmentation", "teacher",
     ),
     # The new value holds from the next step on, and the log says so.
     "applied": (
         "num_train_epochs", "max_steps", "head_learning_rate", "vision_learning_rate", "text_learning_rate",
         "warmup_steps", "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "dropout", "projection_dropout",
-        "freeze_batch_norm", "captions_per_image", "hard_negatives", "chunk_size",
+        "freeze_batch_norm", "captions_per_image", "hard_negatives", "teacher_kwargs", "chunk_size",
         "mixed_precision", "early_stopping_patience", "max_bad_image_fraction", "eval_steps",
     ),
     # They do not change what is trained. `learning_rate` is in the rates of the parts.
@@ -43,7 +43,7 @@ KEPT = ("shuffle", *DERIVED, "lr_scheduler_kwargs", "time_limit", "chunk_size")
 # Flags that name a place; what they select is compared, and a checkpoint does not mention the place.
 PLACES = (
     "dataset", "validation_dataset", "zero_shot_dataset", "retention_dataset", "image_dir", "vision_model",
-    "text_model", "preset", "model_name_or_path",
+    "text_model", "preset", "model_name_or_path", "teacher",
 )  # fmt: skip
 
 

@@ -8,4 +8,5 @@ text_groups.py: run the text tower on texts of similar length together
 features.py: features of frozen towers, computed once
 feature_cache.py: these features on disk
 fold_batch_norm.py: faster frozen convolutions
+teacher.py: `--teacher`: another CLIP, whose similarities the model learns
 """

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ...data.loading.collation import model_inputs
-from ...data.loading.dataset import CaptionRows
+from ...data.loading.dataset import CaptionRows, TaughtRows
 from ...data.loading.loader import BatchLoader
 from ...data.tables.image_places import image_parts
 from ...data.tables.row_blocks import caption_counts, record_batches
@@ -50,15 +50,17 @@ TOKENIZED_TOGETHER = 512  # captions, which takes little memory
 
 @dataclass
 class FrozenFeatures:
-    """Pooled features of one split from frozen towers; None for a tower that runs in every step.
+    """Pooled features of one split, from frozen towers and from a teacher; None for a tower that runs in every step.
 
     Args:
         vision: `[rows, width]` for each augmented view.
         text: `[captions, width]` for each image.
+        taught: those of a teacher; None without one.
     """
 
     vision: list[FeatureRows] | None = None
     text: CaptionFeatures | None = None
+    taught: TaughtRows | None = None
 
 
 class Collected:
