@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from modeling_miniclip import UsageError, retrieval_metrics
+from modeling_miniclip.api import clean_process
 from modeling_miniclip.configuration_miniclip import LOSS_TYPES
 from modeling_miniclip.data.loading.collation import model_inputs, stack_pixels
 from modeling_miniclip.evaluation.metrics import dataset_loss, recall_intervals
@@ -143,6 +144,16 @@ def test_random_numbers_are_replayed_on_mps(monkeypatch: pytest.MonkeyPatch) -> 
     with grad_cache._replayed(state, MPS):
         assert module.state.tolist() == [1, 2]
     assert module.state.tolist() == [3, 4] and module.asked == ["mps", 0]
+
+
+def test_train_leaves_random_numbers_of_mps_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [torch.tensor([1])]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
+    with clean_process._random_state():
+        states.append(torch.tensor([2]))
+    assert torch.equal(states[-1], states[0])
 
 
 def test_a_run_on_mps_is_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

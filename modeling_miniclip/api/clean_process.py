@@ -51,6 +51,8 @@ def _memory() -> Iterator[None]:
         gc.collect()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+        if torch.backends.mps.is_available():
+            torch.mps.empty_cache()
         if not keeps:
             return_freed_memory()
 
@@ -75,6 +77,7 @@ def _random_state() -> Iterator[None]:
     on_gpus = torch.cuda.is_available() and torch.cuda.is_initialized()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpu_states = torch.cuda.get_rng_state_all() if on_gpus else None
+    mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
         yield
     finally:
@@ -83,6 +86,8 @@ def _random_state() -> Iterator[None]:
         torch.set_rng_state(states[2])
         if gpu_states is not None:
             torch.cuda.set_rng_state_all(gpu_states)
+        if mps_state is not None:
+            torch.mps.set_rng_state(mps_state)
 
 
 @contextmanager
