@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data._utils import signal_handling
+from tqdm import tqdm
 
 from ..errors import UsageError
 from ..utils.performance import keeps_freed_memory, return_freed_memory
@@ -35,7 +36,10 @@ def clean_process() -> Iterator[None]:
         raise UsageError("`train` is running in another thread of this process; wait until it ends, or use processes")
     try:
         with ExitStack() as stack:
-            for kept in (_memory, _environment, _random_state, _torch_settings, _signal_handlers, _accelerate_state):
+            for kept in (
+                _memory, _environment, _random_state, _torch_settings, _signal_handlers, _accelerate_state,
+                _progress_bars,
+            ):  # fmt: skip
                 stack.enter_context(kept())
             yield
     finally:
@@ -132,6 +136,16 @@ def _accelerate_state() -> Iterator[None]:
             for state, values in zip(STATES, before, strict=True):
                 state._shared_state.clear()
                 state._shared_state.update(values)
+
+
+@contextmanager
+def _progress_bars() -> Iterator[None]:
+    before = set(tqdm._instances)
+    try:
+        yield
+    finally:
+        for bar in set(tqdm._instances) - before:  # of a run that an error or a second interrupt ended
+            bar.close()
 
 
 def _is_joined() -> bool:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data._utils import signal_handling
+from tqdm.auto import tqdm
 
 from modeling_miniclip.api.clean_process import clean_process
 from modeling_miniclip.utils import performance
@@ -133,3 +134,13 @@ def test_another_thread_may_use_it() -> None:
     thread.start()
     thread.join(10)
     assert not errors and random.getstate() == before
+
+
+def test_the_bar_of_a_failed_run_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    mine = tqdm(total=3, disable=False)
+    with pytest.raises(LookupError), clean_process():
+        left = tqdm(total=3, disable=False)
+        raise LookupError
+    assert left not in tqdm._instances and mine in tqdm._instances
+    mine.close()
