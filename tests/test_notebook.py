@@ -30,7 +30,7 @@ def test_stored_outputs_are_small_and_show_an_image() -> None:
     assert NOTEBOOK.stat().st_size < 200_000
     outputs = [output for cell in code_cells() for output in cell["outputs"]]
     assert all(output["output_type"] != "error" and output.get("name") != "stderr" for output in outputs)
-    assert max(len(output.get("data", {}).get("image/png", "")) for output in outputs) > 20_000
+    assert max(len(output.get("data", {}).get("image/jpeg", "")) for output in outputs) > 20_000
     assert str(ROOT.parent) not in json.dumps(outputs) and "/home/" not in json.dumps(outputs)
 
 
@@ -73,5 +73,5 @@ def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     for cell in notebook.cells:  # 2 steps per epoch instead of 24: every cell runs, in seconds instead of minutes
         cell.source = cell.source.replace("3000", "256")
     NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert (tmp_path / "notebook-found.png").is_file()
+    assert (tmp_path / "notebook-found.jpg").is_file()
     assert (tmp_path / "notebook-run" / "export" / "model.safetensors").is_file()

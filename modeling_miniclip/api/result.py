@@ -20,7 +20,7 @@ from ..training.reports.figures import read_metrics
 from ..utils.plain_yaml import load_yaml
 
 PLACE = ("step", "epoch", "split", "seconds", "share")  # of a line of metrics.jsonl, besides its metrics
-PICTURE_WIDTH = 800  # pixels
+PICTURE_WIDTH = 640  # pixels
 COLOURS = 64  # of the curves
 
 

@@ -32,7 +32,7 @@ def test_a_notebook_shows_metrics_curves_and_pictures(tiny_run: Path) -> None:
     assert f"{result.metrics['rsum']:.1f}" in html and "R@1/5/10 text to image" in html
     pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)", html)]
     assert [picture.format for picture in pictures] == ["PNG", "JPEG"]
-    assert all(0 < picture.width <= 800 for picture in pictures)
+    assert all(0 < picture.width <= 640 for picture in pictures)
     assert len(html) < 400_000
     lines = str(result).splitlines()
     assert lines[0].endswith(f"the model of step {result.best_step} of {result.history[-1]['step']}")
