@@ -140,16 +140,17 @@ def resume(setup: Setup) -> Rows:
     batch_size, steps, killed = setup.resume
     with tempfile.TemporaryDirectory() as folder:
 
-        def command(name: str, **values: Any) -> list[str]:
+        def started(name: str, **values: Any) -> "subprocess.Popen[bytes]":
             argv = flags_of(
                 setup, next(iter(setup.pairs)), output_dir=f"{folder}/{name}", batch_size=batch_size, max_steps=steps,
                 num_train_epochs=99, checkpointing_steps=killed // 2, logging_steps=1, max_validation_images=16,
                 mixed_precision=None if setup.on_cpu else "fp16", **values,
             )  # fmt: skip
-            return [sys.executable, str(HERE.parent / "train_miniclip.py"), *argv]
+            return start_run(argv)
 
-        subprocess.run(command("whole"), check=True, stdout=subprocess.DEVNULL)
-        process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL)
+        if started("whole").wait():
+            return [row("a run", "it failed", False)]
+        process = started("killed")
         while process.poll() is None and len(losses(folder, "killed")) < killed:
             time.sleep(0.005)
         process.kill()
@@ -157,17 +158,24 @@ def resume(setup: Setup) -> Rows:
             return [row("a run that is killed", "it ended before it was killed", False)]
         done = len(losses(folder, "killed"))
         scales = list(Path(folder, "killed", "checkpoints").glob("*/scaler.pt"))
-        subprocess.run(command("killed", resume_from_checkpoint="latest"), check=True, stdout=subprocess.DEVNULL)
+        if started("killed", resume_from_checkpoint="latest").wait():
+            return [row("a run that is killed and resumed", "it failed", False)]
         whole, resumed = losses(folder, "whole"), losses(folder, "killed")
     if len(resumed) != steps:
         return [row("a run that is killed and resumed", f"{len(resumed)} of {steps} steps", False)]
-    apart = max(abs(whole[step] - resumed[step]) / whole[step] for step in range(done, min(done + 10, steps)))
+    # Relative to the largest loss: that of a last batch of one image is 0.
+    apart = max(abs(whole[step] - resumed[step]) for step in range(done, min(done + 10, steps))) / max(whole)
     precision = "" if setup.on_cpu else " in fp16"
     what = f"killed after {done} of {steps} steps and resumed{precision}: difference of the loss"
     rows = [row(what, f"{apart:.1e}", apart < (1e-4 if setup.on_cpu else 0.05))]
     if not setup.on_cpu:
         rows.append(row("checkpoints with the scale of the loss", str(len(scales)), bool(scales)))
     return rows
+
+
+def start_run(argv: list[str]) -> "subprocess.Popen[bytes]":
+    """Start `train_miniclip.py` in a process."""
+    return subprocess.Popen([sys.executable, str(HERE.parent / "train_miniclip.py"), *argv], stdout=subprocess.DEVNULL)
 
 
 def losses(folder: str, name: str) -> list[float]:

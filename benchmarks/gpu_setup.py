@@ -90,7 +90,7 @@ SMALL = Setup(
     images="",
     loss=(2048, 64),
     vectors=(5_000, 64),
-    resume=(8, 12, 4),
+    resume=(8, 24, 4),
 )
 
 

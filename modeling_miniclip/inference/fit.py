@@ -110,14 +110,27 @@ def outputs_within(most: int) -> Iterator[None]:
     Raises:
         NotEnoughMemory: it would take more; raised out of the forward pass.
     """
-    thread = threading.get_ident()
 
-    def check(_: nn.Module, __: Any, output: Any) -> None:
-        is_too_large = isinstance(output, Tensor) and PER_OUTPUT * output.nbytes > most
-        if is_too_large and threading.get_ident() == thread:
+    def check(output: int) -> None:
+        if PER_OUTPUT * output > most:
             raise NotEnoughMemory(f"the forward pass would take more than {most} bytes")
 
-    handle = register_module_forward_hook(check)
+    with each_output(check):
+        yield
+
+
+@contextmanager
+def each_output(note: Callable[[int], object]) -> Iterator[None]:
+    """Within the block, a function gets the bytes of each output of a module in this thread."""
+    thread = threading.get_ident()
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():  # what a compiled model takes is not seen
+            return
+        if isinstance(output, Tensor) and threading.get_ident() == thread:
+            note(output.nbytes)
+
+    handle = register_module_forward_hook(hook)
     try:
         yield
     finally:

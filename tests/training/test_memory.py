@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from modeling_miniclip import MiniClipError, MiniClipModel
+from modeling_miniclip.inference.fit import PER_OUTPUT
 from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.command_line.recipes import read_recipe
 from modeling_miniclip.training.memory import steps
@@ -22,8 +23,8 @@ from modeling_miniclip.training.memory.activations import (
     PER_KEPT,
     bytes_of_pixels,
     bytes_to_come,
-    kept_within,
-    most_kept,
+    most_of_step,
+    step_within,
 )
 from modeling_miniclip.training.memory.sizes import StepSizes, size_of
 from modeling_miniclip.training.memory.steps import compute_step, describe_chunks
@@ -166,7 +167,7 @@ def test_all_processes_repeat_a_step_that_failed_in_one(tmp_path: Path) -> None:
 # --- on a CPU, nothing fails -----------------------------------------------------------------------------------------
 
 
-def test_autograd_keeps_what_is_counted() -> None:
+def test_what_autograd_keeps_is_counted() -> None:
     x = torch.full((1000,), 0.1, requires_grad=True)
 
     def step() -> Tensor:
@@ -175,29 +176,39 @@ def test_autograd_keeps_what_is_counted() -> None:
 
     step().backward()
     expected, x.grad = x.grad, None
-    with kept_within(8000, nn.Identity()):
+    most = int(PER_KEPT * 8000)
+    with step_within(most, nn.Identity()):
         for _ in range(3):  # what a backward pass has used does not count any more
             x.grad = None
             step().backward()
             assert x.grad is not None and torch.equal(x.grad, expected)
-    with pytest.raises(MemoryError, match="more than 7999 bytes"), kept_within(7999, nn.Identity()):
+    with pytest.raises(MemoryError, match=f"more than {most - 1} bytes"), step_within(most - 1, nn.Identity()):
         step()
-    with pytest.raises(MemoryError), kept_within(7999, nn.Identity(), at_once=8000):
+    with pytest.raises(MemoryError), step_within(most, nn.Identity(), at_once=most + 1):
         pytest.fail("the pixels alone are too much")
 
 
 def test_parameters_do_not_count() -> None:
     tower = nn.Linear(100, 100)
     rows = torch.ones(1, 100, requires_grad=True)
-    with kept_within(400, tower):  # the rows; the weight is kept, too
+    most = int(PER_KEPT * 400 + PER_OUTPUT * 400)
+    with step_within(most, tower):  # the rows, and the output; the weight is kept, too
         tower(rows).sum().backward()
-    with pytest.raises(MemoryError), kept_within(400, nn.Identity()):
+    with pytest.raises(MemoryError), step_within(most, nn.Identity()):
         tower(rows)
 
 
+def test_outputs_of_frozen_layers_count() -> None:
+    tower = nn.Linear(1, 100).requires_grad_(False)
+    with step_within(PER_OUTPUT * 400, tower):
+        tower(torch.ones(1, 1))
+    with pytest.raises(MemoryError), step_within(PER_OUTPUT * 400 - 1, tower):
+        tower(torch.ones(1, 1))
+
+
 def test_budget_is_what_the_parameters_leave() -> None:
-    assert PER_KEPT == 2 and most_kept(1000, 2, 50) == (450 - 50) / 2  # 9 tenths of it, in two processes
-    assert most_kept(1000, 2, 451) == 0
+    assert most_of_step(1000, 2, 50) == 450 - 50  # 9 tenths of it, in two processes
+    assert most_of_step(1000, 2, 451) == 0
     tower = nn.Linear(2, 1)  # three numbers
     assert [bytes_to_come(tower, has_moments) for has_moments in (True, False)] == [12, 36]
     assert bytes_to_come(tower.requires_grad_(False), False) == 0

@@ -1,7 +1,8 @@
-"""On a CPU nothing fails when memory is short: the kernel kills the process. So what a step keeps is counted.
+"""On a CPU nothing fails when memory is short: the kernel kills the process. So what a step takes is counted.
 
 What autograd keeps for the backward pass is most of the memory of a step. It grows during the forward pass and is
-known exactly, so that a step that does not fit is stopped long before its end.
+known exactly, so that a step that does not fit is stopped long before its end. The outputs of frozen layers, which are
+not kept, come on top.
 """
 
 from collections import Counter
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...inference.fit import PER_OUTPUT, each_output
 from ...utils.memory import USABLE, NotEnoughMemory
 
 # Bytes that a step takes at its peak for each byte that autograd keeps: gradients of activations, and the gaps between
-# tensors, come on top. EfficientNet-Lite0 and MiniLM take 94 MiB per image and caption, of which about 57 are kept.
-PER_KEPT = 2.0
+# tensors, come on top. EfficientNet-Lite0 and MiniLM take 94 MiB per image and caption, of which 79 are kept.
+PER_KEPT = 1.25
 
 
 def bytes_to_come(model: nn.Module, has_moments: bool) -> int:
@@ -25,15 +27,15 @@ def bytes_to_come(model: nn.Module, has_moments: bool) -> int:
     return trained if has_moments else 3 * trained
 
 
-def most_kept(free: int, processes: int, to_come: int) -> int:
-    """Bytes that autograd may keep in each process.
+def most_of_step(free: int, processes: int, to_come: int) -> int:
+    """Bytes that a step may take in each process.
 
     Args:
         free: bytes that are free on the machine.
         processes: processes that share them.
         to_come: bytes that the parameters of each process will take.
     """
-    return max(0, int((USABLE * free / processes - to_come) / PER_KEPT))
+    return max(0, int(USABLE * free / processes) - to_come)
 
 
 def bytes_of_pixels(batch: dict[str, Any], images: int) -> int:
@@ -43,8 +45,8 @@ def bytes_of_pixels(batch: dict[str, Any], images: int) -> int:
 
 
 @contextmanager
-def kept_within(most: int, model: nn.Module, at_once: int = 0) -> Iterator[None]:
-    """Within the block, autograd keeps at most this many bytes for the backward pass, besides parameters and buffers.
+def step_within(most: int, model: nn.Module, at_once: int = 0) -> Iterator[None]:
+    """Within the block, a step takes about this many bytes at most, besides parameters and buffers.
 
     Args:
         most: most bytes.
@@ -52,27 +54,29 @@ def kept_within(most: int, model: nn.Module, at_once: int = 0) -> Iterator[None]
         at_once: bytes that the step takes in any case before it keeps anything.
 
     Raises:
-        NotEnoughMemory: it would keep more; raised out of the forward pass, or at the start.
+        NotEnoughMemory: it would take more; raised out of the forward pass, or at the start.
     """
     known = (*model.parameters(), *model.buffers())
-    kept = _Kept(most, (tensor.untyped_storage().data_ptr() for tensor in known))
+    counted = _Counted(most, (tensor.untyped_storage().data_ptr() for tensor in known))
     if at_once > most:
-        raise kept.too_much()
-    with torch.autograd.graph.saved_tensors_hooks(kept.add, _Holder.held):
+        raise counted.too_much()
+    with each_output(counted.note), torch.autograd.graph.saved_tensors_hooks(counted.add, _Holder.held):
         yield
 
 
-class _Kept:
-    """The memory that autograd holds at the moment. Tensors with common memory count once.
+class _Counted:
+    """The memory that autograd holds at the moment, and the largest output of a layer so far.
+
+    Tensors with common memory count once.
 
     Args:
-        most: most bytes.
+        most: most bytes that a step may take.
         known: addresses that do not count.
     """
 
     def __init__(self, most: int, known: Iterable[int]):
         self.most, self.known = most, frozenset(known)
-        self.bytes = 0
+        self.bytes = self.largest = 0
         self.holders: Counter[int] = Counter()  # of each address
 
     def add(self, tensor: Tensor) -> "_Holder":
@@ -84,12 +88,20 @@ class _Kept:
             self.bytes += size
         self.holders[address] += 1
         holder = _Holder(tensor, self, address, size)
-        if self.bytes > self.most:
-            raise self.too_much()
+        self.check()
         return holder
 
+    def note(self, output: int) -> None:
+        """Count an output of this many bytes, which autograd may not keep."""
+        self.largest = max(self.largest, output)
+        self.check()
+
+    def check(self) -> None:
+        if PER_KEPT * self.bytes + PER_OUTPUT * self.largest > self.most:
+            raise self.too_much()
+
     def too_much(self) -> NotEnoughMemory:
-        return NotEnoughMemory(f"the step would keep more than {self.most} bytes for its backward pass")
+        return NotEnoughMemory(f"the step would take more than {self.most} bytes")
 
     def remove(self, address: int, size: int) -> None:
         self.holders[address] -= 1
@@ -100,15 +112,15 @@ class _Kept:
 class _Holder:
     """What autograd holds in the place of a tensor, until the backward pass has used it."""
 
-    __slots__ = ("address", "kept", "size", "tensor")
+    __slots__ = ("address", "counted", "size", "tensor")
 
-    def __init__(self, tensor: Tensor, kept: _Kept | None, address: int, size: int):
+    def __init__(self, tensor: Tensor, counted: _Counted | None, address: int, size: int):
         self.tensor = tensor.detach()  # with its history, the tensor would hold itself
-        self.kept, self.address, self.size = kept, address, size
+        self.counted, self.address, self.size = counted, address, size
 
     def held(self) -> Tensor:
         return self.tensor
 
     def __del__(self) -> None:
-        if self.kept is not None:
-            self.kept.remove(self.address, self.size)
+        if self.counted is not None:
+            self.counted.remove(self.address, self.size)

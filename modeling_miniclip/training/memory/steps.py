@@ -23,7 +23,7 @@ from ..grad_cache import random_state, set_random_state, trained_norms
 from ..processes.distributed import all_reduce_max
 from ..resuming.resume_rules import recorded_flags
 from ..run import TrainingRun
-from .activations import bytes_of_pixels, bytes_to_come, kept_within, most_kept
+from .activations import bytes_of_pixels, bytes_to_come, most_of_step, step_within
 from .agreement import Agreement, average_gradients
 from .sizes import size_of
 
@@ -112,7 +112,7 @@ def _watched(run: TrainingRun, batch: dict[str, Any], most: int) -> AbstractCont
     free = -all_reduce_max(-free_memory(), run.accelerator.device)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", run.accelerator.num_processes))
     to_come = bytes_to_come(model, has_moments=bool(run.optimizer.state))
-    return kept_within(most_kept(free, processes, to_come), model, bytes_of_pixels(batch, images))
+    return step_within(most_of_step(free, processes, to_come), model, bytes_of_pixels(batch, images))
 
 
 class _Before:
