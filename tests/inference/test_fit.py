@@ -155,7 +155,7 @@ def test_too_little_memory_is_not_the_images_fault(
 ) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
     monkeypatch.setattr(encode, "decode_picture", fail)
