@@ -28,7 +28,7 @@ from ..data.tables.assign_splits import group_numbers
 from ..data.tables.row_blocks import Captions, caption_counts
 from ..errors import DataError, Problem, UsageError
 from ..inference.encode import open_image
-from ..utils.names import is_utf8, name_of
+from ..utils.names import is_utf8, name_of, relative_name
 from .metrics import DIRECTIONS, RECALL_AT
 from .shared import SharedTexts, find_shared_texts
 
@@ -141,6 +141,10 @@ class EvalSet:
         content = [marks.get(row) for row in range(len(self.image_ids))]
         shared = find_shared_texts(self.captions_by_image(), self.text_group, groups, content)
         return replace(self, shared=shared)
+
+    def with_public_names(self) -> "EvalSet":
+        """The set with its images named without the folders that they are in on this machine, see `public_name`."""
+        return replace(self, image_ids=[relative_name(name, self.name) for name in self.image_ids])
 
     def part(self, name: str, rows: list[int]) -> "EvalSet":
         """Some images of a classification set as a split."""

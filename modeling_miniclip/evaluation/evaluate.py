@@ -32,6 +32,7 @@ from ..data.skipped import describe_skipped
 from ..errors import DataError
 from ..utils.files import check_new_folder, replaced_folder
 from ..utils.html import table
+from ..utils.names import public_name
 from .by_length import length_table, recall_by_length
 from .encoders import ClipEncoder, open_encoder
 from .eval_sets import EvalSet, ReadableImages
@@ -81,6 +82,7 @@ def evaluate_model(
     image_dir: str | os.PathLike | None = None,
     probe: Mapping[str, EvalSet] | None = None,
     truncate_dim: int | None = None,
+    absolute_paths: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model, or compare two on the same queries.
 
@@ -100,6 +102,8 @@ def evaluate_model(
             [`probe_sets`][modeling_miniclip.evaluation.eval_sets.probe_sets], or None.
         truncate_dim: number of dimensions of the embeddings to keep, the first ones, normalised again, of the baseline
             too; by default all. Linear probes use features before the projection, which stay whole.
+        absolute_paths: whether the HTML pages name models, datasets and images with the folders that they are in on
+            this machine. The other files always do.
 
     Returns:
         The report, see above.
@@ -126,7 +130,7 @@ def evaluate_model(
     if probe is not None:
         _add_probes(report, encoders, probe, templates, batch_size, progress)
     if output_dir is not None:
-        _write_results(Path(output_dir), report, data, scores, pairs, order)
+        _write_results(Path(output_dir), report, data, scores, pairs, order, absolute_paths)
     return report
 
 
@@ -202,22 +206,31 @@ def _write_results(
     scores: list[ModelScores],
     pairs: OrderPairs | None,
     order: list[PairScores],
+    absolute_paths: bool,
 ) -> None:
     """Write [`FILES`] from the report and the scores of the model and, perhaps, the baseline; and [`ORDER_FILES`]."""
     ours, *theirs = scores
+    shown, shown_data = (report, data) if absolute_paths else (public_report(report), data.with_public_names())
     with replaced_folder(target) as fresh:
         (fresh / FILES[0]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         write_queries(fresh / FILES[1], data, ours, theirs[0] if theirs else None)
-        figures = table(*table_of(report))
-        if "by_caption_length" in report:
-            figures += table(*length_table(report))
+        figures = table(*table_of(shown))
+        if "by_caption_length" in shown:
+            figures += table(*length_table(shown))
         with_shared = None if ours.shared is None else ours.shared.rankings
-        gallery = failure_page(report, data, ours.rankings, figures, with_shared)
+        gallery = failure_page(shown, shown_data, ours.rankings, figures, with_shared)
         (fresh / FILES[2]).write_text(gallery, encoding="utf-8")
         if pairs is not None:
             names = data.image_ids if pairs.images is data.images else None
             write_pairs(fresh / ORDER_FILES[0], pairs, order[0], names)
-            (fresh / ORDER_FILES[1]).write_text(order_page(report, pairs, order[0]), encoding="utf-8")
+            source = pairs.source if absolute_paths else public_name(pairs.source)
+            (fresh / ORDER_FILES[1]).write_text(order_page(shown, pairs, order[0], source), encoding="utf-8")
+
+
+def public_report(report: dict[str, Any]) -> dict[str, Any]:
+    """A report whose models and dataset are named without the folders that they are in on this machine."""
+    named = ("model", "baseline", "dataset")
+    return report | {name: public_name(report[name]) for name in named if name in report}
 
 
 def _score_models(

@@ -12,13 +12,14 @@ SHOWN = 12  # pairs per kind, half of them those that the model gets most wrong,
 SHOWN_KINDS = 8
 
 
-def order_page(report: dict[str, Any], pairs: OrderPairs, scores: PairScores) -> str:
+def order_page(report: dict[str, Any], pairs: OrderPairs, scores: PairScores, source: str | None = None) -> str:
     """Build an HTML page with the figures and some pairs of each kind.
 
     Args:
         report: report of `evaluate_model` with `order_test`.
         pairs: pairs of captions.
         scores: their similarities.
+        source: what the pairs are, by default as they say themselves.
     """
     parts = [table(*order_table(report["order_test"]))]
     margin = scores.right[:, 0] - scores.right[:, 1]
@@ -30,7 +31,8 @@ def order_page(report: dict[str, Any], pairs: OrderPairs, scores: PairScores) ->
         for title, chosen in (("the worst", worst), ("drawn at random", others)):
             parts.append(heading(f"{kind}: {title}"))
             parts += [_pair(row, pairs, scores) for row in chosen]
-    lead = f"{pairs.source}, {report['dataset']}, {len(pairs.image):,} pairs. Figures: {ORDER_NOTE}."
+    name = pairs.source if source is None else source
+    lead = f"{name}, {report['dataset']}, {len(pairs.image):,} pairs. Figures: {ORDER_NOTE}."
     return page(f"Does {report['model']} read word order?", "".join(parts), lead)
 
 

@@ -2,7 +2,7 @@
 
 files.py: files and folders that are written completely or not at all
 locks.py: a lock on a file that ends with its process
-names.py: names of files as text, whatever their bytes
+names.py: names of files as text, whatever their bytes, and without the folders of this machine
 checksums.py: checksums of weights and indexes
 resources.py: paths of the data files in the package
 plain_yaml.py: YAML from users, plain values only

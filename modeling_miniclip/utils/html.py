@@ -1,7 +1,8 @@
 """Self-contained HTML pages of images: no scripts and no external resources, so they work offline and stay private.
 
 All text is escaped here. Only three arguments take HTML, which must come from the functions of this file: `body` of
-[`page`], `content` of [`section`] and `tiles` of [`grid`].
+[`page`], `content` of [`section`] and `tiles` of [`grid`]. A page shows no more than it is given: pages that people
+share get names from [`public_name`][modeling_miniclip.utils.names.public_name].
 """
 
 import base64
@@ -40,6 +41,8 @@ figcaption { margin-top: .35rem; font-size: .8125rem; line-height: 1.35; overflo
 figcaption b { color: var(--ink); font-variant-numeric: tabular-nums; }
 .right { border-color: var(--right); } .right figcaption b { color: var(--right); }
 .wrong { border-color: var(--wrong); } .wrong figcaption b { color: var(--wrong); }
+.weak { border: 2px dashed var(--line); } .weak img { opacity: .5; } .weak figcaption b { color: var(--soft); }
+a:focus-visible { outline: 3px solid var(--soft); outline-offset: 2px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
 th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -71,6 +74,11 @@ def heading(text: str, note: str = "") -> str:
     return f"<h2>{escape(text)}</h2>\n" + (f'<p class="soft">{escape(note)}</p>\n' if note else "")
 
 
+def paragraph(text: str) -> str:
+    """A paragraph of text."""
+    return f"<p>{escape(text)}</p>\n"
+
+
 def section(title: str, note: str, content: str) -> str:
     """A query and its results.
 
@@ -95,7 +103,7 @@ def tile(label: str, name: str, image: str = "", text: str = "", mark: str = "",
         name: text after the label, such as the file name; also the image's text for screen readers.
         image: URL of the image, from [`thumbnail`].
         text: text to show if there is no image.
-        mark: `right` (green frame), `wrong` (orange frame) or empty (no frame).
+        mark: `right` (green frame), `wrong` (orange frame), `weak` (dimmed) or empty (no frame).
         link: URL that a click on the image opens; may be empty.
     """
     shown = f'<img src="{escape(image)}" alt="{escape(name)}" loading="lazy">' if image else ""

@@ -69,6 +69,39 @@ def portable_name(text: str, longest: int = 80) -> str:
     return re.sub(r"[^\w.-]", "_", text, flags=re.ASCII)[-longest:].rstrip(".")
 
 
+def public_name(name: str) -> str:
+    """A model, dataset or image as pages that people share name it: without the folders that it is in on this machine.
+
+    An export keeps the name of the folder that it is in. Names on the Hub, URLs and relative paths stay as they are.
+
+    Example:
+        >>> public_name("/home/me/photos/a.jpg"), public_name("/runs/my-clip/export"), public_name("user/model")
+        ('a.jpg', 'my-clip/export', 'user/model')
+    """
+    if name.startswith("open_clip:"):  # before ARCHITECTURE/CHECKPOINT
+        architecture, slash, checkpoint = name.partition("/")
+        return architecture + slash + public_name(checkpoint)
+    path = name.removeprefix("file://")
+    if not os.path.isabs(path):
+        return name
+    *_, folder, last = ["", *slashed(path).rstrip("/").split("/")]
+    return f"{folder}/{last}" if last == "export" else last
+
+
+def relative_name(name: str, source: str) -> str:
+    """An image of a source without the folders above the source, or above the file that lists the images.
+
+    Example:
+        >>> relative_name("/photos/sea/a.jpg", "/photos"), relative_name("/data/Images/a.jpg", "/data/captions.csv")
+        ('sea/a.jpg', 'Images/a.jpg')
+    """
+    for folder in (source, os.path.dirname(source)):
+        inside = slashed(os.path.join(folder, ""))
+        if folder and slashed(name).startswith(inside):
+            return slashed(name).removeprefix(inside)
+    return public_name(name)
+
+
 def is_utf8(path: str | os.PathLike) -> bool:
     """Whether a path can be written as UTF-8."""
     return SURROGATE.search(os.fspath(path)) is None

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -482,6 +483,29 @@ def test_failure_page_shows_failures_and_escapes_names(models: Path, hostile_fol
     assert f"{report['metrics']['rsum']:.1f}" in text
     rights = [figure for figure in of("figure", reader) if figure["class"] == "right"]
     assert len(rights) >= len(of("section", reader)) > 0  # each query is shown with its right answer
+
+
+@pytest.mark.parametrize("absolute_paths", [False, True])
+def test_pages_say_where_files_are_only_if_wanted(
+    absolute_paths: bool, models: Path, hostile_folder: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.csv"
+    rows = ["image,true_caption,false_caption"]
+    for colour, other in (("black", "white"), ("white", "black")):  # the test needs two images
+        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{colour}.png")
+        rows.append(f"{colour}.png,a {colour} wall,a {other} wall")
+    pairs.write_text("\n".join(rows) + "\n")
+    data = load_eval_set(str(hostile_folder), "train")
+    data = replace(data, image_ids=[str(hostile_folder / "Images" / name) for name in data.image_ids])
+    mine = str(models / "mine")
+    evaluate_model(
+        mine, data, mine, tmp_path / "out", order_test=str(pairs), image_dir=tmp_path, absolute_paths=absolute_paths
+    )
+    for name in ("failures.html", "order_test.html"):
+        page = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert (str(tmp_path) in page or str(models) in page) == absolute_paths, name
+        assert "mine" in page and "hostile" in page
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["model"] == mine
 
 
 # --- texts that belong to several images ----------------------------------------------------------------------------

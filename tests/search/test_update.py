@@ -298,7 +298,8 @@ def test_names_that_are_not_utf8_are_escaped(tmp_path: Path, model: Path, capsys
     assert update_index(index_folder, progress=False).encoded == 0
     for row in range(4):
         assert picture_of(index, row, 20) is not None
-    assert cli(["search", str(index_folder), "x", "--json", "--html", str(tmp_path / "page.html")]) == 0
+    pages = ["--html", str(tmp_path / "page.html"), "--absolute_paths"]
+    assert cli(["search", str(index_folder), "x", "--json", *pages]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {match["id"] for match in found["matches"]} == set(ids(index))
     page = (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from modeling_miniclip.utils.html import grid, heading, page, section, table, thumbnail, tile
+from modeling_miniclip.utils.html import grid, heading, page, paragraph, section, table, thumbnail, tile
 from modeling_miniclip.utils.thumbnails import THUMBNAIL
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;' onload='a"
@@ -46,13 +46,14 @@ def of(tag: str, reader: Reader) -> list[dict[str, str | None]]:
     "made",
     [
         heading(HOSTILE, HOSTILE),
+        paragraph(HOSTILE),
         section(HOSTILE, HOSTILE, ""),
         tile(HOSTILE, HOSTILE, image=HOSTILE),
         tile(HOSTILE, HOSTILE, text=HOSTILE, mark=HOSTILE),
         table([HOSTILE], [[HOSTILE]]),
         page(HOSTILE, "", HOSTILE),
     ],
-    ids=["heading", "section", "image", "text", "table", "page"],
+    ids=["heading", "paragraph", "section", "image", "text", "table", "page"],
 )
 def test_hostile_text_stays_text(made: str) -> None:
     reader = Reader(made)

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from modeling_miniclip.errors import UsageError, printable
 from modeling_miniclip.utils import names
-from modeling_miniclip.utils.names import check_name, is_portable, name_of, path_of, portable_name, slashed
+from modeling_miniclip.utils.names import (
+    check_name,
+    is_portable,
+    name_of,
+    path_of,
+    portable_name,
+    public_name,
+    relative_name,
+    slashed,
+)
 from tests.helpers.fuzzing import PATHS, cases, fuzz
 
 
@@ -83,3 +92,41 @@ def test_windows_paths_get_slashes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sep", "\\")
     assert slashed(r"sub\a.jpg") == "sub/a.jpg"
     assert name_of(r"C:\caf\xe9.jpg") == r"C:\caf\xe9.jpg" == path_of(r"C:\caf\xe9.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("/home/me/photos/a.jpg", "a.jpg"),
+        ("/runs/my-clip/export", "my-clip/export"),
+        ("/runs/my-clip/export/", "my-clip/export"),
+        ("/data/shards/{000..009}.tar", "{000..009}.tar"),
+        ("file:///home/me/a.tar", "a.tar"),
+        ("user/model", "user/model"),
+        ("runs/export", "runs/export"),
+        ("https://host/a/b.tar", "https://host/a/b.tar"),
+        ("open_clip:ViT-B-32/openai", "open_clip:ViT-B-32/openai"),
+        ("open_clip:ViT-B-32//home/me/weights.safetensors", "open_clip:ViT-B-32/weights.safetensors"),
+        ("scenes", "scenes"),
+    ],
+)
+def test_public_names_have_no_folders_of_this_machine(name: str, public: str) -> None:
+    assert public_name(name) == public
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "relative"),
+    [
+        ("/photos/sea/a.jpg", "/photos", "sea/a.jpg"),
+        ("/photos/sea/a.jpg", "/photos/", "sea/a.jpg"),
+        ("/photos2/a.jpg", "/photos", "photos2/a.jpg"),
+        ("/me/photos2/a.jpg", "/me/x/photos", "a.jpg"),
+        ("/data/Images/a.jpg", "/data/captions.csv", "Images/a.jpg"),
+        ("/data/0.tar/a.jpg", "/data/*.tar", "0.tar/a.jpg"),
+        ("user/set/train/000001", "user/set", "train/000001"),
+        ("scene-000001.png", "scenes", "scene-000001.png"),
+        ("/elsewhere/a.jpg", "user/set", "a.jpg"),
+    ],
+)
+def test_relative_names_start_below_their_source(name: str, source: str, relative: str) -> None:
+    assert relative_name(name, source) == relative
