@@ -113,6 +113,14 @@ def declare_truncation(parser: argparse.ArgumentParser, more: str = "") -> None:
     )  # fmt: skip
 
 
+def declare_absolute_paths(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Whether HTML pages show where files are on this machine."""
+    parser.add_argument(
+        "--absolute_paths", action="store_true",
+        help=f"HTML pages show where the files are on this machine{more} (only names and folders of the source)",
+    )  # fmt: skip
+
+
 def declare_check(parser: argparse.ArgumentParser) -> None:
     """Flags of `miniclip check`."""
     parser.add_argument(
@@ -329,6 +337,11 @@ def declare_search(parser: argparse.ArgumentParser) -> None:
         "--caption_contains", metavar="WORDS", help="only images whose captions contain each of these words"
     )
     parser.add_argument("--split", metavar="NAME", help="only images of this split, such as train")
+    parser.add_argument(
+        "--cutoff", metavar="CHANCE",
+        help="leave out images if unrelated captions score as high more often than this, from 0 to 1, or auto "
+        "(by default, they are marked)",
+    )  # fmt: skip
     declare_truncation(parser, "; the search is then exact")
     parser.add_argument("--exact", action="store_true", help="exact search, even if there is an approximate index")
     parser.add_argument(
@@ -336,6 +349,7 @@ def declare_search(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", metavar="FILE", help="write an HTML page of the results that works offline")
+    declare_absolute_paths(parser, "; its pictures then open their files")
     parser.add_argument("--open", action="store_true", help="open the page of results in the browser")
 
 
@@ -343,32 +357,38 @@ def run_search(args: argparse.Namespace) -> None:
     """Print the matches and the time each part took; write an HTML page if asked to."""
     start = time.perf_counter()
     from .search.filters import EntryFilter
-    from .search.formatting import format_json, format_table
+    from .search.formatting import CHANCE_NOTE, format_count, format_json, format_table
     from .search.query import Query, Timing, search_index
+    from .search.unrelated import cutoff_of
 
     timing = Timing(imports=time.perf_counter() - start)
     if args.k < 1:
         raise UsageError(f"-k {args.k}: expected at least 1 image")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise UsageError(f"--html {args.html}: the folder {Path(args.html).parent} does not exist; create it first")
+    if args.cutoff is not None:
+        cutoff_of(args.cutoff)
     query = Query(args.words, args.image, args.image_weight, args.without)
     chosen = EntryFilter(args.folder, args.since, args.until, args.caption_contains, args.split)
     index, matches = search_index(
-        args.index, query, args.k, chosen, timing, args.exact, args.verify or None, args.truncate_dim
+        args.index, query, args.k, chosen, timing, args.exact, args.verify or None, args.truncate_dim, args.cutoff
     )
     if args.json:
         print(format_json(index, query, matches, timing))
     else:
-        print(format_table(index, matches, shutil.get_terminal_size().columns))
+        if matches:
+            print(format_table(index, matches, shutil.get_terminal_size().columns))
+        if any(match.chance is not None for match in matches):
+            print(CHANCE_NOTE)
         seconds = (
             f"imports {timing.imports:.2f} s, loading the model {timing.load:.2f} s, search {timing.search:.3f} s"
         )
-        print(f"{len(matches)} of {len(index)} images; {seconds}")
+        print(f"{format_count(index, matches, args.cutoff)}; {seconds}")
     if args.html or args.open:
         from .search.page.results_page import write_results_page
 
         page = Path(args.html or tempfile.mkdtemp(prefix="miniclip-")) / ("" if args.html else "results.html")
-        write_results_page(page, index, str(query), matches)
+        write_results_page(page, index, str(query), matches, args.absolute_paths)
         print(f"written: {page}", file=sys.stderr)
         if args.open:
             webbrowser.open(page.resolve().as_uri())
@@ -417,6 +437,7 @@ def declare_eval(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the scores, all queries and a page of failures (by default, nothing is written)",
     )
+    declare_absolute_paths(parser)
     parser.add_argument(
         "--order_test", nargs="?", const=True, default=False, metavar="FILE",
         help="also measure how often a caption scores above the same one with words swapped, or the true captions of "
@@ -477,6 +498,7 @@ def run_eval(args: argparse.Namespace) -> None:
         image_dir=args.image_dir,
         probe=probe,
         truncate_dim=args.truncate_dim,
+        absolute_paths=args.absolute_paths,
     )
     print(json.dumps(report, indent=2) if args.json else format_report(report))
     if "warning" in report:

@@ -7,6 +7,8 @@ fingerprints.py: hashes that identify the model of an index
 exact.py: exact nearest neighbours
 approximate.py: approximate neighbours with FAISS
 filters.py: conditions on the entries of an index
+unrelated.py: how well results fit, compared with unrelated captions
+unrelated_texts.py: these captions
 in_memory.py: `find_matches`: search without an index
 query.py: `miniclip search`: a query of text, image or both
 formatting.py: results as text or JSON

@@ -21,11 +21,14 @@ class Match:
         name: name of the image.
         score: cosine similarity with the query.
         index: row of the image in the embeddings.
+        chance: how often an unrelated caption finds an image that fits as well, from 0 to 1; None if it was not asked
+            for.
     """
 
     name: str
     score: float
     index: int
+    chance: float | None = None
 
 
 class Neighbours:

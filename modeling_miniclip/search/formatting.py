@@ -12,10 +12,15 @@ from .duplicates import Group
 from .exact import Match
 from .index import ImageIndex
 from .query import Query, Timing
+from .unrelated import is_weak, percent
+
+# Under results that have a chance.
+CHANCE_NOTE = "%: how often an unrelated caption scores as high; ?: no better than that"
+NOTHING = "nothing fits: unrelated captions score as high"
 
 
 def format_table(index: ImageIndex, matches: list[Match], width: int) -> str:
-    """Format search results as a table: rank, score, date, image and first caption.
+    """Format search results as a table: rank, score, chance if there is one, date, image and first caption.
 
     Args:
         index: index that was searched.
@@ -27,13 +32,34 @@ def format_table(index: ImageIndex, matches: list[Match], width: int) -> str:
     home = os.path.dirname(home) if len(rows) == 1 else home
     names = [os.path.relpath(row["id"], home) if home else row["id"] for row in rows]
     longest = max((display_width(name) for name in names), default=0)
+    chances = [chance_column(match.chance) for match in matches]
+    least = 24 + longest + max(map(len, chances), default=0)
     lines = [f"in {home}"] if home else []
-    for rank, (match, row, name) in enumerate(zip(matches, rows, names, strict=True), 1):
+    for rank, (match, chance, row, name) in enumerate(zip(matches, chances, rows, names, strict=True), 1):
         date = row["date"].strftime("%Y-%m-%d") if row["date"] else " " * 10
         padded = name + " " * (longest - display_width(name))
-        line = f"{rank:4d}  {match.score:6.3f}  {date}  {padded}  {row['captions'][0] if row['captions'] else ''}"
-        lines.append(cut(printable(line.rstrip()), max(width, 24 + longest)))
+        caption = row["captions"][0] if row["captions"] else ""
+        line = f"{rank:4d}  {match.score:6.3f}{chance}  {date}  {padded}  {caption}"
+        lines.append(cut(printable(line.rstrip()), max(width, least)))
     return "\n".join(lines)
+
+
+def chance_column(chance: float | None) -> str:
+    """A chance in 12 columns, marked if it is large; empty if there is none."""
+    return "" if chance is None else f"  {percent(chance):>8} {'?' if is_weak(chance) else ' '}"
+
+
+def format_count(index: ImageIndex, matches: list[Match], cutoff: str | None) -> str:
+    """How many images were found, and what was left out.
+
+    Args:
+        index: index that was searched.
+        matches: images found.
+        cutoff: the largest chance of a match, as it was given, or None.
+    """
+    if not matches and cutoff is not None:
+        return f"{NOTHING} (--cutoff {cutoff}; 0 of {len(index)} images)"
+    return f"{len(matches)} of {len(index)} images"
 
 
 def display_width(text: str) -> int:
@@ -56,7 +82,8 @@ def format_json(index: ImageIndex, query: Query, matches: list[Match], timing: T
     for rank, match in enumerate(matches, 1):
         entry = index.entry(match.index)
         entry["date"] = entry["date"].isoformat() if entry["date"] else None
-        found.append({"rank": rank, "score": round(match.score, 6), **entry})
+        chance = None if match.chance is None else float(f"{match.chance:.4g}")
+        found.append({"rank": rank, "score": round(match.score, 6), "chance": chance, **entry})
     values = {
         "index": str(Path(index.folder).resolve()),
         "query": {**asdict(query), "image": None if query.image is None else os.fspath(query.image)},

@@ -6,6 +6,7 @@
 | `entries.parquet` | one row per image, see [`SCHEMA`]; a thumbnail if the image has no file |
 | `embeddings.safetensors` | `embeddings` `[images, dim]`, unit norm, one row per entry; for int8 `scales`, too |
 | `neighbours.faiss` | an approximate index of the embeddings, for large indexes (see `approximate.py`) |
+| `unrelated.safetensors` | what unrelated captions score here (see `unrelated.py`); older indexes lack it |
 
 Checksums detect damage on the disk. They are compared before every update, when an index of up to `VERIFIED` bytes is
 opened, and on request. `FORMAT` goes up whenever an older version of this package could misread a folder.
@@ -35,6 +36,8 @@ from .approximate import ApproximateNeighbours, build_neighbours, uses_approxima
 from .embeddings_file import BLOCK, Embeddings, map_embeddings, truncate_rows, write_embeddings
 from .exact import Match, Neighbours
 from .filters import EntryFilter
+from .unrelated import FILE as UNRELATED
+from .unrelated import UnrelatedCaptions, cut_matches, cutoff_of
 
 FORMAT = 1
 MANIFEST, ENTRIES, EMBEDDINGS = "manifest.json", "entries.parquet", "embeddings.safetensors"
@@ -120,6 +123,7 @@ class ImageIndex:
         self._entries_file: pa.Buffer = pa.memory_map(str(folder / ENTRIES)).read_buffer()
         self.embeddings: Embeddings = map_embeddings(folder / EMBEDDINGS)  # [images, dim], in the order of the entries
         self.neighbours = _open_neighbours(folder, self.embeddings)
+        self.unrelated = _load_unrelated(folder, self.embeddings)
         self._row_groups: dict[int, pa.Table] = {}
 
     @classmethod
@@ -243,6 +247,7 @@ class ImageIndex:
         k: int = 10,
         filter: Any = None,
         exact: bool = False,
+        cutoff: float | str | None = None,
     ) -> list[Match]:
         """Find the images nearest to a query.
 
@@ -251,22 +256,35 @@ class ImageIndex:
             k: number of images to find.
             filter: images to consider: an [`EntryFilter`], or `[n]` rows (array, tensor or list).
             exact: whether to search exactly even if there is an approximate index; filtered searches always do.
+            cutoff: for queries of text: leave out images if unrelated captions find one that fits them as well more
+                often than this, from 0 to 1; `auto` for the cutoff that keeps about 95 % of the right first results, 1
+                to keep all. Unless it is None, the matches have a `chance`.
 
         Returns:
             At most `k` [`Match`]es, best first, ties in the order of the index: `name` is the entry's id, `score` the
-            cosine similarity, `index` the row.
+            cosine similarity, `index` the row, `chance` how often unrelated captions score as high.
 
         Raises:
-            UsageError: `k` is below 1, or the query is not a finite vector of the index's dimension.
+            UsageError: `k` is below 1, the query is not a finite vector of the index's dimension, there is no such
+                cutoff, or the index does not know what unrelated captions score.
         """
         query = self._checked_query(query_embedding)
         if k < 1:
             raise UsageError(f"k must be at least 1, not {k}")
+        largest = None if cutoff is None else cutoff_of(cutoff)
         rows = filter.rows(self.entries) if isinstance(filter, EntryFilter) else self._checked_rows(filter)
         neighbours = Neighbours(self.embeddings) if exact else self.neighbours
         scores, found = neighbours.search(query, k, rows)
         names = (self._row_group(i // ROW_GROUP)["id"][i % ROW_GROUP].as_py() for i in found.tolist())
-        return [Match(name, float(s), int(i)) for name, s, i in zip(names, scores, found, strict=True)]
+        matches = [Match(name, float(s), int(i)) for name, s, i in zip(names, scores, found, strict=True)]
+        return matches if largest is None else self._cut(matches, query, largest)
+
+    def _cut(self, matches: list[Match], query: np.ndarray, cutoff: float) -> list[Match]:
+        """The matches whose chance is at most `cutoff`, with their chances."""
+        if self.unrelated is None:
+            update = shlex.join(["miniclip", "index", self.model, "-o", str(self.folder)])
+            raise UsageError(f"{self.folder} does not know what unrelated captions score; update it: {update}")
+        return cut_matches(matches, self.unrelated, query, cutoff)
 
     def truncate(self, dim: int) -> "ImageIndex":
         """The index with the first `dim` dimensions of its embeddings, normalised again; its folder does not change.
@@ -289,6 +307,8 @@ class ImageIndex:
         index = copy.copy(self)
         index.manifest = replace(self.manifest, dim=dim, dtype="float32", neighbours="exact")
         index.embeddings, index.neighbours = short, Neighbours(short)
+        if self.unrelated is not None:
+            index.unrelated = UnrelatedCaptions.compare(truncate_rows(self.unrelated.captions, dim), short)
         return index
 
     def _checked_rows(self, rows: Any) -> np.ndarray | None:
@@ -374,6 +394,11 @@ def _open_neighbours(folder: Path, embeddings: Embeddings) -> Neighbours:
     return Neighbours(embeddings)
 
 
+def _load_unrelated(folder: Path, embeddings: Embeddings) -> UnrelatedCaptions | None:
+    path = folder / UNRELATED
+    return UnrelatedCaptions.load(path, embeddings) if path.is_file() else None
+
+
 def _damaged(folder: Path, error: Exception) -> DataError:
     return DataError(f"{folder}: this index cannot be read ({error}); delete it and index again")
 
@@ -436,6 +461,7 @@ def write_index(
     entries: Iterable[pa.Table],
     blocks: Iterable[np.ndarray],
     release: Callable[[], None] | None = None,
+    captions: np.ndarray | None = None,
 ) -> ImageIndex:
     """Write or replace an index. The folder holds the old index until the new one is complete.
 
@@ -445,6 +471,8 @@ def write_index(
         entries: tables with the columns of [`SCHEMA`], all but the last one of `ROW_GROUP` rows.
         blocks: `[n, dim]` arrays of embeddings, together in the order of the entries.
         release: called when all has been read, before the folder is replaced; closes what is still open in it.
+        captions: `[captions, dim]` embeddings of unrelated captions, to compare all images with; None for an index
+            that only keeps embeddings for another one.
 
     Returns:
         The new index, opened.
@@ -463,6 +491,8 @@ def write_index(
             write_embeddings(fresh / EMBEDDINGS, manifest.count, manifest.dim, manifest.dtype, blocks)
             if uses_approximate_search(manifest.neighbours, manifest.count):
                 build_neighbours(map_embeddings(fresh / EMBEDDINGS), fresh / NEIGHBOURS)
+            if captions is not None:
+                UnrelatedCaptions.compare(captions, map_embeddings(fresh / EMBEDDINGS)).save(fresh / UNRELATED)
             manifest = replace(manifest, checksums={path.name: file_checksum(path) for path in fresh.iterdir()})
             write_manifest(fresh, manifest)
             if release is not None:

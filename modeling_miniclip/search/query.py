@@ -169,6 +169,11 @@ def _combined(
     return combine(parts)
 
 
+def default_cutoff(index: ImageIndex, query: Query) -> float | None:
+    """1, which leaves no match out, for a text in an index that knows what unrelated captions score; else None."""
+    return 1.0 if query.image is None and index.unrelated is not None else None
+
+
 def search_index(
     folder: str | os.PathLike,
     query: Query,
@@ -178,6 +183,7 @@ def search_index(
     exact: bool = False,
     verify: bool | None = None,
     truncate_dim: int | None = None,
+    cutoff: float | str | None = None,
 ) -> tuple[ImageIndex, list[Match]]:
     """Open an index and answer a query.
 
@@ -190,16 +196,19 @@ def search_index(
         exact: whether to search exactly even if there is an approximate index.
         verify: whether to compare checksums, as in [`ImageIndex.open`].
         truncate_dim: number of dimensions to search by, as in [`ImageIndex.truncate`]; by default all.
+        cutoff: largest chance of a match, as in [`ImageIndex.search`]; only for texts. By default, none is left out.
 
     Returns:
-        The index and at most `k` matches, best first.
+        The index and at most `k` matches, best first. Those of a text have a chance, if the index knows it.
 
     Raises:
         DataError: there is no index, or it cannot be read.
         ModelError: the model is missing, or has changed since the index was built.
-        UsageError: no image passes the filter, the parts of the query cancel out, or the index has fewer than
-            `truncate_dim` dimensions.
+        UsageError: no image passes the filter, the parts of the query cancel out, the index has fewer than
+            `truncate_dim` dimensions, or `cutoff` is not one, or is given for an image.
     """
+    if cutoff is not None and query.image is not None:
+        raise UsageError("--cutoff compares texts with unrelated captions: leave out --cutoff or --image")
     timing = timing or Timing()
     start, before = time.perf_counter(), timing.imports + timing.load
     index = ImageIndex.open(folder, verify)
@@ -209,6 +218,6 @@ def search_index(
     if rows is not None and not len(rows):
         raise UsageError(f"no image of {folder} passes the filter {filter}; choose a less strict one")
     embedding = embed_queries(index, [query], timing)[0]
-    matches = index.search(embedding, k, rows, exact)
+    matches = index.search(embedding, k, rows, exact, default_cutoff(index, query) if cutoff is None else cutoff)
     timing.search = time.perf_counter() - start - (timing.imports + timing.load - before)
     return index, matches

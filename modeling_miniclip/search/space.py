@@ -150,7 +150,8 @@ def _write_portable(index: ImageIndex, target: Path, model: Path) -> dict[str, s
         for start in range(0, len(kept), BLOCK):
             yield np.asarray(index.embeddings[kept[start : start + BLOCK]])
 
-    write_index(target, manifest, [entries], blocks())
+    captions = None if index.unrelated is None else index.unrelated.captions
+    write_index(target, manifest, [entries], blocks(), captions=captions)
     return gone
 
 

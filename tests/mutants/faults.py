@@ -596,6 +596,27 @@ FAULTS = [
         ("embeddings_file.py", "the largest code is 126", "LARGEST = 127", "LARGEST = 126", SHORT),
         ("filters.py", "the last day is left out", "_bounds(self.until)[1]", "_bounds(self.until)[0]", QUERY),
         ("filters.py", "the next day is let in", 'pc.less(entries["date"]', 'pc.less_equal(entries["date"]', QUERY),
+        (
+            "unrelated.py",
+            "a chance counts the captions that fit worse",
+            'counted = 1 - self.best.searchsorted(fits, "left") / captions',
+            'counted = self.best.searchsorted(fits, "left") / captions',
+            "tests/search/test_unrelated.py",
+        ),
+        (
+            "unrelated.py",
+            "only the last images are compared with captions",
+            "np.maximum(best, found.fits(images, captions).max(axis=0), out=best)",
+            "best[:] = found.fits(images, captions).max(axis=0)",
+            "tests/search/test_unrelated.py",
+        ),
+        (
+            "unrelated.py",
+            "an image is compared with the index, a query with the captions",
+            "images @ self.captions.T, axis=1)",
+            "images @ self.captions.T, axis=0)",
+            "tests/search/test_unrelated.py",
+        ),
         ("query.py", "unwanted words attract", "(-NEGATIVE_WEIGHT,", "(NEGATIVE_WEIGHT,", QUERY),
         ("query.py", "a combined query is not normalised", "(total / norm).astype", "total.astype", QUERY),
         (

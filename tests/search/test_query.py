@@ -26,8 +26,10 @@ from modeling_miniclip import (
 )
 from modeling_miniclip.cli import cli
 from modeling_miniclip.inference.loading import load_tower
+from modeling_miniclip.search.exact import Match
 from modeling_miniclip.search.formatting import cut, display_width
 from modeling_miniclip.search.index import SCHEMA, Manifest, write_index
+from modeling_miniclip.search.page.results_page import write_results_page
 from modeling_miniclip.search.query import Query, embed_queries
 from tests.helpers.indexes import write_model, write_pictures
 
@@ -215,7 +217,8 @@ def test_results_page_is_self_contained_and_escaped(tmp_path: Path, tiny_export:
     update_index(tmp_path / "index", [tmp_path / "photos"], tiny_export, progress=False)
     (tmp_path / "photos" / "gone.png").unlink()
     page = tmp_path / "found.html"
-    assert cli(["search", str(tmp_path / "index"), '<u>"dogs"</u>', "--html", str(page)]) == 0
+    flags = ["--html", str(page), "--absolute_paths"]
+    assert cli(["search", str(tmp_path / "index"), '<u>"dogs"</u>', *flags]) == 0
     found = Page(page.read_text(encoding="utf-8"))
     assert not {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object", "u"}
     images = [attributes for tag, attributes in found.tags if tag == "img"]
@@ -228,6 +231,36 @@ def test_results_page_is_self_contained_and_escaped(tmp_path: Path, tiny_export:
     assert links == [(tmp_path / "photos" / evil).as_uri()]
     assert not re.findall(r"https?://", page.read_text(encoding="utf-8"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.html", "index", "photos"]
+
+
+@pytest.mark.parametrize("source", ["photos", "photos/captions.csv", "captions.csv"])
+def test_results_page_does_not_say_where_files_are(source: str, tmp_path: Path, tiny_export: Path) -> None:
+    write_pictures(tmp_path / "photos", "a.png sea/b.png")
+    rows = {"photos": "", "captions.csv": "photos/"}.get(source, "")
+    text = f"image,caption\n{rows}a.png,a cat\n{rows}sea/b.png,a boat\n"
+    if source != "photos":
+        (tmp_path / source).write_text(text)
+    update_index(tmp_path / "index", [tmp_path / source], tiny_export, progress=False)
+    page = tmp_path / "found.html"
+    assert cli(["search", str(tmp_path / "index"), "a boat", "--html", str(page)]) == 0
+    content = page.read_text(encoding="utf-8")
+    assert str(tmp_path) not in content and str(tiny_export.parent) not in content and "file:" not in content
+    found = Page(content)
+    assert not [tag for tag, _ in found.tags if tag == "a"] and f"{rows}sea/b.png" in found.text
+    assert "found with" in found.text and "how often an unrelated caption scores as high" in found.text
+    assert cli(["search", str(tmp_path / "index"), "a boat", "--html", str(page), "--absolute_paths"]) == 0
+    content = page.read_text(encoding="utf-8")
+    assert str(tmp_path / "photos" / "sea" / "b.png") in content and str(tiny_export) in content
+
+
+def test_results_page_dims_what_does_not_fit(home: Path, tmp_path: Path) -> None:
+    index = ImageIndex.open(home / "index")
+    write_results_page(tmp_path / "found.html", index, "a boat", [Match("a", 0.5, 0, 0.001), Match("b", 0.5, 1, 0.9)])
+    found = Page((tmp_path / "found.html").read_text(encoding="utf-8"))
+    assert [attributes["class"] for tag, attributes in found.tags if tag == "figure"] == ["", "weak"]
+    assert "0.500, 0.1 %" in found.text and "0.500, 90 % ?" in found.text
+    write_results_page(tmp_path / "found.html", index, "a boat", [])
+    assert "Nothing fits" in (tmp_path / "found.html").read_text(encoding="utf-8")
 
 
 # --- export and duplicates ------------------------------------------------------------------------------------------

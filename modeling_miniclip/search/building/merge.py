@@ -9,14 +9,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
+from accelerate import PartialState
 
 from ...data.all_images import Listing, digest_of_name
 from ...data.listing import is_hidden
 from ...data.skipped import describe_skipped
 from ...errors import DataError, MiniClipError, printable
+from ...inference.encode import encode_texts
+from ...inference.loading import load_tower, model_folder
 from ...utils.names import name_of, path_of
 from ..embeddings_file import gather_blocks
-from ..index import MANIFEST, ROW_GROUP, ImageIndex, write_index
+from ..index import MANIFEST, ROW_GROUP, ImageIndex, Manifest, write_index
+from ..unrelated_texts import CHECKSUM, TEXTS
 from .plan import Plan
 from .pool import MISSING, Entries, Lookup, Pool, as_digests
 
@@ -116,8 +120,31 @@ def merge(plan: Plan, listing: Listing, report: Report, unreachable: set[str]) -
             part.close()
 
     embeddings = gather_blocks([part.embeddings for part in pool.parts], part_of, row_of)
-    write_index(plan.target, manifest, _entries(pool, part_of, row_of, listing, new), embeddings, release)
+    captions = unrelated_captions(manifest, plan.existing)
+    write_index(plan.target, manifest, _entries(pool, part_of, row_of, listing, new), embeddings, release, captions)
     report.images, report.reused = len(rows), len(new) - report.encoded
+
+
+def unrelated_captions(manifest: Manifest, existing: ImageIndex | None = None) -> np.ndarray:
+    """`[captions, dim]` float32 embeddings of the unrelated captions.
+
+    Args:
+        manifest: manifest of the index that they are for.
+        existing: an index that may have them.
+
+    Raises:
+        MiniClipError: the model's embeddings of texts are not numbers.
+    """
+    known = None if existing is None else existing.unrelated
+    if existing is not None and known is not None and known.texts == CHECKSUM:
+        if (existing.manifest.fingerprint, existing.manifest.dim) == (manifest.fingerprint, manifest.dim):
+            return known.captions
+    model, processor = load_tower(model_folder(manifest.model), "text")
+    model = model.to(PartialState().device)
+    captions: np.ndarray = encode_texts(model, TEXTS, processor, progress=False, truncate_dim=manifest.dim).numpy()
+    if not np.isfinite(captions).all():
+        raise MiniClipError(f"the embeddings of texts by {manifest.model} are not numbers (NaN): train it again")
+    return captions
 
 
 def _entries(
