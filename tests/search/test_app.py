@@ -1,5 +1,6 @@
 """`miniclip app` and `miniclip space`: answers of the page, also in a real browser, and what it must not serve."""
 
+import asyncio
 import inspect
 import json
 import os
@@ -25,16 +26,18 @@ from modeling_miniclip import MiniClipModel, encode_images, encode_texts
 from modeling_miniclip.cli import cli
 from modeling_miniclip.search import space
 from modeling_miniclip.search.index import ImageIndex
-from modeling_miniclip.search.page import app
-from modeling_miniclip.search.page.app import (
+from modeling_miniclip.search.page import app, index_page
+from modeling_miniclip.search.page.app import build_page, launch_options
+from modeling_miniclip.search.page.index_page import (
     LARGE_PIXELS,
     NEIGHBOURS,
+    RESULTS,
     THUMBNAIL_PIXELS,
     IndexPage,
-    build_page,
-    launch_options,
 )
 from modeling_miniclip.search.page.pictures import picture_of
+from modeling_miniclip.search.page.thumbnail_route import ThumbnailRoute
+from modeling_miniclip.search.unrelated import is_weak, percent
 from modeling_miniclip.search.update import update_index
 from tests.helpers.browsers import browser_page
 from tests.helpers.indexes import write_pictures
@@ -84,7 +87,7 @@ def test_words_find_the_nearest_images(place: Path, page: IndexPage, model: Mini
     names = [caption.split("  ")[1] for _, caption in shown]
     assert names == nearest(place, model, "a dog on the grass")
     assert [page.index.entry(row)["id"].rpartition("/")[2] for row in rows] == names
-    assert status == "Best 17 of 17 images."
+    assert status.startswith("Best 17 of 17 images.")
     for file, _ in shown:
         with Image.open(file) as image:
             assert image.mode == "RGB" and not image.getexif() and max(image.size) <= THUMBNAIL_PIXELS
@@ -179,14 +182,101 @@ def test_one_thread_embeds_for_all_visitors(page: IndexPage, monkeypatch: pytest
         threads_used.append(get_ident())
         return embedding[None]
 
-    def ask(_: int) -> str:
+    def ask(number: int) -> int:
         all_ask.wait(60)  # so that four threads ask at the same time
-        return page.search("a dog", None)[2]
+        return len(page.search(f"dog number {number}", None)[0])
 
-    monkeypatch.setattr(app, "embed_queries", embed_queries)
+    monkeypatch.setattr(index_page, "embed_queries", embed_queries)
     with ThreadPoolExecutor(4) as threads:
-        assert set(threads.map(ask, range(4))) == {"Best 17 of 17 images."}
+        assert set(threads.map(ask, range(4))) == {17}
     assert len(threads_used) == 4 and len(set(threads_used)) == 1
+    page.embed_words.cache_clear()  # type: ignore[attr-defined]  # the other tests use the same page
+
+
+def test_words_are_embedded_once_and_pictures_each_time(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, asked = IndexPage(ImageIndex.open(place / "pictures.index"), tmp_path), []
+    embed = index_page.embed_queries
+
+    def embed_queries(index: ImageIndex, queries: Any, **options: Any) -> np.ndarray:
+        asked.append(queries[0].words)
+        return embed(index, queries, **options)
+
+    monkeypatch.setattr(index_page, "embed_queries", embed_queries)
+    picture = Image.open(place / "pictures" / "town" / "03.png")
+    answers = [page.search("a dog", None), page.search(" a dog ", None, split=""), page.search("a dog", picture)]
+    assert page.search("a dog", picture)[1] == answers[2][1]
+    assert answers[0] == answers[1] and asked == ["a dog", "a dog", "a dog"]
+
+
+def test_sample_shows_images_from_all_over_the_index(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = IndexPage(ImageIndex.open(place / "pictures.index"), tmp_path)
+    shown, rows, status = page.sample()
+    assert rows == list(range(17)) and status == "17 images."
+    assert [caption for _, caption in shown] == [Path(name).name for name in page.index.entries["id"].to_pylist()]
+    assert all(file.is_file() for file, _ in shown)
+    monkeypatch.setattr(index_page, "RESULTS", 3)
+    assert page.sample()[1:] == ([0, 8, 16], "17 images, here are 3 of them.")
+
+
+def test_more_like_this_lists_the_nearest_images(place: Path, page: IndexPage, model: MiniClipModel) -> None:
+    shown, rows, status = page.more_like(5)
+    order = nearest(place, model, np.array(page.index.embeddings[5]))
+    assert rows[0] == 5 and [caption.split("  ")[1] for _, caption in shown] == order[:RESULTS]
+    assert status.startswith("Best 17 of 17 images, like ")
+    assert page.more_like(None) == ([], [], "Choose an image first.")
+
+
+def test_results_show_their_chance_and_hide_large_ones(page: IndexPage, model: MiniClipModel) -> None:
+    query = encode_texts(model, ["a dog on the grass"], progress=False)[0].numpy()
+    found = page.index.search(query, RESULTS, cutoff=1)
+    shown, _, status = page.search("a dog on the grass", None)
+    for (_, caption), match in zip(shown, found, strict=True):
+        assert match.chance is not None
+        mark = " ?" if is_weak(match.chance) else ""
+        assert caption == f"{match.score:.3f}, {percent(match.chance)}{mark}  {Path(match.name).name}"
+    assert status.endswith("how often an unrelated caption scores as high; ?: no better than that.")
+    fitting = [match.index for match in found if not is_weak(match.chance)]
+    assert page.search("a dog on the grass", None, only_fitting=True)[1] == fitting
+
+
+@pytest.mark.parametrize(
+    ("path", "is_answered"),
+    [
+        ("/gradio_api/file={served}/miniclip-a_1/7.jpg", True),
+        ("/gradio_api/file={served}/miniclip-a_1/8.jpg", False),  # there is none
+        ("/gradio_api/file={served}/miniclip-a_1/../secret.jpg", False),
+        ("/gradio_api/file={served}/miniclip-a_1/secret.txt", False),
+        ("/gradio_api/file={served}/other/7.jpg", False),
+        ("/gradio_api/file=/elsewhere/miniclip-a_1/7.jpg", False),
+        ("/gradio_api/file={served}/miniclip-a_1/7.jpg/", False),
+        ("/file={served}/miniclip-a_1/7.jpg", False),
+    ],
+)
+def test_fast_route_answers_for_thumbnails_only(path: str, is_answered: bool, tmp_path: Path) -> None:
+    for name in ("miniclip-a_1/7.jpg", "miniclip-a_1/secret.txt", "other/7.jpg", "secret.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"content")
+    passed, sent = [], []
+
+    async def rest(scope: Any, receive: Any, send: Any) -> None:
+        passed.append(scope["path"])
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    route = ThumbnailRoute(rest, str(tmp_path))
+    scope = {"type": "http", "method": "GET", "path": path.format(served=tmp_path)}
+    asyncio.run(route(scope, None, send))  # type: ignore[arg-type]
+    assert bool(passed) != is_answered
+    if is_answered:
+        assert sent[0]["status"] == 200 and (b"content-type", b"image/jpeg") in sent[0]["headers"]
+        assert sent[1]["body"] == b"content"
+    asyncio.run(route({**scope, "method": "POST"}, None, send))  # type: ignore[arg-type]
+    assert passed
 
 
 def import_gradio() -> None:
@@ -253,8 +343,9 @@ def status_and_content(url: str, data: bytes | None = None) -> tuple[int, bytes]
 
 def ask_page(address: str, config: Any, words: str, picture: Any, session: str) -> str:
     """Answer of the page to a search, requested as a browser does."""
-    search = next(d for d in config["dependencies"] if len(d["inputs"]) == 7)
-    request = {"data": [words, picture, "", "", "", "", ""], "fn_index": search["id"], "session_hash": session}
+    search = next(d for d in config["dependencies"] if len(d["inputs"]) == 8)
+    data = [words, picture, "", "", "", "", "", False]
+    request = {"data": data, "fn_index": search["id"], "session_hash": session}
     status_and_content(f"{address}/gradio_api/queue/join?", json.dumps(request).encode())
     return status_and_content(f"{address}/gradio_api/queue/data?session_hash={session}")[1].decode()
 
@@ -265,21 +356,54 @@ def test_page_answers_in_browser_and_serves_no_file(place: Path, tmp_path: Path,
     argv = ["-m", "modeling_miniclip", "app", str(place / "pictures.index")]
     with served(argv, env=environment(), cwd=ROOT) as address, browser_page() as page:
         page.goto(address)
+        pictures = page.locator("#results button.thumbnail-item")
+        pictures.nth(16).wait_for()  # a sample of the index, before anything is searched
+        page.screenshot(path=str(tmp_path / "sample.png"), full_page=True)
         page.get_by_label("Words").fill("a dog on the grass")
         page.keyboard.press("Enter")  # with the keyboard only
-        first = page.locator("#results button.thumbnail-item").first
-        first.wait_for()
         expected = nearest(place, model, "a dog on the grass")
-        assert expected[0] in first.inner_text()
-        page.set_viewport_size({"width": 400, "height": 700})
-        first.focus()
+        page.wait_for_function(FIRST_IS, arg=expected[0])
+        assert "%" in pictures.first.inner_text()
+        for width in (400, 360):
+            page.set_viewport_size({"width": width, "height": 700})
+            assert page.evaluate("() => document.documentElement.scrollWidth") <= width  # fits on a phone's screen
+        pictures.first.focus()
         page.keyboard.press("Enter")
         page.locator("#neighbours button.thumbnail-item").first.wait_for()
         assert expected[0] in page.locator("#facts textarea").input_value()
         page.wait_for_function("() => document.getElementById('chosen').getBoundingClientRect().top < 100")
-        assert page.evaluate("() => document.documentElement.scrollWidth") <= 400  # fits on the screen of a phone
-        page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
+        page.screenshot(path=str(tmp_path / "phone.png"), full_page=True)
+        page.wait_for_function("() => document.activeElement.id === 'more'")  # the keyboard goes on there
+        page.keyboard.press("Enter")
+        page.wait_for_function("() => !document.getElementById('chosen')?.checkVisibility()")
+        page.wait_for_function(FIRST_IS, arg="1.000")
+        assert expected[0] in pictures.first.inner_text()
+        assert "like " + expected[0] in page.locator("#status").inner_text()
+        assert_page_is_dark_if_wanted(page, address)
+        page.screenshot(path=str(tmp_path / "dark.png"), full_page=True)
         assert_no_file_is_served(address, place)
+
+
+# Whether the first picture that was found has a name.
+FIRST_IS = "name => document.querySelector('#results button.thumbnail-item')?.innerText.includes(name)"
+# Brightness of the page's background and of the text below the first picture, from 0 to 255.
+BRIGHTNESS = """() => ['body', '#results .caption-label'].map((place, number) => {
+  let element = document.querySelector(place), key = number ? 'color' : 'backgroundColor', colour = '';
+  do { colour = getComputedStyle(element)[key]; element = element.parentElement; }
+  while (element && colour.replaceAll(' ', '') === 'rgba(0,0,0,0)');
+  return colour.match(/[0-9.]+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 3;
+})"""
+
+
+def assert_page_is_dark_if_wanted(page: Any, address: str) -> None:
+    """Open the page in both themes, as the system of the visitor asks for."""
+    for scheme, is_dark in (("light", False), ("dark", True)):
+        page.emulate_media(color_scheme=scheme)
+        page.goto(address)
+        page.locator("#results button.thumbnail-item").first.wait_for()
+        ground, ink = page.evaluate(BRIGHTNESS)
+        assert (ground < 80 and ink > 150) if is_dark else (ground > 200 and ink < 120), (scheme, ground, ink)
 
 
 def assert_no_file_is_served(address: str, place: Path) -> None:
@@ -310,7 +434,8 @@ def test_space_names_images_that_it_leaves_out(
     printed = capsys.readouterr()
     assert f"{tmp_path / 'space'}: a Space with 1 images" in printed.out
     assert f"2 of 3 images could not be read: {first}, {tmp_path / 'photos' / 'broken.jpg'}; " in printed.err
-    assert ImageIndex.open(tmp_path / "space" / "index").entries["id"].to_pylist() == ["b.png"]
+    index = ImageIndex.open(tmp_path / "space" / "index")
+    assert index.entries["id"].to_pylist() == ["b.png"] and index.unrelated is not None
 
 
 @pytest.mark.slow
@@ -331,8 +456,8 @@ def test_space_runs_locally_and_holds_only_small_copies(
     env = {**environment(), "PYTHONPATH": ""}
     with served(["-u", "app.py"], env=env, cwd=moved) as address, browser_page() as page:
         page.goto(address)
+        page.locator("#results button.thumbnail-item").first.wait_for()  # the sample
         page.locator("#examples button").first.click()
-        first = page.locator("#results button.thumbnail-item").first
-        first.wait_for()
+        page.wait_for_function("() => document.querySelector('#status').innerText.includes('Best')")
         words = page.get_by_label("Words").input_value()
-        assert nearest(place, model, words)[0] in first.inner_text()
+        assert nearest(place, model, words)[0] in page.locator("#results button.thumbnail-item").first.inner_text()

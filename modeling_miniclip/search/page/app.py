@@ -8,198 +8,58 @@ and kept while the page is served; those that nobody viewed for an hour are dele
 import os
 import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from html import escape
 from importlib.util import find_spec
-from pathlib import Path, PurePath
-from threading import get_ident
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from ...errors import DataError, MiniClipError
-from ...utils.files import replace_file
-from ...utils.performance import one_thread, release_freed_memory
-from ...utils.processes import usable_cpus
-from ..filters import EntryFilter
 from ..index import ImageIndex
-from ..query import Query, embed_queries, load_checked
-from .pictures import picture_of
+from .index_page import IndexPage
+from .thumbnail_route import FOLDER, ThumbnailRoute
 
-RESULTS, NEIGHBOURS, EXAMPLES = 24, 12, 6
-THUMBNAIL_PIXELS, LARGE_PIXELS = 320, 1600  # longer side in pixels
 KEPT = 3600  # seconds that a thumbnail is kept after it was last shown
-MAX_FOLDERS = 500  # entries of the drop-down list
 MAX_UPLOAD = "20mb"
 # Open pages whose results are kept, 0.1 MB each. An older page must search again before it can show an image.
 MAX_SESSIONS = 500
-# Example queries for an index without captions.
-GENERAL_EXAMPLES = ("a dog", "people outdoors", "food on a table", "a building", "water and sky", "a child playing")
+AT_ONCE = 4  # searches that are answered at the same time; more would only wait for each other
+STATUS_EVERY = 10.0  # seconds between messages to those who wait; gradio's default is one to each after each answer
 
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1240px !important; margin: 0 auto !important; }
 #examples button { min-width: 0; flex: 0 1 auto; }
-#status, #status textarea, #status input { padding: 0; border: 0; background: none; box-shadow: none;
-  font-weight: 600; }
+.gradio-container .html-container { padding: 0; }
+#status p { font-weight: 600; overflow-wrap: anywhere; }
 .pictures .grid-wrap { min-height: 0; max-height: none; padding: 2px; overflow: visible; }
 .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); grid-auto-rows: auto; }
 .pictures button.thumbnail-item { height: auto; aspect-ratio: auto; }
 .pictures button.thumbnail-item > img { height: auto; aspect-ratio: 1; }
 .pictures button.thumbnail-item > .caption-label { position: static; max-width: none; padding: .35rem .5rem; border: 0;
-  opacity: 1; white-space: normal; overflow-wrap: anywhere; }
-.pictures button.thumbnail-item:focus-visible { outline: 3px solid #2b6cb0; outline-offset: 2px; }
+  opacity: 1; white-space: normal; overflow-wrap: anywhere; color: var(--body-text-color); background: none; }
+.pictures button.thumbnail-item:focus-visible, #more:focus-visible { outline: 3px solid var(--color-accent);
+  outline-offset: 2px; }
+#chosen { scroll-margin-top: 8px; }
+@media (max-width: 480px) {
+  .gradio-container > .main { padding: 12px !important; }
+  .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); }
+  #image { max-height: 60vh; }
+}
+@media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto !important; } }
 """
-# Run in the browser when an image is chosen; it appears below all results.
-SHOW_CHOSEN = "() => document.getElementById('chosen').scrollIntoView({behavior: 'smooth'})"
-
-# A thumbnail file and the caption below it.
-Thumbnail = tuple[Path, str]
-
-
-class IndexPage:
-    """What the page does, without its layout. Rows of the index never leave the server.
-
-    Args:
-        index: index to search.
-        pictures: folder for thumbnails.
-    """
-
-    def __init__(self, index: ImageIndex, pictures: Path):
-        self.index = index
-        self.pictures = pictures
-        self.threads = ThreadPoolExecutor(usable_cpus())
-        # One thread, because torch keeps working memory for each thread that ever computed.
-        self.embedder = ThreadPoolExecutor(1)
-        self.load: Callable[..., Any] = lru_cache(maxsize=2)(load_checked)  # keeps both towers
-
-    def search(
-        self,
-        words: str | None,
-        picture: Image.Image | None,
-        folder: str | None = None,
-        since: str | None = None,
-        until: str | None = None,
-        caption: str | None = None,
-        split: str | None = None,
-    ) -> tuple[list[Thumbnail], list[int], str]:
-        """Answer a query. Strings that are None or blank mean no condition.
-
-        Args:
-            words: text to search for.
-            picture: image to search for.
-            folder: folder that contains the images; this and the following conditions are those of [`EntryFilter`].
-            since: earliest date of the images.
-            until: latest date of the images.
-            caption: words that the captions must contain.
-            split: split of the images.
-
-        Returns:
-            Thumbnails of the images found, best first, their rows, and a status line, which may report an error.
-        """
-        given = [(value or "").strip() or None for value in (words, folder, since, until, caption, split)]
-        if given[0] is None and picture is None:
-            return [], [], "Nothing to search for: enter words, add an image, or both."
-        try:
-            query = Query(given[0], picture)
-            chosen = EntryFilter(*given[1:])
-            rows = chosen.rows(self.index.entries) if chosen else None
-            if rows is not None and not len(rows):
-                return [], [], "No image passes the filters."
-            embedding = self.embedder.submit(self._embed, query).result()
-            matches = self.index.search(embedding, RESULTS, rows)
-            found = [(match.index, match.score) for match in matches]
-            shown = self._thumbnails(found)
-        except MiniClipError as error:
-            return [], [], str(error)
-        candidates = len(self.index) if rows is None else len(rows)
-        return shown, [row for row, _ in found], f"Best {len(found)} of {candidates:,} images."
-
-    def show(self, rows: list[int], place: int) -> tuple[Image.Image | None, str, list[Thumbnail], list[int]]:
-        """Show one of the images found, with up to `LARGE_PIXELS` pixels, and similar images.
-
-        Args:
-            rows: rows of the images on the page.
-            place: position among them; it comes from the browser.
-
-        Returns:
-            The image, a text about it, thumbnails of similar images, and their rows.
-        """
-        if not 0 <= place < len(rows):
-            return None, "", [], []
-        row = rows[place]
-        entry = self.index.entry(row)
-        near = self.index.search(np.asarray(self.index.embeddings[row]), NEIGHBOURS + 1)
-        others = [(match.index, match.score) for match in near if match.index != row][:NEIGHBOURS]
-        facts = [
-            *entry["captions"],
-            *([f"{entry['date']:%Y-%m-%d %H:%M}"] if entry["date"] else []),
-            *([f"{entry['width']} x {entry['height']} pixels"] if entry["width"] else []),
-            entry["id"] if entry["path"] else _name(entry),
-        ]
-        return (
-            picture_of(self.index, row, LARGE_PIXELS),
-            "\n".join(facts),
-            self._thumbnails(others),
-            [row for row, _ in others],
-        )
-
-    def thumbnail_file(self, row: int) -> Path:
-        """Thumbnail file of an image. It is blank for an unreadable image, so that the others keep their places."""
-        path = self.pictures / f"{row}.jpg"
-        try:
-            os.utime(path)  # marks it as recently shown
-        except FileNotFoundError:
-            picture = picture_of(self.index, row, THUMBNAIL_PIXELS) or Image.new(
-                "RGB", (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), "#cbd5e0"
-            )
-            fresh = path.with_suffix(f".{get_ident()}")
-            picture.save(fresh, "JPEG", quality=82)
-            replace_file(fresh, path)
-        return path
-
-    def _embed(self, query: Query) -> np.ndarray:
-        """`[dim]` embedding of a query."""
-        with one_thread():  # with many users there are many small computations at once
-            embedding: np.ndarray = embed_queries(self.index, [query], load=self.load)[0]
-        release_freed_memory()  # otherwise each of the server's threads keeps some
-        return embedding
-
-    def _thumbnails(self, found: list[tuple[int, float]]) -> list[Thumbnail]:
-        files = self.threads.map(self.thumbnail_file, [row for row, _ in found])
-        captions = (f"{score:.3f}  {_name(self.index.entry(row))}" for row, score in found)
-        return list(zip(files, captions, strict=True))
-
-    def folders(self) -> list[str]:
-        """Folders and other sources of the images, in alphabetical order, at most `MAX_FOLDERS`."""
-        parents = {os.path.dirname(name) for name in self.index.entries["id"].to_pylist()}
-        return sorted(parents - {""})[:MAX_FOLDERS]
-
-    def splits(self) -> list[str]:
-        """Splits of the images."""
-        return sorted(name for name in self.index.entries["split"].unique().to_pylist() if name)
-
-    def captions(self) -> list[str]:
-        """First caption of each image that has captions."""
-        return [several[0] for several in self.index.entries["captions"].to_pylist() if several]
-
-    def examples(self) -> list[str]:
-        """Example queries: captions from all over the index."""
-        captions = self.captions()
-        if not captions:
-            return list(GENERAL_EXAMPLES)
-        step = max(1, len(captions) // EXAMPLES)
-        return list(dict.fromkeys(captions[::step]))[:EXAMPLES]
-
-
-def _name(entry: dict[str, Any]) -> str:
-    return PurePath(entry["id"]).name
+# Run in the browser when an image is chosen, which appears below all results: the keyboard goes on from there.
+SHOW_CHOSEN = """() => {
+  document.getElementById('chosen').scrollIntoView({behavior: 'smooth'});
+  document.querySelector('#more')?.focus({preventScroll: true});
+}"""
+# Run when the results are replaced from below.
+SHOW_RESULTS = """() => {
+  document.getElementById('status').scrollIntoView({behavior: 'smooth'});
+  document.querySelector('#results button.thumbnail-item')?.focus({preventScroll: true});
+}"""
 
 
 def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
-    """Build the page as `gradio.Blocks`. Launch it with [`launch_options`].
+    """Build the page as `gradio.Blocks`, and load the model. Launch it with [`launch_options`].
 
     Args:
         index: index to search.
@@ -212,49 +72,84 @@ def build_page(index: ImageIndex, title: str = "Search my images") -> Any:
     gr = _gradio()
     if not len(index):
         raise DataError(f"{index.folder}: this index has no images; add some: miniclip index MODEL SOURCE -o INDEX")
-    served = gr.utils.get_upload_folder()
-    os.makedirs(served, exist_ok=True)
+    served = _served(gr)
     # Otherwise gradio computes statistics with pandas after each event, in any of the server's threads, and each of
     # these threads then keeps some of Arrow's memory.
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(sys.maxsize))
-    page = IndexPage(index, Path(tempfile.mkdtemp(prefix="miniclip-", dir=served)))
+    page = IndexPage(index, Path(tempfile.mkdtemp(prefix=FOLDER, dir=served)))
+    page.warm_up()
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
-        gr.HTML(f"<h1>{escape(title)}</h1>")
+        gr.HTML(f"<h1>{escape(title)}</h1>", padding=False)
         words, picture, examples, filters = _question(gr, page)
         button = gr.Button("Search", variant="primary", elem_id="search")
-        status = gr.Textbox(f"{len(index):,} images. Search by words, by image, or both.", label="Result",
-                            show_label=False, container=False, interactive=False, elem_id="status")  # fmt: skip
+        status = gr.HTML(_sentence(f"{len(index):,} images."), padding=False, elem_id="status")
         with gr.Column(visible=False) as answer:
             results = _gallery(gr, "Images found", "results")
         with gr.Column(visible=False, elem_id="chosen") as chosen:
             with gr.Row():
                 image = gr.Image(label="Chosen image", interactive=False, elem_id="image", buttons=["fullscreen"],
                                  scale=2)  # fmt: skip
-                facts = gr.Textbox(label="About this image", interactive=False, lines=2, elem_id="facts", scale=1)
-            gr.HTML("<h3>Similar images</h3>")
+                with gr.Column(scale=1):
+                    facts = gr.Textbox(label="About this image", interactive=False, lines=2, elem_id="facts")
+                    more = gr.Button("More like this", elem_id="more")
+            gr.HTML("<h3>Similar images</h3>", padding=False)
             neighbours = _gallery(gr, "Similar images", "neighbours")
-        rows, near_rows = gr.State([]), gr.State([])
-
-        def search(*given: Any) -> tuple[Any, ...]:
-            shown, found, sentence = page.search(*given)
-            return shown, found, sentence, gr.update(visible=bool(shown)), gr.update(visible=False)
-
-        def show(places: list[int], event: Any) -> tuple[Any, ...]:
-            return (*page.show(places, event.index), gr.update(visible=True))
-
-        show.__annotations__["event"] = gr.SelectData  # makes gradio pass what was clicked
-
-        private: dict[str, Any] = {"api_visibility": "private"}
-        asked = {"fn": search, "inputs": [words, picture, *filters], **private,
-                 "outputs": [results, rows, status, answer, chosen]}  # fmt: skip
-        entered = [field.input if isinstance(field, gr.Dropdown) else field.submit for field in filters]
-        gr.on([button.click, words.submit, picture.upload, *entered], **asked)
-        for example in examples:
-            example.click(lambda text: text, example, words, **private).then(**asked)
-        for gallery, places in ((results, rows), (neighbours, near_rows)):
-            found = gallery.select(show, places, [image, facts, neighbours, near_rows, chosen], **private)
-            found.then(None, js=SHOW_CHOSEN, **private)
+        found = {"results": results, "status": status, "answer": answer, "chosen": chosen}
+        shown = {"image": image, "facts": facts, "neighbours": neighbours, "chosen": chosen}
+        _connect_searches(gr, blocks, page, button, (words, picture, examples, filters), more, found, shown)
+    blocks.queue(status_update_rate=STATUS_EVERY, default_concurrency_limit=AT_ONCE)
     return blocks
+
+
+def _connect_searches(
+    gr: Any,
+    blocks: Any,
+    page: IndexPage,
+    button: Any,
+    question: tuple[Any, Any, list[Any], list[Any]],
+    more: Any,
+    found: dict[str, Any],
+    shown: dict[str, Any],
+) -> None:
+    """Connect what visitors do with the functions of the page.
+
+    Args:
+        gr, blocks, page: gradio, the layout and what it does.
+        button: starts a search.
+        question: what [`_question`] returns.
+        more: searches for more images like the chosen one.
+        found: components of the answer to a search.
+        shown: components of the chosen image.
+    """
+    words, picture, examples, filters = question
+    rows, near_rows, picked = gr.State([]), gr.State([]), gr.State(None)
+    private: dict[str, Any] = {"api_visibility": "private"}
+    answers = [found["results"], rows, found["status"], found["answer"], found["chosen"]]
+
+    def answer(pictures: list[Any], places: list[int], sentence: str) -> tuple[Any, ...]:
+        return pictures, places, _sentence(sentence), gr.update(visible=bool(pictures)), gr.update(visible=False)
+
+    def search(*given: Any) -> tuple[Any, ...]:
+        return answer(*page.search(*given))
+
+    def show(places: list[int], event: Any) -> tuple[Any, ...]:
+        row = places[event.index] if 0 <= event.index < len(places) else None
+        return (*page.show(places, event.index), row, gr.update(visible=True))
+
+    show.__annotations__["event"] = gr.SelectData  # makes gradio pass what was clicked
+
+    blocks.load(lambda: answer(*page.sample()), None, answers, **private)
+    asked = {"fn": search, "inputs": [words, picture, *filters], "outputs": answers, **private}
+    entered = [field.submit if isinstance(field, gr.Textbox) else field.input for field in filters]
+    gr.on([button.click, words.submit, picture.upload, *entered], **asked)
+    for example in examples:
+        example.click(lambda text: text, example, words, **private).then(**asked)
+    more.click(lambda row: answer(*page.more_like(row)), picked, answers, **private).then(
+        None, js=SHOW_RESULTS, **private
+    )
+    outputs = [shown["image"], shown["facts"], shown["neighbours"], near_rows, picked, shown["chosen"]]
+    for gallery, places in ((found["results"], rows), (shown["neighbours"], near_rows)):
+        gallery.select(show, places, outputs, **private).then(None, js=SHOW_CHOSEN, **private)
 
 
 def _question(gr: Any, page: IndexPage) -> tuple[Any, Any, list[Any], list[Any]]:
@@ -269,16 +164,26 @@ def _question(gr: Any, page: IndexPage) -> tuple[Any, Any, list[Any], list[Any]]
         )
     folders, splits = page.folders(), page.splits()
     dated = page.index.entries["date"].null_count < len(page.index)
-    useful = {"Folder": len(folders) > 1, "date": dated, "caption": bool(page.captions()), "Split": bool(splits)}
-    with gr.Accordion("Filters", open=False, visible=any(useful.values())), gr.Row():
-        filters = [
-            gr.Dropdown(["", *folders], value="", label="Folder", filterable=True, visible=useful["Folder"]),
-            gr.Textbox(label="From date", placeholder="2024-07", visible=useful["date"]),
-            gr.Textbox(label="To date", placeholder="2024-07-14", visible=useful["date"]),
-            gr.Textbox(label="Caption contains", visible=useful["caption"]),
-            gr.Dropdown(["", *splits], value="", label="Split", visible=useful["Split"]),
-        ]
+    useful = {"Folder": len(folders) > 1, "date": dated, "caption": bool(page.captions()), "Split": bool(splits),
+              "fitting": page.index.unrelated is not None}  # fmt: skip
+    with gr.Accordion("Filters", open=False, visible=any(useful.values())):
+        with gr.Row():
+            filters = [
+                gr.Dropdown(["", *folders], value="", label="Folder", filterable=True, visible=useful["Folder"]),
+                gr.Textbox(label="From date", placeholder="2024-07", visible=useful["date"]),
+                gr.Textbox(label="To date", placeholder="2024-07-14", visible=useful["date"]),
+                gr.Textbox(label="Caption contains", visible=useful["caption"]),
+                gr.Dropdown(["", *splits], value="", label="Split", visible=useful["Split"]),
+            ]
+        fitting = gr.Checkbox(False, label="Hide what fits no better than unrelated captions", elem_id="fitting",
+                              visible=useful["fitting"])  # fmt: skip
+        filters.append(fitting)
     return words, picture, examples, filters
+
+
+def _sentence(text: str) -> str:
+    """A status line as HTML, which screen readers read when it changes."""
+    return f'<p role="status">{escape(text)}</p>'
 
 
 def _gallery(gr: Any, label: str, elem_id: str) -> Any:
@@ -291,11 +196,14 @@ def _gallery(gr: Any, label: str, elem_id: str) -> Any:
 def launch_options() -> dict[str, Any]:
     """Arguments for `launch` of a page of [`build_page`]."""
     gr = _gradio()
+    from starlette.middleware import Middleware
+
     # System fonts, so that none is downloaded.
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return {
         "theme": gr.themes.Default(primary_hue="blue", **fonts),
         "css": STYLE,
+        "app_kwargs": {"middleware": [Middleware(ThumbnailRoute, served=_served(gr))]},
         "max_file_size": MAX_UPLOAD,
         "state_session_capacity": MAX_SESSIONS,
         "allowed_paths": [],
@@ -339,6 +247,13 @@ def run_app(folder: str | os.PathLike, port: int | None = None, open_browser: bo
             blocks.block_thread()
         finally:
             blocks.close(verbose=False)
+
+
+def _served(gr: Any) -> str:
+    """Folder of files that gradio gives to browsers."""
+    served: str = gr.utils.get_upload_folder()
+    os.makedirs(served, exist_ok=True)
+    return served
 
 
 def _check_gradio_is_installed() -> None:
