@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.cutoff import RULES, judge, strictest
 from modeling_miniclip import (
     ImageIndex,
     MiniClipModel,
@@ -257,3 +258,27 @@ def test_find_matches_has_the_chances_of_an_index(
     assert not (tmp_path / "found.png").exists()
     with pytest.raises(UsageError, match="leave it out for an image"):
         find_matches(model, encode_images(model, names[:1], progress=False), Path(names[0]), names[:1], cutoff=1)
+
+
+# --- the benchmark --------------------------------------------------------------------------------------------------
+
+
+def test_benchmark_judges_first_results_like_an_index() -> None:
+    rng = np.random.default_rng(3)
+    images, texts, captions = unit(rng, 80, 6, 0.3), unit(rng, 160, 6), unit(rng, 12, 6)
+    image_of, present = np.repeat(np.arange(80), 2), np.arange(0, 80, 4).repeat(3)[:60] + np.tile([0, 1, 2], 20)
+    judged = {(rule, kind): chances for rule, kind, chances in judge(images, texts, image_of, captions, present)}
+    assert {rule: sum(len(judged[rule, kind]) for kind in ("right", "wrong", "absent")) for rule in RULES} == (
+        dict.fromkeys(RULES, 160)
+    )
+    assert len(judged["both", "absent"]) == 40 and len(judged["both", "unrelated"]) == 6
+    found = UnrelatedCaptions.compare(captions, images[present])
+    absent = texts[np.isin(image_of, present, invert=True)]
+    best = (images[present] @ absent.T).argmax(axis=0)
+    expected = [float(found.chances(images[present][[row]], text)[0]) for row, text in zip(best, absent, strict=True)]
+    assert judged["both", "absent"].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_strictest_cutoff_keeps_95_of_100() -> None:
+    chances = np.random.default_rng(4).permutation(100) / 100
+    assert strictest(chances) == 0.94 and (chances <= strictest(chances)).sum() == 95
