@@ -23,6 +23,7 @@ from modeling_miniclip.evaluation.encoders import open_encoder
 from modeling_miniclip.evaluation.eval_sets import load_eval_set
 from modeling_miniclip.search.unrelated import AUTO, UnrelatedCaptions
 from modeling_miniclip.search.unrelated_texts import TEXTS
+from modeling_miniclip.utils.names import public_name
 
 FIGURES = Path(__file__).resolve().with_suffix(".jsonl")
 RULES = {
@@ -38,14 +39,15 @@ HEAD = """# Search that says when there is nothing
 
 Written by `benchmarks/cutoff.py`: {captions} unrelated captions, validation images of Flickr8k. An index holds the
 given number of images, drawn several times; the others are removed. All captions of the split are searched, and the
-first result is judged by its chance: the share of unrelated captions that find an image which fits them as well. "Fits"
-is defined in four ways; the first line of each block has one cosine for all queries, models and indexes instead. The
-cutoff of each is the strictest one that keeps {kept:.0f} % of the right first results of all rows together.
+first result is judged by its chance: the share of unrelated captions that find an image which fits them as well.
+"Fits" is defined in four ways; the first line of each block has one cosine for all queries, models and indexes
+instead. The cutoff of each is the strictest one that keeps {kept:.0f} % of the right first results of all rows.
 
 The captions of a removed image often fit another image of the index, too, so not all that is kept there is wrong.
 Unrelated queries are half of the unrelated captions, compared with the other half.
 
-| model | images | fits | cutoff | right kept, % | wrong, image present: cut, % | image removed: cut, % \
+| model | images | fits | cutoff | right kept, % | wrong, image present: cut, % \
+| image removed: cut, % \
 | unrelated query: cut, % |
 |---|---:|---|---:|---:|---:|---:|---:|
 """
@@ -129,8 +131,8 @@ def measure(dataset: str, exports: list[str], sizes: list[int], repeats: int) ->
             for number, (rule, cutoff) in enumerate([*cutoffs.items(), ("both", AUTO)]):
                 of_kind = {kind: chances[export, size, rule, kind] for kind in KINDS}
                 kept = {kind: float((some <= cutoff).mean()) for kind, some in of_kind.items()}
-                lines.append({"model": Path(export).parent.name if Path(export).name == "export" else export,
-                              "size": size, "rule": rule, "cutoff": cutoff, "auto": number == len(cutoffs), "kept": kept,
+                lines.append({"model": public_name(str(Path(export).resolve())), "size": size, "rule": rule,
+                              "cutoff": cutoff, "auto": number == len(cutoffs), "kept": kept,
                               "first": {kind: len(some) for kind, some in of_kind.items()}})  # fmt: skip
     return lines
 

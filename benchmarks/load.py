@@ -38,7 +38,7 @@ from eval_memory import resident
 
 from modeling_miniclip.search.embeddings_file import BLOCK
 from modeling_miniclip.search.index import SCHEMA, VERIFIED, ImageIndex, Manifest, write_index
-from modeling_miniclip.search.page.app import RESULTS
+from modeling_miniclip.search.page.index_page import RESULTS
 from modeling_miniclip.search.query import Query, embed_queries
 
 HERE = Path(__file__).resolve().parent
@@ -139,7 +139,7 @@ class User:
             files = {"files": (asked.picture.name, asked.picture.read_bytes(), "image/jpeg")}
             upload = await self.client.post("/gradio_api/upload", files=files)
             picture = {"path": upload.raise_for_status().json()[0], "meta": {"_type": "gradio.FileData"}}
-        data = [asked.words, picture, "", "", "", "", ""]
+        data = [asked.words, picture, "", "", "", "", "", False]
         body = {"data": data, "fn_index": self.search, "session_hash": self.session}
         (await self.client.post("/gradio_api/queue/join", json=body)).raise_for_status()
         url = f"/gradio_api/queue/data?session_hash={self.session}"
@@ -174,7 +174,7 @@ async def crowd(address: str, pool: list[Search], args: argparse.Namespace, resu
     end = time.perf_counter() + args.seconds
     async with httpx.AsyncClient(base_url=address, timeout=60) as client:
         config = (await client.get("/config")).json()
-    search = next(d["id"] for d in config["dependencies"] if len(d["inputs"]) == 7)
+    search = next(d["id"] for d in config["dependencies"] if len(d["inputs"]) == 8)
 
     async def use(number: int) -> None:
         rng = random.Random(number)
@@ -309,7 +309,7 @@ PAGE_TAIL = """
 Every fifth search uploads a picture, the others are captions. Each answer was compared with that of the index itself.
 "Answer" is the time until the names of the images found arrive, "page" until their pictures do. Users look at a page
 for an exponentially distributed time with this mean. Memory is that of the server when it starts to listen, after a
-sixth and after half of the time, and at the end. The towers are loaded and warmed up at the first search.
+sixth and after half of the time, and at the end. The towers are loaded and warmed up before the server listens.
 """
 IMAGES_HEAD = """
 ## Many images
