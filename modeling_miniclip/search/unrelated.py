@@ -21,6 +21,7 @@ from .exact import Match
 from .unrelated_texts import CHECKSUM
 
 FILE = "unrelated.safetensors"
+FLOAT32 = np.dtype(np.float32)
 AUTO = 0.36  # the strictest cutoff that keeps 95 % of the right first results, see benchmarks/cutoff.md
 SAMPLE = 1_000  # images that stand for all of them
 LEAST_IMAGES = 50  # fewer do not show what a query scores with images in general
@@ -75,15 +76,17 @@ class UnrelatedCaptions:
         with safe_open(path, "np") as file:
             captions, best = file.get_tensor("captions"), file.get_tensor("best")
             texts = (file.metadata() or {}).get("texts", "")
-        if captions.shape != (len(best), embeddings.shape[1]) or len(best) < 2:
-            raise ValueError(f"{path.name} has captions of shape {captions.shape}")
+        count, dim = len(captions), embeddings.shape[1]
+        if (captions.shape, best.shape) != ((count, dim), (count,)) or {captions.dtype, best.dtype} != {FLOAT32}:
+            raise ValueError(f"{path.name} has {captions.dtype} {captions.shape} and {best.dtype} {best.shape}")
         return cls(captions, best, embeddings, texts)
 
     def save(self, path: Path) -> None:
         """Write everything but the embeddings of the images to a safetensors file."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        save_file({"captions": self.captions, "best": self.best}, path, {"texts": self.texts})
+        # Written here, so that a full disk raises an OSError.
+        path.write_bytes(save({"captions": self.captions, "best": self.best}, {"texts": self.texts}))
 
     def chances(self, images: np.ndarray, query: np.ndarray) -> np.ndarray:
         """How often an unrelated caption finds an image that fits as well, for images found for a query.

@@ -17,6 +17,7 @@ from modeling_miniclip.errors import DataError
 from modeling_miniclip.search import index as image_index
 from modeling_miniclip.search.approximate import FILE as NEIGHBOURS
 from modeling_miniclip.search.index import EMBEDDINGS, ENTRIES, MANIFEST, SCHEMA, ImageIndex, Manifest, write_index
+from modeling_miniclip.search.unrelated import FILE as UNRELATED
 from modeling_miniclip.search.update import update_index
 from modeling_miniclip.utils.names import path_of
 from tests.helpers.fuzzing import cases, damaged, fuzz, result_or_error
@@ -36,7 +37,8 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     vectors = np.eye(ROWS, DIM, dtype=np.float32) + 0.01
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     neighbours = "approximate" if find_spec("faiss") else "exact"
-    write_index(folder, Manifest("model", "f" * 64, DIM, request.param, neighbours=neighbours), [entries], [vectors])
+    manifest = Manifest("model", "f" * 64, DIM, request.param, neighbours=neighbours)
+    write_index(folder, manifest, [entries], [vectors], captions=np.eye(4, DIM, dtype=np.float32))
     return folder
 
 
@@ -45,7 +47,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "photos.index"))
 
 
-def use(folder: Path) -> tuple[list[str], list[float], list[bytes | None], dict[str, Any]]:
+def use(folder: Path) -> tuple[list[str], list[float], list[bytes | None], dict[str, Any], list[float | None]]:
     """Use every part of an index."""
     index = ImageIndex.open(folder)
     found = index.search(np.ones(DIM), 5)
@@ -53,15 +55,18 @@ def use(folder: Path) -> tuple[list[str], list[float], list[bytes | None], dict[
         assert index.entry(match.index)["id"] == match.name
     thumbnails = [index.thumbnail(match.index) for match in found]
     rows = index.read_entries().to_pydict()
-    return [match.name for match in found], [match.score for match in found], thumbnails, rows
+    chances = [match.chance for match in index.search(np.ones(DIM), 5, cutoff=1)]
+    return [match.name for match in found], [match.score for match in found], thumbnails, rows, chances
 
 
 @cases(16, 3000)
 def test_damaged_index_answers_correctly_or_fails(whole: Path, copy: Path, record_property: Any, count: int) -> None:
     expected = use(whole)
     assert len(expected[0]) == 5 and set(expected[0]) <= set(NAMES) and set(expected[2]) == {b"jpeg"}
+    assert len(expected[4]) == 5
     names = sorted(path.name for path in whole.iterdir())
-    assert {MANIFEST, ENTRIES, EMBEDDINGS} <= set(names) and (find_spec("faiss") is None or NEIGHBOURS in names)
+    assert {MANIFEST, ENTRIES, EMBEDDINGS, UNRELATED} <= set(names)
+    assert find_spec("faiss") is None or NEIGHBOURS in names
 
     @fuzz(count, record_property)
     @given(name=st.sampled_from(names), data=st.data())
@@ -74,7 +79,7 @@ def test_damaged_index_answers_correctly_or_fails(whole: Path, copy: Path, recor
     check()
 
 
-@pytest.mark.parametrize("name", [MANIFEST, ENTRIES, EMBEDDINGS])
+@pytest.mark.parametrize("name", [MANIFEST, ENTRIES, EMBEDDINGS, UNRELATED])
 def test_each_flipped_bit_is_detected_or_harmless(whole: Path, copy: Path, name: str, record_property: Any) -> None:
     content = (whole / name).read_bytes()
     expected, detected = use(whole), 0
@@ -97,7 +102,7 @@ def test_large_index_is_verified_on_request(
     monkeypatch.setattr(image_index, "VERIFIED", 0)
 
     @fuzz(count, record_property)
-    @given(name=st.sampled_from([ENTRIES, EMBEDDINGS]), data=st.data())
+    @given(name=st.sampled_from([ENTRIES, EMBEDDINGS, UNRELATED]), data=st.data())
     def check(name: str, data: Any) -> None:
         content = data.draw(damaged(st.just((whole / name).read_bytes())), label="content")
         (copy / name).write_bytes(content)
