@@ -64,7 +64,7 @@ def find_matches(
         raise ValueError(f"n must be at least 1, not {n}")
     largest = None if cutoff is None else cutoff_of(cutoff)
     if largest is not None and not isinstance(query, str):
-        raise UsageError("cutoff compares texts with unrelated captions: leave it out for an image")
+        raise UsageError("cutoff: expected a text to compare with unrelated captions; leave it out for an image")
     encode = encode_texts if isinstance(query, str) else encode_images
     embedding = encode(model, [query], processor, progress=False, truncate_dim=truncate_dim)
     embeddings = embeddings[:, :truncate_dim]

@@ -77,7 +77,8 @@ class UnrelatedCaptions:
             captions, best = file.get_tensor("captions"), file.get_tensor("best")
             texts = (file.metadata() or {}).get("texts", "")
         count, dim = len(captions), embeddings.shape[1]
-        if (captions.shape, best.shape) != ((count, dim), (count,)) or {captions.dtype, best.dtype} != {FLOAT32}:
+        is_whole = (captions.shape, best.shape) == ((count, dim), (count,)) and count >= 2
+        if not is_whole or {captions.dtype, best.dtype} != {FLOAT32}:
             raise ValueError(f"{path.name} has {captions.dtype} {captions.shape} and {best.dtype} {best.shape}")
         return cls(captions, best, embeddings, texts)
 

@@ -190,7 +190,7 @@ def test_one_thread_embeds_for_all_visitors(page: IndexPage, monkeypatch: pytest
     with ThreadPoolExecutor(4) as threads:
         assert set(threads.map(ask, range(4))) == {17}
     assert len(threads_used) == 4 and len(set(threads_used)) == 1
-    page.embed_words.cache_clear()  # type: ignore[attr-defined]  # the other tests use the same page
+    page.embed_words.cache_clear()  # the other tests use the same page
 
 
 def test_words_are_embedded_once_and_pictures_each_time(
@@ -270,12 +270,12 @@ def test_fast_route_answers_for_thumbnails_only(path: str, is_answered: bool, tm
 
     route = ThumbnailRoute(rest, str(tmp_path))
     scope = {"type": "http", "method": "GET", "path": path.format(served=tmp_path)}
-    asyncio.run(route(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(route(scope, None, send))
     assert bool(passed) != is_answered
     if is_answered:
         assert sent[0]["status"] == 200 and (b"content-type", b"image/jpeg") in sent[0]["headers"]
         assert sent[1]["body"] == b"content"
-    asyncio.run(route({**scope, "method": "POST"}, None, send))  # type: ignore[arg-type]
+    asyncio.run(route({**scope, "method": "POST"}, None, send))
     assert passed
 
 
@@ -387,9 +387,9 @@ def test_page_answers_in_browser_and_serves_no_file(place: Path, tmp_path: Path,
 
 # Whether the first picture that was found has a name.
 FIRST_IS = "name => document.querySelector('#results button.thumbnail-item')?.innerText.includes(name)"
-# Brightness of the page's background and of the text below the first picture, from 0 to 255.
-BRIGHTNESS = """() => ['body', '#results .caption-label'].map((place, number) => {
-  let element = document.querySelector(place), key = number ? 'color' : 'backgroundColor', colour = '';
+# Brightness of what is behind the text below the first picture, and of this text, from 0 to 255.
+BRIGHTNESS = """() => ['backgroundColor', 'color'].map(key => {
+  let element = document.querySelector('#results .caption-label'), colour = '';
   do { colour = getComputedStyle(element)[key]; element = element.parentElement; }
   while (element && colour.replaceAll(' ', '') === 'rgba(0,0,0,0)');
   return colour.match(/[0-9.]+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 3;

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,6 +32,8 @@ from modeling_miniclip.search.formatting import cut, display_width
 from modeling_miniclip.search.index import SCHEMA, Manifest, write_index
 from modeling_miniclip.search.page.results_page import write_results_page
 from modeling_miniclip.search.query import Query, embed_queries
+from modeling_miniclip.search.unrelated import AUTO
+from tests.helpers.browsers import browser_page
 from tests.helpers.indexes import write_model, write_pictures
 
 
@@ -255,12 +258,30 @@ def test_results_page_does_not_say_where_files_are(source: str, tmp_path: Path, 
 
 def test_results_page_dims_what_does_not_fit(home: Path, tmp_path: Path) -> None:
     index = ImageIndex.open(home / "index")
-    write_results_page(tmp_path / "found.html", index, "a boat", [Match("a", 0.5, 0, 0.001), Match("b", 0.5, 1, 0.9)])
+    write_results_page(tmp_path / "found.html", index, "a boat", [Match("a", 0.5, 0, 1e-9), Match("b", 0.5, 1, 1.0)])
     found = Page((tmp_path / "found.html").read_text(encoding="utf-8"))
     assert [attributes["class"] for tag, attributes in found.tags if tag == "figure"] == ["", "weak"]
-    assert "0.500, 0.1 %" in found.text and "0.500, 90 % ?" in found.text
+    assert "0.500, <0.001 %" in found.text and "0.500, 100 % ?" in found.text
     write_results_page(tmp_path / "found.html", index, "a boat", [])
     assert "Nothing fits" in (tmp_path / "found.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "brightest"), [("light", 255), ("dark", 80)])
+def test_results_page_fits_a_phone_in_both_themes(home: Path, tmp_path: Path, scheme: str, brightest: int) -> None:
+    index = ImageIndex.open(home / "index")
+    chances = (1e-9, AUTO / 8, AUTO / 2, AUTO, (AUTO + 1) / 2, 1.0)
+    matches = [replace(m, chance=c) for m, c in zip(index.search(index.embeddings[0], 6), chances, strict=True)]
+    write_results_page(tmp_path / "found.html", index, "a dog with averylongname" * 4, matches)
+    with browser_page(360, 700) as page:
+        page.emulate_media(color_scheme=scheme)
+        page.goto((tmp_path / "found.html").as_uri())
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
+        ground = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+        assert brightest - 80 <= max(map(int, re.findall(r"\d+", ground)[:3])) <= brightest
+        opacity = "() => [...document.querySelectorAll('figure img')].map(image => getComputedStyle(image).opacity)"
+        assert page.evaluate(opacity) == ["1"] * 4 + ["0.5"] * 2
+        page.screenshot(path=str(tmp_path / f"{scheme}.png"), full_page=True)
 
 
 # --- export and duplicates ------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class IndexPage:
             self.embedder.submit(self._embed, Query("a photo", Image.new("RGB", (64, 64)))).result()
 
     def sample(self) -> tuple[list[Thumbnail], list[int], str]:
-        """Images from all over the index, before anything is searched; as [`search`] returns them."""
+        """Images from all over the index, before anything is searched; as `search` returns them."""
         rows = np.unique(np.linspace(0, len(self.index) - 1, RESULTS).astype(int)).tolist()
         names = [_name(self.index.entry(row)["id"]) for row in rows]
         count = len(self.index)
@@ -147,7 +147,7 @@ class IndexPage:
         )
 
     def more_like(self, row: int | None) -> tuple[list[Thumbnail], list[int], str]:
-        """The images most similar to one of the index, as [`search`] returns them; the first is the image itself.
+        """The images most similar to one of the index, as `search` returns them; the first is the image itself.
 
         Args:
             row: row of the image; None if none was chosen.

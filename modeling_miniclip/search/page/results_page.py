@@ -46,7 +46,7 @@ def write_results_page(
 
 def _tile(index: ImageIndex, match: Match, absolute_paths: bool) -> str:
     entry, picture = index.entry(match.index), picture_of(index, match.index, THUMBNAIL)
-    place = entry["id"] if absolute_paths else relative_name(entry["id"], entry["source"])
+    place = entry["id"] if absolute_paths else relative_name(entry["id"], entry["source"] or "")
     name = ", ".join([*(caption.rstrip(" .") for caption in entry["captions"][:1]), place])
     weak = is_weak(match.chance)
     chance = "" if match.chance is None else f", {percent(match.chance)}{' ?' if weak else ''}"
