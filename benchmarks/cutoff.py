@@ -6,7 +6,7 @@
 A number of validation images is drawn for the index, the others are removed, and all captions are searched: those of
 the images present, whose first result is right or wrong, and those of the images removed, whose first result is always
 wrong (though it may fit: many captions fit several images). Queries about something else are half of the package's
-unrelated captions, with the other half to compare with. Five ways to judge a first result are compared, each with the
+unrelated captions, with the other half to compare with. Six ways to judge a first result are compared, each with the
 strictest cutoff that keeps 95 % of the right first results of all models, sizes and draws together. Writes
 `cutoff.jsonl` and `cutoff.md`; the cutoff of the last way is `AUTO` in `modeling_miniclip/search/unrelated.py`.
 """
@@ -31,7 +31,8 @@ RULES = {
     "cosine": "cosine, compared with that of each unrelated caption's best image",
     "image": "compared with unrelated captions of the same image",
     "query": "compared with all images for the same query",
-    "both": "mean of both (as `--cutoff` does)",
+    "both": "mean of these two",
+    "three": "these two, and compared with all captions and images: mean (as `--cutoff` does)",
 }
 KINDS = ("right", "wrong", "absent", "unrelated")  # of first results: those of `HEAD`, in its order
 KEPT = 0.95  # share of the right first results that a cutoff keeps
@@ -40,7 +41,7 @@ HEAD = """# Search that says when there is nothing
 Written by `benchmarks/cutoff.py`: {captions} unrelated captions, validation images of Flickr8k. An index holds the
 given number of images, drawn several times; the others are removed. All captions of the split are searched, and the
 first result is judged by its chance: the share of unrelated captions that find an image which fits them as well.
-"Fits" is defined in four ways; the first line of each block has one cosine for all queries, models and indexes
+"Fits" is defined in five ways; the first line of each block has one cosine for all queries, models and indexes
 instead. The cutoff of each is the strictest one that keeps {kept:.0f} % of the right first results of all rows.
 
 The captions of a removed image often fit another image of the index, too, so not all that is kept there is wrong.
@@ -53,8 +54,8 @@ Unrelated queries are half of the unrelated captions, compared with the other ha
 """
 
 
-def deviations(scores: np.ndarray, others: np.ndarray, axis: int) -> np.ndarray:
-    """Scores as standard deviations above the mean of other scores along an axis."""
+def deviations(scores: np.ndarray, others: np.ndarray, axis: int | None) -> np.ndarray:
+    """Scores as standard deviations above the mean of other scores along an axis, or of all of them."""
     return (scores - others.mean(axis, keepdims=True)) / others.std(axis, keepdims=True)
 
 
@@ -63,8 +64,10 @@ def fits_of(rule: str, images: np.ndarray, queries: np.ndarray, captions: np.nda
     scores = images @ queries.T
     if rule == "cosine":
         return scores
-    by_image, by_query = deviations(scores, images @ captions.T, 1), deviations(scores, scores, 0)
-    return {"image": by_image, "query": by_query, "both": (by_image + by_query) / 2}[rule]
+    others = images @ captions.T
+    by_image, by_query = deviations(scores, others, 1), deviations(scores, scores, 0)
+    three = (deviations(scores, others, None) + by_image + by_query) / 3
+    return {"image": by_image, "query": by_query, "both": (by_image + by_query) / 2, "three": three}[rule]
 
 
 def chances_of(rule: str, images: np.ndarray, queries: np.ndarray, captions: np.ndarray) -> np.ndarray:
@@ -128,7 +131,7 @@ def measure(dataset: str, exports: list[str], sizes: list[int], repeats: int) ->
     lines = []
     for export in exports:
         for size in sizes:
-            for number, (rule, cutoff) in enumerate([*cutoffs.items(), ("both", AUTO)]):
+            for number, (rule, cutoff) in enumerate([*cutoffs.items(), ("three", AUTO)]):
                 of_kind = {kind: chances[export, size, rule, kind] for kind in KINDS}
                 kept = {kind: float((some <= cutoff).mean()) for kind, some in of_kind.items()}
                 lines.append({"model": public_name(str(Path(export).resolve())), "size": size, "rule": rule,

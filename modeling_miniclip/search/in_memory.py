@@ -1,6 +1,7 @@
 """`find_matches`: search embeddings in memory, without an index on disk."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def find_matches(
             break
     found = list(matches.values())
     if largest is not None and found:
-        captions = encode_texts(model, TEXTS, processor, progress=False, truncate_dim=truncate_dim).numpy()
+        with warnings.catch_warnings(action="ignore"):  # about truncated captions, which are not the caller's
+            captions = encode_texts(model, TEXTS, processor, progress=False, truncate_dim=truncate_dim).numpy()
         unrelated = UnrelatedCaptions.compare(captions, embeddings.numpy())
         found = cut_matches(found, unrelated, embedding[0].numpy(), largest)
     if draw is not None and (found or largest is None):

@@ -155,7 +155,7 @@ class ImageIndex:
 
     def close(self) -> None:
         """Let go of the files, after which the index is of no more use: Windows replaces no file that is open."""
-        for name in ("_entries_file", "embeddings", "neighbours", "entries"):
+        for name in ("_entries_file", "embeddings", "neighbours", "unrelated", "entries"):
             vars(self).pop(name, None)
         self._row_groups = {}
 

@@ -1,10 +1,11 @@
 """How well a result fits: compared with what captions score that have nothing to do with the images.
 
 A cosine says little by itself: some images score high with any text, some texts with any image, and models differ. So
-the score of a result is compared twice, each time as a number of standard deviations above a mean: with the scores of
-the unrelated captions for the same image, and with the scores of the index's images for the same query. The *fit* of a
-result is the mean of both. Its *chance* is the share of unrelated captions that find an image in this index which fits
-them as well: what to expect of a query for which there is nothing.
+the score of a result is compared three times, each time as a number of standard deviations above a mean: with the
+scores of the unrelated captions for all images, with their scores for the same image, and with the scores of the
+index's images for the same query. The *fit* of a result is the mean of the three. Its *chance* is the share of
+unrelated captions that find an image in this index which fits them as well: what to expect of a query for which there
+is nothing.
 """
 
 import math
@@ -22,7 +23,7 @@ from .unrelated_texts import CHECKSUM
 
 FILE = "unrelated.safetensors"
 FLOAT32 = np.dtype(np.float32)
-AUTO = 0.36  # the strictest cutoff that keeps 95 % of the right first results, see benchmarks/cutoff.md
+AUTO = 0.325  # the strictest cutoff that keeps 95 % of the right first results, see benchmarks/cutoff.md
 SAMPLE = 1_000  # images that stand for all of them
 LEAST_IMAGES = 50  # fewer do not show what a query scores with images in general
 IMAGES_AT_ONCE = 4_096
@@ -112,10 +113,14 @@ class UnrelatedCaptions:
             `[n, texts]` float32.
         """
         scores = images @ queries.T
-        by_image = _deviations(scores, images @ self.captions.T, axis=1)
-        if len(self.embeddings) < LEAST_IMAGES:
-            return by_image
-        return (by_image + _deviations(scores, self._sample @ queries.T, axis=0)) / 2
+        compared = [
+            _deviations(scores, self._sample_scores, axis=None),
+            _deviations(scores, images @ self.captions.T, axis=1),
+        ]
+        if len(self.embeddings) >= LEAST_IMAGES:
+            compared.append(_deviations(scores, self._sample @ queries.T, axis=0))
+        fits: np.ndarray = sum(compared) / np.float32(len(compared))
+        return fits
 
     def chance_of(self, fits: np.ndarray) -> np.ndarray:
         """The share of unrelated captions whose best image fits as well as this.
@@ -140,9 +145,14 @@ class UnrelatedCaptions:
         rows = np.linspace(0, len(self.embeddings) - 1, min(len(self.embeddings), SAMPLE)).astype(int)
         return np.asarray(self.embeddings[rows], np.float32)
 
+    @cached_property
+    def _sample_scores(self) -> np.ndarray:
+        """`[images, captions]` float32, what the unrelated captions score with the sample."""
+        return self._sample @ self.captions.T
 
-def _deviations(scores: np.ndarray, others: np.ndarray, axis: int) -> np.ndarray:
-    """Scores as standard deviations above the mean of other scores along an axis."""
+
+def _deviations(scores: np.ndarray, others: np.ndarray, axis: int | None) -> np.ndarray:
+    """Scores as standard deviations above the mean of other scores along an axis, or of all of them."""
     spread = np.maximum(others.std(axis=axis, keepdims=True), 1e-6)  # equal scores have none
     deviations: np.ndarray = (scores - others.mean(axis=axis, keepdims=True)) / spread
     return deviations

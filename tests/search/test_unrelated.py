@@ -55,14 +55,13 @@ def reference_fit(image: int, query: np.ndarray, images: np.ndarray, captions: n
     score = float(images[image] @ query)
     of_image = [float(images[image] @ caption) for caption in captions]
     of_query = [float(other @ query) for other in images]
-    by_image = (score - fmean(of_image)) / pstdev(of_image)
-    if len(images) < unrelated.LEAST_IMAGES:
-        return by_image
-    return (by_image + (score - fmean(of_query)) / pstdev(of_query)) / 2
+    of_all = [float(other @ caption) for other in images for caption in captions]
+    compared = [(score - fmean(others)) / pstdev(others) for others in (of_all, of_image, of_query)]
+    return fmean(compared[:2] if len(images) < unrelated.LEAST_IMAGES else compared)
 
 
 @pytest.mark.parametrize("count", [unrelated.LEAST_IMAGES - 1, unrelated.LEAST_IMAGES])
-def test_fits_are_deviations_from_two_means(count: int) -> None:
+def test_fits_are_deviations_from_three_means(count: int) -> None:
     rng = np.random.default_rng(0)
     images, captions, queries = unit(rng, count, 6, 0.3), unit(rng, 9, 6), unit(rng, 3, 6)
     found = UnrelatedCaptions.compare(captions, images)
@@ -271,12 +270,12 @@ def test_benchmark_judges_first_results_like_an_index() -> None:
     assert {rule: sum(len(judged[rule, kind]) for kind in ("right", "wrong", "absent")) for rule in RULES} == (
         dict.fromkeys(RULES, 160)
     )
-    assert len(judged["both", "absent"]) == 40 and len(judged["both", "unrelated"]) == 6
+    assert len(judged["three", "absent"]) == 40 and len(judged["three", "unrelated"]) == 6
     found = UnrelatedCaptions.compare(captions, images[present])
     absent = texts[np.isin(image_of, present, invert=True)]
     best = (images[present] @ absent.T).argmax(axis=0)
     expected = [float(found.chances(images[present][[row]], text)[0]) for row, text in zip(best, absent, strict=True)]
-    assert judged["both", "absent"].tolist() == pytest.approx(expected, abs=1e-4)
+    assert judged["three", "absent"].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_strictest_cutoff_keeps_95_of_100() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -141,7 +142,8 @@ def unrelated_captions(manifest: Manifest, existing: ImageIndex | None = None) -
             return known.captions
     model, processor = load_tower(model_folder(manifest.model), "text")
     model = model.to(PartialState().device)
-    captions: np.ndarray = encode_texts(model, TEXTS, processor, progress=False, truncate_dim=manifest.dim).numpy()
+    with warnings.catch_warnings(action="ignore"):  # about truncated captions, which are not the user's
+        captions: np.ndarray = encode_texts(model, TEXTS, processor, progress=False, truncate_dim=manifest.dim).numpy()
     if not np.isfinite(captions).all():
         raise MiniClipError(f"the embeddings of texts by {manifest.model} are not numbers (NaN): train it again")
     return captions
