@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-long test-min test-versions test-clients test-open-clip conformance coverage mutants lint audit constraints format docs clean
+.PHONY: help demo test test-slow test-long test-min test-versions test-clients test-open-clip conformance coverage bench mutants lint audit constraints format docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -87,6 +87,9 @@ $(VENV)/.installed-conformance: $(VENV)/.installed-dev
 conformance: $(VENV)/.installed-conformance  ## run the common tests of transformers (a minute or two; downloads their source once)
 	$(BIN)/python tests/conformance/upstream.py $(VENV)
 	RUN_SLOW=1 TRANSFORMERS_SOURCE=$(VENV) $(BIN)/python -m pytest -n 2 -m '' -r fE tests/conformance
+
+bench: $(VENV)/.installed-dev  ## compare this machine's speed ratios with the recorded ones (ten minutes, needs shared data)
+	PYTHONPATH=. $(BIN)/python benchmarks/bench.py
 
 mutants: $(VENV)/.installed-dev  ## check that the fast tests catch each of many small faults (minutes)
 	$(BIN)/python -m tests.mutants

@@ -22,4 +22,5 @@ cp "$run/metrics.jsonl" "$run/curves.png" "$here/$name/"
 awk '/^[a-z]/ {path = /^(dataset|vision_model|text_model|model_name_or_path|output_dir|feature_cache_dir):/} !path' \
     "$run/arguments.yaml" > "$here/$name/arguments.yaml"
 if [ "$name" = demo ]; then cp "$run/retrieval.png" "$here/$name/"; fi
-echo "{\"seconds\": $(echo "$end - $start" | bc)}" > "$here/$name/time.json"
+facts=$(PYTHONPATH=$here/.. "$python" "$here/machine.py")
+echo "{\"seconds\": $(echo "$end - $start" | bc), ${facts#\{}" > "$here/$name/time.json"
