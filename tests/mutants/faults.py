@@ -832,7 +832,7 @@ FAULTS = [
         ("pictures_miniclip.py", "16 bits are divided by 256", "values /= 257", "values /= 260", PROCESSOR),
     ),
     *faults_in(
-        "api",
+        f"{PACKAGE}/api",
         ("trainer.py", "each process takes the mean of its part", "return part * processes", "return part", TRAINER),
         (
             "trainer.py",
