@@ -235,15 +235,27 @@ def kill_and_resume(folder: Path, name: str, zero: dict[str, str], argv: list[st
     return train_in_processes([*argv, "--resume_from_checkpoint=latest"], 2, folder / f"{name}-again.log", zero)
 
 
-@pytest.mark.slow
-def test_killed_zero_3_run_resumes_as_without_deepspeed(folder: Path) -> None:
-    # By default, ZeRO-3 does not spread parameters as small as these.
+def zero_3(folder: Path) -> dict[str, str]:
+    """Environment of a process of ZeRO-3, which would not spread parameters as small as these by default."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 500, "reduce_bucket_size": "auto"}
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero, "gradient_clipping": "auto"}))
-    settings = ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "ds.json")}
-    output = kill_and_resume(folder, "killed", settings, arguments(folder, "killed", chunk_size=2))
+    return ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "ds.json")}
+
+
+@pytest.mark.slow
+def test_killed_zero_3_run_resumes_as_without_deepspeed(folder: Path) -> None:
+    output = kill_and_resume(folder, "killed", zero_3(folder), arguments(folder, "killed", chunk_size=2))
     assert "steps 8 to 20 of 8 images on 2 x cpu, precision no, DeepSpeed ZeRO-3\n" in output
     assert_same_run(folder / "ddp", folder / "killed")
+
+
+@pytest.mark.long
+def test_zero_3_blends_as_without_deepspeed(folder: Path) -> None:
+    values = {"preset": None, "model_name_or_path": folder / "ddp" / "export", "blend": 0.3, "max_steps": 4}
+    train_in_processes(arguments(folder, "blended-ddp", **values), 2, folder / "blended-ddp.log")
+    train_in_processes(arguments(folder, "blended", **values), 2, folder / "blended.log", zero_3(folder))
+    assert len([line for line in metrics_of(folder / "blended") if line["split"] == "blend"]) == 3
+    assert_same_run(folder / "blended-ddp", folder / "blended")
 
 
 @pytest.mark.long
