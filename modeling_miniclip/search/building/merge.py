@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 from accelerate import PartialState
 
+from ...clips.exported import export_folder
 from ...data.all_images import Listing, digest_of_name
 from ...data.listing import is_hidden
 from ...data.skipped import describe_skipped
 from ...errors import DataError, MiniClipError, printable
 from ...inference.encode import encode_texts
-from ...inference.loading import load_tower, model_folder
+from ...inference.loading import load_tower
 from ...utils.names import name_of, path_of
 from ..embeddings_file import gather_blocks
 from ..index import MANIFEST, ROW_GROUP, ImageIndex, Manifest, write_index
@@ -140,7 +141,7 @@ def unrelated_captions(manifest: Manifest, existing: ImageIndex | None = None) -
     if existing is not None and known is not None and known.texts == CHECKSUM:
         if (existing.manifest.fingerprint, existing.manifest.dim) == (manifest.fingerprint, manifest.dim):
             return known.captions
-    model, processor = load_tower(model_folder(manifest.model), "text")
+    model, processor = load_tower(export_folder(manifest.model), "text")
     model = model.to(PartialState().device)
     with warnings.catch_warnings(action="ignore"):  # about truncated captions, which are not the user's
         captions: np.ndarray = encode_texts(model, TEXTS, processor, progress=False, truncate_dim=manifest.dim).numpy()
