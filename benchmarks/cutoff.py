@@ -125,14 +125,14 @@ def measure(dataset: str, exports: list[str], sizes: list[int], repeats: int) ->
                 drawn = np.random.default_rng([size, repeat]).permutation(len(images))[:size]
                 for rule, kind, chances in judge(images, texts, image_of, captions, np.sort(drawn)):
                     found.setdefault((export, size, rule, kind), []).append(chances)
-    chances = {key: np.concatenate(parts) for key, parts in found.items()}
-    cutoffs = {rule: strictest(np.concatenate([c for k, c in chances.items() if k[2:] == (rule, "right")]))
+    all_chances = {key: np.concatenate(parts) for key, parts in found.items()}
+    cutoffs = {rule: strictest(np.concatenate([c for k, c in all_chances.items() if k[2:] == (rule, "right")]))
                for rule in RULES}  # fmt: skip
     lines = []
     for export in exports:
         for size in sizes:
             for number, (rule, cutoff) in enumerate([*cutoffs.items(), ("three", AUTO)]):
-                of_kind = {kind: chances[export, size, rule, kind] for kind in KINDS}
+                of_kind = {kind: all_chances[export, size, rule, kind] for kind in KINDS}
                 kept = {kind: float((some <= cutoff).mean()) for kind, some in of_kind.items()}
                 lines.append({"model": public_name(str(Path(export).resolve())), "size": size, "rule": rule,
                               "cutoff": cutoff, "auto": number == len(cutoffs), "kept": kept,

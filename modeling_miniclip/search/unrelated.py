@@ -119,8 +119,7 @@ class UnrelatedCaptions:
         ]
         if len(self.embeddings) >= LEAST_IMAGES:
             compared.append(_deviations(scores, self._sample @ queries.T, axis=0))
-        fits: np.ndarray = sum(compared) / np.float32(len(compared))
-        return fits
+        return np.stack(compared).mean(axis=0, dtype=np.float32)
 
     def chance_of(self, fits: np.ndarray) -> np.ndarray:
         """The share of unrelated captions whose best image fits as well as this.
