@@ -24,7 +24,7 @@ from modeling_miniclip.training.finetune.blend import (
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.time_limit import rest_of
 from tests.helpers.runs import assert_same_weights, flags, metrics_of, plain_arguments, write_scene_folder
-from tests.helpers.towers import tiny_model
+from tests.helpers.towers import tiny_model, with_slow
 from tests.test_model import shake
 from train_miniclip import main
 
@@ -146,7 +146,7 @@ def assert_blended(start: Path, best: Path, export: Path, share: float, toleranc
         torch.testing.assert_close(tensor, expected, rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("lora", [{}, {"lora_rank": 2}], ids=["whole", "adapters"])
+@pytest.mark.parametrize("lora", with_slow([{"lora_rank": 2}], [{}]), ids=["adapters", "whole"])
 def test_run_exports_weights_in_between(
     lora: dict[str, Any], tiny_run: Path, tmp_path: Path, without_figures: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +172,7 @@ def test_run_exports_weights_in_between(
     assert f"rsum, is {measured[1]['rsum']:.1f}" in card
 
 
+@pytest.mark.slow
 def test_auto_takes_the_best_mean_of_both_datasets(tiny_run: Path, tmp_path: Path, without_figures: None) -> None:
     other = write_scene_folder(tmp_path / "other", 40)
     export = main(tuning(tiny_run, tmp_path, "run", blend="auto", retention_dataset=other))

@@ -87,10 +87,10 @@ def test_second_dataset_and_blends_have_panels_of_their_own(tmp_path):
               for share in (0.0, 0.5, 1.0)]  # fmt: skip
     chosen = [{"step": 5, "split": "chosen blend", "share": 0.5}]
     right = {}
-    for name, lines in (("retention", retention), ("blends", blends), ("both", [*retention, *blends, *chosen])):
+    for name, lines in (("blends", blends), ("both", [*retention, *blends, *chosen])):
         draw_curves([training(5), validation(5), *lines], tmp_path / "curves.png", best_step=5)
         pixels = picture(tmp_path / "curves.png")
         assert pixels.shape == (770, 1980, 3)
         upper, lower = pixels[:385, 1450:], pixels[385:, 1450:]  # of the third column
         right[name] = [bool((half < 200).any()) for half in (upper, lower)]
-    assert right == {"retention": [True, False], "blends": [False, True], "both": [True, True]}
+    assert right == {"blends": [False, True], "both": [True, True]}

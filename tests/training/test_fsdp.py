@@ -58,7 +58,7 @@ def test_sharded_training_in_chunks_can_be_resumed(tmp_path: Path) -> None:
     assert_same_log(tmp_path / "one", tmp_path / "sharded")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sharded_adapters_are_saved_resumed_and_blended(tiny_run: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="PEFT comes with the extra lora")
     start = tiny_run / "export"

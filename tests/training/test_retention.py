@@ -73,6 +73,7 @@ def test_frozen_towers_are_measured_by_their_features(tiny_run: Path, tmp_path: 
     assert {name: frozen[name] for name in names} == pytest.approx({name: trained[name] for name in names}, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_resumed_run_needs_the_same_second_dataset(tiny_run: Path, tmp_path: Path, without_finish: None) -> None:
     main(retaining(tiny_run, tmp_path, max_steps=1))
     main(retaining(tiny_run, tmp_path, max_steps=2, resume_from_checkpoint="latest"))
