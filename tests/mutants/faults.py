@@ -25,7 +25,8 @@ class Fault:
 PACKAGE = "modeling_miniclip"
 CAPTIONS, LOADER, CHECK, SCENES = (f"tests/data/test_{name}.py" for name in ("captions", "loader", "check", "scenes"))
 BATCHES = "tests/data/test_batches.py"
-ENCODE = "tests/inference/test_encode.py"
+ENCODE, FIT = "tests/inference/test_encode.py", "tests/inference/test_fit.py"
+STEPS, MEMORY = "tests/training/test_memory.py", "tests/utils/test_memory.py"
 METRICS, ZERO_SHOT, EVALUATE = (f"tests/evaluation/test_{name}.py" for name in ("metrics", "zero_shot", "evaluate"))
 EXPORT, FUZZ_EXPORTS = "tests/hub/test_export.py", "tests/hub/test_fuzz_exports.py"
 NEAREST, QUERY, UPDATE, SHORT = (
@@ -239,6 +240,13 @@ FAULTS = [
     ),
     *faults_in(
         f"{PACKAGE}/inference",
+        (
+            "fit.py",
+            "a single row is stopped",
+            "rows <= max(1, self.fitted)",
+            "rows <= self.fitted",
+            FIT,
+        ),
         (
             "encode.py",
             "encoding leaves the model in evaluation mode",
@@ -470,6 +478,48 @@ FAULTS = [
             GRAD_CACHE,
         ),
         (
+            "memory/steps.py",
+            "a repeated step draws other random numbers",
+            "set_random_state(self.random, run.accelerator.device)",
+            "pass",
+            STEPS,
+        ),
+        (
+            "memory/steps.py",
+            "batch norms count a failed attempt",
+            "buffer.copy_(value)",
+            "pass",
+            STEPS,
+        ),
+        (
+            "memory/steps.py",
+            "gradients of a failed attempt stay",
+            "run.optimizer.zero_grad(set_to_none=True)",
+            "pass",
+            STEPS,
+        ),
+        (
+            "memory/activations.py",
+            "what a backward pass has used still counts",
+            "self.bytes -= size",
+            "pass",
+            STEPS,
+        ),
+        (
+            "memory/activations.py",
+            "the outputs of frozen layers do not count",
+            " + PER_OUTPUT * self.largest > self.most",
+            " > self.most",
+            STEPS,
+        ),
+        (
+            "memory/sizes.py",
+            "a step with longer texts is known to fit",
+            "return all(one",
+            "return any(one",
+            STEPS,
+        ),
+        (
             "processes/distributed.py",
             "gradients go to the next process",
             "start = sum(counts[:rank])",
@@ -636,6 +686,20 @@ FAULTS = [
     ),
     *faults_in(
         f"{PACKAGE}/utils",
+        (
+            "memory.py",
+            "files in memory count as taken",
+            "left += sum(int(statistics.get(name, 0)) for name in caches)",
+            "pass",
+            MEMORY,
+        ),
+        (
+            "memory.py",
+            "only the innermost control group counts",
+            "range(len(inside), -1, -1)",
+            "range(len(inside), len(inside) - 1, -1)",
+            MEMORY,
+        ),
         ("html.py", "a label is not escaped", "<b>{escape(label)}</b>", "<b>{label}</b>", HTML),
         (
             "match_grid.py",
