@@ -55,3 +55,17 @@ def test_flags_take_one_tower_out_of_a_clip(family: str, tmp_path: Path, tiny_to
                 assert getattr(model.config, f"{side}_config").name_or_path == str(original)
         if flags_[-1] == str(original):
             assert torch.equal(processor(text=TEXTS, return_tensors="pt")["input_ids"], theirs["tokens"])
+
+
+def test_image_tower_of_a_clip_is_trained(
+    tmp_path: Path, tiny_towers: tuple[Path, Path], without_figures: None
+) -> None:
+    original = save_clip("clip", tmp_path / "original")
+    options = {"preset": None, "vision_model": original, "text_model": tiny_towers[1], "projection_dim": 16}
+    options |= {"frozen_vision_fraction": 0.5, "layer_decay": 0.9, "max_steps": 2}
+    trained, before = from_clip(main(flags(tmp_path, **options))), from_clip(original)
+    assert (trained.config.vision_config.model_type, trained.config.vision_pooling) == ("clip_vision_model", "pooler")
+    parts = [dict(model.vision_model.named_parameters()) for model in (trained, before)]
+    changed = {name for name, value in parts[0].items() if not torch.equal(value, parts[1][name])}
+    assert not any(".layers.0." in name or "embeddings" in name for name in changed)
+    assert all(name in changed for name in parts[0] if ".layers.1." in name and name.endswith("weight"))

@@ -2,13 +2,16 @@
 
 import copy
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, export, from_clip
@@ -226,6 +229,30 @@ def test_architecture_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monk
         from_clip("open_clip:ViT-Z/openai")
     with pytest.raises(ModelError, match="neither a file nor one of the checkpoints"):
         from_clip("open_clip:ViT-Tiny-Conversion/nothing")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save_open_clip("vit", tmp_path)
+    weights = load_file(folder / "open_clip_model.safetensors")
+    save_file({name: value.to(dtype) for name, value in weights.items()}, folder / "open_clip_model.safetensors")
+    model = from_clip(folder)
+    assert model.dtype == torch.float32
+    assert differences(our_results(model, model.processor), open_clip_results(f"local-dir:{folder}")) == {}
+
+
+def test_pickled_weights_are_converted_by_the_command_in_the_error(tmp_path: Path) -> None:
+    folder = save_open_clip("vit", tmp_path / "original")
+    theirs = open_clip_results(f"local-dir:{folder}")
+    weights = folder / "open_clip_model.safetensors"
+    torch.save(load_file(weights), folder / "open_clip_pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(ModelError, match="pickled weights .* are not read") as error:
+        from_clip(folder)
+    command = shlex.split(str(error.value).partition("convert them with ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    model = from_clip(folder)
+    assert differences(our_results(model, model.processor), theirs) == {}
 
 
 @pytest.mark.parametrize(
