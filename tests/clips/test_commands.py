@@ -3,7 +3,7 @@
 import importlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,15 @@ from tests.helpers.towers import with_slow
 pytestmark = pytest.mark.filterwarnings("ignore:.*truncated", "ignore:.*states no licence")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The conversions of this file are kept in a temporary folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setattr("huggingface_hub.constants.HF_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny CLIP of transformers; read-only."""
@@ -38,9 +47,10 @@ def no_conversion(*names: str) -> Any:
 
 
 def test_clip_is_converted_once(
-    clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clip: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = export_folder(clip)
+    assert folder.parent == own_cache / "miniclip" / "models"
     capsys.readouterr()
     monkeypatch.setattr(conversion, "load_clip", no_conversion)
     monkeypatch.chdir(clip.parent)
