@@ -11,7 +11,6 @@ from PIL import Image, UnidentifiedImageError
 
 from ..pictures_miniclip import open_picture, to_rgb
 
-EXTRA = "pip install 'miniclip[formats]' reads it"
 START = 64  # bytes at the start of a file that show its format
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -51,8 +50,8 @@ def _format(name: str, suffixes: str, module: str | None = "", hint: str = "") -
 
 
 AVIF = _format("AVIF", ".avif .avifs")
-HEIC = _format("HEIC", ".heic .heif .heics .heifs .hif", "pillow_heif", EXTRA)
-JXL = _format("JPEG XL", ".jxl", "pylibjxl", EXTRA)
+HEIC = _format("HEIC", ".heic .heif .heics .heifs .hif", "pillow_heif", "pip install pillow-heif reads it")
+JXL = _format("JPEG XL", ".jxl", "pylibjxl", "pip install pylibjxl reads it")
 RAW = _format(
     "RAW",
     ".3fr .arw .cr2 .cr3 .crw .dng .erf .fff .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 "

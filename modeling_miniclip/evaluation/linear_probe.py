@@ -50,7 +50,7 @@ def check_probe() -> None:
         MiniClipError: it is not.
     """
     if find_spec("sklearn") is None:
-        raise MiniClipError("--linear_probe needs scikit-learn: pip install 'miniclip[probe]'")
+        raise MiniClipError("--linear_probe needs scikit-learn: pip install scikit-learn")
 
 
 def linear_probe(

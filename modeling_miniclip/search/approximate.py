@@ -43,7 +43,7 @@ def uses_approximate_search(choice: str, count: int) -> bool:
         raise UsageError(f"neighbours {choice!r}: expected one of {', '.join(CHOICES)}")
     installed = find_spec("faiss") is not None
     if choice == "approximate" and not installed:
-        raise MiniClipError("an approximate index needs FAISS: pip install 'miniclip[search]'")
+        raise MiniClipError("an approximate index needs FAISS: pip install faiss-cpu")
     return choice == "approximate" or (choice == "auto" and installed and count >= APPROXIMATE_FROM)
 
 

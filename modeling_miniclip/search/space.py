@@ -83,7 +83,7 @@ def write_space(export: str, folder: str | os.PathLike, sources: Sources, title:
     try:
         sdk_version = version("gradio")
     except PackageNotFoundError as error:
-        raise MiniClipError("a Space needs gradio: pip install 'miniclip[app]'") from error
+        raise MiniClipError("a Space needs gradio: pip install gradio") from error
     if not title.strip():
         raise UsageError("--title is empty: give the page a title")
     title = " ".join(title.split())

@@ -181,15 +181,19 @@ def without_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize(("content", "name"), [(HEIC, "HEIC"), (JPEG_XL, "JPEG XL")])
-def test_message_names_the_extra(tmp_path: Path, without_extra: None, content: bytes, name: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "name", "package"), [(HEIC, "HEIC", "pillow-heif"), (JPEG_XL, "JPEG XL", "pylibjxl")]
+)
+def test_message_names_the_package_to_install(
+    tmp_path: Path, without_extra: None, content: bytes, name: str, package: str
+) -> None:
     (tmp_path / "a.jpg").write_bytes(content)  # phones and apps often rename such files
-    with pytest.raises(UnreadableFormat, match=rf"^{name}, .*: pip install 'miniclip\[formats\]' reads it$"):
+    with pytest.raises(UnreadableFormat, match=rf"^{name}, .*: pip install {package} reads it$"):
         decode_picture(content)
     inspection = inspect_image(content)
     assert inspection.kind == "format" and f"is {name}, " in inspection.message
     reasons = {"a.jpg": str(inspection.message), "b.jpg": inspection.message, "c.jpg": "empty"}
-    expected = rf"3 of 7 images could not be read: a.jpg, b.jpg, c.jpg; 2 of them {name} \(pip install"
+    expected = rf"3 of 7 images could not be read: a.jpg, b.jpg, c.jpg; 2 of them {name} \(pip install {package}"
     assert np.char.startswith(describe_skipped(reasons, 7), expected.replace("\\", ""))
 
 

@@ -43,7 +43,7 @@ from tests.helpers.browsers import browser_page
 from tests.helpers.indexes import write_pictures
 from tests.helpers.runs import ROOT, environment
 
-needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="no gradio: pip install 'miniclip[app]'")
+needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="no gradio: pip install gradio")
 NAMES = " ".join(f"{folder}/{i:02d}.png" for folder in ("sea", "town") for i in range(8))
 
 

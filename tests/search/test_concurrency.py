@@ -23,7 +23,7 @@ from tests.helpers.runs import ROOT, environment
 ROWS, DIM = 4200, 64  # three row groups, and products that torch shares among threads
 NAMES = ("float32", "float16", "approximate")
 KINDS = ["float32", "float16", "int8", pytest.param("approximate", marks=pytest.mark.skipif(
-    find_spec("faiss") is None, reason="no FAISS: pip install 'miniclip[search]'"))]  # fmt: skip
+    find_spec("faiss") is None, reason="no FAISS: pip install faiss-cpu"))]  # fmt: skip
 needs_fork = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork processes"
 )

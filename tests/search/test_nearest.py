@@ -56,7 +56,7 @@ def test_k_above_the_row_count_returns_all() -> None:
 
 # --- approximate search ---------------------------------------------------------------------------------------------
 
-needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="no FAISS: pip install 'miniclip[search]'")
+needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="no FAISS: pip install faiss-cpu")
 
 
 @needs_faiss
@@ -99,7 +99,7 @@ def test_kind_of_search_depends_on_size_and_choice(monkeypatch: pytest.MonkeyPat
     assert uses_approximate_search("approximate", 3) and not uses_approximate_search("exact", 10**9)
     monkeypatch.setattr(approximate, "find_spec", lambda name: None)
     assert not uses_approximate_search("auto", 10**9)
-    with pytest.raises(MiniClipError, match=r"needs FAISS: pip install 'miniclip\[search\]'"):
+    with pytest.raises(MiniClipError, match=r"needs FAISS: pip install faiss-cpu"):
         uses_approximate_search("approximate", 10**9)
     with pytest.raises(UsageError, match="expected one of auto, exact, approximate"):
         uses_approximate_search("best", 1)

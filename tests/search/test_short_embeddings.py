@@ -82,7 +82,7 @@ def test_search_equals_sorting_all_decoded_products(share: float | None, monkeyp
     np.testing.assert_allclose(scores, (exact @ query)[wanted], atol=5e-3)
 
 
-@pytest.mark.skipif(find_spec("faiss") is None, reason="no FAISS: pip install 'miniclip[search]'")
+@pytest.mark.skipif(find_spec("faiss") is None, reason="no FAISS: pip install faiss-cpu")
 def test_approximate_search_compares_candidates_again(tmp_path: Path) -> None:
     coded, query = CodedEmbeddings.from_rows(rows_of(3000)), rows_of(1)[0]
     build_neighbours(coded, tmp_path / "neighbours")

@@ -258,7 +258,7 @@ def _served(gr: Any) -> str:
 
 def _check_gradio_is_installed() -> None:
     if find_spec("gradio") is None:
-        raise MiniClipError("the search page needs gradio: pip install 'miniclip[app]'")
+        raise MiniClipError("the search page needs gradio: pip install gradio")
 
 
 def _gradio() -> Any:
