@@ -117,7 +117,7 @@ class MiniClipConfig(PretrainedConfig):
     Raises:
         ValueError: a value has the wrong type or is out of range, or the image tower is no image encoder.
 
-    Example:
+    Examples:
         >>> from modeling_miniclip import MiniClipConfig
         >>> config = MiniClipConfig(projection_dim=128, text_pooling="mean")
         >>> config.vision_config.architecture, config.text_config.model_type
@@ -195,7 +195,11 @@ class MiniClipConfig(PretrainedConfig):
         self._check()
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The values for `config.json`: like the parent's, but without the towers' defaults in each release."""
+        """The values for `config.json`.
+
+        Returns:
+            Like the parent's, but without the towers' defaults in each release.
+        """
         values = super().to_diff_dict()
         for name in self.sub_configs:
             tower = getattr(self, name)
@@ -206,7 +210,11 @@ class MiniClipConfig(PretrainedConfig):
         return values
 
     def heads(self) -> list[dict[str, Any]]:
-        """Arguments of the image head and of the text head: `depth`, `bias`, `hidden` and `hidden_bias`."""
+        """What the projection heads consist of.
+
+        Returns:
+            `depth`, `bias`, `hidden` and `hidden_bias` of the image head, and of the text head.
+        """
         values = (self.projection_depth, self.projection_bias, self.projection_hidden, self.projection_hidden_bias)
         return [
             {

@@ -35,7 +35,7 @@ def printable(text: object) -> str:
 
     Control characters, line breaks and changes of the writing direction are escaped as in Python source code.
 
-    Example:
+    Examples:
         >>> print(printable("cat\x1b[2J\n.jpg"))
         cat\x1b[2J\n.jpg
     """

@@ -122,7 +122,7 @@ def symmetric_contrastive_loss(
     Returns:
         Scalar in nats. If all embeddings are equal, the default loss is ln(B) for B images and any number of texts.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from modeling_miniclip import symmetric_contrastive_loss
         >>> pairs = torch.arange(4)

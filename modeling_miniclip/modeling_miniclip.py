@@ -282,14 +282,24 @@ class MiniClipOutput(ModelOutput):
     pooler_output: Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are not None; nested outputs become tuples too."""
+        """The output as a tuple.
+
+        Returns:
+            The values that are not None; nested outputs become tuples, too.
+        """
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class MiniClipModel(PreTrainedModel):
     """Image tower, text tower, projection heads and temperature.
 
-    Example, a model from scratch (for pretrained towers see [`from_towers`][MiniClipModel.from_towers]):
+    `MiniClipModel(config)` has random weights; [`from_towers`][modeling_miniclip.MiniClipModel.from_towers] joins two
+    pretrained towers, and [`from_pretrained`][modeling_miniclip.MiniClipModel.from_pretrained] loads a trained model.
+
+    Args:
+        config: towers, heads and loss.
+
+    Examples:
         >>> import torch
         >>> from modeling_miniclip import MiniClipConfig, MiniClipModel
         >>> config = MiniClipConfig(
@@ -353,6 +363,9 @@ class MiniClipModel(PreTrainedModel):
 
         In custom code that initialises weights in place, it skips modules without direct weights. With them it would
         skip ModernBERT's rule for layers that a checkpoint lacks.
+
+        Returns:
+            False.
         """
         return False
 
@@ -377,6 +390,10 @@ class MiniClipModel(PreTrainedModel):
             allow_missing: whether weights that the files lack get initial values instead of being an error.
             output_loading_info: whether to also return what was missing, unexpected or of another shape.
             **kwargs: as for `PreTrainedModel.from_pretrained`. The weights of a `state_dict` need not be complete.
+
+        Returns:
+            The model in evaluation mode; with `output_loading_info`, also a dictionary of what was missing, unexpected
+            or of another shape.
 
         Raises:
             ValueError: the files lack weights.
@@ -403,7 +420,13 @@ class MiniClipModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Like `PreTrainedModel.save_pretrained`, but every Auto class finds the code saved with the weights."""
+        """Like `PreTrainedModel.save_pretrained`, but every Auto class finds the code saved with the weights.
+
+        Args:
+            save_directory: folder to write.
+            *args: as for `PreTrainedModel.save_pretrained`.
+            **kwargs: as for `PreTrainedModel.save_pretrained`.
+        """
         if self.is_remote_code():
             # transformers enters only the one class that the model was registered for or loaded with.
             auto_map = dict.fromkeys(AUTO_CLASSES, "modeling_miniclip.MiniClipModel")
@@ -429,7 +452,7 @@ class MiniClipModel(PreTrainedModel):
                 wrong value, or the text tower declares a pooling that is not supported.
             OSError: the weights cannot be found.
 
-        Example:
+        Examples:
             >>> model = MiniClipModel.from_towers("resnet50.a1_in1k", "distilbert-base-uncased")  # doctest: +SKIP
         """
         unknown = sorted(set(config) - set(FIELDS))
@@ -477,6 +500,12 @@ class MiniClipModel(PreTrainedModel):
         """Like `Module.train`, but an image tower's batch norm with frozen weights keeps its running statistics too.
 
         Otherwise they would drift with every step, and an adapter of a frozen tower (PEFT) does not save them.
+
+        Args:
+            mode: training mode, otherwise evaluation mode.
+
+        Returns:
+            The model itself.
         """
         super().train(mode)
         for module in self.vision_model.modules():
@@ -487,11 +516,19 @@ class MiniClipModel(PreTrainedModel):
         return self
 
     def get_input_embeddings(self) -> nn.Module:
-        """The text tower's token embeddings."""
+        """The text tower's token embeddings.
+
+        Returns:
+            A layer whose `weight` is `[vocabulary, text width]`.
+        """
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the text tower's token embeddings."""
+        """Replace the text tower's token embeddings.
+
+        Args:
+            value: new embeddings, of the same width.
+        """
         self.text_model.set_input_embeddings(value)
 
     def pool_images(
@@ -606,7 +643,11 @@ class MiniClipModel(PreTrainedModel):
         self._assigned_loss = loss
 
     def inverse_temperature(self) -> Tensor:
-        """`[1]` factor of the cosine similarities, at most `config.logit_scale_max`."""
+        """The factor of the cosine similarities.
+
+        Returns:
+            `[1]`, at most `config.logit_scale_max`; the logits are the similarities times this factor.
+        """
         return self.logit_scale.clamp(max=math.log(self.config.logit_scale_max)).exp()
 
     @can_return_tuple
@@ -639,6 +680,10 @@ class MiniClipModel(PreTrainedModel):
             return_logits: whether to compute the similarities of all images and texts, which a loss in tiles does not
                 need.
             **kwargs: further arguments of the text tower; `output_hidden_states` applies to both towers.
+
+        Returns:
+            [`MiniClipOutput`], or a tuple of its values with `return_dict=False`. With images and texts, it has the
+            logits `[B, N]`; with only one of them, the embeddings.
 
         Raises:
             ValueError: there is no input, or `return_loss=True` without one of the modalities, without ids for unequal

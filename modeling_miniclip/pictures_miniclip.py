@@ -134,7 +134,7 @@ def to_rgb(image: Any, name: str = "") -> Image.Image:
     Raises:
         OSError: the image cannot be decoded, or has no pixels.
 
-    Example:
+    Examples:
         >>> to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 51))).getpixel((0, 0))  # a fifth of red on white
         (255, 204, 204)
     """

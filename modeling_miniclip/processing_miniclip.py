@@ -86,7 +86,7 @@ def image_processor_from_timm(vision_config: Any, image_size: int | None = None,
     Raises:
         ValueError: the tower's crop mode pads a border, or its input size is fixed and differs from `image_size`.
 
-    Example:
+    Examples:
         >>> from modeling_miniclip import MiniClipConfig
         >>> image_processor_from_timm(MiniClipConfig().vision_config).size["shortest_edge"]
         235
@@ -322,7 +322,15 @@ class MiniClipProcessor(ProcessorMixin):
     faster, but photographs differ by up to 2/255 before normalisation. `AutoImageProcessor` and pipelines load the
     image processor alone and select torchvision.
 
-    Example:
+    Args:
+        image_processor: image processor of transformers that resizes, crops, rescales and normalises.
+        tokenizer: tokenizer of the text tower.
+        padding: `"longest"` (or True) or `"max_length"`, see above.
+
+    Raises:
+        ValueError: `padding` has another value, or the tokenizer has no token to pad with.
+
+    Examples:
         >>> processor = MiniClipProcessor.from_pretrained("export")  # doctest: +SKIP
         >>> inputs = processor(images=[image], text=["two dogs"], return_tensors="pt")  # doctest: +SKIP
     """
@@ -350,7 +358,16 @@ class MiniClipProcessor(ProcessorMixin):
         _forget_last_call(tokenizer)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Like `ProcessorMixin.save_pretrained`, but the files do not depend on earlier calls."""
+        """Like `ProcessorMixin.save_pretrained`, but the files do not depend on earlier calls.
+
+        Args:
+            save_directory: folder to write.
+            *args: as for `ProcessorMixin.save_pretrained`.
+            **kwargs: as for `ProcessorMixin.save_pretrained`.
+
+        Returns:
+            What `ProcessorMixin.save_pretrained` returns.
+        """
         _forget_last_call(self.tokenizer)
         files = super().save_pretrained(save_directory, *args, **kwargs)
         for part in (self, self.image_processor):  # saving has also set it in these objects
@@ -358,7 +375,15 @@ class MiniClipProcessor(ProcessorMixin):
         return files
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Like `ProcessorMixin.to_dict`, but without an `auto_map` of the stock image processor, which has no code."""
+        """Like `ProcessorMixin.to_dict`, but without an `auto_map` of the stock image processor, which has no code.
+
+        Args:
+            *args: as for `ProcessorMixin.to_dict`.
+            **kwargs: as for `ProcessorMixin.to_dict`.
+
+        Returns:
+            The settings of `processor_config.json`.
+        """
         values = super().to_dict(*args, **kwargs)
         values.get("image_processor", {}).pop("auto_map", None)
         return {name: value for name, value in values.items() if (name, value) != ("text_padding", True)}
@@ -367,7 +392,19 @@ class MiniClipProcessor(ProcessorMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> "MiniClipProcessor":
-        """Like `ProcessorMixin.from_pretrained`, with `backend="pil"` by default."""
+        """Like `ProcessorMixin.from_pretrained`, with `backend="pil"` by default.
+
+        Args:
+            pretrained_model_name_or_path: folder of an export, or its repository on the Hub.
+            *args: as for `ProcessorMixin.from_pretrained`.
+            **kwargs: as for `ProcessorMixin.from_pretrained`, such as `revision`.
+
+        Returns:
+            The processor.
+
+        Raises:
+            OSError: there is no such folder or repository, or it holds no processor.
+        """
         return super().from_pretrained(pretrained_model_name_or_path, *args, **(PIL_BACKEND | kwargs))
 
     @classmethod
@@ -387,6 +424,9 @@ class MiniClipProcessor(ProcessorMixin):
             image_size: pixels per side of the crop; None means the image tower's default.
             max_length: longest text in tokens; None means the text tower's limit.
             crop_pct: fraction of the resized image's shorter edge that the crop keeps; None means the tower's default.
+
+        Returns:
+            The processor.
 
         Raises:
             ValueError: the image tower does not take `image_size`, or the text tower `max_length`.
@@ -437,7 +477,8 @@ class MiniClipProcessor(ProcessorMixin):
             image: RGB image.
 
         Returns:
-            `[3, H, W]` uint8, the input of [`normalize`][MiniClipProcessor.normalize]; a view of Pillow's `[H, W, 3]`.
+            `[3, H, W]` uint8, the input of [`normalize`][modeling_miniclip.MiniClipProcessor.normalize]; a view of
+            Pillow's `[H, W, 3]`.
         """
         if self._sees_the_middle():
             image = middle(image)
@@ -486,7 +527,7 @@ class MiniClipProcessor(ProcessorMixin):
         """Rescale and normalise pixels on their device; moving them there as uint8 takes a quarter of the bytes.
 
         Args:
-            pixels: `[B, 3, H, W]` uint8, from [`crop`][MiniClipProcessor.crop].
+            pixels: `[B, 3, H, W]` uint8, from [`crop`][modeling_miniclip.MiniClipProcessor.crop].
 
         Returns:
             `[B, 3, H, W]` float32 `pixel_values`, equal to those of the image processor (PIL backend).
@@ -503,6 +544,9 @@ class MiniClipProcessor(ProcessorMixin):
         Args:
             texts: texts to count; may be empty.
             limit: largest number of tokens; None means the tokenizer's `model_max_length`.
+
+        Returns:
+            Number of texts.
         """
         ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"] if texts else []
         return sum(len(row) > (limit or self.tokenizer.model_max_length) for row in ids)
@@ -511,6 +555,12 @@ class MiniClipProcessor(ProcessorMixin):
         """A text, or a list, with the padding token in place of empty texts, if these would have no token at all.
 
         That is so if the tokenizer adds no special tokens, as that of GPT-2.
+
+        Args:
+            text: a text, a list of texts, or None.
+
+        Returns:
+            The same, without empty texts.
         """
         if text is None or self.tokenizer.num_special_tokens_to_add() > 0:
             return text

@@ -33,7 +33,7 @@ def from_clip(source: str | os.PathLike) -> MiniClipModel:
     Raises:
         ModelError: there is no such model, it lacks weights, or it is of a kind that cannot be converted.
 
-    Example:
+    Examples:
         >>> from modeling_miniclip import encode_images, from_clip
         >>> model = from_clip("openai/clip-vit-base-patch32")  # doctest: +SKIP
         >>> encode_images(model, ["photo.jpg"])  # doctest: +SKIP

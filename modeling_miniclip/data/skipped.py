@@ -17,7 +17,7 @@ def describe_skipped(skipped: Mapping[str, str], total: int, folders: Mapping[st
         total: number of all images.
         folders: names of folders that could not be listed, and of damaged shards, with the reason.
 
-    Example:
+    Examples:
         >>> describe_skipped({"b.heic": "HEIC, a format that is not read here: ..."}, 9)
         '1 of 9 images could not be read: b.heic'
     """

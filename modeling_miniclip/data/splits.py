@@ -101,7 +101,7 @@ def split_words(name: str) -> list[str]:
 def split_of_name(name: str) -> str | None:
     """The split that the name of a file or folder states; None if it states none, or several.
 
-    Example:
+    Examples:
         >>> split_of_name("train-00001.tar"), split_of_name("captions_val2017.json"), split_of_name("training.csv")
         ('train', 'validation', 'train')
     """

@@ -155,7 +155,7 @@ def retrieval_metrics(image_embeds: Any, text_embeds: Any, text_image_id: Any = 
     Raises:
         ValueError: there are no embeddings, widths differ, or an image has no text, or a text no image.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from modeling_miniclip import retrieval_metrics
         >>> metrics = retrieval_metrics(torch.eye(3), torch.eye(3)[[0, 1, 1]], [0, 1, 2])

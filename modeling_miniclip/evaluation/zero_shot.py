@@ -65,7 +65,7 @@ def zero_shot_weights(
         UsageError: there are no classes, a name is empty or repeated, or a template does not have exactly one `{}`.
         ValueError: there is no processor.
 
-    Example:
+    Examples:
         >>> zero_shot_weights(model, ["dog", "cat"], "a drawing of a {}.").shape  # doctest: +SKIP
         torch.Size([2, 256])
     """
@@ -131,7 +131,7 @@ def classify(
         UsageError: `top_k` is below 1, the weights have another shape, or as in [`zero_shot_weights`].
         DataError: an image cannot be read.
 
-    Example:
+    Examples:
         >>> classify(model, ["beach.jpg"], ["dog", "cat"], top_k=1)[0][0]["label"]  # doctest: +SKIP
         'dog'
     """
@@ -184,7 +184,7 @@ def zero_shot_accuracy(
         UsageError: a K is below 1, no K is below the number of classes, or as in [`classify`].
         DataError: a label is not a class, images and labels differ in number, or an image cannot be read.
 
-    Example:
+    Examples:
         >>> split = load_dataset("imagefolder", data_dir="animals")["train"]  # doctest: +SKIP
         >>> names = split.features["label"].names  # doctest: +SKIP
         >>> sorted(zero_shot_accuracy(model, split, split["label"], names))  # doctest: +SKIP

@@ -104,7 +104,7 @@ def encode_images(
         UsageError: `truncate_dim` is not from 1 to the dimensions of the model.
         ValueError: there is no image, a single image is not in a list, or there is no processor.
 
-    Example:
+    Examples:
         >>> encode_images(model, Path("photos").glob("*.jpg"))  # doctest: +SKIP
     """
     processor = processor_of(model, processor)
@@ -150,14 +150,23 @@ def encode_texts(
     progress: bool = True,
     truncate_dim: int | None = None,
 ) -> Tensor:
-    """Unit-norm embeddings of texts; the other arguments and the result are those of [`encode_images`].
+    """Unit-norm embeddings of texts.
 
     Args:
+        model: model on any device; not changed.
         texts: texts; those longer than the text tower's limit are truncated.
+        processor: processor of the model; by default the one saved with it.
+        batch_size: number of texts per forward pass.
+        progress: whether to show a progress bar.
+        truncate_dim: number of dimensions to keep, as in [`encode_images`].
+
+    Returns:
+        `[len(texts), dim]` float32 on the CPU.
 
     Raises:
         DataError: an item, which the message numbers from 0, is not a text or has half a character (a lone surrogate).
-        UsageError, ValueError: as in [`encode_images`].
+        UsageError: `truncate_dim` is not from 1 to the dimensions of the model.
+        ValueError: there is no text, a single text is not in a list, or there is no processor.
     """
     processor = processor_of(model, processor)
     check_truncate_dim(truncate_dim, model.config.projection_dim)

@@ -42,7 +42,7 @@ class EntryFilter:
         """Find the entries that pass.
 
         Args:
-            entries: table with the columns of [`SCHEMA`][modeling_miniclip.search.index.SCHEMA].
+            entries: [`ImageIndex.entries`].
 
         Returns:
             `[n]` ascending rows.

@@ -54,7 +54,7 @@ def find_matches(
             is no processor.
         DataError: the query, or an image to draw, cannot be read.
 
-    Example:
+    Examples:
         >>> find_matches(model, embeddings, "two dogs playing in the snow", filenames, n=3)  # doctest: +SKIP
     """
     embeddings = as_tensor(image_embeddings).detach().float().cpu()

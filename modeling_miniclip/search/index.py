@@ -111,7 +111,7 @@ class ImageIndex:
         folder: folder of the index.
         manifest: manifest in this folder.
 
-    Example:
+    Examples:
         >>> index = ImageIndex.open("photos.index")  # doctest: +SKIP
         >>> index.search(encode_texts(model, ["two dogs in the snow"])[0], k=5)  # doctest: +SKIP
     """
@@ -132,7 +132,10 @@ class ImageIndex:
 
         Args:
             folder: folder of the index.
-            verify: whether to compare the files with their checksums; by default only up to `VERIFIED` bytes.
+            verify: whether to compare the files with their checksums; by default only up to 256 MB.
+
+        Returns:
+            The opened index.
 
         Raises:
             DataError: there is no index, a later version wrote it, or it is damaged.
@@ -179,11 +182,22 @@ class ImageIndex:
 
     @cached_property
     def entries(self) -> pa.Table:
-        """One row per image, with all columns of [`COLUMNS`]. Usable as `datasets.Dataset(...)`."""
+        """One row per image, for example for `datasets.Dataset(...)`.
+
+        The columns are `id`, `path`, `source`, `size` in bytes, `mtime` in nanoseconds, `hash`, `date`, `width` and
+        `height` in pixels, `captions` and `split`.
+        """
         return self._read_entries(columns=COLUMNS)
 
     def read_entries(self) -> pa.Table:
-        """One row per image, with all columns of [`SCHEMA`], thumbnails included."""
+        """The entries with their thumbnails, which are JPEG.
+
+        Returns:
+            One row per image, with all columns.
+
+        Raises:
+            DataError: the index is damaged.
+        """
         return self._read_entries(schema=SCHEMA)
 
     def _read_entries(self, **options: Any) -> pa.Table:
@@ -194,7 +208,17 @@ class ImageIndex:
             raise _damaged(self.folder, error) from error
 
     def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        """Columns of the entries in blocks, null where an index lacks them."""
+        """Columns of the entries in blocks, null where an index lacks them.
+
+        Args:
+            columns: names of the columns.
+
+        Yields:
+            Blocks of rows, in the order of the index.
+
+        Raises:
+            DataError: the index is damaged.
+        """
         try:
             file = pq.ParquetFile(pa.BufferReader(self._entries_file), page_checksum_verification=True)
             names = [name for name in columns if name in file.schema_arrow.names]
@@ -208,7 +232,17 @@ class ImageIndex:
             raise _damaged(self.folder, error) from error
 
     def group(self, number: int) -> pa.Table:
-        """All columns of [`SCHEMA`] of the `ROW_GROUP` entries from `number * ROW_GROUP` on."""
+        """All columns of a group of 2,048 entries.
+
+        Args:
+            number: number of the group, from 0.
+
+        Returns:
+            One row per image.
+
+        Raises:
+            DataError: the index is damaged.
+        """
         table = self._read_row_group(number, SCHEMA.names)
         for name in SCHEMA.names:
             if name not in table.column_names:
@@ -216,12 +250,32 @@ class ImageIndex:
         return table.select(SCHEMA.names).cast(SCHEMA)
 
     def entry(self, index: int) -> dict[str, Any]:
-        """The entry of one image as a dictionary, without its thumbnail."""
+        """The entry of one image, without its thumbnail.
+
+        Args:
+            index: row of the image.
+
+        Returns:
+            Its values by column.
+
+        Raises:
+            DataError: the index is damaged.
+        """
         row: dict[str, Any] = self._row_group(index // ROW_GROUP).slice(index % ROW_GROUP, 1).to_pylist()[0]
         return row
 
     def thumbnail(self, index: int) -> bytes | None:
-        """JPEG of an image that is not a file, otherwise None."""
+        """The thumbnail of an image that is not a file.
+
+        Args:
+            index: row of the image.
+
+        Returns:
+            JPEG, or None for a file.
+
+        Raises:
+            DataError: the index is damaged.
+        """
         rows = self._read_row_group(index // ROW_GROUP, ["thumbnail"])
         content: bytes | None = rows["thumbnail"][index % ROW_GROUP].as_py()
         return content
@@ -294,6 +348,9 @@ class ImageIndex:
         Args:
             dim: number of dimensions to keep.
 
+        Returns:
+            An index in memory, with `[images, dim]` float32 embeddings.
+
         Raises:
             UsageError: the embeddings do not have as many.
         """
@@ -344,6 +401,10 @@ class ImageIndex:
 
         Returns:
             The path of the file.
+
+        Raises:
+            DataError: the index is damaged.
+            OSError: the file cannot be written.
         """
         target = Path(path)
         fresh = target.with_name(f".{target.name}.new")

@@ -77,12 +77,15 @@ def update_index(
         num_workers: threads that read images; by default one per core.
         progress: whether to show a progress bar.
 
+    Returns:
+        [`Report`]: how many images were encoded, kept and dropped, and which could not be read.
+
     Raises:
         ModelError: there is no such model, or another one built the index.
         UsageError: a model or a source is missing, or `dtype`, `truncate_dim` or `reduced` is not that of the index.
         DataError: a source cannot be read, or has no images. Single unreadable images are in `Report.skipped` instead.
 
-    Example:
+    Examples:
         >>> update_index("photos.index", ["~/Pictures"], "my-clip/export").encoded  # doctest: +SKIP
         8000
     """

@@ -24,7 +24,7 @@ NOT_IN_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 def name_of(path: str | os.PathLike) -> str:
     r"""A path as text; different paths have different names.
 
-    Example:
+    Examples:
         >>> name_of("caf\udce9.jpg")
         'caf\\xe9.jpg'
     """
@@ -37,7 +37,7 @@ def name_of(path: str | os.PathLike) -> str:
 def path_of(name: str) -> str:
     r"""The path with this name, as `name_of` returned it.
 
-    Example:
+    Examples:
         >>> ascii(path_of(r"caf\xe9.jpg"))
         "'caf\\udce9.jpg'"
     """

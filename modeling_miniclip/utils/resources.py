@@ -19,6 +19,9 @@ def packaged_file(*parts: str) -> Path:
     Args:
         *parts: `configuration`, a folder in it and a file in that; or `model_card.md`.
 
+    Returns:
+        Its path, in a checkout or in the installed package.
+
     Raises:
         UsageError: there is no such file; the message lists the files in the same folder.
     """

@@ -118,7 +118,7 @@ class _Reader:
 def shares_of(total: int, weights: Sequence[float]) -> list[int]:
     """A total divided by weights, each share exact to one; the shares that lose most by rounding are rounded up.
 
-    Example:
+    Examples:
         >>> shares_of(10, [1, 1, 1])
         [4, 3, 3]
     """

@@ -15,7 +15,7 @@ TEXT_KEYS = ("raw", "caption", "text", "sentence")  # of a caption that is an ob
 def texts_of(value: Any) -> list[str]:
     """All captions in a value, stripped; what is empty or no text is left out.
 
-    Example:
+    Examples:
         >>> texts_of([{"raw": "a dog ", "tokens": ["a", "dog"]}, None, "a cat"])
         ['a dog', 'a cat']
     """
@@ -33,7 +33,7 @@ def texts_of(value: Any) -> list[str]:
 def negatives_of(value: Any) -> list[str]:
     """Wrong captions in a value: a text, a list of texts, or such a list as JSON, as it is in a CSV file.
 
-    Example:
+    Examples:
         >>> negatives_of('["a cat", "two dogs"]'), negatives_of("a cat")
         (['a cat', 'two dogs'], ['a cat'])
     """

@@ -35,7 +35,7 @@ def split_of_shard(path: str) -> str | None:
 def expand_braces(pattern: str) -> Iterator[str]:
     """All names that the braces of a pattern stand for, as in a shell.
 
-    Example:
+    Examples:
         >>> list(expand_braces("{a,b}/{08..10}.tar"))[:3]
         ['a/08.tar', 'a/09.tar', 'a/10.tar']
     """
