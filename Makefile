@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-long test-min test-versions test-clients test-open-clip conformance coverage bench mutants lint audit constraints format docs clean
+.PHONY: help demo test test-slow test-long test-min test-versions test-clients test-open-clip conformance coverage bench mutants lint audit constraints format docs site clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -117,5 +117,13 @@ docs: $(VENV)/.installed-dev  ## write the generated parts of the Markdown files
 	$(BIN)/python benchmarks/report.py --write
 	$(BIN)/python benchmarks/reliability.py --write
 
+.venv-site/.installed: .ci/site-requirements.txt
+	test -x .venv-site/bin/pip || $(PYTHON) -m venv .venv-site
+	.venv-site/bin/pip install --quiet --requirement .ci/site-requirements.txt
+	touch $@
+
+site: .venv-site/.installed  ## build the documents as a site in build/site; a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true .venv-site/bin/mkdocs build
+
 clean:  ## delete environments, runs and builds
-	rm -rf $(VENV) .venv-min .venv-versions .venv-clients .venv-audit .venv-wheel runs dist build .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) .venv-min .venv-versions .venv-clients .venv-audit .venv-site .venv-wheel runs dist build .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -70,6 +70,14 @@ def test_every_public_name_is_on_one_page() -> None:
     assert set(NAMES) <= set(described)
 
 
+def test_list_of_the_reference_is_that_of_its_pages() -> None:
+    texts = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
+    rows = re.findall(r"^\| \[[^]]+\]\((\w+\.md)\) \| (.*) \|$", texts.pop("README.md"), re.MULTILINE)
+    listed = {page: re.findall(r"`(\w+)`", names) for page, names in rows}
+    described = r"^::: modeling_miniclip\.(\w+)$"
+    assert listed == {page: re.findall(described, text, re.MULTILINE) for page, text in texts.items()}
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_arguments_result_and_errors_are_documented(name: str) -> None:
     function = FUNCTIONS[name]
