@@ -19,6 +19,7 @@ if Path(sys.argv[0]).stem == "miniclip":
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU lacks is computed on its CPU
     quit_at_interrupt()
 
+from . import __version__
 from .errors import EXIT_CODES, DataError, UsageError
 from .training.command_line.arguments import TrainingArguments
 from .utils.commands import run_command
@@ -603,6 +604,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="miniclip", description="Search, evaluate, export and share your MiniCLIP model.", epilog=EXIT_CODES
     )
+    parser.add_argument("--version", action="version", version=f"miniclip {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.help, description=command.help)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from modeling_miniclip import __version__
 from modeling_miniclip.cli import COMMANDS, Command, cli
 from modeling_miniclip.data.shards import remote_shards
 from modeling_miniclip.errors import MiniClipError, ModelError, UsageError
@@ -41,6 +42,12 @@ def test_bad_command_line_exits_with_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli(argv)
     assert stopped.value.code == 2
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"miniclip {__version__}\n"
 
 
 # Exit code 2 if the command line is wrong, 1 if something that it names is.

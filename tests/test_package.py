@@ -108,10 +108,10 @@ def test_constraints_satisfy_the_requirements() -> None:
 
 def test_nothing_installs_the_package_from_an_index_that_lacks_it() -> None:
     """Until the first release, `miniclip` is installed from a checkout, and libraries under their own names."""
-    texts = [*SCRIPTS, ROOT / "README.md", ROOT / "model_card.md"]
+    texts = [*SCRIPTS, ROOT / "README.md", ROOT / "model_card.md", ROOT / "CITATION.cff"]
     texts += [path for folder in ("docs", "configuration", "benchmarks") for path in (ROOT / folder).rglob("*.*")]
     for path in texts:
-        if path.suffix in (".ipynb", ".md", ".py", ".sh", ".yaml"):
+        if path.suffix in (".cff", ".ipynb", ".md", ".py", ".sh", ".yaml"):
             named = re.search(r"pip install[^`#\n]*\bminiclip\b", path.read_text(encoding="utf-8"))
             assert named is None, f"{path}: {named[0] if named else None}"
 
