@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-long test-min test-versions test-clients test-open-clip conformance coverage bench mutants lint audit constraints format docs site clean
+.PHONY: help demo test test-slow test-long test-min test-versions test-clients test-open-clip conformance coverage bench mutants lint audit constraints format docs pictures site clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -116,6 +116,9 @@ docs: $(VENV)/.installed-dev  ## write the generated parts of the Markdown files
 	$(BIN)/python -m modeling_miniclip.api.describe_keywords
 	$(BIN)/python benchmarks/report.py --write
 	$(BIN)/python benchmarks/reliability.py --write
+
+pictures: $(VENV)/.installed-dev  ## draw docs/pictures with the model of `make demo` (needs Chromium)
+	$(BIN)/python -m benchmarks.pictures runs/demo/export
 
 .venv-site/.installed: .ci/site-requirements.txt
 	test -x .venv-site/bin/pip || $(PYTHON) -m venv .venv-site
