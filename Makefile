@@ -114,6 +114,7 @@ format: $(VENV)/.installed-dev  ## format the code and sort the imports with ruf
 docs: $(VENV)/.installed-dev  ## write the generated parts of the Markdown files, and the keyword arguments of `train`
 	$(BIN)/python -m modeling_miniclip.training.command_line.arguments
 	$(BIN)/python -m modeling_miniclip.api.describe_keywords
+	$(BIN)/python -m modeling_miniclip.training.command_line.launch_settings
 	$(BIN)/python benchmarks/report.py --write
 	$(BIN)/python benchmarks/reliability.py --write
 

@@ -325,10 +325,10 @@ class MiniClipProcessor(ProcessorMixin):
     Args:
         image_processor: image processor of transformers that resizes, crops, rescales and normalises.
         tokenizer: tokenizer of the text tower.
-        padding: `"longest"` (or True) or `"max_length"`, see above.
+        text_padding: `"longest"` (or True) or `"max_length"`, see above.
 
     Raises:
-        ValueError: `padding` has another value, or the tokenizer has no token to pad with.
+        ValueError: `text_padding` has another value, or the tokenizer has no token to pad with.
 
     Examples:
         >>> processor = MiniClipProcessor.from_pretrained("export")  # doctest: +SKIP

@@ -35,6 +35,7 @@ GUIDES = sorted((ROOT / "docs").glob("*.md"))
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", ROOT / "configuration" / "README.md"]
 DOCUMENTS = [README, *GUIDES]
 LINKED = [ROOT / "CHANGELOG.md", ROOT / ".github" / "SECURITY.md"]
+LINKED += sorted((ROOT / "docs" / "reference").glob("*.md"))
 LINKED += [path for path in sorted((ROOT / "benchmarks").glob("*.md")) if path not in OTHERS]
 PUBLIC_CLIP = "openai/clip-vit-base-patch32"  # an export stands for it, which needs no download
 # Code that needs a Hub, Optuna or several processes: tests/hub/test_push.py and tests/api/test_train.py run it.
@@ -108,6 +109,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_towers: tuple[Path, P
             picture(names.index(name)).save(folder / place / f"{name}.jpg")
     shutil.copy(folder / "Images" / "beach.jpg", folder / "beach.jpg")
     shutil.copytree(tiny_export, folder / "my-clip" / "export")
+    shutil.copytree(tiny_export, folder / "openai-clip")  # in place of a converted CLIP
     for tower in tiny_towers:
         shutil.copytree(tower, folder / "towers" / tower.name)
     with contextlib.chdir(folder):  # the tars that commands of this guide read

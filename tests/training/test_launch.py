@@ -64,7 +64,7 @@ def test_options_that_others_need_exist() -> None:
 
 
 def test_training_guide_has_the_table() -> None:
-    assert settings_table() in (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    assert settings_table() in (ROOT / "docs" / "several-machines.md").read_text(encoding="utf-8")
 
 
 # --- finding the launcher -------------------------------------------------------------------------------------------

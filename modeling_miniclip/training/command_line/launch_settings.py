@@ -103,4 +103,4 @@ def write_settings_table(guide: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_settings_table(PACKAGE.parent / "docs" / "train.md")
+    write_settings_table(PACKAGE.parent / "docs" / "several-machines.md")
