@@ -339,9 +339,7 @@ def test_formats_that_are_not_read_are_counted(
     printed = capsys.readouterr()
     assert "index: 1 images; 1 encoded" in printed.out
     assert "3 of 4 images could not be read: " in printed.err
-    assert (
-        "2 of them HEIC (pip install pillow-heif reads it); 1 of them RAW (export it as JPEG)" in printed.err
-    )
+    assert "2 of them HEIC (pip install pillow-heif reads it); 1 of them RAW (export it as JPEG)" in printed.err
     for name in ("b.HEIC", "c.jpg", "d.CR2"):
         assert f"skipped: {photos / name}: " in printed.err
     assert len(ImageIndex.open(tmp_path / "index").manifest.skipped) == 3
