@@ -48,6 +48,12 @@ class TrainResult:
     def load(cls, output_dir: str | os.PathLike[str]) -> "TrainResult":
         """The result of a run from its folder, for instance of one that several processes have trained.
 
+        Args:
+            output_dir: folder of the run.
+
+        Returns:
+            Its result, as `train` returns it.
+
         Raises:
             UsageError: no run has written to the folder.
         """

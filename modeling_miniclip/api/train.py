@@ -51,7 +51,7 @@ def train(
         UsageError: an argument is wrong, or `train` is running in another thread; the message is that of the script.
         MiniClipError: the data or a model is wrong, or the disk is full; the message says where, and how to fix it.
 
-    Example:
+    Examples:
         >>> result = train("captions.csv", "my-clip", time_limit="20m")  # doctest: +SKIP
         >>> result.metrics["rsum"], result.model  # doctest: +SKIP
     """

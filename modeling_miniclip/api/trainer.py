@@ -101,7 +101,7 @@ def gathered_loss(
     Returns:
         Scalar.
 
-    Example:
+    Examples:
         >>> model.loss_function = gathered_loss  # doctest: +SKIP
     """
     processes = process_count()
@@ -121,7 +121,7 @@ def recall_of_prediction(prediction: Any) -> dict[str, float]:
             the same number of texts, which follow each other.
 
     Returns:
-        The metrics of [`retrieval_metrics`][modeling_miniclip.evaluation.metrics.retrieval_metrics].
+        The metrics of [`retrieval_metrics`].
 
     Raises:
         ValueError: images have different numbers of texts.

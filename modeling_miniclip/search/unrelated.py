@@ -199,7 +199,7 @@ def is_weak(chance: float | None) -> bool:
 def percent(chance: float) -> str:
     """A chance in percent, with one or two digits.
 
-    Example:
+    Examples:
         >>> percent(0.123), percent(0.0034), percent(1e-9)
         ('12 %', '0.3 %', '<0.001 %')
     """

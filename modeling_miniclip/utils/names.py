@@ -56,7 +56,7 @@ def is_portable(name: str) -> bool:
 
     Windows reserves the names of devices, with any suffix, some characters, and a dot or a blank at the end.
 
-    Example:
+    Examples:
         >>> [is_portable(name) for name in ("nul", "NUL.tar.gz", "null.csv", "a:b", "a.", ".a")]
         [False, False, True, False, False, True]
     """
@@ -74,7 +74,7 @@ def public_name(name: str) -> str:
 
     An export keeps the name of the folder that it is in. Names on the Hub, URLs and relative paths stay as they are.
 
-    Example:
+    Examples:
         >>> public_name("/home/me/photos/a.jpg"), public_name("/runs/my-clip/export"), public_name("user/model")
         ('a.jpg', 'my-clip/export', 'user/model')
     """
@@ -91,7 +91,7 @@ def public_name(name: str) -> str:
 def relative_name(name: str, source: str) -> str:
     """An image of a source without the folders above the source, or above the file that lists the images.
 
-    Example:
+    Examples:
         >>> relative_name("/photos/sea/a.jpg", "/photos"), relative_name("/data/Images/a.jpg", "/data/captions.csv")
         ('sea/a.jpg', 'Images/a.jpg')
     """
