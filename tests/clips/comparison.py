@@ -77,4 +77,4 @@ def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str,
 
 def _same_shape(image: Any, kind: str) -> Any:
     # SigLIP 2 keeps the shape of pictures; at a fixed size they are squares.
-    return image.resize((32, 32)) if kind == "siglip2" else image
+    return image.resize((75, 75)) if kind == "siglip2" else image

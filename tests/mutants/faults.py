@@ -363,20 +363,6 @@ FAULTS = [
             FROM_CLIP,
         ),
         (
-            "preprocessing.py",
-            "SigLIP 2's pictures are cropped",
-            "size=square,\n        crop",
-            'size={"shortest_edge": size},\n        crop',
-            FROM_CLIP,
-        ),
-        (
-            "preprocessing.py",
-            "tokens of a padded sigmoid model stop at the longest text",
-            '"max_length" if is_sigmoid else True',
-            "True",
-            FROM_CLIP,
-        ),
-        (
             "to_transformers.py",
             "two-layer heads are not noticed",
             "if parts.keys() != (",
