@@ -273,7 +273,8 @@ def compute_loss_and_gradients(
     Returns:
         This process's part of the loss; the loss is the sum over the processes.
     """
-    accelerator, chunk_size, model = run.accelerator, run.arguments.chunk_size, model or run.model
+    accelerator, chunk_size = run.accelerator, run.arguments.chunk_size
+    model = run.model if model is None else model  # a compiled model has no truth value
     chunks = [batch] if chunk_size is None else split_batch(batch, chunk_size, accelerator.device)
     image_id = torch.cat([chunk["image_id"] for chunk in chunks]).to(accelerator.device)  # [b]
     text_image_id = torch.cat([chunk["text_image_id"] for chunk in chunks]).to(accelerator.device)  # [n]

@@ -282,11 +282,7 @@ class MiniClipOutput(ModelOutput):
     pooler_output: Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The output as a tuple.
-
-        Returns:
-            The values that are not None; nested outputs become tuples, too.
-        """
+        """The values that are not None, as a tuple; nested outputs become tuples, too."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
@@ -363,9 +359,6 @@ class MiniClipModel(PreTrainedModel):
 
         In custom code that initialises weights in place, it skips modules without direct weights. With them it would
         skip ModernBERT's rule for layers that a checkpoint lacks.
-
-        Returns:
-            False.
         """
         return False
 
@@ -392,8 +385,7 @@ class MiniClipModel(PreTrainedModel):
             **kwargs: as for `PreTrainedModel.from_pretrained`. The weights of a `state_dict` need not be complete.
 
         Returns:
-            The model in evaluation mode; with `output_loading_info`, also a dictionary of what was missing, unexpected
-            or of another shape.
+            The model in evaluation mode; with `output_loading_info`, also that dictionary.
 
         Raises:
             ValueError: the files lack weights.
@@ -420,13 +412,7 @@ class MiniClipModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Like `PreTrainedModel.save_pretrained`, but every Auto class finds the code saved with the weights.
-
-        Args:
-            save_directory: folder to write.
-            *args: as for `PreTrainedModel.save_pretrained`.
-            **kwargs: as for `PreTrainedModel.save_pretrained`.
-        """
+        """`PreTrainedModel.save_pretrained` in a folder, but every Auto class finds the code saved with the weights."""
         if self.is_remote_code():
             # transformers enters only the one class that the model was registered for or loaded with.
             auto_map = dict.fromkeys(AUTO_CLASSES, "modeling_miniclip.MiniClipModel")
@@ -500,12 +486,6 @@ class MiniClipModel(PreTrainedModel):
         """Like `Module.train`, but an image tower's batch norm with frozen weights keeps its running statistics too.
 
         Otherwise they would drift with every step, and an adapter of a frozen tower (PEFT) does not save them.
-
-        Args:
-            mode: training mode, otherwise evaluation mode.
-
-        Returns:
-            The model itself.
         """
         super().train(mode)
         for module in self.vision_model.modules():
@@ -516,19 +496,11 @@ class MiniClipModel(PreTrainedModel):
         return self
 
     def get_input_embeddings(self) -> nn.Module:
-        """The text tower's token embeddings.
-
-        Returns:
-            A layer whose `weight` is `[vocabulary, text width]`.
-        """
+        """The text tower's token embeddings, a layer whose `weight` is `[vocabulary, text width]`."""
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the text tower's token embeddings.
-
-        Args:
-            value: new embeddings, of the same width.
-        """
+        """Replace the text tower's token embeddings by others of the same width."""
         self.text_model.set_input_embeddings(value)
 
     def pool_images(
@@ -643,11 +615,7 @@ class MiniClipModel(PreTrainedModel):
         self._assigned_loss = loss
 
     def inverse_temperature(self) -> Tensor:
-        """The factor of the cosine similarities.
-
-        Returns:
-            `[1]`, at most `config.logit_scale_max`; the logits are the similarities times this factor.
-        """
+        """`[1]` factor of the cosine similarities in the logits, at most `config.logit_scale_max`."""
         return self.logit_scale.clamp(max=math.log(self.config.logit_scale_max)).exp()
 
     @can_return_tuple

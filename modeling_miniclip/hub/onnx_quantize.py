@@ -89,7 +89,8 @@ def _quantize(source: Path, target: Path, write: Callable[[Path, Path, bool], No
         write(prepared, target, external)
     except Exception as error:  # of whatever kind: the tools raise their own and those of onnx
         reason = " ".join(str(error).split())[:500]
-        raise ModelError(f"onnxruntime cannot quantise the {source.stem.replace('_', ' ')}: {reason}") from error
+        part = source.stem.replace("_", " ")
+        raise ModelError(f"onnxruntime cannot quantise the {part}: {reason}; export without --quantize") from error
     finally:
         logging.disable(quiet)
         for path in target.parent.glob(f"{prepared.name}*"):
