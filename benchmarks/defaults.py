@@ -1,4 +1,4 @@
-"""Compare the default of a run with each recipe, by the number of training images: rsum, image encodings, minutes.
+"""Compare the default of a run with each recipe, by the number of training images: rsum, image encodings, CPU minutes.
 
     python benchmarks/defaults.py --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
     python benchmarks/defaults.py --images 3000 --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
@@ -13,18 +13,19 @@ Recipes that continue from an export continue from that of `heads` on the same i
 
 Image encodings are images that the image tower encodes while it trains, weighted by their pixels (1 is an image of 224
 by 224), with those of frozen towers, whose features are computed once. Validations are left out: they depend on the
-number of epochs and of validation images, and are in the minutes.
+number of epochs and of validation images, and are in the CPU minutes, which count all processes and threads.
 
-Adds one line per run to `defaults.jsonl`, skipping runs that are recorded already, and writes `defaults.md`. Each run
-is a process of its own, which computes all features again, so that minutes are those of a first run.
+The rows of 6,000 images are those of the runs in the folders next to this file; the default of 6,000 images is recipe
+`full`, as a test shows. Adds one line per other run to `defaults.jsonl`, skipping runs that are recorded already, and
+writes `defaults.md`. Each run is a process of its own, which computes all features again, as a first run does.
 """
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from argparse import ArgumentParser
 from pathlib import Path
 from statistics import mean
@@ -34,7 +35,7 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 SCRIPT, RESULTS = HERE.parent / "train_miniclip.py", HERE / "defaults.jsonl"
-IMAGES = [500, 1500, 6000]
+IMAGES, ALL_IMAGES = [500, 1500], 6000
 UNIT = 224 * 224  # pixels of one encoding
 
 # Flags of each variant, and the variant whose export it starts from.
@@ -54,6 +55,22 @@ OURS = ("default", "default_frozen", "default_trained", "tutorial")  # no recipe
 def recorded() -> list[dict[str, Any]]:
     """Recorded lines, one per run."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def of_all_images() -> list[dict[str, Any]]:
+    """Lines of the runs in the folders next to this file."""
+    lines = [summary(name, ALL_IMAGES, 0, HERE / name) for name in VARIANTS if (HERE / name).is_dir()]
+    return [line | {"variant": "default"} for line in lines if line["variant"] == "full"] + lines
+
+
+def summary(name: str, images: int, seed: int, folder: Path, size: int = 288) -> dict[str, Any]:
+    """The line of a run, from its files; `size` is the pixels per side of its whole images."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    best = max((line for line in lines if line["split"] == "validation" and line["step"] > 0), key=lambda x: x["rsum"])
+    arguments = yaml.safe_load((folder / "arguments.yaml").read_text(encoding="utf-8"))
+    cost = encodings(arguments, images, max(line["step"] for line in lines), arguments.get("image_size") or size)
+    return {"variant": name, "images": images, "seed": seed, "rsum": best["rsum"], "epoch": best["epoch"],
+            "encodings": round(cost)}  # fmt: skip
 
 
 def encodings(arguments: dict[str, Any], images: int, steps: int, size: int) -> float:
@@ -90,18 +107,19 @@ def measure(name: str, data: str, towers: list[str], images: int, seed: int, fol
     else:
         argv.append(f"--model_name_or_path={folder.parent / start / 'export'}")
     with tempfile.TemporaryDirectory() as features:
-        begin = time.perf_counter()
         command = [sys.executable, str(SCRIPT), *argv, f"--feature_cache_dir={features}", "--overwrite_output_dir"]
+        before = child_seconds()
         subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        minutes = (time.perf_counter() - begin) / 60
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    best = max((line for line in lines if line["split"] == "validation" and line["step"] > 0), key=lambda x: x["rsum"])
-    arguments = yaml.safe_load((folder / "arguments.yaml").read_text(encoding="utf-8"))
+        minutes = (child_seconds() - before) / 60
     processor = json.loads((folder / "export" / "processor_config.json").read_text(encoding="utf-8"))
     size = processor["image_processor"]["crop_size"]["height"]
-    cost = encodings(arguments, images, max(line["step"] for line in lines), size)
-    return {"variant": name, "images": images, "seed": seed, "rsum": best["rsum"], "epoch": best["epoch"],
-            "encodings": round(cost), "minutes": round(minutes, 1)}  # fmt: skip
+    return summary(name, images, seed, folder, size) | {"cpu_minutes": round(minutes, 1)}
+
+
+def child_seconds() -> float:
+    """Seconds of all cores that ended child processes of this one, and theirs, took."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def with_start(line: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,12 +127,13 @@ def with_start(line: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, A
     start = VARIANTS[line["variant"]][1]
     same = [other for other in lines if other["variant"] == start
             and (other["images"], other["seed"]) == (line["images"], line["seed"])]  # fmt: skip
-    return line | {name: line[name] + sum(other[name] for other in same) for name in ("encodings", "minutes")}
+    costs = [name for name in ("encodings", "cpu_minutes") if name in line]
+    return line | {name: line[name] + sum(other[name] for other in same) for name in costs}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown table: a row for each number of images and variant, with means over seeds."""
-    rows = [["images", "variant", "seeds", "rsum", "of the best recipe", "image encodings", "of its", "minutes"]]
+    rows = [["images", "variant", "seeds", "rsum", "of the best recipe", "image encodings", "of its", "CPU minutes"]]
     rows.append(["---:", "---", *["---:"] * 6])
     for images in sorted({line["images"] for line in lines}):
         runs = {
@@ -127,8 +146,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         for name, value in rsum.items():
             share = "" if best is None else f"{100 * value / rsum[best]:.1f} %"
             times = "" if not best or not costs[best] else f"{costs[name] / costs[best]:.2f}x"
-            minutes = mean([run["minutes"] for run in runs[name]])
-            figures = [f"{value:.1f}", share, f"{costs[name]:,.0f}", times, f"{minutes:.1f}"]
+            minutes = [run["cpu_minutes"] for run in runs[name] if "cpu_minutes" in run]
+            figures = [f"{value:.1f}", share, f"{costs[name]:,.0f}", times, f"{mean(minutes):.1f}" if minutes else ""]
             rows.append([f"{images:,}", f"`{name}`", str(len(runs[name])), *figures])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -136,8 +155,9 @@ def table(lines: list[dict[str, Any]]) -> str:
 def write_page() -> None:
     """Write `defaults.md` from the recorded lines."""
     about = (__doc__ or "").split("\n\n")
-    notes = "\n\n".join(part.replace("\n", " ") for part in (about[2], about[3]))
-    text = f"# Defaults\n\nWritten by `benchmarks/defaults.py`: {about[0].strip()} {notes}\n\n{table(recorded())}"
+    notes = "\n\n".join(about[2:5])
+    title = f"# Defaults\n\nWritten by `benchmarks/defaults.py`: {about[0].strip()}"
+    text = f"{title}\n\n{notes}\n{table([*recorded(), *of_all_images()])}"
     RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
 
 

@@ -24,10 +24,10 @@ RECORD = Path(__file__).resolve().with_suffix(".jsonl")
 RESULT = "RESULT "  # start of the line that a child process prints
 # Flags of each variant that differ from the recipe.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "everything, 1e-4": {"learning_rate": 1e-4},
-    "adapters of rank 8, 1e-3": {"lora_rank": 8, "learning_rate": 1e-3},
     "everything, 1e-5": {},
+    "everything, 1e-4": {"learning_rate": 1e-4},
     "adapters of rank 8, 2e-4": {"lora_rank": 8, "learning_rate": 2e-4},
+    "adapters of rank 8, 1e-3": {"lora_rank": 8, "learning_rate": 1e-3},
     "everything but half of the image tower, 1e-4": {"learning_rate": 1e-4, "frozen_vision_fraction": 0.5},
     "everything, 1e-4, batch norm in training": {"learning_rate": 1e-4, "freeze_batch_norm": "false"},
 }
