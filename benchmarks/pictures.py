@@ -8,6 +8,7 @@ Needs the extra `app`, playwright and an installed Chromium. No picture shows a 
 import argparse
 import contextlib
 import csv
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.helpers.browsers import browser_page
 
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 DRAWINGS = 200
+SCORE = re.compile(r"\d\.\d\d")
 # In the browser: whether all thumbnails are there.
 LOADED = "[...document.querySelectorAll('#results img')].every(image => image.complete && image.naturalWidth)"
 
@@ -46,8 +48,9 @@ def draw_search_page(page: Any, words: str) -> None:
         page.goto(blocks.local_url)
         page.get_by_label("Words").fill(words)
         page.keyboard.press("Enter")
-        page.locator("#results button.thumbnail-item").first.wait_for()
+        page.locator("#results").get_by_text(SCORE).first.wait_for()  # the sample that the page opens with has none
         page.wait_for_function(LOADED)
+        page.get_by_role("button", name="Search").scroll_into_view_if_needed()
         page.screenshot(path=PICTURES / "search-page.png")
     finally:
         blocks.close(verbose=False)
@@ -57,6 +60,7 @@ def draw_failures(page: Any) -> None:
     """The start of the page of failures that `miniclip eval` writes."""
     assert cli(["eval", "demo", "captions.csv", "--split", "all", "--output_dir", "eval"]) == 0
     page.goto(Path("eval/failures.html").resolve().as_uri())
+    page.get_by_role("heading", name="the worst failures").first.evaluate("heading => heading.scrollIntoView()")
     page.screenshot(path=PICTURES / "failures.png")
 
 
