@@ -412,7 +412,7 @@ class MiniClipModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """`PreTrainedModel.save_pretrained` in a folder, but every Auto class finds the code saved with the weights."""
+        """`PreTrainedModel.save_pretrained`, but every Auto class finds the code saved with the weights."""
         if self.is_remote_code():
             # transformers enters only the one class that the model was registered for or loaded with.
             auto_map = dict.fromkeys(AUTO_CLASSES, "modeling_miniclip.MiniClipModel")
