@@ -139,3 +139,41 @@ def symmetric_contrastive_loss(
     image_loss = contrastive_loss(image_embeds, all_texts, logit_scale, image_id, all_text_image_id, reduction).sum()
     text_loss = contrastive_loss(text_embeds, all_images, logit_scale, text_image_id, all_image_id, reduction).sum()
     return (image_loss / len(all_images) + text_loss / len(all_texts)) / 2
+
+
+def ids_of_pairs(
+    image_embeds: Tensor, text_embeds: Tensor, image_id: Tensor | None, text_image_id: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The ids of the images and texts of a batch.
+
+    Args:
+        image_embeds: `[B, dim]`.
+        text_embeds: `[N, dim]`.
+        image_id: `[B]` ids of the images, or None if text i describes image i.
+        text_image_id: `[N]` ids of the images that the texts describe, or None as well.
+
+    Returns:
+        `[B]` and `[N]`.
+
+    Raises:
+        ValueError: there are no ids for unequal numbers of images and texts, or only ids of one kind, or an image or a
+            text has no partner.
+    """
+    if image_id is not None and text_image_id is not None:
+        if len(image_id) != len(image_embeds) or len(text_image_id) != len(text_embeds):
+            raise ValueError(
+                f"image_id and text_image_id have {len(image_id)} and {len(text_image_id)} entries for "
+                f"{len(image_embeds)} images and {len(text_embeds)} texts"
+            )
+        if not torch.equal(image_id.unique(), text_image_id.unique()):
+            raise ValueError("each id in image_id must also be in text_image_id, and vice versa")
+        return image_id, text_image_id
+    if image_id is not None or text_image_id is not None:
+        raise ValueError("image_id and text_image_id go together: pass both or neither")
+    if len(image_embeds) != len(text_embeds):
+        raise ValueError(
+            f"return_loss=True with {len(image_embeds)} images and {len(text_embeds)} texts needs image_id and "
+            "text_image_id to say which text describes which image"
+        )
+    pairs = torch.arange(len(image_embeds), device=image_embeds.device)
+    return pairs, pairs

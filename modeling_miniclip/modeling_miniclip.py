@@ -39,7 +39,7 @@ from .configuration_miniclip import (
     vision_tower_config,
     width_of,
 )
-from .loss_miniclip import symmetric_contrastive_loss
+from .loss_miniclip import ids_of_pairs, symmetric_contrastive_loss
 
 logger = logging.get_logger(__name__)
 
@@ -282,7 +282,11 @@ class MiniClipOutput(ModelOutput):
     pooler_output: Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are not None, as a tuple; nested outputs become tuples, too."""
+        """The output as a tuple.
+
+        Returns:
+            The values that are not None; nested outputs become tuples, too.
+        """
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
@@ -359,6 +363,9 @@ class MiniClipModel(PreTrainedModel):
 
         In custom code that initialises weights in place, it skips modules without direct weights. With them it would
         skip ModernBERT's rule for layers that a checkpoint lacks.
+
+        Returns:
+            False.
         """
         return False
 
@@ -385,7 +392,8 @@ class MiniClipModel(PreTrainedModel):
             **kwargs: as for `PreTrainedModel.from_pretrained`. The weights of a `state_dict` need not be complete.
 
         Returns:
-            The model in evaluation mode; with `output_loading_info`, also that dictionary.
+            The model in evaluation mode; with `output_loading_info`, also a dictionary of what was missing, unexpected
+            or of another shape.
 
         Raises:
             ValueError: the files lack weights.
@@ -412,7 +420,13 @@ class MiniClipModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """`PreTrainedModel.save_pretrained`, but every Auto class finds the code saved with the weights."""
+        """Like `PreTrainedModel.save_pretrained`, but every Auto class finds the code saved with the weights.
+
+        Args:
+            save_directory: folder to write.
+            *args: as for `PreTrainedModel.save_pretrained`.
+            **kwargs: as for `PreTrainedModel.save_pretrained`.
+        """
         if self.is_remote_code():
             # transformers enters only the one class that the model was registered for or loaded with.
             auto_map = dict.fromkeys(AUTO_CLASSES, "modeling_miniclip.MiniClipModel")
@@ -486,6 +500,12 @@ class MiniClipModel(PreTrainedModel):
         """Like `Module.train`, but an image tower's batch norm with frozen weights keeps its running statistics too.
 
         Otherwise they would drift with every step, and an adapter of a frozen tower (PEFT) does not save them.
+
+        Args:
+            mode: training mode, otherwise evaluation mode.
+
+        Returns:
+            The model itself.
         """
         super().train(mode)
         for module in self.vision_model.modules():
@@ -496,11 +516,19 @@ class MiniClipModel(PreTrainedModel):
         return self
 
     def get_input_embeddings(self) -> nn.Module:
-        """The text tower's token embeddings, a layer whose `weight` is `[vocabulary, text width]`."""
+        """The text tower's token embeddings.
+
+        Returns:
+            A layer whose `weight` is `[vocabulary, text width]`.
+        """
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the text tower's token embeddings by others of the same width."""
+        """Replace the text tower's token embeddings.
+
+        Args:
+            value: new embeddings, of the same width.
+        """
         self.text_model.set_input_embeddings(value)
 
     def pool_images(
@@ -615,7 +643,11 @@ class MiniClipModel(PreTrainedModel):
         self._assigned_loss = loss
 
     def inverse_temperature(self) -> Tensor:
-        """`[1]` factor of the cosine similarities in the logits, at most `config.logit_scale_max`."""
+        """The factor of the cosine similarities.
+
+        Returns:
+            `[1]`, at most `config.logit_scale_max`; the logits are the similarities times this factor.
+        """
         return self.logit_scale.clamp(max=math.log(self.config.logit_scale_max)).exp()
 
     @can_return_tuple
@@ -701,7 +733,7 @@ class MiniClipModel(PreTrainedModel):
         if logit_bias is not None:
             logits_per_image = logits_per_image + logit_bias
         if return_loss:
-            ids = _ids_of_pairs(image_embeds, text_embeds, image_id, text_image_id)
+            ids = ids_of_pairs(image_embeds, text_embeds, image_id, text_image_id)
             loss = self.loss_function(image_embeds, text_embeds, logit_scale, *ids, self.config.loss_type, logit_bias)
         return {"loss": loss, "logits_per_image": logits_per_image, "logits_per_text": logits_per_image.t()}
 
@@ -714,29 +746,6 @@ def _check_inputs(images: tuple[Any, Any], texts: tuple[Any, Any], return_loss: 
         raise ValueError("return_loss=True needs pixel_values in addition to input_ids")
     if return_loss and not has_texts:
         raise ValueError("return_loss=True needs input_ids in addition to pixel_values")
-
-
-def _ids_of_pairs(
-    image_embeds: Tensor, text_embeds: Tensor, image_id: Tensor | None, text_image_id: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if image_id is not None and text_image_id is not None:
-        if len(image_id) != len(image_embeds) or len(text_image_id) != len(text_embeds):
-            raise ValueError(
-                f"image_id and text_image_id have {len(image_id)} and {len(text_image_id)} entries for "
-                f"{len(image_embeds)} images and {len(text_embeds)} texts"
-            )
-        if not torch.equal(image_id.unique(), text_image_id.unique()):
-            raise ValueError("each id in image_id must also be in text_image_id, and vice versa")
-        return image_id, text_image_id
-    if image_id is not None or text_image_id is not None:
-        raise ValueError("image_id and text_image_id go together: pass both or neither")
-    if len(image_embeds) != len(text_embeds):
-        raise ValueError(
-            f"return_loss=True with {len(image_embeds)} images and {len(text_embeds)} texts needs image_id and "
-            "text_image_id to say which text describes which image"
-        )
-    pairs = torch.arange(len(image_embeds), device=image_embeds.device)
-    return pairs, pairs
 
 
 __all__ = ["MiniClipModel", "MiniClipOutput"]
