@@ -3,11 +3,13 @@
     python benchmarks/startup.py --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
 
 - First step: recipe `heads` with cached features, until its first step has ended.
-- Search: `miniclip search` by text in an exact index of 100,000 random embeddings.
+- Search: `miniclip search` by text in an exact index of 100,000 random embeddings, which knows what unrelated captions
+  score.
 - Loading: `MiniClipModel.from_pretrained`, and `AutoModel.from_pretrained` for each of its two towers.
 
 Each turn is a process of its own; medians count. Imports are those of the libraries that the work needs, before it
-starts, and are subtracted, as is loading the model for a search. Writes `startup.md`.
+starts, and are subtracted, as is loading the text tower for a search. The whole time starts with the process. Writes
+`startup.md`.
 """
 
 import argparse
@@ -26,13 +28,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+
 HERE = Path(__file__).resolve().parent
 ROWS, BLOCK = 100_000, 10_000
 TURNS = 5
 
 
 def first_step(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds from the end of all imports to the end of the first step."""
+    """Seconds from the end of all imports, and of the whole process, to the end of the first step."""
     import train_miniclip  # noqa: F401  (imported before the clock starts)
     from modeling_miniclip import train
     from modeling_miniclip.training.towers import create_model  # noqa: F401
@@ -48,24 +52,33 @@ def first_step(args: argparse.Namespace) -> dict[str, float]:
     towers = {"vision_model": args.vision_model, "text_model": args.text_model}
     train(args.dataset, folder, recipe="heads", feature_cache_dir=args.scratch / "features", on_step=stop, **towers)
     shutil.rmtree(folder)
-    return {"first step, beyond imports": ended - started}
+    whole = ended - started + before_start(started)
+    return {"first step, beyond imports": ended - started, "first step, whole": whole}
+
+
+def before_start(moment: float) -> float:
+    """Seconds from the start of this process to a moment of `time.perf_counter`."""
+    return time.time() - psutil.Process().create_time() - (time.perf_counter() - moment)
 
 
 def search(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a search without those of loading its model, whose files are in memory both times."""
+    """Seconds of a search without those of loading its tower, whose file is in memory both times; and of a command."""
     from modeling_miniclip.cli import cli
     from modeling_miniclip.inference import encode  # noqa: F401
-    from modeling_miniclip.inference.loading import load_export
+    from modeling_miniclip.inference.loading import load_tower
     from modeling_miniclip.search import query  # noqa: F401
 
-    load_export(str(args.scratch / "run" / "export"), "EXPORT")
+    command = ["search", str(args.scratch / "large.index"), "two dogs on a beach"]
+    load_tower(args.scratch / "run" / "export", "text")
     started = time.perf_counter()
-    load_export(str(args.scratch / "run" / "export"), "EXPORT")
+    load_tower(args.scratch / "run" / "export", "text")
     loaded = time.perf_counter()
     with redirect_stdout(StringIO()):
-        assert cli(["search", str(args.scratch / "large.index"), "two dogs on a beach"]) == 0
+        assert cli(command) == 0
     ended = time.perf_counter()
-    return {"search, beyond imports and loading": ended - loaded - (loaded - started)}
+    subprocess.run([sys.executable, "-m", "modeling_miniclip", *command], check=True, stdout=subprocess.DEVNULL)
+    whole = time.perf_counter() - ended
+    return {"search, beyond imports and loading": ended - loaded - (loaded - started), "search, whole": whole}
 
 
 def load_model(args: argparse.Namespace) -> dict[str, float]:
@@ -121,7 +134,10 @@ def prepare(args: argparse.Namespace) -> None:
     entries = pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, SCHEMA)
     rng, manifest = np.random.default_rng(0), ImageIndex.open(small).manifest
     blocks = (unit(rng.standard_normal((BLOCK, manifest.dim), np.float32)) for _ in range(ROWS // BLOCK))
-    write_index(args.scratch / "large.index", replace(manifest, neighbours="exact"), [entries], blocks)
+    captions = unit(rng.standard_normal((256, manifest.dim), np.float32))
+    write_index(
+        args.scratch / "large.index", replace(manifest, neighbours="exact"), [entries], blocks, captions=captions
+    )
 
 
 def unit(vectors: Any) -> Any:
@@ -144,13 +160,15 @@ def page(seconds: dict[str, list[float]]) -> str:
     about = [" ".join(part.split()) for part in (__doc__ or "").split("\n\n")[3:4]][0]
     points = (__doc__ or "").split("\n\n")[2]
     own, others = median(seconds["export"]), median(seconds["towers"])
-    first, found = (next(values for name, values in seconds.items() if key in name) for key in ("first", "search"))
-    rows = [
-        ("first step with cached features, s beyond imports", first, median(first), "8"),
-        (f"search over {ROWS:,} images, s beyond imports and loading", found, median(found), "0.3"),
-    ]
+    rows = {
+        "first step with cached features, s beyond imports": ("first step, beyond imports", "8"),
+        "the same with imports, s": ("first step, whole", ""),
+        f"search over {ROWS:,} images, s beyond imports and loading": ("search, beyond imports and loading", "0.3"),
+        "the whole command, s": ("search, whole", ""),
+    }
     lines = [
-        f"| {what} | {value:.2f} | {min(all_):.2f} to {max(all_):.2f} | {goal} |" for what, all_, value, goal in rows
+        f"| {what} | {median(seconds[name]):.2f} | {min(seconds[name]):.2f} to {max(seconds[name]):.2f} | {goal} |"
+        for what, (name, goal) in rows.items()
     ]
     ratios = [a / b for a, b in zip(seconds["export"], seconds["towers"], strict=True)]
     lines.append(

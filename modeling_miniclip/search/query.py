@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from .filters import EntryFilter
 from .index import ImageIndex, folder_of_model, rebuild_command
 
 NEGATIVE_WEIGHT = 0.5  # weight of each text to avoid; what is wanted has weight 1
+FEW_TEXTS = 8  # texts that one thread embeds: on shared cores, a second one makes others wait longer than it helps
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def embed_queries(
     timing = timing or Timing()
     start = time.perf_counter()
     from ..inference.encode import encode_images, encode_texts, open_image
+    from ..utils.performance import one_thread
 
     timing.imports += time.perf_counter() - start
     start = time.perf_counter()
@@ -143,7 +146,8 @@ def embed_queries(
     text_tower = load(index, "text") if texts else None
     image_tower = load(index, "image") if images else None
     timing.load += time.perf_counter() - start
-    text_embeddings = _embedded(encode_texts, text_tower, texts, index.manifest.dim)
+    with one_thread() if len(texts) <= FEW_TEXTS else nullcontext():
+        text_embeddings = _embedded(encode_texts, text_tower, texts, index.manifest.dim)
     image_embeddings = _embedded(encode_images, image_tower, images, index.manifest.dim)
     return np.stack([_combined(query, text_embeddings, image_embeddings) for query in queries])
 

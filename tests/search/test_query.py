@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from modeling_miniclip import (
@@ -26,12 +27,13 @@ from modeling_miniclip import (
     update_index,
 )
 from modeling_miniclip.cli import cli
+from modeling_miniclip.inference import encode
 from modeling_miniclip.inference.loading import load_tower
 from modeling_miniclip.search.exact import Match
 from modeling_miniclip.search.formatting import cut, display_width
 from modeling_miniclip.search.index import SCHEMA, Manifest, write_index
 from modeling_miniclip.search.page.results_page import write_results_page
-from modeling_miniclip.search.query import Query, embed_queries
+from modeling_miniclip.search.query import FEW_TEXTS, Query, embed_queries
 from modeling_miniclip.search.unrelated import AUTO
 from tests.helpers.browsers import browser_page
 from tests.helpers.indexes import write_model, write_pictures
@@ -105,6 +107,22 @@ def test_query_weights_words_image_and_texts_to_avoid(home: Path, model: MiniCli
     np.testing.assert_allclose(embed_queries(index, [Query("red", picture)])[0], found[2], atol=1e-5)
     with pytest.raises(UsageError, match="cancel out"):
         embed_queries(index, [Query("red", without=("red", "red"))])
+
+
+def test_one_thread_embeds_a_few_texts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, used = encode.encode_texts, list[int]()
+    monkeypatch.setattr(
+        encode, "encode_texts", lambda *args, **kw: (used.append(torch.get_num_threads()), plain(*args, **kw))[1]
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for count in (1, FEW_TEXTS, FEW_TEXTS + 1):
+            embed_queries(ImageIndex.open(home / "index"), [Query(f"red {number}") for number in range(count)])
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert used == [1, 1, 3]
 
 
 @pytest.mark.parametrize(
