@@ -17,7 +17,7 @@ from ..inference.loading import check_export_folder
 from ..modeling_miniclip import vision_class_of
 from ..processing_miniclip import MiniClipProcessor, image_processor_of
 from .command_line.arguments import DERIVED, TrainingArguments
-from .command_line.derived import LARGER, Facts, derive, multiple_of_stride
+from .command_line.derived import LARGER, Facts, asks_about_tower, derive, multiple_of_stride
 from .reports.reporting import say
 from .resuming.fingerprint import Fingerprint
 from .towers.layers import knows_layers
@@ -65,7 +65,7 @@ def _image_tower(arguments: TrainingArguments) -> dict[str, Any]:
     """What is known of the image tower before it is created: some of the arguments of [`Facts`]."""
     from .. import auto  # noqa: F401  (otherwise transformers asks whether to trust the code in an export)
 
-    if arguments.preset is not None:  # no rule asks
+    if not asks_about_tower(arguments):
         return {}
     try:
         if arguments.model_name_or_path is not None:

@@ -79,7 +79,7 @@ from .row_order import order_checksum, training_order
 from .run import TrainingRun
 from .time_limit import last_step_of
 from .towers.create_model import create_model
-from .towers.feature_cache import default_cache_dir
+from .towers.feature_cache import KeptValue, cache_of, digest_of_texts, digest_of_tokenizer
 from .towers.features import EVALUATION_BATCH, FrozenFeatures, frozen_image_features, frozen_text_features
 from .towers.layers import freeze_layers
 from .towers.teacher import RunTeacher, compute_taught
@@ -324,22 +324,34 @@ def build_model(
         if (declared := declared_pooling(arguments.text_model)) is not None:
             say(accelerator, f"--text_pooling {declared}, as {arguments.text_model} declares")
     if accelerator.is_main_process:
-        line = describe_truncated(train, sample_of_captions(train, COUNTED_CAPTIONS), processor)
+        line = describe_truncated(train, sample_of_captions(train, COUNTED_CAPTIONS), processor, cache_of(arguments))
         if line is not None:
             say(accelerator, line)
     return model.to(accelerator.device), processor
 
 
-def describe_truncated(rows: Dataset, looked_at: Dataset, processor: MiniClipProcessor) -> str | None:
+def describe_truncated(
+    rows: Dataset, looked_at: Dataset, processor: MiniClipProcessor, cache_dir: Path | None = None
+) -> str | None:
     """One line with the number of training captions that are too long for the tokenizer; None if there are none.
 
     Args:
         rows: training rows.
         looked_at: those of them to count in.
         processor: processor of the model.
+        cache_dir: folder where the number is kept, so that a run with the same captions and tokenizer need not count.
     """
-    batches = record_batches(looked_at, ["captions"], TOKENIZED_TOGETHER)
-    truncated = sum(processor.count_truncated(batch["captions"].flatten().to_pylist()) for batch in batches)
+    kept = truncated = None
+    if cache_dir is not None:
+        texts = [digest_of_texts(batch["captions"].flatten()) for batch in record_batches(looked_at, ["captions"])]
+        about = {"captions": texts, "tokenizer": digest_of_tokenizer(processor.tokenizer)}
+        kept = KeptValue(cache_dir, "truncated", about)
+        truncated = kept.read()
+    if not isinstance(truncated, int):
+        batches = record_batches(looked_at, ["captions"], TOKENIZED_TOGETHER)
+        truncated = sum(processor.count_truncated(batch["captions"].flatten().to_pylist()) for batch in batches)
+        if kept is not None:
+            kept.write(truncated)
     if not truncated:
         return None
     sampled, limit = "sampled " if len(looked_at) < len(rows) else "", processor.tokenizer.model_max_length
@@ -365,9 +377,8 @@ def compute_frozen_features(
     """
     taught = compute_taught(teacher, splits, arguments, accelerator)
     found = {"train": FrozenFeatures(taught=taught), "validation": FrozenFeatures()}
-    if arguments.freeze == "none":
+    if (cache_dir := cache_of(arguments)) is None:
         return found
-    cache_dir = Path(arguments.feature_cache_dir or default_cache_dir())
     for split, features in found.items():
         rows = caption_rows(splits, split, FrozenFeatures(), processor, arguments)
         views = 1 if rows.augmentation is None else arguments.num_views
@@ -423,9 +434,7 @@ def probe_captions(
     The result is kept with the features of a frozen image tower: with these, a run opens no image.
     """
     found = [CaptionEvidence()]
-    cache_dir = None
-    if arguments.freeze in ("vision", "both"):
-        cache_dir = Path(arguments.feature_cache_dir or default_cache_dir())
+    cache_dir = cache_of(arguments) if arguments.freeze in ("vision", "both") else None
 
     def probe() -> None:
         found.append(

@@ -34,6 +34,7 @@ from modeling_miniclip.modeling_miniclip import MiniClipVisionModel
 from modeling_miniclip.training.command_line.arguments import TrainingArguments
 from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.setup import describe_truncated
+from modeling_miniclip.training.towers import try_towers as try_towers_module
 from modeling_miniclip.training.towers.create_model import create_model, read_preset, set_dropout, train_tokenizer
 from modeling_miniclip.training.towers.try_towers import try_towers
 from tests.helpers.runs import ROOT, environment, write_preset
@@ -368,6 +369,58 @@ def test_causal_tower_in_disguise_needs_another_pooling(towers: dict[str, str]) 
     try_towers(decoder, processor, TrainingArguments())
 
 
+def test_towers_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, tried = tmp_path / "cache", list[str]()
+    plain = try_towers_module._try_texts
+    monkeypatch.setattr(try_towers_module, "_try_texts", lambda *args: (tried.append("texts"), plain(*args)))
+
+    def is_tried(
+        model: MiniClipModel, processor: MiniClipProcessor, cache: Path | None = cache, **fields: Any
+    ) -> bool:
+        tried.clear()
+        try_towers(model, processor, TrainingArguments(**fields), cache)
+        return bool(tried)
+
+    torch.manual_seed(0)
+    model, processor = tiny_model(), tiny_processor()
+    assert is_tried(model, processor) and not is_tried(model, processor)
+    assert is_tried(model, processor, None), "without a cache each time"
+    assert is_tried(model, processor, train_image_size=48) and not is_tried(model, processor, train_image_size=48)
+    torch.manual_seed(0)
+    same = tiny_model()  # another run
+    assert not is_tried(same, tiny_processor())
+    for tower in (same.vision_model, same.text_model):
+        with torch.no_grad():
+            next(tower.parameters()).flatten()[0] += 1e-6
+        assert is_tried(same, processor), "a weight has changed"
+    same.config.text_pooling = "mean"
+    assert is_tried(same, processor)
+    processor.tokenizer.model_max_length -= 1
+    assert is_tried(same, processor)
+    processor.image_processor.crop_size = {"height": 40, "width": 40}
+    assert is_tried(same, processor)
+    processor.tokenizer.pad_token = "[SEP]"
+    assert is_tried(same, processor) and not is_tried(same, processor)
+    monkeypatch.setattr(timm, "__version__", "0")
+    assert is_tried(same, processor)
+
+
+def test_towers_that_fail_are_tried_each_time(tmp_path: Path) -> None:
+    model, processor = tiny_model(), tiny_processor()
+    next(iter(model.vision_model.parameters())).data[0] = torch.nan
+    for _ in range(2):
+        with pytest.raises(ModelError, match="its features are NaN or infinite"):
+            try_towers(model, processor, TrainingArguments(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_trained_towers_keep_no_trial(towers: dict[str, str], tmp_path: Path) -> None:
+    build(**towers, freeze="none", feature_cache_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    build(**towers, freeze="text", feature_cache_dir=str(tmp_path))
+    assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["tried"]
+
+
 # --- pickled weights -------------------------------------------------------------------------------------------------
 
 
@@ -620,6 +673,24 @@ def test_truncated_captions_are_counted_in_a_sample_of_many() -> None:
         "2 of 2 sampled training captions will be truncated to 24 tokens"
     )
     assert describe_truncated(rows, rows.select([0, 2]), processor) is None
+
+
+def test_truncated_captions_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(last: str = "b", longest: int = 24) -> tuple[str | None, bool]:
+        rows, processor, counted = Dataset.from_dict({"captions": [["a dog " * 30], [last]]}), tiny_processor(), []
+        processor.tokenizer.model_max_length = longest
+        plain = processor.count_truncated
+        monkeypatch.setattr(processor, "count_truncated", lambda texts: (counted.append(1), plain(texts))[1])
+        return describe_truncated(rows, rows, processor, tmp_path), bool(counted)
+
+    expected = "1 of 2 training captions will be truncated to 24 tokens"
+    assert line() == (expected, True) and line() == (expected, False)
+    assert line("a dog " * 20) == (expected.replace("1 of", "2 of"), True)
+    assert line(longest=23) == (expected.replace("24", "23"), True)
+    assert line(longest=100) == (None, True) and line(longest=100) == (None, False)
+    for path in tmp_path.iterdir():
+        path.write_text("[]", encoding="utf-8")  # damaged
+    assert line() == (expected, True)
 
 
 @pytest.mark.parametrize("captions", [CAPTIONS, ODD_CAPTIONS])

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 from datasets import Dataset
 
 from modeling_miniclip.data.loading.augmentation import DEFAULT_AUGMENTATION
+from modeling_miniclip.errors import UsageError
+from modeling_miniclip.training import settings
 from modeling_miniclip.training.command_line.arguments import DERIVED, TrainingArguments
 from modeling_miniclip.training.command_line.check_arguments import augmentation_list
-from modeling_miniclip.training.command_line.derived import Facts, derive
+from modeling_miniclip.training.command_line.derived import Facts, asks_about_tower, derive
 from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.command_line.recipes import read_recipe, save_arguments
 from modeling_miniclip.training.resuming.resume_rules import recorded_flags
@@ -171,6 +174,32 @@ def test_facts_are_those_of_data_and_tower(tiny_towers: tuple[Path, Path], tiny_
     assert facts_of(splits, parse_arguments(["--dataset=a", f"--model_name_or_path={clip}"]), NOBODY).is_clip
     missing = parse_arguments(["--dataset=a", "--vision_model=./nowhere", "--text_model=./nowhere"])
     assert facts_of(splits, missing, NOBODY).tower_size is None, "create_model says what is wrong"
+
+
+def test_the_tower_is_looked_at_only_if_a_rule_asks(
+    tiny_towers: tuple[Path, Path], tiny_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    towers = [f"--vision_model={tiny_towers[0]}", f"--text_model={tiny_towers[1]}"]
+    sources = {"towers": towers, "preset": ["--preset=scenes_tiny"], "export": [f"--model_name_or_path={tiny_export}"]}
+    further: list[list[str]] = [[], ["--crop_pct=0.9"], ["--lora_rank=4"]]
+    asked = set()
+    for source, freeze, size, more in product(sources, ("none", "text", "both", None), (None, 64), further):
+        flags = [*sources[source], *more, *(f"--{name}={value}" for name, value in (("freeze", freeze),
+                 ("image_size", size)) if value is not None)]  # fmt: skip
+        try:
+            arguments = parse_arguments(["--dataset=a", *flags])
+        except UsageError:  # not all of them go together
+            continue
+        if asks_about_tower(arguments):
+            asked.add((source, freeze, size))
+            continue
+        kinds = [Facts(500, 2.0), Facts(500, 2.0, 96, takes_other_sizes=True, knows_layers=False)]
+        assert len({repr(derive(arguments, facts)[0]) for facts in kinds}) == 1, "no rule depends on the tower"
+    assert ("towers", "both", 64) not in asked and {("towers", "both", None), ("export", "both", 64)} <= asked
+    splits: Any = {"train": Dataset.from_dict({"captions": [["a"]]})}
+    arguments = parse_arguments(["--dataset=a", *towers, "--freeze=both", "--image_size=64"])
+    monkeypatch.setattr(settings, "vision_tower_config", lambda name: pytest.fail("the tower is looked at"))
+    assert facts_of(splits, arguments, NOBODY).images == 1
 
 
 def test_resumed_runs_keep_what_was_derived(tmp_path: Path) -> None:

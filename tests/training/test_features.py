@@ -31,12 +31,14 @@ from modeling_miniclip.training.towers.feature_cache import (
     CaptionFeatures,
     FeatureRows,
     FeatureTable,
+    KeptValue,
+    cache_of,
     default_cache_dir,
     digest,
 )
 from modeling_miniclip.training.towers.features import frozen_image_features, frozen_text_features
 from tests.helpers.forks import fork
-from tests.helpers.runs import flags, launch, metrics_of, write_preset, write_scene_folder
+from tests.helpers.runs import flags, launch, metrics_of, plain_arguments, write_preset, write_scene_folder
 from tests.helpers.shards import write_tar
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_model, tiny_processor
 
@@ -269,6 +271,43 @@ def test_cached_features_open_no_image(
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     (found,) = image_features(model_of(), rows, tmp_path / "cache")
     assert torch.equal(all_of(found), all_of(expected))
+
+
+def test_cached_features_prepare_nothing(
+    tmp_path: Path, rows: CaptionRows, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something is prepared")
+
+    (expected,) = image_features(model_of(), rows, tmp_path / "cache")
+    for name in ("folded_batch_norms", "BatchLoader"):  # runs of the tower on noise, loader processes
+        monkeypatch.setattr(features, name, refuse)
+    (found,) = image_features(model_of(), rows, tmp_path / "cache")
+    assert torch.equal(all_of(found), all_of(expected))
+    os.utime(rows.undecoded[5]["image"]["path"], ns=(1, 1))
+    with pytest.raises(AssertionError, match="something is prepared"):
+        image_features(model_of(), rows, tmp_path / "cache")
+
+
+def test_kept_values_belong_to_what_they_depend_on(tmp_path: Path) -> None:
+    kept = KeptValue(tmp_path / "new", "number", {"texts": ["a", "\udc80"], "limit": 3})
+    assert kept.read() is None
+    kept.write(17)
+    same, *others = (KeptValue(tmp_path / "new", name, about) for name, about in (
+        ("number", {"limit": 3, "texts": ["a", "\udc80"]}), ("other", {"limit": 3, "texts": ["a", "\udc80"]}),
+        ("number", {"limit": 4, "texts": ["a", "\udc80"]}), ("number", {"limit": 3, "texts": ["a"]}),
+    ))  # fmt: skip
+    assert same.read() == 17 and [other.read() for other in others] == [None] * 3
+    kept.path.write_text('{"dama', encoding="utf-8")
+    assert same.read() is None
+    (tmp_path / "file").touch()
+    KeptValue(tmp_path / "file", "number", {}).write(1)  # the run goes on without
+
+
+def test_only_runs_with_a_frozen_tower_keep_something(tmp_path: Path) -> None:
+    found = {freeze: cache_of(plain_arguments(freeze=freeze)) for freeze in ("none", "vision", "text", "both", None)}
+    assert found == {"none": None, None: None, **dict.fromkeys(("vision", "text", "both"), default_cache_dir())}
+    assert cache_of(plain_arguments(freeze="both", feature_cache_dir=str(tmp_path))) == tmp_path
 
 
 def test_images_in_tars_have_the_features_of_files(tmp_path: Path, rows: CaptionRows, small_blocks: None) -> None:

@@ -280,6 +280,12 @@ def kind_of_run(arguments: TrainingArguments, facts: Facts) -> str:
     return "full" if trains_towers or facts.images >= FEW_IMAGES else "frozen"
 
 
+def asks_about_tower(arguments: TrainingArguments) -> bool:
+    """Whether a rule depends on the image tower: not for heads on frozen towers and images of a given size."""
+    frozen = arguments.freeze == "both" and arguments.model_name_or_path is None
+    return arguments.preset is None and not (frozen and arguments.image_size is not None)
+
+
 def derive(arguments: TrainingArguments, facts: Facts) -> tuple[TrainingArguments, list[str]]:
     """Arguments with every derived flag, and lines that say which values were derived.
 

@@ -7,13 +7,12 @@ described by its tower as the run finds it and by 8 x 8 pixels, a caption by its
 pair of descriptions is enough.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +26,8 @@ from ...data.tables.image_places import image_parts
 from ...errors import DataError
 from ...modeling_miniclip import MiniClipModel
 from ...processing_miniclip import MiniClipProcessor
-from ...utils.files import shared_file
 from ..towers.feature_cache import (
-    digest,
+    KeptValue,
     digest_of_tokenizer,
     digest_of_weights,
     image_tower_settings,
@@ -105,21 +103,20 @@ def probe_captions(
     sample, enough = _select(parts, places), ENOUGH_PRETRAINED if is_pretrained else ENOUGH
     kept = None
     if cache_dir is not None:
-        kept = cache_dir / f"evidence-{_digest_of_evidence(sample, total, model, processor, enough)}.json"
-        with suppress(OSError, ValueError, TypeError):
-            return CaptionEvidence(**json.loads(kept.read_text(encoding="utf-8")))
+        kept = KeptValue(cache_dir, "evidence", _about_evidence(sample, total, model, processor, enough))
+        with suppress(TypeError):  # a damaged file
+            return CaptionEvidence(**kept.read())
     evidence, is_whole = _look(sample, total, model, processor, device, enough)
     if kept is not None and is_whole:
-        with suppress(OSError), shared_file(kept) as fresh:
-            fresh.write_text(json.dumps(evidence._asdict()), encoding="utf-8")
+        kept.write(evidence._asdict())
     return evidence
 
 
-def _digest_of_evidence(
+def _about_evidence(
     sample: Dataset, total: int, model: MiniClipModel, processor: MiniClipProcessor, enough: int
-) -> str:
-    """A hash of everything that the evidence depends on; images in files are not opened."""
-    about = {
+) -> dict[str, Any]:
+    """Everything that the evidence depends on; images in files are not opened."""
+    return {
         "format": FORMAT,
         "limits": [FIRST, MOST, PERMUTATIONS, enough, total],
         "images": [part for _, part in image_parts(sample)],
@@ -130,7 +127,6 @@ def _digest_of_evidence(
         "preprocessing": processor.image_processor.to_dict(),
         "tokenizer": digest_of_tokenizer(processor.tokenizer),
     }
-    return digest([json.dumps(about, sort_keys=True, default=str).encode("utf-8", "surrogatepass")])
 
 
 def _look(

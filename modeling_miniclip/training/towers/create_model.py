@@ -29,6 +29,7 @@ from ...utils.performance import hide_advice_for_gpus
 from ...utils.processes import process_rank
 from ...utils.resources import named_file
 from ..command_line.arguments import MODEL_SOURCES, TrainingArguments
+from .feature_cache import cache_of
 from .image_size import with_image_size
 from .try_towers import LARGEST_SIDE, image_problem, try_towers
 
@@ -70,7 +71,7 @@ def create_model(
         if arguments.train_image_size is not None and hasattr(model.vision_model, "timm_model"):
             # an error for a tower of another, fixed size
             image_processor_from_timm(model.config.vision_config, arguments.train_image_size)
-        try_towers(model, processor, arguments)
+        try_towers(model, processor, arguments, cache_of(arguments))
     except Exception as error:  # the libraries raise errors of many classes for wrong values
         named = [f"--{name} {getattr(arguments, name)}" for names in MODEL_SOURCES for name in names]
         sources = " and ".join(text for text in named if not text.endswith(" None"))

@@ -12,6 +12,7 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MiniClipError
-from ...utils.files import move_folder, name_to_write
+from ...utils.files import move_folder, name_to_write, shared_file
+from ..command_line.arguments import TrainingArguments
 
 FORMAT = 2  # part of every hash: increase it when the values or their layout change
 
@@ -33,6 +35,13 @@ def default_cache_dir() -> Path:
     from huggingface_hub.constants import HF_HOME
 
     return Path(HF_HOME) / "miniclip" / "features"
+
+
+def cache_of(arguments: TrainingArguments) -> Path | None:
+    """Folder in which a run with a frozen tower keeps what its towers say about its data; None if both are trained."""
+    if arguments.freeze in (None, "none"):
+        return None
+    return Path(arguments.feature_cache_dir or default_cache_dir())
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -87,6 +96,33 @@ def digest_of_tokenizer(tokenizer: Any) -> str:
         return digest([repr((type(tokenizer), settings, sorted(tokenizer.get_vocab().items()))).encode()])
     parts = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # which each call sets
     return digest([json.dumps([parts, settings], sort_keys=True).encode()])
+
+
+class KeptValue:
+    """A small result on disk, next to the features.
+
+    Args:
+        cache_dir: folder of all results.
+        name: what it is.
+        depends_on: everything that it depends on, as JSON-compatible values.
+    """
+
+    def __init__(self, cache_dir: Path, name: str, depends_on: dict[str, Any]):
+        text = json.dumps(depends_on, sort_keys=True, default=str)
+        self.path = cache_dir / f"{name}-{digest([text.encode('utf-8', 'surrogatepass')])}.json"
+
+    def read(self) -> Any:
+        """The result; None if there is none, or if its file is damaged."""
+        with suppress(OSError, ValueError):
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        return None
+
+    def write(self, value: Any) -> None:
+        """Keep a JSON-compatible result, if the folder can be written to."""
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with shared_file(self.path) as fresh:
+                fresh.write_text(json.dumps(value), encoding="utf-8")
 
 
 class FeatureTable:

@@ -4,6 +4,7 @@ import math
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -204,24 +205,25 @@ def frozen_image_features(
 
     found, crop = [], rows.processor.image_processor.crop_size
     fitting = Parts("images", accelerator.device, tqdm.write)
-    with folded_batch_norms(model.vision_model, (crop["height"], crop["width"])):
-        for view in range(views):
-            tables = []
-            for part, images in parts:
-                about = depends_on | {"images": images}
-                if rows.augmentation is not None:
-                    draws = {"draws": 3, "seed": rows.seed, "view": view, "first_row": part.start}
-                    about["augmentation"] = draws | {"transforms": rows.augmentation.to_dict()}
-                tables.append((part, FeatureTable(cache_dir, about, len(part), width)))
-            title = "image features" if views == 1 else f"image features, view {view + 1} of {views}"
-            _fill_with_images(tables, partial(compute, view), accelerator, title)
-            found.append(FeatureRows.of_tables([table for _, table in tables]))
+    folded = partial(folded_batch_norms, model.vision_model, (crop["height"], crop["width"]))
+    for view in range(views):
+        tables = []
+        for part, images in parts:
+            about = depends_on | {"images": images}
+            if rows.augmentation is not None:
+                draws = {"draws": 3, "seed": rows.seed, "view": view, "first_row": part.start}
+                about["augmentation"] = draws | {"transforms": rows.augmentation.to_dict()}
+            tables.append((part, FeatureTable(cache_dir, about, len(part), width)))
+        title = "image features" if views == 1 else f"image features, view {view + 1} of {views}"
+        _fill_with_images(tables, partial(compute, view), folded, accelerator, title)
+        found.append(FeatureRows.of_tables([table for _, table in tables]))
     return found
 
 
 def _fill_with_images(
     tables: list[tuple[range, FeatureTable]],
     compute: Callable[[list[range]], Iterator[Tensor]],
+    prepared: Callable[[], AbstractContextManager[Any]],
     accelerator: Accelerator,
     title: str,
 ) -> None:
@@ -230,6 +232,7 @@ def _fill_with_images(
     Args:
         tables: rows of the split in each table.
         compute: function that computes the features of batches of rows.
+        prepared: context in which they are computed; it is not entered if nothing is missing.
         accelerator: device and processes of the run.
         title: title of the progress bar.
     """
@@ -241,11 +244,15 @@ def _fill_with_images(
         every = (range(i, min(i + EVALUATION_BATCH, len(done))) for i in range(0, len(done), EVALUATION_BATCH))
         own = (rows for k, rows in enumerate(every) if k % world_size == rank)
         batches = [rows for rows in own if not done[rows.start : rows.stop].all()]
-        for rows, features in zip(batches, _with_bar(compute(batches), title, len(batches), accelerator), strict=True):
-            for part, table in tables[bisect_right(starts, rows.start) - 1 : bisect_left(starts, rows.stop)]:
-                here = range(max(rows.start, part.start), min(rows.stop, part.stop))
-                table.write(range(here.start - part.start, here.stop - part.start),
-                            features[here.start - rows.start : here.stop - rows.start])  # fmt: skip
+        if not batches:  # neither prepare the tower nor start loader processes
+            return
+        with prepared(), _bar(title, len(batches), accelerator) as bar:
+            for rows, features in zip(batches, compute(batches), strict=True):
+                for part, table in tables[bisect_right(starts, rows.start) - 1 : bisect_left(starts, rows.stop)]:
+                    here = range(max(rows.start, part.start), min(rows.stop, part.stop))
+                    table.write(range(here.start - part.start, here.stop - part.start),
+                                features[here.start - rows.start : here.stop - rows.start])  # fmt: skip
+                bar.update()
 
     _share(fill, accelerator)
 
@@ -329,10 +336,3 @@ def _share(fill: Callable[[int, int], None], accelerator: Accelerator) -> None:
 
 def _bar(title: str, batches: int, accelerator: Accelerator) -> tqdm:
     return tqdm(desc=title, total=batches, unit="batch", disable=not (batches and accelerator.is_local_main_process))
-
-
-def _with_bar(values: Iterator[Tensor], title: str, batches: int, accelerator: Accelerator) -> Iterator[Tensor]:
-    with _bar(title, batches, accelerator) as bar:
-        for value in values:
-            yield value
-            bar.update()

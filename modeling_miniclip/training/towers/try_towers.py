@@ -2,29 +2,37 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+import transformers
 from torch import Tensor
 
+from ... import __version__
 from ...configuration_miniclip import tower_name
 from ...errors import ModelError, UsageError, one_line
 from ...modeling_miniclip import MiniClipModel
 from ...processing_miniclip import MiniClipProcessor
 from ..command_line.arguments import TrainingArguments
+from .feature_cache import KeptValue, digest_of_tokenizer, digest_of_weights, image_tower_settings, text_tower_settings
 
 LARGEST_SIDE = 1024  # pixels; larger images are not tried, as that could take minutes
 LONGEST_TEXT = 512  # tokens; longer texts are not tried
 STEPS = (32, 16, 14, 8)  # many towers take only multiples of one of these
 
 
-def try_towers(model: MiniClipModel, processor: MiniClipProcessor, arguments: TrainingArguments) -> None:
+def try_towers(
+    model: MiniClipModel, processor: MiniClipProcessor, arguments: TrainingArguments, cache_dir: Path | None = None
+) -> None:
     """Embed one image of each size, and texts up to the longest, as training will.
 
     Args:
         model: model in evaluation mode; it is not changed, and no random numbers of the run are drawn.
         processor: processor of the model.
         arguments: flags of the run.
+        cache_dir: folder where success is kept, so that the same towers are tried once; None tries them each time.
 
     Raises:
         UsageError: the tower does not take the size, length or pooling that a flag asks for.
@@ -34,9 +42,30 @@ def try_towers(model: MiniClipModel, processor: MiniClipProcessor, arguments: Tr
     sizes = {"image_size": (crop["height"], crop["width"])}
     if arguments.train_image_size is not None:
         sizes["train_image_size"] = (arguments.train_image_size, arguments.train_image_size)
+    kept = None
+    if cache_dir is not None:
+        kept = KeptValue(cache_dir, "tried", _about_trial(model, processor, list(sizes.values())))
+        if kept.read() is True:
+            return
     for flag, size in sizes.items():
         _try_image(model, flag, size, arguments)
     _try_texts(model, processor.tokenizer)
+    if kept is not None:
+        kept.write(True)
+
+
+def _about_trial(model: MiniClipModel, processor: MiniClipProcessor, sizes: list[tuple[int, int]]) -> dict[str, Any]:
+    """Everything that the result of a trial depends on."""
+    libraries = {module.__name__: module.__version__ for module in (timm, torch, transformers)}
+    return {
+        "versions": libraries | {"modeling_miniclip": __version__},
+        "sizes": sizes,
+        "widths": [model.vision_width, model.text_width],
+        "weights": [digest_of_weights(tower) for tower in (model.vision_model, model.text_model)],
+        "vision": image_tower_settings(model),
+        "text": text_tower_settings(model),
+        "tokenizer": [digest_of_tokenizer(processor.tokenizer), processor.tokenizer.pad_token_id],
+    }
 
 
 def _try_image(model: MiniClipModel, flag: str, size: tuple[int, int], arguments: TrainingArguments) -> None:
