@@ -620,8 +620,22 @@ FAULTS = [
         (
             "reports/caption_probe.py",
             "evidence is not kept",
-            "with suppress(OSError), shared_file(kept) as fresh:",
-            "with suppress(OSError), shared_file(kept.with_name('other')) as fresh:",
+            "kept.write(evidence._asdict())",
+            "kept.write(0)",
+            FEATURES,
+        ),
+        (
+            "towers/try_towers.py",
+            "other weights are not tried",
+            '"weights": [digest_of_weights(tower) for tower in (model.vision_model, model.text_model)],',
+            '"weights": [],',
+            "tests/training/test_create_model.py",
+        ),
+        (
+            "towers/features.py",
+            "loader processes are started for features that are there",
+            "if not batches:",
+            "if batches is None:",
             FEATURES,
         ),
         (
