@@ -98,11 +98,14 @@ EXPERIMENTS = {
         ],
     ),
     "tuned": Experiment(
-        "Ablation of recipe `heads_then_full`",
-        "Each line is recipe `heads_then_full` with the named changes. To save time, all runs use 2,000 of the 6,000 "
-        "training images and 3 epochs, and start from heads that recipe `heads` trained on these 2,000: compare the "
-        "lines with each other, not with the recorded runs.",
-        {"recipe": "heads_then_full", "max_train_images": 2000, "num_train_epochs": 3, "warmup_steps": 10},
+        "Ablation of `heads_then_full`",
+        "Each line has the settings of the run `heads_then_full` with the named changes. To save time, all runs use "
+        "2,000 of the 6,000 training images and 3 epochs, and start from heads that recipe `heads` trained on these "
+        "2,000: compare the lines with each other, not with the recorded runs.",
+        {
+            "recipe": str(HERE / "heads_then_full" / "arguments.yaml"), "max_train_images": 2000,
+            "num_train_epochs": 3, "warmup_steps": 10,
+        },
         [
             ({}, 1),
             ({"freeze": "vision"}, 1),

@@ -9,7 +9,8 @@
 pooled, so its `--text_pooling mean` is passed, too). `default_frozen` and `default_trained` are the default with
 `--freeze both` and `--freeze none`: the number of images decides which of the two `default` is. `tutorial` is what the
 default was before: plain.yaml.
-Recipes that continue from an export continue from that of `heads` on the same images, and their costs include it.
+`heads_then_full` and `lit` were recipes, too. They continue from an export of `heads` on the same images, and their
+costs include it.
 
 Image encodings are images that the image tower encodes while it trains, weighted by their pixels (1 is an image of 224
 by 224), with those of frozen towers, whose features are computed once. Validations are left out: they depend on the
@@ -46,8 +47,8 @@ VARIANTS: dict[str, tuple[list[str], str | None]] = {
     "tutorial": ([f"--recipe={HERE / 'plain.yaml'}"], None),
     "heads": (["--recipe=heads"], None),
     "full": (["--recipe=full"], None),
-    "heads_then_full": (["--recipe=heads_then_full"], "heads"),
-    "lit": (["--recipe=lit"], "heads"),
+    "heads_then_full": ([f"--recipe={HERE / 'heads_then_full' / 'arguments.yaml'}"], "heads"),
+    "lit": ([f"--recipe={HERE / 'lit' / 'arguments.yaml'}"], "heads"),
 }
 OURS = ("default", "default_frozen", "default_trained", "tutorial")  # no recipes
 

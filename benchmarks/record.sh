@@ -2,7 +2,7 @@
 # Run a recipe and keep its figures in a folder next to this file.
 #   benchmarks/record.sh demo --recipe scenes
 #   RUN=HEADS benchmarks/record.sh heads --recipe heads --dataset FLICKR8K --vision_model LITE0 --text_model MINILM
-#   benchmarks/record.sh heads_then_full --recipe heads_then_full --dataset FLICKR8K --model_name_or_path HEADS/export
+#   benchmarks/record.sh lit --recipe benchmarks/lit/arguments.yaml --dataset FLICKR8K --model_name_or_path HEADS/export
 # The run's folder is deleted, unless RUN names one. Features of frozen towers are computed again, so that the time is
 # that of a first run. Only drawn scenes are kept as pictures: photographs belong to their owners.
 set -euo pipefail

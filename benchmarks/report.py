@@ -34,10 +34,8 @@ RUNS = {
         "`make demo` (recipe `scenes`): built-in scenes, tiny ResNet and LFM2 from random weights", "loss"
     ),
     "heads": Recorded("recipe `heads`: Flickr8k, EfficientNet-Lite0 and all-MiniLM-L6-v2 frozen, heads trained"),
-    "lit": Recorded("recipe `lit`: continues from `heads`, text tower fine-tuned too", after="heads"),
-    "heads_then_full": Recorded(
-        "recipe `heads_then_full`: continues from `heads`, both towers fine-tuned", after="heads"
-    ),
+    "lit": Recorded("`lit`: continues from `heads`, text tower fine-tuned too", after="heads"),
+    "heads_then_full": Recorded("`heads_then_full`: continues from `heads`, both towers fine-tuned", after="heads"),
     "full": Recorded("recipe `full`: new heads, both towers fine-tuned from the first step"),
 }
 

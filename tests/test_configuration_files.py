@@ -129,13 +129,6 @@ def test_each_recipe_is_accepted_and_shows_its_command(path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["heads_then_full", "lit"])
-def test_second_stage_continues_from_the_first_export(name: str) -> None:
-    heads, second = (parse_arguments(["--recipe", recipe, "--dataset", "my.csv"]) for recipe in ("heads", name))
-    assert Path(str(second.model_name_or_path)) == Path(heads.output_dir) / "export"
-    assert (second.image_size, second.crop_pct) == (heads.image_size, heads.crop_pct)
-
-
 def test_flickr8k_recipe_matches_the_tutorial() -> None:
     arguments = asdict(parse_arguments(["--recipe", "flickr8k", "--dataset", "my.csv"]))
     expected = {

@@ -418,8 +418,8 @@ def test_time_limit_replaces_the_schedule_of_a_recipe(recipe: Any) -> None:
         ({"matryoshka_dims": (64, 128), "hard_negatives": ["swap"]}, "--matryoshka_dims 64 128 --hard_negatives swap"),
         ({"augmentation": [{"name": "HorizontalFlip", "p": 0.5}]}, "--augmentation=[{\"name\":\"HorizontalFlip\","
          "\"p\":0.5}]"),
-        ({"recipe": "lit", "checkpointing_steps": 5}, "--recipe=lit --checkpointing_steps=5"),
-        ({"recipe": "lit", "seed": None, "batch_size": None}, "--recipe=lit"),
+        ({"recipe": "full", "checkpointing_steps": 5}, "--recipe=full --checkpointing_steps=5"),
+        ({"recipe": "full", "seed": None, "batch_size": None}, "--recipe=full"),
     ],
 )  # fmt: skip
 def test_keywords_mean_what_flags_mean(keywords: dict[str, Any], argv: str) -> None:

@@ -64,7 +64,6 @@ def test_batches_epochs_and_warm_up_follow_the_images(
     [
         ("heads", ["--freeze=both"], {"augmentation", "text_pooling"}),
         ("full", [], {"text_pooling"}),
-        ("heads_then_full", ["--model_name_or_path=any"], {"warmup_steps", "image_size", "crop_pct"}),
     ],
 )
 def test_defaults_at_6000_images_are_the_recipes(recipe: str, argv: list[str], others: set[str]) -> None:
@@ -72,7 +71,7 @@ def test_defaults_at_6000_images_are_the_recipes(recipe: str, argv: list[str], o
     sources = {"vision_model", "text_model", "text_pooling", "model_name_or_path", "output_dir"}
     assert set(own) <= {*DERIVED, *sources}, "nothing else makes the recipe what it is"
     own = {name: value for name, value in own.items() if name in DERIVED and name not in others}
-    found = asdict(derived(6000, *argv, tower_size=288 if "heads_then_full" in recipe else 224))
+    found = asdict(derived(6000, *argv))
     for values in (own, found):
         if values.get("augmentation") is not None:
             values["augmentation"] = json.loads(values["augmentation"])
@@ -85,6 +84,13 @@ def test_few_images_leave_the_towers_frozen() -> None:
     assert derived(500, "--augmentation=[]").freeze == "none"
     assert derived(500, "--batch_size=64").freeze == "both"
     assert derived(500, "--model_name_or_path=any").freeze == derived(500, "--preset=any").freeze == "none"
+
+
+def test_trained_heads_go_on_at_lower_rates_than_new_ones() -> None:
+    new, trained = derived(6000), derived(6000, "--model_name_or_path=any", tower_size=288)
+    assert (new.head_learning_rate, trained.head_learning_rate, trained.num_train_epochs) == (1e-3, 2e-4, 10)
+    assert (new.vision_learning_rate, new.text_learning_rate) == (2e-4, 5e-5)
+    assert (trained.vision_learning_rate, trained.text_learning_rate) == (2e-4, 5e-5)
 
 
 def test_a_clip_is_trained_at_low_rates() -> None:
