@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Unpack
 
+from ..errors import UsageError
 from ..training.command_line.parsing import keyword_arguments
 from ..training.reports.callbacks import Callback, Callbacks
 from .clean_process import clean_process
@@ -37,7 +38,8 @@ def train(
             split, with the columns of a caption file, and images as paths, PIL images, encoded images (bytes) or
             arrays; or a list of several of these. Without a dataset, the built-in scenes.
         output_dir: folder for the results ("miniclip-output").
-        validation: the same for all validation images; by default they are a part of the dataset.
+        validation: the same for all validation images, the script's `validation_dataset`; by default they are a part
+            of the dataset. Weights are for training only.
         on_step: function called after each step with its number and the training metrics that were logged last, every
             `logging_steps` steps; if it returns False, the run ends as after an interrupt.
         on_validation: function called after each validation with the step and the metrics; if it returns False, the
@@ -61,9 +63,14 @@ def train(
     with clean_process(), ExitStack() as stack:
         from train_miniclip import run_training  # within `clean_process`, as it changes the environment
 
-        for name, source in (("dataset", dataset), ("validation_dataset", validation)):
+        further = given.get("validation_dataset") if validation is None else validation  # as the script calls it
+        for name, source in (("dataset", dataset), ("validation_dataset", further)):
             if source is not None:
                 given[name], weights = stack.enter_context(named_sources(source, wanted))
+                if weights is not None and name != "dataset":
+                    raise UsageError(
+                        "validation: only datasets to train on have weights; pass a list of paths and names"
+                    )
                 if weights is not None:
                     given["dataset_weights"] = weights
         arguments = keyword_arguments(given)

@@ -13,7 +13,7 @@ import pandas
 import pytest
 
 import modeling_miniclip
-from modeling_miniclip import TrainResult, UsageError, train
+from modeling_miniclip import DataError, TrainResult, UsageError, train
 from modeling_miniclip.api.clean_process import clean_process
 from modeling_miniclip.api.describe_keywords import OWN, keywords_module
 from modeling_miniclip.api.keywords import TrainingKeywords
@@ -56,7 +56,14 @@ def test_wrong_arguments_have_the_messages_of_flags(tmp_path: Path) -> None:
         train("a.csv", tmp_path / "out", batchsize=3)  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="--freeze: invalid choice: 'all'"):
         train("a.csv", tmp_path / "out", freeze="all")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="validation: only datasets to train on have weights"):
+        train("a.csv", tmp_path / "out", validation={"b.csv": 1.0})
     assert not (tmp_path / "out").exists()
+
+
+def test_validation_may_have_the_name_of_its_flag(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="int: expected a DataFrame"):
+        train("a.csv", tmp_path / "out", validation_dataset=5)  # type: ignore[call-arg]
 
 
 def test_keywords_are_written_from_the_flags() -> None:

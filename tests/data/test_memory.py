@@ -185,7 +185,7 @@ def test_a_table_outlives_its_data_but_nothing_else(folder: Path) -> None:
 
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "no rows": ([], "list: expected an image column 'image', found image columns none among"),
+    "no rows": ([], "list: it has no rows; pass some with an image and a caption"),
     "list of texts": (["a.jpg"], "list, row 0: expected a dictionary with an image and a caption, found str"),
     "columns": ({"image": ["a.jpg"]}, "dict: a dictionary needs the splits of a dataset .* it has 'image'"),
     "number": (5, "int: expected a DataFrame, a Dataset, a DatasetDict or a list of dictionaries"),

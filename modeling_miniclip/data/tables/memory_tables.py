@@ -69,11 +69,11 @@ def _part(data: Any, wanted: Collection[str]) -> "pa.Table | Dataset":
         return data
     where = kind_of_data(data)
     if isinstance(data, Sequence) and not isinstance(data, str | bytes):
-        return _table(_columns_of_rows(data), wanted, where)
+        return _table(_columns_of_rows(data), wanted, where, len(data))
     if hasattr(data, "collect") and hasattr(data, "columns"):  # a LazyFrame of polars
         data = data.collect()
     if hasattr(data, "columns") and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return _table(_columns_of_frame(data), wanted, where)
+        return _table(_columns_of_frame(data), wanted, where, len(data))
     text = "expected a DataFrame, a Dataset, a DatasetDict or a list of dictionaries, such as [{'image': 'a.jpg', "
     raise DataError(Problem("unusable", f"{text}'caption': 'a dog'}}]; `list(data)` may make one", where))
 
@@ -96,7 +96,9 @@ def _columns_of_frame(frame: Any) -> dict[str, list[Any]]:
     return {name: frame[column].to_list() for name, column in zip(names, frame.columns, strict=True)}
 
 
-def _table(columns: Mapping[str, list[Any]], wanted: Collection[str], where: str) -> pa.Table:
+def _table(columns: Mapping[str, list[Any]], wanted: Collection[str], where: str, rows: int) -> pa.Table:
+    if not rows:
+        raise DataError(Problem("unusable", "it has no rows; pass some with an image and a caption", where))
     arrays = {}
     for name, values in columns.items():
         array = _array(values, name, where, name in LIKELY or name in wanted)
