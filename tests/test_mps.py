@@ -20,7 +20,7 @@ from modeling_miniclip.training.loss.pair_counts import count_pairs
 from modeling_miniclip.training.towers.features import Collected
 from modeling_miniclip.utils.arrays import as_embeddings
 from modeling_miniclip.utils.performance import best_mixed_precision, image_layout
-from tests.helpers.runs import plain_arguments
+from tests.helpers.runs import ROOT, plain_arguments
 from tests.helpers.simulated_mps import MpsTensor, on_mps
 from tests.helpers.towers import PIXELS, tiny_model, tiny_processor
 
@@ -154,6 +154,20 @@ def test_train_leaves_random_numbers_of_mps_as_before(monkeypatch: pytest.Monkey
     with clean_process._random_state():
         states.append(torch.tensor([2]))
     assert torch.equal(states[-1], states[0])
+
+
+@pytest.mark.parametrize(
+    ("program", "load"),
+    [
+        ("train_miniclip.py", "\nimport torch"),
+        ("modeling_miniclip/cli.py", "\nfrom .training"),
+        ("modeling_miniclip/__main__.py", "\nfrom .cli"),
+    ],
+)
+def test_programs_compute_on_the_cpu_what_mps_lacks(program: str, load: str) -> None:
+    """Torch reads the variable when it is imported."""
+    source = (ROOT / program).read_text(encoding="utf-8")
+    assert 0 < source.find('os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")') < source.find(load)
 
 
 def test_a_run_on_mps_is_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,10 +149,11 @@ def test_all_modules_import_without_those_of_posix(tmp_path: Path) -> None:
 
 
 def test_ctrl_break_saves_like_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "TERMINATING", (signal.SIGTERM, signal.SIGUSR1))  # another signal, as on Windows
+    other = signal.SIGUSR1 if hasattr(signal, "SIGUSR1") else signal.SIGBREAK
+    monkeypatch.setattr(signals, "TERMINATING", (signal.SIGTERM, other))
     lines: list[str] = []
     with SignalHandler(lines.append) as handler:
-        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(other)
         assert handler.received == signal.SIGTERM
     assert lines == ["SIGTERM: saving after this step"]
 

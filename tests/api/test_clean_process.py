@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data._utils import signal_handling
 from tqdm.auto import tqdm
 
-from modeling_miniclip.api.clean_process import clean_process
+from modeling_miniclip.api.clean_process import SIGNALS, clean_process
 from modeling_miniclip.utils import performance
 from modeling_miniclip.utils.performance import keep_freed_memory
 
@@ -28,7 +28,7 @@ def state_of_process() -> list[object]:
         torch.get_rng_state().tolist(),
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
-        [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],
+        [signal.getsignal(number) for number in SIGNALS],
         signal_handling._SIGCHLD_handler_set,
         dict(PartialState._shared_state),
         dict(AcceleratorState._shared_state),
@@ -54,6 +54,8 @@ def change_everything() -> None:
 @pytest.fixture
 def without_sigchld_handler(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process in which no loader process has run; an earlier test may have started one."""
+    if not hasattr(signal, "SIGCHLD"):
+        pytest.skip("this system has no such signal")
     AcceleratorState._reset_state(reset_partial_state=True)
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)

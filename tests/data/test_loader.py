@@ -31,6 +31,7 @@ from modeling_miniclip.utils.processes import ended_children, forks_processes
 from tests.helpers.towers import CAPTIONS, PIXELS, tiny_processor
 
 SIZE = (PIXELS, PIXELS)
+needs_fork = pytest.mark.skipif(not forks_processes(), reason="loader processes are not forked")
 
 
 def as_tiff(image: Image.Image) -> bytes:
@@ -353,7 +354,7 @@ def test_a_batch_survives_pickling_with_tensors_of_any_size():
     assert set(as_tensors) == {"pixel_values", "undecodable"}
 
 
-@pytest.mark.skipif(not forks_processes(), reason="loader processes are not forked")
+@needs_fork
 def test_batches_keep_their_pixels_in_reused_memory(processor: MiniClipProcessor) -> None:
     rows = CaptionRows(noise_rows(6), processor)
     batches = [[(0, i)] for i in range(6)]  # more than the memory has slots
@@ -401,6 +402,7 @@ def fail_with(error: Exception) -> Callable[[], None]:
     return fail
 
 
+@needs_fork
 @pytest.mark.parametrize(
     ("fail", "cause"),
     [
@@ -460,6 +462,7 @@ def test_an_error_in_a_loader_process_keeps_its_problem(num_workers: int) -> Non
         pytest.fail("no error was raised")
 
 
+@needs_fork
 def test_loader_processes_end_with_a_killed_trainer(processor, monkeypatch) -> None:
     """They hold a pipe of the trainer open: it does not end while one of them lives."""
     monkeypatch.setattr(processes, "SECONDS_BETWEEN_CHECKS", 0.1)
