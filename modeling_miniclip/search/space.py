@@ -1,6 +1,6 @@
 """`miniclip space`: a folder with a model, an index and the search page, which runs as a Gradio Space or locally.
 
-The index holds copies of 512 pixels. Image files, paths, dates and metadata are not published.
+The index holds copies of 512 pixels, and captions. Image files, paths, dates and metadata are not published.
 """
 
 import os
@@ -55,7 +55,7 @@ README = """---
 # {title}
 
 Search {images:,} images by text or by image with a [MiniCLIP](model/README.md) model. The index holds small copies of
-the images and nothing else about them. To run it locally: `pip install gradio -r requirements.txt` and
+the images, with their captions if they have any. To run it locally: `pip install gradio -r requirements.txt` and
 `python app.py`.
 """
 

@@ -1,8 +1,9 @@
 """`miniclip app`: search an index in the browser by text, image or both, filter, and browse similar images.
 
-The browser gets re-encoded copies, never files: paths of this machine and metadata of photographs (such as where they
-were taken) stay private. The browser refers to an image by its position among the results. Thumbnails are made once
-and kept while the page is served; those that nobody viewed for an hour are deleted.
+The browser gets re-encoded copies, never files: metadata of photographs (such as where they were taken) stays private.
+The page names images by their paths on this machine, to which alone it is served; the index of a Space has none. The
+browser refers to an image by its position among the results. Thumbnails are made once and kept while the page is
+served; those that nobody viewed for an hour are deleted.
 """
 
 import os
