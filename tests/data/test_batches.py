@@ -20,7 +20,7 @@ from modeling_miniclip.data.loading.mixing import Mixture, owners, shares_of, sh
 from modeling_miniclip.data.loading.order import InOrder, RowOrder, ShuffledInWindows
 from modeling_miniclip.data.shards import split_shards
 from modeling_miniclip.data.shards.shard_url import member_url, table_url
-from modeling_miniclip.data.shards.split_shards import find_shards, shard_boundaries
+from modeling_miniclip.data.shards.split_shards import find_shards
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -288,17 +288,17 @@ def tar_names(shard: str, count: int) -> list[str]:
 
 def test_shards_are_found_by_the_names_of_their_images() -> None:
     split = split_of([*tar_names("/a::b/0.tar", 3), *tar_names("/a::b/1.tar", 1), *tar_names("s3://x/2.tar", 4)])
-    assert shard_boundaries(split).tolist() == [0, 3, 4, 8]
+    assert find_shards(split).boundaries.tolist() == [0, 3, 4, 8]
     assert find_shards(split).need_windows and not find_shards(split.select(range(4))).need_windows
-    assert shard_boundaries(split.select([0, 2, 3, 4, 6])).tolist() == [0, 2, 3, 5]
-    assert shard_boundaries(split.select([])).tolist() == [0]
+    assert find_shards(split.select([0, 2, 3, 4, 6])).boundaries.tolist() == [0, 2, 3, 5]
+    assert find_shards(split.select([])).boundaries.tolist() == [0]
 
 
 def test_shards_are_found_across_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [1, 9000, 1, 4095, 3, 4096]
     names = [name for i, size in enumerate(sizes) for name in tar_names(f"{i}.tar", size)]
     split = concatenate_datasets([split_of(names[:5000]), split_of(names[5000:])])
-    assert shard_boundaries(split).tolist() == boundaries_of(sizes).tolist()
+    assert find_shards(split).boundaries.tolist() == boundaries_of(sizes).tolist()
 
 
 def test_images_outside_shards_form_shards(monkeypatch: pytest.MonkeyPatch) -> None:

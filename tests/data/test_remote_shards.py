@@ -23,7 +23,7 @@ from modeling_miniclip.data.rows import ReadOptions
 from modeling_miniclip.data.shards import remote_files, remote_shards
 from modeling_miniclip.data.shards.remote_shards import ShardCache, current_cache, local_shard, use_cache
 from modeling_miniclip.data.shards.shard_url import place_of, read_place
-from modeling_miniclip.data.shards.split_shards import find_shards, shard_boundaries
+from modeling_miniclip.data.shards.split_shards import find_shards
 from modeling_miniclip.data.tables.image_places import image_parts
 from modeling_miniclip.errors import Problem
 from tests.helpers.servers import web_server
@@ -349,11 +349,11 @@ def test_an_order_fetches_the_shards_of_its_next_rows(server, tmp_path, monkeypa
     for file in current_cache().folder.glob("*.tar"):
         file.unlink()
     server.gets.clear()
-    boundaries = shard_boundaries(rows)
+    shards = find_shards(rows)
     monkeypatch.setattr(order, "WINDOW_ROWS", 1)
     monkeypatch.setattr(order, "WINDOW_SHARDS", 1)
-    plain = order.ShuffledInWindows(boundaries)
-    ahead = order.ShuffledInWindows(boundaries, on_next=find_shards(rows).fetch_ahead)
+    plain = order.ShuffledInWindows(shards.boundaries)
+    ahead = order.ShuffledInWindows(shards.boundaries, on_next=shards.fetch_ahead)
     pieces = []
     for number, piece in enumerate(ahead.pieces(0), 1):
         wait_for(lambda: len(fetched(current_cache())) == min(number + 1, 3))  # noqa: B023

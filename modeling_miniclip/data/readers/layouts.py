@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..listing import ListedFolder, is_hidden, subfolders
+from ..listing import is_hidden, subfolders
 from ..splits import SPLITS, WORD, split_of_name, split_words
 from .image_files import image_folder
 from .text_files import is_json_list
@@ -93,12 +93,3 @@ def find_karpathy_file(folder: Path) -> Path | None:
         file for file in folder.glob("dataset_*.json") if file.name not in ("dataset_dict.json", "dataset_info.json")
     ]
     return files[0] if len(files) == 1 else None
-
-
-def find_metadata_files(folders: Iterable[ListedFolder]) -> list[Path]:
-    """All metadata files of an imagefolder, sorted by path.
-
-    Args:
-        folders: the folder and those below it, from [`walk_folders`][modeling_miniclip.data.listing.walk_folders].
-    """
-    return sorted(Path(folder.path, name) for folder in folders for name in METADATA_FILES if name in folder.files)

@@ -45,11 +45,6 @@ class _Unit(NamedTuple):
     needs_window: bool = False
 
 
-def shard_boundaries(rows: "Dataset") -> np.ndarray:
-    """The boundaries of [`find_shards`]."""
-    return find_shards(rows).boundaries
-
-
 def find_shards(rows: "Dataset") -> SplitShards:
     """Find the shards of a split, without opening images.
 
