@@ -67,6 +67,8 @@ def test_workflows_have_limits_and_run_what_exists(path: Path) -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for job in workflow["jobs"].values():
         assert job["timeout-minutes"] <= 120
+        actions = [step["uses"] for step in job["steps"] if "uses" in step]
+        assert all(re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|release/v\d+)", action) for action in actions), actions
         commands = [step["run"] for step in job["steps"] if "run" in step]
         for command in commands:
             assert all((ROOT / script).is_file() for script in re.findall(r"\.ci/[\w.]+", command)), command
