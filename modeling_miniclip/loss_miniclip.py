@@ -122,6 +122,9 @@ def symmetric_contrastive_loss(
     Returns:
         Scalar in nats. If all embeddings are equal, the default loss is ln(B) for B images and any number of texts.
 
+    Raises:
+        ValueError: unknown `loss_type`.
+
     Examples:
         >>> import torch
         >>> from modeling_miniclip import symmetric_contrastive_loss

@@ -21,7 +21,11 @@ Returns:
 
 
 class RetrievalMetric(evaluate.Metric):
-    """See the module's `DESCRIPTION` and `INPUTS`."""
+    """Recall as [`retrieval_metrics`][modeling_miniclip.retrieval_metrics] computes it, as a metric of `evaluate`.
+
+    Add one entry per image: its embedding `[dim]` as the prediction, and the `[captions, dim]` embeddings of its
+    captions, at least one, as the reference, all with unit norm. `compute` returns the metrics.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         vector = datasets.Sequence(datasets.Value("float32"))

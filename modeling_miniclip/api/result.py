@@ -112,12 +112,20 @@ class TrainResult:
 
     @property
     def model(self) -> MiniClipModel:
-        """The best model, in evaluation mode on the CPU."""
+        """The best model, in evaluation mode on the CPU.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
         return self._loaded[0]
 
     @property
     def processor(self) -> MiniClipProcessor:
-        """The processor of the model."""
+        """The processor of the model.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
         return self._loaded[1]
 
     def __getstate__(self) -> dict[str, Any]:

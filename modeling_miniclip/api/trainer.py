@@ -99,7 +99,7 @@ def gathered_loss(
         logit_bias: bias of the sigmoid loss.
 
     Returns:
-        Scalar.
+        Scalar in nats.
 
     Examples:
         >>> model.loss_function = gathered_loss  # doctest: +SKIP

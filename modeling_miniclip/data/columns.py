@@ -19,7 +19,14 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "sentences")
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """The columns to look for, and whether the image names in them may lead outside the folder of images."""
+    """The columns to look for, and whether the image names in them may lead outside the folder of images.
+
+    Args:
+        image: column with the image, or its file name.
+        caption: column with the caption, or the common part of `caption_0`, `caption_1`, ...
+        allow_outside_images: whether a caption file may name images outside its folder of images.
+        id: column with the caption's id.
+    """
 
     image: str = "image"
     caption: str = "caption"

@@ -52,7 +52,8 @@ def zero_shot_weights(
     Args:
         model: model on any device; it is not changed.
         class_names: distinct names of the classes, at least one.
-        templates: a key of `PROMPT_TEMPLATES`, a sentence with one `{}` for the class name, or a list of sentences.
+        templates: `ensemble` (eight sentences), `photo`, `pipeline` (that of transformers) or `name` (the name alone),
+            or a sentence with one `{}` for the class name, or a list of sentences.
         processor: processor of the model; by default the one saved with it.
         batch_size: sentences per forward pass.
         progress: whether to show a progress bar.

@@ -111,6 +111,9 @@ class ImageIndex:
         folder: folder of the index.
         manifest: manifest in this folder.
 
+    Attributes:
+        embeddings: `[images, dim]`, unit norm, in the order of the entries; memory-mapped.
+
     Examples:
         >>> index = ImageIndex.open("photos.index")  # doctest: +SKIP
         >>> index.search(encode_texts(model, ["two dogs in the snow"])[0], k=5)  # doctest: +SKIP

@@ -59,8 +59,8 @@ def update_index(
 
     Args:
         folder: folder of the index.
-        sources: folder, caption file, shards or dataset, see `list_images`, or several. Images of other sources stay
-            in the index. By default all sources of the index are scanned again.
+        sources: folder of images, caption file, shards or dataset, or several. Images of other sources stay in the
+            index. By default all sources of the index are scanned again.
         model: folder or Hub name of an export, or any CLIP that `from_clip` takes, which is converted once and kept;
             by default the one that built the index. If that has moved, its new place. If the images have moved, too,
             nothing but the model's place is updated.
