@@ -554,6 +554,8 @@ def declare_app(parser: argparse.ArgumentParser) -> None:
 
 def run_app_command(args: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
+    # Before NumPy is loaded: as for torch, one thread for each of many small computations at once.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from .search.page.app import run_app
 
     exit_when_terminated()  # the temporary folder is deleted

@@ -114,11 +114,11 @@ class UnrelatedCaptions:
         """
         scores = images @ queries.T
         compared = [
-            _deviations(scores, self._sample_scores, axis=None),
-            _deviations(scores, images @ self.captions.T, axis=1),
+            _deviations(scores, *self._usual),
+            _deviations(scores, *_mean_and_spread(images @ self.captions.T, axis=1)),
         ]
         if len(self.embeddings) >= LEAST_IMAGES:
-            compared.append(_deviations(scores, self._sample @ queries.T, axis=0))
+            compared.append(_deviations(scores, *_mean_and_spread(self._sample @ queries.T, axis=0)))
         return np.stack(compared).mean(axis=0, dtype=np.float32)
 
     def chance_of(self, fits: np.ndarray) -> np.ndarray:
@@ -145,15 +145,20 @@ class UnrelatedCaptions:
         return np.asarray(self.embeddings[rows], np.float32)
 
     @cached_property
-    def _sample_scores(self) -> np.ndarray:
-        """`[images, captions]` float32, what the unrelated captions score with the sample."""
-        return self._sample @ self.captions.T
+    def _usual(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and spread of all scores of the unrelated captions with the sample: the same for all queries."""
+        return _mean_and_spread(self._sample @ self.captions.T, axis=None)
 
 
-def _deviations(scores: np.ndarray, others: np.ndarray, axis: int | None) -> np.ndarray:
-    """Scores as standard deviations above the mean of other scores along an axis, or of all of them."""
-    spread = np.maximum(others.std(axis=axis, keepdims=True), 1e-6)  # equal scores have none
-    deviations: np.ndarray = (scores - others.mean(axis=axis, keepdims=True)) / spread
+def _mean_and_spread(scores: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of scores along an axis, or of all of them."""
+    spread = np.maximum(scores.std(axis=axis, keepdims=True), 1e-6)  # equal scores have none
+    return scores.mean(axis=axis, keepdims=True), spread
+
+
+def _deviations(scores: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Scores as standard deviations above a mean."""
+    deviations: np.ndarray = (scores - mean) / spread
     return deviations
 
 

@@ -295,7 +295,7 @@ def test_memory_does_not_grow_with_visitors(place: Path, tmp_path: Path, monkeyp
     import pandas
 
     import_gradio()
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "of #1 %41"))
     monkeypatch.setattr(app, "MAX_SESSIONS", 3)
     blocks = build_page(ImageIndex.open(place / "pictures.index"))
     tables: list[Any] = []
@@ -307,9 +307,26 @@ def test_memory_does_not_grow_with_visitors(place: Path, tmp_path: Path, monkeyp
         for visitor in range(5):
             answer = ask_page(blocks.local_url.rstrip("/"), config, "a dog", None, f"visitor{visitor}")
             assert '"success":true' in answer and "17 of 17 images" in answer
+        assert_thumbnails_are_served_and_deleted(blocks, answer)
         assert len(blocks.state_holder.session_data) == 3 and not tables
     finally:
         blocks.close(verbose=False)
+
+
+def assert_thumbnails_are_served_and_deleted(blocks: Any, answer: str) -> None:
+    """The pictures of an answer are at their URLs, relative to the page, and known to gradio as files to delete."""
+    from gradio.route_utils import delete_files_created_by_app
+
+    events = [json.loads(line.removeprefix("data:")) for line in answer.splitlines() if line.startswith("data:")]
+    pictures = next(e for e in events if e["msg"] == "process_completed")["output"]["data"][0]
+    assert len(pictures) == 17
+    for picture in pictures:
+        status, content = status_and_content(urllib.parse.urljoin(blocks.local_url, picture["image"]["url"]))
+        assert status == 200 and content == Path(picture["image"]["path"]).read_bytes()
+    delete_files_created_by_app(blocks, 3600)
+    assert all(Path(picture["image"]["path"]).exists() for picture in pictures)
+    delete_files_created_by_app(blocks, 0)
+    assert not any(Path(picture["image"]["path"]).exists() for picture in pictures)
 
 
 # --- the page itself ------------------------------------------------------------------------------------------------

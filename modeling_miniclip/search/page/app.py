@@ -9,15 +9,17 @@ served; those that nobody viewed for an hour are deleted.
 import os
 import sys
 import tempfile
+from functools import partial
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ...errors import DataError, MiniClipError
 from ..index import ImageIndex
-from .index_page import IndexPage
-from .thumbnail_route import FOLDER, ThumbnailRoute
+from .index_page import IndexPage, Thumbnail
+from .thumbnail_route import FOLDER, ROUTE, ThumbnailRoute
 
 KEPT = 3600  # seconds that a thumbnail is kept after it was last shown
 MAX_UPLOAD = "20mb"
@@ -188,10 +190,23 @@ def _sentence(text: str) -> str:
 
 
 def _gallery(gr: Any, label: str, elem_id: str) -> Any:
-    return gr.Gallery(
+    gallery = gr.Gallery(
         label=label, show_label=False, elem_id=elem_id, elem_classes="pictures", height="auto", allow_preview=False,
         interactive=False, buttons=[], object_fit="contain",
     )  # fmt: skip
+    gallery.postprocess = partial(_answer, gallery)
+    return gallery
+
+
+def _answer(gallery: Any, value: list[Thumbnail] | None) -> list[dict[str, Any]]:
+    """What a browser gets of a gallery: thumbnails that the page has made, by their URLs and captions.
+
+    gradio's own function resolves several paths for each of them, to find out whether it may serve the file.
+    """
+    shown = [(path.as_posix(), caption) for path, caption in value or ()]
+    gallery.temp_files.update(path for path, _ in shown)  # which gradio deletes when they are old
+    # Relative, for a page that a proxy serves below another path.
+    return [{"image": {"path": path, "url": ROUTE[1:] + quote(path)}, "caption": caption} for path, caption in shown]
 
 
 def launch_options() -> dict[str, Any]:
