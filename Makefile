@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-long test-min test-versions test-clients test-open-clip conformance coverage bench mutants lint audit constraints format docs pictures site clean
+.PHONY: help demo test test-slow test-long test-min test-versions test-clients test-open-clip conformance coverage bench bench-peers mutants lint audit constraints format docs pictures site clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -91,6 +91,13 @@ conformance: $(VENV)/.installed-conformance  ## run the common tests of transfor
 bench: $(VENV)/.installed-dev  ## compare this machine's speed ratios with the recorded ones (ten minutes, needs shared data)
 	PYTHONPATH=. $(BIN)/python benchmarks/bench.py
 
+.venv-peers/.installed: .ci/version_env.py | $(VENV)/.installed-dev
+	$(BIN)/python .ci/version_env.py $(@D) sentence-transformers 'open-clip-torch[training]'
+	touch $@
+
+bench-peers: .venv-peers/.installed  ## train and encode next to other libraries (an hour, needs shared data)
+	PYTHONPATH=. .venv-peers/bin/python benchmarks/peers.py
+
 mutants: $(VENV)/.installed-dev  ## check that the fast tests catch each of many small faults (minutes)
 	$(BIN)/python -m tests.mutants
 
@@ -130,4 +137,4 @@ site: .venv-site/.installed  ## build the documents as a site in build/site; a b
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true .venv-site/bin/mkdocs build
 
 clean:  ## delete environments, runs and builds
-	rm -rf $(VENV) .venv-min .venv-versions .venv-clients .venv-audit .venv-site .venv-wheel runs dist build .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) .venv-min .venv-versions .venv-clients .venv-peers .venv-audit .venv-site .venv-wheel runs dist build .mypy_cache .ruff_cache .hypothesis .coverage*

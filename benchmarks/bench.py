@@ -103,9 +103,8 @@ def record(args: argparse.Namespace) -> None:
         path.write_text(f"{text.rstrip()}\n\nRecorded by `bench.py --record`: {facts}.\n", encoding="utf-8")
 
 
-def main(argv: list[str]) -> int:
-    """Measure and compare, or record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the data and towers, by default those of the shared folder."""
     shared = Path(os.environ.get("MINICLIP_SHARED", HERE.parent.parent / "shared"))
     usual = (
         shared / "flickr8k",
@@ -114,12 +113,23 @@ def main(argv: list[str]) -> int:
     )
     for name, path in zip(FLAGS, usual, strict=True):
         parser.add_argument(f"--{name}", default=str(path))
-    parser.add_argument("--minutes", type=float, default=10.0, help="time to measure (10)")
-    parser.add_argument("--record", action="store_true", help="write the pages again")
-    args = parser.parse_args(argv)
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """End with a message if data or towers are missing."""
     missing = [name for name in FLAGS if not Path(getattr(args, name)).exists()]
     if missing:
         sys.exit(f"--{missing[0]}: {getattr(args, missing[0])} does not exist; set MINICLIP_SHARED or pass the flag")
+
+
+def main(argv: list[str]) -> int:
+    """Measure and compare, or record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_flags(parser)
+    parser.add_argument("--minutes", type=float, default=10.0, help="time to measure (10)")
+    parser.add_argument("--record", action="store_true", help="write the pages again")
+    args = parser.parse_args(argv)
+    check_data(args)
     if args.record:
         record(args)
         return 0
