@@ -105,11 +105,11 @@ def test_thin_images_need_no_extra_memory(
 
 @pytest.mark.parametrize("size", [(4, 2000), (2701, 3), (2, 831)])
 def test_cut_thin_image_keeps_its_middle_pixels(processor: MiniClipProcessor, size: tuple[int, int]) -> None:
-    image = Image.effect_noise(size, 90).convert("RGB")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
     whole = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     cut = processor(images=image, return_tensors="pt")["pixel_values"]
     step = 1 / 255 / min(processor.image_processor.image_std)
-    assert (whole - cut).abs().max() <= 1.01 * step
+    assert (whole - cut).abs().max() <= 2.01 * step  # each of the two passes of a resize rounds
 
 
 @cases(60, 3000)
