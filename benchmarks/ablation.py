@@ -13,7 +13,6 @@ Variants are compared by the largest rsum of their epochs, because the losses of
 The difference of each variant from the first one is paired: equal seeds have equal batches, captions and crops.
 """
 
-import gc
 import itertools
 import json
 import statistics
@@ -24,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from missing_runs import record_missing, recorded
+
 from modeling_miniclip.configuration_miniclip import LOSS_TYPES
 from modeling_miniclip.evaluation.metrics import student_interval
 from modeling_miniclip.training.command_line.parsing import parse_arguments
-from modeling_miniclip.utils.performance import release_freed_memory
 from train_miniclip import prepare, train
 
 HERE = Path(__file__).resolve().parent
@@ -130,11 +130,6 @@ EXPERIMENTS = {
 }  # fmt: skip
 
 
-def recorded(path: Path) -> list[dict[str, Any]]:
-    """Recorded lines, one per run."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def settings_of(line: dict[str, Any]) -> dict[str, Any]:
     """The settings of a recorded run, without its seed."""
     return {name: value for name, value in line.items() if "R@" not in name and name not in ("epoch", "rsum", "seed")}
@@ -215,14 +210,10 @@ def main(name: str, argv: list[str]) -> None:
     own, argv = options.parse_known_args(argv)
     counts = [(settings, 0 if own.table else max(seeds, own.seeds)) for settings, seeds in experiment.variants]
     todo = [{**settings, "seed": seed} for settings, seeds in counts for seed in range(seeds)]
-    for settings in todo:
-        if not any({**settings_of(line), "seed": line["seed"]} == settings for line in recorded(path)):
-            line = measure_run(argv, experiment.flags, settings)
-            gc.collect()
-            release_freed_memory()  # or each loader process of the next run would hold a copy of it
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            path.with_suffix(".md").write_text(table(experiment, recorded(path)), encoding="utf-8")
+    record_missing(
+        path, todo, lambda settings: measure_run(argv, experiment.flags, settings),
+        lambda line, settings: {**settings_of(line), "seed": line["seed"]} == settings,
+    )  # fmt: skip
     path.with_suffix(".md").write_text(table(experiment, recorded(path)), encoding="utf-8")
 
 

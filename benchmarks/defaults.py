@@ -28,11 +28,13 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import yaml
+from missing_runs import record_missing, recorded
 
 HERE = Path(__file__).resolve().parent
 SCRIPT, RESULTS = HERE.parent / "train_miniclip.py", HERE / "defaults.jsonl"
@@ -51,11 +53,6 @@ VARIANTS: dict[str, tuple[list[str], str | None]] = {
     "lit": ([f"--recipe={HERE / 'lit' / 'arguments.yaml'}"], "heads"),
 }
 OURS = ("default", "default_frozen", "default_trained", "tutorial")  # no recipes
-
-
-def recorded() -> list[dict[str, Any]]:
-    """Recorded lines, one per run."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def of_all_images() -> list[dict[str, Any]]:
@@ -117,6 +114,15 @@ def measure(name: str, data: str, towers: list[str], images: int, seed: int, fol
     return summary(name, images, seed, folder, size) | {"cpu_minutes": round(minutes, 1)}
 
 
+def measure_with_start(data: str, towers: list[str], work: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Train a variant, and what it starts from if that is recorded but was not kept."""
+    name, images, seed = run["variant"], run["images"], run["seed"]
+    folder, start = work / f"{images}-{seed}", VARIANTS[name][1]
+    if start is not None and not (folder / start / "export").exists():
+        measure(start, data, towers, images, seed, folder / start)
+    return measure(name, data, towers, images, seed, folder / name)
+
+
 def child_seconds() -> float:
     """Seconds of all cores that ended child processes of this one, and theirs, took."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -158,7 +164,7 @@ def write_page() -> None:
     about = (__doc__ or "").split("\n\n")
     notes = "\n\n".join(about[2:5])
     title = f"# Defaults\n\nWritten by `benchmarks/defaults.py`: {about[0].strip()}"
-    text = f"{title}\n\n{notes}\n{table([*recorded(), *of_all_images()])}"
+    text = f"{title}\n\n{notes}\n{table([*recorded(RESULTS), *of_all_images()])}"
     RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
@@ -177,18 +183,9 @@ def main(argv: list[str]) -> None:
     towers = [f"--vision_model={own.vision_model}", f"--text_model={own.text_model}", "--text_pooling=mean"]
     with tempfile.TemporaryDirectory() as temporary:
         work = own.work or Path(temporary)
-        todo = [] if own.table else [(n, i, s) for i in own.images for s in range(own.seeds) for n in own.only]
-        for name, images, seed in todo:
-            folder = work / f"{images}-{seed}" / name
-            start = VARIANTS[name][1]
-            if any((line["variant"], line["images"], line["seed"]) == (name, images, seed) for line in recorded()):
-                continue
-            if start is not None and not (folder.parent / start / "export").exists():
-                measure(start, own.dataset, towers, images, seed, folder.parent / start)  # recorded, but not kept
-            line = measure(name, own.dataset, towers, images, seed, folder)
-            print(json.dumps(line), flush=True)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        runs = [{"variant": name, "images": images, "seed": seed}
+                for images in own.images for seed in range(own.seeds) for name in own.only]  # fmt: skip
+        record_missing(RESULTS, [] if own.table else runs, partial(measure_with_start, own.dataset, towers, work))
     write_page()
 
 

@@ -8,16 +8,15 @@ the teacher, with equal seeds and numbers of steps. Adds one line per run to `di
 are recorded already, and writes `distillation.md`. Other flags are those of `train_miniclip.py`.
 """
 
-import gc
 import json
 import time
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ablation import COLUMNS, difference, measure_run, recorded, spread
-
-from modeling_miniclip.utils.performance import release_freed_memory
+from ablation import COLUMNS, difference, measure_run, spread
+from missing_runs import record_missing, recorded
 
 RECORD = Path(__file__).resolve().with_suffix(".jsonl")
 FLAGS = {"preset": "scenes_tiny", "num_train_epochs": 12}
@@ -33,12 +32,12 @@ are those of a whole run; the first one with a teacher also computes the teacher
 """
 
 
-def measure(argv: list[str], teacher: str, weight: float, seed: int) -> dict[str, Any]:
+def measure(argv: list[str], teacher: str, run: dict[str, Any]) -> dict[str, Any]:
     """Train a student; the recalls of its best epoch."""
-    taught = {"teacher": teacher, "teacher_kwargs": json.dumps({"weight": weight})} if weight else {}
+    taught = {"teacher": teacher, "teacher_kwargs": json.dumps({"weight": run["weight"]})} if run["weight"] else {}
     start = time.perf_counter()
-    found = measure_run(argv, {**FLAGS, **taught, "seed": seed}, {})
-    return {"weight": weight, "seed": seed, "seconds": round(time.perf_counter() - start), **found}
+    found = measure_run(argv, {**FLAGS, **taught, "seed": run["seed"]}, {})
+    return {"seconds": round(time.perf_counter() - start), **found}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -67,15 +66,8 @@ def main() -> None:
     own, argv = parser.parse_known_args()
     if own.teacher is None and not own.table:
         parser.error("--teacher EXPORT is missing")
-    for seed in range(0 if own.table else own.seeds):
-        for weight in WEIGHTS:
-            if any((line["weight"], line["seed"]) == (weight, seed) for line in recorded(RECORD)):
-                continue
-            line = measure(argv, own.teacher, weight, seed)
-            gc.collect()
-            release_freed_memory()  # or each loader process of the next run would hold a copy of it
-            with RECORD.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+    runs = [{"weight": weight, "seed": seed} for seed in range(0 if own.table else own.seeds) for weight in WEIGHTS]
+    record_missing(RECORD, runs, partial(measure, argv, own.teacher))
     RECORD.with_suffix(".md").write_text(ABOUT + table(recorded(RECORD)), encoding="utf-8")
     print(table(recorded(RECORD)), end="")
 

@@ -10,11 +10,10 @@ are recorded already, and writes `equal_captions.md`. Other flags are those of `
 """
 
 import csv
-import gc
-import json
 import tempfile
 from argparse import ArgumentParser
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,6 +22,7 @@ from unittest.mock import patch
 import torch
 from ablation import difference, spread
 from datasets import DatasetDict
+from missing_runs import record_missing, recorded
 
 from modeling_miniclip import load_captions
 from modeling_miniclip.evaluation.encoders import open_encoder
@@ -30,7 +30,6 @@ from modeling_miniclip.evaluation.eval_sets import load_eval_set
 from modeling_miniclip.evaluation.evaluate import embed_set, score_model
 from modeling_miniclip.training import setup
 from modeling_miniclip.training.command_line.parsing import parse_arguments
-from modeling_miniclip.utils.performance import release_freed_memory
 from train_miniclip import prepare, train
 
 HERE = Path(__file__).resolve().parent
@@ -83,18 +82,18 @@ def equal_captions_as(variant: str) -> AbstractContextManager[Any]:
     return nullcontext() if variant == "pairs" else patch.object(setup, "find_shared", return_value=None)
 
 
-def measure_run(dataset: str, argv: list[str], variant: str, seed: int) -> dict[str, Any]:
+def measure(dataset: str, argv: list[str], run: dict[str, Any]) -> dict[str, Any]:
     """Train and measure the best model."""
     with tempfile.TemporaryDirectory() as folder:
         version, images = Path(folder) / "captions.csv", str(Path(dataset) / "Images")
         write_version(load_captions(dataset), version)
         (Path(folder) / "run").mkdir()
-        flags = {"recipe": "heads", "dataset": version, "image_dir": images, "seed": seed, "best_metric": "rsum",
-                 "output_dir": Path(folder) / "run"}  # fmt: skip
-        with equal_captions_as(variant):
-            run = prepare(parse_arguments([*argv, *(f"--{name}={value}" for name, value in flags.items())]))
-            train(run)
-        encoder = open_encoder(str(run.export_dir), "EXPORT")
+        flags = {"recipe": "heads", "dataset": version, "image_dir": images, "seed": run["seed"],
+                 "best_metric": "rsum", "output_dir": Path(folder) / "run"}  # fmt: skip
+        with equal_captions_as(run["variant"]):
+            done = prepare(parse_arguments([*argv, *(f"--{name}={value}" for name, value in flags.items())]))
+            train(done)
+        encoder = open_encoder(str(done.export_dir), "EXPORT")
         original = load_eval_set(dataset, "validation")
         changed = load_eval_set(str(version), "validation", image_dir=images)
         assert changed.image_ids == original.image_ids
@@ -106,17 +105,10 @@ def measure_run(dataset: str, argv: list[str], variant: str, seed: int) -> dict[
         scores = score_model(of_all[[row_of[text] for text in changed.texts]], embeds, changed)
         assert scores.shared is not None
         return {
-            "variant": variant,
-            "seed": seed,
             "original": score_model(of_texts, embeds, original).metrics["rsum"],
             "usual": scores.metrics["rsum"],
             "shared": scores.shared.metrics["rsum"],
         }
-
-
-def recorded() -> list[dict[str, Any]]:
-    """The runs so far."""
-    return [json.loads(line) for line in RECORD.read_text(encoding="utf-8").splitlines()] if RECORD.exists() else []
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -144,17 +136,11 @@ def main() -> None:
     own, argv = parser.parse_known_args()
     if own.dataset is None and not own.table:
         parser.error("--dataset FLICKR8K is missing")
-    for seed in range(0 if own.table else own.seeds):
-        for variant in VARIANTS:
-            if any((line["variant"], line["seed"]) == (variant, seed) for line in recorded()):
-                continue
-            line = measure_run(own.dataset, argv, variant, seed)
-            gc.collect()
-            release_freed_memory()  # or each loader process of the next run would hold a copy of it
-            with RECORD.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-    RECORD.with_suffix(".md").write_text(ABOUT + table(recorded()), encoding="utf-8")
-    print(table(recorded()), end="")
+    seeds = range(0 if own.table else own.seeds)
+    runs = [{"variant": variant, "seed": seed} for seed in seeds for variant in VARIANTS]
+    record_missing(RECORD, runs, partial(measure, own.dataset, argv))
+    RECORD.with_suffix(".md").write_text(ABOUT + table(recorded(RECORD)), encoding="utf-8")
+    print(table(recorded(RECORD)), end="")
 
 
 if __name__ == "__main__":

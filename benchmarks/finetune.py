@@ -15,16 +15,19 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ablation import recorded, spread
+from ablation import spread
+from missing_runs import record_missing, recorded
 
 RECORD = Path(__file__).resolve().with_suffix(".jsonl")
 RESULT = "RESULT "  # start of the line that a child process prints
 # Flags of each variant that differ from the recipe.
 VARIANTS: dict[str, dict[str, Any]] = {
     "everything, 1e-5": {},
+    "everything but half of the image tower, 1e-5": {"frozen_vision_fraction": 0.5},
     "adapters of rank 8, 1e-3": {"lora_rank": 8, "learning_rate": 1e-3},
     "everything, 1e-4": {"learning_rate": 1e-4},
     "adapters of rank 8, 2e-4": {"lora_rank": 8, "learning_rate": 2e-4},
@@ -79,20 +82,20 @@ def train_variant(argv: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(flickr8k: str, start: str, argv: list[str], variant: str, seed: int) -> dict[str, Any]:
+def measure(flickr8k: str, start: str, argv: list[str], run: dict[str, Any]) -> dict[str, Any]:
     """Train a variant in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "run").mkdir()
         flags = {
             "recipe": "finetune", "dataset": "scenes", "model_name_or_path": start, "retention_dataset": flickr8k,
-            "blend": "auto", "seed": seed, "output_dir": f"{folder}/run", "save_total_limit": 1,
-            **SMALL, **VARIANTS[variant],
+            "blend": "auto", "seed": run["seed"], "output_dir": f"{folder}/run", "save_total_limit": 1,
+            **SMALL, **VARIANTS[run["variant"]],
         }  # fmt: skip
         values = [f"--{name}={value}" for name, value in flags.items()]
         command = [sys.executable, __file__, "--train", *values, *argv]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result = next(line for line in done.stdout.splitlines() if line.startswith(RESULT))
-    return {"variant": variant, "seed": seed, **json.loads(result.removeprefix(RESULT))}
+    return json.loads(result.removeprefix(RESULT))
 
 
 def at_share(line: dict[str, Any], share: float) -> tuple[float, float]:
@@ -144,13 +147,9 @@ def main(argv: list[str]) -> None:
     own, argv = options.parse_known_args(argv)
     if not own.table and (own.flickr8k is None or own.start is None):
         options.error("--flickr8k FLICKR8K and --start EXPORT are missing")
-    done = {(line["variant"], line["seed"]) for line in recorded(RECORD)}
-    for seed in range(0 if own.table else own.seeds):
-        for variant in VARIANTS:
-            if (variant, seed) not in done:
-                line = measure(own.flickr8k, own.start, argv, variant, seed)
-                with RECORD.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+    seeds = range(0 if own.table else own.seeds)
+    runs = [{"variant": variant, "seed": seed} for seed in seeds for variant in VARIANTS]
+    record_missing(RECORD, runs, partial(measure, own.flickr8k, own.start, argv))
     text = page(recorded(RECORD))
     RECORD.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text, end="")

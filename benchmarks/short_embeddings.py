@@ -8,8 +8,6 @@ All models are trained with recipe `heads`, whose features are computed once. Ad
 `short_embeddings.jsonl`, skipping runs that are recorded already; writes and prints `short_embeddings.md`.
 """
 
-import gc
-import json
 import sys
 import tempfile
 from argparse import ArgumentParser
@@ -19,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import recorded, spread
+from ablation import spread
+from missing_runs import record_missing, recorded
 from torch import Tensor
 
 from modeling_miniclip import MiniClipModel, retrieval_metrics
@@ -27,7 +26,6 @@ from modeling_miniclip.inference.encode import truncate_embeddings
 from modeling_miniclip.search.embeddings_file import CodedEmbeddings
 from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.towers.features import embed_split
-from modeling_miniclip.utils.performance import release_freed_memory
 from train_miniclip import prepare, train
 
 RESULTS = Path(__file__).resolve().with_suffix(".jsonl")
@@ -82,10 +80,10 @@ def figures_of(images: Tensor, texts: Tensor, image_row: Tensor, dtype: str) -> 
     return recalls | {"rsum": sum(recalls.values())}
 
 
-def measure(argv: list[str], model: str, seed: int) -> dict[str, Any]:
+def measure(argv: list[str], own: dict[str, Any]) -> dict[str, Any]:
     """Train a model; return its figures at all lengths that it is shown at, by `dim dtype`."""
     with tempfile.TemporaryDirectory() as folder:
-        values = {"recipe": "heads", **MODELS[model], "seed": seed, "output_dir": folder}
+        values = {"recipe": "heads", **MODELS[own["model"]], "seed": own["seed"], "output_dir": folder}
         values |= {"checkpointing_steps": 10**6}  # none: a run takes minutes
         run = prepare(parse_arguments([*argv, *(f"--{name}={value}" for name, value in values.items())]))
         train(run)
@@ -94,13 +92,13 @@ def measure(argv: list[str], model: str, seed: int) -> dict[str, Any]:
         images, texts, image_row = embed_split(
             best, run.validation_loader, run.processor, run.accelerator.device, "measure", record
         )
-    dims = (*LENGTHS, FULL) if model in (MATRYOSHKA, str(FULL)) else (int(model),)
+    dims = (*LENGTHS, FULL) if own["model"] in (MATRYOSHKA, str(FULL)) else (int(own["model"]),)
     figures = {}
     for dim in dims:
         short = truncate_embeddings(images, dim), truncate_embeddings(texts, dim)
         for dtype in BYTES:
             figures[f"{dim} {dtype}"] = figures_of(*short, image_row, dtype)
-    return {"model": model, "seed": seed, "figures": figures}
+    return {"figures": figures}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -142,15 +140,8 @@ def main(argv: list[str]) -> None:
     options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--table", action="store_true")
     own, argv = options.parse_known_args(argv)
-    done = {(line["model"], line["seed"]) for line in recorded(RESULTS)}
-    for seed in range(0 if own.table else own.seeds):
-        for model in MODELS:
-            if (model, seed) not in done:
-                line = measure(argv, model, seed)
-                gc.collect()
-                release_freed_memory()
-                with RESULTS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+    runs = [{"model": model, "seed": seed} for seed in range(0 if own.table else own.seeds) for model in MODELS]
+    record_missing(RESULTS, runs, partial(measure, argv))
     page = table(recorded(RESULTS))
     RESULTS.with_suffix(".md").write_text(page, encoding="utf-8")
     print(page)

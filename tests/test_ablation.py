@@ -1,11 +1,18 @@
-"""The tables of `benchmarks/ablation.py` and `benchmarks/equal_captions.py`."""
+"""What benchmarks that train record, and their tables."""
 
 import importlib
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
-from benchmarks.ablation import EXPERIMENTS, HERE, Experiment, difference, recorded, table
+HERE = Path(__file__).resolve().parent.parent / "benchmarks"
+with pytest.MonkeyPatch.context() as patch:  # its scripts import each other
+    patch.syspath_prepend(str(HERE))
+    import hard_negatives
+    from ablation import EXPERIMENTS, Experiment, difference, table
+    from missing_runs import record_missing, recorded
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -52,4 +59,45 @@ def test_equal_captions_are_replaced_and_compared(monkeypatch: pytest.MonkeyPatc
         ["| equal captions are negatives", "2", "305.0 ± 7.1"],
         ["| equal captions are pairs", "2", "308.0 ± 6.9"],
         ["| difference", "2", "+3.0 [+1.7, +4.3]"],
+    ]
+
+
+def test_only_missing_runs_are_measured_and_recorded(tmp_path: Path) -> None:
+    path, measured = tmp_path / "runs.jsonl", []
+
+    def measure(run: dict[str, Any]) -> dict[str, Any]:
+        measured.append(run)
+        if run == {"variant": "b", "seed": 1}:
+            raise KeyboardInterrupt  # as if stopped by hand
+        return {"rsum": len(measured)}
+
+    runs = [{"variant": variant, "seed": seed} for seed in (0, 1) for variant in ("a", "b")]
+    with pytest.raises(KeyboardInterrupt):
+        record_missing(path, runs, measure)
+    record_missing(path, runs[:3], measure)
+    assert measured == runs and recorded(path) == [{**run, "rsum": i} for i, run in enumerate(runs[:3], 1)]
+
+    by_flags = tmp_path / "flags.jsonl"
+
+    def same(line: dict[str, Any], run: dict[str, Any]) -> bool:
+        return {name: value for name, value in line.items() if name != "rsum"} == run
+
+    record_missing(by_flags, [{"lr": 1, "seed": 0}, {"seed": 0}], lambda run: {"rsum": 0}, same)
+    assert len(recorded(by_flags)) == 2  # the unchanged run is not taken for one with other flags
+
+
+def test_hard_negatives_are_compared_with_captions_alone() -> None:
+    def line(variant: str, seed: int, rsum: float, *right: float) -> dict[str, Any]:
+        kinds = {kind: {"pairs": 9, "right_image": value, "wrong_image": 50.0}
+                 for kind, value in zip(hard_negatives.SWAP_KINDS, right, strict=True)}  # fmt: skip
+        return {"variant": variant, "seed": seed, "rsum": rsum, "order": kinds}
+
+    lines = [line("before", 0, 350, 60, 61, 62), line("captions alone", 0, 351, 60, 60, 60)]
+    lines.append(line("with hard negatives", 0, 349.5, 75, 72, 66.5))
+    rows = [row.strip("| ").split(" | ") for row in hard_negatives.table(lines).splitlines()[2:]]
+    assert rows == [
+        ["before", "1", "350.0", "60.0 / 50.0", "61.0 / 50.0", "62.0 / 50.0"],
+        ["captions alone", "1", "351.0", "60.0 / 50.0", "60.0 / 50.0", "60.0 / 50.0"],
+        ["with hard negatives", "1", "349.5", "75.0 / 50.0", "72.0 / 50.0", "66.5 / 50.0"],
+        ["gain", "", "-1.5", "+15.0", "+12.0", "+6.5"],
     ]
