@@ -10,7 +10,11 @@ import pytest
 HERE = Path(__file__).resolve().parent.parent / "benchmarks"
 with pytest.MonkeyPatch.context() as patch:  # its scripts import each other
     patch.syspath_prepend(str(HERE))
+    import conversions
+    import distillation
+    import finetune
     import hard_negatives
+    import short_embeddings
     from ablation import EXPERIMENTS, Experiment, difference, table
     from missing_runs import record_missing, recorded
 
@@ -41,6 +45,13 @@ def test_table_compares_each_variant_with_the_first() -> None:
 def test_recorded_tables_are_those_of_their_runs(name: str) -> None:
     page = (HERE / f"{name}.md").read_text(encoding="utf-8")
     assert page == table(EXPERIMENTS[name], recorded(HERE / f"{name}.jsonl"))
+
+
+@pytest.mark.parametrize("script", [conversions, distillation, finetune, short_embeddings], ids=lambda x: x.__name__)
+def test_pages_have_the_table_of_the_recorded_runs(script: Any) -> None:
+    lines = recorded(HERE / f"{script.__name__}.jsonl")
+    write = getattr(script, "page", None) or script.table
+    assert lines and write(lines) in (HERE / f"{script.__name__}.md").read_text(encoding="utf-8")
 
 
 def test_equal_captions_are_replaced_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:

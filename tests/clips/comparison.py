@@ -1,5 +1,6 @@
 """Compare a converted model with what its original's own library computes."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,16 @@ def our_results(model: MiniClipModel, processor: MiniClipProcessor, square: bool
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """What differs by more than the bound: the relative difference, or infinity for other tokens."""
-    found = {}
-    for name, value in theirs.items():
-        if name == "tokens":
-            found[name] = 0.0 if torch.equal(ours[name], value) else float("inf")
-        else:
-            found[name] = apart(ours[name], value)
-    return {name: value for name, value in found.items() if not value <= LARGEST_DIFFERENCE}
+    """What differs by more than the bound; see [`all_differences`]."""
+    return {name: value for name, value in all_differences(ours, theirs).items() if not value <= LARGEST_DIFFERENCE}
+
+
+def all_differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """The relative difference of everything in `theirs`; infinity for other tokens."""
+    return {
+        name: apart(ours[name], value) if name != "tokens" else 0.0 if torch.equal(ours[name], value) else math.inf
+        for name, value in theirs.items()
+    }
 
 
 def _same_shape(image: Any, kind: str) -> Any:
