@@ -19,7 +19,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -157,10 +157,9 @@ class OtherProcesses:
         return 100 * (self._busy() - self.busy) / (time.monotonic() - self.start) / (psutil.cpu_count() or 1)
 
 
-def run_part(part: str, lines: list[Line], flags: list[str], repetitions: int | None) -> list[Line]:
+def run_part(part: str, lines: list[Line], flags: list[str], repetitions: int | None) -> Iterator[Line]:
     """All turns of a part. A trial that fails has an `error` instead of numbers."""
     group = group_of(part, lines)
-    measured = []
     for turn in range(1 if part == "trials" else repetitions or group.repetitions):
         for side, argv in group.sides.items():
             settings = [each for each in argv[argv.index("--set") + 1 :] if not each.startswith("--")]
@@ -169,8 +168,7 @@ def run_part(part: str, lines: list[Line], flags: list[str], repetitions: int | 
                 run = partial(memory_of, [sys.executable, *argv, *flags])
             else:
                 run = partial(try_turn if part == "trials" else measure, group, side, flags)
-            measured.append(timed(line, run))
-    return measured
+            yield timed(line, run)
 
 
 def timed(line: Line, run: Callable[[], dict[str, Any]]) -> Line:
@@ -194,9 +192,8 @@ def try_turn(group: Group, side: str, flags: list[str]) -> dict[str, Any]:
         return {"error": str(error).strip().splitlines()[-1][:200]}
 
 
-def run_quality(lines: list[Line], flags: list[str], scratch: Path, minutes: float) -> list[Line]:
+def run_quality(lines: list[Line], flags: list[str], scratch: Path, minutes: float) -> Iterator[Line]:
     """Recall of each side after an equal time; the tables of the peers have as many pairs as fit into it."""
-    measured = []
     pairs = list(zip(*read_pairs(scratch), strict=True))
     random.Random(0).shuffle(pairs)
     for side in (*PEERS, OWN):
@@ -206,8 +203,7 @@ def run_quality(lines: list[Line], flags: list[str], scratch: Path, minutes: flo
         settings = f"{fastest(lines, 'train', side)} {QUALITY[side]}".strip()
         group = Group({name: _turn("train", side, settings, at_best=True)}, (f"--minutes={minutes}",))
         line = {"group": "quality", "side": name, "turn": 0, "settings": settings, "minutes": minutes}
-        measured.append(timed(line, partial(measure, group, name, flags)))
-    return measured
+        yield timed(line, partial(measure, group, name, flags))
 
 
 def main(argv: list[str]) -> None:
@@ -231,10 +227,18 @@ def main(argv: list[str]) -> None:
                 measured = run_quality(lines, flags, scratch, args.minutes)
             else:
                 measured = run_part(part, lines, flags, args.repetitions)
-            lines = [line for line in lines if line["group"] != part] + measured
-            args.results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            versions = {name: version(name) for name in ("open_clip_torch", "sentence_transformers")}
-            args.results.with_suffix(".md").write_text(page(lines, made_with() | versions), encoding="utf-8")
+            others, done = [line for line in lines if line["group"] != part], []
+            for line in measured:
+                done.append(line)
+                save([*others, *done], args.results)
+            lines = [*others, *done]
+
+
+def save(lines: list[Line], results: Path) -> None:
+    """Write the lines, and the page next to them."""
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    versions = {name: version(name) for name in ("open_clip_torch", "sentence_transformers")}
+    results.with_suffix(".md").write_text(page(lines, made_with() | versions), encoding="utf-8")
 
 
 if __name__ == "__main__":
