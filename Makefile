@@ -73,12 +73,13 @@ test-versions: $(VERSIONS:%=.venv-versions/%/.installed)  ## open exports under 
 test-clients: .venv-clients/.installed  ## compare the results of other libraries that load an export
 	.venv-clients/bin/python -m pytest tests/clients
 
-.venv-versions/open-clip/.installed: .ci/version_env.py | $(VENV)/.installed-dev
-	$(BIN)/python .ci/version_env.py $(@D) open-clip-torch
+.venv-versions/open-clip/.installed: Makefile .ci/version_env.py | $(VENV)/.installed-dev
+	$(BIN)/python .ci/version_env.py $(@D) open-clip-torch sentence-transformers
 	touch $@
 
-test-open-clip: .venv-versions/open-clip/.installed  ## convert models of open_clip and back, with its own classes
-	.venv-versions/open-clip/bin/python -m pytest -n 2 --dist worksteal tests/open_clip
+test-open-clip: .venv-versions/open-clip/.installed  ## convert models of open_clip and back; sentence-transformers loads exports
+	.venv-versions/open-clip/bin/python -m pytest -n 2 --dist worksteal tests/open_clip \
+		tests/clients/test_sentence_transformers.py -k 'not flickr8k'
 
 $(VENV)/.installed-conformance: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet 'parameterized>=0.9'

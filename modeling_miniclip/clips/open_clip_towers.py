@@ -59,6 +59,8 @@ VISION_PARTS = {"class_embedding": "embeddings.class_embedding", "conv1.weight":
 TEXT_PARTS = {"token_embedding.weight": "embeddings.token_embedding.weight",
               "positional_embedding": "embeddings.position_embedding.weight"}  # fmt: skip
 NORMS = {"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm", "ln_final": "final_layer_norm"}
+LINEAR = ("linear.weight",)
+HEADS = {"linear": LINEAR, "mlp": ("hidden.weight", *LINEAR)}  # weights of a projection head, by its type
 HF_POOLINGS = {"mean_pooler": "mean", "cls_pooler": "pooler", "cls_last_hidden_state_pooler": "cls"}
 
 
@@ -91,8 +93,8 @@ def image_tower(model_cfg: dict[str, Any], weights: Weights) -> Tower:
         "image_size": square(cfg.get("image_size", 224)),
         **_activation(model_cfg, cfg),
     }
-    moved, head = transformer_weights(weights, VISION_PARTS), {"linear.weight": weights["proj"].t().contiguous()}
-    return Tower(config, "pooler", moved, head)
+    head = {"linear.weight": weights["proj"].t().contiguous()} if "proj" in weights else {}
+    return Tower(config, "pooler", transformer_weights(weights, VISION_PARTS), _complete(head, "visual.proj"))
 
 
 def text_tower(model_cfg: dict[str, Any], weights: Weights, pad_token_id: int, eos_token_id: int | None) -> Tower:
@@ -126,7 +128,8 @@ def text_tower(model_cfg: dict[str, Any], weights: Weights, pad_token_id: int, e
         if pooling != "last" or not cfg.get("proj_bias"):
             raise ValueError("its text tower without a causal mask is not SigLIP's: expected pool_type 'last' and a "
                              "projection with bias")  # fmt: skip
-        moved |= {f"head.{name}": weights[f"text_projection.{name}"] for name in ("weight", "bias")}
+        head = _complete(_head(weights, {"text_projection.": ""}), "text_projection", ("weight", "bias"))
+        moved |= {f"head.{name}": value for name, value in head.items()}
         config |= {"model_type": "siglip_text_model", "projection_size": len(moved["head.bias"]), "eos_token_id": None}
         return Tower(config, "pooler", moved, {}, config["max_position_embeddings"])
     if pooling not in ("argmax", "eos"):
@@ -134,7 +137,8 @@ def text_tower(model_cfg: dict[str, Any], weights: Weights, pad_token_id: int, e
     # CLIP's rule for the highest token goes by the name of an end token 2 in transformers.
     highest = eos_token_id if eos_token_id == vocab_size - 1 else 2
     config |= {"model_type": "clip_text_model", "eos_token_id": cfg.get("eos_id", 2) if pooling == "eos" else highest}
-    return Tower(config, "eos", moved, _text_head(weights))
+    is_bare = cfg.get("proj_type") == "none"
+    return Tower(config, "eos", moved, {} if is_bare else _complete(_text_head(weights), "text_projection"))
 
 
 def hugging_face_tower(model_cfg: dict[str, Any], text_config: Any, weights: Weights) -> Tower:
@@ -154,10 +158,12 @@ def hugging_face_tower(model_cfg: dict[str, Any], text_config: Any, weights: Wei
         raise ValueError(f"hf_pooler_type {pooler!r} has no counterpart; expected one of {', '.join(HF_POOLINGS)}")
     moved = {name.removeprefix("transformer."): value for name, value in weights.items() if "transformer." in name}
     moved = {name: value for name, value in moved.items() if not name.endswith("position_ids")}
-    heads = _head(weights, {"proj.": "linear.", "proj.0.": "hidden.", "proj.2.": "linear."})
+    head = _head(weights, {"proj.": "linear.", "proj.0.": "hidden.", "proj.2.": "linear."})
+    if (projection := cfg.get("hf_proj_type", "mlp")) is not None:
+        head = _complete(head, "text.proj", HEADS[projection])
     has_pooler = any(name.startswith("pooler.") for name in moved)
     pooling = "cls" if pooler == "cls_pooler" and not has_pooler else HF_POOLINGS[pooler]
-    return Tower(text_config.to_dict(), pooling, moved, heads)
+    return Tower(text_config.to_dict(), pooling, moved, head)
 
 
 def transformer_weights(weights: Weights, parts: dict[str, str]) -> Weights:
@@ -205,7 +211,8 @@ def _resnet(cfg: dict[str, Any], weights: Weights) -> Tower:
             moved[name] = value
     factor = width / 64
     config = _timm_config(RESNETS[layers], size, {"img_size": size, "width_factor": factor})
-    return Tower(config, "pooler", moved, _head(weights, {"attnpool.c_proj.": "linear."}))
+    head = _complete(_head(weights, {"attnpool.c_proj.": "linear."}), "visual.attnpool.c_proj")
+    return Tower(config, "pooler", moved, head)
 
 
 def _timm_tower(cfg: dict[str, Any], weights: Weights) -> Tower:
@@ -213,13 +220,14 @@ def _timm_tower(cfg: dict[str, Any], weights: Weights) -> Tower:
     if pool in ("abs_attn", "rot_attn"):
         raise ValueError(f"timm_pool {pool!r} of its image tower has no counterpart; expected timm's own pooling")
     trunk = _under("trunk.", weights)
-    if projection in ("linear", "mlp"):
+    if projection in HEADS:
         head = _head(weights, {"head.proj.": "linear.", "head.mlp.fc1.": "hidden.", "head.mlp.fc2.": "linear."})
+        head = _complete(head, "visual.head", HEADS[projection])
     elif projection == "none":
         head = {}
     else:  # timm's classifier is the projection
         classifier = timm.get_pretrained_cfg(name).classifier
-        head = _head(trunk, {f"{classifier}.": "linear."})
+        head = _complete(_head(trunk, {f"{classifier}.": "linear."}), f"visual.trunk.{classifier}")
         trunk = {key: value for key, value in trunk.items() if not key.startswith(f"{classifier}.")}
     size = square(cfg.get("image_size", 224))
     return Tower(_timm_config(name, size, {"global_pool": pool} if pool else {}), "pooler", trunk, head)
@@ -248,6 +256,17 @@ def _head(weights: Weights, parts: dict[str, str]) -> Weights:
         new + name: weights[old + name] for old, new in parts.items() for name in ("weight", "bias")
         if old + name in weights
     }  # fmt: skip
+
+
+def _complete(head: Weights, place: str, names: tuple[str, ...] = LINEAR) -> Weights:
+    """The head, if it has these weights: a model without a head would load as well where both widths are equal.
+
+    Raises:
+        ValueError: a weight is missing.
+    """
+    if any(name not in head for name in names):
+        raise ValueError(f"lacks the weights of the projection {place}; choose a complete model")
+    return head
 
 
 def _text_head(weights: Weights) -> Weights:

@@ -8,12 +8,14 @@ from typing import Any
 from accelerate.utils import DistributedType
 from datasets import DatasetDict
 
+from ..clips.convert import license_of
 from ..data.readers.memory import is_memory
 from ..data.shards.shard_patterns import is_pattern
 from ..data.source_kinds import hub_id
 from ..errors import MiniClipError
 from ..hub.export import export
 from ..hub.push import push
+from ..modeling_miniclip import MiniClipModel
 from .command_line.arguments import TrainingArguments
 from .finetune.lora import merged_weights
 from .reports.reporting import split_sizes
@@ -68,7 +70,7 @@ def export_best(
             "blended": blended,
             "arguments": arguments_for_card(arguments),
             "command": command_for_card(arguments),
-            "license": arguments.hub_license,
+            "license": run.card_data["license"],
             "data": {**run.card_data, "left_out": run.bad_images.describe()},
         }
         weights = merged_weights(state_dict, run.unwrapped_model)  # without adapters
@@ -98,6 +100,18 @@ def push_export(run: TrainingRun) -> None:
         run.export_dir, str(arguments.hub_model_id), arguments.hub_private_repo, message, arguments.hub_revision
     )
     run.say(f"pushed: {url}")
+
+
+def license_for_card(arguments: TrainingArguments) -> str | None:
+    """`--hub_license`, or the licence in the card of the model that a run starts from; None without either."""
+    start = arguments.model_name_or_path
+    return arguments.hub_license or (license_of(start) if start is not None else None)
+
+
+def lacks_license(arguments: TrainingArguments, model: MiniClipModel) -> bool:
+    """Whether a run starts from somebody's CLIP that states no licence. An export may be your own."""
+    starts_from_clip = arguments.model_name_or_path is not None and model.loaded_from is None
+    return starts_from_clip and license_for_card(arguments) is None
 
 
 def data_for_card(arguments: TrainingArguments, splits: DatasetDict) -> dict[str, Any]:

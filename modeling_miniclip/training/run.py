@@ -57,7 +57,7 @@ class TrainingRun:
         retention: images that must still be found; None without `--retention_dataset`.
         before_training: weights before the first step that training may change, on rank 0; empty without `--blend`.
         validation_parts: rows of the validation split by dataset; empty unless several datasets have some.
-        card_data: name and sizes of the dataset, for the model card.
+        card_data: name and sizes of the dataset, and the licence, for the model card.
         log: writer of `metrics.jsonl`.
         meter: collector of losses and throughput since the last log line.
         progress: epoch, step and best value so far.

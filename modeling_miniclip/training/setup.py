@@ -56,7 +56,7 @@ from .optimizer import apply_flags, build_scheduler, parameter_groups
 from .processes.deepspeed import before_joining, check_deepspeed, complete_config, is_deepspeed, prepare_engine
 from .processes.distributed import check_on_main, compute_on_main
 from .processes.heartbeat import join_processes, run_is_ending
-from .publish import data_for_card
+from .publish import data_for_card, lacks_license, license_for_card
 from .reports import caption_probe
 from .reports.caption_probe import CaptionEvidence
 from .reports.diagnostics import NO_EVIDENCE, Diagnosis
@@ -308,6 +308,10 @@ def build_model(
     if arguments.preset is not None and len(learned_from) < len(train):
         say(accelerator, f"the vocabulary is learned from the captions of {len(learned_from)} images, drawn at random")
     model, processor = create_model(arguments, Captions(learned_from))
+    if accelerator.is_main_process and lacks_license(arguments, model):
+        start = arguments.model_name_or_path
+        warn(accelerator, f"{start} states no licence: ask its authors before you share what you make of it, and name "
+             "the licence with --hub_license")  # fmt: skip
     choose_lengths(model.config, arguments)
     freeze_layers(model, arguments)
     if arguments.lora_rank is not None:
@@ -526,6 +530,7 @@ def build_run(
         validation_features=features["validation"],
         validation_parts=validation_parts(splits, arguments),
         card_data=data_for_card(arguments, splits)
+        | {"license": license_for_card(arguments) if accelerator.is_main_process else None}
         | {"shared": describe_shared(shared, arguments)}
         | zero_shot_about(classified)
         | retention_about(retained, arguments),

@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, encode_images, encode_texts, load_captions
+from tests.helpers.clips import save_clip
 from tests.helpers.runs import flags, shared_folder, write_preset, write_scene_folder
 from train_miniclip import main
 
@@ -61,9 +62,16 @@ def train_on_flickr8k(folder: Path) -> tuple[str, list[str]]:
     return str(shared / "flickr8k"), [f"--{name}={value}" for name, value in arguments.items()]
 
 
-CASES = {"scenes": train_on_scenes, "flickr8k": train_on_flickr8k}
-# Without the shared data the photographs are no case at all: the clients are held against the scenes either way.
-PRESENT = [name for name in CASES if name == "scenes" or (shared_folder() / "flickr8k" / "captions.csv").is_file()]
+def train_from_clip(folder: Path) -> tuple[str, list[str]]:
+    """The built-in scenes, from a tiny CLIP of transformers."""
+    dataset, clip = write_scene_folder(folder / "scenes", 40), save_clip("clip", folder / "clip")
+    start = {"preset": None, "model_name_or_path": clip, "max_steps": 2}
+    return str(dataset), flags(folder, validation_fraction=VALIDATION_FRACTION, **start)
+
+
+CASES = {"scenes": train_on_scenes, "flickr8k": train_on_flickr8k, "clip": train_from_clip}
+# Without the shared data the photographs are no case at all: the clients are held against the others either way.
+PRESENT = [name for name in CASES if name != "flickr8k" or (shared_folder() / "flickr8k" / "captions.csv").is_file()]
 
 
 def train(name: str, folder: Path) -> Case:

@@ -1,7 +1,8 @@
 """Each case for the clients, and a summary of what was compared: `make test-clients` prints it."""
 
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
@@ -32,9 +33,16 @@ def compared(case: Case) -> Callable[[str], None]:
     return lambda line: COMPARED.append(f"{case.name}: {line}")
 
 
+def versions_of(names: Iterable[str]) -> Iterator[str]:
+    """Names and versions of the packages that are installed."""
+    for name in names:
+        with suppress(PackageNotFoundError):
+            yield f"{name} {version(name)}"
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The versions of the clients, and a line for each comparison."""
     terminalreporter.section("clients")
-    terminalreporter.line(", ".join(f"{name} {version(name)}" for name in CLIENTS))
+    terminalreporter.line(", ".join(versions_of(CLIENTS)))
     for line in COMPARED:
         terminalreporter.line(line)

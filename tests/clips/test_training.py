@@ -13,7 +13,7 @@ from tests.clips.comparison import differences, our_results, transformers_result
 from tests.helpers.clips import TEXTS, save_clip
 from tests.helpers.runs import flags
 from tests.helpers.towers import with_slow
-from train_miniclip import main
+from train_miniclip import main, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*truncated")
 
@@ -29,6 +29,24 @@ def test_run_starts_from_a_clip(family: str, tmp_path: Path, without_figures: No
     still = options | {"learning_rate": 1e-12, "weight_decay": 0.0}
     same = from_clip(main(flags(tmp_path, "still", **still)))
     assert differences(our_results(same, same.processor), transformers_results(original)) == {}
+
+
+def test_licence_of_the_clip_is_kept_or_missed(
+    tmp_path: Path, without_figures: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = save_clip("clip", tmp_path / "original")
+    options = {"preset": None, "model_name_or_path": original, "max_steps": 1, "batch_size": 4}
+    tuned = main(flags(tmp_path, **options))
+    assert "\nlicense: mit\n" in (tuned / "README.md").read_text()
+    assert "states no licence" not in capsys.readouterr().out
+    (original / "README.md").unlink()
+    (tmp_path / "second").mkdir()
+    run = prepare(parse_arguments(flags(tmp_path, "second", **options)))
+    assert f"warning: {original} states no licence: ask its authors" in capsys.readouterr().out
+    assert run.card_data["license"] is None
+    (tmp_path / "third").mkdir()
+    run = prepare(parse_arguments(flags(tmp_path, "third", **options, hub_license="apache-2.0")))
+    assert "states no licence" not in capsys.readouterr().out and run.card_data["license"] == "apache-2.0"
 
 
 def test_size_that_a_clip_does_not_take(tmp_path: Path) -> None:

@@ -155,6 +155,20 @@ def test_model_goes_back_to_open_clip(kind: str, tmp_path: Path, monkeypatch: py
     assert differences(back, theirs) == {}
 
 
+@pytest.mark.parametrize("kind", ["vit", "resnet", "siglip", "timm-linear"])
+def test_fine_tuned_model_goes_back_to_open_clip(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_in_this_process(monkeypatch)
+    model = from_clip(save_open_clip(kind, tmp_path / "original"))
+    with torch.no_grad():  # as if it had been trained
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    export(model, model.processor, tmp_path / "tuned")
+    done = convert(tmp_path / "tuned", tmp_path / "back", "open_clip")
+    assert done.difference is not None and done.difference < 1e-5
+    theirs = open_clip_results(f"local-dir:{tmp_path / 'back'}")
+    assert differences(our_results(model, model.processor), theirs) == {}
+
+
 def test_text_tower_without_a_name_does_not_go_back(tmp_path: Path) -> None:
     folder = save_open_clip("roberta", tmp_path / "original")
     export(from_clip(folder), from_clip(folder).processor, tmp_path / "export")
@@ -267,6 +281,34 @@ def test_pickled_weights_are_converted_by_the_command_in_the_error(tmp_path: Pat
 def test_what_has_no_counterpart_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = save_open_clip("vit", tmp_path, **copy.deepcopy(changes))
     with pytest.raises(ModelError, match=message):
+        from_clip(folder)
+
+
+WIDTH = 32  # of the features, too, so that a model without a projection would load
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "message"),
+    [
+        ("vit", ["visual.proj"], "visual.proj"),
+        ("vit", ["text_projection"], "text_projection"),
+        ("vit-quick-gelu", ["text.text_projection"], "text_projection"),
+        ("resnet", ["visual.attnpool.c_proj.weight"], "visual.attnpool.c_proj"),
+        ("siglip", ["text.text_projection.bias"], "text_projection"),
+        ("timm-linear", ["visual.head.proj.weight"], "visual.head"),
+        ("timm-mlp", ["visual.head.mlp.fc1.weight", "visual.head.mlp.fc1.bias"], "visual.head"),
+        ("timm-classifier", ["visual.trunk.head.weight"], "visual.trunk.head"),
+        ("roberta", ["text.proj.weight"], "text.proj"),
+        ("roberta-mlp", ["text.proj.0.weight"], "text.proj"),
+    ],
+)
+def test_lacking_projection_is_named(kind: str, names: list[str], message: str, tmp_path: Path) -> None:
+    folder = save_open_clip(kind, tmp_path, embed_dim=MODELS[kind].get("embed_dim", WIDTH))
+    path = folder / "open_clip_model.safetensors"
+    weights = load_file(path)
+    save_file({name: value for name, value in weights.items() if name not in names}, path)
+    assert weights.keys() >= set(names)
+    with pytest.raises(ModelError, match=rf"lacks the weights of the projection {message}; choose a complete model"):
         from_clip(folder)
 
 

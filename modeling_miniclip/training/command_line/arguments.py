@@ -287,7 +287,9 @@ class TrainingArguments:
     hub_model_id: str | None = _flag(None, "Hub repository to upload to (your account, named like output_dir)")
     hub_private_repo: bool = _flag(False, "create the repository as private; reject an existing public one")
     hub_revision: str | None = _flag(None, "branch to upload to; created if it does not exist (main)")
-    hub_license: str | None = _flag(None, "license in the model card: a Hub identifier such as mit (unknown)")
+    hub_license: str | None = _flag(
+        None, "license in the model card: a Hub identifier such as mit (that of the model it starts from, or unknown)"
+    )
 
 
 # Fields that start a new group of flags.
