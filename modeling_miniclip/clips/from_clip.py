@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from transformers.utils import logging
 
@@ -88,4 +89,19 @@ def _convert(source: Source) -> tuple[MiniClipModel, MiniClipProcessor]:
     config = miniclip_config(original, tokenizer.pad_token_id, tokenizer.model_max_length)
     model = MiniClipModel(config)
     model.load_state_dict(miniclip_weights(original))
-    return model.eval(), processor
+    _check_size(model.eval(), processor)
+    return model, processor
+
+
+def _check_size(model: MiniClipModel, processor: MiniClipProcessor) -> None:
+    """Raise ValueError if the image tower does not take the images that the processor makes."""
+    size = processor.image_processor.crop_size
+    height, width = size["height"], size["width"]
+    try:
+        with torch.no_grad():
+            model.pool_images(torch.zeros(1, 3, height, width))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"its image processor makes images of {height}x{width} pixels, which its image tower does not take "
+            f"({one_line(error)}); correct crop_size in preprocessor_config.json"
+        ) from error

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..evaluation.encoders import OPEN_CLIP
+from ..evaluation.encoders import OPEN_CLIP, OPEN_CLIP_FILE
 from .families import FAMILIES
 from .from_clip import load_clip
 from .source import Source, read_json
@@ -34,10 +34,8 @@ def take_tower(name: str, flag: str, folder: Path) -> TakenTower | None:
         ModelError: the CLIP cannot be loaded, or its image tower is one of timm.
     """
     source = Source(name, flag, "", {})
-    if not name.startswith(OPEN_CLIP):
-        config = read_json(source, "config.json") if os.path.isdir(name) or "/" in name else None
-        if (config or {}).get("model_type") not in FAMILIES:
-            return None
+    if not _is_clip(source):
+        return None
     model, processor = load_clip(name, flag)
     if flag == "--text_model":
         model.text_model.save_pretrained(folder)
@@ -48,3 +46,15 @@ def take_tower(name: str, flag: str, folder: Path) -> TakenTower | None:
     model.vision_model.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     return TakenTower(folder, {"vision_pooling": model.config.vision_pooling})
+
+
+def _is_clip(source: Source) -> bool:
+    """Whether a name is that of a CLIP of transformers or open_clip."""
+    if source.name.startswith(OPEN_CLIP):
+        return True
+    if not os.path.isdir(source.name) and "/" not in source.name:
+        return False
+    config = read_json(source, "config.json")
+    if config is None:
+        return read_json(source, OPEN_CLIP_FILE) is not None
+    return config.get("model_type") in FAMILIES

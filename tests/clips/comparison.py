@@ -1,11 +1,13 @@
 """Compare a converted model with what its original's own library computes."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.image_utils import PILImageResampling
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor
 from tests.helpers.clips import TEXTS, pictures
@@ -76,6 +78,33 @@ def all_differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[
         name: apart(ours[name], value) if name != "tokens" else 0.0 if torch.equal(ours[name], value) else math.inf
         for name, value in theirs.items()
     }
+
+
+def change_activation(model: MiniClipModel) -> None:
+    """Another activation in the first layer of the image tower."""
+    names = ("activation_fn", "intermediate_act_fn")
+    found = [(module, name) for module in model.vision_model.modules() for name in names if hasattr(module, name)]
+    setattr(*found[0], torch.nn.ReLU())
+
+
+def change_pooling(model: MiniClipModel) -> None:
+    """Another pooling of the text tower."""
+    model.config.text_pooling = "mean"
+
+
+def change_images(**settings: Any) -> Callable[[MiniClipModel], None]:
+    """Other settings of the image processor."""
+    return lambda model: [setattr(model.processor.image_processor, *item) for item in settings.items()] and None
+
+
+# What a conversion could get wrong, and a comparison must notice.
+FAULTS: dict[str, Callable[[MiniClipModel], None]] = {
+    "activation": change_activation,
+    "pooling": change_pooling,
+    "mean": change_images(image_mean=[0.5, 0.4, 0.31]),
+    "interpolation": change_images(resample=PILImageResampling.BOX),
+    "crop": change_images(size={"shortest_edge": 41}),
+}
 
 
 def _same_shape(image: Any, kind: str) -> Any:

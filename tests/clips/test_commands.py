@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,16 @@ def test_commands_pass_the_conversion_on(
     (tmp_path / "new").mkdir()
     assert cli([word.format(clip=clip, new=tmp_path / "new") for word in argv]) == 0
     assert called == [str(export_folder(clip))]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("onnxscript") is None, reason="pip install onnx onnxscript onnxruntime")
+@pytest.mark.parametrize("family", ["clip", "dual-encoder"])
+def test_onnx_files_equal_a_clip(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original, scenes = save_clip(family, tmp_path / "original"), write_scene_folder(tmp_path / "scenes", 20)
+    assert cli(["export", str(original), "--onnx", str(tmp_path / "onnx"), "--dataset", str(scenes)]) == 0
+    report = json.loads((tmp_path / "onnx" / "equality.json").read_text())
+    assert max(report["largest_difference"].values()) < 1e-5
 
 
 @pytest.mark.slow

@@ -20,7 +20,9 @@ from modeling_miniclip.errors import MiniClipError, ModelError, UsageError
 from modeling_miniclip.evaluation.encoders import open_encoder
 from modeling_miniclip.evaluation.eval_sets import load_eval_set
 from modeling_miniclip.evaluation.evaluate import evaluate_model
-from tests.clips.comparison import differences, our_results
+from modeling_miniclip.training.command_line.parsing import parse_arguments
+from modeling_miniclip.training.towers.create_model import create_model
+from tests.clips.comparison import FAULTS, differences, our_results
 from tests.helpers.clips import (
     TEXTS,
     clip_tokenizer,
@@ -30,7 +32,8 @@ from tests.helpers.clips import (
     save_clip,
     unigram_tokenizer,
 )
-from tests.helpers.runs import write_scene_folder
+from tests.helpers.runs import flags, write_scene_folder
+from train_miniclip import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*truncated", "ignore:.*states no licence")
 
@@ -143,6 +146,22 @@ def test_converted_model_computes_the_same(kind: str, tmp_path: Path) -> None:
     assert differences(our_results(again, processor), theirs) == {}
 
 
+@pytest.mark.parametrize("kind", ["vit", "siglip", "resnet", "bert"])
+def test_comparison_notices_each_fault(kind: str, tmp_path: Path) -> None:
+    folder = save_open_clip(kind, tmp_path)
+    theirs = open_clip_results(f"local-dir:{folder}")
+    is_timm = from_clip(folder).config.vision_config.model_type == "timm_wrapper"  # with the activation in its name
+    for name, fault in FAULTS.items():
+        if name == "activation" and is_timm:
+            continue
+        model = from_clip(folder)
+        fault(model)
+        try:
+            assert differences(our_results(model, model.processor), theirs), name
+        except RuntimeError:  # a mean of states is narrower than SigLIP's projection
+            assert (kind, name) == ("siglip", "pooling")
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_model_goes_back_to_open_clip(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_in_this_process(monkeypatch)
@@ -184,6 +203,37 @@ def test_model_in_its_layout_is_evaluated(tmp_path: Path) -> None:
     data = load_eval_set(str(write_scene_folder(tmp_path / "scenes", 12)), "train")
     report = evaluate_model(str(tmp_path / "mine"), data, baseline=str(folder))
     assert report["baseline_metrics"] == report["metrics"]
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether both have the same weights under the same names."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", ["vit", "siglip"])
+def test_run_takes_a_clip_or_one_of_its_towers(kind: str, tmp_path: Path, without_figures: None) -> None:
+    folder = save_open_clip(kind, tmp_path / "original")
+    model, theirs = from_clip(folder), open_clip_results(f"local-dir:{folder}")
+    still = {"max_steps": 1, "batch_size": 4, "learning_rate": 1e-12, "weight_decay": 0.0}
+    same = from_clip(main(flags(tmp_path, preset=None, model_name_or_path=folder, **still)))
+    assert differences(our_results(same, same.processor), theirs) == {}
+    other = save_clip("clip", tmp_path / "other")
+    argv = ["--output_dir", str(tmp_path / "new"), "--projection_dim", "16"]
+    taken, processor = create_model(
+        parse_arguments([*argv, "--vision_model", str(other), "--text_model", str(folder)]), []
+    )
+    assert same_weights(taken.text_model, model.text_model)
+    assert taken.config.text_pooling == model.config.text_pooling
+    tokens = [one(text=TEXTS, return_tensors="pt")["input_ids"] for one in (processor, model.processor)]
+    assert torch.equal(*tokens)
+    towers = [*argv, "--vision_model", str(folder), "--text_model", str(other)]
+    if kind == "siglip":
+        with pytest.raises(ModelError, match="its image tower is timm's test_vit; name one of timm"):
+            create_model(parse_arguments(towers), [])
+    else:
+        taken, _ = create_model(parse_arguments(towers), [])
+        assert same_weights(taken.vision_model, model.vision_model)
 
 
 def test_clip_of_transformers_goes_to_open_clip(tmp_path: Path) -> None:
@@ -280,6 +330,33 @@ def test_pickled_weights_are_converted_by_the_command_in_the_error(tmp_path: Pat
 )
 def test_what_has_no_counterpart_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = save_open_clip("vit", tmp_path, **copy.deepcopy(changes))
+    with pytest.raises(ModelError, match=message):
+        from_clip(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "changes", "message"),
+    [
+        ("vit", "", {"multimodal_cfg": {}}, "a CoCa, whose text decoder has no counterpart"),
+        ("vit", "vision_cfg", {"image_size": [32, 48]}, r"images of \[32, 48\] pixels are no squares"),
+        ("vit", "text_cfg", {"no_causal_mask": True}, "without a causal mask is not SigLIP's"),
+        ("vit", "text_cfg", {"pool_type": "first"}, "pool_type 'first' of its text tower"),
+        ("resnet", "vision_cfg", {"layers": [2, 2, 2, 2]}, r"no ResNet of CLIP with layers \[2, 2, 2, 2\]"),
+        ("timm-linear", "vision_cfg", {"timm_pool": "abs_attn"}, "timm_pool 'abs_attn' of its image tower"),
+        ("timm-linear", "vision_cfg", {"timm_model_name": "test_vit_of_mars"}, "no image tower 'test_vit_of_mars'"),
+        ("bert", "text_cfg", {"hf_pooler_type": "max_pooler"}, "hf_pooler_type 'max_pooler' has no counterpart"),
+        ("preprocessing", "preprocess_cfg", {"resize_mode": "longest"}, "resize_mode 'longest' pads pictures"),
+    ],
+)
+def test_what_the_description_asks_for_and_has_no_counterpart(
+    kind: str, part: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = save_open_clip("vit" if kind == "preprocessing" else kind, tmp_path)
+    path = folder / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    (content if part == "preprocess_cfg" else content["model_cfg"]).setdefault(part, {}).update(changes)
+    content["model_cfg"] |= {} if part else changes
+    path.write_text(json.dumps(content))
     with pytest.raises(ModelError, match=message):
         from_clip(folder)
 

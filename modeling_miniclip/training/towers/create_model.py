@@ -15,6 +15,7 @@ from ...clips.from_clip import load_clip
 from ...clips.take_tower import take_tower
 from ...configuration_miniclip import FIELDS, TOWERS, MiniClipConfig
 from ...errors import ModelError, UsageError, did_you_mean, one_line
+from ...evaluation.encoders import OPEN_CLIP_FILE
 from ...inference.loading import check_export_folder
 from ...inference.pickled import reject_pickled
 from ...modeling_miniclip import MiniClipModel
@@ -90,7 +91,8 @@ def create_model(
 def _from_towers(arguments: TrainingArguments, overrides: dict[str, Any]) -> tuple[MiniClipModel, MiniClipProcessor]:
     vision, text = str(arguments.vision_model), str(arguments.text_model)
     for flag, source in (("--vision_model", vision), ("--text_model", text)):
-        check_export_folder(flag, source)
+        if not Path(source, OPEN_CLIP_FILE).is_file():
+            check_export_folder(flag, source)
     names: list[str] = []
     fields: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
