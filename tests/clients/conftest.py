@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.clients.cases import PRESENT, Case, train
+if TYPE_CHECKING:  # nothing may import the package before the tests are collected
+    from tests.clients.cases import Case
 
 CLIENTS = (
     "sentence-transformers",
@@ -21,14 +23,24 @@ CLIENTS = (
 COMPARED: list[str] = []
 
 
-@pytest.fixture(scope="session", params=PRESENT)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each of the cases whose data is there."""
+    from tests.clients.cases import PRESENT
+
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", PRESENT, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "Case":
+    """A trained export with what it is held against."""
+    from tests.clients.cases import train
+
     return train(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture
-def compared(case: Case) -> Callable[[str], None]:
+def compared(case: "Case") -> Callable[[str], None]:
     """Call it with what was compared and the outcome, for the summary."""
     return lambda line: COMPARED.append(f"{case.name}: {line}")
 
