@@ -45,8 +45,7 @@ all-MiniLM-L6-v2), and after five more epochs of its text tower and heads, while
 negatives are the captions with {trained} swapped; relations are kept out. Word order is tested with the captions
 of the 1,000 validation images: percentage of pairs in which the true caption scores above the swapped one with its
 image and, after the slash, with another image drawn at random. What counts is the difference of the two. The last row
-has what hard negatives add to it over captions alone, in points, with a paired 95 % interval (Student's t) for several
-seeds. Figures are means and standard deviations over {seeds}.
+has what hard negatives add to it over captions alone, in points{interval}. {seeds}
 
 """
 
@@ -101,8 +100,11 @@ def table(lines: list[dict[str, Any]]) -> str:
 def page(lines: list[dict[str, Any]]) -> str:
     """The page with all recorded runs."""
     seeds = len({line["seed"] for line in lines})
-    about = ABOUT.format(trained=" and ".join(TRAINED), seeds=f"{seeds} seeds" if seeds > 1 else "one seed")
-    return about + table(lines)
+    interval, figures = "", "Figures are those of one seed."
+    if seeds > 1:
+        interval = ", with a paired 95 % interval (Student's t)"
+        figures = f"Figures are means and standard deviations over {seeds} seeds."
+    return ABOUT.format(trained=" and ".join(TRAINED), interval=interval, seeds=figures) + table(lines)
 
 
 def main() -> None:
