@@ -496,6 +496,12 @@ class MiniClipModel(PreTrainedModel):
         if enable and unable:
             logger.warning(f"{unable} does not support gradient checkpointing and keeps all its activations")
 
+    def enable_input_require_grads(self) -> None:
+        """As in transformers, for the text tower: its hook does not take a tuple, which Swin's embeddings are."""
+        self.text_model.enable_input_require_grads()
+        self._require_grads_hook = self.text_model._require_grads_hook
+        self._require_grads_hooks = getattr(self.text_model, "_require_grads_hooks", [self._require_grads_hook])
+
     def train(self, mode: bool = True) -> "MiniClipModel":
         """Like `Module.train`, but an image tower's batch norm with frozen weights keeps its running statistics too.
 

@@ -162,7 +162,7 @@ def test_the_cache_lies_beside_those_of_the_other_libraries() -> None:
 # --- images ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vision", ["resnet", "siglip_vision_model"])
+@pytest.mark.parametrize("vision", ["resnet", "siglip_vision_model", "clip_vision_model", "swin", "convnext"])
 def test_image_features_are_those_of_each_image_alone(
     tmp_path: Path, rows: CaptionRows, small_blocks: None, vision: str
 ) -> None:
@@ -375,7 +375,10 @@ def text_features(model: MiniClipModel, cache: Path, captions: list[list[str]] =
     return frozen_text_features(model, rows, tiny_processor(), cache, Accelerator(cpu=True))
 
 
-@pytest.mark.parametrize(("text", "pooling"), [("distilbert", "cls"), ("distilbert", "mean"), ("gpt2", "last")])
+@pytest.mark.parametrize(
+    ("text", "pooling"),
+    [("distilbert", "cls"), ("distilbert", "mean"), ("gpt2", "last"), ("bert", "pooler"), ("clip_text_model", "eos")],
+)
 def test_text_features_are_those_of_each_caption_alone(
     tmp_path: Path, small_blocks: None, text: str, pooling: str
 ) -> None:
