@@ -118,6 +118,25 @@ def test_what_is_no_clip_is_named(
         from_clip(broken(tmp_path / "broken", saved("clip"), **config))
 
 
+@pytest.mark.parametrize("model_type", ["clip", "jina_clip"])
+def test_code_next_to_a_clip_is_never_run(model_type: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = broken(tmp_path / "with_code", saved("clip"), model_type=model_type)
+    (folder / "code_of_its_own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w').close()\n")
+    classes = {"config.json": ["AutoConfig", "AutoModel"], "tokenizer_config.json": ["AutoTokenizer"],
+               "preprocessor_config.json": ["AutoImageProcessor", "AutoProcessor"]}  # fmt: skip
+    for name, auto in classes.items():
+        values = json.loads((folder / name).read_text())
+        of_class = {one: ["code_of_its_own.T", None] if "Token" in one else "code_of_its_own.T" for one in auto}
+        (folder / name).write_text(json.dumps(values | {"auto_map": of_class}))
+    if model_type == "clip":
+        model = from_clip(folder)
+        assert differences(our_results(model, model.processor), transformers_results(saved("clip"))) == {}
+    else:
+        with pytest.raises(ModelError, match="code of its own .* never run here"):
+            from_clip(folder)
+    assert not (tmp_path / "was_run").exists()
+
+
 def test_images_that_the_tower_does_not_take_are_named(saved: Callable[[str], Path], tmp_path: Path) -> None:
     folder = broken(tmp_path / "broken", saved("clip"))
     path = folder / "preprocessor_config.json"
