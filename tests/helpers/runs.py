@@ -95,6 +95,15 @@ def flags(folder: Path, output_dir: str = "run", **values: Any) -> list[str]:
     return [f"--{name}={value}" for name, value in (arguments | values).items() if value is not None]
 
 
+def assert_blended(start: Path, best: Path, export: Path, share: float, tolerance: float) -> None:
+    """Check that the weights of an export are those of two others, blended."""
+    one, other, mixed = (load_file(folder / "model.safetensors") for folder in (start, best, export))
+    assert mixed.keys() == other.keys() == one.keys()
+    for name, tensor in mixed.items():
+        expected = one[name] + share * (other[name] - one[name]) if tensor.is_floating_point() else other[name]
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=tolerance, msg=name)
+
+
 def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
     """Let runs only say what they would draw: drawing takes longer than the rest of a tiny run."""
 

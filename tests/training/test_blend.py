@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from modeling_miniclip import MiniClipModel, UsageError
 from modeling_miniclip.training.command_line.check_arguments import BLENDS, blends, chosen_blend
@@ -23,7 +22,14 @@ from modeling_miniclip.training.finetune.blend import (
 )
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.time_limit import rest_of
-from tests.helpers.runs import assert_same_weights, flags, metrics_of, plain_arguments, write_scene_folder
+from tests.helpers.runs import (
+    assert_blended,
+    assert_same_weights,
+    flags,
+    metrics_of,
+    plain_arguments,
+    write_scene_folder,
+)
 from tests.helpers.towers import tiny_model, with_slow
 from tests.test_model import shake
 from train_miniclip import main
@@ -135,15 +141,6 @@ def tuning(tiny_run: Path, folder: Path, output_dir: str, **values: Any) -> list
 
 def lines_of(output_dir: Path, split: str) -> list[dict[str, Any]]:
     return [line for line in metrics_of(output_dir) if line["split"] == split]
-
-
-def assert_blended(start: Path, best: Path, export: Path, share: float, tolerance: float) -> None:
-    """Check that the weights of an export are those of two others, blended."""
-    one, other, mixed = (load_file(folder / "model.safetensors") for folder in (start, best, export))
-    assert mixed.keys() == other.keys() == one.keys()
-    for name, tensor in mixed.items():
-        expected = one[name] + share * (other[name] - one[name]) if tensor.is_floating_point() else other[name]
-        torch.testing.assert_close(tensor, expected, rtol=0, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("lora", with_slow([{"lora_rank": 2}], [{}]), ids=["adapters", "whole"])

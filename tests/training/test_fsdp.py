@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from modeling_miniclip import MiniClipModel
-from tests.helpers.runs import ROOT, assert_same_log, command, environment, flags
+from tests.helpers.runs import ROOT, assert_blended, assert_same_log, command, environment, flags
 from train_miniclip import main
 
 SAME = {"dropout": 0, "freeze_batch_norm": True, "batch_size": 8, "captions_per_image": 2, "loss_type": "sigmoid"}
@@ -56,6 +56,15 @@ def test_sharded_training_in_chunks_can_be_resumed(tmp_path: Path) -> None:
     train_sharded(flags(tmp_path, "sharded", max_steps=3, chunk_size=2, **SAME))
     train_sharded(flags(tmp_path, "sharded", resume_from_checkpoint="latest", chunk_size=2, **SAME))
     assert_same_log(tmp_path / "one", tmp_path / "sharded")
+
+
+@pytest.mark.slow
+def test_sharded_run_exports_weights_in_between(tiny_run: Path, tmp_path: Path) -> None:
+    start = tiny_run / "export"
+    same: dict[str, Any] = {"preset": None, "model_name_or_path": start, "max_steps": 2, "dropout": 0}
+    for name, blend in (("plain", {}), ("blended", {"blend": 0.4})):
+        train_sharded(flags(tmp_path, name, **same, **blend))
+    assert_blended(start, tmp_path / "plain" / "export", tmp_path / "blended" / "export", 0.4, 1e-6)
 
 
 @pytest.mark.long
