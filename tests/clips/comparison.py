@@ -94,7 +94,12 @@ def change_pooling(model: MiniClipModel) -> None:
 
 def change_images(**settings: Any) -> Callable[[MiniClipModel], None]:
     """Other settings of the image processor."""
-    return lambda model: [setattr(model.processor.image_processor, *item) for item in settings.items()] and None
+
+    def change(model: MiniClipModel) -> None:
+        for name, value in settings.items():
+            setattr(model.processor.image_processor, name, value)
+
+    return change
 
 
 # What a conversion could get wrong, and a comparison must notice.

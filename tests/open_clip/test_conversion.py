@@ -215,7 +215,7 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 def test_run_takes_a_clip_or_one_of_its_towers(kind: str, tmp_path: Path, without_figures: None) -> None:
     folder = save_open_clip(kind, tmp_path / "original")
     model, theirs = from_clip(folder), open_clip_results(f"local-dir:{folder}")
-    still = {"max_steps": 1, "batch_size": 4, "learning_rate": 1e-12, "weight_decay": 0.0}
+    still: dict[str, Any] = {"max_steps": 1, "batch_size": 4, "learning_rate": 1e-12, "weight_decay": 0.0}
     same = from_clip(main(flags(tmp_path, preset=None, model_name_or_path=folder, **still)))
     assert differences(our_results(same, same.processor), theirs) == {}
     other = save_clip("clip", tmp_path / "other")
