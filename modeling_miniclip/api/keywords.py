@@ -293,4 +293,4 @@ class TrainingKeywords(TypedDict, total=False):
     """branch to upload to; created if it does not exist (main)"""
 
     hub_license: str | None
-    """license in the model card: a Hub identifier such as mit (unknown)"""
+    """license in the model card: a Hub identifier such as mit (that of the model it starts from, or unknown)"""
