@@ -236,6 +236,13 @@ def test_run_takes_a_clip_or_one_of_its_towers(kind: str, tmp_path: Path, withou
         assert same_weights(taken.vision_model, model.vision_model)
 
 
+def test_run_learns_from_a_clip(tmp_path: Path, without_figures: None) -> None:
+    folder = save_open_clip("vit", tmp_path / "teacher")
+    main(flags(tmp_path, teacher=folder, max_steps=2))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0])["teacher_divergence"] > 0
+
+
 def test_clip_of_transformers_goes_to_open_clip(tmp_path: Path) -> None:
     from transformers import CLIPImageProcessor
 
