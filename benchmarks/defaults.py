@@ -7,8 +7,8 @@
 
 `default` passes the data and the towers, and nothing else (MINILM is a folder that does not say how its texts are
 pooled, so its `--text_pooling mean` is passed, too). `default_frozen` and `default_trained` are the default with
-`--freeze both` and `--freeze none`: the number of images decides which of the two `default` is. `tutorial` is what the
-default was before: plain.yaml.
+`--freeze both` and `--freeze none`: the number of images decides which of the two `default` is, so its run is not
+repeated. `tutorial` is what the default was before: plain.yaml.
 `heads_then_full` and `lit` were recipes, too. They continue from an export of `heads` on the same images, and their
 costs include it.
 
@@ -36,6 +36,8 @@ from typing import Any
 import yaml
 from missing_runs import record_missing, recorded
 
+from modeling_miniclip.training.command_line.derived import FEW_IMAGES
+
 HERE = Path(__file__).resolve().parent
 SCRIPT, RESULTS = HERE.parent / "train_miniclip.py", HERE / "defaults.jsonl"
 IMAGES, ALL_IMAGES = [500, 1500], 6000
@@ -59,6 +61,14 @@ def of_all_images() -> list[dict[str, Any]]:
     """Lines of the runs in the folders next to this file."""
     lines = [summary(name, ALL_IMAGES, 0, HERE / name) for name in VARIANTS if (HERE / name).is_dir()]
     return [line | {"variant": "default"} for line in lines if line["variant"] == "full"] + lines
+
+
+def with_default(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines with those of `default` where only the run that it is the same as was recorded."""
+    measured = {(line["images"], line["seed"]) for line in lines if line["variant"] == "default"}
+    names = {True: "default_frozen", False: "default_trained"}
+    same = [line for line in lines if line["variant"] == names[line["images"] < FEW_IMAGES]]
+    return [line | {"variant": "default"} for line in same if (line["images"], line["seed"]) not in measured] + lines
 
 
 def summary(name: str, images: int, seed: int, folder: Path, size: int = 288) -> dict[str, Any]:
@@ -164,7 +174,7 @@ def write_page() -> None:
     about = (__doc__ or "").split("\n\n")
     notes = "\n\n".join(about[2:5])
     title = f"# Defaults\n\nWritten by `benchmarks/defaults.py`: {about[0].strip()}"
-    text = f"{title}\n\n{notes}\n{table([*recorded(RESULTS), *of_all_images()])}"
+    text = f"{title}\n\n{notes}\n{table([*with_default(recorded(RESULTS)), *of_all_images()])}"
     RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -119,9 +120,16 @@ def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
 
 def launch(argv: list[str], processes: int = 1, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run `train_miniclip.py` in a separate process, or in several with `accelerate launch`."""
-    return subprocess.run(
-        command(argv, processes), env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300, **options
+    line, pipe = command(argv, processes), subprocess.PIPE
+    process = subprocess.Popen(
+        line, env=environment(), cwd=ROOT, text=True, stdout=pipe, stderr=pipe, start_new_session=True, **options
     )
+    try:
+        output, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the processes of the launcher, too
+        raise
+    return subprocess.CompletedProcess(line, process.returncode, output, errors)
 
 
 def command(argv: list[str], processes: int = 1, script: str = str(ROOT / "train_miniclip.py")) -> list[str]:

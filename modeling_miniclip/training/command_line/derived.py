@@ -15,8 +15,8 @@ from typing import Any
 
 from .arguments import DERIVED, PART_RATES, TrainingArguments
 
-# With fewer training images than this, two pretrained towers stay frozen.
-FEW_IMAGES = 1000
+# With fewer training images than this, two pretrained towers stay frozen (benchmarks/defaults.md).
+FEW_IMAGES = 200
 # Flags that matter only to towers that are trained: given one of them, a run trains its towers.
 OF_TRAINED_TOWERS = (
     "vision_learning_rate", "text_learning_rate", "layer_decay", "frozen_vision_fraction", "train_image_size",
