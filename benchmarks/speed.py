@@ -118,7 +118,7 @@ TAIL = """
   pixels over and over.
 - Loader: the other side opens and augments files and tokenizes captions in the same number of processes, and passes
   nothing on. Files as small as 224 x 224 pixels decode so fast that the remaining costs show: a seed for each row, and
-  the first access to each batch's shared memory.
+  the transfer of each batch.
 - Race to a given recall (the last two rows): both towers are frozen and the heads are trained, with 224 pixels on both
   sides. MiniCLIP uses recipe `heads`, the plain loop the default heads of 256 dimensions, their learning rate and
   batches of 32. The goal is that half of the 5,000 captions find their image among the first ten of the 1,000
