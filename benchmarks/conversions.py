@@ -17,11 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 HERE = Path(__file__).resolve().parent
 RECORD = Path(__file__).resolve().with_suffix(".jsonl")
-SLIGHTLY = 1.01  # times each weight, as if the model had been trained
 COLUMNS = ("pixels", "image features", "text features", "temperature", "bias", "logits")
 ABOUT = """# Conversions
 
@@ -42,7 +39,7 @@ def of_transformers(folder: Path) -> Iterator[dict[str, Any]]:
     from modeling_miniclip import export, from_clip
     from modeling_miniclip.clips.convert import convert
     from tests.clips.comparison import all_differences, our_results, transformers_results
-    from tests.helpers.clips import FAMILIES, save_clip
+    from tests.helpers.clips import FAMILIES, save_clip, train_slightly
 
     for family in FAMILIES:
         original = save_clip(family, folder / family)
@@ -50,9 +47,7 @@ def of_transformers(folder: Path) -> Iterator[dict[str, Any]]:
         ours = our_results(model, model.processor, square=family == "siglip2")
         found = all_differences(ours, transformers_results(original))
         yield line("transformers", family, "to MiniCLIP", found)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(SLIGHTLY)
+        train_slightly(model)
         export(model, model.processor, folder / f"{family}-tuned")
         convert(folder / f"{family}-tuned", back := folder / f"{family}-back", "transformers")
         found = all_differences(our_results(model, model.processor), transformers_results(back))
@@ -104,6 +99,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lines = sorted([*others, *measure(Path(folder))], key=lambda one: one["library"], reverse=True)
     RECORD.write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+    from tests.helpers.clips import SLIGHTLY
+
     page = ABOUT.format(slightly=SLIGHTLY) + table(lines)
     RECORD.with_suffix(".md").write_text(page, encoding="utf-8")
     print(page, end="")

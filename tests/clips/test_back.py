@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from modeling_miniclip import MiniClipModel, MiniClipProcessor, export, from_clip
 from modeling_miniclip.cli import cli
@@ -11,7 +10,7 @@ from modeling_miniclip.clips.compare import check_copy
 from modeling_miniclip.clips.convert import convert
 from modeling_miniclip.errors import ModelError, UsageError
 from tests.clips.comparison import differences, our_results, transformers_results
-from tests.helpers.clips import load_in_this_process, save_clip
+from tests.helpers.clips import load_in_this_process, save_clip, train_slightly
 from tests.helpers.towers import tiny_model, tiny_processor, with_slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*truncated")
@@ -29,9 +28,7 @@ OTHERS = ["siglip2", "altclip", "chinese_clip"]
 @pytest.mark.parametrize("family", with_slow(["clip", "siglip", "dual-encoder"], OTHERS))
 def test_fine_tuned_model_goes_back_to_transformers(family: str, tmp_path: Path, in_this_process: None) -> None:
     model = from_clip(save_clip(family, tmp_path / "original"))
-    with torch.no_grad():  # as if it had been trained
-        for parameter in model.parameters():
-            parameter.mul_(1.01)
+    train_slightly(model)
     export(model, model.processor, tmp_path / "tuned")
     done = convert(tmp_path / "tuned", tmp_path / "back", "transformers")
     assert done.difference is not None and done.difference < 1e-5

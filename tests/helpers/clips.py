@@ -60,6 +60,16 @@ def randomise(model: Any, scale: float | None = None, seed: int = 0) -> Any:
     return model.eval()
 
 
+SLIGHTLY = 1.01
+
+
+def train_slightly(model: nn.Module) -> None:
+    """Multiply each weight by [`SLIGHTLY`], as if the model had been trained."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(SLIGHTLY)
+
+
 def clip_tokenizer() -> CLIPTokenizer:
     """A tokenizer like CLIP's, with a small vocabulary; the end of a text is its highest token."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
