@@ -87,6 +87,14 @@ def test_crop_flag_applies_to_each_model_source(
     assert (images.size["shortest_edge"], images.crop_size["height"]) == (2 * PIXELS, PIXELS)
 
 
+def test_larger_images_keep_the_crop_of_the_trained_model(exported: str, tmp_path: Path) -> None:
+    for share in (0.5, 0.8, 1.0):
+        model, processor = build(model_name_or_path=exported, crop_pct=share)
+        source = export(model, processor, tmp_path / f"{share}" / "export")
+        images = build(model_name_or_path=str(source), image_size=2 * PIXELS)[1].image_processor
+        assert (images.size["shortest_edge"], images.crop_size["height"]) == (2 * PIXELS / share, 2 * PIXELS)
+
+
 def test_heads_and_towers_have_separate_dropout(towers: dict[str, str]) -> None:
     model, _ = build(**towers, dropout=0.2, projection_dropout=0.6)
     found = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}

@@ -200,7 +200,15 @@ def _for_size(model: MiniClipModel, size: int) -> MiniClipModel:
 
 
 def _other_size(own: Any, tower: Any, size: int, crop_pct: float | None) -> Any:
-    """An image processor like that of a trained model, for images of another size or with another crop."""
+    """An image processor like that of a trained model, for images of another size or with another crop.
+
+    Without another crop it keeps the model's own, which may differ from that of its tower.
+    """
+    if crop_pct is None:
+        side = own.crop_size["height"]
+        if size == side:
+            return own
+        crop_pct = side / min(dict(own.size).values())
     if tower.model_type == "timm_wrapper":
         made = image_processor_from_timm(tower, size, crop_pct)
         settings = [[*one.image_mean, *one.image_std, one.resample, *dict(one.size)] for one in (own, made)]
