@@ -205,7 +205,7 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
         "--code", metavar="DIR", help="new folder for a copy of an earlier export with the code of this release"
     )
     parser.add_argument(
-        "--dataset", default="scenes", help="captioned images on which to compare ONNX with PyTorch (scenes)"
+        "--dataset", help="captioned images on which to compare ONNX with PyTorch (scenes; --quantize needs it)"
     )
     parser.add_argument("--images", type=int, default=200, metavar="N", help="compare on at most N images (200)")
     parser.add_argument(
@@ -214,7 +214,7 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--quantize", choices=("int8",), help="numbers of the ONNX files (default: float32)")
     parser.add_argument(
-        "--tolerance_rsum", type=float, default=1.0, metavar="PERCENT",
+        "--tolerance_rsum", type=float, metavar="PERCENT",
         help="how far --quantize may lower rsum on --dataset (1)",
     )  # fmt: skip
     declare_dataset(parser)
@@ -224,6 +224,7 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """Write the ONNX files and print how much they differ from PyTorch, or copy an export with new code."""
+    check_quantization(args)
     if args.code is not None:
         from .hub.renew_code import renew_code
 
@@ -235,15 +236,35 @@ def run_export(args: argparse.Namespace) -> None:
     from .utils.performance import keep_freed_memory
 
     keep_freed_memory()
-    options = {**dataset_options(args), "revision": args.revision, "tolerance_rsum": args.tolerance_rsum}
+    options = {**dataset_options(args), "revision": args.revision}
     quantize = args.quantize is not None
+    if args.tolerance_rsum is not None:
+        options["tolerance_rsum"] = args.tolerance_rsum
     source = as_export(args.export, "MODEL")
-    report = export_onnx(source, args.onnx, args.dataset, args.images, args.tolerance, quantize, **options)
+    report = export_onnx(source, args.onnx, args.dataset or "scenes", args.images, args.tolerance, quantize, **options)
     print(format_onnx_report(report))
     if quantize:
         print(format_quantization(report["quantization"]))
     for path in sorted(Path(args.onnx).iterdir()):
         print(f"{path.stat().st_size / 1e6:10.3f} MB  {path}")
+
+
+def check_quantization(args: argparse.Namespace) -> None:
+    """Check that the flags of int8 files belong together.
+
+    Raises:
+        UsageError: one of them would be ignored, or the dataset is missing that decides about the numbers.
+    """
+    if args.quantize is None:
+        if args.tolerance_rsum is not None:
+            raise UsageError("--tolerance_rsum needs --quantize int8: add it, or leave out --tolerance_rsum")
+    elif args.code is not None:
+        raise UsageError("--quantize belongs to --onnx: --code copies the model as it is; leave out --quantize")
+    elif args.dataset is None:
+        raise UsageError(
+            "--quantize needs --dataset, captioned images like those that the model is for: they set the ranges of "
+            "the numbers and show what is lost; --dataset scenes for a model of the demo"
+        )
 
 
 def declare_index(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """Replace the ONNX files of an export by int8 ones, after measuring what that changes."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
@@ -50,7 +51,7 @@ def quantize_folder(folder: Path, runtime: Any, rows: Any, calibration: Any, tol
 
     images = _batches([open_image(row) for row in rows], runtime.prepare_images)
     texts = _batches([caption for captions in rows["captions"] for caption in captions], runtime.prepare_texts)
-    chosen = calibration.select(range(min(CALIBRATION_IMAGES, len(calibration))))
+    chosen = calibration.select(_spread(len(calibration)))
     ranges = (runtime.prepare_images([open_image(row)]) for row in chosen)
     with TemporaryDirectory(dir=folder) as temporary:
         small = Path(temporary)
@@ -70,6 +71,11 @@ def quantize_folder(folder: Path, runtime: Any, rows: Any, calibration: Any, tol
             replace_file(path, folder / path.name)
     counts = {"images": len(rows), "captions": sum(map(len, rows["captions"])), "calibration_images": len(chosen)}
     return counts | report | {"versions": {library: version(library) for library in ("onnx", "onnxruntime")}}
+
+
+def _spread(rows: int) -> list[int]:
+    """At most `CALIBRATION_IMAGES` of the rows, from the first to the last: they may be sorted by class."""
+    return np.linspace(0, rows - 1, min(CALIBRATION_IMAGES, rows)).astype(int).tolist()
 
 
 def _batches(items: Sequence[Any], prepare: Callable[[Sequence[Any]], Inputs]) -> list[Inputs]:
@@ -159,8 +165,10 @@ def _embed(session: Any, batches: list[Inputs]) -> Tensor:
 
 
 def _check(before: float, after: float, tolerance: float) -> None:
+    if not math.isfinite(after):
+        raise ModelError(f"with int8, rsum is {after}; nothing was written. Leave out --quantize")
     lost = 100 * (before - after) / before if before else 0.0
-    if not lost <= tolerance:  # also if it is NaN
+    if lost > tolerance:
         raise ModelError(
             f"with int8, rsum falls from {before:.1f} to {after:.1f}, by {lost:.1f} %, more than --tolerance_rsum "
             f"{tolerance:g}; nothing was written. Leave out --quantize, or accept the loss by --tolerance_rsum "

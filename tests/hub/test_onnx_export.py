@@ -338,10 +338,41 @@ def test_the_image_encoder_is_calibrated_on_the_images_it_gets(
     assert cosines[0] > cosines[1] + 0.01
 
 
-@pytest.mark.parametrize("after", [98.9, float("nan")])
-def test_lost_recall_is_an_error(after: float) -> None:
-    with pytest.raises(ModelError, match=r"rsum falls from 100.0 to .* more than --tolerance_rsum 1; nothing was"):
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        (
+            98.9,
+            r"rsum falls from 100.0 to 98.9, .* more than --tolerance_rsum 1; nothing was .* by --tolerance_rsum 2",
+        ),
+        (float("nan"), "rsum is nan; nothing was written. Leave out --quantize$"),
+    ],
+)
+def test_lost_recall_is_an_error(after: float, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         onnx_quantize._check(100.0, after, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--onnx", "new", "--quantize", "int8"], "--quantize needs --dataset"),
+        (["--onnx", "new", "--tolerance_rsum", "5"], "--tolerance_rsum needs --quantize int8"),
+        (["--code", "new", "--quantize", "int8"], "--quantize belongs to --onnx"),
+    ],
+)
+def test_flags_of_int8_that_would_be_ignored(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["export", "no-model", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_images_for_the_ranges_come_from_everywhere() -> None:
+    assert [onnx_quantize._spread(rows) for rows in (1, 5)] == [[0], [0, 1, 2, 3, 4]]
+    found = onnx_quantize._spread(1280)
+    assert len(set(found)) == 128 and (found[0], found[-1]) == (0, 1279)
+    assert {second - first for first, second in zip(found, found[1:], strict=False)} == {10, 11}
 
 
 def test_recall_within_the_tolerance_is_accepted() -> None:
