@@ -37,6 +37,7 @@ RUNS = {
     "lit": Recorded("`lit`: continues from `heads`, text tower fine-tuned too", after="heads"),
     "heads_then_full": Recorded("`heads_then_full`: continues from `heads`, both towers fine-tuned", after="heads"),
     "full": Recorded("recipe `full`: new heads, both towers fine-tuned from the first step"),
+    "finish": Recorded("recipe `finish`: continues from `full`, larger images and more captions", after="full"),
 }
 
 

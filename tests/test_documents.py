@@ -310,7 +310,7 @@ def test_reliability_shows_recorded_figures_of_existing_tests() -> None:
     assert len(links) > 8 and all((ROOT / link).exists() for link in links)
 
 
-RECORDED = {"demo": "scenes", "heads": "heads", "full": "full"}
+RECORDED = {"demo": "scenes", "heads": "heads", "full": "full", "finish": "finish"}
 
 
 @pytest.mark.parametrize(("run", "recipe"), RECORDED.items())
