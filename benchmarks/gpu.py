@@ -5,17 +5,21 @@
 
 Nothing is downloaded: EfficientNet-Lite0 and MiniLM come from the shared folder, ResNet-50 and DistilBERT have random
 weights, which does not change their speed. Each part runs in a process of `gpu_parts.py`, so that an error costs only
-that part; parts for which no time is left are named. The exit code is 1 if anything failed. With --small, nothing is
-compiled and nothing runs in fp16, which the CPU does not need or cannot do.
+that part, and has a time limit of its own. The exit code is 1 if anything failed or there was no time for it; only
+compiled towers, which come last, may be left out. With --small, nothing is compiled and nothing runs in fp16, which
+the CPU does not need or cannot do.
 """
 
 import argparse
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,8 @@ from gpu_setup import SMALL, Setup, full_setup, write_files
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 480.0
+PART_SECONDS = 120.0  # at most, so that one that hangs leaves time for the others
+TOWERS = ("vision_model", "text_model")
 OK = {True: "yes", False: "**no**", None: ""}
 
 
@@ -47,17 +53,48 @@ def run_part(name: str, arguments: dict[str, Any], setup: Setup, seconds: float)
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "TOKENIZERS_PARALLELISM": "false"}
     if setup.on_cpu:
         environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    title = " ".join([name, *(f"{key}={value}" for key, value in arguments.items())])
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds, env=environment)
-    except subprocess.TimeoutExpired:
-        return [{"what": title, "found": f"not done within {seconds:.0f} s", "ok": False}]
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        print(f"{title}:", *lines[-30:], sep="\n", file=sys.stderr)
-        return [{"what": title, "found": f"failed: {lines[-1]}", "ok": False}]
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    title = title_of(name, arguments)
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        # A session of its own: the processes that a part has started end with it.
+        process = subprocess.Popen(argv, stdout=output, stderr=errors, env=environment, start_new_session=True)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return [{"what": title, "found": f"not done within {seconds:.0f} s", "ok": False}]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        printed, complaints = ((file.seek(0), file.read())[1].strip().splitlines() for file in (output, errors))
+    if code:
+        print(f"{title}:", *complaints[-30:], sep="\n", file=sys.stderr)
+        return [{"what": title, "found": f"failed: {error_in(complaints) or f'exit code {code}'}", "ok": False}]
+    rows: list[dict[str, Any]] = json.loads(printed[-1])
     return rows
+
+
+def title_of(name: str, arguments: dict[str, Any]) -> str:
+    """A part and its arguments in words."""
+    return " ".join([name, *(f"{key}={value}" for key, value in arguments.items())])
+
+
+def error_in(lines: list[str]) -> str:
+    """The last line that names an error, or else the last one: warnings may follow it."""
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (named or lines or [""])[-1]
+
+
+def check_machine(setup: Setup, shared: Path) -> None:
+    """End with a message if there is no GPU, or the data or a tower is missing."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        sys.exit("no GPU that this torch can use: install a torch for it, or pass --small to try all parts on the CPU")
+    folders = [setup.data["dataset"], *(flags[name] for flags in setup.pairs.values() for name in TOWERS
+                                        if name in flags)]  # fmt: skip
+    missing = [folder for folder in folders if not Path(folder).exists()]
+    if missing:
+        sys.exit(f"{missing[0]} does not exist, --shared is {shared}; set MINICLIP_SHARED or pass --shared")
 
 
 def describe_machine(setup: Setup) -> str:
@@ -82,17 +119,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     end = time.monotonic() + args.seconds
     failed: list[str] = []
+    chosen = SMALL if args.small else full_setup(args.shared)
+    if not args.small:
+        check_machine(chosen, args.shared)
     with tempfile.TemporaryDirectory() as folder:
-        setup = write_files(SMALL if args.small else full_setup(args.shared), Path(folder))
+        setup = write_files(chosen, Path(folder))
         print(f"# On one device\n\nWritten by `benchmarks/gpu.py`: {describe_machine(setup)}.\n", flush=True)
         print("| what | found | as it should be |\n|---|---|---|", flush=True)
         for name, arguments in parts_of(setup):
             if args.only and name not in args.only:
                 continue
-            left = end - time.monotonic()
-            rows: list[dict[str, Any]] = [{"what": f"{name} {arguments}", "found": "no time was left", "ok": False}]
+            left, ok = end - time.monotonic(), None if arguments.get("compiled") else False
+            rows: list[dict[str, Any]] = [{"what": title_of(name, arguments), "found": "no time was left", "ok": ok}]
             if left > 5:
-                rows = run_part(name, arguments, setup, left)
+                rows = run_part(name, arguments, setup, min(left, PART_SECONDS))
             for row in rows:
                 print(f"| {row['what']} | {row['found']} | {OK[row['ok']]} |", flush=True)
             failed += [row["what"] for row in rows if row["ok"] is False]

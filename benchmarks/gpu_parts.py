@@ -5,6 +5,7 @@ A row has `what`, what was `found`, and whether that is `ok`, or None for a figu
 
 import copy
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from modeling_miniclip import ImageIndex, encode_images, encode_texts, export, r
 from modeling_miniclip.data.loading.collation import model_inputs
 from modeling_miniclip.data.loading.dataset import CaptionRows
 from modeling_miniclip.data.loading.loader import BatchLoader
+from modeling_miniclip.data.loading.order import RowOrder
 from modeling_miniclip.inference.loading import load_export
 from modeling_miniclip.search.exact import Neighbours
 from modeling_miniclip.training.command_line.parsing import parse_arguments
@@ -136,40 +138,56 @@ def same_recall(setup: Setup) -> Rows:
 
 
 def resume(setup: Setup) -> Rows:
-    """A killed run continues as one that was not, with the scale of fp16's loss."""
+    """A killed run continues as one that was not, with the state of the optimizer and the scale of fp16's loss."""
     batch_size, steps, killed = setup.resume
     with tempfile.TemporaryDirectory() as folder:
 
-        def started(name: str, **values: Any) -> "subprocess.Popen[bytes]":
-            argv = flags_of(
+        def flags(name: str, **values: Any) -> list[str]:
+            return flags_of(
                 setup, next(iter(setup.pairs)), output_dir=f"{folder}/{name}", batch_size=batch_size, max_steps=steps,
                 num_train_epochs=99, checkpointing_steps=killed // 2, logging_steps=1, max_validation_images=16,
                 mixed_precision=None if setup.on_cpu else "fp16", **values,
             )  # fmt: skip
-            return start_run(argv)
 
-        if started("whole").wait():
+        if start_run(flags("whole")).wait():
             return [row("a run", "it failed", False)]
-        process = started("killed")
+        process = start_run(flags("killed"))
         while process.poll() is None and len(losses(folder, "killed")) < killed:
             time.sleep(0.005)
         process.kill()
         if process.wait() == 0 or len(losses(folder, "killed")) >= steps:
             return [row("a run that is killed", "it ended before it was killed", False)]
-        done = len(losses(folder, "killed"))
-        scales = list(Path(folder, "killed", "checkpoints").glob("*/scaler.pt"))
-        if started("killed", resume_from_checkpoint="latest").wait():
-            return [row("a run that is killed and resumed", "it failed", False)]
+        done, again = len(losses(folder, "killed")), flags("killed", resume_from_checkpoint="latest")
+        rows = same_state(again, Path(folder, "killed", "checkpoints"), setup)
+        if start_run(again).wait():
+            return [*rows, row("a run that is killed and resumed", "it failed", False)]
         whole, resumed = losses(folder, "whole"), losses(folder, "killed")
     if len(resumed) != steps:
-        return [row("a run that is killed and resumed", f"{len(resumed)} of {steps} steps", False)]
+        return [*rows, row("a run that is killed and resumed", f"{len(resumed)} of {steps} steps", False)]
     # Relative to the largest loss: that of a last batch of one image is 0.
     apart = max(abs(whole[step] - resumed[step]) for step in range(done, min(done + 10, steps))) / max(whole)
+    is_finite = all(map(math.isfinite, whole + resumed))
     precision = "" if setup.on_cpu else " in fp16"
     what = f"killed after {done} of {steps} steps and resumed{precision}: difference of the loss"
-    rows = [row(what, f"{apart:.1e}", apart < (1e-4 if setup.on_cpu else 0.05))]
+    return [*rows, row(what, f"{apart:.1e}", is_finite and apart < (1e-4 if setup.on_cpu else 0.05))]
+
+
+def same_state(argv: list[str], checkpoints: Path, setup: Setup) -> Rows:
+    """A run that is resumed has the optimizer's state of the latest checkpoint, and its scale of the loss."""
+    latest = max(checkpoints.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    saved = torch.load(latest / "optimizer.bin", map_location=CPU, weights_only=True)["state"]
+    run = train_miniclip.prepare(parse_arguments(argv))
+    state = run.optimizer.state_dict()["state"]
+    pairs = [(value, state[key][name]) for key, values in saved.items() for name, value in values.items()]
+    equal = sum(torch.equal(value, loaded.cpu()) for value, loaded in pairs)
+    what = "tensors of the optimizer that a resumed run has as they were saved"
+    rows = [row(what, f"{equal} of {len(pairs)}", bool(pairs) and equal == len(pairs))]
     if not setup.on_cpu:
-        rows.append(row("checkpoints with the scale of the loss", str(len(scales)), bool(scales)))
+        kept = torch.load(latest / "scaler.pt", map_location=CPU, weights_only=True)
+        scaler = run.accelerator.scaler.state_dict()
+        found = f"{kept['scale']:g} and {scaler['scale']:g}, {kept['_growth_tracker']} and {scaler['_growth_tracker']}"
+        rows.append(row("scale of the loss and steps since it changed, saved and resumed", found, kept == scaler))
+    run.close()
     return rows
 
 
@@ -233,11 +251,29 @@ def prepare(setup: Setup, pair: str, folder: str, **values: Any) -> TrainingRun:
     return run
 
 
+class Endless:
+    """The rows of all epochs as those of one, so that every batch is full and is read ahead.
+
+    Args:
+        order: order of the rows of each epoch.
+    """
+
+    num_rows = sys.maxsize
+
+    def __init__(self, order: RowOrder):
+        self.order = order
+
+    def pieces(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """See `RowOrder`."""
+        yield from self.order.pieces(epoch, start)
+        for later in count(epoch + 1):
+            yield from self.order.pieces(later)
+
+
 def batches_of(run: TrainingRun) -> Iterator[dict[str, Any]]:
-    """The batches of as many epochs as it takes."""
-    for epoch in count():
-        run.train_batches.epoch = epoch
-        yield from run.train_loader
+    """As many full batches as it takes."""
+    run.train_batches.order = Endless(run.train_batches.order)
+    return iter(run.train_loader)
 
 
 def take_step(run: TrainingRun, batch: dict[str, Any]) -> None:
@@ -359,7 +395,7 @@ def by_blocks(images: Tensor, texts: Tensor, scale: float, block: int = 1024) ->
 
 
 def search(setup: Setup) -> Rows:
-    """An index of a folder, and exact search among many vectors on the device and with the package on the CPU."""
+    """An index of a folder, and exact search among many vectors, with bare torch and with the package on the CPU."""
     (number, dim), device = setup.vectors, device_of(setup)
     arguments = parse_arguments(flags_of(setup, next(iter(setup.pairs))))
     with tempfile.TemporaryDirectory() as folder:
@@ -389,7 +425,7 @@ def search(setup: Setup) -> Rows:
         found = (there @ torch.from_numpy(query).to(device)).topk(FOUND).values.cpu().numpy()
         equal = equal and bool(np.allclose(found, scores, atol=1e-4))
     on_device, on_cpu = (1000 * float(np.median(each)) for each in (seconds, own))
-    times = f"{on_device:.2f} ms on the device, {on_cpu:.2f} ms with the package on the CPU"
+    times = f"{on_device:.2f} ms with bare torch on the device, {on_cpu:.2f} ms with the package, on the CPU"
     return [
         row(f"index of {files} images, with loading the model", f"{rate:.0f} images/s", indexed == files),
         row(f"exact search of {number:,} vectors of {dim} dimensions", times, equal),
