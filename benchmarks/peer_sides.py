@@ -63,6 +63,11 @@ class Clock:
         if len(self.ends) > WARM_UP + STEPS if self.limit is None else self.ends[-1] >= self.limit:
             raise Done
 
+    def check_end(self) -> None:
+        """End with a message if training ended long before its time, as with too few pairs for it."""
+        if self.limit is not None and math.isfinite(self.limit) and self.ends[-1] < 0.95 * self.limit:
+            sys.exit(f"training ended after {self.ends[-1]:.0f} of {self.limit:.0f} s: it needs more pairs")
+
     def numbers(self) -> dict[str, float]:
         """Times until the imports and the first step have ended, and steps per second after the warm-up."""
         timed = self.ends[WARM_UP:]
@@ -323,21 +328,21 @@ def encode_plain(args: argparse.Namespace, arguments: Any) -> dict[str, float]:
 
 
 def train_package(args: argparse.Namespace, clock: Clock) -> None:
-    """`train_miniclip.py`; with a limit of time, it keeps it by itself and exports its best model."""
+    """`train_miniclip.py`; with a limit of time, it keeps it by itself."""
     import train_miniclip
 
     clock.start()
     settings = {"captions_per_image": args.captions, **args.set}
     if clock.limit is not None:
         settings["time_limit"] = f"{clock.limit - since_start():.0f}s"
-        clock.limit, clock.rsum = math.inf, partial(exported_rsum, args)
+        clock.limit, clock.rsum = math.inf, partial(last_rsum, args)
     train_miniclip.main([*flags_of(args), *(f"--{name}={value}" for name, value in settings.items())])
 
 
-def exported_rsum(args: argparse.Namespace) -> float:
-    """Sum of the recalls of the model that a run has exported."""
+def last_rsum(args: argparse.Namespace) -> float:
+    """Sum of the recalls in the last validation of a run: its best one would be chosen on what is measured."""
     lines = (Path(args.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return max(line["rsum"] for line in map(json.loads, lines) if line["split"] == "validation")
+    return [line["rsum"] for line in map(json.loads, lines) if line["split"] == "validation"][-1]
 
 
 # --- one turn -------------------------------------------------------------------------------------------------------
@@ -357,6 +362,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         args.output_dir = f"{folder}/run"
         with suppress(Done):
             TRAIN[args.side](args, clock)
+        clock.check_end()
         return clock.numbers() | ({"rsum": clock.rsum()} if args.minutes and clock.rsum else {})
 
 

@@ -141,6 +141,16 @@ def write_pairs(scratch: Path, pairs: Iterable[tuple[str, str]]) -> None:
         writer.writerows(pairs)
 
 
+def check_order(parts: Iterable[str], lines: list[Line]) -> None:
+    """End with a message if a part needs the lines of another that was not measured."""
+    measured = {line["group"] for line in lines}
+    for part in parts:
+        needed = {"trials": None, "quality": "train"}.get(part, "trials")  # rates, and the fastest settings
+        if needed is not None and needed not in measured:
+            sys.exit(f"part {part} needs the lines of part {needed}: pass --only {needed} {part}")
+        measured.add(part)
+
+
 class OtherProcesses:
     """What processes other than this one and its children take of the processors, from now on."""
 
@@ -198,8 +208,8 @@ def run_quality(lines: list[Line], flags: list[str], scratch: Path, minutes: flo
     random.Random(0).shuffle(pairs)
     for side in (*PEERS, OWN):
         name = side + BEST
-        rate = max(values(lines, "train", name, "pairs_per_second"), default=1.0)
-        write_pairs(scratch, (pairs[i % len(pairs)] for i in range(round(60 * minutes * rate) + BATCH)))
+        rate = max(values(lines, "train", name, "pairs_per_second"))
+        write_pairs(scratch, (pairs[i % len(pairs)] for i in range(round(1.1 * 60 * minutes * rate) + BATCH)))
         settings = f"{fastest(lines, 'train', side)} {QUALITY[side]}".strip()
         group = Group({name: _turn("train", side, settings, at_best=True)}, (f"--minutes={minutes}",))
         line = {"group": "quality", "side": name, "turn": 0, "settings": settings, "minutes": minutes}
@@ -219,6 +229,9 @@ def main(argv: list[str]) -> None:
     os.environ |= {"PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     recorded = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
     lines: list[Line] = [json.loads(line) for line in recorded]
+    check_order(args.only, lines)
+    versions = {name: version(name) for name in ("open_clip_torch", "sentence_transformers")}
+    facts = made_with() | versions
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         flags = prepare(scratch, args)
@@ -229,16 +242,16 @@ def main(argv: list[str]) -> None:
                 measured = run_part(part, lines, flags, args.repetitions)
             others, done = [line for line in lines if line["group"] != part], []
             for line in measured:
-                done.append(line)
-                save([*others, *done], args.results)
+                done.append({**line, "commit": facts["commit"]})
+                save([*others, *done], args.results, facts)
             lines = [*others, *done]
 
 
-def save(lines: list[Line], results: Path) -> None:
-    """Write the lines, and the page next to them."""
+def save(lines: list[Line], results: Path, facts: dict[str, Any]) -> None:
+    """Write the lines, and the page next to them, which names all commits that were measured."""
     results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    versions = {name: version(name) for name in ("open_clip_torch", "sentence_transformers")}
-    results.with_suffix(".md").write_text(page(lines, made_with() | versions), encoding="utf-8")
+    commits = {"commit": ", ".join(sorted({line["commit"] for line in lines}))}
+    results.with_suffix(".md").write_text(page(lines, facts | commits), encoding="utf-8")
 
 
 if __name__ == "__main__":

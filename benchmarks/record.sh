@@ -13,6 +13,7 @@ python=${PYTHON:-$here/../.venv/bin/python}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 run=${RUN:-$scratch/run}
+facts=$(PYTHONPATH=$here/.. "$python" "$here/machine.py")  # before the run: its files change the checkout
 start=$(date +%s.%N)
 "$python" "$here/../train_miniclip.py" "$@" --output_dir "$run" --feature_cache_dir "$scratch/features"
 end=$(date +%s.%N)
@@ -22,5 +23,4 @@ cp "$run/metrics.jsonl" "$run/curves.png" "$here/$name/"
 awk '/^[a-z]/ {path = /^(dataset|vision_model|text_model|model_name_or_path|output_dir|feature_cache_dir):/} !path' \
     "$run/arguments.yaml" > "$here/$name/arguments.yaml"
 if [ "$name" = demo ]; then cp "$run/retrieval.png" "$here/$name/"; fi
-facts=$(PYTHONPATH=$here/.. "$python" "$here/machine.py")
 echo "{\"seconds\": $(echo "$end - $start" | bc), ${facts#\{}" > "$here/$name/time.json"

@@ -123,6 +123,30 @@ def test_a_clock_ends_training_after_its_steps_or_its_time(page: ModuleType) -> 
         peer_sides.Clock(limit=0.0).end_step()
 
 
+def test_training_that_ends_early_is_an_error(page: ModuleType) -> None:
+    import peer_sides
+
+    peer_sides.Clock(limit=100.0, ends=[1.0, 95.0]).check_end()
+    peer_sides.Clock(ends=[1.0]).check_end()
+    peer_sides.Clock(limit=float("inf"), ends=[1.0]).check_end()
+    with pytest.raises(SystemExit, match="after 94 of 100 s: it needs more pairs"):
+        peer_sides.Clock(limit=100.0, ends=[1.0, 94.0]).check_end()
+
+
+def test_parts_need_those_that_they_build_on(page: ModuleType) -> None:
+    import peers
+
+    trials, train = [{"group": "trials"}], [{"group": "trials"}, {"group": "train"}]
+    peers.check_order(peers.PARTS, [])
+    peers.check_order(["trials", "train", "quality"], [])
+    peers.check_order(["encode", "memory"], trials)
+    peers.check_order(["quality"], train)
+    with pytest.raises(SystemExit, match="part encode needs the lines of part trials: pass --only trials encode"):
+        peers.check_order(["encode", "trials"], [])
+    with pytest.raises(SystemExit, match="part quality needs the lines of part train"):
+        peers.check_order(["quality"], trials)
+
+
 def test_batch_norms_keep_their_statistics_in_training_mode(page: ModuleType) -> None:
     import peer_sides
 
