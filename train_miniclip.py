@@ -56,7 +56,7 @@ from modeling_miniclip.training.matryoshka import check_lengths, loss_prefixes
 from modeling_miniclip.training.memory.steps import Exchange, compute_step
 from modeling_miniclip.training.optimizer import clamp_logit_scale
 from modeling_miniclip.training.processes.deepspeed import check_engine_state, describe_engine
-from modeling_miniclip.training.processes.distributed import full_tensor
+from modeling_miniclip.training.processes.distributed import exchange_device, full_tensor
 from modeling_miniclip.training.processes.heartbeat import ends_with_lost_processes
 from modeling_miniclip.training.publish import export_best, push_export
 from modeling_miniclip.training.reports.callbacks import Callbacks
@@ -85,6 +85,7 @@ from modeling_miniclip.training.settings import choose_settings
 from modeling_miniclip.training.time_limit import NO_END, keep_time
 from modeling_miniclip.training.towers.layers import set_training_mode
 from modeling_miniclip.training.towers.teacher import check_teacher, load_teacher
+from modeling_miniclip.training.towers.text_groups import lengths_for_groups
 from modeling_miniclip.training.zero_shot import build_zero_shot, load_zero_shot
 from modeling_miniclip.utils.processes import ended_children
 
@@ -276,18 +277,16 @@ def compute_loss_and_gradients(
     accelerator, chunk_size = run.accelerator, run.arguments.chunk_size
     model = run.model if model is None else model  # a compiled model has no truth value
     chunks = [batch] if chunk_size is None else split_batch(batch, chunk_size, accelerator.device)
-    image_id = torch.cat([chunk["image_id"] for chunk in chunks]).to(accelerator.device)  # [b]
-    text_image_id = torch.cat([chunk["text_image_id"] for chunk in chunks]).to(accelerator.device)  # [n]
-    further: dict[str, Any] = {
-        name: torch.cat([chunk[name] for chunk in chunks]).to(accelerator.device)
-        for name in ("image_keys", "text_keys", "is_negative")
+    ids: dict[str, Any] = {
+        name: torch.cat([chunk[name] for chunk in chunks]).to(exchange_device(accelerator))
+        for name in ("image_id", "text_image_id", "image_keys", "text_keys", "is_negative")
         if name in batch
     }
-    if run.teacher is not None:
-        further["teacher"] = run.teacher.embed(chunks)
+    teacher = None if run.teacher is None else run.teacher.embed(chunks)
 
     def inputs_of(chunk: dict[str, Any]) -> dict[str, Any]:
-        return {**model_inputs(chunk, run.processor, accelerator.device), "return_logits": False}
+        lengths = lengths_for_groups(run.unwrapped_model, chunk)
+        return {**model_inputs(chunk, run.processor, accelerator.device), **lengths, "return_logits": False}
 
     def loss_of(output: MiniClipOutput) -> Tensor:
         with exchange():
@@ -295,12 +294,11 @@ def compute_loss_and_gradients(
                 output["image_embeds"].float(),  # [b, dim]
                 output["text_embeds"].float(),  # [n, dim]
                 output["logit_scale"],
-                image_id,
-                text_image_id,
-                run.unwrapped_model.config.loss_type,
-                output.logit_bias,
+                loss_type=run.unwrapped_model.config.loss_type,
+                logit_bias=output.logit_bias,
                 prefixes=loss_prefixes(run.unwrapped_model.config),
-                **further,
+                teacher=teacher,
+                **ids,
             )
 
     if len(chunks) > 1:

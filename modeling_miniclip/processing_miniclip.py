@@ -532,8 +532,8 @@ class MiniClipProcessor(ProcessorMixin):
         Returns:
             `[B, 3, H, W]` float32 `pixel_values`, equal to those of the image processor (PIL backend).
         """
-        mean = torch.tensor(self.image_processor.image_mean, device=pixels.device).view(3, 1, 1)
-        std = torch.tensor(self.image_processor.image_std, device=pixels.device).view(3, 1, 1)
+        settings = torch.tensor([self.image_processor.image_mean, self.image_processor.image_std]).view(2, 3, 1, 1)
+        mean, std = settings.to(pixels.device, non_blocking=pixels.is_cuda)  # without waiting for the device
         # A division, as in timm: multiplying by 1/255 rounds some of the 256 values differently.
         scaled = pixels.to(torch.float32, copy=True).div_(1 / self.image_processor.rescale_factor)
         return scaled.sub_(mean).div_(std)

@@ -25,6 +25,7 @@ from .finetune.retention import RetentionSet
 from .loss.pair_counts import counts_of_batch
 from .memory.sizes import StepSizes
 from .pace import Pace
+from .processes.distributed import exchange_device
 from .reports.callbacks import Callback, Callbacks, asks_to_stop
 from .reports.diagnostics import Diagnosis, chance_loss, floor_loss
 from .reports.reporting import MetricsLog, StepMeter, say
@@ -201,7 +202,7 @@ class TrainingRun:
         negatives = int(batch["is_negative"].sum()) if "is_negative" in batch else 0
         texts = len(batch["text_image_id"]) - negatives
         loss_type = self.unwrapped_model.config.loss_type
-        counts = counts_of_batch(batch, images, self.accelerator.device)
+        counts = counts_of_batch(batch, images, exchange_device(self.accelerator))
         bounds = chance_loss(counts, loss_type), floor_loss(counts, loss_type)
         loss, divergence = (loss, None) if self.teacher is None else self.teacher.taken_out(loss)
         self.meter.update(loss, norm, texts, *bounds, divergence)

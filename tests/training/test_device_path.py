@@ -1,5 +1,6 @@
 """What a CPU can show of the path to a GPU: where tensors go, pinned memory, and precisions."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 import train_miniclip
+from modeling_miniclip.data.loading import pairs
 from modeling_miniclip.data.loading.collation import model_inputs
-from modeling_miniclip.training import setup
+from modeling_miniclip.training import grad_cache, setup
 from modeling_miniclip.training.command_line.parsing import parse_arguments
 from modeling_miniclip.training.towers.features import FrozenFeatures
 from modeling_miniclip.training.towers.layers import set_training_mode
@@ -70,3 +73,37 @@ def test_towers_compute_in_bf16_and_the_loss_in_float32(tmp_path: Path, monkeypa
     train_miniclip.train_step(run, batch, len(batch["image_id"]))
     assert layers == {torch.bfloat16} and embeddings == {torch.float32}
     assert {p.grad.dtype for p in run.unwrapped_model.parameters() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("loss_type", ["softmax_sum", "softmax_mean", "sigmoid"])
+@pytest.mark.parametrize("further", ["nothing", "large tiles", "equal captions", "negatives", "chunks"])
+def test_a_step_never_waits_for_the_device(
+    loss_type: str, further: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of the meta device have no values: whatever waits for one is an error.
+
+    Only transformers waits, once in each pass of a text tower, to see whether its mask hides anything.
+    """
+    monkeypatch.setattr(masking_utils, "_ignore_bidirectional_mask_sdpa", lambda *_: False)
+    (tmp_path / "run").mkdir()
+    argv = flags(tmp_path, loss_type=loss_type, chunk_size=2 if further == "chunks" else None)
+    run = train_miniclip.prepare(parse_arguments(argv))
+    set_training_mode(run.unwrapped_model, run.arguments.freeze, bool(run.arguments.freeze_batch_norm))
+    batch = next(iter(run.train_loader))
+    images, texts = len(batch["image_id"]), len(batch["text_image_id"])
+    if further == "large tiles":
+        monkeypatch.setattr(pairs, "COMPARED", 0)
+    if further == "equal captions":
+        batch |= {"image_keys": torch.arange(images)[:, None] // 2, "text_keys": torch.arange(texts)[:, None] // 2}
+    if further == "negatives":
+        batch["is_negative"] = torch.arange(texts) == texts - 1
+    run.unwrapped_model.to("meta")
+    run.accelerator.state.device = torch.device("meta")
+    monkeypatch.setattr(grad_cache, "random_state", lambda device: None)  # that device has no random numbers
+    monkeypatch.setattr(grad_cache, "_replayed", lambda state, device: nullcontext())
+    loss = train_miniclip.compute_loss_and_gradients(run, batch)
+    gradients = [p.grad for p in run.unwrapped_model.parameters() if p.requires_grad]
+    assert loss.is_meta and gradients and all(each is not None and each.is_meta for each in gradients)
+    run.count_step(batch, images, loss, run.accelerator.clip_grad_norm_(run.unwrapped_model.parameters(), 1.0))
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()  # as anything would that waits

@@ -36,11 +36,13 @@ def rows_of_batch(
     text_keys: Tensor | None = None,
     is_negative: Tensor | None = None,
     tile: int | None = None,
+    device: torch.device | None = None,
 ) -> BatchRows:
     """Find the rows of a batch that count. Every process must call it.
 
-    The arguments are those of `global_contrastive_loss`.
+    The arguments are those of `global_contrastive_loss`, and the device of its embeddings (that of the ids).
     """
+    device = device or image_id.device
     images, texts = _without_fillers(image_id), _without_fillers(text_image_id)
     own_texts = len(text_image_id if texts is None else texts)
     if is_negative is not None and is_negative.any():
@@ -49,8 +51,8 @@ def rows_of_batch(
         own_texts = int((~is_negative[texts]).sum())
     keys_of_images = _image_keys(take(image_id, images), None if image_keys is None else take(image_keys, images))
     keys_of_texts = take(_text_keys(text_image_id, text_keys, is_negative), texts)
-    size = tile or (CPU_TILE if image_id.device.type == "cpu" else GPU_TILE)
-    tiles = Tiles(keys_of_texts, keys_of_images, own_texts, size)
+    size = tile or (CPU_TILE if device.type == "cpu" else GPU_TILE)
+    tiles = Tiles(keys_of_texts, keys_of_images, own_texts, size, device)
     return BatchRows(images, texts, own_texts, len(keys_of_images), tiles)
 
 

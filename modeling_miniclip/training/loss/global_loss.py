@@ -67,7 +67,8 @@ def global_contrastive_loss(
         image_embeds: `[b, dim]`, unit norm, images of this process.
         text_embeds: `[n, dim]`, unit norm, texts of this process.
         logit_scale: inverse temperature.
-        image_id: `[b]` ids of the images.
+        image_id: `[b]` ids of the images. Ids and keys may be on the CPU if there is one process: a GPU that had them
+            would have to be waited for.
         text_image_id: `[n]` id of each text's image.
         loss_type: loss type of the model's configuration.
         logit_bias: bias of the sigmoid loss.
@@ -83,7 +84,7 @@ def global_contrastive_loss(
     Returns:
         Scalar; the loss is the sum over the processes.
     """
-    rows = rows_of_batch(image_id, text_image_id, image_keys, text_keys, is_negative, tile)
+    rows = rows_of_batch(image_id, text_image_id, image_keys, text_keys, is_negative, tile, image_embeds.device)
     images, texts = gather_rows(take(image_embeds, rows.images), True), take(text_embeds, rows.texts)
     sizes = _sizes(rows, images)
     taught = None if teacher is None else _taught(teacher, rows)

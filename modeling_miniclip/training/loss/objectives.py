@@ -32,22 +32,28 @@ class Tile:
         is_negative: whether the texts are additional wrong captions: candidates for all images but those that they
             belong to, and never queries.
         all_pairs: the pairs of the whole matrix.
+        device: device of the similarities.
     """
 
     rows: slice
     columns: slice
     is_negative: bool
     all_pairs: Pairs
+    device: torch.device
 
     @cached_property
     def are_pairs(self) -> Tensor | None:
         """`[r, c]` booleans, whether text and image belong together; None for a large tile, which has `pairs`."""
-        return self.all_pairs.compared(self.rows, self.columns)
+        found = self.all_pairs.compared(self.rows, self.columns)
+        return None if found is None else self._moved(found)
 
     @cached_property
     def pairs(self) -> Tensor:
         """`[P]` places in the flattened tile where text and image belong together."""
-        return self.all_pairs.in_tile(self.rows, self.columns)
+        return self._moved(self.all_pairs.in_tile(self.rows, self.columns))
+
+    def _moved(self, found: Tensor) -> Tensor:
+        return found.to(self.device, non_blocking=self.device.type == "cuda")
 
 
 @dataclass

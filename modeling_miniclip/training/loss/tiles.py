@@ -26,13 +26,14 @@ class Tiles:
         image_keys: `[B, L]` keys of the images.
         texts: N, the number of texts without the additional negatives.
         size: side of a square tile; with fewer images, a tile has more texts.
+        device: device of the similarities.
     """
 
-    def __init__(self, text_keys: Tensor, image_keys: Tensor, texts: int, size: int):
+    def __init__(self, text_keys: Tensor, image_keys: Tensor, texts: int, size: int, device: torch.device):
         self.columns = parts(0, len(image_keys), size)
         rows = size * size // max(1, min(size, len(image_keys)))
         self.texts, self.negatives = parts(0, texts, rows), parts(texts, len(text_keys), rows)
-        self.pairs = Pairs(text_keys, image_keys, self.columns)
+        self.pairs, self.device = Pairs(text_keys, image_keys, self.columns), device
 
     def __len__(self) -> int:
         return (len(self.texts) + len(self.negatives)) * len(self.columns)
@@ -41,7 +42,7 @@ class Tiles:
         for rows in (*self.texts, *self.negatives):
             for columns in self.columns:
                 is_negative = rows.start >= self.negatives[0].start if self.negatives else False
-                yield Tile(rows, columns, is_negative, self.pairs)
+                yield Tile(rows, columns, is_negative, self.pairs, self.device)
 
 
 def parts(start: int, stop: int, size: int) -> list[slice]:

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -69,6 +70,14 @@ def all_reduce_max(number: int, device: torch.device) -> int:
     tensor = torch.tensor(number, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
+
+
+def exchange_device(accelerator: Accelerator) -> torch.device:
+    """Where ids and keys of a batch are: on the device if several processes exchange them.
+
+    Those of one process stay on the CPU, which then never has to wait for a GPU to know which rows are pairs.
+    """
+    return accelerator.device if accelerator.num_processes > 1 else torch.device("cpu")
 
 
 def process_count() -> int:

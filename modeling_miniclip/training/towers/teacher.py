@@ -68,7 +68,8 @@ class RunTeacher:
         """
         device = self.model.device
         images, texts = (
-            torch.cat([chunk[name] for chunk in chunks]).to(device) for name in ("taught_image", "taught_text")
+            torch.cat([chunk[name] for chunk in chunks]).to(device, non_blocking=device.type == "cuda")
+            for name in ("taught_image", "taught_text")
         )
         output = self.model(vision_pooler_output=images, text_pooler_output=texts, return_logits=False)
         self.lesson = Teacher(output.image_embeds, output.text_embeds, self.scale, self.weight)
