@@ -241,7 +241,8 @@ class CaptionRows(TorchDataset):
         else:
             row["captions"] = [captions[i] for i in chosen]
             if self.hard_negatives is not None:
-                negatives = self.negatives[index][NEGATIVES] if self.negatives is not None else []
+                # None: of several datasets, that of this image has no such column.
+                negatives = self.negatives[index][NEGATIVES] or [] if self.negatives is not None else []
                 row["negatives"] = self.hard_negatives.draw(captions, negatives, chosen.tolist(), epoch, index)
         return row
 
