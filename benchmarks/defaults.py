@@ -10,7 +10,8 @@ pooled, so its `--text_pooling mean` is passed, too). `default_frozen` and `defa
 `--freeze both` and `--freeze none`: the number of images decides which of the two `default` is, so its run is not
 repeated. `tutorial` is what the default was before: plain.yaml.
 `heads_then_full` and `lit` were recipes, too. They continue from an export of `heads` on the same images, and `finish`
-from one of `full`; their costs include it. The best recipe is the best of those of one run and of these two.
+from one of `full`; their costs include it. The best recipe is the best of `heads`, `full` and the first two, if
+`full` is recorded.
 
 Image encodings are images that the image tower encodes while it trains, weighted by their pixels (1 is an image of 224
 by 224), with those of frozen towers, whose features are computed once. Validations are left out: they depend on the
@@ -55,13 +56,7 @@ VARIANTS: dict[str, tuple[list[str], str | None]] = {
     "lit": ([f"--recipe={HERE / 'lit' / 'arguments.yaml'}"], "heads"),
     "finish": (["--recipe=finish"], "full"),
 }
-OTHERS = (
-    "default",
-    "default_frozen",
-    "default_trained",
-    "tutorial",
-    "finish",
-)  # not what the default is compared with
+RECIPES = ("heads", "full", "heads_then_full", "lit")  # what the default is compared with
 
 
 def of_all_images() -> list[dict[str, Any]]:
@@ -166,7 +161,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         }
         rsum = {name: mean([run["rsum"] for run in found]) for name, found in runs.items() if found}
         costs = {name: mean([run["encodings"] for run in runs[name]]) for name in rsum}
-        best = max((name for name in rsum if name not in OTHERS), key=lambda name: rsum[name], default=None)
+        best = max((name for name in RECIPES if name in rsum), key=lambda name: rsum[name]) if "full" in rsum else None
         for name, value in rsum.items():
             share = "" if best is None else f"{100 * value / rsum[best]:.1f} %"
             times = "" if not best or not costs[best] else f"{costs[name] / costs[best]:.2f}x"

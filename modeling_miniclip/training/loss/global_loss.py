@@ -67,8 +67,7 @@ def global_contrastive_loss(
         image_embeds: `[b, dim]`, unit norm, images of this process.
         text_embeds: `[n, dim]`, unit norm, texts of this process.
         logit_scale: inverse temperature.
-        image_id: `[b]` ids of the images. Ids and keys may be on the CPU if there is one process: a GPU that had them
-            would have to be waited for.
+        image_id: `[b]` ids of the images; ids and keys of one process may be on the CPU, to save waiting for a GPU.
         text_image_id: `[n]` id of each text's image.
         loss_type: loss type of the model's configuration.
         logit_bias: bias of the sigmoid loss.
