@@ -18,6 +18,7 @@ from .problems import OnProblem, raise_problem
 from .rows import ReadOptions, Row
 from .source_kinds import Kind, Sources, captioned_kind, each_source, resolve
 from .splits import SPLITS
+from .tables.arrow_tables import prefix_column
 from .tables.assign_splits import (
     RowNumbers,
     group_numbers,
@@ -129,6 +130,8 @@ def load_datasets(
 ) -> Splits:
     """Load several sources as one; their rows follow each other in each split.
 
+    Groups of different sources are different, whatever their names.
+
     Args:
         sources: one or several sources as for [`load_rows`].
         options, split, cache_dir, max_damaged: as for [`load_rows`].
@@ -149,6 +152,9 @@ def load_datasets(
         by_split["validation"] = [
             next(part[name] for name in ("validation", "test", "train") if name in part) for part in others
         ]
+    for each in by_split.values():
+        if len(each) > 1:
+            each[:] = [_with_own_groups(rows, source) for source, rows in enumerate(each)]
     sizes = {
         name: [0 if rows is None else len(rows) for rows in by_split[name]] for name in SPLITS if name in by_split
     }
@@ -156,6 +162,13 @@ def load_datasets(
     splits = Splits({name: some[0] if len(some) == 1 else concatenate_datasets(some) for name, some in joined.items()})
     splits.sizes, splits.samples = sizes, {}
     return splits
+
+
+def _with_own_groups(rows: Dataset | None, source: int) -> Dataset | None:
+    """Rows of a source whose groups are named after it."""
+    if rows is None or "group" not in rows.column_names:
+        return rows
+    return prefix_column(rows, "group", f"{source}:")
 
 
 def read_source(

@@ -1,6 +1,7 @@
 """Training, `check`, `eval` and `index` read the same images, captions and splits from every layout."""
 
 import itertools
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from modeling_miniclip.evaluation.eval_sets import load_eval_set
 from tests.helpers.captioned_sources import SPLITS, WRITERS, Shown, Written
 from tests.helpers.fuzzing import cases, fuzz
 from tests.helpers.listings import images_of
+from tests.helpers.shards import picture
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*left out", "ignore:.*the names differ only")
 
@@ -139,6 +141,28 @@ def test_one_or_several_validation_files_are_used_whole(tmp_path: Path) -> None:
         assert {split: len(rows) for split, rows in splits.items()} == {"train": 4, "validation": 2}
         entries = read_entries(paths["a"], ReadOptions(), None, print, validation).entries
         assert [entry.split for entry in entries] == ["train"] * 4 + ["validation"] * 2
+
+
+def test_equal_groups_of_different_datasets_stay_apart(tmp_path: Path) -> None:
+    """The rows are in order in one dataset and selected in the other, which are stored differently."""
+    paths = []
+    for name, groups in (("a", ["1", "1", "", "1"]), ("b", ["1", "", "2", "1"])):
+        (tmp_path / name).mkdir()
+        splits = ["train", "validation", "train", "train"] if name == "a" else ["train"] * 3 + ["validation"]
+        lines = ["image,caption,split,group"]
+        for i, (group, split) in enumerate(zip(groups, splits, strict=True)):
+            (tmp_path / name / f"{i}.png").write_bytes(picture(i))
+            lines.append(f"{i}.png,{name}{i},{split},{group}")
+        (tmp_path / name / "captions.csv").write_text("\n".join(lines))
+        paths.append(str(tmp_path / name / "captions.csv"))
+    splits = load_datasets(paths, cache_dir=tmp_path / "cache")
+    assert splits["train"]["captions"] == [["a0"], ["a2"], ["a3"], ["b0"], ["b1"], ["b2"]]
+    for rows in (splits["train"], pickle.loads(pickle.dumps(splits["train"]))):
+        groups = rows["group"]
+        assert [group is None for group in groups] == [False, True, False, False, True, False]
+        assert groups[0] == groups[2] and len({groups[0], groups[3], groups[5]}) == 3
+    assert splits["validation"]["group"][0] == splits["train"]["group"][0]
+    assert load_datasets(paths[0], cache_dir=tmp_path / "cache")["train"]["group"] == ["1", None, "1"]
 
 
 LAYOUTS = [*WRITERS, *["caption file", "archives"] * 2, "caption file"]  # some have more oddities than others

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..shards.shard_url import version_of
 from ..splits import split_of_value
@@ -51,6 +52,13 @@ def files_in_place(rows: "Dataset") -> list[tuple[str, pa.Table]]:
 def table_in_memory(rows: "Dataset") -> pa.Table:
     """The rows of a dataset as one table."""
     return rows.flatten_indices().data.table if rows._indices is not None else rows.data.table
+
+
+def prefix_column(rows: "Dataset", column: str, prefix: str) -> "Dataset":
+    """The same rows, with a prefix in front of each text of a column. Only this column is copied into memory."""
+    texts = pc.binary_join_element_wise(pa.scalar(prefix), rows.data.column(column), "")  # null stays null
+    table = rows.data.set_column(rows.data.schema.get_field_index(column), column, texts)
+    return type(rows)(table, info=rows.info.copy(), split=rows.split, indices_table=rows._indices)
 
 
 def file_in_memory(table: pa.Table, where: str, split: str | None, folder: str = "") -> TableFile:
