@@ -23,7 +23,9 @@ from ..data.loading.order import InOrder
 from ..data.loading.pair_keys import SharedCaptions, count_shared
 from ..data.rows import ReadOptions
 from ..data.shards.remote_shards import use_cache
+from ..data.tables.image_copies import MOST_READ
 from ..data.tables.row_blocks import Captions, caption_counts, record_batches, sample_of_captions
+from ..data.tables.table_cache import default_cache_dir
 from ..errors import ModelError, UsageError, one_line
 from ..evaluation.eval_sets import EvalSet
 from ..hub.push import prepare_push
@@ -227,8 +229,15 @@ def report_splits(splits: DatasetDict, arguments: TrainingArguments, accelerator
 
 
 def find_shared(splits: DatasetDict, arguments: TrainingArguments, accelerator: Accelerator) -> SharedCaptions:
-    """Count and report the training captions that belong to several images, which are pairs of each of them."""
-    shared = compute_on_main(lambda: count_shared(splits["train"]), accelerator.is_main_process)
+    """Count and report the training captions that belong to several images, which are pairs of each of them.
+
+    Images that are not read in training, as their features are kept, are all compared now.
+    """
+    train, cache_dir = splits["train"], Path(arguments.dataset_cache_dir or default_cache_dir())
+    most_read = len(train) if arguments.freeze in ("vision", "both") else MOST_READ
+    shared = compute_on_main(
+        lambda: count_shared(train, most_read=most_read, cache_dir=cache_dir), accelerator.is_main_process
+    )
     if line := describe_shared(shared, arguments):
         say(accelerator, line)
     return shared
@@ -401,7 +410,7 @@ def caption_rows(
     processor: MiniClipProcessor,
     arguments: TrainingArguments,
     captions_per_image: int | None = None,
-    finds_pairs: bool = False,
+    shared: SharedCaptions | None = None,
 ) -> CaptionRows:
     """A split as a torch dataset; training images are augmented.
 
@@ -412,16 +421,19 @@ def caption_rows(
         processor: preprocessing of the images.
         arguments: flags of the run.
         captions_per_image: number of captions to draw for each image; None takes all.
-        finds_pairs: whether captions may belong to several images of a batch.
+        shared: which captions belong to several images; None does not look for any in a batch.
     """
     augmentation = None
     if split == "train":
         crop, side = processor.image_processor.crop_size, arguments.train_image_size
         size = (side or crop["height"], side or crop["width"])
         augmentation = build_augmentation(augmentation_list(arguments), size)
+    negatives = hard_negatives_of(arguments) if split == "train" else None
+    # A wrong caption of one image may be right for another one, whose captions it is then among.
+    finds_pairs = shared is not None and (shared.may_occur or negatives is not None)
     return CaptionRows(
         splits[split], processor, augmentation, captions_per_image, arguments.seed, features.vision, features.text,
-        finds_pairs=finds_pairs, hard_negatives=hard_negatives_of(arguments) if split == "train" else None,
+        finds_pairs=finds_pairs, copies=None if shared is None else shared.copies, hard_negatives=negatives,
         taught=features.taught,
     )  # fmt: skip
 
@@ -468,8 +480,8 @@ def build_loaders(
         ("train", arguments.captions_per_image, arguments.batch_size),
         ("validation", None, EVALUATION_BATCH * world_size),
     ):
-        finds_pairs = split == "train" and shared is not None and (shared.shared > 0 or shared.is_sample)
-        rows = caption_rows(splits, split, features[split], processor, arguments, captions_per_image, finds_pairs)
+        pairs = shared if split == "train" else None
+        rows = caption_rows(splits, split, features[split], processor, arguments, captions_per_image, pairs)
         order = training_order(splits, arguments) if split == "train" else InOrder(len(rows))
         batches = GlobalBatches(order, batch_size, rank, world_size)
         # Rows of features are ready to use: handing them from one process to another would cost more.

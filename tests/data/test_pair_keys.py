@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -52,18 +53,38 @@ def test_wrong_caption_is_shared_only_with_images_that_have_it() -> None:
     assert share(same_group.image, keys.texts[0]) and not share(keys.image, keys.texts[1])
 
 
+def split_of(captions: list[list[str]], images: list[bytes], **columns: Any) -> Dataset:
+    values = [{"bytes": content, "path": None} for content in images]
+    names = [f"{i}.png" for i in range(len(images))]
+    rows = Dataset.from_dict({"image": values, "image_id": names, "captions": captions, **columns})
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("groups", [None, GROUPS])
-def test_shared_captions_are_counted_by_hand(groups: list[str | None] | None) -> None:
-    columns: dict[str, Any] = {"captions": CAPTIONS} | ({"group": groups} if groups else {})
-    found = count_shared(Dataset.from_dict(columns))
-    # "a cat" and "two" belong to two images each, and so do the captions of the group.
-    assert (found.images, found.captions, found.shared) == (5, 8, 6 if groups else 4)
-    assert (found.by_caption, found.by_group) == (4, 2 if groups else 0)
+def test_shared_captions_are_counted_by_hand(groups: list[str | None] | None, copies: bool) -> None:
+    images = [b"one", b"two", b"three", b"four", b"two" if copies else b"six"]
+    found = count_shared(split_of(CAPTIONS, images, **({"group": groups} if groups else {})))
+    # "a cat" and "two" belong to two images each, and so do the captions of the group. Images 1 and 4 may be equal:
+    # then "a cat", "two" and "five" belong to both.
+    assert (found.images, found.captions) == (5, 8)
+    assert (
+        found.shared == {(False, False): 4, (False, True): 5, (True, False): 6, (True, True): 6}[bool(groups), copies]
+    )
+    by_group, by_copy = 2 * bool(groups), 3 * copies
+    assert (found.by_caption, found.by_group, found.by_copy) == (4, by_group, by_copy)
+    assert found.copies == ({1: 1, 4: 1} if copies else {})
     line = found.describe(3, 1)
     # 3 of 5 images: a pair of images is among them with probability 6/20, a caption is drawn with 5/8
-    expected = (6 if groups else 4) * 6 / 20 * 5 / 8
+    expected = (4 + by_group + by_copy) * 6 / 20 * 5 / 8
     assert line is not None and f"about {expected:.3g} in a batch of 3" in line
-    assert count_shared(Dataset.from_dict({"captions": [["a"], ["b"]]})).describe(2, None) is None
+    assert ("3 by equal images" in line) == copies
+
+
+def test_data_without_shared_captions_says_nothing() -> None:
+    found = count_shared(split_of([["a"], ["b"]], [b"1", b"2"]))
+    assert found.describe(2, None) is None and not found.may_occur
+    assert count_shared(split_of([["a"], ["b"]], [b"1", b"2"]), most_read=1).may_occur, "two images of one size"
 
 
 def test_rows_of_a_split_carry_their_keys(tmp_path: Path) -> None:
@@ -88,3 +109,8 @@ def test_rows_of_a_split_carry_their_keys(tmp_path: Path) -> None:
         assert pairs == same | {(0, 1), (1, 0), (1, 2), (2, 1), (3, 4), (4, 3), (0, 4), (4, 0)}
         assert batch["image_keys"].dtype == torch.int64
     assert "keys" not in CaptionRows(split, processor)[0, 0]
+    # What was found before the first step is not looked for again.
+    known = CaptionRows(split, processor, finds_pairs=True, copies={order[0]: order[0], order[4]: order[0]})
+    batch = Collator(processor.tokenizer)(known.__getitems__([(0, i) for i in order]))
+    found = [share(batch["image_keys"][i].tolist(), batch["text_keys"][j].tolist()) for i, j in ((0, -1), (4, 0))]
+    assert found == [True, True]

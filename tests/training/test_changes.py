@@ -9,6 +9,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer
 
 from modeling_miniclip import DataError, MiniClipModel, MiniClipProcessor, ModelError, UsageError, load_captions
 from modeling_miniclip.data.shards.shard_url import member_url, table_url
+from modeling_miniclip.data.tables import image_places
 from modeling_miniclip.training.command_line.arguments import TrainingArguments
 from modeling_miniclip.training.optimizer import apply_flags, build_scheduler, parameter_groups
 from modeling_miniclip.training.resuming import fingerprint as fingerprints
@@ -145,6 +147,35 @@ def test_error_says_what_changed_and_what_to_do() -> None:
     )
 
 
+def related(group: str, wrong: str, sources: list[str], folder: Path) -> tuple[Fingerprint, Any]:
+    """The fingerprint, as a checkpoint has it, of a run whose data has groups and wrong captions; and the data."""
+    splits = splits_of(rows())
+    train = splits["train"].add_column("group", [None, group, "mug"])
+    splits["train"] = train.add_column("negative_captions", [[wrong], [], ["no", "none"]])
+    folder.mkdir()
+    fingerprint_of_data(splits, replace(ARGUMENTS, hard_negatives=sources)).save(folder)
+    return Fingerprint.load(folder), splits
+
+
+@pytest.mark.parametrize(
+    ("group", "wrong", "sources", "changed"),
+    [
+        ("cup", "wrong", ["column"], None),
+        ("mug", "wrong", ["column"], "the column group of train changed"),
+        ("cup", "false", ["column"], "the column negative_captions of train changed"),
+        ("cup", "false", ["swap"], None),  # which does not use it
+    ],
+)
+def test_changed_groups_and_wrong_captions_are_noticed(
+    group: str, wrong: str, sources: list[str], changed: str | None, tmp_path: Path
+) -> None:
+    before, _ = related("cup", "wrong", sources, tmp_path / "before")
+    after, splits = related(group, wrong, sources, tmp_path / "after")
+    with nullcontext() if changed is None else pytest.raises(DataError, match=changed):
+        check_data(before, after, splits, ARGUMENTS)
+    check_data(replace(before, related=None), after, splits, ARGUMENTS)  # of a checkpoint that lacks the checksums
+
+
 def test_moved_folder_and_saved_again_file_are_the_same_data(captioned_folder: Path, tmp_path: Path) -> None:
     before = fingerprint_of_data(load_captions(captioned_folder), ARGUMENTS)
     shutil.copytree(captioned_folder, tmp_path / "moved")
@@ -175,7 +206,7 @@ def test_hashes_of_images_are_kept_until_a_file_changes(
     rows, kept = load_captions(captioned_folder)["train"], tmp_path / "kept"
     first = image_hashes(rows, kept)
     assert not kept.exists(), "another change might have the same time"
-    monkeypatch.setattr(fingerprint_rows, "SETTLED", -1)
+    monkeypatch.setattr(image_places, "SETTLED", -1)
     assert np.array_equal(image_hashes(rows, kept), first) and len(list(kept.iterdir())) == 1
     with monkeypatch.context() as patch:
         patch.setattr(fingerprint_rows, "_hashes_of_images", None)

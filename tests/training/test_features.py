@@ -21,7 +21,7 @@ from modeling_miniclip import load_captions
 from modeling_miniclip.data.loading.augmentation import build_augmentation
 from modeling_miniclip.data.loading.dataset import CaptionRows
 from modeling_miniclip.data.shards.shard_url import member_url
-from modeling_miniclip.data.tables import image_places
+from modeling_miniclip.data.tables import image_copies, image_places
 from modeling_miniclip.errors import MiniClipError, UsageError
 from modeling_miniclip.modeling_miniclip import MiniClipModel
 from modeling_miniclip.training.command_line.parsing import parse_arguments
@@ -458,8 +458,9 @@ def opened_by(*starts: list[str]) -> list[list[str]]:
 
     sys.addaudithook(hook)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fingerprint_rows, "SETTLED", -1)
-        patch.setattr(fingerprint_rows, "read_encoded", noted(fingerprint_rows.read_encoded))
+        patch.setattr(image_places, "SETTLED", -1)
+        for module in (fingerprint_rows, image_copies):
+            patch.setattr(module, "read_encoded", noted(module.read_encoded))
         patch.setattr(Image, "open", noted(Image.open))
         found = []
         for argv in starts:

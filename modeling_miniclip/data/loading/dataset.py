@@ -5,7 +5,7 @@ All draws depend only on the seed, the epoch and the row, never on the process, 
 
 import math
 import random
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -76,6 +76,8 @@ class CaptionRows(TorchDataset):
         text_features: features `[captions, width]` of the frozen text tower for each image, used instead of the texts.
         hard_negatives: wrong captions to add to each row, as `negatives`; only without `text_features`.
         finds_pairs: whether to add to each row the `keys` that it shares with captions and images of other rows.
+        copies: the first row of each image that occurs more than once, by row; None compares the images as they are
+            read, but not those of `vision_features`.
         full_size: whether to decode images at full size, even if the augmentation would shrink them.
         taught: features of a teacher, to add to each row as `taught_image` and `taught_texts`.
     """
@@ -91,6 +93,7 @@ class CaptionRows(TorchDataset):
         text_features: Rows | None = None,
         hard_negatives: HardNegatives | None = None,
         finds_pairs: bool = False,
+        copies: Mapping[int, int] | None = None,
         full_size: bool = False,
         taught: TaughtRows | None = None,
     ):
@@ -106,7 +109,7 @@ class CaptionRows(TorchDataset):
         self.vision_features = vision_features
         self.text_features = text_features
         self.hard_negatives = hard_negatives
-        self.finds_pairs = finds_pairs
+        self.finds_pairs, self.copies = finds_pairs, copies
         self.taught = taught
         self.groups = split.select_columns(["group"]) if finds_pairs and "group" in split.column_names else None
         has_negatives = hard_negatives is not None and hard_negatives.from_column
@@ -197,12 +200,14 @@ class CaptionRows(TorchDataset):
     def _add_keys(
         self, rows: list[dict[str, Any]], keys: list[tuple[int, int]], captions: Sequence[Any], draws: list[Draw]
     ) -> None:
-        """Add what decides to which texts each image belongs, and replace the mark of its content by a key."""
+        """Add what decides to which texts each image belongs, from the mark of its content where it was read."""
         indices = [_index_of(image_id) for _, image_id in keys]
         words = captions if self.text_features is None else self.captions_of(indices)
         groups = [None] * len(indices) if self.groups is None else self.groups[indices]["group"]
-        for row, several, draw, group in zip(rows, words, draws, groups, strict=True):
+        for index, row, several, draw, group in zip(indices, rows, words, draws, groups, strict=True):
             content = row.pop("content", None)
+            if self.copies is not None and index in self.copies:
+                content = str(self.copies[index])
             row["keys"] = keys_of_row(several, draw[0], row.get("negatives", ()), group, content)
 
     def _row(self, key: tuple[int, int], captions: Any, draw: Draw, file: dict[str, Any] | None) -> dict[str, Any]:
@@ -222,7 +227,7 @@ class CaptionRows(TorchDataset):
             row["vision_features"] = self.vision_features[epoch % len(self.vision_features)][index]  # [width]
             undecodable = self._why_missing(row["vision_features"], index, file)
         else:
-            if self.finds_pairs:
+            if self.finds_pairs and self.copies is None:
                 file = self._with_content(index, file)
                 content = file["image"]["bytes"]
                 row["content"] = None if content is None else mark_of(content)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..word_swaps.swaps import SWAP_KINDS, draw_swap
+from .pair_keys import same_text
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class HardNegatives:
             At most one for each caption that is drawn.
         """
         drawn: list[str] = []
-        negatives = [text for text in dict.fromkeys(negatives) if text not in captions]
+        right = {same_text(caption) for caption in captions}
+        negatives = [text for text in dict.fromkeys(negatives) if same_text(text) not in right]
         if self.from_column and negatives:
             rng = np.random.default_rng([self.seed, epoch, row, 1])
             size = min(len(chosen), len(negatives))

@@ -2,20 +2,23 @@
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..tables.row_blocks import record_batches
+from ..tables.assign_splits import group_numbers
+from ..tables.image_copies import MOST_READ, find_copies
+from ..tables.row_blocks import Captions
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
 NO_KEY = -1  # fills rows that have fewer keys than others; it equals no key
-LOOKED_AT = 50_000  # images of a large split in which equal captions and groups are counted
+LOOKED_AT = 50_000  # images of a large split in which equal captions, groups and copies of images are counted
 
 
 def same_text(caption: str) -> str:
@@ -61,7 +64,7 @@ def keys_of_row(
         chosen: which of them are texts of this batch.
         negatives: wrong captions: they only have the key of their text, by which they may be right for other images.
         group: group of the image, if it has one.
-        content: the encoded image, or its [`mark_of`], if it was read.
+        content: what only equal images have in common, such as [`mark_of`] the encoded image; None if that is unknown.
     """
     shared = [pair_key("group", group)] if group else []
     if content is not None:
@@ -91,9 +94,10 @@ class SharedCaptions:
     Args:
         images, captions: number of images and captions that were looked at.
         shared: number of these captions that belong to another image too.
-        by_caption, by_group: pairs of a caption with another image, because that has an equal caption, or because it
-            is of the same group.
+        by_caption, by_group, by_copy: pairs of a caption with another image, because that has an equal caption, is of
+            the same group, or is the same image under another name.
         is_sample: whether there are more images.
+        copies: for each row whose image occurs more than once, the first row with that image; None if that is unknown.
     """
 
     images: int
@@ -101,7 +105,14 @@ class SharedCaptions:
     shared: int
     by_caption: int
     by_group: int
+    by_copy: int
     is_sample: bool
+    copies: Mapping[int, int] | None
+
+    @property
+    def may_occur(self) -> bool:
+        """Whether captions belong to several images, or may do so, as not all has been looked at."""
+        return self.shared > 0 or self.is_sample or self.copies is None
 
     def describe(self, batch_size: int, captions_per_image: int | None) -> str | None:
         """One line for the log and the model card; None if there is nothing to say.
@@ -116,38 +127,44 @@ class SharedCaptions:
         drawn = min(1.0, (captions_per_image or self.captions) * self.images / self.captions)
         share = images * (images - 1) / (self.images * max(1, self.images - 1)) * drawn
         reasons = [f"{number} by {what}" for number, what in (
-            (self.by_caption, "equal captions"), (self.by_group, "groups")) if number]  # fmt: skip
+            (self.by_caption, "equal captions"), (self.by_group, "groups"), (self.by_copy, "equal images"),
+        ) if number]  # fmt: skip
         looked_at = f" of {self.images} images that were looked at" if self.is_sample else ""
         return (
             f"{self.shared} of {self.captions} training captions{looked_at} belong to other images, too "
             f"({', '.join(reasons)}): these are pairs, not negatives, about "
-            f"{(self.by_caption + self.by_group) * share:.3g} in a batch of {images}"
+            f"{(self.by_caption + self.by_group + self.by_copy) * share:.3g} in a batch of {images}"
         )
 
 
-def count_shared(rows: "Dataset", most: int = LOOKED_AT) -> SharedCaptions:
-    """Count the captions of a split that also belong to other images, in at most `most` images of it."""
+def count_shared(
+    rows: "Dataset", most: int = LOOKED_AT, most_read: int = MOST_READ, cache_dir: Path | None = None
+) -> SharedCaptions:
+    """Count the captions of a split that also belong to other images.
+
+    Args:
+        rows: rows with `image`, `image_id`, `captions`, and `group` if there are groups.
+        most: most images to look at.
+        most_read, cache_dir: as for [`find_copies`], which opens images.
+    """
     looked_at = rows if len(rows) <= most else rows.select(np.linspace(0, len(rows) - 1, most).astype(np.int64))
-    has_groups = "group" in rows.column_names
     texts: list[int] = []
     counts: list[int] = []
-    groups: list[str | None] = []
-    for batch in record_batches(looked_at, ["captions", *(["group"] if has_groups else [])]):
-        captions = batch["captions"].to_pylist()
-        texts += (hash(same_text(caption)) for several in captions for caption in several)
-        counts += map(len, captions)
-        groups += batch["group"].to_pylist() if has_groups else []
+    for captions in Captions(looked_at):
+        texts += (hash(same_text(caption)) for caption in captions)
+        counts.append(len(captions))
+    copies = find_copies(rows, most_read, cache_dir) if len(looked_at) == len(rows) else None
     image = np.repeat(np.arange(len(counts)), counts)
     text = np.unique(np.array(texts, np.int64), return_inverse=True)[1]
-    by_caption = _other_images(text, image)
-    by_group = np.zeros(len(text), np.int64)
-    if any(groups):
-        number = {name: i for i, name in enumerate(dict.fromkeys(filter(None, groups)))}
-        of_image = np.array([number[name] if name else len(number) + i for i, name in enumerate(groups)])
-        by_group = _other_images(of_image[image], image)
-    shared = int(((by_caption > 0) | (by_group > 0)).sum())
-    pairs = (int(by_caption.sum()), int(by_group.sum()))
-    return SharedCaptions(len(counts), len(text), shared, *pairs, len(looked_at) < len(rows))
+    group = of_copy = np.arange(len(counts))
+    if "group" in rows.column_names:
+        group = np.unique(group_numbers(looked_at), return_inverse=True)[1]
+    if copies:
+        of_copy = np.array([copies.get(i, i) for i in range(len(counts))], np.int64)
+    by_caption, by_group, by_copy = (_other_images(key, image) for key in (text, group[image], of_copy[image]))
+    shared = int((by_caption + by_group + by_copy > 0).sum())
+    pairs = int(by_caption.sum()), int(by_group.sum()), int(by_copy.sum())
+    return SharedCaptions(len(counts), len(text), shared, *pairs, len(looked_at) < len(rows), copies)
 
 
 def _other_images(key: np.ndarray, image: np.ndarray) -> np.ndarray:

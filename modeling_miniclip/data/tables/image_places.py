@@ -1,6 +1,7 @@
 """Where the images of rows are, and what shows that they are those of before, without opening each of them."""
 
 import os
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # A name as in `shard_url.py`.
 PLACE = f"(?s)^{PREFIX}(?P<start>[0-9]+)(?:,(?P<size>-?[0-9]+))?(?:@[0-9a-f]+)?/(?P<name>.*)::(?P<shard>.*)$"
+SETTLED = 3_000_000_000  # nanoseconds; some file systems have times in steps of two seconds
 SAMPLE = 65_536  # bytes at the start and at the end of a shard that its identity depends on
 IN_ROW, IN_FILE = "\0row", "\0file"  # in the place of a shard's name
 FEWEST, MOST = 256, 4_096  # images of a part
@@ -82,6 +84,70 @@ def size_and_time(path: str | None) -> tuple[int, int]:
     except (OSError, ValueError):  # ValueError: a null byte
         return 0, 0
     return status.st_size, status.st_mtime_ns
+
+
+def is_table(places: Places) -> pa.BooleanArray:
+    """`[rows]`, which images are in a column of another table, where nothing says how many bytes they have."""
+    return pc.and_(pa.array(places.sizes < 0), pc.invert(pc.is_in(places.shards, pa.array([IN_ROW, IN_FILE]))))
+
+
+def sizes_of(places: Places, tables: dict[str, int]) -> np.ndarray:
+    """What shows a change of an image without opening it.
+
+    Args:
+        places: places of images.
+        tables: bytes of each table that holds images; tables that it lacks are added.
+
+    Returns:
+        `[rows]` int64: bytes of an image in the table itself, in a file (0 if there is none) or in an archive; for one
+        in another table a number made from the bytes of that table and from its row there.
+    """
+    sizes = places.sizes.copy()
+    in_row = np.asarray(pc.equal(places.shards, IN_ROW))
+    sizes[in_row] = np.asarray(pc.fill_null(pc.binary_length(places.contents), 0))[in_row]
+    in_file = np.asarray(pc.equal(places.shards, IN_FILE))
+    if in_file.any():
+        paths = places.paths.filter(pa.array(in_file)).to_pylist()
+        sizes[in_file] = [size_and_time(path)[0] for path in paths]
+    for shard in pc.unique(places.shards.filter(is_table(places))).to_pylist():
+        here = np.asarray(pc.equal(places.shards, shard))
+        tables.setdefault(shard, size_and_time(shard)[0])
+        sizes[here] = tables[shard] * 1_000_003 + places.starts[here]
+    return sizes
+
+
+def state_of_images(rows: "Dataset") -> tuple[str, bool]:
+    """A hash that changes when a file of these images does, and whether none of them has changed just now.
+
+    A file that is written to twice within one tick of the system's clock has the same times as after the first.
+    """
+    whole, latest, files = blake2b(digest_size=16), 0, dict[str, bytes]()
+    for places in image_places(rows):
+        whole.update(np.stack([places.starts, places.sizes], axis=1).tobytes())
+        images = zip(places.contents, places.paths.to_pylist(), places.shards.to_pylist(), strict=True)
+        for content, path, shard in images:
+            if shard == IN_ROW:
+                whole.update(blake2b(content.as_buffer(), digest_size=16).digest())
+                continue
+            file = (path or "") if shard == IN_FILE else shard
+            if file not in files:
+                changed, files[file] = _state_of_file(file)
+                latest = max(latest, changed)
+            whole.update(files[file])
+    return whole.hexdigest(), time.time_ns() - latest > SETTLED
+
+
+def _state_of_file(path: str) -> tuple[int, bytes]:
+    """When a file changed last, and what is different after the next change.
+
+    Only the system sets `ctime`: at each change of content, name, owner or times.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a null byte
+        return time.time_ns(), repr(path).encode()
+    about = path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    return max(status.st_mtime_ns, status.st_ctime_ns), repr(about).encode()
 
 
 class Run(NamedTuple):

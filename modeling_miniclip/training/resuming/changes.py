@@ -40,7 +40,7 @@ def check_data(saved: Fingerprint, now: Fingerprint, splits: DatasetDict, argume
         DataError: images, captions, splits or sizes of shards changed; names each kind of difference with its first
             example.
     """
-    differences = changed_rows(saved, now, splits)
+    differences = changed_rows(saved, now, splits) or changed_columns(saved.related, now.related)
     if not differences and saved.order != now.order:
         differences = ["its shards or datasets have other sizes, on which the order of the images depends"]
     if saved.zero_shot != now.zero_shot:
@@ -120,6 +120,14 @@ def changed_rows(saved: Fingerprint, now: Fingerprint, splits: DatasetDict) -> l
         files = [n for n in here if before[n].image != after[n].image and n not in repaired]
         found += _count(files, f"the file of image {{}} in {split} changed", f"image files in {split} changed")
     return found or [*_changed_order(*tables)]
+
+
+def changed_columns(saved: dict[str, int] | None, now: dict[str, int] | None) -> list[str]:
+    """Each column of groups or wrong captions that changed, in words; none if those of before are not known."""
+    if saved is None or now is None:
+        return []
+    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    return [f"the column {name} changed" for name in changed]
 
 
 def _rows_by_image(table: pa.Table) -> dict[str, _Row]:

@@ -22,7 +22,15 @@ from ...utils.files import replace_text
 from ..command_line.arguments import TrainingArguments
 from ..command_line.check_arguments import augmentation_list
 from ..towers.feature_cache import digest_of_weights
-from .fingerprint_rows import SPLITS, FingerprintRows, RowsOfFile, RowsOfSplits, image_hashes, image_sizes
+from .fingerprint_rows import (
+    SPLITS,
+    FingerprintRows,
+    RowsOfFile,
+    RowsOfSplits,
+    image_hashes,
+    image_sizes,
+    related_columns,
+)
 from .resume_rules import recorded_flags
 
 ROWS, SETTINGS = "rows.parquet", "settings.json"  # in a checkpoint
@@ -52,6 +60,7 @@ class Fingerprint:
         order: checksum of what the order of the training images depends on besides flags, see `row_order.py`.
         zero_shot: checksum of the images and classes of `--zero_shot_dataset`, see `zero_shot.py`; 0 without it.
         retention: checksum of the images and captions of `--retention_dataset`, see `retention.py`; 0 without it.
+        related: checksums of [`related_columns`]; None in checkpoints of earlier versions, where they are unknown.
     """
 
     flags: dict[str, Any]
@@ -63,6 +72,7 @@ class Fingerprint:
     order: int = 0
     zero_shot: int = 0
     retention: int = 0
+    related: dict[str, int] | None = None
 
     def save(self, folder: Path) -> None:
         """Write both files to a folder."""
@@ -117,7 +127,8 @@ def fingerprint_of_data(
         by_content = few and sum(size for _, size in measured.values()) <= READ_WHOLE
     cache_dir = Path(arguments.dataset_cache_dir or default_cache_dir())
     images = {name: image_hashes(splits[name], cache_dir) if by_content else measured[name][0] for name in SPLITS}
-    return Fingerprint(recorded_flags(arguments), by_content, RowsOfSplits(splits, images))
+    related = related_columns(splits, "column" in (arguments.hard_negatives or ()))
+    return Fingerprint(recorded_flags(arguments), by_content, RowsOfSplits(splits, images), related=related)
 
 
 def add_model(

@@ -1,9 +1,8 @@
 """The rows of a fingerprint: read from the splits or from a checkpoint, a block of rows at a time."""
 
+import json
 import math
-import os
 import shutil
-import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from ...data.columns import NEGATIVES
 from ...data.picture_formats import read_encoded
-from ...data.tables.image_places import IN_FILE, IN_ROW, Places, image_places, size_and_time
+from ...data.tables.image_places import IN_FILE, image_places, is_table, sizes_of, state_of_images
 from ...data.tables.row_blocks import batches_of, record_batches
 from ...errors import DataError
 from ...utils.files import shared_file
@@ -29,7 +29,6 @@ SCHEMA = pa.schema(
     {"split": pa.string(), "image_id": pa.string(), "image": pa.uint64(), "captions": pa.list_(pa.uint32())}
 )
 WRITTEN_TOGETHER = 32_768  # rows
-SETTLED = 3_000_000_000  # nanoseconds; some file systems have times in steps of two seconds
 
 
 class FingerprintRows(ABC):
@@ -121,6 +120,24 @@ def _hashes_of_captions(captions: pa.ListArray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(hashes, pa.uint32()))
 
 
+def related_columns(splits: Mapping[str, Dataset], with_negatives: bool) -> dict[str, int]:
+    """Checksums of the columns that say which images and captions belong together, by split and column.
+
+    Args:
+        splits: rows of a run.
+        with_negatives: whether the run uses the column of wrong captions.
+    """
+    found = {}
+    for split in SPLITS:
+        for column in ("group", NEGATIVES) if with_negatives and split == "train" else ("group",):
+            if column in splits[split].column_names:
+                value = 0
+                for batch in record_batches(splits[split], [column]):
+                    value = zlib.crc32(json.dumps(batch[column].to_pylist()).encode(), value)
+                found[f"{column} of {split}"] = value
+    return found
+
+
 def image_sizes(rows: Dataset) -> tuple[np.ndarray, float]:
     """What shows a change of an image without opening it, and the bytes of all images.
 
@@ -132,30 +149,11 @@ def image_sizes(rows: Dataset) -> tuple[np.ndarray, float]:
     parts, tables, elsewhere = [np.zeros(0, np.int64)], dict[str, int](), False
     total = 0
     for places in image_places(rows):
-        sizes = _sizes_of(places, tables)
-        total += int(sizes[np.asarray(_is_table(places)) == 0].sum())
+        sizes = sizes_of(places, tables)
+        total += int(sizes[np.asarray(is_table(places)) == 0].sum())
         elsewhere = elsewhere or pc.any(pc.match_substring(places.shards, "://")).as_py()
         parts.append(sizes)
     return np.concatenate(parts), math.inf if elsewhere else total + sum(tables.values())
-
-
-def _is_table(places: Places) -> pa.BooleanArray:
-    return pc.and_(pa.array(places.sizes < 0), pc.invert(pc.is_in(places.shards, pa.array([IN_ROW, IN_FILE]))))
-
-
-def _sizes_of(places: Places, tables: dict[str, int]) -> np.ndarray:
-    sizes = places.sizes.copy()
-    in_row = np.asarray(pc.equal(places.shards, IN_ROW))
-    sizes[in_row] = np.asarray(pc.fill_null(pc.binary_length(places.contents), 0))[in_row]
-    in_file = np.asarray(pc.equal(places.shards, IN_FILE))
-    if in_file.any():
-        paths = places.paths.filter(pa.array(in_file)).to_pylist()
-        sizes[in_file] = [size_and_time(path)[0] for path in paths]
-    for shard in pc.unique(places.shards.filter(_is_table(places))).to_pylist():
-        here = np.asarray(pc.equal(places.shards, shard))
-        tables.setdefault(shard, size_and_time(shard)[0])
-        sizes[here] = tables[shard] * 1_000_003 + places.starts[here]
-    return sizes
 
 
 def image_hashes(rows: Dataset, cache_dir: Path) -> np.ndarray:
@@ -168,7 +166,7 @@ def image_hashes(rows: Dataset, cache_dir: Path) -> np.ndarray:
         rows: rows with `image` and `image_id`.
         cache_dir: folder of the hashes.
     """
-    state, is_settled = _state_of_images(rows)
+    state, is_settled = state_of_images(rows)
     place = cache_dir / f"images-{state}.npy"
     with suppress(OSError, ValueError):
         known: np.ndarray = np.load(place)
@@ -179,40 +177,6 @@ def image_hashes(rows: Dataset, cache_dir: Path) -> np.ndarray:
         with suppress(OSError), shared_file(place) as fresh, fresh.open("wb") as file:
             np.save(file, hashes)
     return hashes
-
-
-def _state_of_images(rows: Dataset) -> tuple[str, bool]:
-    """A hash that changes when a file of these images does, and whether none of them has changed just now.
-
-    A file that is written to twice within one tick of the system's clock has the same times as after the first.
-    """
-    whole, latest, files = blake2b(digest_size=16), 0, dict[str, bytes]()
-    for places in image_places(rows):
-        whole.update(np.stack([places.starts, places.sizes], axis=1).tobytes())
-        images = zip(places.contents, places.paths.to_pylist(), places.shards.to_pylist(), strict=True)
-        for content, path, shard in images:
-            if shard == IN_ROW:
-                whole.update(blake2b(content.as_buffer(), digest_size=16).digest())
-                continue
-            file = (path or "") if shard == IN_FILE else shard
-            if file not in files:
-                changed, files[file] = _state_of_file(file)
-                latest = max(latest, changed)
-            whole.update(files[file])
-    return whole.hexdigest(), time.time_ns() - latest > SETTLED
-
-
-def _state_of_file(path: str) -> tuple[int, bytes]:
-    """When a file changed last, and what is different after the next change.
-
-    Only the system sets `ctime`: at each change of content, name, owner or times.
-    """
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a null byte
-        return time.time_ns(), repr(path).encode()
-    about = path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-    return max(status.st_mtime_ns, status.st_ctime_ns), repr(about).encode()
 
 
 def _hashes_of_images(rows: Dataset) -> np.ndarray:
