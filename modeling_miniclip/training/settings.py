@@ -18,6 +18,7 @@ from ..modeling_miniclip import vision_class_of
 from ..processing_miniclip import MiniClipProcessor, image_processor_of
 from .command_line.arguments import DERIVED, TrainingArguments
 from .command_line.derived import LARGER, Facts, asks_about_tower, derive, multiple_of_stride
+from .processes.distributed import compute_on_main
 from .reports.reporting import say
 from .resuming.fingerprint import Fingerprint
 from .towers.layers import knows_layers
@@ -31,7 +32,9 @@ def choose_settings(
         return saved_settings(arguments, Fingerprint.load(checkpoint).flags)
     if all(getattr(arguments, name) is not None for name in DERIVED):
         return arguments
-    arguments, lines = derive(arguments, facts_of(splits, arguments, accelerator))
+    # A file that one process cannot read for a moment must not give it other settings.
+    facts = compute_on_main(lambda: facts_of(splits, arguments, accelerator), accelerator.is_main_process)
+    arguments, lines = derive(arguments, facts)
     for line in lines:
         say(accelerator, line)
     return arguments

@@ -209,6 +209,18 @@ def test_the_tower_is_looked_at_only_if_a_rule_asks(
     assert facts_of(splits, arguments, NOBODY).images == 1
 
 
+def test_a_process_that_cannot_read_the_tower_has_the_settings_of_the_others(
+    tiny_towers: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = parse_arguments(["--dataset=a", f"--vision_model={tiny_towers[0]}", f"--text_model={tiny_towers[1]}"])
+    splits: Any = {"train": Dataset.from_dict({"captions": [["a"]] * 400})}
+    of_main = facts_of(splits, arguments, NOBODY)
+    monkeypatch.setattr(settings, "vision_tower_config", lambda name: 1 / 0)
+    assert facts_of(splits, arguments, NOBODY) != of_main
+    monkeypatch.setattr(settings, "compute_on_main", lambda compute, is_main: of_main)
+    assert choose_settings(splits, None, arguments, NOBODY) == derive(arguments, of_main)[0]
+
+
 def test_resumed_runs_keep_what_was_derived(tmp_path: Path) -> None:
     saved = recorded_flags(replace(derived(6000), time_limit=None))
     now = parse_arguments(["--dataset=a", "--num_train_epochs=20"])
