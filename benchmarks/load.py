@@ -44,7 +44,8 @@ from modeling_miniclip.search.query import Query, embed_queries
 HERE = Path(__file__).resolve().parent
 FIGURES = HERE / "load.jsonl"
 TRAINING = HERE.parent / "train_miniclip.py"
-QUERIES, PICTURES = 200, 20  # distinct captions and images that users search for
+# Captions and images that users search for; the captions are many more than the embeddings that the page keeps.
+QUERIES, PICTURES = 5_000, 20
 MOMENTS = (1 / 6, 1 / 2)  # memory is read after these fractions of the time
 AT_ONCE = 6  # images that a browser fetches in parallel
 # The server closes connections that were idle for 5 s. A browser then repeats its request; httpx, which also keeps
@@ -211,7 +212,7 @@ def measure_page(index: Path, args: argparse.Namespace) -> dict[str, Any]:
         print(error, file=sys.stderr)
     quantiles = {name: np.quantile(times, [0.5, 0.99]).tolist() if times else None
                  for name, times in (("answer", results.answers), ("page", results.pages))}  # fmt: skip
-    return {"images": len(ImageIndex.open(index)), "users": args.users, "think": args.think,
+    return {"images": len(ImageIndex.open(index)), "users": args.users, "think": args.think, "captions": QUERIES,
             "seconds": seconds, "searches": len(results.answers), "files": results.files,
             "errors": len(results.errors), "memory": memory, **quantiles}  # fmt: skip
 
@@ -306,10 +307,11 @@ Written by `benchmarks/load.py`: {cores} cores, shared by the page and its simul
 
 """
 PAGE_TAIL = """
-Every fifth search uploads a picture, the others are captions. Each answer was compared with that of the index itself.
-"Answer" is the time until the names of the images found arrive, "page" until their pictures do. Users look at a page
-for an exponentially distributed time with this mean. Memory is that of the server when it starts to listen, after a
-sixth and after half of the time, and at the end. The towers are loaded and warmed up before the server listens.
+Every fifth search uploads a picture, the others are captions, drawn from {captions:,} ones. Each answer was compared with
+that of the index itself. "Answer" is the time until the names of the images found arrive, "page" until their pictures
+do. Users look at a page for an exponentially distributed time with this mean. Memory is that of the server when it
+starts to listen, after a sixth and after half of the time, and at the end. The towers are loaded and warmed up before
+the server listens.
 """
 IMAGES_HEAD = """
 ## Many images
@@ -348,7 +350,12 @@ def page_table(lines: list[dict[str, Any]]) -> str:
 def document(lines: list[dict[str, Any]]) -> str:
     """Contents of `load.md`."""
     of = {part: [line for line in lines if line["part"] == part] for part in PARTS}
-    text = HEAD.format(cores=lines[0]["cores"]) + page_table(of["page"]) + PAGE_TAIL + IMAGES_HEAD
+    text = (
+        HEAD.format(cores=lines[0]["cores"])
+        + page_table(of["page"])
+        + PAGE_TAIL.format(captions=of["page"][-1]["captions"])
+        + IMAGES_HEAD
+    )
     for part, name in (("encode", "`encode_images`"), ("index", "`miniclip index`, peaks of two runs")):
         for line in of[part]:
             text += f"| {name} | {line['images']:,} | {line['memory'][0]:.0f} | {line['memory'][1]:.0f} |\n"
