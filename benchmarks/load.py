@@ -307,11 +307,11 @@ Written by `benchmarks/load.py`: {cores} cores, shared by the page and its simul
 
 """
 PAGE_TAIL = """
-Every fifth search uploads a picture, the others are captions, drawn from {captions:,} ones. Each answer was compared with
-that of the index itself. "Answer" is the time until the names of the images found arrive, "page" until their pictures
-do. Users look at a page for an exponentially distributed time with this mean. Memory is that of the server when it
-starts to listen, after a sixth and after half of the time, and at the end. The towers are loaded and warmed up before
-the server listens.
+Every fifth search uploads a picture, the others are captions, drawn from {captions:,} ones. Each answer was compared
+with that of the index itself. "Answer" is the time until the names of the images found arrive, "page" until their
+pictures do. Users look at a page for an exponentially distributed time with this mean. Memory is that of the server
+when it starts to listen, after a sixth and after half of the time, and at the end. The towers are loaded and warmed up
+before the server listens.
 """
 IMAGES_HEAD = """
 ## Many images

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,20 @@ def test_gradients_are_those_of_the_plain_step(vision: str, loss_type: str, chun
     assert largest_difference(expected, gradients) < 1e-10
 
 
+@pytest.mark.parametrize("frozen", [("vision_model", "visual_projection"), ("text_model", "text_projection", "logit")])
+def test_nothing_that_is_frozen_needs_a_gradient(frozen: tuple[str, ...]) -> None:
+    torch.manual_seed(1)
+    model = tiny_model().double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not name.startswith(frozen)
+    (loss, gradients), (expected_loss, expected) = step_in_chunks(model, 3), plain_step(model)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    missing = {name for name, gradient in expected.items() if gradient is None}
+    assert missing and missing == {name for name, gradient in gradients.items() if gradient is None}
+    kept = [{name: g for name, g in one.items() if name not in missing} for one in (expected, gradients)]
+    assert largest_difference(*kept) < 1e-10
+
+
 def test_gradients_roughly_agree_under_mixed_precision() -> None:
     torch.manual_seed(1)
     model = tiny_model()
@@ -158,15 +173,32 @@ def test_batch_norm_takes_each_chunk_into_its_statistics_once() -> None:
 
 def test_no_graph_is_larger_than_a_chunk() -> None:
     model = frozen_norms(tiny_model())
-    sizes: list[int] = []
+    sizes: list[tuple[str, int]] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled():
-            sizes.append(len(output.image_embeds))
+            sizes.extend((name, len(output[name])) for name in ("image_embeds", "text_embeds") if name in output)
 
     model.register_forward_hook(note)
     backward_in_chunks(build_accelerator("no"), model, split_batch(batch_of(), 2, CPU), inputs_of, loss_of)
-    assert sizes == [2, 2, 2, 1]
+    assert sizes == [pair for images, texts in ((2, 3), (2, 3), (2, 3), (1, 2))
+                     for pair in (("image_embeds", images), ("text_embeds", texts))]  # fmt: skip
+
+
+def test_graph_of_one_tower_is_gone_before_the_other_one_runs() -> None:
+    model = frozen_norms(tiny_model())
+    graphs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            alive.append(sum(graph() is not None for graph in graphs))
+            graphs.append(weakref.ref(output))
+
+    for head in (model.visual_projection, model.text_projection):
+        head.register_forward_hook(note)
+    backward_in_chunks(build_accelerator("no"), model, split_batch(batch_of(), 3, CPU), inputs_of, loss_of)
+    assert alive == [0] * 6
 
 
 def test_a_batch_is_split_into_even_views_of_it() -> None:
