@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -560,9 +561,13 @@ def run_mine(args: argparse.Namespace) -> None:
     keep_freed_memory()
     options = {**dataset_options(args), "revision": args.revision}
     found = mine(args.model, args.dataset, args.output, rules, args.batch_size, sys.stderr.isatty(), **options)
+    for reason in found.unreadable:
+        print(f"skipped: {reason}", file=sys.stderr)
+    argv = ["train-miniclip", "--dataset", args.output, "--hard_negatives", "column"]
+    argv += [] if found.image_dir is None else ["--image_dir", str(found.image_dir)]
     print(
-        f"{args.output}: {found['negatives']:,} wrong captions of {found['mined']:,} of {found['images']:,} training "
-        f"images\n  train with them: train-miniclip --dataset {args.output} --hard_negatives column"
+        f"{args.output}: {found.negatives:,} wrong captions of {found.mined:,} of {found.images:,} training images\n"
+        f"  train with them: {shlex.join(argv)}"
     )
 
 

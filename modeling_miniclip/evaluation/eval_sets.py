@@ -162,19 +162,19 @@ class EvalSet:
 
 
 class ReadableImages:
-    """Opens the images of a set one after the other, and leaves out those that cannot be read.
+    """Opens images one after the other, and leaves out those that cannot be read.
 
     Args:
-        data: set with the images.
+        images: images of an [`EvalSet`].
     """
 
-    def __init__(self, data: EvalSet):
-        self.data = data
+    def __init__(self, images: Sequence[Any]):
+        self.images = images
         self.unreadable: dict[int, str] = {}  # rows found so far, with the reason
         self.marks: dict[int, str] = {}  # what images of a dataset with equal bytes have in common, by row
 
     def __len__(self) -> int:
-        return len(self.data.image_ids)
+        return len(self.images)
 
     def __iter__(self) -> Iterator[Image.Image]:
         for row in range(len(self)):
@@ -187,8 +187,8 @@ class ReadableImages:
 
     def _with_content(self, row: int) -> Any:
         """The image of a row, of a dataset with its bytes; as it is if they cannot be read, which opening reports."""
-        image = self.data.images[row]
-        if not isinstance(self.data.images, Dataset):
+        image = self.images[row]
+        if not isinstance(self.images, Dataset):
             return image
         try:
             content = read_encoded(image["image"])

@@ -276,14 +276,22 @@ def embed_set(
 
     # Texts first: they are quick, and a wrong template raises an error before the images are encoded.
     texts = ensemble_weights(encode, data.texts, templates) if data.is_classification else encode(data.texts)
-    readable = ReadableImages(data)
+    readable = ReadableImages(data.images)
+    return texts, encode_readable(encoder, readable, batch_size, progress), readable
+
+
+def encode_readable(encoder: ClipEncoder, readable: ReadableImages, batch_size: int, progress: bool) -> Tensor:
+    """Embed those of some images that can be read: `[readable images, dim]`.
+
+    Raises:
+        DataError: no image can be read.
+    """
     try:
-        images = encoder.encode_images(readable, batch_size, progress)
+        return encoder.encode_images(readable, batch_size, progress)
     except ValueError as error:
         if len(readable.unreadable) < len(readable):
             raise
         raise DataError(f"none of the {len(readable)} images can be read; {readable.unreadable[0]}") from error
-    return texts, images, readable
 
 
 def score_model(texts: Tensor, images: Tensor, data: EvalSet) -> ModelScores:

@@ -113,7 +113,7 @@ def _read_features(
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     skipped: dict[str, str] = {}
     for name, part in parts.items():
-        readable = ReadableImages(part)
+        readable = ReadableImages(part.images)
         try:
             features = encoder.image_features(readable, batch_size, progress)
         except ValueError as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict
@@ -24,10 +25,13 @@ from torch import Tensor
 from ..data.captions import load_captions
 from ..data.columns import NEGATIVES
 from ..data.picture_formats import read_encoded
+from ..data.tables.image_places import IN_FILE, image_places
 from ..data.tables.row_blocks import Captions
 from ..data.word_swaps.swaps import normalised
-from ..errors import UsageError
+from ..errors import DataError, UsageError
 from ..evaluation.encoders import open_encoder
+from ..evaluation.eval_sets import ReadableImages
+from ..evaluation.evaluate import encode_readable
 from ..utils.files import replaced_file
 from .duplicates import threshold_of
 
@@ -60,6 +64,25 @@ class MiningRules:
             raise UsageError(f"--relative_margin {self.relative_margin}: expected a number from 0 to below 1")
 
 
+@dataclass(frozen=True)
+class Mined:
+    """What [`mine`] found.
+
+    Args:
+        images: number of training images.
+        mined: number of those with negatives.
+        negatives: number of all negatives.
+        unreadable: why each image that cannot be read has none.
+        image_dir: folder of the images that a CSV names; None for a file with the images in it.
+    """
+
+    images: int
+    mined: int
+    negatives: int
+    unreadable: list[str]
+    image_dir: Path | None
+
+
 def mine(
     model: str,
     dataset: str,
@@ -68,7 +91,7 @@ def mine(
     batch_size: int = 32,
     progress: bool = False,
     **options: Any,
-) -> dict[str, int]:
+) -> Mined:
     """Write a dataset with hard negatives for its training images.
 
     Args:
@@ -81,10 +104,10 @@ def mine(
         options: other options of `load_captions`.
 
     Returns:
-        `images`, the number of training images, `mined`, of those with negatives, and `negatives`, of all negatives.
+        What was found.
 
     Raises:
-        DataError: the dataset cannot be read.
+        DataError: the dataset, or any of its images, cannot be read, or nothing was found.
         UsageError: the output exists, or a CSV cannot name the images.
     """
     target = Path(output).expanduser()
@@ -93,23 +116,47 @@ def mine(
     encoder = open_encoder(model, "MODEL")
     splits = load_captions(dataset, **options)
     train = splits["train"].cast_column("image", UndecodedImage(decode=False))
-    if target.suffix == ".csv" and any(_is_in_shard(image) for image in train[:1]["image"]):
-        raise UsageError(f"--output {output}: the images of {dataset} are no files; name a .parquet file")
-    images = encoder.encode_images((row["image"] for row in train), batch_size, progress)
-    captions = list(Captions(train))
+    if target.suffix == ".csv" and not all(map(_are_files, splits.values())):
+        raise UsageError(f"--output {output}: some images of {dataset} are no files; name a .parquet file")
+    readable = ReadableImages(train)
+    images = encode_readable(encoder, readable, batch_size, progress)
+    rows = [row for row in range(len(train)) if row not in readable.unreadable]
+    kept = train.select(rows)
+    captions = list(Captions(kept))
     texts = encoder.encode_texts([text for some in captions for text in some], 4 * batch_size, progress)
-    groups = train["group"] if "group" in train.column_names else None
-    found = find_negatives(images, texts, captions, groups, rules)
-    write_mined(target, splits, found)
-    return {
-        "images": len(found),
-        "mined": sum(map(bool, found)),
-        "negatives": sum(map(len, found)),
-    }
+    groups = kept["group"] if "group" in train.column_names else None
+    found = dict(zip(rows, find_negatives(images, texts, captions, groups, rules), strict=True))
+    mined = Mined(
+        images=len(train),
+        mined=sum(map(bool, found.values())),
+        negatives=sum(map(len, found.values())),
+        unreadable=list(readable.unreadable.values()),
+        image_dir=_folder_of(train) if target.suffix == ".csv" else None,
+    )
+    if not mined.negatives:
+        raise DataError(
+            f"{dataset}: no caption of another image is a hard negative of one of the {len(train):,} training images: "
+            f"lower --range_min (now {rules.range_min}) or --relative_margin ({rules.relative_margin}), raise "
+            f"--range_max ({rules.range_max}), or use a model that tells these images apart"
+        )
+    write_mined(target, splits, [found.get(row, []) for row in range(len(train))])
+    return mined
 
 
-def _is_in_shard(image: dict[str, Any]) -> bool:
-    return image["bytes"] is not None or "://" in (image["path"] or "")
+def _are_files(rows: Dataset) -> bool:
+    """Whether all images of a split are files of their own."""
+    return all(
+        pc.all(pc.equal(places.shards, IN_FILE)).as_py()
+        and not pc.any(pc.match_substring(places.paths, "://")).as_py()
+        for places in image_places(rows)
+    )  # fmt: skip
+
+
+def _folder_of(rows: Dataset) -> Path:
+    """The folder that the names of images are relative to."""
+    first = rows[0]
+    path, name = Path(first["image"]["path"]).absolute(), Path(first["image_id"])
+    return path.parents[len(name.parts) - 1]
 
 
 def find_negatives(

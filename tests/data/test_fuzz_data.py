@@ -229,7 +229,7 @@ def test_class_folders_hold_exactly_their_pictures(tmp_path: Path, record_proper
         tree.write(root)
         data, message = result_or_error(load_eval_set, str(root))
         assert data is not None, message
-        readable = ReadableImages(data)
+        readable = ReadableImages(data.images)
         opened = len(list(readable))
         names = [
             os.fsencode(path_of(data.image_ids[row])) for row in range(len(readable)) if row not in readable.unreadable

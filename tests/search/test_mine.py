@@ -1,11 +1,13 @@
 """`miniclip mine`: which captions are hard negatives, and the dataset that is written."""
 
 import csv
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import DatasetDict, concatenate_datasets
 from PIL import Image
 from torch.nn.functional import normalize
 
@@ -13,6 +15,7 @@ from modeling_miniclip import load_captions
 from modeling_miniclip.cli import cli
 from modeling_miniclip.errors import UsageError
 from modeling_miniclip.search.mine import MiningRules, find_negatives, mine
+from modeling_miniclip.training.command_line.parsing import parse_arguments
 from tests.helpers.shards import pairs, write_tar
 
 ALL = MiningRules(num_negatives=9, range_min=0, range_max=100, relative_margin=0)
@@ -124,3 +127,71 @@ def test_mining_needs_images_that_a_csv_can_name(tiny_export: Path, tmp_path: Pa
     shard = write_tar(tmp_path / "0.tar", pairs("abc"))
     with pytest.raises(UsageError, match="are no files; name a .parquet file"):
         mine(str(tiny_export), shard, str(tmp_path / "out.csv"), ALL, validation_fraction=None)
+
+
+@pytest.fixture
+def neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative of each image is a caption of the next one, as a model without training finds none."""
+
+    def find(images: torch.Tensor, texts: torch.Tensor, captions: list[list[str]], *_: object) -> list[list[str]]:
+        assert len(images) == len(captions) and len(texts) == sum(map(len, captions))
+        return [[captions[(i + 1) % len(captions)][0]] for i in range(len(captions))]
+
+    monkeypatch.setattr("modeling_miniclip.search.mine.find_negatives", find)
+
+
+def test_datasets_with_some_images_in_shards_need_parquet(
+    tiny_export: Path, many_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only the first image is looked at."""
+    splits = load_captions(many_images / "captions.csv")
+    shard = load_captions(write_tar(many_images / "0.tar", pairs("abc")), validation_fraction=None)["train"]
+    columns = ["image", "image_id", "captions"]
+    mixed = concatenate_datasets([splits["train"].select_columns(columns), shard.select_columns(columns)])
+    monkeypatch.setattr("modeling_miniclip.search.mine.load_captions", lambda *_, **__: DatasetDict(train=mixed))
+    with pytest.raises(UsageError, match="some images of .* are no files; name a .parquet file"):
+        mine(str(tiny_export), "mixed", str(many_images / "out.csv"), ALL)
+
+
+def test_printed_command_names_the_folder_of_the_images(
+    tiny_export: Path, many_images: Path, tmp_path: Path, neighbours: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "else where" / "mined.csv"
+    out.parent.mkdir()
+    argv = ["mine", str(tiny_export), str(many_images / "captions.csv"), "--output", str(out)]
+    assert cli(argv) == 0
+    command = shlex.split(capsys.readouterr().out.rpartition("train with them: ")[2])
+    assert command[0] == "train-miniclip"
+    given = parse_arguments(command[1:])
+    assert given.dataset is not None
+    rows = load_captions(given.dataset[0], image_dir=given.image_dir)["train"]
+    assert len(rows) == 6 and rows[0]["image"].size == (40, 40)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_image_that_cannot_be_read_has_no_negatives(
+    tiny_export: Path, many_images: Path, suffix: str, neighbours: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (many_images / "Images" / "2.png").write_bytes(b"no image")
+    out = many_images / f"mined.{suffix}"
+    argv = ["mine", str(tiny_export), str(many_images / "captions.csv"), "--output", str(out)]
+    assert cli(argv) == 0
+    printed = capsys.readouterr()
+    assert "skipped: " in printed.err and "2.png" in printed.err and " of 6 training images" in printed.out
+    rows = load_captions(out)["train"].select_columns(["captions", "negative_captions"])
+    found = {row["captions"][0]: row["negative_captions"] for row in rows}
+    assert len(found) == 6 and found["a dog number 2"] == []
+    others = [wrong for several in found.values() for wrong in several]
+    assert others and not any("2" in wrong for wrong in others), "nobody knows whether they are wrong"
+
+
+def test_finding_nothing_is_an_error_that_names_the_settings(
+    tiny_export: Path, many_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = many_images / "mined.csv"
+    argv = ["mine", str(tiny_export), str(many_images / "captions.csv"), "--output", str(out)]
+    assert cli([*argv, "--range_min", "100"]) == 1
+    error = capsys.readouterr().err
+    assert "no caption of another image is a hard negative of one of the 6 training images" in error
+    assert "lower --range_min (now 100) or --relative_margin (0.05), raise --range_max (200)" in error
+    assert not out.exists()
