@@ -51,7 +51,7 @@ SHARDS = ("tar", "parquet", "saved", "hub")  # kinds of sources whose images are
 # Problems that stop an index from being built: a caption file is damaged, and which captions are lost is not clear.
 FATAL = ("encoding", "separator", "quotes", "fields", "json", "no-name", "empty-caption")
 # Problems that cost no image.
-WARNINGS = HARMLESS.union(FATAL, ("two-splits", "no-captions"))
+WARNINGS = HARMLESS.union(FATAL, ("two-splits", "no-captions", "negatives"))
 
 
 class Found(NamedTuple):

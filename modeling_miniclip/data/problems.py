@@ -19,6 +19,7 @@ KINDS = {
     "long-caption": "captions that are much too long",
     "data-caption": "captions that look like lists, JSON or missing values",
     "odd-caption": "captions with control characters",
+    "negatives": "wrong captions that look like lists but are none",
     "duplicate-caption": "duplicate captions of an image",
     "spelling": "files whose image names are spelled otherwise than the image files",
     "outside": "images outside the folder of images",

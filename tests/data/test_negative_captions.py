@@ -10,9 +10,13 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from modeling_miniclip import load_captions
+from modeling_miniclip.data.checking.check import check
+from modeling_miniclip.data.find_images import WARNINGS
 from modeling_miniclip.data.loading.collation import Collator
 from modeling_miniclip.data.loading.dataset import CaptionRows
 from modeling_miniclip.data.loading.hard_negatives import HardNegatives
+from modeling_miniclip.data.readers.record_captions import negatives_of
+from modeling_miniclip.errors import DataError
 from tests.helpers.shards import as_json, picture, write_tar
 from tests.helpers.towers import tiny_processor
 
@@ -99,6 +103,104 @@ def test_every_source_has_negative_captions(write, tmp_path: Path) -> None:
 def test_sources_without_the_column_have_none(captioned_folder: Path) -> None:
     rows = load_captions(captioned_folder)["train"]
     assert KIND_COLUMN not in rows.column_names
+
+
+# --- lists in a cell ------------------------------------------------------------------------------------------------
+
+# What a program other than `json` writes for a list, and texts that only begin like one.
+CELLS: dict[str, list[str]] = {
+    '["a cat", "two dogs"]': ["a cat", "two dogs"],
+    "['a cat', 'two dogs']": ["a cat", "two dogs"],
+    """["a cat's tail", 'b']""": ["a cat's tail", "b"],
+    r"""['a "cat\'s" tail', None, '']""": ["""a "cat's" tail"""],
+    r"['caf\xe9 \u732b\n', ]": ["caf\u00e9 \u732b"],
+    "('a cat', 'two dogs')": ["a cat", "two dogs"],
+    "['a cat' 'two dogs'\n 'a bird']": ["a cat", "two dogs", "a bird"],  # an array of numpy
+    "[]": [],
+    " [] ": [],
+    "[None]": [],
+    '[{"raw": "a cat"}, null]': ["a cat"],
+    "[blurred] a man walks": ["[blurred] a man walks"],
+    "[blurred] a man [a boy]": ["[blurred] a man [a boy]"],
+    "[a man walks": ["[a man walks"],
+    "a man's [sic] dog": ["a man's [sic] dog"],
+    "(a man)": ["(a man)"],
+}
+NO_LISTS = [
+    '["a cat", "two',
+    '["a cat", "two dogs"',
+    "['a cat'",
+    "['it''s']",
+    "[a cat, two dogs]",
+    "['a cat', nan]",
+    "['a cat', 3]",
+    '["a cat", 3]',
+    "[3]",
+    "[b'a cat']",
+    "['a' + 'b']",
+    r"['\ud800']",
+    r'["\ud800"]',
+    r"['\U99999999']",
+    "[" * 100_000 + "]",
+    "['a', " * 100_000 + "]",
+]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_list_in_a_cell_is_read_as_a_list(cell: str) -> None:
+    assert negatives_of(cell) == CELLS[cell]
+
+
+def test_texts_in_a_list_stay_as_they_are() -> None:
+    assert negatives_of(["[no caption]", '["a']) == negatives_of('["[no caption]", "[\\"a"]')
+
+
+@pytest.mark.parametrize("cell", NO_LISTS)
+def test_a_list_that_cannot_be_read_is_rejected(cell: str) -> None:
+    with pytest.raises(ValueError, match="expected a JSON list of texts"):
+        negatives_of(cell)
+
+
+def test_a_long_list_is_read_in_linear_time() -> None:
+    assert len(negatives_of(str(["it's a \\ cat"] * 100_000))) == 100_000
+
+
+def set_cells(folder: Path, write, cell: str) -> Path:
+    """A source as `write` writes it, whose row `c` has this cell."""
+    for i, key in enumerate(WRONG):
+        (folder / f"{key}.png").write_bytes(picture(i))
+    source = write(folder)
+    if write is write_csv:
+        source.write_text(source.read_text().replace("c.png,c,not c", 'c.png,c,"{}"'.format(cell.replace('"', '""'))))
+    return source
+
+
+WHERE = {
+    write_csv: "captions.csv, row 4, column 'negative_captions'",
+    write_jsonl: "captions.jsonl, row 3, column 'negative_captions'",
+    write_coco: "captions_train.json, column 'negative_captions': the wrong captions of annotation 2",
+    write_karpathy: "dataset_mine.json, column 'negative_captions': the wrong captions of image 3",
+    write_shard: "0.tar: .*first: 'c.json'",
+    write_folder: "c.json, column 'negative_captions'",
+    write_parquet: "0.parquet, row 2, column 'negative_captions'",
+    write_saved: "saved.*, row 2, column 'negative_captions'",
+}
+
+
+@pytest.mark.parametrize("write", WHERE)
+def test_every_source_names_a_list_that_cannot_be_read(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading stops at it, `miniclip check` finds it, and an index only warns of it."""
+    monkeypatch.setitem(WRONG, "c", "['a cat', 'two")  # type: ignore[arg-type]
+    if write in (write_parquet, write_saved):  # whose columns have one type
+        monkeypatch.setitem(WRONG, "a", "not a")  # type: ignore[arg-type]
+        monkeypatch.setitem(WRONG, "b", "")  # type: ignore[arg-type]
+    source = set_cells(tmp_path, write, "['a cat', 'two")
+    with pytest.raises(DataError, match=WHERE[write]) as raised:
+        load_captions(source, validation_fraction=None)
+    assert "expected a JSON list of texts" in str(raised.value)
+    found = [problem for problem in check(str(source), num_workers=0).problems if problem.kind == "negatives"]
+    assert len(found) == 1 and str(found[0]) == str(raised.value)
+    assert "negatives" in WARNINGS
 
 
 # --- draws and batches ----------------------------------------------------------------------------------------------

@@ -224,6 +224,16 @@ def test_rows_are_read_from_tables_next_to_archives(server, sidecars, options):
     assert [read_place(place_of(row.image)) for row in rows] == [picture(0), picture(1), picture(11)]
 
 
+def test_a_table_whose_wrong_captions_are_no_list_is_reported(server, options):
+    rows = [("000000000", "a cat", "success"), ("000000001", "a dog", "success")]
+    write_like_img2dataset(server.folder, 0, rows, negative_captions=["['a dog', 'a cow']", "['a cow"])
+    problems = []
+    read = list(read_tar(f"{server.url}/00000.tar", options, problems.append))
+    assert [row.negatives for row in read] == [["a dog", "a cow"], []]
+    assert [problem.kind for problem in problems] == ["negatives"] and "first: '000000001'" in problems[0].text
+    assert not server.gets["00000.tar"]
+
+
 def test_rows_from_tables_are_those_of_the_archives(server, sidecars, tmp_path):
     def load(cache: str) -> list[dict]:
         use_cache(tmp_path / cache)

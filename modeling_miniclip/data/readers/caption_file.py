@@ -12,14 +12,14 @@ from typing import Any, TypeGuard
 
 from ...errors import DataError, Problem, one_line
 from ...utils.names import is_utf8, name_of
-from ..columns import ResolvedColumns, captions_of_row, find_columns, image_name
+from ..columns import NEGATIVES, ResolvedColumns, captions_of_row, find_columns, image_name
 from ..problems import OnProblem
 from ..rows import ReadOptions, Row, SplitName
 from ..splits import find_split_files, read_split_files, split_of_value
 from ..tables.table_cache import content_of
 from .image_files import SAMPLE, rows_with_images
 from .layouts import find_caption_files, find_images
-from .record_captions import negatives_of
+from .record_captions import negatives_at
 from .text_files import LONGEST, Lines, check_surrogates, is_json_list, json_list
 
 # Five rows of the original Flickr8k.token.txt name an image with a second suffix that was never published.
@@ -181,7 +181,7 @@ class _Table:
                     self.file,
                     number,
                     columns.image,
-                    [] if negatives is None else negatives_of(cells[negatives]),
+                    [] if negatives is None else self._negatives(cells[negatives], columns, number),
                 )
 
     def _columns(self, header: list[str], number: int) -> ResolvedColumns:
@@ -259,7 +259,7 @@ class _Table:
                     self.file,
                     number,
                     columns.image,
-                    [] if columns.negatives is None else negatives_of(cells[columns.negatives]),
+                    self._negatives(cells.get(columns.negatives), columns, number),
                 )
 
     def _json_lines(self, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
@@ -295,6 +295,9 @@ class _Table:
 
     def _captions(self, cells: Mapping[str, Any], columns: ResolvedColumns, number: int) -> list[str]:
         return captions_of_row(cells, columns, self.file, number, self.on_problem)
+
+    def _negatives(self, cell: Any, columns: ResolvedColumns, number: int) -> list[str]:
+        return negatives_at(cell, self.file, number, self.on_problem, columns.negatives or NEGATIVES)
 
     def _is_used(self, name: str | None, captions: list[str], columns: ResolvedColumns) -> TypeGuard[str]:
         if name == FLICKR8K_STRAY:

@@ -16,7 +16,7 @@ from ..tables.table_cache import content_of
 from .caption_file import check_path
 from .image_files import SAMPLE, rows_with_images
 from .layouts import find_coco_files, find_images, find_karpathy_file
-from .record_captions import negatives_of, texts_of
+from .record_captions import negatives_at, texts_of
 
 
 def read_coco(source: str, options: ReadOptions, on_problem: OnProblem) -> Iterator[Row]:
@@ -142,7 +142,8 @@ def _coco_rows(file: Path, options: ReadOptions, on_problem: OnProblem) -> Itera
     captions = _captions_by_image(annotations, caption, file, on_problem)
     wrong: dict[Any, list[str]] = {}
     for annotation in annotations:
-        if negatives := negatives_of(annotation.get(NEGATIVES)):
+        where = f"annotation {annotation.get('id')}"
+        if negatives := negatives_at(annotation.get(NEGATIVES), str(file), None, on_problem, of=where):
             wrong.setdefault(annotation.get("image_id"), []).extend(negatives)
     without = 0
     for number, image in enumerate(images, 1):
@@ -197,7 +198,7 @@ def _karpathy_rows(
             split_of_value(image.get("split")),
             file=str(file),
             column="filename",
-            negatives=negatives_of(image.get(NEGATIVES)),
+            negatives=negatives_at(image.get(NEGATIVES), str(file), None, on_problem, of=where),
         )
     if without and not options.all_images:
         on_problem(Problem("left-out", f"left out {without} images without a caption", str(file)))

@@ -23,7 +23,7 @@ from ..tables.table_cache import content_of, stat_of
 from .caption_file import check_path, read_table
 from .image_files import rows_with_images
 from .layouts import CAPTION_FILES, METADATA_FILES
-from .record_captions import captions_of_record, negatives_of
+from .record_captions import captions_of_record, negatives_at
 from .text_files import Lines, check_surrogates
 
 TEXT_ENDINGS = (".txt", ".json")
@@ -282,7 +282,7 @@ def _add_texts(row: Row, path: str, texts: list[str], wanted: str, on_problem: O
             group, split = record.get("group"), record.get("split")
             row.group = row.group or (str(group) if isinstance(group, str | int) and group != "" else None)
             row.split = split_of_value(split) or row.split
-            row.negatives += negatives_of(record.get(NEGATIVES))
+            row.negatives += negatives_at(record.get(NEGATIVES), str(file), None, on_problem)
         else:
             reader = Lines(file, on_problem)
             read = [line for number, line in enumerate(reader, 1) if not reader.are_undecoded(number, number)]

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ...errors import DataError, Problem, one_line
 from ...utils.names import name_of
+from ..columns import NEGATIVES
 from ..picture_formats import BY_SUFFIX, FORMATS, START, picture_format
 from ..problems import OnProblem
 from ..rows import ReadOptions, Row
@@ -29,6 +30,7 @@ from ..shards.tar_index import (
     open_compressed,
     open_index,
 )
+from .record_captions import NO_LIST
 
 AHEAD = 8  # tables next to archives that are fetched while another one is used
 ENDINGS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bzip2", ".tbz2": "bzip2", ".xz": "xz", ".txz": "xz"}
@@ -208,3 +210,6 @@ def _report(source: str, index: TarIndex, silent: int, first: str, on_problem: O
         reasons.append(f"{count} texts that are not UTF-8, or not JSON (first: {name!r})")
     if reasons:
         on_problem(Problem("left-out", f"left out {', '.join(reasons)}", source))
+    if index.no_lists[0]:
+        count, name = index.no_lists
+        on_problem(Problem("negatives", f"the {NEGATIVES} of {count} texts {NO_LIST} (first: {name!r})", source))

@@ -56,6 +56,13 @@ def _index_of(file: pq.ParquetFile, caption_column: str) -> TarIndex | None:
     if len(set(keys)) < len(keys):
         return None
     captions = [join_captions(texts_of(row.get(CAPTION)), texts_of(row[caption_column])) for row in rows]
+    negatives, no_lists = list[list[str]](), list[str]()
+    for key, row in zip(keys, rows, strict=True):
+        try:
+            negatives.append(negatives_of(row.get(NEGATIVES)))
+        except ValueError:
+            negatives.append([])
+            no_lists.append(key)
     groups, splits = zip(*map(group_and_split, rows), strict=True) if rows else ((), ())
     columns: dict[str, Any] = {
         "name": keys,
@@ -65,6 +72,6 @@ def _index_of(file: pq.ParquetFile, caption_column: str) -> TarIndex | None:
         "captions": captions,
         "group": groups,
         "split": splits,
-        "negatives": [negatives_of(row.get(NEGATIVES)) for row in rows],
+        "negatives": negatives,
     }
-    return TarIndex(pa.table(columns, SCHEMA))
+    return TarIndex(pa.table(columns, SCHEMA), no_lists=(len(no_lists), "".join(no_lists[:1])))

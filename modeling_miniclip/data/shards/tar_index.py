@@ -40,7 +40,7 @@ from ..splits import SPLIT_ALIASES, SPLITS
 from .remote_files import is_url
 from .tar_headers import DamagedArchive, Member, find_members
 
-FORMAT = b"miniclip-tar-2\n"
+FORMAT = b"miniclip-tar-3\n"
 # Compressed archives by their first bytes: how to read them, and the program that unpacks them.
 COMPRESSIONS: dict[bytes, tuple[Any, str]] = {
     b"\x1f\x8b": (gzip.open, "gzip"),
@@ -49,6 +49,7 @@ COMPRESSIONS: dict[bytes, tuple[Any, str]] = {
     b"\x28\xb5\x2f\xfd": (None, "zstd"),
 }
 TEXTS = (".txt", ".json")
+COUNTS = ("lost", "unreadable", "no_lists")  # of a `TarIndex`
 SMALL = 256 * 2**20  # bytes of archives for which no processes are started
 SCHEMA = pa.schema(
     {
@@ -95,12 +96,14 @@ class TarIndex:
         damage: why the archive cannot be read to its end; "" if it can.
         lost: number of captions that belong to no image, with the first one's member.
         unreadable: number of texts that are not UTF-8 or not JSON, with the first one's member.
+        no_lists: number of texts whose wrong captions look like a list but are none, with the first one's member.
     """
 
     table: pa.Table
     damage: str = ""
     lost: tuple[int, str] = (0, "")
     unreadable: tuple[int, str] = (0, "")
+    no_lists: tuple[int, str] = (0, "")
 
     def __iter__(self) -> Iterator[Entry]:
         for batch in self.table.to_batches(4096):
@@ -119,6 +122,7 @@ class _Text:
     group: str | None = None
     split: str | None = None
     negatives: list[str] = field(default_factory=list)
+    has_no_list: bool = False  # whether its wrong captions look like a list but are none
 
 
 # --- indexes on disk ------------------------------------------------------------------------------------------------
@@ -243,11 +247,12 @@ def _load_index(place: Path, stamp: str) -> TarIndex | None:
     about = json.loads(table.schema.metadata[b"about"])
     if about.pop("stamp") != stamp:
         return None
-    return TarIndex(table, about["damage"], tuple(about["lost"]), tuple(about["unreadable"]))
+    counts = (tuple(about[name]) for name in COUNTS)
+    return TarIndex(table, about["damage"], *counts)
 
 
 def _save_index(index: TarIndex, place: Path, stamp: str) -> None:
-    about = {"stamp": stamp, "damage": index.damage, "lost": index.lost, "unreadable": index.unreadable}
+    about = {"stamp": stamp, "damage": index.damage, **{name: getattr(index, name) for name in COUNTS}}
     table = index.table.replace_schema_metadata({"about": json.dumps(about)})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -393,7 +398,7 @@ def _join(pictures: list[Member], texts: list[tuple[str, bytes]], caption_column
     for i, (member, number) in enumerate(zip(pictures, occurrences, strict=True)):
         by_stem[_numbered(_stem(member.name), number)].append(i)
         by_key[_numbered(_key(member.name), number)].append(i)
-    lost, unreadable = [], []
+    lost, unreadable, no_lists = [], [], []
     for (name, content), number in zip(texts, _occurrences(name for name, _ in texts), strict=True):
         targets = _images_of(name, number, by_stem, by_key)
         if not targets and number:
@@ -404,6 +409,7 @@ def _join(pictures: list[Member], texts: list[tuple[str, bytes]], caption_column
         elif not targets and (text.captions or text.values):
             lost.append(name)
         else:
+            no_lists += [name] * text.has_no_list
             for i in targets:
                 _add(found[i], text)
     for i, number in enumerate(occurrences):
@@ -421,7 +427,7 @@ def _join(pictures: list[Member], texts: list[tuple[str, bytes]], caption_column
         "split": [text.split for text in found],
         "negatives": [text.negatives for text in found],
     }
-    return TarIndex(pa.table(rows, SCHEMA), damage, _first(lost), _first(unreadable))
+    return TarIndex(pa.table(rows, SCHEMA), damage, _first(lost), _first(unreadable), _first(no_lists))
 
 
 def _first(names: list[str]) -> tuple[int, str]:
@@ -482,8 +488,12 @@ def _read_text(name: str, content: bytes, caption_column: str) -> _Text | None:
     if not isinstance(record, dict):
         return _Text(captions=captions_of_record({caption_column: record}, caption_column))
     group, split = group_and_split(record)
-    captions, negatives = captions_of_record(record, caption_column), negatives_of(record.get(NEGATIVES))
-    return _Text(captions=captions, group=group, split=split, negatives=negatives)
+    found = _Text(captions=captions_of_record(record, caption_column), group=group, split=split)
+    try:
+        found.negatives = negatives_of(record.get(NEGATIVES))
+    except ValueError:
+        found.has_no_list = True
+    return found
 
 
 def group_and_split(record: Mapping[str, Any]) -> tuple[str | None, str | None]:

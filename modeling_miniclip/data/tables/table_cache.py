@@ -16,7 +16,7 @@ from ...errors import MiniClipError, disk_error_message
 from ...utils.checksums import file_checksum
 from ...utils.files import replaced_folder
 
-FORMAT = 3  # part of every hash: increase it when rows are read or stored in another way
+FORMAT = 4  # part of every hash: increase it when rows are read or stored in another way
 
 
 def default_cache_dir() -> Path:

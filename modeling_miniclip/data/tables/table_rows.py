@@ -17,7 +17,7 @@ from ...errors import DataError, Problem, one_line
 from ..columns import IMAGE_COLUMNS, NEGATIVES, caption_columns, has_captions, optional_column
 from ..problems import OnProblem
 from ..readers.image_files import BAD_FILES, bad_files
-from ..readers.record_captions import captions_of_record, join_captions, negatives_of, texts_of
+from ..readers.record_captions import captions_of_record, join_captions, negatives_at, texts_of
 from ..rows import ReadOptions, Row
 from ..shards.shard_url import place_of, read_place, table_url
 from ..splits import split_of_value
@@ -246,7 +246,9 @@ def _rows_of_file(
                 file=file.where,
                 number=row,
                 column=columns.image,
-                negatives=negatives_of(cells[columns.negatives][i]) if columns.negatives else [],
+                negatives=negatives_at(cells[columns.negatives][i], file.where, row, on_problem, columns.negatives)
+                if columns.negatives
+                else [],
             )
         number += len(held)
     left_out.report(number, file.where, on_problem)
