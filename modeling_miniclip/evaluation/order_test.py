@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError
 from .encoders import ClipEncoder
-from .order_pairs import OrderPairs
+from .order_pairs import BOX, OrderPairs
 
 SAMPLES = 1000  # of the bootstrap
 SHOWN_KINDS = 12  # in the table; the report has all
@@ -62,8 +61,7 @@ def score_pairs(
     Raises:
         DataError: there is only one image, or one cannot be read.
     """
-    if len(pairs.images) < 2:
-        raise DataError(f"{pairs.source}: the order test needs at least two images")
+    pairs.check_images()
     if images is None:
         images = encoder.encode_images(map(pairs.open, range(len(pairs.images))), batch_size, progress)
     texts = list(dict.fromkeys(pairs.true + pairs.false))
@@ -144,14 +142,25 @@ def write_pairs(path: Path, pairs: OrderPairs, scores: PairScores, names: Sequen
         path: file to write.
         pairs: pairs of captions.
         scores: their similarities.
-        names: names of the images; None if they are files.
+        names: names of the images; None if they are in the pairs.
     """
     figures = torch.cat([scores.right, scores.wrong], dim=1).tolist()
+    boxes = [pairs.box(image) for image in range(len(pairs.images))] if names is None else []
+    has_boxes = any(box is not None for box in boxes)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        head = ["image", "kind", "true_caption", "false_caption", "true_score", "false_score"]
-        writer.writerow([*head, "true_score_other_image", "false_score_other_image"])
+        head = ["image", *(BOX if has_boxes else ()), "kind", "true_caption", "false_caption"]
+        scored = ["true_score", "false_score", "true_score_other_image", "false_score_other_image"]
+        writer.writerow([*head, *scored])
         for i, values in enumerate(figures):
             image = pairs.image[i]
-            name = names[image] if names is not None else Path(pairs.path(image)).name
-            writer.writerow([name, pairs.kind[i], pairs.true[i], pairs.false[i], *values])
+            place = [(names or pairs.names)[image], *(_box_cells(boxes[image]) if has_boxes else ())]
+            writer.writerow([*place, pairs.kind[i], pairs.true[i], pairs.false[i], *values])
+
+
+def _box_cells(box: tuple[int, ...] | None) -> list[int | None]:
+    """The cells of the columns [`BOX`]."""
+    if box is None:
+        return [None] * len(BOX)
+    left, top, right, bottom = box
+    return [left, top, right - left, bottom - top]

@@ -11,8 +11,10 @@ from PIL import Image
 
 from modeling_miniclip.cli import cli
 from modeling_miniclip.errors import DataError
+from modeling_miniclip.evaluation.eval_sets import load_eval_set
+from modeling_miniclip.evaluation.evaluate import evaluate_model
 from modeling_miniclip.evaluation.order_pairs import OrderPairs, read_pairs, swapped_pairs
-from modeling_miniclip.evaluation.order_test import PairScores, order_report, score_pairs
+from modeling_miniclip.evaluation.order_test import PairScores, order_report, score_pairs, write_pairs
 
 
 class TableEncoder:
@@ -81,6 +83,9 @@ def test_other_image_is_never_the_own_one() -> None:
     assert scores.wrong.tolist() == [[0, 1], [1, 0]] * 20
 
 
+BOXES = "image,caption,negative_caption,bbox_x,bbox_y,bbox_w,bbox_h\n"  # header of a file
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Two pictures of one colour each, 4 x 4, the second with a white right half."""
@@ -94,7 +99,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def pairs_of(pairs: OrderPairs) -> list[tuple[str, str, str, str]]:
-    names = [Path(pairs.path(image)).name for image in pairs.image]
+    names = [pairs.names[image] for image in pairs.image]
     return list(zip(names, pairs.true, pairs.false, pairs.kind, strict=True))
 
 
@@ -135,12 +140,58 @@ def test_layouts_of_benchmarks(pictures: Path) -> None:
         ("image,caption,negative_caption\na.png,,y\n", "row 2.*expected an image"),
         ("image,caption,negative_caption\n", "no pairs of captions"),
         ("[1, 2", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[1, 2]", "row 1: expected an object with an image and its captions, found '1'"),
+        ('{"image": "a.png", "caption": "x", "negative_caption": "y"}', "row 1: expected an object .* found 'a.png'"),
+        ("image,caption,negative_caption\na.png,x,y, z\n", "row 2: more fields than the 3 of the header.*into quotes"),
+        ("image,caption,negative_caption\na.png,x\n", "row 2: .*of which empty: negative_caption"),
+        ("image,caption,negative_caption\na.png,x,X .\n", "row 2: the false caption 'X .' is the true one; del"),
+        ("image,caption,negative_caption\na.png,x,\"['y'\"\n", "row 2: .*looks like a list.*expected a JSON list"),
+        ("image_0,image_1,caption_0,caption_1\na.png,b.png,x,\n", "row 2: .*of which empty: caption_1"),
+        ("image_0,image_1,caption_0,caption_1\na.png,b.png,x,x\n", "row 2: the false caption 'x' is the true one"),
+        (f"{BOXES}a.png,x,y,1,1,0,1\n", "row 2: .*pixels in bbox_x"),
+        (f"{BOXES}a.png,x,y,1,,2,1\n", "row 2: .*pixels in bbox_x"),
     ],
 )
 def test_bad_files_are_explained(pictures: Path, text: str, message: str) -> None:
     (pictures / "pairs.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         read_pairs(pictures / "pairs.csv")
+
+
+@pytest.mark.parametrize("content", [b"image,caption,negative_caption\na.png,\xff,y\n", b"image\0,caption\na.png,x\n"])
+def test_files_that_are_no_text_are_explained(pictures: Path, content: bytes) -> None:
+    (pictures / "pairs.csv").write_bytes(content)
+    with pytest.raises(DataError, match="pairs.csv"):
+        read_pairs(pictures / "pairs.csv")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_pairs(pictures)
+
+
+def test_one_image_is_an_error_before_the_model_is_loaded(pictures: Path, captioned_folder: Path) -> None:
+    (pictures / "pairs.csv").write_text("image,caption,negative_caption\na.png,x,y\na.png,x,z\n")
+    data = load_eval_set(str(captioned_folder))
+    with pytest.raises(DataError, match="pairs.*all pairs are of one; add pairs of other images"):
+        evaluate_model("no model", data, order_test=pictures / "pairs.csv")
+
+
+def test_written_pairs_name_the_same_images(tmp_path: Path) -> None:
+    """Folders, and boxes of one image, are kept; images without a box are whole."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / "1.png")
+    (tmp_path / "pairs.csv").write_text(
+        f"{BOXES}a/1.png,x,y,0,1,2,3\na/1.png,x,z,1,1,2,3\nb/1.png,v,w,,,,\na/1.png,x,u,0,1,2,3\n"
+    )
+    pairs = read_pairs(tmp_path / "pairs.csv")
+    assert pairs.image == [0, 1, 2, 0] and pairs.names == ["a/1.png", "a/1.png", "b/1.png"]
+    scores = PairScores(torch.rand(4, 2), torch.rand(4, 2))
+    write_pairs(tmp_path / "order_test.csv", pairs, scores)
+    again = read_pairs(tmp_path / "order_test.csv")
+    assert (again.images, again.image, again.false) == (pairs.images, pairs.image, pairs.false)
+    whole = OrderPairs("whole", ["x.png", "y.png"], [1, 0], ["t"] * 2, ["f"] * 2, ["k"] * 2, names=["x.png", "y.png"])
+    write_pairs(tmp_path / "whole.csv", whole, PairScores(torch.rand(2, 2), torch.rand(2, 2)))
+    assert (tmp_path / "whole.csv").read_text().startswith("image,kind,true_caption,false_caption,true_score,")
 
 
 def test_swapped_pairs_of_captions() -> None:
